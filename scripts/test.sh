@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Lint, types and the whole test suite, in an environment of its own.
+set -euo pipefail
+usage() {
+    cat <<'TEXT'
+usage: bash scripts/test.sh [pytest arguments]
+
+Makes a virtual environment (SPIN_VENV, default .venv), installs the project with its test extras and vLLM, then runs
+ruff, mypy and pytest. On a machine where vLLM cannot be installed its tests are skipped with a reason;
+SPIN_TEST_VLLM=1 makes that an error, SPIN_TEST_VLLM=0 skips the installation.
+TEXT
+}
+case "${1:-}" in -h | --help) usage; exit 0 ;; esac
+SPIN_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+source "$SPIN_ROOT/scripts/environment.sh"
+cd "$SPIN_ROOT"
+
+spin_environment dev
+if [ "${SPIN_TEST_VLLM:-auto}" != 0 ] && ! spin_install_vllm && [ "${SPIN_TEST_VLLM:-auto}" = 1 ]; then
+    exit 1
+fi
+
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+ruff check .
+ruff format --check .
+mypy
+python -m pytest "$@"

@@ -1,0 +1,28 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from tests.helpers import SHARED_DATA, save_tiny_model
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny random Llama with a ChatML character tokenizer. Read only."""
+    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def gsm8k() -> Path:
+    """The GSM8K folder of the shared test data."""
+    folder = SHARED_DATA / "gsm8k"
+    if not folder.is_dir():
+        pytest.skip(f"no GSM8K at {folder}: set SPIN_TEST_DATA to a folder that holds gsm8k/train.jsonl and test.jsonl")
+    return folder
