@@ -1,0 +1,268 @@
+"""Readers of foreign data: any known form of SFT row becomes a conversation that ends in an assistant turn."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from spin.alignment.errors import InputError
+from spin.alignment.provenance import hash_text
+from spin.alignment.shards import read_rows
+
+Message = dict[str, str]
+Turns = Literal["last", "all"]
+SUFFIXES = (".parquet", ".jsonl", ".json")
+_SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A prompt and its ground truth: ``messages`` ends with the assistant turn that is to be played."""
+
+    prompt_id: str
+    messages: list[Message]
+
+
+def _messages_form(record: Mapping[str, Any], where: str) -> list[Message]:
+    return _as_messages(record["messages"], where, "messages")
+
+
+def _real_form(record: Mapping[str, Any], where: str) -> list[Message]:
+    return _as_messages(record["real"], where, "real")
+
+
+def _chosen_form(record: Mapping[str, Any], where: str) -> list[Message]:
+    prompt = record.get("prompt")
+    head = _as_messages(prompt, where, "prompt") if isinstance(prompt, list) else []
+    return head + _as_messages(record["chosen"], where, "chosen")
+
+
+def _prompt_response_form(record: Mapping[str, Any], where: str) -> list[Message]:
+    column = "response" if "response" in record else "completion"
+    prompt, response = record["prompt"], record[column]
+    head = _as_messages(prompt, where, "prompt") if isinstance(prompt, list) else [_message("user", prompt)]
+    tail = _as_messages(response, where, column) if isinstance(response, list) else [_message("assistant", response)]
+    return head + tail
+
+
+def _alpaca_form(record: Mapping[str, Any], where: str) -> list[Message]:
+    messages = [_message("system", record["system"])] if record.get("system") else []
+    for turn in record.get("history") or []:
+        if not isinstance(turn, list | tuple) or len(turn) != 2:
+            raise InputError(f"{where}: 'history' must hold [question, answer] pairs: correct the row")
+        messages += [_message("user", turn[0]), _message("assistant", turn[1])]
+    instruction, extra = record["instruction"], record.get("input")
+    question = f"{instruction}\n\n{extra}" if extra else instruction
+    return [*messages, _message("user", question), _message("assistant", record["output"])]
+
+
+def _sharegpt_form(record: Mapping[str, Any], where: str) -> list[Message]:
+    messages = []
+    for turn in _as_list(record["conversations"], where, "conversations"):
+        if not isinstance(turn, Mapping) or "from" not in turn or "value" not in turn:
+            raise InputError(f"{where}: 'conversations' must hold turns of 'from' and 'value': correct the row")
+        if turn["from"] not in _SHAREGPT_ROLES:
+            raise InputError(
+                f"{where}: unknown speaker '{turn['from']}': use one of {', '.join(sorted(_SHAREGPT_ROLES))}"
+            )
+        messages.append(_message(_SHAREGPT_ROLES[turn["from"]], turn["value"]))
+    return messages
+
+
+def _question_answer_form(record: Mapping[str, Any], where: str) -> list[Message]:
+    return [_message("user", record["question"]), _message("assistant", record["answer"])]
+
+
+# Columns that mark a form -> its reader; the first form whose columns are all there is used.
+FORMATS: dict[tuple[str, ...], Callable[[Mapping[str, Any], str], list[Message]]] = {
+    ("real",): _real_form,
+    ("chosen",): _chosen_form,
+    ("messages",): _messages_form,
+    ("conversations",): _sharegpt_form,
+    ("instruction", "output"): _alpaca_form,
+    ("question", "answer"): _question_answer_form,
+    ("prompt", "response"): _prompt_response_form,
+    ("prompt", "completion"): _prompt_response_form,
+}
+
+
+def to_conversations(record: Mapping[str, Any], where: str, turns: Turns = "last") -> list[Conversation]:
+    """Turn one raw row into the conversations to be played: the last assistant turn, or every one (``turns="all"``).
+
+    Raises:
+        InputError: no known form fits, a turn is empty or no text, roles do not alternate, or no assistant turn ends it.
+    """
+    for columns, reader in FORMATS.items():
+        if all(column in record for column in columns):
+            messages = reader(record, where)
+            break
+    else:
+        known = ", ".join("+".join(columns) for columns in FORMATS)
+        raise InputError(f"{where} has the columns {', '.join(record) or '(none)'}: rename them to one of {known}")
+    while messages and messages[-1]["role"] != "assistant" and turns == "all":
+        messages = messages[:-1]
+    check_conversation(messages, where)
+    own_id = record.get("prompt_id", record.get("id"))
+    ends = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    if turns == "last":
+        ends = ends[-1:]
+    conversations = []
+    for number, end in enumerate(ends):
+        played = messages[: end + 1]
+        name = prompt_hash(played[:-1]) if own_id in (None, "") else str(own_id)
+        suffix = f"#{number}" if turns == "all" and own_id not in (None, "") and len(ends) > 1 else ""
+        conversations.append(Conversation(name + suffix, played))
+    return conversations
+
+
+def prompt_hash(prompt: Sequence[Message]) -> str:
+    """Return the id of a prompt that has none of its own: a hash of its messages."""
+    return hash_text(*(part for message in prompt for part in (message["role"], message["content"])))
+
+
+def check_conversation(messages: Sequence[Message], where: str) -> None:
+    """Check the row contract: an optional system turn, then user and assistant in turn, ending with the assistant.
+
+    Raises:
+        InputError: naming ``where`` and what is wrong.
+    """
+    roles = [message["role"] for message in messages]
+    if "assistant" not in roles:
+        raise InputError(
+            f"{where} has no assistant turn: there is no ground truth to learn from; remove or complete the row"
+        )
+    body = roles[1:] if roles[0] == "system" else roles
+    expected = ["user", "assistant"] * (len(body) // 2)
+    if len(body) % 2 or body != expected:
+        raise InputError(
+            f"{where} has the role order {' '.join(roles)}: it must be [system] user assistant [user assistant ...]"
+        )
+    for number, message in enumerate(messages):
+        if not isinstance(message["content"], str):
+            kind = type(message["content"]).__name__
+            raise InputError(f"{where} holds {kind} where the text of turn {number} should be: correct the row")
+        if not message["content"].strip() and message["role"] != "system":
+            raise InputError(f"{where} has an empty {message['role']} turn (turn {number}): remove or complete the row")
+
+
+def _message(role: str, content: Any) -> Message:
+    return {"role": role, "content": content}
+
+
+def _as_list(value: Any, where: str, column: str) -> list[Any]:
+    if not isinstance(value, list | tuple):
+        raise InputError(f"{where}: '{column}' is {type(value).__name__}, not a list of turns: correct the column")
+    return list(value)
+
+
+def _as_messages(value: Any, where: str, column: str) -> list[Message]:
+    messages = []
+    for turn in _as_list(value, where, column):
+        if not isinstance(turn, Mapping) or "role" not in turn or "content" not in turn:
+            raise InputError(f"{where}: '{column}' must hold turns of 'role' and 'content': correct the row")
+        messages.append(_message(str(turn["role"]), turn["content"]))
+    return messages
+
+
+def read_records(source: str, split: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Stream the raw rows of a file, a folder, or a Hub data set as ``("file row N", record)``.
+
+    Raises:
+        InputError: the source is missing, empty, damaged, or of an unknown kind.
+    """
+    path = Path(source)
+    if not path.exists():
+        if path.suffix in SUFFIXES or source.startswith((".", "/", "~")) or source.count("/") > 1:
+            raise InputError(f"{source} does not exist: check the path")
+        yield from _read_hub(source, split)
+        return
+    empty = True
+    for file in split_files(path, split):
+        for where, record in _READERS[file.suffix](file):
+            empty = False
+            yield where, _object_checked(record, where)
+    if empty:
+        raise InputError(f"{source} holds no rows: give a file with data in it")
+
+
+def split_files(path: Path, split: str | None) -> list[Path]:
+    """Return the data files of one split in a folder: ``{split}.*``, ``{split}-*`` or ``{split}_*``, else the only file."""
+    if path.is_file():
+        if path.suffix not in SUFFIXES:
+            raise InputError(f"{path} is of an unknown kind: give a file that ends in {', '.join(SUFFIXES)}")
+        return [path]
+    files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and not file.name.startswith("."))
+    files = [file for file in files if not file.name.endswith(".counts.json")]
+    if split is None:
+        chosen = files
+    else:
+        chosen = [file for file in files if file.stem == split or file.stem.startswith((f"{split}-", f"{split}_"))]
+    if not chosen and len(files) == 1 and split in (None, "train"):
+        chosen = files
+    if not chosen:
+        names = ", ".join(file.name for file in files[:5]) or "no data file"
+        raise InputError(
+            f"{path} holds no file of the split '{split}' (found {names}): check the folder or the split name"
+        )
+    return chosen
+
+
+def _object_checked(record: Any, where: str) -> dict[str, Any]:
+    if not isinstance(record, dict):
+        raise InputError(f"{where} is {type(record).__name__}, not an object of columns: write one object a row")
+    return record
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for row, record in enumerate(read_rows(path)):
+        yield f"{path} row {row}", record
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    with path.open(encoding="utf-8") as lines:
+        for row, line in enumerate(lines):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise InputError(f"{path} line {row + 1} is not JSON ({error}): correct or remove the line") from error
+            yield f"{path} row {row}", record
+
+
+def _read_json(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    with path.open(encoding="utf-8") as file:
+        first = file.read(1024).lstrip()[:1]
+    if first != "[":
+        yield from _read_jsonl(path)
+        return
+    try:
+        records = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON ({error}): correct the file") from error
+    for row, record in enumerate(records):
+        yield f"{path} row {row}", record
+
+
+_READERS: dict[str, Callable[[Path], Iterator[tuple[str, dict[str, Any]]]]] = {
+    ".parquet": _read_parquet,
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+}
+
+
+def _read_hub(name: str, split: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(name, split=split or "train", streaming=True)
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(
+            f"'{name}' is neither a file or folder here nor a data set that can be reached ({reason}): check the name"
+        ) from error
+    for row, record in enumerate(rows):
+        yield f"{name} row {row}", dict(record)
