@@ -1,155 +1,255 @@
 """The only place where text becomes token ids, and where truncation happens.
 
-Generation and training build a prompt with the same call, so its ids are equal by construction. A response is the ids after
-the prompt, ended by exactly one end-of-turn id when it ended by itself and by none when it was cut.
+Generation, SFT and preference training all take their prompt from :meth:`ChatEncoder.prompt_ids`, so the ids a model was
+sampled with are the ids it is trained on. Nothing here looks at a pad id: padding is masked by length, so pad = EOS is safe.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from spin.alignment.errors import InputError
-from spin.alignment.provenance import hash_text
-from spin.alignment.readers import Message
+from spin.alignment.provenance import hash_json, hash_text
 
-SystemPolicy = Literal["keep", "fold"]
-_PROBE = "probe"
+Message = dict[str, str]
+SystemMode = Literal["keep", "fold"]
+SYSTEM_MODES: tuple[SystemMode, ...] = ("keep", "fold")
+_PROBE = "Reply 7"
 
 
-def load_tokenizer(model: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+def load_tokenizer(model: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """Load the tokenizer of a model folder or Hub name.
 
     Raises:
-        InputError: there is none, or the Hub cannot be reached.
+        InputError: there is none, or it cannot be reached.
     """
     from transformers import AutoTokenizer
 
-    if model.startswith((".", "/", "~")) and not Path(model).exists():
-        raise InputError(f"model folder {model} does not exist: check the path")
+    name = str(model)
+    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
+        raise InputError(f"model folder {name} does not exist: give the folder of a saved model or a Hub name")
     try:
-        return AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
+        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        where = f"{name} at revision {revision}" if revision else name
+        reason = " ".join(str(error).split())[:200]
         raise InputError(
-            f"cannot load a tokenizer from '{model}' ({reason}): give a model folder, or a Hub name that is cached or "
-            "reachable (HF_HUB_OFFLINE=0)"
+            f"cannot load the tokenizer of {where} ({reason}): give a folder that holds tokenizer files, "
+            "or a Hub name that is cached or reachable (HF_HUB_OFFLINE unset)"
         ) from error
 
 
-class ChatEncoder:
-    """Messages to ids and back, by the tokenizer's own chat template.
-
-    Attributes:
-        end_id: the id that ends an assistant turn in this template (``<|im_end|>``, ``<|eot_id|>``, ``</s>`` ...).
-        stop_ids: the ids at which generation stops: ``end_id`` and the tokenizer's EOS.
-        pad_id: an id to pad with. Masks are made from lengths, so it may equal EOS.
-
-    Raises:
-        InputError: the tokenizer has no chat template, or neither the template nor the tokenizer ends a turn.
-    """
-
-    def __init__(self, tokenizer: Any, system: SystemPolicy = "keep") -> None:
-        if not tokenizer.chat_template:
-            raise InputError(
-                f"the tokenizer of '{tokenizer.name_or_path}' has no chat template: use a chat model, or add chat_template.jinja"
-            )
-        if system not in ("keep", "fold"):
-            raise InputError(f"system is '{system}': choose keep or fold")
-        self.tokenizer = tokenizer
-        self.system = system
-        self._special_ids = frozenset(tokenizer.all_special_ids)
-        self.end_id = self._find_end_id()
-        eos_id = tokenizer.eos_token_id
-        self.stop_ids: list[int] = sorted({self.end_id} | ({eos_id} if eos_id is not None else set()))
-        self.pad_id: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.end_id
-        self.template_hash = hash_text(str(tokenizer.chat_template), system)
-        self.tokenizer_hash = _tokenizer_hash(tokenizer)
-
-    def prompt_ids(self, prompt: Sequence[Message]) -> list[int]:
-        """Return the ids of everything before the assistant's turn, its header included; at most one BOS."""
-        return self._one_bos(self._render(prompt, add_generation_prompt=True))
-
-    def response_ids(self, conversation: Sequence[Message]) -> list[int]:
-        """Return the ids of the last assistant turn, prompt excluded, ended by exactly one end-of-turn id.
-
-        Raises:
-            InputError: the response text itself contains the end-of-turn token.
-        """
-        prompt = self.prompt_ids(conversation[:-1])
-        whole = self._one_bos(self._render(conversation, add_generation_prompt=False))
-        ids = whole[len(prompt) :]
-        if whole[: len(prompt)] == prompt and any(token in self.stop_ids for token in ids):
-            # Templates add a line break or more behind the end of the turn: the model never has to say those.
-            body = ids[: next(index for index, token in enumerate(ids) if token in self.stop_ids)]
-            tail = ids[len(body) + 1 :]
-        else:
-            # The template rewrites the past (strips, adds thinking tags): take the response by itself.
-            body = self.tokenizer(conversation[-1]["content"], add_special_tokens=False)["input_ids"]
-            tail = []
-        if any(token in self.stop_ids for token in (*body, *tail)):
-            end = self.tokenizer.convert_ids_to_tokens(self.end_id)
-            raise InputError(f"a response contains the end-of-turn token {end} as text: remove it from the row")
-        return [*body, self.end_id]
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Return the text of a response: end of turn and other special tokens left out."""
-        ids = list(token_ids)
-        if ids and ids[-1] in self.stop_ids:
-            ids = ids[:-1]
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
-
-    def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[int]:
-        turns = fold_system(messages) if self.system == "fold" else list(messages)
-        try:
-            ids = self.tokenizer.apply_chat_template(
-                turns, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=False
-            )
-        except Exception as error:  # a template may raise anything; what it says is what the user needs
-            mend = "correct the roles of the row"
-            if any(turn["role"] == "system" for turn in turns):
-                mend = "if it knows no system role, set system to fold (the system turn then joins the first user turn)"
-            raise InputError(f"the chat template refuses a conversation ({error}): {mend}") from error
-        return list(ids)
-
-    def _one_bos(self, ids: list[int]) -> list[int]:
-        bos = self.tokenizer.bos_token_id
-        while bos is not None and len(ids) > 1 and ids[0] == bos and ids[1] == bos:
-            ids = ids[1:]
-        return ids
-
-    def _find_end_id(self) -> int:
-        user = {"role": "user", "content": _PROBE}
-        whole = self._render([user, {"role": "assistant", "content": _PROBE}], add_generation_prompt=False)
-        prompt = self._render([user], add_generation_prompt=True)
-        behind = whole[len(prompt) :] if whole[: len(prompt)] == prompt else []
-        end = next((token for token in behind if token in self._special_ids), self.tokenizer.eos_token_id)
-        if end is None:
-            raise InputError(
-                f"neither the chat template nor the tokenizer of '{self.tokenizer.name_or_path}' ends a turn: set its eos_token"
-            )
-        return int(end)
+def context_length(model_config: Any) -> int | None:
+    """Return the number of tokens a model can attend to, from its configuration; None when it sets no limit."""
+    text_config = getattr(model_config, "text_config", None) or model_config
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+        value = getattr(text_config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
 
 
 def fold_system(messages: Sequence[Message]) -> list[Message]:
-    """Join a leading system turn into the first user turn, a blank line between them."""
-    if len(messages) < 2 or messages[0]["role"] != "system":
+    """Put the text of the leading system turn in front of the first user turn, a blank line between."""
+    if not messages or messages[0]["role"] != "system":
         return list(messages)
-    system, user, *rest = messages
-    return [{"role": "user", "content": f"{system['content']}\n\n{user['content']}"}, *rest]
+    system, *rest = messages
+    if not rest:
+        return []
+    first = {**rest[0], "content": f"{system['content']}\n\n{rest[0]['content']}"}
+    return [first, *rest[1:]]
 
 
-def _tokenizer_hash(tokenizer: Any) -> str:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    core = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
-    return hash_text(core, repr(sorted(tokenizer.special_tokens_map.items(), key=str)))
+class ChatEncoder:
+    """Conversations to token ids and back, through the tokenizer's own chat template.
+
+    Attributes:
+        end_id: the end-of-turn id the template writes after a response (the EOS where it writes none).
+        stop_ids: the ids that end a response when sampled: end-of-turn and EOS, ascending.
+        pad_id: an id to fill tensors with; never tell padding by it, it may be the EOS.
+    """
+
+    def __init__(self, tokenizer: Any, system: SystemMode = "keep") -> None:
+        """Probe the template once.
+
+        Raises:
+            InputError: the tokenizer has no chat template, its template cannot be rendered, or nothing ends a turn.
+        """
+        if system not in SYSTEM_MODES:
+            raise InputError(f"unknown system mode '{system}': choose one of {', '.join(SYSTEM_MODES)}")
+        self.tokenizer = tokenizer
+        self.system = system
+        self.name = getattr(tokenizer, "name_or_path", "") or "tokenizer"
+        if not tokenizer.chat_template:
+            raise InputError(
+                f"the tokenizer of {self.name} has no chat template: add chat_template.jinja to its folder "
+                "or start from a chat (SFT) model"
+            )
+        self.response_prefix, self.end_id = self._probe_response()
+        eos = tokenizer.eos_token_id
+        self.stop_ids: list[int] = sorted({self.end_id} if eos is None else {self.end_id, eos})
+        self.pad_id: int = self.end_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self._reserved = self._reserved_texts()
+
+    def prompt_ids(self, prompt: Sequence[Message]) -> list[int]:
+        """Return the ids of a prompt, generation prompt included, at most one BOS.
+
+        Args:
+            prompt: the conversation before the response; its last turn is not the assistant's.
+
+        Raises:
+            InputError: the template refuses the conversation.
+        """
+        if not prompt or prompt[-1]["role"] == "assistant":
+            raise InputError("a prompt must end with a user turn: give the conversation without its final response")
+        return self._one_bos(self._render(self._prepare(prompt), tokenize=True, add_generation_prompt=True))
+
+    def response_ids(self, conversation: Sequence[Message]) -> list[int]:
+        """Return the ids of the final assistant turn, prompt excluded, with exactly one terminal end-of-turn id.
+
+        Raises:
+            InputError: the conversation does not end with an assistant turn, or its response contains the end-of-turn token.
+        """
+        if not conversation or conversation[-1]["role"] != "assistant":
+            raise InputError("a conversation must end with an assistant turn: add the response")
+        response = self._response_tokens(conversation)
+        ids = response[: response.index(self.end_id)] if self.end_id in response else response
+        if any(token in self.stop_ids for token in ids) or (reason := self.refusal(conversation[-1:])):
+            raise InputError(reason or self._reserved_reason(self.tokenizer.convert_ids_to_tokens(self.end_id)))
+        return [*ids, self.end_id]
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Return the response text of sampled ids: end-of-turn and other special tokens left out."""
+        text = self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        # Some templates open a response with text of their own (Mistral: a space): not part of what was said.
+        return text.removeprefix(self.response_prefix)
+
+    def refusal(self, messages: Sequence[Message]) -> str | None:
+        """Return why a conversation cannot be encoded faithfully (its text holds a control token), or None."""
+        for message in messages:
+            for text in self._reserved:
+                if text in message["content"]:
+                    return self._reserved_reason(text, message["role"])
+        return None
+
+    @cached_property
+    def template_hash(self) -> str:
+        """Content hash of the chat template and of the system mode."""
+        template = self.tokenizer.chat_template
+        return hash_text(template if isinstance(template, str) else json.dumps(template, sort_keys=True), self.system)
+
+    @cached_property
+    def tokenizer_hash(self) -> str:
+        """Content hash of everything that turns text into ids."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            return hash_json({"vocabulary": self.tokenizer.get_vocab(), "special": self.tokenizer.all_special_tokens})
+        state = json.loads(backend.to_str())
+        # Padding and truncation are how a caller last used it, not what it is.
+        state.pop("padding", None)
+        state.pop("truncation", None)
+        return hash_json({"tokenizer": state, "eos": self.tokenizer.eos_token, "bos": self.tokenizer.bos_token})
+
+    @property
+    def fingerprint(self) -> str:
+        """One hash of tokenizer, template and system mode: equal fingerprints give equal ids."""
+        return hash_text(self.tokenizer_hash, self.template_hash)
+
+    @cached_property
+    def _has_system_role(self) -> bool:
+        """Whether the template writes the text of a system turn: some raise, some silently leave it out."""
+        messages = [{"role": "system", "content": _PROBE}, {"role": "user", "content": "Hi"}]
+        try:
+            return _PROBE in self._render(messages, tokenize=False, add_generation_prompt=True)
+        except InputError:
+            return False
+
+    def _prepare(self, messages: Sequence[Message]) -> list[Message]:
+        if messages[0]["role"] != "system":
+            return list(messages)
+        if self.system == "fold":
+            return fold_system(messages)
+        if not self._has_system_role:
+            raise InputError(
+                f"the chat template of {self.name} has no system role but the data has system turns: "
+                "give --system fold to put their text into the first user turn"
+            )
+        return list(messages)
+
+    def _render(self, messages: Sequence[Message], tokenize: bool, add_generation_prompt: bool) -> Any:
+        """Apply the template: text, or ids (list of int) when ``tokenize``."""
+        from jinja2 import TemplateError
+
+        try:
+            return self.tokenizer.apply_chat_template(
+                list(messages), tokenize=tokenize, add_generation_prompt=add_generation_prompt, return_dict=False
+            )
+        except (TemplateError, TypeError, KeyError) as error:
+            roles = ", ".join(message["role"] for message in messages)
+            raise InputError(
+                f"the chat template of {self.name} refuses the turns '{roles}' ({error}): mend the row or the template"
+            ) from error
+
+    def _probe_response(self) -> tuple[str, int]:
+        """Return the text the template puts before a response, and the id it puts after one."""
+        user = [{"role": "user", "content": "Hi"}]
+        prompt = self._render(user, tokenize=False, add_generation_prompt=True)
+        whole = self._render(
+            [*user, {"role": "assistant", "content": _PROBE}], tokenize=False, add_generation_prompt=False
+        )
+        before, found, after = whole.rpartition(_PROBE)
+        if not found:
+            raise InputError(f"the chat template of {self.name} leaves out the assistant's text: mend the template")
+        prefix = before.removeprefix(prompt) if before.startswith(prompt) else ""
+        control = {int(token) for token in getattr(self.tokenizer, "added_tokens_decoder", {})}
+        control.update(self.tokenizer.all_special_ids)
+        ids = self.tokenizer(after.strip(), add_special_tokens=False)["input_ids"] if after.strip() else []
+        end_id = ids[0] if ids and ids[0] in control else self.tokenizer.eos_token_id
+        if end_id is None:
+            raise InputError(
+                f"the tokenizer of {self.name} has neither an EOS token nor an end-of-turn token in its template, "
+                "so no response could end: set eos_token in tokenizer_config.json"
+            )
+        return prefix, int(end_id)
+
+    def _reserved_texts(self) -> list[str]:
+        """The token texts that content may not hold: they would open or end a turn."""
+        ids = {*self.stop_ids, self.tokenizer.bos_token_id} - {None}
+        return [str(token) for token in self.tokenizer.convert_ids_to_tokens(sorted(ids))]
+
+    def _reserved_reason(self, text: str, role: str = "assistant") -> str:
+        return f"the {role} turn contains the control token '{text}' as text: remove it from the row"
+
+    def _response_tokens(self, conversation: Sequence[Message]) -> list[int]:
+        """The final turn's ids as the template writes them, anything after the end of turn included."""
+        messages = self._prepare(conversation)
+        prompt = self.prompt_ids(conversation[:-1])
+        whole = self._one_bos(self._render(messages, tokenize=True, add_generation_prompt=False))
+        if whole[: len(prompt)] == prompt:
+            return whole[len(prompt) :]
+        # Not a prefix: tokens merged across the border, or the template rewrites the past. The text may still line up.
+        prompt_text = self._render(messages[:-1], tokenize=False, add_generation_prompt=True)
+        whole_text = self._render(messages, tokenize=False, add_generation_prompt=False)
+        aligned = whole_text.startswith(prompt_text)
+        text = whole_text[len(prompt_text) :] if aligned else conversation[-1]["content"]
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _one_bos(self, ids: list[int]) -> list[int]:
+        bos = self.tokenizer.bos_token_id
+        start = 0
+        while bos is not None and ids[start : start + 2] == [bos, bos]:
+            start += 1
+        return list(ids[start:])
 
 
 @dataclass(frozen=True)
 class EncodedPair:
-    """One pair as ids: both responses follow the same, possibly truncated, prompt."""
+    """One preference pair as ids; both responses follow the same prompt. A response cut short carries no EOS."""
 
     prompt_ids: list[int]
     chosen_ids: list[int]
@@ -159,38 +259,55 @@ class EncodedPair:
 def encode_pair(
     row: Mapping[str, Any], encoder: ChatEncoder, max_length: int, max_prompt_length: int
 ) -> EncodedPair | str:
-    """Encode a preference row; stored token ids are used as they are, text is encoded only where there are none.
+    """Encode and truncate a preference row; return the reason instead when the pair has to be dropped.
 
-    When the prompt and the longer response exceed ``max_length``, the prompt keeps its last ``max_prompt_length`` ids
-    (and its BOS); what then still exceeds is cut from the end of the responses, and a cut response has no end-of-turn id.
+    Sampled ids (``chosen_token_ids``, ``rejected_token_ids``) are used as they are. When prompt plus the longer response
+    exceeds ``max_length`` tokens, the prompt keeps its BOS and its last tokens, ``max_prompt_length`` in all, then both
+    responses are cut to what remains.
 
-    Returns:
-        The encoded pair, or the reason why no pair is left (an empty response, identical responses after the cut).
+    Raises:
+        InputError: the two conversations have different prompts, or the template refuses them.
     """
-    prompt = encoder.prompt_ids(row["chosen"][:-1])
-    chosen = list(row.get("chosen_token_ids") or encoder.response_ids(row["chosen"]))
-    rejected = list(row.get("rejected_token_ids") or _rejected_ids(row, encoder))
-    if len(prompt) + max(len(chosen), len(rejected)) > max_length:
-        prompt = truncate_prompt(prompt, max_prompt_length, encoder.tokenizer.bos_token_id)
-        room = max_length - len(prompt)
-        chosen, rejected = chosen[:room], rejected[:room]
-    for name, ids in (("chosen", chosen), ("rejected", rejected)):
+    prompt = list(row["chosen"][:-1])
+    if prompt != list(row["rejected"][:-1]):
+        raise InputError(
+            f"prompt {row.get('prompt_id', '?')}: chosen and rejected have different prompts: mend the row"
+        )
+    if reason := encoder.refusal(prompt):
+        return reason
+    prompt_ids = encoder.prompt_ids(prompt)
+    sides: dict[str, list[int]] = {}
+    for side in ("chosen", "rejected"):
+        ids = _side_ids(row, side, encoder)
+        if isinstance(ids, str):
+            return ids
+        sides[side] = ids
+    longest = max(map(len, sides.values()))
+    if len(prompt_ids) + longest > max_length:
+        prompt_ids = truncate_prompt(prompt_ids, max_prompt_length, encoder.tokenizer.bos_token_id)
+        room = max(0, max_length - len(prompt_ids))
+        sides = {side: ids[:room] for side, ids in sides.items()}
+    for side, ids in sides.items():
         if not ids:
-            return f"empty {name} response"
-    return EncodedPair(prompt, chosen, rejected)
+            return f"empty {side} response after truncation to max_length {max_length}"
+    return EncodedPair(prompt_ids, sides["chosen"], sides["rejected"])
 
 
-def _rejected_ids(row: Mapping[str, Any], encoder: ChatEncoder) -> list[int]:
-    if not row["rejected"][-1]["content"]:
-        return [encoder.end_id]
-    ids = encoder.response_ids(row["rejected"])
-    return ids[:-1] if row.get("rejected_finish_reason") == "length" else ids
+def truncate_prompt(ids: list[int], max_prompt_length: int, bos_id: int | None) -> list[int]:
+    """Keep the last ``max_prompt_length`` tokens, the first of them given to the BOS where the prompt begins with one."""
+    if len(ids) <= max_prompt_length:
+        return ids
+    if bos_id is not None and ids[0] == bos_id:
+        return [bos_id, *ids[len(ids) - max_prompt_length + 1 :]]
+    return ids[len(ids) - max_prompt_length :]
 
 
-def truncate_prompt(prompt: list[int], max_prompt_length: int, bos_id: int | None) -> list[int]:
-    """Keep the last ``max_prompt_length`` ids of a prompt; a leading BOS stays in front."""
-    if len(prompt) <= max_prompt_length:
-        return prompt
-    if bos_id is not None and prompt[0] == bos_id:
-        return [bos_id, *prompt[len(prompt) - max_prompt_length + 1 :]]
-    return prompt[len(prompt) - max_prompt_length :]
+def _side_ids(row: Mapping[str, Any], side: str, encoder: ChatEncoder) -> list[int] | str:
+    """The response ids of one side, or why there are none."""
+    sampled = row.get(f"{side}_token_ids")
+    if sampled is not None:
+        return [int(token) for token in sampled] or f"empty {side} response"
+    if reason := encoder.refusal(row[side][-1:]):
+        return reason
+    ids = encoder.response_ids(row[side])
+    return ids[:-1] or f"empty {side} response" if row.get(f"{side}_finish_reason") == "length" else ids

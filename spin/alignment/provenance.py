@@ -47,11 +47,17 @@ class Provenance:
     def differences(self, other: Provenance, ignore: Iterable[str] = ("data_frac", "extra")) -> list[str]:
         """Return ``field: mine != theirs`` for each field that differs, ``ignore`` left out."""
         skipped = set(ignore)
-        return [
-            f"{item.name}: {getattr(self, item.name)!r} != {getattr(other, item.name)!r}"
-            for item in dataclasses.fields(self)
-            if item.name not in skipped and getattr(self, item.name) != getattr(other, item.name)
-        ]
+        differences = []
+        for item in dataclasses.fields(self):
+            mine, theirs = getattr(self, item.name), getattr(other, item.name)
+            if item.name in skipped or mine == theirs:
+                continue
+            if isinstance(mine, dict) and isinstance(theirs, dict):
+                keys = [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key)]
+                differences += [f"{item.name}.{key}: {mine.get(key)!r} != {theirs.get(key)!r}" for key in keys]
+            else:
+                differences.append(f"{item.name}: {mine!r} != {theirs!r}")
+        return differences
 
     def attach(self, schema: pa.Schema) -> pa.Schema:
         """Return ``schema`` with this record in its metadata."""

@@ -1,0 +1,230 @@
+"""Step 0: foreign SFT data -> prompts + ground truth.
+
+Writes ``{split}.parquet`` (and ``test.parquet`` when a test size is given) with the columns
+
+    prompt_id   the row's own id, else a hash of its prompt; unique
+    chosen      the whole conversation, ending in the assistant turn to be played
+
+Rows stream through twice: once to rank every prompt by a keyed hash, once to write. The ranks decide the subset and the
+test split, so neither depends on the order of the rows; 17 bytes a prompt are held in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spin.alignment.errors import InputError
+from spin.programs import Parser, run_program
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from spin.alignment.provenance import Provenance
+    from spin.alignment.readers import Conversation
+
+
+def make_parser() -> Parser:
+    parser = Parser(prog="reformat.py", description="Turn foreign SFT data into prompts with their ground truth.")
+    parser.add_argument("--data", required=True, help="Hub name, folder, or parquet, json or jsonl file")
+    parser.add_argument("--output_dir", required=True, help="folder for {split}.parquet and test.parquet")
+    parser.add_argument("--split", default="train", help="split of the source to read, and name of the file written")
+    parser.add_argument("--test_size", type=float, default=0.0, help="rows held out (a number, or a share below 1)")
+    parser.add_argument("--subset", type=int, default=0, help="random subset of this many training rows (0: all)")
+    parser.add_argument("--seed", type=int, default=42, help="seed of the subset and of the test split")
+    parser.add_argument("--turns", choices=("last", "all"), default="last", help="assistant turns to play")
+    parser.add_argument(
+        "--skip_invalid", action="store_true", help="leave out rows that break the contract, and say so"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace another data set in the output folder")
+    return parser
+
+
+@dataclass
+class Source:
+    """The conversations of the input, read anew at each pass, and the rows that had to be left out."""
+
+    data: str
+    split: str
+    turns: str
+    skip_invalid: bool
+
+    def __post_init__(self) -> None:
+        self.invalid: list[str] = []
+
+    def conversations(self) -> Iterator[tuple[str, Conversation]]:
+        from spin.alignment.readers import read_records, to_conversations
+
+        self.invalid = []
+        for where, record in read_records(self.data, self.split):
+            try:
+                found = to_conversations(record, where, self.turns)  # type: ignore[arg-type]
+            except InputError as error:
+                if not self.skip_invalid:
+                    raise
+                self.invalid.append(str(error))
+                continue
+            for conversation in found:
+                yield where, conversation
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which distinct prompts go where: ``ranks`` is sorted, the first ``num_test`` are held out, the next are training."""
+
+    ranks: np.ndarray
+    num_test: int
+    num_train: int
+    num_rows: int
+
+
+def rank(seed: int, conversation: Conversation) -> int:
+    """Return a 64-bit keyed hash of a prompt: equal prompts have equal ranks."""
+    from spin.alignment.readers import prompt_hash
+
+    key = f"{seed}\x00{prompt_hash(conversation.messages[:-1])}".encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big")
+
+
+def select(source: Source, seed: int, test_size: float, subset: int) -> Selection:
+    """First pass: rank every prompt, check that ids are unique, and draw the test split and the subset."""
+    import numpy as np
+
+    ranks, ids = array("Q"), array("Q")
+    for _, conversation in source.conversations():
+        ranks.append(rank(seed, conversation))
+        ids.append(int.from_bytes(hashlib.blake2b(conversation.prompt_id.encode(), digest_size=8).digest(), "big"))
+    if not ranks:
+        raise InputError(
+            f"no usable row is left in {source.data}: {source.invalid[0] if source.invalid else 'it is empty'}"
+        )
+    unique, first = np.unique(np.frombuffer(ranks, dtype=np.uint64), return_index=True)
+    kept_ids, counts = np.unique(np.frombuffer(ids, dtype=np.uint64)[first], return_counts=True)
+    if (counts > 1).any():
+        _name_shared_id(source, {int(value) for value in kept_ids[counts > 1]})
+    num_test = round(test_size * len(unique)) if test_size < 1 else int(test_size)
+    num_train = min(subset, len(unique) - num_test) if subset else len(unique) - num_test
+    if num_train < 1 or (test_size and num_test < 1):
+        raise InputError(
+            f"test_size {test_size:g} of {len(unique)} distinct prompts leaves {num_train} for training and {num_test} "
+            "for the test split: choose another size"
+        )
+    return Selection(unique, num_test, num_train, len(ranks))
+
+
+def _name_shared_id(source: Source, shared: set[int]) -> None:
+    for where, conversation in source.conversations():
+        digest = hashlib.blake2b(conversation.prompt_id.encode(), digest_size=8).digest()
+        if int.from_bytes(digest, "big") in shared:
+            raise InputError(
+                f"{where}: the id '{conversation.prompt_id}' belongs to several different prompts: make the ids unique "
+                "or remove the column"
+            )
+
+
+def write(
+    source: Source, selection: Selection, seed: int, paths: dict[str, Path], provenance: dict[str, Provenance]
+) -> None:
+    """Second pass: stream the selected conversations into their files; the training file appears last."""
+    import numpy as np
+    from rich.progress import track
+
+    from spin.alignment.data import PROMPT_SCHEMA
+    from spin.alignment.shards import ParquetSink
+
+    written = np.zeros(len(selection.ranks), dtype=bool)
+    with ExitStack() as stack:
+        # Left in reverse order: entering the training file first makes it the last to appear, the proof of completion.
+        sinks = {
+            name: stack.enter_context(ParquetSink(paths[name], PROMPT_SCHEMA, provenance[name]))
+            for name in sorted(paths, key="test".__eq__)
+        }
+        batches: dict[str, list[dict[str, Any]]] = {name: [] for name in sinks}
+        rows = track(source.conversations(), description="reformat", total=selection.num_rows, transient=True)
+        for _, conversation in rows:
+            position = int(np.searchsorted(selection.ranks, np.uint64(rank(seed, conversation))))
+            if written[position] or position >= selection.num_test + selection.num_train:
+                continue
+            written[position] = True
+            name = "test" if position < selection.num_test else "train"
+            batches[name].append({"prompt_id": conversation.prompt_id, "chosen": conversation.messages})
+            if len(batches[name]) == 1000:
+                sinks[name].write(batches[name])
+                batches[name] = []
+        for name, batch in batches.items():
+            sinks[name].write(batch)
+
+
+def main(arguments: Sequence[str]) -> None:
+    options = make_parser().parse_args(arguments)
+    if options.test_size < 0 or options.subset < 0:
+        raise InputError("test_size and subset must not be negative: give 0 or more")
+    if options.test_size and options.split == "test":
+        raise InputError("split 'test' cannot hold out a test split of its own: set test_size to 0")
+    from spin.alignment.provenance import Provenance, hash_text
+    from spin.alignment.readers import split_files
+    from spin.alignment.shards import open_parquet
+
+    source = Source(options.data, options.split, options.turns, options.skip_invalid)
+    folder = Path(options.output_dir)
+    paths = {"train": folder / f"{options.split}.parquet"}
+    if options.test_size:
+        paths["test"] = folder / "test.parquet"
+    local = Path(options.data)
+    content = source_hash(split_files(local, options.split)) if local.exists() else hash_text(options.data)
+    settings = {
+        name: getattr(options, name) for name in ("split", "test_size", "subset", "seed", "turns", "skip_invalid")
+    }
+    provenance = {
+        name: Provenance("prompts", sampling=settings, prompts_hash=content, split=path.stem)
+        for name, path in paths.items()
+    }
+    if not options.overwrite and already_there(paths, provenance):
+        rows = {path.name: open_parquet(path).metadata.num_rows for path in paths.values()}
+        print(f"{folder} is complete already: {rows}")
+        return
+    selection = select(source, options.seed, options.test_size, options.subset)
+    write(source, selection, options.seed, paths, provenance)
+    repeated = selection.num_rows - len(selection.ranks)
+    unused = len(selection.ranks) - selection.num_train - selection.num_test
+    print(
+        f"{selection.num_rows} rows read, {repeated} repeated prompts removed, {len(source.invalid)} invalid rows skipped, "
+        f"{unused} left out by --subset; wrote {selection.num_train} training and {selection.num_test} test rows to {folder}"
+    )
+    for reason in source.invalid[:5]:
+        print(f"  skipped: {reason}")
+
+
+def source_hash(files: list[Path]) -> str:
+    """Return one hash of the input files' contents."""
+    from spin.alignment.provenance import hash_file, hash_text
+
+    return hash_text(*(hash_file(file) for file in files))
+
+
+def already_there(paths: dict[str, Path], provenance: dict[str, Provenance]) -> bool:
+    """Return whether every output exists and was made from the same input and settings.
+
+    Raises:
+        InputError: an output exists but was made from something else.
+    """
+    from spin.alignment.provenance import read_provenance
+    from spin.alignment.shards import open_parquet
+
+    for name, path in paths.items():
+        if path.exists():
+            differences = provenance[name].differences(read_provenance(open_parquet(path).schema_arrow, path))
+            if differences:
+                raise InputError(
+                    f"{path} holds another data set ({'; '.join(differences)}): choose another output_dir or pass --overwrite"
+                )
+    return all(path.exists() for path in paths.values())
+
+
+if __name__ == "__main__":
+    run_program(main)
