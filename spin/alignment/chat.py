@@ -15,10 +15,10 @@ from typing import Any, Literal
 
 from spin.alignment.errors import InputError
 from spin.alignment.provenance import hash_json, hash_text
+from spin.alignment.readers import Message
 
-Message = dict[str, str]
-SystemMode = Literal["keep", "fold"]
-SYSTEM_MODES: tuple[SystemMode, ...] = ("keep", "fold")
+SystemPolicy = Literal["keep", "fold"]
+SYSTEM_POLICIES: tuple[SystemPolicy, ...] = ("keep", "fold")
 _PROBE = "Reply 7"
 
 
@@ -56,13 +56,10 @@ def context_length(model_config: Any) -> int | None:
 
 def fold_system(messages: Sequence[Message]) -> list[Message]:
     """Put the text of the leading system turn in front of the first user turn, a blank line between."""
-    if not messages or messages[0]["role"] != "system":
+    if len(messages) < 2 or messages[0]["role"] != "system":
         return list(messages)
-    system, *rest = messages
-    if not rest:
-        return []
-    first = {**rest[0], "content": f"{system['content']}\n\n{rest[0]['content']}"}
-    return [first, *rest[1:]]
+    system, user, *rest = messages
+    return [{"role": user["role"], "content": f"{system['content']}\n\n{user['content']}"}, *rest]
 
 
 class ChatEncoder:
@@ -74,14 +71,14 @@ class ChatEncoder:
         pad_id: an id to fill tensors with; never tell padding by it, it may be the EOS.
     """
 
-    def __init__(self, tokenizer: Any, system: SystemMode = "keep") -> None:
+    def __init__(self, tokenizer: Any, system: SystemPolicy = "keep") -> None:
         """Probe the template once.
 
         Raises:
             InputError: the tokenizer has no chat template, its template cannot be rendered, or nothing ends a turn.
         """
-        if system not in SYSTEM_MODES:
-            raise InputError(f"unknown system mode '{system}': choose one of {', '.join(SYSTEM_MODES)}")
+        if system not in SYSTEM_POLICIES:
+            raise InputError(f"unknown system policy '{system}': choose one of {', '.join(SYSTEM_POLICIES)}")
         self.tokenizer = tokenizer
         self.system = system
         self.name = getattr(tokenizer, "name_or_path", "") or "tokenizer"
@@ -139,7 +136,7 @@ class ChatEncoder:
 
     @cached_property
     def template_hash(self) -> str:
-        """Content hash of the chat template and of the system mode."""
+        """Content hash of the chat template and of the system policy."""
         template = self.tokenizer.chat_template
         return hash_text(template if isinstance(template, str) else json.dumps(template, sort_keys=True), self.system)
 
@@ -157,7 +154,7 @@ class ChatEncoder:
 
     @property
     def fingerprint(self) -> str:
-        """One hash of tokenizer, template and system mode: equal fingerprints give equal ids."""
+        """One hash of tokenizer, template and system policy: equal fingerprints give equal ids."""
         return hash_text(self.tokenizer_hash, self.template_hash)
 
     @cached_property
@@ -183,13 +180,11 @@ class ChatEncoder:
 
     def _render(self, messages: Sequence[Message], tokenize: bool, add_generation_prompt: bool) -> Any:
         """Apply the template: text, or ids (list of int) when ``tokenize``."""
-        from jinja2 import TemplateError
-
         try:
             return self.tokenizer.apply_chat_template(
                 list(messages), tokenize=tokenize, add_generation_prompt=add_generation_prompt, return_dict=False
             )
-        except (TemplateError, TypeError, KeyError) as error:
+        except Exception as error:  # a template may raise anything; what it says is what the user needs
             roles = ", ".join(message["role"] for message in messages)
             raise InputError(
                 f"the chat template of {self.name} refuses the turns '{roles}' ({error}): mend the row or the template"
@@ -307,6 +302,8 @@ def _side_ids(row: Mapping[str, Any], side: str, encoder: ChatEncoder) -> list[i
     sampled = row.get(f"{side}_token_ids")
     if sampled is not None:
         return [int(token) for token in sampled] or f"empty {side} response"
+    if not row[side][-1]["content"]:
+        return [encoder.end_id]  # it ended at once
     if reason := encoder.refusal(row[side][-1:]):
         return reason
     ids = encoder.response_ids(row[side])
