@@ -149,3 +149,70 @@ def _convert_union(value: Any, choices: tuple[Any, ...], where: str) -> Any:
 def _describe(hint: Any) -> str:
     names = {float: "a number", int: "a whole number", bool: "true or false", str: "text", type(None): "empty"}
     return names.get(hint, str(getattr(hint, "__name__", hint)))
+
+
+Dtype = typing.Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The model to start from, its precision, and adapters."""
+
+    model_name_or_path: str = ""
+    model_revision: str | None = None
+    dtype: Dtype = "auto"
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+    init_from_config: bool = False
+    use_peft: bool = False
+    lora_r: int = 16
+    lora_alpha: int = 32
+    lora_target_modules: list[str] | str = "all-linear"
+    load_in_4bit: bool = False
+    load_in_8bit: bool = False
+
+    def __post_init__(self) -> None:
+        if self.load_in_4bit and self.load_in_8bit:
+            raise InputError("load_in_4bit and load_in_8bit are both true: choose one")
+        if (self.load_in_4bit or self.load_in_8bit) and not self.use_peft:
+            raise InputError("load_in_4bit and load_in_8bit train adapters only: set use_peft to true")
+        if self.lora_r < 1 or self.lora_alpha < 1:
+            raise InputError(f"lora_r is {self.lora_r} and lora_alpha {self.lora_alpha}: set both to 1 or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Which pairs are trained on, and how they are cut to length (in tokens)."""
+
+    dataset_mixer: dict[str, float] = dataclasses.field(default_factory=dict)
+    dataset_splits: list[str] = dataclasses.field(default_factory=lambda: ["train_prefs"])
+    preprocessing_num_workers: int = 1
+    max_length: int = 1024
+    max_prompt_length: int = 512
+    system: typing.Literal["keep", "fold"] = "keep"
+
+    def __post_init__(self) -> None:
+        if self.max_prompt_length < 1 or self.max_length <= self.max_prompt_length:
+            raise InputError(
+                f"max_prompt_length is {self.max_prompt_length} and max_length {self.max_length}: "
+                "the prompt needs at least 1 token and must leave room for a response"
+            )
+        if self.preprocessing_num_workers < 1:
+            raise InputError(f"preprocessing_num_workers is {self.preprocessing_num_workers}: set it to 1 or more")
+
+
+def split_config(values: Mapping[str, Any], classes: Sequence[type], source: str) -> list[dict[str, Any]]:
+    """Distribute a flat mapping over settings dataclasses by their field names.
+
+    Raises:
+        InputError: a key that none of them has (the closest one is named).
+    """
+    names = [{field.name for field in dataclasses.fields(item) if field.init} for item in classes]
+    parts: list[dict[str, Any]] = [{} for _ in classes]
+    for key, value in values.items():
+        owners = [index for index, known in enumerate(names) if key in known]
+        if not owners:
+            raise InputError(f"unknown key '{key}' in {source}{suggestion(key, set().union(*names))}")
+        for index in owners:
+            parts[index][key] = value
+    return parts

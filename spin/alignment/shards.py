@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import random
+import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -17,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from spin.alignment.errors import InputError
-from spin.alignment.provenance import Provenance, read_provenance
+from spin.alignment.provenance import Provenance, hash_json, read_provenance
 
 # The shuffle before fractions is part of the file contract: every server must cut the same deck the same way.
 SHUFFLE_SEED = 42
@@ -187,58 +190,60 @@ def fraction_path(output_dir: str | Path, split: str, data_frac: int) -> Path:
 
 
 class FractionParts:
-    """The parts of one fraction while it is generated: each is complete or absent, in a hidden folder beside the result."""
+    """The parts of one fraction while it is generated: each is complete or absent, in a hidden folder beside the result.
 
-    def __init__(
-        self, output_dir: str | Path, split: str, data_frac: int, schema: pa.Schema, provenance: Provenance
-    ) -> None:
-        self.path = fraction_path(output_dir, split, data_frac)
-        self.folder = Path(output_dir) / ".parts" / f"{split}-{data_frac:05d}"
-        self.schema, self.provenance = schema, provenance
+    The folder is named after the provenance and the size of a part, so parts of another run are never taken for these.
+    """
+
+    def __init__(self, path: Path, schema: pa.Schema, provenance: Provenance, part_len: int, num_rows: int) -> None:
+        self.path, self.schema, self.provenance, self.part_len = path, schema, provenance, part_len
+        self.num_parts = -(-num_rows // part_len)
+        name = hash_json({**asdict(provenance), "part_len": part_len})
+        self.folder = path.parent / ".parts" / f"{path.stem}-{name}"
 
     def part_path(self, index: int) -> Path:
         return self.folder / f"part-{index:06d}.parquet"
 
-    def pending(self, num_parts: int) -> list[int]:
-        """Return the parts still to be made.
+    def rows_of(self, index: int) -> slice:
+        """Return which of the fraction's prompts a part holds."""
+        return slice(index * self.part_len, (index + 1) * self.part_len)
 
-        Raises:
-            InputError: a part there was made from something else (other model, sampling, prompts ...).
-        """
-        missing = []
-        for index in range(num_parts):
-            path = self.part_path(index)
-            if not path.exists():
-                missing.append(index)
-                continue
-            differences = self.provenance.differences(read_provenance(open_parquet(path).schema_arrow, path))
-            if differences:
-                raise InputError(
-                    f"{path} is left from another run ({'; '.join(differences)}): "
-                    f"pass --overwrite or remove the folder {self.folder}"
-                )
-        return missing
+    def pending(self) -> list[int]:
+        """Return the parts still to be made."""
+        return [index for index in range(self.num_parts) if not self.part_path(index).exists()]
 
     def write(self, index: int, rows: Sequence[dict[str, Any]]) -> None:
         """Write one part atomically."""
         with ParquetSink(self.part_path(index), self.schema, self.provenance) as sink:
             sink.write(rows)
 
-    def merge(self, num_parts: int, skipped: Sequence[dict[str, str]] = ()) -> Path:
-        """Stream all parts in order into the fraction's file, then remove them."""
-        with ParquetSink(self.path, self.schema, self.provenance, skipped) as sink:
-            for index in range(num_parts):
-                for batch in open_parquet(self.part_path(index)).iter_batches():
-                    sink.write(pa.Table.from_batches([batch]))
-        self.remove()
-        return self.path
+    def merge(self, skipped: Sequence[dict[str, str]] = ()) -> bool:
+        """Stream all parts in order into the fraction's file, then remove them; return False when some are not there yet.
 
-    def remove(self) -> None:
-        """Remove the parts and their folder."""
-        remove_files(self.folder.glob("*") if self.folder.exists() else ())
-        for folder in (self.folder, self.folder.parent):
-            if folder.exists() and not any(folder.iterdir()):
-                folder.rmdir()
+        Any number of processes may call this: a lock, which dies with its holder, lets one of them do it.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder.parent / f"{self.path.stem}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if self.is_merged():
+                return True
+            if self.pending():
+                return False
+            with ParquetSink(self.path, self.schema, self.provenance, skipped) as sink:
+                for index in range(self.num_parts):
+                    for batch in open_parquet(self.part_path(index)).iter_batches():
+                        sink.write(pa.Table.from_batches([batch]))
+            for folder in self.folder.parent.glob(f"{self.path.stem}-*"):
+                shutil.rmtree(folder)
+            return True
+
+    def is_merged(self) -> bool:
+        """Return whether the fraction's file is there and made from the same things."""
+        if not self.path.exists():
+            return False
+        return not self.provenance.differences(
+            read_provenance(open_parquet(self.path).schema_arrow, self.path), ignore=("extra",)
+        )
 
 
 def remove_files(paths: Iterable[Path]) -> None:

@@ -1,0 +1,67 @@
+"""Where responses come from. One file and one line here for each backend; heavy imports wait until it is made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from spin.alignment.configs import Dtype
+from spin.alignment.errors import lookup
+from spin.alignment.generation.base import (
+    GenerationBackend,
+    PromptRequest,
+    Response,
+    SamplingConfig,
+    sample_seed,
+)
+
+
+@dataclass(frozen=True)
+class BackendSettings:
+    """What a backend needs to load a model."""
+
+    model: str
+    revision: str | None = None
+    dtype: Dtype = "auto"
+    batch_size: int = 16
+    tensor_parallel_size: int = 1
+    max_model_len: int | None = None
+    gpu_memory_utilization: float = 0.9
+    trust_remote_code: bool = False
+    stop_ids: list[int] = field(default_factory=list)
+    pad_id: int = 0
+
+
+def _transformers(settings: BackendSettings) -> GenerationBackend:
+    from spin.alignment.generation.transformers_backend import TransformersBackend
+
+    return TransformersBackend(settings)
+
+
+def _vllm(settings: BackendSettings) -> GenerationBackend:
+    from spin.alignment.generation.vllm_backend import VLLMBackend
+
+    return VLLMBackend(settings)
+
+
+BACKENDS: dict[str, Callable[[BackendSettings], GenerationBackend]] = {
+    "transformers": _transformers,
+    "vllm": _vllm,
+}
+
+
+def make_backend(name: str, settings: BackendSettings) -> GenerationBackend:
+    """Load a model into a backend; an unknown name raises :class:`InputError` with the valid ones."""
+    return lookup(BACKENDS, name, "generation backend")(settings)
+
+
+__all__ = [
+    "BACKENDS",
+    "BackendSettings",
+    "GenerationBackend",
+    "PromptRequest",
+    "Response",
+    "SamplingConfig",
+    "make_backend",
+    "sample_seed",
+]

@@ -1,0 +1,199 @@
+"""Loading a policy, its precision, quantisation and adapters; saving a checkpoint that is complete or absent."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spin.alignment.configs import ModelConfig
+from spin.alignment.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+
+def resolve_dtype(name: str) -> torch.dtype | str:
+    """Return the torch dtype of a name, ``auto`` as it is.
+
+    Raises:
+        InputError: the device here lacks it.
+    """
+    import torch
+
+    if name == "auto":
+        return "auto"
+    if torch.cuda.is_available() and name == "bfloat16" and not torch.cuda.is_bf16_supported():
+        raise InputError("dtype bfloat16 is not supported by this GPU: set dtype to float16 or float32")
+    if name == "float16" and not torch.cuda.is_available():
+        raise InputError("dtype float16 needs a GPU: set dtype to bfloat16 or float32")
+    return getattr(torch, name)
+
+
+def check_model_path(name: str, needs_weights: bool = True) -> None:
+    """Check what can be known of a model before it is loaded; Hub names are checked when they are resolved.
+
+    Raises:
+        InputError: no name, a missing folder, no config, no weights, or weights as pickles only.
+    """
+    if not name:
+        raise InputError("model_name_or_path is missing: name a model folder or a Hub model")
+    folder = Path(name)
+    if not folder.is_dir():
+        if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+            raise InputError(f"model folder {name} does not exist: check the path")
+        return
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{name} holds no config.json: give the folder of a saved model")
+    if needs_weights and not any(folder.glob("*.safetensors")):
+        found = "only pickled weights" if any(folder.glob("*.bin")) else "no weights"
+        raise InputError(f"{name} holds {found}: save the model as safetensors (save_pretrained) first")
+
+
+def model_folder(name: str, revision: str | None = None) -> Path:
+    """Return the local folder of a model: itself, or the Hub snapshot of a revision (fetched unless offline).
+
+    Raises:
+        InputError: the Hub model is neither cached nor reachable.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"model '{name}' is neither a folder here nor a Hub model that is cached or reachable ({reason}): "
+            "check the name, or unset HF_HUB_OFFLINE"
+        ) from error
+
+
+def load_model(config: ModelConfig, seed: int = 42) -> PreTrainedModel:
+    """Load a causal language model with dropout off, without adapters (see :func:`add_adapters`).
+
+    ``init_from_config`` starts from random weights drawn with ``seed`` instead.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    check_model_path(config.model_name_or_path, needs_weights=not config.init_from_config)
+    common: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    if config.attn_implementation:
+        common["attn_implementation"] = config.attn_implementation
+    name, revision, dtype = config.model_name_or_path, config.model_revision, resolve_dtype(config.dtype)
+    if config.init_from_config:
+        model_config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=config.trust_remote_code)
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(
+            model_config, dtype=torch.float32 if dtype == "auto" else dtype, **common
+        )
+    else:
+        quantisation = _quantisation(config)
+        if quantisation is not None:
+            common["quantization_config"] = quantisation
+        model = AutoModelForCausalLM.from_pretrained(
+            model_folder(name, revision), dtype=dtype, use_safetensors=True, **common
+        )
+    disable_dropout(model)
+    return model
+
+
+def _quantisation(config: ModelConfig) -> Any:
+    if not (config.load_in_4bit or config.load_in_8bit):
+        return None
+    import importlib.util
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError("load_in_4bit and load_in_8bit need bitsandbytes: pip install 'selfplay-spin[qlora]'")
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    if config.load_in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+
+
+def disable_dropout(model: torch.nn.Module) -> None:
+    """Set every dropout to 0: the policy must equal its opponent at step 0, and log-probs must be those of generation."""
+    import torch
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    config = getattr(model, "config", None)
+    for name in ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"):
+        if hasattr(config, name):
+            setattr(config, name, 0.0)
+    for module in model.modules():
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+
+
+def add_adapters(model: PreTrainedModel, config: ModelConfig) -> Any:
+    """Wrap a model with fresh LoRA adapters: their product is zero, so the policy starts as its opponent.
+
+    Raises:
+        InputError: peft is not installed.
+    """
+    import importlib.util
+
+    if importlib.util.find_spec("peft") is None:
+        raise InputError("use_peft needs the peft package: pip install 'selfplay-spin[peft]'")
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    if config.load_in_4bit or config.load_in_8bit:
+        model = prepare_model_for_kbit_training(model)
+    settings = LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=0.0,
+        target_modules=config.lora_target_modules,
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, settings)
+
+
+def save_checkpoint(
+    model: Any, tokenizer: Any, output_dir: str | Path, state_dict: dict[str, Any] | None = None
+) -> Path:
+    """Save a model that loads by itself: weights (adapters merged), config, generation config, tokenizer and template.
+
+    Everything is written into a hidden folder, fsynced and moved in place, ``config.json`` last: its existence proves
+    completion. Other files of ``output_dir`` (trainer checkpoints, metrics) stay.
+    """
+    output_dir = Path(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    hidden = output_dir / f".saving-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    for stale in output_dir.glob(".saving-*"):
+        shutil.rmtree(stale)
+    if hasattr(model, "merge_and_unload"):
+        model, state_dict = model.merge_and_unload(), None
+    model.save_pretrained(hidden, state_dict=state_dict)
+    tokenizer.save_pretrained(hidden)
+    files = sorted((path for path in hidden.iterdir()), key=lambda path: path.name == "config.json")
+    for path in files:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    for stale in [output_dir / "config.json", *output_dir.glob("*.safetensors*")]:
+        stale.unlink(missing_ok=True)
+    for path in files:
+        path.replace(output_dir / path.name)
+    hidden.rmdir()
+    return output_dir
+
+
+def is_complete_checkpoint(path: str | Path) -> bool:
+    """Return whether a folder holds a model that :func:`save_checkpoint` finished."""
+    folder = Path(path)
+    return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
