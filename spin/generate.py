@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
     from spin.alignment.provenance import Provenance
     from spin.alignment.shards import FractionParts
 
-NO_LIMIT = 2**20
+BATCH_SIZE = 16
+TOKENIZER_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
 
 
 def make_parser() -> Parser:
@@ -49,23 +51,39 @@ def make_parser() -> Parser:
     add("--max_new_tokens", type=int, default=1024, help="longest response in tokens")
     add("--max_prompt_length", type=int, default=0, help="longest prompt in tokens (0: what the context leaves)")
     add("--seed", type=int, default=42, help="seed of the responses")
-    add("--batch_size", type=int, default=16, help="responses generated at once (transformers)")
+    add(
+        "--batch_size",
+        type=int,
+        default=None,
+        help="responses in flight at once (default: 16; vllm: its own, 256 or more)",
+    )
     add("--tensor_parallel_size", type=int, default=1, help="GPUs of one engine (vllm)")
     add("--gpu_memory_utilization", type=float, default=0.9, help="share of GPU memory the engine takes (vllm)")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="precision of the weights")
     add("--system", default="keep", choices=("keep", "fold"), help="fold: join system turns into the first user turn")
     add("--trust_remote_code", action="store_true", help="run code that comes with the model")
     add("--iteration", type=int, default=0, help="iteration number, recorded in the provenance")
-    add("--flush_every", type=int, default=512, help="prompts in a part: what a killed process loses at most")
+    add(
+        "--flush_every",
+        type=int,
+        default=None,
+        help="prompts in a part, what a killed process loses at most (default: 64 or batch_size; vllm: 512)",
+    )
     add("--overwrite", action="store_true", help="replace a fraction that was made from something else")
     return parser
 
 
 def check_options(options: Any) -> SamplingConfig:
-    """Check every flag that can be checked without opening anything; return the sampling specification."""
+    """Check every flag that can be checked without opening anything, fill in the backend's defaults; return the sampling."""
     from spin.alignment.generation import BACKENDS
 
     lookup(BACKENDS, options.backend, "generation backend")
+    if options.backend == "transformers":
+        if options.tensor_parallel_size > 1:
+            raise InputError("tensor_parallel_size is for vllm: set it to 1 or pass --backend vllm")
+        options.batch_size = BATCH_SIZE if options.batch_size is None else options.batch_size
+    if options.flush_every is None:
+        options.flush_every = 512 if options.backend == "vllm" else max(64, options.batch_size)
     for name, lowest in (
         ("data_frac", 0),
         ("frac_len", 0),
@@ -74,8 +92,16 @@ def check_options(options: Any) -> SamplingConfig:
         ("flush_every", 1),
         ("tensor_parallel_size", 1),
     ):
-        if getattr(options, name) < lowest:
-            raise InputError(f"{name} is {getattr(options, name)}: set it to {lowest} or more")
+        value = getattr(options, name)
+        if value is not None and value < lowest:
+            raise InputError(f"{name} is {value}: set it to {lowest} or more")
+    if options.flush_every < (options.batch_size or 1):
+        raise InputError(
+            f"flush_every {options.flush_every} is smaller than batch_size {options.batch_size}, so no batch would be full: "
+            "raise it to batch_size or more"
+        )
+    if Path(options.output_dir).exists() and not Path(options.output_dir).is_dir():
+        raise InputError(f"output_dir {options.output_dir} is a file: give a folder")
     if not 0 < options.gpu_memory_utilization <= 1:
         raise InputError(f"gpu_memory_utilization is {options.gpu_memory_utilization}: set it above 0 and at most 1")
     return SamplingConfig(
@@ -88,28 +114,58 @@ def check_options(options: Any) -> SamplingConfig:
     )
 
 
-def make_provenance(options: Any, sampling: SamplingConfig, prompts: Dataset, encoder: ChatEncoder) -> Provenance:
-    """Return the record of what this fraction is made from."""
-    from spin.alignment.data import prompts_hash
-    from spin.alignment.model_utils import model_folder
-    from spin.alignment.provenance import Provenance, hash_weights, package_versions
+def stated_provenance(options: Any, sampling: SamplingConfig, model_dir: Path) -> Provenance:
+    """Return what is known of this fraction's origin before a tokenizer or a row is read.
 
+    ``extra["inputs"]`` is one hash of every input file, so that a finished fraction is recognised in a second.
+    """
+    from spin.alignment.provenance import Provenance, hash_file, hash_text, hash_weights, package_versions
+    from spin.alignment.readers import split_files
+
+    data = Path(options.input_dir)
+    data_files = split_files(data, options.split) if data.exists() else []
+    weights_hash = hash_weights(model_dir)
+    texts = sorted(file for pattern in TOKENIZER_FILES for file in model_dir.glob(pattern))
+    contents = [f"{file.name}={hash_file(file)}" for file in (*texts, *data_files)]
     return Provenance(
         kind="generated",
-        model=options.model,
+        # A folder may be mounted elsewhere on another server; its weights tell what it is.
+        model=model_dir.resolve().name if Path(options.model).is_dir() else options.model,
         model_revision=options.revision or "",
-        weights_hash=hash_weights(model_folder(options.model, options.revision)),
-        tokenizer_hash=encoder.tokenizer_hash,
-        chat_template_hash=encoder.template_hash,
+        weights_hash=weights_hash,
         backend=options.backend,
         sampling=sampling.as_dict() | {"dtype": options.dtype, "max_prompt_length": options.max_prompt_length},
         iteration=options.iteration,
         split=options.split,
-        prompts_hash=prompts_hash(prompts),
-        num_prompts=len(prompts),
         data_frac=options.data_frac,
         frac_len=options.frac_len,
         versions=package_versions(),
+        extra={"inputs": hash_text(options.system, *contents)} if data_files else {},
+    )
+
+
+def is_known_complete(path: Path, stated: Provenance) -> bool:
+    """Return whether the fraction is there and its input files and settings are the same, byte for byte."""
+    from spin.alignment.provenance import read_provenance
+    from spin.alignment.shards import open_parquet
+
+    if not path.exists() or not stated.extra:
+        return False
+    found = read_provenance(open_parquet(path).schema_arrow, path)
+    derived = ("tokenizer_hash", "chat_template_hash", "prompts_hash", "num_prompts")
+    return not stated.differences(found, ignore=derived)
+
+
+def full_provenance(stated: Provenance, prompts: Dataset, encoder: ChatEncoder) -> Provenance:
+    """Add what the tokenizer and the rows say."""
+    from spin.alignment.data import prompts_hash
+
+    return replace(
+        stated,
+        tokenizer_hash=encoder.tokenizer_hash,
+        chat_template_hash=encoder.template_hash,
+        prompts_hash=prompts_hash(prompts),
+        num_prompts=len(prompts),
     )
 
 
@@ -139,8 +195,12 @@ def encode_prompts(
     """Encode every prompt of the fraction; return the (row, request) list, longest last, and the prompts left out."""
     kept, skipped = [], []
     for row in prompts:
+        prompt = row["chosen"][:-1]
+        if reason := encoder.refusal(prompt):
+            skipped.append({"prompt_id": row["prompt_id"], "reason": reason})
+            continue
         try:
-            ids = encoder.prompt_ids(row["chosen"][:-1])
+            ids = encoder.prompt_ids(prompt)
         except InputError as error:
             raise InputError(f"prompt {row['prompt_id']}: {error}") from error
         if len(ids) > longest:
@@ -153,22 +213,27 @@ def encode_prompts(
     return kept, skipped
 
 
-def longest_prompt(options: Any, model_dir: Path) -> tuple[int, int]:
-    """Return the longest prompt allowed and the model's context length, both in tokens.
+def longest_prompt(options: Any, model_dir: Path) -> int:
+    """Return the longest prompt allowed, in tokens: what ``max_prompt_length`` and the model's context leave.
 
     Raises:
         InputError: the context has no room for ``max_new_tokens`` behind any prompt.
     """
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(model_dir, trust_remote_code=options.trust_remote_code).get_text_config()
-    context = int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or NO_LIMIT)
-    room = context - options.max_new_tokens
-    if room < 1:
-        raise InputError(
-            f"max_new_tokens {options.max_new_tokens} leaves no room for a prompt in the context of {context} tokens: lower it"
-        )
-    return min(options.max_prompt_length or room, room), context
+    from spin.alignment.chat import context_length
+
+    config = AutoConfig.from_pretrained(model_dir, trust_remote_code=options.trust_remote_code)
+    context = context_length(config)
+    limits = [options.max_prompt_length] if options.max_prompt_length else []
+    if context is not None:
+        if context <= options.max_new_tokens:
+            raise InputError(
+                f"max_new_tokens {options.max_new_tokens} leaves no room for a prompt in the context of {context} tokens: "
+                "lower it"
+            )
+        limits.append(context - options.max_new_tokens)
+    return min(limits, default=sys.maxsize)
 
 
 def response_rows(row: dict[str, Any], responses: list[Response], encoder: ChatEncoder) -> list[dict[str, Any]]:
@@ -235,7 +300,6 @@ def generate_parts(
     work: list[tuple[dict[str, Any], PromptRequest]],
     parts: FractionParts,
     encoder: ChatEncoder,
-    context: int,
 ) -> None:
     """Generate this process's share of the parts that are not there yet; the model is loaded only if there are any."""
     from spin.alignment.generation import BackendSettings, make_backend
@@ -250,7 +314,8 @@ def generate_parts(
         dtype=options.dtype,
         batch_size=options.batch_size,
         tensor_parallel_size=options.tensor_parallel_size,
-        max_model_len=context if context < NO_LIMIT else None,
+        # No longer than needed: an engine reserves cache for it.
+        max_model_len=len(work[-1][1].token_ids) + sampling.max_new_tokens,
         gpu_memory_utilization=options.gpu_memory_utilization,
         trust_remote_code=options.trust_remote_code,
         stop_ids=encoder.stop_ids,
@@ -284,6 +349,7 @@ def generate_parts(
 def main(arguments: Sequence[str]) -> None:
     options = make_parser().parse_args(arguments)
     sampling = check_options(options)
+    # torchrun and schedulers stop a process by SIGTERM: leave as after Ctrl-C, finished parts stay.
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     rank = int(os.environ.get("RANK", "0"))
@@ -293,13 +359,17 @@ def main(arguments: Sequence[str]) -> None:
     from spin.alignment.shards import FractionParts, fraction_path, fraction_rows
 
     check_model_path(options.model)
+    model_dir = model_folder(options.model, options.revision)
+    path = fraction_path(options.output_dir, options.split, options.data_frac)
+    stated = stated_provenance(options, sampling, model_dir)
+    if is_known_complete(path, stated):
+        print(f"{path} is complete already")
+        return
     prompts = load_prompts(options.input_dir, options.split)
     rows = fraction_rows(len(prompts), options.data_frac, options.frac_len)
     encoder = ChatEncoder(load_tokenizer(options.model, options.revision, options.trust_remote_code), options.system)
-    provenance = make_provenance(options, sampling, prompts, encoder)
-    path = fraction_path(options.output_dir, options.split, options.data_frac)
-    longest, context = longest_prompt(options, model_folder(options.model, options.revision))
-    work, skipped = encode_prompts(prompts.select(rows), encoder, longest)
+    provenance = full_provenance(stated, prompts, encoder)
+    work, skipped = encode_prompts(prompts.select(rows), encoder, longest_prompt(options, model_dir))
     if not work:
         raise InputError(f"no prompt fits ({skipped[0]['reason']}): raise max_prompt_length or lower max_new_tokens")
     parts = FractionParts(path, GENERATED_SCHEMA, provenance, options.flush_every, len(work))
@@ -308,7 +378,7 @@ def main(arguments: Sequence[str]) -> None:
         return
     for item in skipped if rank == 0 else ():
         print(f"left out prompt {item['prompt_id']}: {item['reason']}", file=sys.stderr)
-    generate_parts(options, sampling, work, parts, encoder, context)
+    generate_parts(options, sampling, work, parts, encoder)
     # Whichever process ends last finds every part there and merges them.
     if parts.merge(skipped):
         print(f"wrote {path}")

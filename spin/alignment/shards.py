@@ -209,8 +209,25 @@ class FractionParts:
         return slice(index * self.part_len, (index + 1) * self.part_len)
 
     def pending(self) -> list[int]:
-        """Return the parts still to be made."""
+        """Return the parts still to be made; none when the fraction's file is there already."""
+        with self._locked():
+            return [] if self.is_merged() else self._missing()
+
+    def _missing(self) -> list[int]:
         return [index for index in range(self.num_parts) if not self.part_path(index).exists()]
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Hold the fraction's lock, which dies with its holder: parts never vanish under a process that counts them."""
+        path = self.folder.parent / f"{self.path.stem}.lock"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = path.open("w")
+        except OSError as error:
+            raise (_explained(error, path) or error) from None
+        with lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
     def write(self, index: int, rows: Sequence[dict[str, Any]]) -> None:
         """Write one part atomically."""
@@ -222,12 +239,10 @@ class FractionParts:
 
         Any number of processes may call this: a lock, which dies with its holder, lets one of them do it.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder.parent / f"{self.path.stem}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with self._locked():
             if self.is_merged():
                 return True
-            if self.pending():
+            if self._missing():
                 return False
             with ParquetSink(self.path, self.schema, self.provenance, skipped) as sink:
                 for index in range(self.num_parts):

@@ -18,12 +18,16 @@ from spin.alignment.generation.base import (
 
 @dataclass(frozen=True)
 class BackendSettings:
-    """What a backend needs to load a model."""
+    """What a backend needs to load a model.
+
+    ``dtype`` is auto (that of the checkpoint), float32, bfloat16 or float16; ``batch_size`` None leaves the number of
+    responses in flight to the backend; ``max_model_len`` is the longest prompt plus response, in tokens.
+    """
 
     model: str
     revision: str | None = None
     dtype: Dtype = "auto"
-    batch_size: int = 16
+    batch_size: int | None = None
     tensor_parallel_size: int = 1
     max_model_len: int | None = None
     gpu_memory_utilization: float = 0.9

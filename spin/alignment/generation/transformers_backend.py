@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,16 @@ from spin.alignment.model_utils import load_model
 
 if TYPE_CHECKING:
     from spin.alignment.generation import BackendSettings
+
+
+DEFAULT_BATCH_SIZE = 16
+
+
+def _own_device() -> torch.device:
+    """The GPU of this process of a launch, else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
 class SeededDraw(LogitsProcessor):
@@ -50,7 +61,7 @@ class TransformersBackend:
         """Load ``settings.model``, or use a ``model`` that is loaded already (evaluation scores it with the same weights)."""
         self.settings = settings
         if model is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+            device = _own_device()
             config = ModelConfig(
                 model_name_or_path=settings.model,
                 model_revision=settings.revision,
@@ -67,8 +78,9 @@ class TransformersBackend:
         jobs = [(row, sample) for row in range(len(requests)) for sample in range(sampling.num_samples)]
         jobs.sort(key=lambda job: len(requests[job[0]].token_ids))
         results: list[list[Response | None]] = [[None] * sampling.num_samples for _ in requests]
-        for start in range(0, len(jobs), self.settings.batch_size):
-            batch = jobs[start : start + self.settings.batch_size]
+        size = self.settings.batch_size or DEFAULT_BATCH_SIZE
+        for start in range(0, len(jobs), size):
+            batch = jobs[start : start + size]
             responses = self._generate_batch([(requests[row], sample) for row, sample in batch], sampling)
             for (row, sample), response in zip(batch, responses, strict=True):
                 results[row][sample] = response

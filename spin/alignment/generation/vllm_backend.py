@@ -20,6 +20,19 @@ INSTALL_HINT = (
 )
 
 
+def _engine_dtype(settings: BackendSettings) -> str:
+    """The precision for the engine: its own ``auto`` would turn float32 weights into half precision."""
+    if settings.dtype != "auto":
+        return settings.dtype
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(
+        settings.model, revision=settings.revision, trust_remote_code=settings.trust_remote_code
+    )
+    stored = str(getattr(config, "dtype", None)).removeprefix("torch.")
+    return stored if stored == "float32" else "auto"
+
+
 class VLLMBackend:
     """One engine, from construction to :meth:`close`; several processes make several independent engines."""
 
@@ -37,7 +50,7 @@ class VLLMBackend:
         self.engine: Any = LLM(
             model=settings.model,
             revision=settings.revision,
-            dtype=settings.dtype,
+            dtype=_engine_dtype(settings),
             tensor_parallel_size=settings.tensor_parallel_size,
             max_model_len=settings.max_model_len,
             gpu_memory_utilization=settings.gpu_memory_utilization,
@@ -47,6 +60,7 @@ class VLLMBackend:
             # Compiling for a CPU costs more than it gives; on a GPU the captured graphs pay off.
             enforce_eager=not torch.cuda.is_available(),
             disable_log_stats=True,
+            **({} if settings.batch_size is None else {"max_num_seqs": settings.batch_size}),
         )
 
     @staticmethod
@@ -55,10 +69,18 @@ class VLLMBackend:
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
         rank, processes = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        if processes > 1 and "CUDA_VISIBLE_DEVICES" not in os.environ:
+        if processes > 1:
             # Each process of a launch is an engine of its own with GPUs of its own.
             size = settings.tensor_parallel_size
-            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(str(rank * size + gpu) for gpu in range(size))
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+            devices = visible.split(",") if visible else [str(gpu) for gpu in range(processes * size)]
+            own = devices[rank * size : (rank + 1) * size]
+            if len(own) < size:
+                raise InputError(
+                    f"{processes} engines of tensor_parallel_size {size} need {processes * size} GPUs, but "
+                    f"CUDA_VISIBLE_DEVICES names {len(devices)}: start fewer processes"
+                )
+            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(own)
         # The engine must not join the process group of the launcher.
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             os.environ.pop(name, None)
@@ -84,7 +106,9 @@ class VLLMBackend:
             top_k=sampling.top_k,
             max_tokens=sampling.max_new_tokens,
             seed=sample_seed(sampling.seed, request.prompt_id, sample),
+            # The stop ids are the whole specification: an EOS in the model's configuration must not add to it.
             stop_token_ids=self.settings.stop_ids,
+            ignore_eos=True,
             detokenize=False,
         )
 
