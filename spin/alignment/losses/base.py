@@ -1,9 +1,10 @@
-"""What every loss receives and returns. Pure tensors: no model, no I/O, no project imports."""
+"""What every loss receives and returns, and the sums they share. Pure tensors: no model, no I/O, no project imports."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,7 +36,26 @@ class LossOutputs:
     rejected_rewards: Tensor
 
 
-class Loss(Protocol):
-    """A loss is a pure function of :class:`LossInputs` and keyword settings."""
+# A loss is a pure function of LossInputs; its keyword arguments are the settings it knows.
+Loss = Callable[..., LossOutputs]
 
-    def __call__(self, inputs: LossInputs, **settings: float) -> LossOutputs: ...
+
+def sequence_logratios(inputs: LossInputs, length_normalize: bool = False) -> tuple[Tensor, Tensor]:
+    """Return the weighted log-ratios ``sum_t w_t (log pi(y_t) - log pi_ref(y_t))`` of both halves, each of shape ``(B,)``.
+
+    Differences are taken per token and summed in float64: two sequence sums near -2500 nats would cancel in float32.
+    ``length_normalize`` divides by the number of completion tokens.
+    """
+    mask = inputs.completion_mask.double()
+    weights = mask if inputs.weights is None else inputs.weights.double() * mask
+    ratios = (inputs.policy_logps.double() - inputs.reference_logps.double()).masked_fill(mask == 0, 0.0)
+    totals = (ratios * weights).sum(dim=-1)
+    if length_normalize:
+        totals = totals / mask.sum(dim=-1)
+    chosen, rejected = totals.chunk(2)
+    return chosen, rejected
+
+
+def outputs(losses: Tensor, chosen: Tensor, rejected: Tensor, beta: float) -> LossOutputs:
+    """Return per-pair losses with the implicit rewards ``beta * logratio``."""
+    return LossOutputs(losses, (beta * chosen).detach(), (beta * rejected).detach())
