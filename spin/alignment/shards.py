@@ -46,7 +46,7 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
         temporary.replace(path)
         fsync_folder(path.parent)
     except OSError as error:
-        raise _explained(error, path) from error
+        raise (_explained(error, path) or error) from None
     finally:
         if temporary.exists():
             temporary.unlink()
@@ -61,12 +61,18 @@ def fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _explained(error: OSError, path: Path) -> Exception:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+def remove_leftovers(*paths: Path) -> None:
+    """Remove the temporary files that killed writers of ``paths`` left; only for a file's one writer to call."""
+    for path in paths:
+        remove_files(path.parent.glob(f".{path.name}.*.tmp"))
+
+
+def _explained(error: OSError, path: Path) -> InputError | None:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return InputError(f"no space left on the disk while writing {path}: free some and run the same command again")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
         return InputError(f"cannot write {path} ({error.strerror}): choose a folder you may write to")
-    return error
+    return None
 
 
 def write_text_atomic(path: str | Path, text: str) -> None:
@@ -124,11 +130,13 @@ class ParquetSink:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool | None:
         if kind is not None:
+            self._writer.is_open = False  # else its destructor writes a footer into the removed file
             return self._file_context.__exit__(kind, error, trace)
         try:
             self._flush()
             self._writer.close()
         except BaseException as failure:
+            self._writer.is_open = False
             if not self._file_context.__exit__(type(failure), failure, failure.__traceback__):
                 raise
         return self._file_context.__exit__(None, None, None)
@@ -141,16 +149,36 @@ def open_parquet(path: str | Path) -> pq.ParquetFile:
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist: check the path") from error
     except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path} is not a readable parquet file ({error}): restore it or write it again") from error
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path} is not a readable parquet file ({reason}): restore it or write it again") from error
 
 
-def read_rows(path: str | Path, batch_size: int = 1024) -> Iterator[dict[str, Any]]:
+def read_batches(
+    path: str | Path, batch_size: int = 1024, columns: Sequence[str] | None = None
+) -> Iterator[pa.RecordBatch]:
+    """Stream a parquet file, a record batch in memory at a time.
+
+    Raises:
+        InputError: the file is missing or damaged.
+    """
+    batches = open_parquet(path).iter_batches(batch_size=batch_size, columns=columns)
+    while True:
+        try:
+            batch = next(batches, None)
+        except (pa.ArrowException, OSError) as error:
+            reason = " ".join(str(error).split())
+            raise InputError(f"{path} is damaged ({reason}): restore it or write it again") from error
+        if batch is None:
+            return
+        yield batch
+
+
+def read_rows(
+    path: str | Path, batch_size: int = 1024, columns: Sequence[str] | None = None
+) -> Iterator[dict[str, Any]]:
     """Stream the rows of a parquet file, a record batch in memory at a time."""
-    try:
-        for batch in open_parquet(path).iter_batches(batch_size=batch_size):
-            yield from batch.to_pylist()
-    except pa.ArrowException as error:
-        raise InputError(f"{path} is damaged ({error}): restore it or write it again") from error
+    for batch in read_batches(path, batch_size, columns):
+        yield from batch.to_pylist()
 
 
 def read_skipped(path: str | Path) -> list[dict[str, str]]:
@@ -246,7 +274,7 @@ class FractionParts:
                 return False
             with ParquetSink(self.path, self.schema, self.provenance, skipped) as sink:
                 for index in range(self.num_parts):
-                    for batch in open_parquet(self.part_path(index)).iter_batches():
+                    for batch in read_batches(self.part_path(index)):
                         sink.write(pa.Table.from_batches([batch]))
             for folder in self.folder.parent.glob(f"{self.path.stem}-*"):
                 shutil.rmtree(folder)
