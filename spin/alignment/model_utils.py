@@ -164,10 +164,29 @@ def add_adapters(model: PreTrainedModel, config: ModelConfig) -> Any:
     return get_peft_model(model, settings)
 
 
+def merge_adapters(model: Any, state_dict: dict[str, Any], config: ModelConfig) -> PreTrainedModel:
+    """Return the base model with the trained adapters merged into its weights.
+
+    The base is loaded anew, without quantisation, on the CPU: merging into 4-bit weights would round the update away, and
+    under ZeRO-3 or FSDP no process holds the base whole. ``state_dict`` is the gathered state of the adapted model.
+    """
+    from dataclasses import replace
+
+    from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+
+    adapters = get_peft_model_state_dict(model, state_dict=state_dict)
+    base = load_model(replace(config, load_in_4bit=False, load_in_8bit=False))
+    adapted = get_peft_model(base, model.peft_config["default"])
+    outcome = set_peft_model_state_dict(adapted, adapters)
+    if outcome.unexpected_keys:
+        raise RuntimeError(f"adapter weights without a place in the base model: {outcome.unexpected_keys[:3]}")
+    return adapted.merge_and_unload()
+
+
 def save_checkpoint(
     model: Any, tokenizer: Any, output_dir: str | Path, state_dict: dict[str, Any] | None = None
 ) -> Path:
-    """Save a model that loads by itself: weights (adapters merged), config, generation config, tokenizer and template.
+    """Save a model that loads by itself: weights, config, generation config, tokenizer and template.
 
     Everything is written into a hidden folder, fsynced and moved in place, ``config.json`` last: its existence proves
     completion. Other files of ``output_dir`` (trainer checkpoints, metrics) stay.
@@ -177,8 +196,6 @@ def save_checkpoint(
     hidden = output_dir / f".saving-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     for stale in output_dir.glob(".saving-*"):
         shutil.rmtree(stale)
-    if hasattr(model, "merge_and_unload"):
-        model, state_dict = model.merge_and_unload(), None
     model.save_pretrained(hidden, state_dict=state_dict)
     tokenizer.save_pretrained(hidden)
     files = sorted((path for path in hidden.iterdir()), key=lambda path: path.name == "config.json")

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,11 @@ from spin.alignment.errors import InputError
 from spin.alignment.logps import response_logps
 from spin.alignment.losses import LOSSES, LossInputs, LossOutputs, loss_settings
 from spin.alignment.reference import ReferenceKey, ReferenceLogps, compute_reference, hash_tokens, store_path
+from spin.alignment.shards import write_json_atomic
 
 logger = logging.getLogger(__name__)
 
+FIRST_LOSS_FILE = "first_loss.json"
 # Largest mean |log pi - log pi_ref| (nats per token) that rounding explains when policy and opponent are the same weights.
 _SAME_MODEL_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 
@@ -52,7 +53,6 @@ class SPINConfig(TrainingArguments):
     length_normalize: bool = False
     nll_weight: float = 0.0
     reference_dir: str | None = None
-    accelerator_config: dict[str, Any] | str | None = field(default=None)
 
     def __post_init__(self) -> None:
         for name, valid, wanted in (
@@ -156,6 +156,9 @@ class SPINTrainer(Trainer):
         self.first_loss = float(losses.detach().mean())
         if self.state.global_step > 0:
             return
+        if self.accelerator.is_main_process:
+            # Written at once: a run that is killed and resumed does not see its first step again.
+            write_json_atomic(Path(self.args.output_dir) / FIRST_LOSS_FILE, self.first_loss)
         mask = inputs.completion_mask.bool()
         difference = (inputs.policy_logps.detach() - inputs.reference_logps).abs()[mask].mean().item()
         precision = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else self._weight_dtype()
@@ -195,6 +198,7 @@ class SPINTrainer(Trainer):
         mode = "eval" if any(name.startswith("eval_") for name in logs) else "train"
         sums, self._sums[mode] = self._sums[mode], defaultdict(list)
         if sums:
+            # float64 sums would not cross every backend (MPS); float32 is enough for a mean of pairs.
             names = sorted(sums)
             local = torch.stack([torch.stack(sums[name]).sum() for name in names]).float()
             totals = self.accelerator.reduce(local, reduction="sum").double()
@@ -217,6 +221,11 @@ class SPINTrainer(Trainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, self._prepare_inputs(inputs))
         return loss.detach(), None, None
+
+    @property
+    def steps_run(self) -> int:
+        """Optimiser steps taken by this process, those before a resume left out."""
+        return self.state.global_step - self._initial_global_step
 
     def attach_references(self, resumed: bool) -> None:
         """Attach the opponent's log-probs to every data set, computing those that are not stored yet.
@@ -267,10 +276,3 @@ def chosen_nll(inputs: LossInputs) -> torch.Tensor:
     logps, _ = inputs.policy_logps.chunk(2)
     mask, _ = inputs.completion_mask.chunk(2)
     return -(logps * mask).sum(dim=-1) / mask.sum(dim=-1)
-
-
-def zero_margin_loss(name: str, settings: dict[str, Any]) -> float:
-    """Return what a pair costs when policy and opponent are equal: ln 2 for the sigmoid loss."""
-    zeros = torch.zeros(2, 1)
-    value = LOSSES[name](LossInputs(zeros, zeros, torch.ones(2, 1)), **settings).losses.item()
-    return value if math.isfinite(value) else float("nan")

@@ -1,0 +1,186 @@
+"""What every training program shares: its settings, whether its output is there already, where to resume, and saving."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spin.alignment.configs import DataConfig, ModelConfig, build, rename_keys, split_config
+from spin.alignment.errors import InputError
+from spin.alignment.model_utils import check_model_path, is_complete_checkpoint, merge_adapters, save_checkpoint
+from spin.alignment.shards import read_json, write_json_atomic
+
+# Settings that change neither the weights nor the numbers reported.
+_WITHOUT_EFFECT = (
+    "output_dir",
+    "overwrite_output_dir",
+    "resume_from_checkpoint",
+    "reference_dir",
+    "log_level",
+    "logging_steps",
+    "report_to",
+    "disable_tqdm",
+    "save_strategy",
+    "save_steps",
+    "save_total_limit",
+    "preprocessing_num_workers",
+    "push_to_hub",
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of one training program, checked."""
+
+    values: dict[str, Any]
+    model: ModelConfig
+    data: DataConfig
+    arguments: Any
+    overwrite: bool
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.arguments.output_dir)
+
+
+def read_settings(values: Mapping[str, Any], source: str, arguments_class: type) -> Settings:
+    """Distribute a flat mapping over ModelConfig, DataConfig and a TrainingArguments class.
+
+    Raises:
+        InputError: an unknown key, a value of the wrong type or out of range, incompatible values, or a missing model.
+    """
+    values = rename_keys(values, source)
+    rest = {key: value for key, value in values.items() if key != "overwrite_output_dir"}
+    model_values, data_values, training_values = split_config(rest, (ModelConfig, DataConfig, arguments_class), source)
+    if not values.get("output_dir"):
+        raise InputError(f"{source} lacks the key 'output_dir': name the folder of the new checkpoint")
+    model = build(ModelConfig, model_values, source)
+    data = build(DataConfig, data_values, source)
+    if not data.dataset_mixer:
+        raise InputError(f"{source} lacks the key 'dataset_mixer': write at least one 'path: fraction' line under it")
+    check_model_path(model.model_name_or_path, needs_weights=not model.init_from_config)
+    try:
+        arguments: Any = build(arguments_class, {"report_to": "none", **training_values}, source)
+    except InputError:
+        raise
+    except (ValueError, ImportError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"the training settings in {source} do not fit together or this machine: {reason}") from error
+    if model.load_in_4bit and arguments.fsdp:
+        raise InputError("load_in_4bit does not work with FSDP here: use DeepSpeed ZeRO-2 or a single process")
+    return Settings(values, model, data, arguments, bool(values.get("overwrite_output_dir", False)))
+
+
+def inputs_record(settings: Settings, opponent: str, data: str) -> dict[str, Any]:
+    """Return what decides the result of a training: weights, data and settings, by hash or value."""
+    kept = {key: value for key, value in settings.values.items() if key not in _WITHOUT_EFFECT}
+    return json.loads(json.dumps({"model": opponent, "data": data, **kept}, default=str, sort_keys=True))
+
+
+class OutputFolder:
+    """The output folder of a training: ``inputs.json`` first, checkpoints on the way, the model and metrics.json last."""
+
+    def __init__(self, settings: Settings, inputs: dict[str, Any]) -> None:
+        self.path, self.inputs, self.overwrite = settings.output_dir, inputs, settings.overwrite
+        self.resume = settings.arguments.resume_from_checkpoint
+
+    def is_complete(self) -> bool:
+        """Return whether the training is done already.
+
+        Raises:
+            InputError: the folder holds the model or the checkpoints of another training.
+        """
+        record = self.path / "inputs.json"
+        if self.overwrite:
+            return False
+        if not record.exists():
+            if self.path.is_dir() and is_complete_checkpoint(self.path):
+                raise InputError(
+                    f"output_dir {self.path} holds a model of unknown origin: choose another, or set overwrite_output_dir"
+                )
+            return False
+        found = read_json(record)
+        changed = [key for key in {**found, **self.inputs} if found.get(key) != self.inputs.get(key)]
+        if changed:
+            raise InputError(
+                f"output_dir {self.path} belongs to another training ({', '.join(sorted(changed))} differ): choose another, or "
+                "set overwrite_output_dir: true"
+            )
+        return is_complete_checkpoint(self.path) and (self.path / "metrics.json").exists()
+
+    def prepare(self, is_main: bool) -> None:
+        """Record what is about to be trained; an overwritten folder loses its checkpoints."""
+        if not is_main:
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"cannot make output_dir {self.path} ({error.strerror}): choose a folder you may write to"
+            ) from error
+        if self.overwrite:
+            for folder in self.path.glob("checkpoint-*"):
+                shutil.rmtree(folder)
+            (self.path / "metrics.json").unlink(missing_ok=True)
+        for torn in self._checkpoints(complete=False):
+            shutil.rmtree(torn)
+        write_json_atomic(self.path / "inputs.json", self.inputs)
+
+    def resume_point(self) -> str | None:
+        """Return the checkpoint to go on from: the one asked for, else the last complete one, else none.
+
+        Raises:
+            InputError: the checkpoint asked for is not there or not complete.
+        """
+        wanted = self.resume
+        if wanted not in (None, True, "true", "True", False, "false", "False"):
+            if not (Path(wanted) / "trainer_state.json").is_file():
+                raise InputError(
+                    f"resume_from_checkpoint {wanted} is not a complete checkpoint: name a checkpoint-N folder"
+                )
+            return str(wanted)
+        if wanted in (False, "false", "False"):
+            return None
+        found = self._checkpoints(complete=True)
+        return str(found[-1]) if found else None
+
+    def _checkpoints(self, complete: bool) -> list[Path]:
+        # The Trainer writes trainer_state.json last: it proves that a checkpoint is whole.
+        found = [path for path in self.path.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+        chosen = [path for path in found if _is_json(path / "trainer_state.json") == complete]
+        return sorted(chosen, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def save_policy(trainer: Any, settings: Settings) -> None:
+    """Save the trained policy as a model that loads by itself; sharded weights are gathered, adapters merged."""
+    accelerator = trainer.accelerator
+    state_dict = accelerator.get_state_dict(trainer.model_wrapped)
+    if accelerator.is_main_process:
+        model = accelerator.unwrap_model(trainer.model_wrapped)
+        if settings.model.use_peft:
+            model, state_dict = merge_adapters(model, state_dict, settings.model), None
+        save_checkpoint(model, trainer.processing_class, settings.output_dir, state_dict)
+    accelerator.wait_for_everyone()
+
+
+def setup_logging(is_main: bool) -> None:
+    """Let the main process alone talk, one plain line a message; the short bars of loading and saving stay off."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    logging.basicConfig(level=logging.INFO if is_main else logging.ERROR, format="%(message)s")
+    for name in ("datasets", "transformers", "accelerate", "httpx", "deepspeed", "DeepSpeed", "trl"):
+        logging.getLogger(name).setLevel(logging.WARNING if is_main else logging.ERROR)

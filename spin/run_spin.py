@@ -1,0 +1,196 @@
+"""Step 2: preference parquet -> checkpoint, the policy of the next iteration and its opponent.
+
+    accelerate launch --config_file configs/multi_gpu.yaml spin/run_spin.py configs/config.yaml [--key=value ...]
+
+Writes into ``output_dir``: the model (loads by itself), ``metrics.json``, ``inputs.json`` (what it was trained from) and the
+Trainer's checkpoints. Started again after a crash it resumes from the last complete checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from spin.alignment.errors import InputError
+from spin.programs import run_program
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from spin.alignment.chat import ChatEncoder
+    from spin.alignment.configs import DataConfig
+    from spin.alignment.training_run import Settings
+
+USAGE = """usage: accelerate launch spin/run_spin.py CONFIG.yaml [--key=value ...]
+
+Trains a policy against its own earlier responses. CONFIG.yaml and --key=value hold
+
+  model    model_name_or_path model_revision dtype attn_implementation trust_remote_code
+           use_peft lora_r lora_alpha lora_target_modules load_in_4bit load_in_8bit
+  data     dataset_mixer dataset_splits max_length max_prompt_length system preprocessing_num_workers
+  method   loss_type beta label_smoothing length_normalize nll_weight reference_dir
+  output   output_dir overwrite_output_dir resume_from_checkpoint
+
+and every key of transformers.TrainingArguments. docs/configuration.md explains each; configs/config.yaml is the paper's
+first iteration."""
+
+
+def encode_split(rows: Dataset, encoder: ChatEncoder, config: DataConfig) -> tuple[Dataset, dict[str, int]]:
+    """Encode preference rows to ids; return the encoded rows and how many were dropped for which reason.
+
+    Raises:
+        InputError: naming the row, or when no pair is left.
+    """
+    from spin.alignment.chat import encode_pair
+
+    def encode(row: dict[str, Any], index: int) -> dict[str, Any]:
+        try:
+            pair = encode_pair(row, encoder, config.max_length, config.max_prompt_length)
+        except InputError as error:
+            raise InputError(f"{row['source']} row {index} (prompt {row['prompt_id']}): {error}") from error
+        if isinstance(pair, str):
+            return {"prompt_ids": [], "chosen_ids": [], "rejected_ids": [], "dropped": pair}
+        ids = {"prompt_ids": pair.prompt_ids, "chosen_ids": pair.chosen_ids, "rejected_ids": pair.rejected_ids}
+        weights = {f"{half}_weights": row[f"{half}_weights"][: len(ids[f"{half}_ids"])] for half in weighted}
+        return ids | weights | {"dropped": ""}
+
+    weighted = [half for half in ("chosen", "rejected") if f"{half}_weights" in rows.column_names]
+    workers = config.preprocessing_num_workers if len(rows) > 1000 else 1
+    encoded = rows.map(
+        encode,
+        with_indices=True,
+        remove_columns=rows.column_names,
+        num_proc=workers if workers > 1 else None,
+        load_from_cache_file=False,
+        desc="encode pairs",
+    )
+    dropped = Counter(reason for reason in encoded["dropped"] if reason)
+    kept = [index for index, reason in enumerate(encoded["dropped"]) if not reason]
+    if not kept:
+        reasons = ", ".join(f"{count} x {reason}" for reason, count in dropped.items())
+        raise InputError(f"no pair is left to train on ({reasons}): check the data, or raise max_length")
+    return encoded.select(kept).remove_columns("dropped"), dict(dropped)
+
+
+def load_pairs(settings: Settings, encoder: ChatEncoder) -> tuple[dict[str, Dataset], dict[str, dict[str, int]]]:
+    """Load, mix and encode the data; return the encoded splits and what was dropped from each."""
+    from spin.alignment.data import mix_preferences
+
+    mixed = mix_preferences(settings.data.dataset_mixer, settings.data.dataset_splits, settings.arguments.seed)
+    encoded, dropped = {}, {}
+    for split, rows in mixed.items():
+        encoded[split], dropped[split] = encode_split(rows, encoder, settings.data)
+    return encoded, dropped
+
+
+def train(
+    settings: Settings, pairs: dict[str, Dataset], dropped: dict[str, dict[str, int]], tokenizer: Any, key: str
+) -> None:
+    """Train, save the policy, and write metrics.json last."""
+    from spin.alignment.batching import PairDataset
+    from spin.alignment.model_utils import add_adapters, load_model
+    from spin.alignment.shards import read_json, write_json_atomic
+    from spin.alignment.trainer import FIRST_LOSS_FILE, SPINTrainer
+    from spin.alignment.training_run import OutputFolder, inputs_record, save_policy
+
+    folder = OutputFolder(settings, inputs_record(settings, key, data_key(pairs)))
+    if folder.is_complete():
+        report(settings, f"{folder.path} is complete already")
+        return
+    folder.prepare(settings.arguments.process_index == 0)
+    model = load_model(settings.model, settings.arguments.seed)
+    if settings.model.use_peft:
+        model = add_adapters(model, settings.model)
+    trainer = SPINTrainer(
+        model=model,
+        args=settings.arguments,
+        train_dataset=PairDataset(pairs["train"]),
+        eval_dataset=PairDataset(pairs["test"]) if "test" in pairs else None,
+        processing_class=tokenizer,
+        opponent_hash=key,
+    )
+    started = time.monotonic()
+    resume = folder.resume_point()
+    if resume:
+        report(settings, f"going on from {resume}")
+    result = trainer.train(resume_from_checkpoint=resume)
+    final = trainer.evaluate() if "test" in pairs else {}
+    seconds = time.monotonic() - started
+    save_policy(trainer, settings)
+    if trainer.accelerator.is_main_process:
+        history = trainer.state.log_history
+        metrics = {
+            "first_loss": read_json(folder.path / FIRST_LOSS_FILE),
+            "train_loss": result.training_loss,
+            "steps": trainer.state.global_step,
+            "seconds": round(seconds, 2),
+            "seconds_per_step": round(result.metrics["train_runtime"] / max(1, trainer.steps_run), 4),
+            "completion_tokens": trainer.tokens_seen,
+            "pairs": {split: len(rows) for split, rows in pairs.items()},
+            "dropped": dropped,
+            "final": last_metrics(history) | final,
+            "history": history,
+        }
+        write_json_atomic(folder.path / "metrics.json", metrics)
+    report(settings, f"wrote {folder.path}")
+
+
+def data_key(pairs: dict[str, Dataset]) -> str:
+    """Return one hash of the encoded pairs of all splits."""
+    from spin.alignment.provenance import hash_text
+    from spin.alignment.reference import hash_tokens
+
+    return hash_text(*(f"{split}={hash_tokens(rows)}" for split, rows in sorted(pairs.items())))
+
+
+def last_metrics(history: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the last training metrics that were logged."""
+    logged = [entry for entry in history if "rewards/margins" in entry]
+    return dict(logged[-1]) if logged else {}
+
+
+def report(settings: Settings, sentence: str) -> None:
+    if settings.arguments.process_index == 0:
+        print(sentence, flush=True)
+
+
+def main(arguments: Sequence[str]) -> None:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        if not arguments:
+            raise InputError("the configuration file is missing: give it as the first argument")
+        return
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from spin.alignment.configs import load_config
+
+    values = load_config(arguments[0], arguments[1:])
+    from spin.alignment.chat import ChatEncoder, load_tokenizer
+    from spin.alignment.model_utils import model_folder
+    from spin.alignment.provenance import hash_weights
+    from spin.alignment.trainer import SPINConfig
+    from spin.alignment.training_run import read_settings, setup_logging
+
+    settings = read_settings(values, arguments[0], SPINConfig)
+    if settings.model.init_from_config:
+        raise InputError(
+            "init_from_config has no meaning here (self-play needs a trained opponent): use spin/run_sft.py"
+        )
+    setup_logging(settings.arguments.process_index == 0)
+    model = settings.model
+    tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision, model.trust_remote_code)
+    pairs, dropped = load_pairs(settings, ChatEncoder(tokenizer, settings.data.system))
+    for split, rows in pairs.items():
+        reasons = "".join(f", {count} dropped: {reason}" for reason, count in dropped[split].items())
+        report(settings, f"{split}: {len(rows)} pairs{reasons}")
+    key = hash_weights(model_folder(model.model_name_or_path, model.model_revision))
+    if model.load_in_4bit or model.load_in_8bit:
+        key += "-4bit" if model.load_in_4bit else "-8bit"
+    train(settings, pairs, dropped, tokenizer, key)
+
+
+if __name__ == "__main__":
+    run_program(main, sys.argv[1:])
