@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from spin.alignment.errors import InputError
 from spin.alignment.provenance import hash_text
-from spin.alignment.readers import Message, check_conversation, read_records, split_files, to_conversations
-from spin.alignment.shards import open_parquet
+from spin.alignment.readers import (
+    Message,
+    check_conversation,
+    prompt_hash,
+    read_records,
+    split_files,
+    to_conversations,
+    whole_conversation,
+)
+from spin.alignment.shards import open_parquet, read_batches
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -92,79 +102,107 @@ def split_prompt(chosen: Sequence[Message], rejected: Sequence[Message]) -> list
 def load_preferences(path: str, split: str) -> Dataset:
     """Load preference rows of a split (``train`` and ``train_prefs`` name the same) in the format of docs/data_format.md.
 
-    The original's ``real``/``generated`` columns and rows without token ids are accepted.
+    The original's ``real``/``generated`` columns, rows with a column ``prompt``, and rows without ids or token ids are
+    accepted: a missing ``prompt_id`` is the hash of the prompt, a missing ``sample_index`` counts the rows of a prompt.
 
     Raises:
-        InputError: a file is missing or damaged, a column is missing, or a row breaks the contract.
+        InputError: a file is missing or damaged, a column is missing, a row breaks the contract, or one sample stands twice.
     """
     from datasets import Dataset
 
-    table = pa.concat_tables(_preference_tables(path, split), promote_options="default")
+    tables = _preference_tables(path, split)
+    table = pa.concat_tables(tables, promote_options="default")
     if table.num_rows == 0:
         raise InputError(f"{path} holds no pairs of the split '{split}': generate and convert some first")
+    _check_repeated(table, path)
     return Dataset(table)
 
 
 def _preference_tables(path: str, split: str) -> list[pa.Table]:
-    name = split.removesuffix("_prefs")
     if not Path(path).exists():
-        return [_table(list(_checked(read_records(path, split))), path)]
+        return [_foreign_table(read_records(path, split.removesuffix("_prefs")), path)]
     tables = []
-    for file in split_files(Path(path), name):
+    for file in split_files(Path(path), split.removesuffix("_prefs")):
         columns = set(open_parquet(file).schema_arrow.names) if file.suffix == ".parquet" else set()
         if {"prompt_id", "sample_index", "chosen", "rejected"} <= columns:
-            table = open_parquet(file).read().replace_schema_metadata(None)
-            _check_table(table, str(file))
-            tables.append(table)
+            tables.append(_own_table(file))
         else:
-            tables.append(_table(list(_checked(read_records(str(file), None))), str(file)))
+            tables.append(_foreign_table(read_records(str(file), None), str(file)))
     return tables
 
 
-def _table(rows: list[dict[str, Any]], source: str) -> pa.Table:
-    if not rows:
-        raise InputError(f"{source} holds no rows: generate and convert some pairs first")
+def _own_table(file: Path) -> pa.Table:
+    batches, row = [], 0
+    for batch in read_batches(file):
+        for pair in batch.select(["chosen", "rejected"]).to_pylist():
+            check_pair(pair["chosen"], pair["rejected"], f"{file} row {row}")
+            row += 1
+        batches.append(batch)
+    schema = open_parquet(file).schema_arrow
+    return pa.Table.from_batches(batches, schema).replace_schema_metadata(None)
+
+
+def _foreign_table(records: Iterator[tuple[str, Mapping[str, Any]]], source: str) -> pa.Table:
     fields = {field.name: field.type for field in PREFERENCE_SCHEMA} | OPTIONAL_COLUMNS
-    present = [name for name in fields if name in rows[0]]
-    return pa.Table.from_pylist(rows, pa.schema([(name, fields[name]) for name in present]))
-
-
-def _checked(records: Iterator[tuple[str, Mapping[str, Any]]]) -> Iterator[dict[str, Any]]:
+    rows, samples, present = [], Counter[str](), {"prompt_id", "sample_index", "chosen", "rejected"}
     for where, record in records:
-        row = dict(record)
-        if "real" in row and "generated" in row:
-            row["chosen"], row["rejected"] = row.pop("real"), row.pop("generated")
-        if "chosen" not in row or "rejected" not in row:
-            raise InputError(
-                f"{where} lacks the column 'chosen' or 'rejected': convert the data with spin/convert_data.py"
-            )
-        check_pair(row["chosen"], row["rejected"], where)
-        row.setdefault("sample_index", 0)
-        if not row.get("prompt_id"):
-            prompt = split_prompt(row["chosen"], row["rejected"])
-            row["prompt_id"] = hash_text(*(part for turn in prompt for part in (turn["role"], turn["content"])))
-        yield row
+        row = _preference_row(record, where)
+        row.setdefault("sample_index", samples[row["prompt_id"]])
+        samples[row["prompt_id"]] += 1
+        rows.append(row)
+        present |= fields.keys() & row.keys()
+    schema = pa.schema([(name, kind) for name, kind in fields.items() if name in present])
+    try:
+        return pa.Table.from_pylist(rows, schema)
+    except pa.ArrowException as error:
+        raise InputError(f"{source} holds a value of the wrong type ({error}): see docs/data_format.md") from error
 
 
-def _check_table(table: pa.Table, source: str) -> None:
-    names = ["chosen", "rejected"]
-    for row, pair in enumerate(table.select(names).to_pylist()):
-        check_pair(pair["chosen"], pair["rejected"], f"{source} row {row}")
+def _preference_row(record: Mapping[str, Any], where: str) -> dict[str, Any]:
+    row = {name: value for name, value in record.items() if value is not None}
+    if {"real", "generated"} <= row.keys():
+        row["chosen"], row["rejected"] = row.pop("real"), row.pop("generated")
+    for name in ("chosen", "rejected"):
+        if name not in row:
+            raise InputError(f"{where} lacks the column '{name}': convert the data with spin/convert_data.py")
+    row["chosen"], row["rejected"] = (whole_conversation(row, name, where) for name in ("chosen", "rejected"))
+    check_pair(row["chosen"], row["rejected"], where)
+    row["prompt_id"] = str(row.get("prompt_id") or prompt_hash(row["chosen"][:-1]))
+    return row
+
+
+def _check_repeated(table: pa.Table, path: str) -> None:
+    counts = table.group_by(["prompt_id", "sample_index"]).aggregate([([], "count_all")])
+    repeated = counts.filter(pc.greater(counts["count_all"], 1)).to_pylist()
+    if repeated:
+        raise InputError(
+            f"{path} holds sample {repeated[0]['sample_index']} of prompt {repeated[0]['prompt_id']} "
+            f"{repeated[0]['count_all']} times: remove the repeated rows or convert the data again"
+        )
 
 
 def check_pair(chosen: Any, rejected: Any, where: str) -> None:
     """Check one pair: two conversations that differ in their last (assistant) turn only.
 
     An empty rejected response is allowed here: the opponent may have answered with EOS alone.
+
+    Raises:
+        InputError: naming ``where`` and what is wrong.
     """
     for name, messages in (("chosen", chosen), ("rejected", rejected)):
-        if not isinstance(messages, list) or not all(isinstance(turn, Mapping) for turn in messages):
-            raise InputError(f"{where}: '{name}' is not a list of turns: convert the data with spin/convert_data.py")
+        if not isinstance(messages, list) or not all(_is_turn(turn) for turn in messages):
+            raise InputError(f"{where}: '{name}' must hold turns of 'role' and 'content': convert the data again")
     check_conversation(chosen, where)
     if not rejected or rejected[-1]["role"] != "assistant" or list(chosen[:-1]) != list(rejected[:-1]):
         raise InputError(
             f"{where}: 'chosen' and 'rejected' do not share one prompt: both must differ in the last turn only"
         )
+    if not isinstance(rejected[-1]["content"], str):
+        raise InputError(f"{where}: the rejected response is not text: convert the data again")
+
+
+def _is_turn(turn: Any) -> bool:
+    return isinstance(turn, Mapping) and {"role", "content"} <= turn.keys()
 
 
 def mix_preferences(dataset_mixer: Mapping[str, float], splits: Sequence[str], seed: int) -> dict[str, Dataset]:

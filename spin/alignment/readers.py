@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 from spin.alignment.errors import InputError
 from spin.alignment.provenance import hash_text
@@ -15,6 +17,9 @@ from spin.alignment.shards import read_rows
 Message = dict[str, str]
 Turns = Literal["last", "all"]
 SUFFIXES = (".parquet", ".jsonl", ".json")
+_NUMBERED = re.compile(r"(?P<name>.+?)-(?P<number>\d+)(?:-of-(?P<total>\d+))?(?:-[0-9a-f]{16})?")
+_OTHER_SPLITS = ("test", "test_prefs", "validation", "valid", "dev", "eval")
+_BLANK = re.compile(r"[ \t\r\n]*")
 _SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
@@ -35,27 +40,38 @@ def _real_form(record: Mapping[str, Any], where: str) -> list[Message]:
 
 
 def _chosen_form(record: Mapping[str, Any], where: str) -> list[Message]:
-    prompt = record.get("prompt")
-    head = _as_messages(prompt, where, "prompt") if isinstance(prompt, list) else []
-    return head + _as_messages(record["chosen"], where, "chosen")
+    return whole_conversation(record, "chosen", where)
+
+
+def whole_conversation(record: Mapping[str, Any], column: str, where: str) -> list[Message]:
+    """Return the conversation of ``column``: whole as it stands, or a bare response behind the column ``prompt``."""
+    response, prompt = record[column], record.get("prompt")
+    tail = _message_list(response, "assistant", where, column)
+    if prompt is None or (tail and tail[0]["role"] != "assistant"):
+        return tail
+    return _message_list(prompt, "user", where, "prompt") + tail
+
+
+def _message_list(value: Any, role: str, where: str, column: str) -> list[Message]:
+    return [_message(role, value)] if isinstance(value, str) else _as_messages(value, where, column)
 
 
 def _prompt_response_form(record: Mapping[str, Any], where: str) -> list[Message]:
     column = "response" if "response" in record else "completion"
-    prompt, response = record["prompt"], record[column]
-    head = _as_messages(prompt, where, "prompt") if isinstance(prompt, list) else [_message("user", prompt)]
-    tail = _as_messages(response, where, column) if isinstance(response, list) else [_message("assistant", response)]
-    return head + tail
+    head = _message_list(record["prompt"], "user", where, "prompt")
+    return head + _message_list(record[column], "assistant", where, column)
 
 
 def _alpaca_form(record: Mapping[str, Any], where: str) -> list[Message]:
+    for column in ("instruction", "input"):
+        if not isinstance(record.get(column, ""), str | None):
+            raise InputError(f"{where}: '{column}' is {type(record[column]).__name__}, not text: correct the row")
     messages = [_message("system", record["system"])] if record.get("system") else []
     for turn in record.get("history") or []:
         if not isinstance(turn, list | tuple) or len(turn) != 2:
             raise InputError(f"{where}: 'history' must hold [question, answer] pairs: correct the row")
         messages += [_message("user", turn[0]), _message("assistant", turn[1])]
-    instruction, extra = record["instruction"], record.get("input")
-    question = f"{instruction}\n\n{extra}" if extra else instruction
+    question = "\n\n".join(part for part in (record["instruction"], record.get("input")) if part)
     return [*messages, _message("user", question), _message("assistant", record["output"])]
 
 
@@ -64,11 +80,10 @@ def _sharegpt_form(record: Mapping[str, Any], where: str) -> list[Message]:
     for turn in _as_list(record["conversations"], where, "conversations"):
         if not isinstance(turn, Mapping) or "from" not in turn or "value" not in turn:
             raise InputError(f"{where}: 'conversations' must hold turns of 'from' and 'value': correct the row")
-        if turn["from"] not in _SHAREGPT_ROLES:
-            raise InputError(
-                f"{where}: unknown speaker '{turn['from']}': use one of {', '.join(sorted(_SHAREGPT_ROLES))}"
-            )
-        messages.append(_message(_SHAREGPT_ROLES[turn["from"]], turn["value"]))
+        speaker = str(turn["from"])
+        if speaker not in _SHAREGPT_ROLES:
+            raise InputError(f"{where}: unknown speaker '{speaker}': use one of {', '.join(sorted(_SHAREGPT_ROLES))}")
+        messages.append(_message(_SHAREGPT_ROLES[speaker], turn["value"]))
     return messages
 
 
@@ -92,8 +107,10 @@ FORMATS: dict[tuple[str, ...], Callable[[Mapping[str, Any], str], list[Message]]
 def to_conversations(record: Mapping[str, Any], where: str, turns: Turns = "last") -> list[Conversation]:
     """Turn one raw row into the conversations to be played: the last assistant turn, or every one (``turns="all"``).
 
+    A user turn behind the last assistant turn has no answer to learn from and is left off.
+
     Raises:
-        InputError: no known form fits, a turn is empty or no text, roles do not alternate, or no assistant turn ends it.
+        InputError: no known form fits, a turn is empty or no text, roles do not alternate, or no assistant turn is there.
     """
     for columns, reader in FORMATS.items():
         if all(column in record for column in columns):
@@ -102,7 +119,7 @@ def to_conversations(record: Mapping[str, Any], where: str, turns: Turns = "last
     else:
         known = ", ".join("+".join(columns) for columns in FORMATS)
         raise InputError(f"{where} has the columns {', '.join(record) or '(none)'}: rename them to one of {known}")
-    while messages and messages[-1]["role"] != "assistant" and turns == "all":
+    if len(messages) > 1 and messages[-1]["role"] == "user" and messages[-2]["role"] == "assistant":
         messages = messages[:-1]
     check_conversation(messages, where)
     own_id = record.get("prompt_id", record.get("id"))
@@ -146,6 +163,16 @@ def check_conversation(messages: Sequence[Message], where: str) -> None:
             raise InputError(f"{where} holds {kind} where the text of turn {number} should be: correct the row")
         if not message["content"].strip() and message["role"] != "system":
             raise InputError(f"{where} has an empty {message['role']} turn (turn {number}): remove or complete the row")
+        if not _is_unicode(message["content"]):
+            raise InputError(f"{where} holds half a character (a lone surrogate) in turn {number}: correct the row")
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _message(role: str, content: Any) -> Message:
@@ -189,25 +216,58 @@ def read_records(source: str, split: str | None = None) -> Iterator[tuple[str, d
 
 
 def split_files(path: Path, split: str | None) -> list[Path]:
-    """Return the data files of one split in a folder: ``{split}.*``, ``{split}-*`` or ``{split}_*``, else the only file."""
+    """Return the data files of one split in a folder (or in its ``data`` folder), or the file itself.
+
+    A file belongs to ``train`` when it is named ``train`` or ``train_prefs``, alone or followed by ``-`` and a number; failing
+    that, ``train_sft`` and the like are taken if there is one such name, and in the end a file that stands alone.
+
+    Raises:
+        InputError: no such file, several candidates, or a numbered set (``-00000-of-00003``) with a file missing.
+    """
     if path.is_file():
         if path.suffix not in SUFFIXES:
             raise InputError(f"{path} is of an unknown kind: give a file that ends in {', '.join(SUFFIXES)}")
         return [path]
-    files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and not file.name.startswith("."))
-    files = [file for file in files if not file.name.endswith(".counts.json")]
-    if split is None:
-        chosen = files
-    else:
-        chosen = [file for file in files if file.stem == split or file.stem.startswith((f"{split}-", f"{split}_"))]
-    if not chosen and len(files) == 1 and split in (None, "train"):
-        chosen = files
+    files = _data_files(path) or _data_files(path / "data")
+    chosen = files
+    if split is not None:
+        names = {file: match["name"] if (match := _NUMBERED.fullmatch(file.stem)) else file.stem for file in files}
+        chosen = [file for file in files if names[file] in (split, f"{split}_prefs")]
+        related = sorted({name for name in names.values() if name.startswith(f"{split}_")})
+        if not chosen and len(related) > 1:
+            raise InputError(f"{path} holds several splits like '{split}' ({', '.join(related)}): name one of them")
+        chosen = chosen or [file for file in files if names[file] in related]
+        if not chosen and len(files) == 1 and split == "train" and names[files[0]] not in _OTHER_SPLITS:
+            chosen = files
     if not chosen:
-        names = ", ".join(file.name for file in files[:5]) or "no data file"
-        raise InputError(
-            f"{path} holds no file of the split '{split}' (found {names}): check the folder or the split name"
-        )
+        found = ", ".join(file.name for file in files[:5]) or "no data file"
+        wanted = f"no file of the split '{split}' (found {found})" if split else "no data file"
+        raise InputError(f"{path} holds {wanted}: check the folder or the split name")
+    _check_numbered(path, chosen)
     return chosen
+
+
+def _data_files(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    files = (file for file in folder.iterdir() if file.suffix in SUFFIXES and file.is_file())
+    return sorted(file for file in files if not file.name.startswith(".") and not file.name.endswith(".counts.json"))
+
+
+def _check_numbered(folder: Path, files: list[Path]) -> None:
+    """Refuse a set such as ``train-00000-of-00003`` that is not whole: its writer was stopped, or a copy was."""
+    sets: dict[tuple[str, int], set[int]] = {}
+    for file in files:
+        if (numbered := _NUMBERED.fullmatch(file.stem)) and numbered["total"]:
+            sets.setdefault((numbered["name"], int(numbered["total"])), set()).add(int(numbered["number"]))
+    for (name, total), numbers in sets.items():
+        missing = sorted(set(range(total)) - numbers)
+        if missing:
+            raise InputError(
+                f"{folder} lacks the file {name}-{missing[0]:05d}-of-{total:05d}: the set is not whole; write or copy it again"
+            )
+    if len(sets) > len({name for name, _ in sets}):
+        raise InputError(f"{folder} mixes numbered sets of different sizes ({', '.join(map(str, sets))}): remove one")
 
 
 def _object_checked(record: Any, where: str) -> dict[str, Any]:
@@ -222,7 +282,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    with path.open(encoding="utf-8") as lines:
+    with _text(path) as lines:
         for row, line in enumerate(lines):
             if not line.strip():
                 continue
@@ -234,17 +294,47 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _read_json(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    with path.open(encoding="utf-8") as file:
+    with _text(path) as file:
         first = file.read(1024).lstrip()[:1]
-    if first != "[":
-        yield from _read_jsonl(path)
-        return
+    yield from _read_json_array(path) if first == "[" else _read_jsonl(path)
+
+
+def _read_json_array(path: Path, chunk: int = 2**20) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Stream the objects of one JSON array; ``chunk`` characters and the longest object are in memory."""
+    decode, row = json.JSONDecoder().raw_decode, 0
+    with _text(path) as file:
+        text = file.read(chunk)
+        at = text.index("[") + 1
+        while True:
+            at = _BLANK.match(text, at).end()  # type: ignore[union-attr]
+            try:
+                if text[at : at + 1] == "]":
+                    return
+                record, end = decode(text, at)
+                end = _BLANK.match(text, end).end()  # type: ignore[union-attr]
+                if end == len(text):
+                    raise ValueError("the array is not closed")
+            except ValueError as error:
+                text, at = text[at:] + (more := file.read(max(chunk, len(text)))), 0
+                if not more:
+                    raise InputError(f"{path} is not JSON at row {row} ({error}): correct the file") from error
+                continue
+            if text[end] not in ",]":
+                raise InputError(f"{path} has neither a comma nor a closing bracket behind row {row}: correct the file")
+            yield f"{path} row {row}", record
+            row, at = row + 1, end + (text[end] == ",")
+
+
+@contextmanager
+def _text(path: Path) -> Iterator[TextIO]:
+    """Open a UTF-8 text file, with or without a byte-order mark."""
     try:
-        records = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON ({error}): correct the file") from error
-    for row, record in enumerate(records):
-        yield f"{path} row {row}", record
+        with path.open(encoding="utf-8-sig") as file:
+            yield file
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): convert it") from error
+    except OSError as error:
+        raise InputError(f"cannot read {path} ({error.strerror}): check its permissions") from error
 
 
 _READERS: dict[str, Callable[[Path], Iterator[tuple[str, dict[str, Any]]]]] = {
