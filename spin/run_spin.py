@@ -95,7 +95,7 @@ def train(
     from spin.alignment.model_utils import add_adapters, load_model
     from spin.alignment.shards import read_json, write_json_atomic
     from spin.alignment.trainer import FIRST_LOSS_FILE, SPINTrainer
-    from spin.alignment.training_run import OutputFolder, inputs_record, save_policy
+    from spin.alignment.training_run import OutputFolder, inputs_record, report, save_policy
 
     folder = OutputFolder(settings, inputs_record(settings, key, data_key(pairs)))
     if folder.is_complete():
@@ -153,11 +153,6 @@ def last_metrics(history: list[dict[str, Any]]) -> dict[str, Any]:
     return dict(logged[-1]) if logged else {}
 
 
-def report(settings: Settings, sentence: str) -> None:
-    if settings.arguments.process_index == 0:
-        print(sentence, flush=True)
-
-
 def main(arguments: Sequence[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
@@ -172,7 +167,7 @@ def main(arguments: Sequence[str]) -> None:
     from spin.alignment.model_utils import model_folder
     from spin.alignment.provenance import hash_weights
     from spin.alignment.trainer import SPINConfig
-    from spin.alignment.training_run import read_settings, setup_logging
+    from spin.alignment.training_run import read_settings, report, setup_logging
 
     settings = read_settings(values, arguments[0], SPINConfig)
     if settings.model.init_from_config:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -184,3 +185,10 @@ def setup_logging(is_main: bool) -> None:
     logging.basicConfig(level=logging.INFO if is_main else logging.ERROR, format="%(message)s")
     for name in ("datasets", "transformers", "accelerate", "httpx", "deepspeed", "DeepSpeed", "trl"):
         logging.getLogger(name).setLevel(logging.WARNING if is_main else logging.ERROR)
+
+
+def report(settings: Settings, sentence: str) -> None:
+    """Let the main process say one sentence to the person who started the program."""
+    if settings.arguments.process_index == 0:
+        sys.stdout.write(f"{sentence}\n")
+        sys.stdout.flush()
