@@ -6,12 +6,15 @@ Writes ``{split}.parquet`` (and ``test.parquet`` when a test size is given) with
     chosen      the whole conversation, ending in the assistant turn to be played
 
 Rows stream through twice: once to rank every prompt by a keyed hash, once to write. The ranks decide the subset and the
-test split, so neither depends on the order of the rows; 17 bytes a prompt are held in memory.
+test split, so neither depends on the order of the rows. Prompts with one opening (all turns before the first answer) are
+never parted between training and test, for the answer to one may stand in the prompt of another. 24 bytes a prompt are
+held in memory, some 70 while they are sorted.
 """
 
 from __future__ import annotations
 
 import hashlib
+import sys
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -75,52 +78,78 @@ class Source:
 
 @dataclass(frozen=True)
 class Selection:
-    """Which distinct prompts go where: ``ranks`` is sorted, the first ``num_test`` are held out, the next are training."""
+    """Which distinct prompts go where: sorted by opening, the first ``num_test`` are held out, the next are training."""
 
-    ranks: np.ndarray
+    prompts: np.ndarray
+    places: np.ndarray
     num_test: int
     num_train: int
     num_rows: int
 
+    def place(self, prompt: int) -> int:
+        """Return where the prompt with this hash stands in the order of the openings."""
+        import numpy as np
 
-def rank(seed: int, conversation: Conversation) -> int:
-    """Return a 64-bit keyed hash of a prompt: equal prompts have equal ranks."""
+        return int(self.places[np.searchsorted(self.prompts, np.uint64(prompt))])
+
+
+def keyed_hash(seed: int, text: str) -> int:
+    """Return a 64-bit hash of a text, another one for each seed."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}\x00{text}".encode(), digest_size=8).digest(), "big")
+
+
+def prompt_key(seed: int, conversation: Conversation) -> int:
+    """Return the hash by which repeated prompts are found."""
     from spin.alignment.readers import prompt_hash
 
-    key = f"{seed}\x00{prompt_hash(conversation.messages[:-1])}".encode()
-    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big")
+    return keyed_hash(seed, prompt_hash(conversation.messages[:-1]))
+
+
+def opening_key(seed: int, conversation: Conversation) -> int:
+    """Return the hash of everything before the first answer; it decides subset and test split."""
+    from spin.alignment.readers import prompt_hash
+
+    roles = [message["role"] for message in conversation.messages]
+    return keyed_hash(seed, prompt_hash(conversation.messages[: roles.index("assistant")]))
 
 
 def select(source: Source, seed: int, test_size: float, subset: int) -> Selection:
     """First pass: rank every prompt, check that ids are unique, and draw the test split and the subset."""
     import numpy as np
 
-    ranks, ids = array("Q"), array("Q")
+    prompts, openings, ids = array("Q"), array("Q"), array("Q")
     for _, conversation in source.conversations():
-        ranks.append(rank(seed, conversation))
-        ids.append(int.from_bytes(hashlib.blake2b(conversation.prompt_id.encode(), digest_size=8).digest(), "big"))
-    if not ranks:
+        prompts.append(prompt_key(seed, conversation))
+        openings.append(opening_key(seed, conversation))
+        ids.append(keyed_hash(seed, conversation.prompt_id))
+    if not prompts:
         raise InputError(
             f"no usable row is left in {source.data}: {source.invalid[0] if source.invalid else 'it is empty'}"
         )
-    unique, first = np.unique(np.frombuffer(ranks, dtype=np.uint64), return_index=True)
+    unique, first = np.unique(np.frombuffer(prompts, dtype=np.uint64), return_index=True)
     kept_ids, counts = np.unique(np.frombuffer(ids, dtype=np.uint64)[first], return_counts=True)
     if (counts > 1).any():
-        _name_shared_id(source, {int(value) for value in kept_ids[counts > 1]})
+        _name_shared_id(source, seed, {int(value) for value in kept_ids[counts > 1]})
+    kept_openings = np.frombuffer(openings, dtype=np.uint64)[first]
+    order = np.lexsort((unique, kept_openings))
     num_test = round(test_size * len(unique)) if test_size < 1 else int(test_size)
+    if 0 < num_test < len(unique):  # the last opening of the test split goes there with all its prompts
+        last = kept_openings[order[num_test - 1]]
+        num_test = int(np.searchsorted(kept_openings[order], last, side="right"))
     num_train = min(subset, len(unique) - num_test) if subset else len(unique) - num_test
     if num_train < 1 or (test_size and num_test < 1):
         raise InputError(
-            f"test_size {test_size:g} of {len(unique)} distinct prompts leaves {num_train} for training and {num_test} "
-            "for the test split: choose another size"
+            f"test_size {test_size:g} of {len(unique)} distinct prompts leaves {max(num_train, 0)} for training and "
+            f"{num_test} for the test split: choose another size"
         )
-    return Selection(unique, num_test, num_train, len(ranks))
+    places = np.empty(len(unique), dtype=np.uint64)
+    places[order] = np.arange(len(unique), dtype=np.uint64)
+    return Selection(unique, places, num_test, num_train, len(prompts))
 
 
-def _name_shared_id(source: Source, shared: set[int]) -> None:
+def _name_shared_id(source: Source, seed: int, shared: set[int]) -> None:
     for where, conversation in source.conversations():
-        digest = hashlib.blake2b(conversation.prompt_id.encode(), digest_size=8).digest()
-        if int.from_bytes(digest, "big") in shared:
+        if keyed_hash(seed, conversation.prompt_id) in shared:
             raise InputError(
                 f"{where}: the id '{conversation.prompt_id}' belongs to several different prompts: make the ids unique "
                 "or remove the column"
@@ -132,12 +161,14 @@ def write(
 ) -> None:
     """Second pass: stream the selected conversations into their files; the training file appears last."""
     import numpy as np
+    from rich.console import Console
     from rich.progress import track
 
     from spin.alignment.data import PROMPT_SCHEMA
-    from spin.alignment.shards import ParquetSink
+    from spin.alignment.shards import ParquetSink, remove_leftovers
 
-    written = np.zeros(len(selection.ranks), dtype=bool)
+    remove_leftovers(*paths.values())
+    written = np.zeros(len(selection.prompts), dtype=bool)
     with ExitStack() as stack:
         # Left in reverse order: entering the training file first makes it the last to appear, the proof of completion.
         sinks = {
@@ -145,25 +176,30 @@ def write(
             for name in sorted(paths, key="test".__eq__)
         }
         batches: dict[str, list[dict[str, Any]]] = {name: [] for name in sinks}
-        rows = track(source.conversations(), description="reformat", total=selection.num_rows, transient=True)
+        bar = {"console": Console(stderr=True), "transient": True, "disable": not sys.stderr.isatty()}
+        rows = track(source.conversations(), "reformat", total=selection.num_rows, **bar)  # type: ignore[arg-type]
         for _, conversation in rows:
-            position = int(np.searchsorted(selection.ranks, np.uint64(rank(seed, conversation))))
-            if written[position] or position >= selection.num_test + selection.num_train:
+            place = selection.place(prompt_key(seed, conversation))
+            if written[place] or place >= selection.num_test + selection.num_train:
                 continue
-            written[position] = True
-            name = "test" if position < selection.num_test else "train"
+            written[place] = True
+            name = "test" if place < selection.num_test else "train"
             batches[name].append({"prompt_id": conversation.prompt_id, "chosen": conversation.messages})
             if len(batches[name]) == 1000:
                 sinks[name].write(batches[name])
                 batches[name] = []
         for name, batch in batches.items():
             sinks[name].write(batch)
+        # From here to its renewal there is no training file: an old one never stands beside a new test split.
+        paths["train"].unlink(missing_ok=True)
 
 
 def main(arguments: Sequence[str]) -> None:
     options = make_parser().parse_args(arguments)
     if options.test_size < 0 or options.subset < 0:
         raise InputError("test_size and subset must not be negative: give 0 or more")
+    if not (options.test_size < 1 or options.test_size.is_integer()):
+        raise InputError(f"test_size is {options.test_size:g}: give a whole number of rows, or a share below 1")
     if options.test_size and options.split == "test":
         raise InputError("split 'test' cannot hold out a test split of its own: set test_size to 0")
     from spin.alignment.provenance import Provenance, hash_text
@@ -184,20 +220,39 @@ def main(arguments: Sequence[str]) -> None:
         name: Provenance("prompts", sampling=settings, prompts_hash=content, split=path.stem)
         for name, path in paths.items()
     }
+    held_out = stale_test_split(folder, options.split) if "test" not in paths else None
+    if held_out is not None and not options.overwrite:
+        raise InputError(
+            f"{held_out} was held out of an earlier data set: choose another output_dir or pass --overwrite, which removes it"
+        )
     if not options.overwrite and already_there(paths, provenance):
         rows = {path.name: open_parquet(path).metadata.num_rows for path in paths.values()}
         print(f"{folder} is complete already: {rows}")
         return
     selection = select(source, options.seed, options.test_size, options.subset)
     write(source, selection, options.seed, paths, provenance)
-    repeated = selection.num_rows - len(selection.ranks)
-    unused = len(selection.ranks) - selection.num_train - selection.num_test
+    if held_out is not None:
+        held_out.unlink()
+    repeated = selection.num_rows - len(selection.prompts)
+    unused = len(selection.prompts) - selection.num_train - selection.num_test
     print(
         f"{selection.num_rows} rows read, {repeated} repeated prompts removed, {len(source.invalid)} invalid rows skipped, "
         f"{unused} left out by --subset; wrote {selection.num_train} training and {selection.num_test} test rows to {folder}"
     )
     for reason in source.invalid[:5]:
         print(f"  skipped: {reason}")
+
+
+def stale_test_split(folder: Path, split: str) -> Path | None:
+    """Return the test file that an earlier run held out of this split, if there is one: its rows may be trained on now."""
+    from spin.alignment.provenance import read_provenance
+    from spin.alignment.shards import open_parquet
+
+    path = folder / "test.parquet"
+    if split == "test" or not path.exists():
+        return None
+    settings = read_provenance(open_parquet(path).schema_arrow, path).sampling
+    return path if settings.get("test_size") and settings.get("split") == split else None
 
 
 def source_hash(files: list[Path]) -> str:
