@@ -1,0 +1,5 @@
+"""``python -m spin``."""
+
+from spin.cli import entry_point
+
+entry_point()

@@ -1,0 +1,73 @@
+"""The table of results and of the lineage: for a terminal (rich), for Markdown and for the page (cells)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+# (heading, key, format); columns of other temperatures are put in behind T=1.
+COLUMNS = (
+    ("exact greedy", "greedy_exact", "{:.3f}"),
+    ("exact T=1", "sampled_exact", "{:.3f}"),
+    ("NLL", "nll", "{:.4f}"),
+    ("identical", "identical_rate", "{:.1%}"),
+    ("reward acc.", "reward_accuracy", "{:.3f}"),
+    ("margin", "margin", "{:.3f}"),
+    ("chosen drift", "chosen_drift", "{:+.2f}"),
+    ("length", "mean_length", "{:.1f}"),
+    ("cut", "truncation_rate", "{:.1%}"),
+)
+CAPTION = (
+    "exact: share of held-out prompts answered right; NLL: nats per token of the truth; identical: generated responses equal "
+    "to the truth; reward acc., margin, chosen drift (nats): last training log; length in tokens and cut by length: held-out"
+)
+LINEAGE_HEADINGS = ("model", "starts from", "opponent and reference", "data")
+
+
+def cells(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Return the headings and one list of texts per model; a measure that no model has makes no column."""
+    from spin.alignment.report.summary import exact_key
+
+    rows: Sequence[dict[str, Any]] = summary["rows"]
+    others = sorted({t for row in rows for t in row.get("exact_at", {}) if t not in ("0", "1")}, key=float)
+    extra = [(f"exact T={t}", exact_key(t), "{:.3f}") for t in others]
+    columns = [item for item in (*COLUMNS[:2], *extra, *COLUMNS[2:]) if any(item[1] in row for row in rows)]
+    headings = ["model", *(heading for heading, _, _ in columns)]
+    texts = [
+        [row["model"], *(form.format(row[key]) if key in row else "–" for _, key, form in columns)] for row in rows
+    ]
+    return headings, texts
+
+
+def results_table(summary: dict[str, Any]) -> Table:
+    """Return the results as a rich table."""
+    from rich.table import Table
+
+    headings, rows = cells(summary)
+    table = Table(title="results", caption=CAPTION, caption_justify="left")
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "model" else "right")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def lineage_table(rows: Sequence[Sequence[str]]) -> Table:
+    """Return the lineage as a rich table."""
+    from rich.table import Table
+
+    table = Table(title="lineage")
+    for heading in LINEAGE_HEADINGS:
+        table.add_column(heading, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"

@@ -1,0 +1,201 @@
+"""The configuration of ``spin run``: one YAML file for all iterations, checked before any process starts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from spin.alignment.configs import build, load_config, merge
+from spin.alignment.errors import InputError
+
+# What the pipeline itself decides, section by section: these keys may not be written there.
+MANAGED = {
+    "generate": (
+        "model",
+        "revision",
+        "input_dir",
+        "output_dir",
+        "split",
+        "data_frac",
+        "iteration",
+        "seed",
+        "overwrite",
+    ),
+    "convert": ("input_dir", "output_dir", "num_fracs"),
+    "train": ("model_name_or_path", "dataset_mixer", "dataset_splits", "output_dir", "seed", "resume_from_checkpoint"),
+    "sft": ("model_name_or_path", "dataset_mixer", "dataset_splits", "output_dir", "seed", "resume_from_checkpoint"),
+    "evaluate": ("model", "revision", "input_dir", "split", "output_file", "seed"),
+}
+MANAGED["control"] = MANAGED["sft"]
+
+
+@dataclass(frozen=True)
+class RunData:
+    """Where prompts with ground truth come from; ``test`` empty means that no model is scored."""
+
+    train: str
+    test: str = ""
+    train_split: str = "train"
+    test_split: str = "test"
+    test_pairs: bool = False
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """How the GPU programs are started: plain Python for one process without ``config_file``, else accelerate."""
+
+    num_processes: int = 1
+    config_file: str | None = None
+    parallel_control: bool = False
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run: every section but ``data`` and ``launch`` holds the flags or keys of the program it is named after."""
+
+    run_dir: str
+    model: str
+    data: RunData
+    model_revision: str | None = None
+    iterations: int = 1
+    history: int = 1
+    seed: int = 42
+    sft: dict[str, Any] | None = None
+    control: dict[str, Any] | None = None
+    generate: dict[str, Any] = field(default_factory=dict)
+    convert: dict[str, Any] = field(default_factory=dict)
+    train: dict[str, Any] = field(default_factory=dict)
+    overrides: dict[Any, Any] = field(default_factory=dict)
+    evaluate: dict[str, Any] = field(default_factory=dict)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+
+    def __post_init__(self) -> None:
+        for name, lowest in (("iterations", 1), ("history", 0), ("seed", 0)):
+            if getattr(self, name) < lowest:
+                raise InputError(f"{name} is {getattr(self, name)}: set it to {lowest} or more")
+        if self.launch.num_processes < 1:
+            raise InputError(f"launch.num_processes is {self.launch.num_processes}: set it to 1 or more")
+        if self.launch.config_file and not Path(self.launch.config_file).is_file():
+            raise InputError(f"launch.config_file {self.launch.config_file} does not exist: give an accelerate config")
+        if self.launch.parallel_control and (self.launch.num_processes > 1 or self.launch.config_file):
+            raise InputError("launch.parallel_control shares one machine between single processes: set it to false")
+        if not self.run_dir or not self.model or not self.data.train:
+            raise InputError("run_dir, model and data.train must not be empty: give a folder for each")
+        if self.data.test_pairs and not self.data.test:
+            raise InputError("data.test_pairs is true but data.test is empty: name the held-out prompts")
+        self._check_sections()
+
+    def _check_sections(self) -> None:
+        sections = {name: getattr(self, name) or {} for name in MANAGED}
+        for name, section in sections.items():
+            managed = [key for key in MANAGED[name] if key in section]
+            if managed:
+                raise InputError(f"'{managed[0]}' in the section '{name}' is set by the pipeline itself: remove it")
+        for iteration, values in self.overrides.items():
+            if not isinstance(iteration, int) or not 0 <= iteration < self.iterations:
+                raise InputError(
+                    f"overrides names the iteration {iteration!r}, but the run has 0 to {self.iterations - 1}: correct it"
+                )
+            if not isinstance(values, Mapping):
+                raise InputError(f"overrides.{iteration} is not a mapping: write 'key: value' lines under it")
+            managed = [key for key in MANAGED["train"] if key in values]
+            if managed:
+                raise InputError(f"'{managed[0]}' in overrides.{iteration} is set by the pipeline itself: remove it")
+
+    @property
+    def start_model(self) -> str:
+        """The model that iteration 0 starts from and plays against."""
+        return self.model if self.sft is None else str(Path(self.run_dir) / "sft" / "checkpoint")
+
+    def opponent(self, iteration: int) -> str:
+        """The model that generates for an iteration: also what its training starts from."""
+        return self.start_model if iteration == 0 else str(self.iteration_dir(iteration - 1) / "checkpoint")
+
+    def iteration_dir(self, iteration: int) -> Path:
+        return Path(self.run_dir) / f"iter{iteration}"
+
+    def pair_folders(self, iteration: int) -> list[str]:
+        """The pairs an iteration trains on: its own and those of the ``history`` iterations before it."""
+        first = max(0, iteration - self.history)
+        return [str(self.iteration_dir(step) / "pairs") for step in range(iteration, first - 1, -1)]
+
+    def generation_seed(self, iteration: int) -> int:
+        """Seeds of different iterations are far apart: the same seed would repeat each prompt's random numbers."""
+        return self.seed * 1000 + iteration
+
+    def train_values(self, iteration: int) -> dict[str, Any]:
+        """The complete settings of run_spin.py for an iteration."""
+        values = {key: value for key, value in self.train.items() if key != "config"}
+        if "config" in self.train:
+            values = merge(load_config(str(self.train["config"])), values)
+        values = merge(values, self.overrides.get(iteration, {}))
+        if iteration > 0:
+            values.pop("model_revision", None)
+        splits = ["train_prefs", "test_prefs"] if self.data.test_pairs else ["train_prefs"]
+        return (
+            values
+            | self._owned(self.opponent(iteration), self.iteration_dir(iteration))
+            | {
+                "dataset_mixer": dict.fromkeys(self.pair_folders(iteration), 1.0),
+                "dataset_splits": splits,
+            }
+        )
+
+    def sft_values(self, name: str) -> dict[str, Any]:
+        """The complete settings of run_sft.py for the start (``sft``) or the continued-SFT control (``control``)."""
+        model = self.model if name == "sft" else self.start_model
+        return (
+            dict(getattr(self, name))
+            | self._owned(model, Path(self.run_dir) / name)
+            | {
+                "dataset_mixer": {self.data.train: 1.0},
+                "dataset_splits": [self.data.train_split],
+            }
+        )
+
+    def _owned(self, model: str, folder: Path) -> dict[str, Any]:
+        owned = {"model_name_or_path": model, "output_dir": str(folder / "checkpoint"), "seed": self.seed}
+        return owned | ({"model_revision": self.model_revision} if model == self.model and self.model_revision else {})
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def load_run_config(path: str | Path, arguments: Sequence[str] = ()) -> RunConfig:
+    """Read the configuration of a run, ``--key=value`` on top (dots reach into sections).
+
+    Raises:
+        InputError: an unknown key, a value out of range, or a key that the pipeline sets itself.
+    """
+    values = load_config(path, arguments)
+    overrides = values.get("overrides")
+    if isinstance(overrides, Mapping):
+        values["overrides"] = {int(key) if str(key).isdigit() else key: item for key, item in overrides.items()}
+    return build(RunConfig, values, str(path))
+
+
+def flags(values: Mapping[str, Any]) -> list[str]:
+    """Turn a section into command-line flags: true becomes a bare flag, false and null nothing, a list several values."""
+    arguments: list[str] = []
+    for key, value in values.items():
+        if value is None or value is False:
+            continue
+        arguments.append(f"--{key}")
+        if value is not True:
+            arguments += [str(item) for item in value] if isinstance(value, list) else [str(value)]
+    return arguments
+
+
+def open_run(run_dir: str | Path) -> RunConfig:
+    """Return the configuration of an existing run directory.
+
+    Raises:
+        InputError: the folder holds no run.
+    """
+    path = Path(run_dir) / "run.yaml"
+    if not path.is_file():
+        raise InputError(f"{run_dir} holds no run (run.yaml is missing): give the run_dir of `spin run`")
+    return load_run_config(path, [f"--run_dir={run_dir}"])

@@ -1,0 +1,271 @@
+"""The stages of a run: their commands, what they are made from, and what they leave behind. Nothing here starts anything."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from spin.alignment.errors import InputError
+from spin.alignment.manifest import RunManifest, model_files
+from spin.alignment.processes import accelerate_command, python_command
+from spin.alignment.run_config import RunConfig, flags
+
+PROGRAMS = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Source:
+    """Files whose content a stage depends on; ``name`` is what the manifest calls them. Without files: a Hub name."""
+
+    name: str
+    files: Callable[[], list[Path]]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One skippable step. ``folders`` hold partial results, which are moved aside when the inputs have changed."""
+
+    name: str
+    commands: list[list[str]]
+    settings: dict[str, Any]
+    sources: list[Source]
+    outputs: Callable[[], list[Path]]
+    folders: list[Path]
+    program: str
+    config_file: Path | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def chain(self) -> str:
+        """``control`` for the continued-SFT control, which depends on the start only; else ``main``."""
+        return "control" if self.name.startswith("control") else "main"
+
+    def inputs(self, manifest: RunManifest) -> dict[str, Any]:
+        """Return what the stage is made from: its settings, and the content hash of every source."""
+        run_dir = str(manifest.run_dir)
+        values = {key: _portable(value, run_dir) for key, value in flatten(self.settings).items()}
+        for source in self.sources:
+            files = source.files()
+            values[f"content of {_portable(source.name, run_dir)}"] = manifest.content_hashes(files) if files else "Hub"
+        return values
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Turn nested mappings into one with dotted keys; leaves become JSON values."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value if isinstance(value, int | float | str | None) else str(value)
+    return {key.replace("\n", " "): value for key, value in flat.items()}
+
+
+def _portable(value: Any, run_dir: str) -> Any:
+    """Name places inside the run directory independently of where it lies, so that two runs can be compared."""
+    return value.replace(f"{run_dir}/", "RUN/") if isinstance(value, str) else value
+
+
+def make_stages(config: RunConfig) -> list[Stage]:
+    """Return all stages in an order that respects their dependencies."""
+    stages: list[Stage] = []
+    for name in ("sft", "control"):
+        if getattr(config, name) is not None:
+            stages += [sft_stage(config, name), *evaluate_stages(config, name, f"{config.run_dir}/{name}/checkpoint")]
+    if config.sft is None:
+        stages += evaluate_stages(config, "sft", config.model)
+    for iteration in range(config.iterations):
+        stages += [generate_stage(config, iteration), convert_stage(config, iteration), train_stage(config, iteration)]
+        stages += evaluate_stages(config, f"iter{iteration}", str(config.iteration_dir(iteration) / "checkpoint"))
+    return stages
+
+
+def model_source(model: str) -> Source:
+    return Source(model, lambda: model_files(model))
+
+
+def data_source(path: str, split: str) -> Source:
+    from spin.alignment.readers import split_files
+
+    return Source(f"{path} {split}", lambda: split_files(Path(path), split) if Path(path).exists() else [])
+
+
+def _launched(config: RunConfig, program: str, arguments: list[str]) -> list[str]:
+    launch = config.launch
+    return accelerate_command(PROGRAMS / program, arguments, launch.num_processes, launch.config_file)
+
+
+def generate_stage(config: RunConfig, iteration: int) -> Stage:
+    """Responses of the opponent to all training prompts (and the held-out ones with ``data.test_pairs``)."""
+    data, output_dir = config.data, config.iteration_dir(iteration) / "generated"
+    splits = [data.train_split] + ([data.test_split] if data.test_pairs else [])
+    managed: dict[str, Any] = {
+        "model": config.opponent(iteration),
+        "revision": config.model_revision if config.opponent(iteration) == config.model else None,
+        "output_dir": str(output_dir),
+        "iteration": iteration,
+        "seed": config.generation_seed(iteration),
+    }
+    commands, outputs = [], []
+    for split in splits:
+        held_out = split != data.train_split
+        source = {"input_dir": data.test if held_out else data.train, "split": split}
+        section = config.generate | ({"frac_len": 0} if held_out else {})
+        for fraction in range(1 if held_out else num_train_fractions(config)):
+            arguments = flags({**managed, **source, "data_frac": fraction, **section})
+            commands.append(_launched(config, "generate.py", arguments))
+            outputs.append(output_dir / f"{split}-{fraction:05d}.parquet")
+    sources = [model_source(managed["model"]), data_source(data.train, data.train_split)]
+    sources += [data_source(data.test, data.test_split)] if data.test_pairs else []
+    return Stage(
+        name=f"iter{iteration}/generate",
+        commands=commands,
+        settings=managed | config.generate | {"splits": splits},
+        sources=sources,
+        outputs=lambda: outputs,
+        folders=[output_dir],
+        program="generate.py",
+    )
+
+
+def num_train_fractions(config: RunConfig) -> int:
+    """Return how many fractions the training prompts make; 1 when ``generate.frac_len`` is 0."""
+    frac_len = config.generate.get("frac_len") or 0
+    if not frac_len:
+        return 1
+    from spin.alignment.data import load_prompts
+    from spin.alignment.shards import num_fractions
+
+    return num_fractions(len(load_prompts(config.data.train, config.data.train_split)), int(frac_len))
+
+
+def convert_stage(config: RunConfig, iteration: int) -> Stage:
+    """Preference rows from the responses."""
+    folder = config.iteration_dir(iteration)
+    generated, pairs = folder / "generated", folder / "pairs"
+    arguments = flags({"input_dir": str(generated), "output_dir": str(pairs), **config.convert})
+    return Stage(
+        name=f"iter{iteration}/convert",
+        commands=[python_command(PROGRAMS / "convert_data.py", arguments)],
+        settings=dict(config.convert),
+        sources=[Source(str(generated), lambda: sorted(generated.glob("*.parquet")))],
+        outputs=lambda: sorted(pairs.glob("*_prefs-*.parquet")) + sorted(pairs.glob("*.counts.json")),
+        folders=[pairs],
+        program="convert_data.py",
+    )
+
+
+def train_stage(config: RunConfig, iteration: int) -> Stage:
+    """The policy of the next iteration."""
+    folder, values = config.iteration_dir(iteration), config.train_values(iteration)
+    pairs = [
+        Source(path, lambda path=path: sorted(Path(path).glob("*_prefs-*.parquet")))  # type: ignore[misc]
+        for path in config.pair_folders(iteration)
+    ]
+    return _training_stage(config, f"iter{iteration}/train", "run_spin.py", folder, values, pairs)
+
+
+def sft_stage(config: RunConfig, name: str) -> Stage:
+    """The SFT start, or the control that continues it on the same data."""
+    values = config.sft_values(name)
+    sources = [data_source(config.data.train, config.data.train_split)]
+    return _training_stage(config, f"{name}/train", "run_sft.py", Path(config.run_dir) / name, values, sources)
+
+
+def _training_stage(
+    config: RunConfig, name: str, program: str, folder: Path, values: dict[str, Any], sources: list[Source]
+) -> Stage:
+    checkpoint, config_file = folder / "checkpoint", folder / "train.yaml"
+    launch = dataclasses.asdict(config.launch)
+    launch.pop("parallel_control")
+    return Stage(
+        name=name,
+        commands=[_launched(config, program, [str(config_file)])],
+        settings=values | {"launch": launch},
+        sources=[model_source(values["model_name_or_path"]), *sources],
+        outputs=lambda: [*model_files(checkpoint), checkpoint / "metrics.json"],
+        folders=[checkpoint],
+        program=program,
+        config_file=config_file,
+        config=values,
+    )
+
+
+def evaluate_stages(config: RunConfig, name: str, model: str) -> list[Stage]:
+    """The scores of one model on the held-out prompts; nothing when ``data.test`` is empty."""
+    if not config.data.test:
+        return []
+    output_file = Path(config.run_dir) / name / "eval.json"
+    managed = {
+        "model": model,
+        "revision": config.model_revision if model == config.model else None,
+        "input_dir": config.data.test,
+        "split": config.data.test_split,
+        "seed": config.seed,
+    }
+    arguments = flags({**managed, "output_file": str(output_file), **config.evaluate})
+    return [
+        Stage(
+            name=f"{name}/evaluate",
+            commands=[python_command(PROGRAMS / "evaluate_model.py", arguments)],
+            settings=managed | config.evaluate,
+            sources=[model_source(model), data_source(config.data.test, config.data.test_split)],
+            outputs=lambda: [output_file],
+            folders=[],
+            program="evaluate_model.py",
+        )
+    ]
+
+
+def missing_outputs(stage: Stage) -> list[str]:
+    """Return the outputs that a stage which says it is done has not left behind."""
+    paths = stage.outputs()
+    missing = [str(path) for path in paths if not path.is_file()]
+    kind = {"evaluate_model.py": ".json", "run_spin.py": ".safetensors", "run_sft.py": ".safetensors"}.get(
+        stage.program, ".parquet"
+    )
+    if not any(path.name.endswith(kind) for path in paths):
+        missing.append(f"{stage.folders[0]}/*{kind}")
+    return missing
+
+
+def lineage(config: RunConfig) -> list[tuple[str, str, str, str]]:
+    """Return (model made, starts from, opponent, data) for every trained model of the run."""
+    run_dir = config.run_dir
+    rows = []
+    for name in ("sft", "control"):
+        if getattr(config, name) is not None:
+            values = config.sft_values(name)
+            start = values["model_name_or_path"]
+            if getattr(config, name).get("init_from_config"):
+                start += " (random weights)"
+            rows.append((f"{name}/checkpoint", start, "none (SFT)", f"{config.data.train} [{config.data.train_split}]"))
+    for iteration in range(config.iterations):
+        opponent = config.opponent(iteration)
+        rows.append((f"iter{iteration}/checkpoint", opponent, opponent, " + ".join(config.pair_folders(iteration))))
+    return [tuple(_portable(cell, run_dir).replace("RUN/", "") for cell in row) for row in rows]  # type: ignore[misc]
+
+
+def check_lineage(config: RunConfig, iteration: int) -> None:
+    """Assert from the stored provenance that an iteration's responses and pairs come from its opponent.
+
+    Raises:
+        InputError: a file was generated by other weights or belongs to another iteration.
+    """
+    from spin.alignment.model_utils import model_folder
+    from spin.alignment.provenance import hash_weights, read_provenance
+    from spin.alignment.shards import open_parquet
+
+    opponent = config.opponent(iteration)
+    expected = hash_weights(model_folder(opponent, config.model_revision if opponent == config.model else None))
+    folder = config.iteration_dir(iteration)
+    for path in [*sorted((folder / "generated").glob("*.parquet")), *sorted((folder / "pairs").glob("*.parquet"))]:
+        found = read_provenance(open_parquet(path).schema_arrow, path)
+        if found.weights_hash != expected or found.iteration != iteration:
+            raise InputError(
+                f"{path} was generated by {found.model} (weights {found.weights_hash}, iteration {found.iteration}), not by the "
+                f"opponent {opponent} (weights {expected}) of iteration {iteration}: remove it and run again"
+            )

@@ -1,0 +1,302 @@
+"""``spin run``: all iterations of self-play in one resumable command.
+
+Each stage is a process of its own. A stage is skipped when its record in ``manifest.json`` says that it is done, its inputs
+(settings and file contents) are unchanged and its outputs are intact; killed anywhere and started again, the run goes on.
+"""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from spin.alignment.errors import InputError
+from spin.programs import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAULT, EXIT_INTERRUPTED
+
+USAGE = """usage: spin run CONFIG.yaml [--key=value ...] [--rerun_changed]
+
+Runs SFT (when asked for), then generate, convert, train and evaluate for every iteration. Run it again to go on after an
+interruption. Dots reach into sections: --train.beta=0.5. With --rerun_changed, finished stages whose settings or
+input files have changed are made again, and their old output is kept under RUN/replaced/. See docs/pipeline.md."""
+
+
+class StageFailed(Exception):
+    """A stage's program ended with another code than 0."""
+
+    def __init__(self, stage: str, code: int, log: Path) -> None:
+        super().__init__(stage)
+        self.stage, self.code, self.log = stage, code, log
+
+
+class Pipeline:
+    """Runs the stages of one configuration into its run directory, which it holds locked meanwhile."""
+
+    def __init__(self, config: Any, rerun_changed: bool) -> None:
+        from spin.alignment.manifest import RunManifest
+        from spin.alignment.processes import ChildPrograms
+        from spin.alignment.stages import make_stages
+
+        self.config, self.rerun_changed = config, rerun_changed
+        self.run_dir = Path(config.run_dir)
+        self.manifest = RunManifest(self.run_dir)
+        self.stages = make_stages(config)
+        parallel = config.launch.parallel_control and config.control is not None
+        self.parallel = parallel
+        self.children = ChildPrograms(self.run_dir, one_thread=parallel, prefix=parallel)
+        self._failure: BaseException | None = None
+
+    def changed_stages(self) -> dict[str, list[str]]:
+        """Return the finished stages that were made from other settings or files, and what differs."""
+        changed = {}
+        for stage in self.stages:
+            record = self.manifest.stages.get(stage.name)
+            if record is None or record.state != "done":
+                continue
+            differing = self.manifest.changes(stage.name, stage.inputs(self.manifest))
+            if differing:
+                changed[stage.name] = differing
+        return changed
+
+    def refuse_changes(self) -> None:
+        """Raise :class:`InputError` when a finished stage would have to be made again and nobody asked for that."""
+        changed = self.changed_stages()
+        if changed and not self.rerun_changed:
+            name, differing = next(iter(changed.items()))
+            others = f" (and {len(changed) - 1} more stages)" if len(changed) > 1 else ""
+            raise InputError(
+                f"{self.run_dir} was made otherwise: {name}{others}: {'; '.join(differing)}; choose another run_dir, or pass "
+                "--rerun_changed to make these stages again"
+            )
+
+    def run(self) -> None:
+        """Run every stage that is not done.
+
+        Raises:
+            StageFailed: a program ended with another code than 0; the other chain has been stopped.
+        """
+        chains = {name: [stage for stage in self.stages if stage.chain == name] for name in ("main", "control")}
+        if not self.parallel:
+            for stage in self.stages:
+                self._run_stage(stage)
+            return
+        start = [stage for stage in chains["main"] if stage.name.startswith("sft/train")]
+        for stage in start:
+            self._run_stage(stage)
+        rest = [stage for stage in chains["main"] if stage not in start]
+        threads = [threading.Thread(target=self._run_chain, args=(chain,)) for chain in (rest, chains["control"])]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            while thread.is_alive():  # a join without a timeout would not let a signal through
+                thread.join(timeout=0.2)
+        if self._failure is not None:
+            raise self._failure
+
+    def _run_chain(self, chain: list[Any]) -> None:
+        try:
+            for stage in chain:
+                if self._failure is not None:
+                    return
+                self._run_stage(stage)
+        except BaseException as failure:
+            if self._failure is None:
+                self._failure = failure
+            self.children.stop()
+
+    def _run_stage(self, stage: Any) -> None:
+        inputs = stage.inputs(self.manifest)
+        record = self.manifest.stages.get(stage.name)
+        if record is not None and record.inputs == inputs and self.manifest.is_done(stage.name):
+            print(f"==> {stage.name}: done already", flush=True)
+            return
+        if record is not None and record.inputs != inputs:
+            self._move_aside(stage, [folder for folder in stage.folders if folder.is_dir()], "its inputs changed")
+        elif record is not None and record.state == "done":
+            self._move_aside(stage, self._suspect_files(stage), "files of its output were changed or removed")
+        print(f"==> {stage.name}: {'going on' if self._is_partial(record, inputs) else 'starting'}", flush=True)
+        self.manifest.start(stage.name, inputs)
+        started = time.monotonic()
+        try:
+            self._start_programs(stage)
+        except BaseException:
+            self.manifest.stop(stage.name, time.monotonic() - started)
+            raise
+        seconds = time.monotonic() - started
+        self.manifest.finish(stage.name, stage.outputs(), seconds)
+        print(f"==> {stage.name}: done in {seconds:.0f} s", flush=True)
+
+    @staticmethod
+    def _is_partial(record: Any, inputs: dict[str, Any]) -> bool:
+        return record is not None and record.inputs == inputs and record.state != "done"
+
+    def _start_programs(self, stage: Any) -> None:
+        import yaml
+
+        from spin.alignment.shards import write_text_atomic
+        from spin.alignment.stages import check_lineage, missing_outputs
+
+        if stage.config_file is not None:
+            write_text_atomic(stage.config_file, yaml.safe_dump(stage.config, sort_keys=False, allow_unicode=True))
+        for command in stage.commands:
+            code = self.children.run(stage.name, command)
+            if code:
+                raise StageFailed(stage.name, code, self.children.log_path(stage.name))
+        missing = missing_outputs(stage)
+        if missing:
+            raise RuntimeError(f"{stage.name} ended well but did not write {', '.join(missing)}")
+        if stage.config_file is not None:
+            copied = stage.folders[0] / "metrics.json"
+            write_text_atomic(stage.config_file.with_name("metrics.json"), copied.read_text(encoding="utf-8"))
+        if stage.name.endswith("/convert"):
+            check_lineage(self.config, int(stage.name.removeprefix("iter").partition("/")[0]))
+
+    def _suspect_files(self, stage: Any) -> list[Path]:
+        """Return the files that a program must not take for its own complete output: damaged ones, or a damaged model."""
+        damaged = [self.run_dir / name for name in self.manifest.damaged_outputs(stage.name)]
+        suspects = stage.outputs() if stage.config_file is not None else damaged
+        return [path for path in suspects if path.exists()]
+
+    def _move_aside(self, stage: Any, paths: list[Path], reason: str) -> None:
+        """Keep output that is not to be used any more: nothing of it may leak into the new one."""
+        kept = self.run_dir / "replaced" / time.strftime("%Y%m%d-%H%M%S")
+        for path in paths:
+            target = kept / path.relative_to(self.run_dir)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(path, target)
+        if paths:
+            print(f"==> {stage.name}: {reason}; the old output is kept in {kept}", flush=True)
+
+
+def check_before_start(config: Any, source: str) -> None:
+    """Check every setting of every program, the data and the tokenizer, before any process starts.
+
+    Raises:
+        InputError: what is wrong, with the section or file it stands in.
+    """
+    from spin import convert_data, evaluate_model, generate
+    from spin.alignment.errors import lookup
+    from spin.alignment.model_utils import check_model_path
+    from spin.alignment.pairing import PAIRINGS
+    from spin.alignment.run_config import flags
+
+    managed = ["--model", config.model, "--input_dir", config.data.train, "--output_dir", config.run_dir]
+    sampling = generate.make_parser().parse_args([*managed, *flags(config.generate)])
+    generate.check_options(sampling)
+    options = convert_data.make_parser().parse_args([*managed[2:], *flags(config.convert)])
+    lookup(PAIRINGS, options.pairing, "pairing")
+    evaluation = evaluate_model.make_parser().parse_args(
+        [*managed[:4], "--output_file", config.run_dir, *flags(config.evaluate)]
+    )
+    evaluate_model.check_options(evaluation)
+    check_model_path(config.model, needs_weights=not (config.sft or {}).get("init_from_config", False))
+    check_training_settings(config, source)
+    check_data(config, sampling)
+
+
+def check_training_settings(config: Any, source: str) -> None:
+    """Build the settings of every training of the run, as its program will."""
+    from spin.alignment.trainer import SPINConfig
+    from spin.alignment.training_run import read_settings
+    from spin.run_sft import make_arguments_class
+
+    # The models of later stages do not exist yet, so their paths are not looked at here.
+    path = {"model_name_or_path": "opponent"}
+    for name in ("sft", "control"):
+        if getattr(config, name) is not None:
+            read_settings(config.sft_values(name) | path, f"the section '{name}' of {source}", make_arguments_class())
+    for iteration in range(config.iterations):
+        where = f"the section 'train' of {source} (iteration {iteration})"
+        read_settings(config.train_values(iteration) | path, where, SPINConfig)
+
+
+def check_data(config: Any, sampling: Any) -> None:
+    """Read the prompts and encode some of them, so that an unusable template shows before hours of training."""
+    from spin.alignment.chat import ChatEncoder, load_tokenizer
+    from spin.alignment.data import load_prompts
+
+    tokenizer = load_tokenizer(config.model, config.model_revision, sampling.trust_remote_code)
+    encoder = ChatEncoder(tokenizer, sampling.system)
+    splits = [(config.data.train, config.data.train_split)]
+    splits += [(config.data.test, config.data.test_split)] if config.data.test else []
+    for path, split in splits:
+        prompts = load_prompts(path, split)
+        for row in prompts.select(range(min(100, len(prompts)))):
+            try:
+                encoder.prompt_ids(row["chosen"][:-1])
+            except InputError as error:
+                raise InputError(f"{path} [{split}], prompt {row['prompt_id']}: {error}") from error
+
+
+def check_run_dir(run_dir: Path) -> None:
+    """Refuse a folder that holds something else than a run."""
+    from spin.alignment.manifest import MANIFEST_NAME
+
+    if run_dir.exists() and not run_dir.is_dir():
+        raise InputError(f"run_dir {run_dir} is a file: choose a folder")
+    known = {MANIFEST_NAME, ".lock", "run.yaml"}
+    if run_dir.is_dir() and not (run_dir / MANIFEST_NAME).exists():
+        foreign = sorted(path.name for path in run_dir.iterdir() if path.name not in known)
+        if foreign:
+            raise InputError(f"run_dir {run_dir} holds {foreign[0]} but no run of this program: choose an empty folder")
+
+
+def run(config: Any, source: str, rerun_changed: bool) -> int:
+    """Run a checked configuration; return the exit code."""
+    import yaml
+
+    from spin.alignment.manifest import RunLock
+    from spin.alignment.report import show_lineage, write_report
+    from spin.alignment.shards import write_text_atomic
+
+    run_dir = Path(config.run_dir)
+    check_run_dir(run_dir)
+    check_before_start(config, source)
+    with RunLock(run_dir):
+        pipeline = Pipeline(config, rerun_changed)
+        pipeline.refuse_changes()
+        pipeline.manifest.save()
+        write_text_atomic(run_dir / "run.yaml", yaml.safe_dump(config.as_dict(), sort_keys=False, allow_unicode=True))
+        show_lineage(config)
+        try:
+            pipeline.run()
+        except StageFailed as failure:
+            return explain(failure)
+        except KeyboardInterrupt:
+            pipeline.children.stop()
+            raise
+        write_report(config)
+    return EXIT_DONE
+
+
+def explain(failure: StageFailed) -> int:
+    """Say which stage ended how; return the exit code of the run."""
+    import sys
+
+    code = failure.code if failure.code in (EXIT_BAD_INPUT, EXIT_INTERRUPTED) else EXIT_FAULT
+    reason = {EXIT_BAD_INPUT: "its input is bad, see the sentence above", EXIT_INTERRUPTED: "it was interrupted"}
+    said = reason.get(code, f"its program failed (exit code {failure.code})")
+    print(f"error: {failure.stage} stopped: {said}; log: {failure.log}; run again to go on", file=sys.stderr)
+    return code
+
+
+def main(arguments: Sequence[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        if not arguments:
+            raise InputError("the configuration file is missing: give it as the first argument")
+        return EXIT_DONE
+    from spin.alignment.run_config import load_run_config
+
+    rerun_changed = "--rerun_changed" in arguments
+    config = load_run_config(arguments[0], [item for item in arguments[1:] if item != "--rerun_changed"])
+    signal.signal(signal.SIGTERM, _interrupt)
+    return run(config, arguments[0], rerun_changed)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
