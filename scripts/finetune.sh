@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Step 2 of one iteration: fine-tunes on the pairs of configs/config.yaml (iteration 0) or configs/config_iterN.yaml.
+set -euo pipefail
+usage() {
+    cat <<'TEXT'
+usage: bash scripts/finetune.sh ITER [--key=value ...]
+
+Trains iteration ITER (0, 1, 2 ...) with spin/run_spin.py. Settings go through, for example --learning_rate=1e-7.
+
+  CONFIG         configuration (default: configs/config.yaml, or configs/config_iterITER.yaml from 1 on)
+  LAUNCH_CONFIG  accelerate configuration (default: configs/multi_gpu.yaml; `none` runs one plain process)
+  NUM_PROCESSES  processes, one per GPU (default: what LAUNCH_CONFIG says)
+  MAIN_PORT      port of the main process (default: 29500)
+TEXT
+}
+case "${1:-}" in
+    -h | --help) usage; exit 0 ;;
+    '' | *[!0-9]*) usage >&2; exit 2 ;;
+esac
+iteration=$1
+shift
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+config=configs/config.yaml
+[ "$iteration" = 0 ] || config=configs/config_iter$iteration.yaml
+config=${CONFIG:-$config}
+if [ ! -f "$config" ]; then
+    echo "error: $config does not exist: write it (four lines, see configs/config_iter1.yaml) or set CONFIG" >&2
+    exit 2
+fi
+launch_config=${LAUNCH_CONFIG:-configs/multi_gpu.yaml}
+if [ "$launch_config" = none ]; then
+    exec python spin/run_spin.py "$config" "$@"
+fi
+exec accelerate launch --config_file "$launch_config" ${NUM_PROCESSES:+--num_processes "$NUM_PROCESSES"} \
+    --main_process_port "${MAIN_PORT:-29500}" spin/run_spin.py "$config" "$@"
