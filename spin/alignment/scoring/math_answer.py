@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:\s*/\s*\d+)?|-?\.\d+")
-_BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
+# A minus behind a digit, letter or bracket is a subtraction, not a sign; commas count only between groups of three digits.
+_NUMBER = re.compile(r"(?:(?<![\w)}])-)?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:\s*/\s*\d+)?|\.\d+)")
+_FRACTION = re.compile(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}")
+_BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
 
 
 def math_answer(prompt: str, response: str, reference: str) -> float:
@@ -17,6 +19,7 @@ def math_answer(prompt: str, response: str, reference: str) -> float:
 
 def final_number(text: str) -> Fraction | None:
     """Return the number a solution ends with, or ``None`` when it states none."""
+    text = _FRACTION.sub(r"\1/\2", text)
     if "####" in text:
         text = text.rsplit("####", 1)[1]
         numbers = _NUMBER.findall(text)[:1]
@@ -26,6 +29,6 @@ def final_number(text: str) -> Fraction | None:
     if not numbers:
         return None
     try:
-        return Fraction(numbers[0].replace(",", "").replace(" ", ""))
+        return Fraction(re.sub(r"[\s,]", "", numbers[0]))
     except (ValueError, ZeroDivisionError):
         return None
