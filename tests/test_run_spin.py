@@ -1,0 +1,330 @@
+"""The training program, for real: tiny random models, killed, resumed, sharded over two processes, with adapters."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from spin import run_spin
+from tests.helpers import REPOSITORY, program_environment, run_main
+
+WORDS = ["red", "green", "blue", "seven", "eleven", "a longer answer here"]
+
+
+def write_pairs(folder: Path, count: int = 24, split: str = "train") -> Path:
+    """Preference rows without token ids; the rejected response is another word."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"{split}_prefs.jsonl").open("w") as file:
+        for number in range(count):
+            prompt = [{"role": "user", "content": f"say word {number}"}]
+            chosen, rejected = WORDS[number % 6], WORDS[(number + 1) % 6] + "!" * (number % 4)
+            row = {
+                "prompt_id": f"p{number}",
+                "chosen": [*prompt, {"role": "assistant", "content": chosen}],
+                "rejected": [*prompt, {"role": "assistant", "content": rejected}],
+            }
+            file.write(json.dumps(row) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    folder = write_pairs(tmp_path_factory.mktemp("pairs"))
+    return write_pairs(folder, 6, "test")
+
+
+def write_config(path: Path, tiny_model: Path, pairs: Path, **settings) -> Path:
+    values = {
+        "model_name_or_path": str(tiny_model),
+        "dataset_mixer": {str(pairs): 1.0},
+        "dataset_splits": ["train_prefs"],
+        "output_dir": str(path.parent / "out"),
+        "use_cpu": True,
+        "learning_rate": 1e-3,
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 4,
+        "num_train_epochs": 1,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "max_length": 128,
+        "max_prompt_length": 64,
+        "disable_tqdm": True,
+    } | settings
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def train(config: Path, *arguments: str, launch: list[str] | None = None, **environment: str) -> str:
+    command = [sys.executable, *(launch or []), "spin/run_spin.py", str(config), *arguments]
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=program_environment(**environment), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def launcher(config_file: str) -> list[str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return [
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        f"configs/{config_file}",
+        "--main_process_port",
+        str(port),
+    ]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def metrics(folder: Path) -> dict:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def difference(left: Path, right: Path) -> float:
+    ours, theirs = weights(left), weights(right)
+    assert ours.keys() == theirs.keys()
+    return max((ours[name].float() - theirs[name].float()).abs().max().item() for name in ours)
+
+
+@pytest.fixture(scope="module")
+def reference_run(tiny_model, pairs, tmp_path_factory):
+    """Two epochs in one process: what every other way of training must reproduce."""
+    folder = tmp_path_factory.mktemp("reference")
+    config = write_config(
+        folder / "c.yaml", tiny_model, pairs, num_train_epochs=2, dataset_splits=["train_prefs", "test_prefs"]
+    )
+    train(config)
+    return folder / "out"
+
+
+def test_training_moves_apart_what_it_should(reference_run, tiny_model):
+    record = metrics(reference_run)
+    assert record["first_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert record["steps"] == 12
+    assert record["pairs"] == {"train": 24, "test": 6}
+    final = record["final"]
+    assert final["rewards/margins"] > 0.05
+    assert final["rewards/accuracies"] > 0.5
+    assert final["eval_rewards/margins"] == pytest.approx(
+        final["eval_rewards/chosen"] - final["eval_rewards/rejected"], abs=1e-6
+    )
+    assert final["logps/chosen"] < 0
+    assert difference(reference_run, tiny_model) > 1e-3
+
+
+def test_a_finished_training_is_not_repeated_and_a_changed_one_refused(reference_run):
+    config = reference_run.parent / "c.yaml"
+    before = (reference_run / "model.safetensors").stat().st_mtime_ns
+    assert "complete already" in train(config)
+    assert (reference_run / "model.safetensors").stat().st_mtime_ns == before
+    code, _, error = run_main(run_spin.main, config, "--beta=0.2")
+    assert code == 2
+    assert "beta differ" in error
+
+
+def test_the_saved_policy_loads_by_itself(reference_run):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(reference_run)
+    tokenizer = AutoTokenizer.from_pretrained(reference_run)
+    assert tokenizer.chat_template
+    assert model.config.vocab_size == len(tokenizer)
+    assert not list(reference_run.glob("**/*.bin.tmp"))
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_gives_the_same_weights(reference_run, tiny_model, pairs, tmp_path):
+    settings = {
+        "num_train_epochs": 2,
+        "dataset_splits": ["train_prefs", "test_prefs"],
+        "save_strategy": "steps",
+        "save_steps": 3,
+    }
+    config = write_config(tmp_path / "c.yaml", tiny_model, pairs, **settings)
+    command = [sys.executable, "spin/run_spin.py", str(config)]
+    process = subprocess.Popen(
+        command, cwd=REPOSITORY, env=program_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    out, deadline = tmp_path / "out", time.monotonic() + 120
+    while not (out / "checkpoint-3" / "trainer_state.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (out / "metrics.json").exists()
+    torn = out / "checkpoint-11"  # as if the kill had come while the next checkpoint was written
+    torn.mkdir(exist_ok=True)
+    assert "going on from" in train(config)
+    assert difference(out, reference_run) == 0.0
+    assert not torn.exists() or (torn / "trainer_state.json").exists()
+    assert metrics(out)["first_loss"] == metrics(reference_run)["first_loss"]
+
+
+@pytest.mark.slow
+def test_accumulation_gives_the_same_weights(reference_run, tiny_model, pairs, tmp_path):
+    config = write_config(
+        tmp_path / "c.yaml",
+        tiny_model,
+        pairs,
+        num_train_epochs=2,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+    )
+    train(config)
+    assert difference(tmp_path / "out", reference_run) < 2e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "config_file, tolerance",
+    [("cpu.yaml", 2e-5), ("deepspeed_zero3_cpu.yaml", 1e-3), ("fsdp2_cpu.yaml", 1e-3)],
+)
+def test_two_processes_give_the_same_loss_as_one(reference_run, tiny_model, pairs, tmp_path, config_file, tolerance):
+    config = write_config(tmp_path / "c.yaml", tiny_model, pairs, num_train_epochs=2, per_device_train_batch_size=2)
+    train(config, launch=launcher(config_file), DS_ACCELERATOR="cpu")
+    ours, theirs = metrics(tmp_path / "out"), metrics(reference_run)
+    losses, expected = ([entry["loss"] for entry in record["history"] if "loss" in entry] for record in (ours, theirs))
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert losses == pytest.approx(expected, abs=tolerance)
+    assert difference(tmp_path / "out", reference_run) < 5 * tolerance
+
+
+@pytest.mark.slow
+def test_adapters_are_merged_and_the_next_iteration_starts_at_ln_2(tiny_model, pairs, tmp_path):
+    lora = {"use_peft": True, "lora_r": 4, "learning_rate": 1e-2}
+    train(write_config(tmp_path / "c0.yaml", tiny_model, pairs, output_dir=str(tmp_path / "iter0"), **lora))
+    assert difference(tmp_path / "iter0", tiny_model) > 1e-3
+    assert not (tmp_path / "iter0" / "adapter_config.json").exists()
+    train(write_config(tmp_path / "c1.yaml", tmp_path / "iter0", pairs, output_dir=str(tmp_path / "iter1"), **lora))
+    for folder in ("iter0", "iter1"):
+        record = metrics(tmp_path / folder)
+        assert record["first_loss"] == pytest.approx(math.log(2), abs=1e-6)
+        assert record["final"]["rewards/margins"] > 0
+
+
+@pytest.mark.slow
+def test_the_merged_checkpoint_says_what_the_adapted_model_said(tiny_model, tmp_path):
+    from spin.alignment.configs import ModelConfig
+    from spin.alignment.model_utils import add_adapters, load_model, merge_adapters, save_checkpoint
+    from tests.helpers import char_tokenizer
+
+    config = ModelConfig(model_name_or_path=str(tiny_model), use_peft=True, lora_r=4)
+    model = add_adapters(load_model(config), config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.1)
+    ids = torch.arange(5, 25)[None]
+    adapted = model(ids).logits
+    save_checkpoint(merge_adapters(model, model.state_dict(), config), char_tokenizer(), tmp_path / "merged")
+    merged = load_model(ModelConfig(model_name_or_path=str(tmp_path / "merged")))
+    assert torch.allclose(merged(ids).logits, adapted, atol=1e-4)
+    assert not torch.allclose(load_model(config)(ids).logits, adapted, atol=1e-2)
+
+
+def test_a_foreign_reference_stops_before_the_first_step(tiny_model, pairs, tmp_path):
+    """The guard: stored log-probs that are not this model's are noticed although their key fits."""
+    import pyarrow as pa
+
+    config = write_config(tmp_path / "c.yaml", tiny_model, pairs, max_steps=1, reference_dir=str(tmp_path / "ref"))
+    train(config)
+    (store,) = (tmp_path / "ref").glob("*.arrow")
+    table = pa.ipc.open_file(str(store)).read_all()
+    shifted = [[value - 1.0 for value in row] for row in table.column("chosen").to_pylist()]
+    table = table.set_column(1, table.schema.field("chosen"), pa.array(shifted, pa.list_(pa.float32())))
+    with pa.ipc.new_file(str(store), table.schema) as writer:
+        writer.write_table(table)
+    shutil.rmtree(tmp_path / "out")
+    done = subprocess.run(
+        [sys.executable, "spin/run_spin.py", str(config)],
+        cwd=REPOSITORY,
+        env=program_environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "nats per token before the first step" in done.stderr
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+BAD = {
+    "unknown key": ({"betta": 0.1}, "unknown key 'betta' in .*did you mean 'beta'"),
+    "unknown loss": ({"loss_type": "dpo"}, "unknown loss_type 'dpo': choose one of hinge, ipo, sigmoid"),
+    "beta zero": ({"beta": 0}, "beta is 0.0: set it to a number above 0"),
+    "beta text": ({"beta": "strong"}, "'beta' in .* is 'strong', which is not a number"),
+    "smoothing": ({"label_smoothing": 0.7}, "label_smoothing is 0.7"),
+    "smoothing with hinge": ({"loss_type": "hinge", "label_smoothing": 0.1}, "loss_type hinge does not use it"),
+    "token smoothing": ({"label_smoothing_factor": 0.1}, "use label_smoothing"),
+    "lengths": ({"max_prompt_length": 128}, "max_prompt_length is 128 and max_length 128"),
+    "both precisions": ({"bf16": True, "fp16": True}, "do not fit together"),
+    "no data": ({"dataset_mixer": {}}, "lacks the key 'dataset_mixer'"),
+    "missing data": ({"dataset_mixer": {"./nowhere": 1.0}}, r"\./nowhere does not exist"),
+    "fraction": ({"dataset_mixer": {"PAIRS": 1.5}}, "the fraction 1.5: set it above 0 and at most 1"),
+    "missing model": ({"model_name_or_path": "./nowhere"}, r"model folder ./nowhere does not exist"),
+    "no model": ({"model_name_or_path": ""}, "model_name_or_path is missing"),
+    "no output": ({"output_dir": None}, "lacks the key 'output_dir'"),
+    "quantised without adapters": ({"load_in_4bit": True}, "set use_peft to true"),
+    "both quantisations": ({"load_in_4bit": True, "load_in_8bit": True, "use_peft": True}, "choose one"),
+    "unknown split": ({"dataset_splits": ["validation"]}, "validation"),
+    "no training split": ({"dataset_splits": ["test_prefs"]}, "name a training split"),
+    "removed key": ({"lora_dropout": 0.1}, "the key 'lora_dropout' .* is not known here"),
+    "old and new key": ({"eval_strategy": "no", "evaluation_strategy": "no"}, "keep 'eval_strategy'"),
+    "dtype": ({"dtype": "float8"}, "choose one of auto, float32, bfloat16, float16"),
+    "fp16 on a CPU": ({"fp16": True}, "fp16|GPU"),
+    "negative rate": ({"learning_rate": -1.0}, "learning_rate is -1.0"),
+    "random start": ({"init_from_config": True}, "init_from_config has no meaning here"),
+    "unused columns": ({"remove_unused_columns": True}, "remove the key"),
+    "everything cut away": (
+        {"max_length": 3, "max_prompt_length": 2, "resume_from_checkpoint": "./no"},
+        "not a complete checkpoint",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_settings_end_in_one_sentence(case, tiny_model, pairs, tmp_path):
+    settings, message = BAD[case]
+    if "dataset_mixer" in settings:
+        settings = {
+            "dataset_mixer": {str(pairs) if key == "PAIRS" else key: v for key, v in settings["dataset_mixer"].items()}
+        }
+    config = write_config(tmp_path / "c.yaml", tiny_model, pairs, **settings)
+    code, _, error = run_main(run_spin.main, config)
+    assert code == 2, error
+    lines = [line for line in error.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1
+    pytest.importorskip("re").search(message, lines[0]) or pytest.fail(lines[0])
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, message", [((), "the configuration file is missing"), (("none.yaml",), "does not exist")]
+)
+def test_a_missing_configuration(arguments, message):
+    code, _, error = run_main(run_spin.main, *arguments)
+    assert code == 2
+    assert message in error
+
+
+def test_help_is_quick():
+    started = time.monotonic()
+    code, out, _ = run_main(run_spin.main, "--help")
+    assert code == 0
+    assert "dataset_mixer" in out
+    assert time.monotonic() - started < 0.5
