@@ -13,10 +13,15 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from spin.alignment.errors import InputError
 from spin.programs import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAULT, EXIT_INTERRUPTED
+
+if TYPE_CHECKING:
+    from spin.alignment.manifest import StageRecord
+    from spin.alignment.run_config import RunConfig
+    from spin.alignment.stages import Stage
 
 USAGE = """usage: spin run CONFIG.yaml [--key=value ...] [--rerun_changed]
 
@@ -36,18 +41,18 @@ class StageFailed(Exception):
 class Pipeline:
     """Runs the stages of one configuration into its run directory, which it holds locked meanwhile."""
 
-    def __init__(self, config: Any, rerun_changed: bool) -> None:
+    def __init__(self, config: RunConfig, stages: list[Stage], rerun_changed: bool = False) -> None:
         from spin.alignment.manifest import RunManifest
         from spin.alignment.processes import ChildPrograms
-        from spin.alignment.stages import make_stages
 
         self.config, self.rerun_changed = config, rerun_changed
         self.run_dir = Path(config.run_dir)
         self.manifest = RunManifest(self.run_dir)
-        self.stages = make_stages(config)
-        parallel = config.launch.parallel_control and config.control is not None
-        self.parallel = parallel
-        self.children = ChildPrograms(self.run_dir, one_thread=parallel, prefix=parallel)
+        self.stages = stages
+        self.parallel = config.launch.parallel
+        self.children = ChildPrograms(self.run_dir, one_thread=self.parallel, prefix=self.parallel)
+        self._finished: set[str] = set()
+        self._turn = threading.Condition()
         self._failure: BaseException | None = None
 
     def changed_stages(self) -> dict[str, list[str]]:
@@ -77,18 +82,14 @@ class Pipeline:
         """Run every stage that is not done.
 
         Raises:
-            StageFailed: a program ended with another code than 0; the other chain has been stopped.
+            StageFailed: a program ended with another code than 0; what ran beside it has been stopped.
         """
-        chains = {name: [stage for stage in self.stages if stage.chain == name] for name in ("main", "control")}
         if not self.parallel:
             for stage in self.stages:
                 self._run_stage(stage)
             return
-        start = [stage for stage in chains["main"] if stage.name.startswith("sft/train")]
-        for stage in start:
-            self._run_stage(stage)
-        rest = [stage for stage in chains["main"] if stage not in start]
-        threads = [threading.Thread(target=self._run_chain, args=(chain,)) for chain in (rest, chains["control"])]
+        chains = [[stage for stage in self.stages if stage.is_beside is beside] for beside in (False, True)]
+        threads = [threading.Thread(target=self._run_chain, args=(chain,)) for chain in chains]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -97,18 +98,33 @@ class Pipeline:
         if self._failure is not None:
             raise self._failure
 
-    def _run_chain(self, chain: list[Any]) -> None:
+    def _run_chain(self, chain: list[Stage]) -> None:
+        known = {stage.name for stage in self.stages}
         try:
             for stage in chain:
+                if stage.is_beside and stage.after in known:
+                    with self._turn:
+                        self._turn.wait_for(lambda: stage.after in self._finished or self._failure is not None)  # noqa: B023
                 if self._failure is not None:
                     return
                 self._run_stage(stage)
+                with self._turn:
+                    self._finished.add(stage.name)
+                    self._turn.notify_all()
         except BaseException as failure:
-            if self._failure is None:
-                self._failure = failure
+            with self._turn:
+                self._failure = self._failure or failure
+                self._turn.notify_all()
             self.children.stop()
 
-    def _run_stage(self, stage: Any) -> None:
+    def interrupt(self) -> None:
+        """End every child; both chains come to their end."""
+        with self._turn:
+            self._failure = self._failure or KeyboardInterrupt()
+            self._turn.notify_all()
+        self.children.stop()
+
+    def _run_stage(self, stage: Stage) -> None:
         inputs = stage.inputs(self.manifest)
         record = self.manifest.stages.get(stage.name)
         if record is not None and record.inputs == inputs and self.manifest.is_done(stage.name):
@@ -131,10 +147,10 @@ class Pipeline:
         print(f"==> {stage.name}: done in {seconds:.0f} s", flush=True)
 
     @staticmethod
-    def _is_partial(record: Any, inputs: dict[str, Any]) -> bool:
+    def _is_partial(record: StageRecord | None, inputs: dict[str, Any]) -> bool:
         return record is not None and record.inputs == inputs and record.state != "done"
 
-    def _start_programs(self, stage: Any) -> None:
+    def _start_programs(self, stage: Stage) -> None:
         import yaml
 
         from spin.alignment.shards import write_text_atomic
@@ -155,13 +171,13 @@ class Pipeline:
         if stage.name.endswith("/convert"):
             check_lineage(self.config, int(stage.name.removeprefix("iter").partition("/")[0]))
 
-    def _suspect_files(self, stage: Any) -> list[Path]:
+    def _suspect_files(self, stage: Stage) -> list[Path]:
         """Return the files that a program must not take for its own complete output: damaged ones, or a damaged model."""
         damaged = [self.run_dir / name for name in self.manifest.damaged_outputs(stage.name)]
         suspects = stage.outputs() if stage.config_file is not None else damaged
         return [path for path in suspects if path.exists()]
 
-    def _move_aside(self, stage: Any, paths: list[Path], reason: str) -> None:
+    def _move_aside(self, stage: Stage, paths: list[Path], reason: str) -> None:
         """Keep output that is not to be used any more: nothing of it may leak into the new one."""
         kept = self.run_dir / "replaced" / time.strftime("%Y%m%d-%H%M%S")
         for path in paths:
@@ -172,7 +188,7 @@ class Pipeline:
             print(f"==> {stage.name}: {reason}; the old output is kept in {kept}", flush=True)
 
 
-def check_before_start(config: Any, source: str) -> None:
+def check_before_start(config: RunConfig, source: str) -> None:
     """Check every setting of every program, the data and the tokenizer, before any process starts.
 
     Raises:
@@ -198,7 +214,7 @@ def check_before_start(config: Any, source: str) -> None:
     check_data(config, sampling)
 
 
-def check_training_settings(config: Any, source: str) -> None:
+def check_training_settings(config: RunConfig, source: str) -> None:
     """Build the settings of every training of the run, as its program will."""
     from spin.alignment.trainer import SPINConfig
     from spin.alignment.training_run import read_settings
@@ -214,7 +230,7 @@ def check_training_settings(config: Any, source: str) -> None:
         read_settings(config.train_values(iteration) | path, where, SPINConfig)
 
 
-def check_data(config: Any, sampling: Any) -> None:
+def check_data(config: RunConfig, sampling: Any) -> None:
     """Read the prompts and encode some of them, so that an unusable template shows before hours of training."""
     from spin.alignment.chat import ChatEncoder, load_tokenizer
     from spin.alignment.data import load_prompts
@@ -245,19 +261,20 @@ def check_run_dir(run_dir: Path) -> None:
             raise InputError(f"run_dir {run_dir} holds {foreign[0]} but no run of this program: choose an empty folder")
 
 
-def run(config: Any, source: str, rerun_changed: bool) -> int:
+def run(config: RunConfig, source: str, rerun_changed: bool) -> int:
     """Run a checked configuration; return the exit code."""
     import yaml
 
     from spin.alignment.manifest import RunLock
     from spin.alignment.report import show_lineage, write_report
     from spin.alignment.shards import write_text_atomic
+    from spin.alignment.stages import make_stages
 
     run_dir = Path(config.run_dir)
     check_run_dir(run_dir)
     check_before_start(config, source)
     with RunLock(run_dir):
-        pipeline = Pipeline(config, rerun_changed)
+        pipeline = Pipeline(config, make_stages(config), rerun_changed)
         pipeline.refuse_changes()
         pipeline.manifest.save()
         write_text_atomic(run_dir / "run.yaml", yaml.safe_dump(config.as_dict(), sort_keys=False, allow_unicode=True))
@@ -267,7 +284,7 @@ def run(config: Any, source: str, rerun_changed: bool) -> int:
         except StageFailed as failure:
             return explain(failure)
         except KeyboardInterrupt:
-            pipeline.children.stop()
+            pipeline.interrupt()
             raise
         write_report(config)
     return EXIT_DONE

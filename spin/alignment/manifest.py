@@ -25,9 +25,17 @@ from spin.alignment.shards import read_json, write_json_atomic
 MANIFEST_NAME = "manifest.json"
 RUN_VARIABLE = "SPIN_RUN_DIRECTORY"
 # What makes a saved model: a checkpoint folder also holds logs and trainer state, which say nothing about the next stage.
-MODEL_PATTERNS = tuple(
-    "*.safetensors *.safetensors.index.json config.json generation_config.json tokenizer* chat_template* "
-    "special_tokens_map.json vocab* merges.txt *.model".split()
+MODEL_PATTERNS = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "chat_template*",
+    "special_tokens_map.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
 )
 _TERMINATION_SECONDS = 20.0
 

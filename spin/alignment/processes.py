@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from spin.alignment.errors import InputError
 from spin.alignment.manifest import RUN_VARIABLE, end_processes
 
 _CHUNK_BYTES = 65536
@@ -55,6 +54,10 @@ class ChildPrograms:
             try:
                 self._show(stage, child, log)
                 code = child.wait()
+            except BaseException:
+                end_processes(group_members(child.pid))
+                child.wait()
+                raise
             finally:
                 with self._mutex:
                     self._living.pop(child.pid, None)
@@ -131,7 +134,9 @@ def accelerate_command(
         return python_command(program, arguments)
     launcher = [sys.executable, "-m", "accelerate.commands.launch", f"--num_processes={num_processes}"]
     if config_file is not None:
-        if not Path(config_file).is_file():
-            raise InputError(f"launch.config_file {config_file} does not exist: give an accelerate config")
         launcher.append(f"--config_file={config_file}")
+    else:
+        # --multi_gpu is accelerate's word for "start N processes here"; without GPUs they run on the CPU.
+        launcher += ["--multi_gpu", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+        launcher.append("--main_process_port=0")
     return [*launcher, str(program), *arguments]

@@ -45,11 +45,15 @@ class RunData:
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """How the GPU programs are started: plain Python for one process without ``config_file``, else accelerate."""
+    """How the GPU programs are started: plain Python for one process without ``config_file``, else accelerate.
+
+    ``parallel`` trains the control and scores models beside the self-play itself, one thread each: for machines with
+    cores (or GPU memory) to spare.
+    """
 
     num_processes: int = 1
     config_file: str | None = None
-    parallel_control: bool = False
+    parallel: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,8 +84,8 @@ class RunConfig:
             raise InputError(f"launch.num_processes is {self.launch.num_processes}: set it to 1 or more")
         if self.launch.config_file and not Path(self.launch.config_file).is_file():
             raise InputError(f"launch.config_file {self.launch.config_file} does not exist: give an accelerate config")
-        if self.launch.parallel_control and (self.launch.num_processes > 1 or self.launch.config_file):
-            raise InputError("launch.parallel_control shares one machine between single processes: set it to false")
+        if self.launch.parallel and (self.launch.num_processes > 1 or self.launch.config_file):
+            raise InputError("launch.parallel shares one machine between single processes: set it to false")
         if not self.run_dir or not self.model or not self.data.train:
             raise InputError("run_dir, model and data.train must not be empty: give a folder for each")
         if self.data.test_pairs and not self.data.test:

@@ -39,9 +39,14 @@ class Stage:
     config: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def chain(self) -> str:
-        """``control`` for the continued-SFT control, which depends on the start only; else ``main``."""
-        return "control" if self.name.startswith("control") else "main"
+    def is_beside(self) -> bool:
+        """Whether self-play does not wait for this stage: the control and every scoring."""
+        return self.name.startswith("control/") or self.program == "evaluate_model.py"
+
+    @property
+    def after(self) -> str:
+        """The training whose model this stage needs, if a stage of this run makes it."""
+        return "sft/train" if self.name == "control/train" else f"{self.name.partition('/')[0]}/train"
 
     def inputs(self, manifest: RunManifest) -> dict[str, Any]:
         """Return what the stage is made from: its settings, and the content hash of every source."""
@@ -180,7 +185,7 @@ def _training_stage(
 ) -> Stage:
     checkpoint, config_file = folder / "checkpoint", folder / "train.yaml"
     launch = dataclasses.asdict(config.launch)
-    launch.pop("parallel_control")
+    launch.pop("parallel")
     return Stage(
         name=name,
         commands=[_launched(config, program, [str(config_file)])],

@@ -45,10 +45,12 @@ def write_report(config: RunConfig) -> Path:
     console = Console()
     console.print(results_table(summary))
     for line in [*summary["verdicts"], *summary["warnings"]]:
-        console.print(line, markup=False, highlight=False)
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     for sample in samples:
-        console.print(f"\n{sample['prompt']}  (truth: {sample['truth']})", markup=False, highlight=False)
+        console.print(
+            f"\n{sample['prompt']}  (truth: {sample['truth']})", markup=False, highlight=False, soft_wrap=True
+        )
         for model, response in sample["responses"].items():
-            console.print(f"  {model}: {response}", markup=False, highlight=False)
-    console.print(f"\nreport: {page}", markup=False, highlight=False)
+            console.print(f"  {model}: {response}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"\nreport: {page}", markup=False, highlight=False, soft_wrap=True)
     return page

@@ -32,6 +32,8 @@ def plot(summary: dict[str, Any]) -> bytes:
     titles = ("Exact match, held-out", "NLL of the truth (nats per token)", "Preference", "Drift and length")
     for axes, title in zip((exact, nll, dynamics, drift), titles, strict=True):
         _style(axes, title, [row["model"] for row in rows])
+    exact.set_ylim(0, max(0.1, 1.15 * exact.get_ylim()[1]))
+    dynamics.set_ylim(0, 1.05)
     for axes in (exact, nll):
         if axes.has_data():
             axes.legend(frameon=False, fontsize=8)

@@ -14,7 +14,7 @@ COLUMNS = (
     ("exact T=1", "sampled_exact", "{:.3f}"),
     ("NLL", "nll", "{:.4f}"),
     ("identical", "identical_rate", "{:.1%}"),
-    ("reward acc.", "reward_accuracy", "{:.3f}"),
+    ("reward acc", "reward_accuracy", "{:.3f}"),
     ("margin", "margin", "{:.3f}"),
     ("chosen drift", "chosen_drift", "{:+.2f}"),
     ("length", "mean_length", "{:.1f}"),
@@ -44,12 +44,13 @@ def cells(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 def results_table(summary: dict[str, Any]) -> Table:
     """Return the results as a rich table."""
+    from rich import box
     from rich.table import Table
 
     headings, rows = cells(summary)
-    table = Table(title="results", caption=CAPTION, caption_justify="left")
+    table = Table(title="results", caption=CAPTION, caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in headings:
-        table.add_column(heading, justify="left" if heading == "model" else "right")
+        table.add_column(heading, justify="left" if heading == "model" else "right", min_width=5)
     for row in rows:
         table.add_row(*row)
     return table
