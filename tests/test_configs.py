@@ -38,7 +38,7 @@ def test_the_overlays_change_what_the_paper_changes():
     assert [item["learning_rate"] for item in values] == [5e-7, 5e-7, 1e-7, 1e-7]
     assert [item["beta"] for item in values] == [0.1, 0.1, 0.1, 5.0]
     assert [sorted(item["dataset_mixer"]) for item in values[1:]] == [
-        [f"data/iter{step - 1}/pairs", f"data/iter{step}/pairs"] for step in (1, 2, 3)
+        [f"pairs/iter{step - 1}", f"pairs/iter{step}"] for step in (1, 2, 3)
     ]
     assert [item["model_name_or_path"] for item in values[1:]] == ["outputs/iter0", "outputs/iter1", "outputs/iter2"]
 
