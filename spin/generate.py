@@ -258,7 +258,8 @@ class Progress:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
 
-        self.name, self.total, self.rows, self.tokens, self.cut = name, total, 0, 0, 0
+        self.name, self.total = name, total
+        self.prompts = self.rows = self.tokens = self.cut = 0
         self.started = self.told = time.monotonic()
         self.bar: Bar | None = None
         if sys.stderr.isatty():
@@ -270,21 +271,22 @@ class Progress:
             self.task = self.bar.add_task(name, total=total)
 
     def add(self, rows: list[dict[str, Any]]) -> None:
-        self.rows += len({row["prompt_id"] for row in rows})
+        self.prompts += len({row["prompt_id"] for row in rows})
+        self.rows += len(rows)
         self.tokens += sum(len(row["rejected_token_ids"]) for row in rows)
         self.cut += sum(row["rejected_finish_reason"] == "length" for row in rows)
         if self.bar is not None:
-            self.bar.update(self.task, completed=self.rows, description=self.summary())
+            self.bar.update(self.task, completed=self.prompts, description=self.summary())
         elif time.monotonic() - self.told > 10:
             self.told = time.monotonic()
-            rate = self.rows / (self.told - self.started)
-            print(f"{self.summary()}, {(self.total - self.rows) / rate:.0f} s left", file=sys.stderr, flush=True)
+            rate = self.prompts / (self.told - self.started)
+            print(f"{self.summary()}, {(self.total - self.prompts) / rate:.0f} s left", file=sys.stderr, flush=True)
 
     def summary(self) -> str:
         seconds = max(time.monotonic() - self.started, 1e-9)
         cut = self.cut / max(self.rows, 1)
         return (
-            f"{self.name}: {self.rows}/{self.total} prompts, {self.rows / seconds:.1f} rows/s, "
+            f"{self.name}: {self.prompts}/{self.total} prompts, {self.rows / seconds:.1f} rows/s, "
             f"{self.tokens / seconds:.0f} tokens/s, {cut:.1%} cut"
         )
 
