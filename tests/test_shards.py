@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from spin.alignment import shards
 from spin.alignment.errors import InputError
 from spin.alignment.provenance import Provenance, read_provenance
 from spin.alignment.shards import (
@@ -95,6 +96,18 @@ def test_full_disk_and_unwritable_folder_are_named_and_leave_nothing(tmp_path, m
     assert path.read_text() == "old" and names(tmp_path) == ["a.parquet"]
     with pytest.raises(InputError, match=r"cannot write .*choose a folder you may write to"):
         write_json_atomic(path / "below" / "b.json", {})
+
+
+def test_streaming_holds_one_row_group_however_long_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "ROW_GROUP_BYTES", 2**20)
+    noise = random.Random(0)
+    with ParquetSink(tmp_path / "a.parquet", SCHEMA, MADE) as sink:
+        for _ in range(40):
+            sink.write([{"prompt_id": noise.randbytes(500).hex(), "value": index} for index in range(1000)])
+    assert (tmp_path / "a.parquet").stat().st_size > 16 * 2**20
+    before = pa.total_allocated_bytes()
+    peak = max(pa.total_allocated_bytes() - before for _ in read_rows(tmp_path / "a.parquet", 100))
+    assert peak < 8 * 2**20
 
 
 def test_leftovers_of_a_killed_writer_are_removed_and_others_kept(tmp_path):

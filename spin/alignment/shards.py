@@ -145,7 +145,8 @@ class ParquetSink:
 def open_parquet(path: str | Path) -> pq.ParquetFile:
     """Open a parquet file; raise :class:`InputError` when it is missing, torn or not parquet."""
     try:
-        return pq.ParquetFile(path)
+        # Pre-buffering keeps every chunk ever read: memory would grow with the file.
+        return pq.ParquetFile(path, pre_buffer=False, buffer_size=2**20)
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist: check the path") from error
     except (pa.ArrowException, OSError) as error:
