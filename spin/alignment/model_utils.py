@@ -153,7 +153,7 @@ def add_adapters(model: PreTrainedModel, config: ModelConfig) -> Any:
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
     if config.load_in_4bit or config.load_in_8bit:
-        model = prepare_model_for_kbit_training(model)
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     settings = LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
