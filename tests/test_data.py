@@ -36,8 +36,8 @@ def pair(prompt_id: str, sample_index: int = 0, question: str = "2+3?", rejected
     }
 
 
-def write_pairs(path, rows):
-    with ParquetSink(path, PREFERENCE_SCHEMA, Provenance("preferences")) as sink:
+def write_pairs(path, rows, model=""):
+    with ParquetSink(path, PREFERENCE_SCHEMA, Provenance("preferences", model=model)) as sink:
         sink.write(rows)
     return str(path.parent)
 
@@ -124,6 +124,15 @@ def test_own_files_are_checked_like_foreign_ones(tmp_path):
         load_preferences(folder, "train")
     write_pairs(tmp_path / "train_prefs-00000-of-00001.parquet", [])
     with pytest.raises(InputError, match="holds no pairs of the split 'train'"):
+        load_preferences(folder, "train")
+
+
+def test_one_set_of_two_runs_is_refused(tmp_path):
+    write_pairs(tmp_path / "train_prefs-00000-of-00002.parquet", [pair("a")], "m")
+    folder = write_pairs(tmp_path / "train_prefs-00001-of-00002.parquet", [pair("b")], "n")
+    with pytest.raises(
+        InputError, match=r"and train_prefs-00001-of-00002.parquet come from different runs \(model: 'm' != 'n'"
+    ):
         load_preferences(folder, "train")
 
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from spin.alignment.errors import InputError
-from spin.alignment.provenance import hash_text
+from spin.alignment.provenance import METADATA_KEY, Provenance, hash_text, read_provenance
 from spin.alignment.readers import (
     Message,
     check_conversation,
@@ -106,7 +106,8 @@ def load_preferences(path: str, split: str) -> Dataset:
     accepted: a missing ``prompt_id`` is the hash of the prompt, a missing ``sample_index`` counts the rows of a prompt.
 
     Raises:
-        InputError: a file is missing or damaged, a column is missing, a row breaks the contract, or one sample stands twice.
+        InputError: a file is missing or damaged, a column is missing, a row breaks the contract, one sample stands twice,
+            or the files come from different runs.
     """
     from datasets import Dataset
 
@@ -122,13 +123,30 @@ def _preference_tables(path: str, split: str) -> list[pa.Table]:
     if not Path(path).exists():
         return [_foreign_table(read_records(path, split.removesuffix("_prefs")), path)]
     tables = []
-    for file in split_files(Path(path), split.removesuffix("_prefs")):
+    files = split_files(Path(path), split.removesuffix("_prefs"))
+    _check_one_provenance(files)
+    for file in files:
         columns = set(open_parquet(file).schema_arrow.names) if file.suffix == ".parquet" else set()
         if {"prompt_id", "sample_index", "chosen", "rejected"} <= columns:
             tables.append(_own_table(file))
         else:
             tables.append(_foreign_table(read_records(str(file), None), str(file)))
     return tables
+
+
+def _check_one_provenance(files: Sequence[Path]) -> None:
+    first: tuple[Path, Provenance] | None = None
+    for file in files:
+        schema = open_parquet(file).schema_arrow if file.suffix == ".parquet" else pa.schema([])
+        if METADATA_KEY not in (schema.metadata or {}):
+            continue
+        provenance = read_provenance(schema, file)
+        first = first or (file, provenance)
+        differences = first[1].differences(provenance, ignore=("data_frac",))
+        if differences:
+            raise InputError(
+                f"{first[0]} and {file.name} come from different runs ({'; '.join(differences)}): convert the data again"
+            )
 
 
 def _own_table(file: Path) -> pa.Table:
