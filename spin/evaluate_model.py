@@ -7,7 +7,6 @@ standard error; ``samples``, the first few prompts with the truth and the respon
 
 from __future__ import annotations
 
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from spin.alignment.errors import InputError, lookup
 from spin.alignment.generation.base import SamplingConfig
-from spin.programs import Parser, run_program
+from spin.programs import Parser, interrupt_on_sigterm, run_program
 
 if TYPE_CHECKING:
     from spin.alignment.chat import ChatEncoder
@@ -130,7 +129,7 @@ def score(options: Any, sampling: SamplingConfig, held_out: list[HeldOut], encod
 def main(arguments: Sequence[str]) -> None:
     options = make_parser().parse_args(arguments)
     sampling = check_options(options)
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    interrupt_on_sigterm()
     from transformers import AutoConfig
 
     from spin.alignment.chat import ChatEncoder, context_length, load_tokenizer

@@ -9,7 +9,6 @@ its share of the parts.
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from spin.alignment.errors import InputError, lookup
 from spin.alignment.generation.base import PromptRequest, SamplingConfig
-from spin.programs import Parser, run_program
+from spin.programs import Parser, interrupt_on_sigterm, run_program
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -351,8 +350,7 @@ def generate_parts(
 def main(arguments: Sequence[str]) -> None:
     options = make_parser().parse_args(arguments)
     sampling = check_options(options)
-    # torchrun and schedulers stop a process by SIGTERM: leave as after Ctrl-C, finished parts stay.
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    interrupt_on_sigterm()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     rank = int(os.environ.get("RANK", "0"))
     from spin.alignment.chat import ChatEncoder, load_tokenizer

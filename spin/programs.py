@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -27,6 +28,18 @@ class Parser(argparse.ArgumentParser):
             flag = unrecognized.split()[0].split("=")[0]
             message = f"unknown argument {flag}{suggestion(flag, self._option_string_actions)}"
         raise InputError(f"{message} (see --help)")
+
+
+def interrupt_on_sigterm() -> None:
+    """Let SIGTERM (launchers, schedulers) end the program as Ctrl-C does.
+
+    Raised here and not sent on as SIGINT, which a shell's background jobs ignore.
+    """
+
+    def interrupt(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
 
 
 def run_program(main: Callable[[Sequence[str]], int | None], arguments: Sequence[str] | None = None) -> NoReturn:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import signal
 import subprocess
@@ -197,9 +198,11 @@ def test_bad_input_ends_in_one_sentence(flags, message, tiny_model, data, tmp_pa
 
 
 def start(model: Path, data: Path, output: Path, **flags: object) -> subprocess.Popen[bytes]:
+    """Start the program as a shell's background job, which ignores SIGINT."""
     command = [sys.executable, "spin/generate.py", *arguments(model, data, output, **flags)]
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    return subprocess.Popen(command, cwd=REPOSITORY, env=program_environment(), **pipes)
+    ignore = functools.partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
+    return subprocess.Popen(command, cwd=REPOSITORY, env=program_environment(), preexec_fn=ignore, **pipes)
 
 
 def stop_after_first_part(process: subprocess.Popen[bytes], output: Path, how: signal.Signals) -> int:
@@ -214,7 +217,7 @@ def stop_after_first_part(process: subprocess.Popen[bytes], output: Path, how: s
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_killed_and_started_again_it_writes_the_same_file(how, tiny_model, data, tmp_path):
-    flags = {"flush_every": 2, "batch_size": 2, "max_new_tokens": 100, "num_samples": 4}
+    flags = {"flush_every": 2, "batch_size": 2, "max_new_tokens": 100}
     killed, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
     code = stop_after_first_part(start(tiny_model, data, killed, **flags), killed, how)
     assert code == (130 if how == signal.SIGTERM else -signal.SIGKILL)
