@@ -207,11 +207,12 @@ def main(arguments: Sequence[str]) -> None:
     from spin.alignment.shards import open_parquet
 
     source = Source(options.data, options.split, options.turns, options.skip_invalid)
-    folder = Path(options.output_dir)
+    local, folder = Path(options.data), Path(options.output_dir)
+    if local.is_dir() and local.resolve() == folder.resolve():
+        raise InputError(f"output_dir is the folder of the data, {folder}: choose another one")
     paths = {"train": folder / f"{options.split}.parquet"}
     if options.test_size:
         paths["test"] = folder / "test.parquet"
-    local = Path(options.data)
     content = source_hash(split_files(local, options.split)) if local.exists() else hash_text(options.data)
     settings = {
         name: getattr(options, name) for name in ("split", "test_size", "subset", "seed", "turns", "skip_invalid")

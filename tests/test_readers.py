@@ -173,6 +173,7 @@ def test_files_of_a_split(tmp_path, files, split, expected):
         (["test.jsonl"], "train", r"no file of the split 'train' \(found test.jsonl\)"),
         (["train_sft.jsonl", "train_gen.jsonl"], "train", r"several splits like 'train' \(train_gen, train_sft\)"),
         (["train-00000-of-00003.parquet", "train-00002-of-00003.parquet"], "train", "lacks the file train-00001-of-00003"),
+        (["train.jsonl", "train.parquet"], "train", "'train' as .jsonl and .parquet files: remove one kind"),
         (["train-0-of-1.parquet", "train-0-of-2.parquet", "train-1-of-2.parquet"], "train", "sets of different sizes"),
     ],
 )  # fmt: skip

@@ -243,6 +243,11 @@ def split_files(path: Path, split: str | None) -> list[Path]:
         found = ", ".join(file.name for file in files[:5]) or "no data file"
         wanted = f"no file of the split '{split}' (found {found})" if split else "no data file"
         raise InputError(f"{path} holds {wanted}: check the folder or the split name")
+    kinds = sorted({file.suffix for file in chosen})
+    if split and len(kinds) > 1:
+        raise InputError(
+            f"{path} holds the split '{split}' as {' and '.join(kinds)} files: remove one kind or name a file"
+        )
     _check_numbered(path, chosen)
     return chosen
 
