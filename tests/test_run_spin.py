@@ -302,7 +302,7 @@ BAD = {
     "removed key": ({"lora_dropout": 0.1}, "the key 'lora_dropout' .* is not known here"),
     "old and new key": ({"eval_strategy": "no", "evaluation_strategy": "no"}, "keep 'eval_strategy'"),
     "dtype": ({"dtype": "float8"}, "choose one of auto, float32, bfloat16, float16"),
-    "fp16 on a CPU": ({"fp16": True}, "fp16|GPU"),
+    "fp16 on a CPU": ({"fp16": True}, "fp16 is true, but there is no GPU here"),
     "negative rate": ({"learning_rate": -1.0}, "learning_rate is -1.0"),
     "random start": ({"init_from_config": True}, "init_from_config has no meaning here"),
     "unused columns": ({"remove_unused_columns": True}, "remove the key"),

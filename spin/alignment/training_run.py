@@ -72,6 +72,10 @@ def read_settings(values: Mapping[str, Any], source: str, arguments_class: type)
     except (ValueError, ImportError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"the training settings in {source} do not fit together or this machine: {reason}") from error
+    import torch
+
+    if arguments.fp16 and not torch.cuda.is_available():
+        raise InputError("fp16 is true, but there is no GPU here: set bf16 to true, or neither")
     if model.load_in_4bit and arguments.fsdp:
         raise InputError("load_in_4bit does not work with FSDP here: use DeepSpeed ZeRO-2 or a single process")
     return Settings(values, model, data, arguments, bool(values.get("overwrite_output_dir", False)))
