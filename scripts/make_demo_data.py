@@ -90,7 +90,9 @@ def main(output_dir: Path) -> None:
             sink.write(part)
     tokenizer().save_pretrained(output_dir / "model")
     model_config().save_pretrained(output_dir / "model")
-    print(f"wrote {len(rows) - NUM_TEST} training and {NUM_TEST} test prompts and the model configuration to {output_dir}")
+    print(
+        f"wrote {len(rows) - NUM_TEST} training and {NUM_TEST} test prompts and the model configuration to {output_dir}"
+    )
 
 
 if __name__ == "__main__":

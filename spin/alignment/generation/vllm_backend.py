@@ -54,7 +54,8 @@ class VLLMBackend:
         config = AutoConfig.from_pretrained(
             settings.model, revision=settings.revision, trust_remote_code=settings.trust_remote_code
         )
-        if not torch.cuda.is_available():
+        on_cpu = not torch.cuda.is_available()
+        if on_cpu:
             _check_cpu_head_size(config, settings.model)
         self.settings = settings
         self.engine: Any = LLM(
@@ -68,7 +69,9 @@ class VLLMBackend:
             # Without this vLLM takes sampling defaults from the model's generation_config.json.
             generation_config="vllm",
             # Compiling for a CPU costs more than it gives; on a GPU the captured graphs pay off.
-            enforce_eager=not torch.cuda.is_available(),
+            enforce_eager=on_cpu,
+            # vLLM 0.32 winds a request's random numbers back after half a prompt, which only GPU generators can.
+            enable_chunked_prefill=False if on_cpu else None,
             disable_log_stats=True,
             **({} if settings.batch_size is None else {"max_num_seqs": settings.batch_size}),
         )
