@@ -10,6 +10,8 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
+_FLOAT32_ELEMENTS = 2**24
+
 
 def response_logps(model: Any, batch: dict[str, Tensor]) -> Tensor:
     """Return ``log pi(y_t | x, y_<t)`` in nats, float32, of shape ``(2B, R)``; 0 behind the end of a response.
@@ -29,13 +31,14 @@ def response_logps(model: Any, batch: dict[str, Tensor]) -> Tensor:
 def token_logps(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
     """Return the log-probs of ``labels`` ``(N, R)`` under ``logits`` ``(N, R, V)``, in float32; 0 where the mask is 0.
 
-    One row is turned to float32 at a time: the full block in float32 would be the largest tensor of the step.
+    A few rows are turned to float32 at a time: the full block in float32 would be the largest tensor of the step.
     """
-    rows = [
-        -torch.nn.functional.cross_entropy(row.float(), target, reduction="none")
-        for row, target in zip(logits, labels, strict=True)
+    rows = max(1, _FLOAT32_ELEMENTS // max(1, logits[0].numel()))
+    pieces = [
+        -torch.nn.functional.cross_entropy(some.float().flatten(0, 1), targets.flatten(), reduction="none")
+        for some, targets in zip(logits.split(rows), labels.split(rows), strict=True)
     ]
-    return torch.stack(rows).masked_fill(mask == 0, 0.0)
+    return torch.cat(pieces).view(labels.shape).masked_fill(mask == 0, 0.0)
 
 
 def _inner_forward(model: Any) -> Any:
