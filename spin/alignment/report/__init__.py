@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,7 +43,8 @@ def write_report(config: RunConfig) -> Path:
         file.write(image)
     page = run_dir / "report.html"
     write_text_atomic(page, render_page(run_dir.name, summary, samples, lineage(config), image))
-    console = Console()
+    # Without a terminal rich assumes 80 columns, too few for the table.
+    console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(results_table(summary))
     for line in [*summary["verdicts"], *summary["warnings"]]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
