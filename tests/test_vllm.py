@@ -32,10 +32,15 @@ def main():
     backend = make_backend("vllm", settings)
     requests = [PromptRequest(f"p{n}", tuple(range(5, 5 + length))) for n, length in enumerate([3, 9, 1, 6, 6, 12])]
     sampling = SamplingConfig(num_samples=3, max_new_tokens=40, seed=7)
+    # More prompt tokens than one step of the engine takes: a prompt cut in half there once broke seeds on a CPU.
+    crowd = [PromptRequest(f"c{n}", tuple(range(5 + n % 20, 57 + n % 20))) for n in range(250)]
+    few = SamplingConfig(max_new_tokens=4, seed=7)
     said = {
         "forward": backend.generate(requests, sampling),
         "backward": backend.generate(requests[::-1], sampling)[::-1],
         "alone": backend.generate(requests[4:5], sampling),
+        "crowd": backend.generate(crowd, few)[-1:],
+        "crowd alone": backend.generate(crowd[-1:], few),
     }
     backend.close()
     plain = {key: [[vars(one) for one in row] for row in rows] for key, rows in said.items()}
@@ -68,6 +73,7 @@ def test_seeds_hold_in_any_order_and_the_stop_id_is_kept(model, tmp_path):
     output = run(script, model, stop_id).stdout
     said = json.loads(next(line for line in output.splitlines() if line.startswith("SAID")).removeprefix("SAID"))
     assert said["forward"] == said["backward"] and said["forward"][4:5] == said["alone"]
+    assert said["crowd"] == said["crowd alone"]
     for row in said["forward"]:
         assert len({tuple(response["token_ids"]) for response in row}) == 3
     responses = [response for row in said["forward"] for response in row]
