@@ -45,8 +45,9 @@ def encode_truth(
 
     rows, dropped = [], Counter[str]()
     for index, row in enumerate(prompts):
-        # The truth stands on both sides: the truncation is then that of preference training.
-        pair_row = {"prompt_id": row["prompt_id"], "chosen": row["chosen"], "rejected": row["chosen"]}
+        # A pair whose rejected side is one token: the truncation is then that of preference training.
+        stub = {"rejected": row["chosen"], "rejected_token_ids": [encoder.end_id]}
+        pair_row = {"prompt_id": row["prompt_id"], "chosen": row["chosen"], **stub}
         try:
             pair = encode_pair(pair_row, encoder, settings.data.max_length, settings.data.max_prompt_length)
         except InputError as error:
@@ -113,10 +114,29 @@ def make_arguments_class() -> type:
     return SFTArguments
 
 
-def train(settings: Settings, data: dict[str, Dataset], dropped: dict[str, int], tokenizer: Any, key: str) -> None:
-    """Train, save the model, and write metrics.json last."""
+def make_trainer_class() -> type:
+    """Return TRL's SFTTrainer; label smoothing takes one forward pass, where TRL adds a second one for its metrics."""
     from trl import SFTTrainer
 
+    class TruthTrainer(SFTTrainer):
+        def compute_loss(
+            self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
+            if self.label_smoother is None:
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            outputs = model(**{name: value for name, value in inputs.items() if name != "labels"}, use_cache=False)
+            loss = self.label_smoother(
+                outputs, inputs["labels"], shift_labels=True, num_items_in_batch=num_items_in_batch
+            )
+            if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+                loss = loss * self.accelerator.num_processes  # counted over all processes, averaged over them by DDP
+            return (loss, outputs) if return_outputs else loss
+
+    return TruthTrainer
+
+
+def train(settings: Settings, data: dict[str, Dataset], dropped: dict[str, int], tokenizer: Any, key: str) -> None:
+    """Train, save the model, and write metrics.json last."""
     from spin.alignment.model_utils import add_adapters, load_model
     from spin.alignment.provenance import hash_json
     from spin.alignment.shards import write_json_atomic
@@ -131,7 +151,7 @@ def train(settings: Settings, data: dict[str, Dataset], dropped: dict[str, int],
     model = load_model(settings.model, settings.arguments.seed)
     if settings.model.use_peft:
         model = add_adapters(model, settings.model)
-    trainer = SFTTrainer(
+    trainer = make_trainer_class()(
         model=model,
         args=settings.arguments,
         train_dataset=data["train"],

@@ -106,15 +106,17 @@ class ChatEncoder:
             raise InputError("a prompt must end with a user turn: give the conversation without its final response")
         return self._one_bos(self._render(self._prepare(prompt), tokenize=True, add_generation_prompt=True))
 
-    def response_ids(self, conversation: Sequence[Message]) -> list[int]:
+    def response_ids(self, conversation: Sequence[Message], prompt_ids: list[int] | None = None) -> list[int]:
         """Return the ids of the final assistant turn, prompt excluded, with exactly one terminal end-of-turn id.
+
+        ``prompt_ids`` are those of the conversation before it, where the caller has them already.
 
         Raises:
             InputError: the conversation does not end with an assistant turn, or its response contains the end-of-turn token.
         """
         if not conversation or conversation[-1]["role"] != "assistant":
             raise InputError("a conversation must end with an assistant turn: add the response")
-        response = self._response_tokens(conversation)
+        response = self._response_tokens(conversation, prompt_ids or self.prompt_ids(conversation[:-1]))
         ids = response[: response.index(self.end_id)] if self.end_id in response else response
         if any(token in self.stop_ids for token in ids) or (reason := self.refusal(conversation[-1:])):
             raise InputError(reason or self._reserved_reason(self.tokenizer.convert_ids_to_tokens(self.end_id)))
@@ -220,10 +222,9 @@ class ChatEncoder:
     def _reserved_reason(self, text: str, role: str = "assistant") -> str:
         return f"the {role} turn contains the control token '{text}' as text: remove it from the row"
 
-    def _response_tokens(self, conversation: Sequence[Message]) -> list[int]:
+    def _response_tokens(self, conversation: Sequence[Message], prompt: list[int]) -> list[int]:
         """The final turn's ids as the template writes them, anything after the end of turn included."""
         messages = self._prepare(conversation)
-        prompt = self.prompt_ids(conversation[:-1])
         whole = self._one_bos(self._render(messages, tokenize=True, add_generation_prompt=False))
         if whole[: len(prompt)] == prompt:
             return whole[len(prompt) :]
@@ -273,7 +274,7 @@ def encode_pair(
     prompt_ids = encoder.prompt_ids(prompt)
     sides: dict[str, list[int]] = {}
     for side in ("chosen", "rejected"):
-        ids = _side_ids(row, side, encoder)
+        ids = _side_ids(row, side, encoder, prompt_ids)
         if isinstance(ids, str):
             return ids
         sides[side] = ids
@@ -297,7 +298,7 @@ def truncate_prompt(ids: list[int], max_prompt_length: int, bos_id: int | None) 
     return ids[len(ids) - max_prompt_length :]
 
 
-def _side_ids(row: Mapping[str, Any], side: str, encoder: ChatEncoder) -> list[int] | str:
+def _side_ids(row: Mapping[str, Any], side: str, encoder: ChatEncoder, prompt_ids: list[int]) -> list[int] | str:
     """The response ids of one side, or why there are none."""
     sampled = row.get(f"{side}_token_ids")
     if sampled is not None:
@@ -306,5 +307,5 @@ def _side_ids(row: Mapping[str, Any], side: str, encoder: ChatEncoder) -> list[i
         return [encoder.end_id]  # it ended at once
     if reason := encoder.refusal(row[side][-1:]):
         return reason
-    ids = encoder.response_ids(row[side])
+    ids = encoder.response_ids(row[side], prompt_ids)
     return ids[:-1] or f"empty {side} response" if row.get(f"{side}_finish_reason") == "length" else ids
