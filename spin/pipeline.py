@@ -218,13 +218,14 @@ def check_training_settings(config: RunConfig, source: str) -> None:
     """Build the settings of every training of the run, as its program will."""
     from spin.alignment.trainer import SPINConfig
     from spin.alignment.training_run import read_settings
-    from spin.run_sft import make_arguments_class
 
     # The models of later stages do not exist yet, so their paths are not looked at here.
     path = {"model_name_or_path": "opponent"}
     for name in ("sft", "control"):
         if getattr(config, name) is not None:
-            read_settings(config.sft_values(name) | path, f"the section '{name}' of {source}", make_arguments_class())
+            from spin.alignment.sft import SFTArguments
+
+            read_settings(config.sft_values(name) | path, f"the section '{name}' of {source}", SFTArguments)
     for iteration in range(config.iterations):
         where = f"the section 'train' of {source} (iteration {iteration})"
         read_settings(config.train_values(iteration) | path, where, SPINConfig)

@@ -88,57 +88,11 @@ def load_truth(settings: Settings, encoder: ChatEncoder) -> tuple[dict[str, Data
     return {name: concatenate_datasets(parts) for name, parts in pieces.items()}, dict(dropped)
 
 
-def make_arguments_class() -> type:
-    """Return TRL's SFTConfig with the defaults of this project: nothing is switched on unasked."""
-    from dataclasses import dataclass
-
-    from trl import SFTConfig
-
-    @dataclass
-    class SFTArguments(SFTConfig):
-        learning_rate: float = 2e-5
-        bf16: bool = False
-        gradient_checkpointing: bool = False
-        save_strategy: str = "epoch"
-        dataset_kwargs: dict[str, Any] | None = None
-        max_length: int | None = 1024
-
-        def __post_init__(self) -> None:
-            if self.packing or self.completion_only_loss is False or self.assistant_only_loss:
-                raise InputError(
-                    "packing, completion_only_loss and assistant_only_loss are set by run_sft.py: remove the key"
-                )
-            self.dataset_kwargs = {"skip_prepare_dataset": True}
-            super().__post_init__()
-
-    return SFTArguments
-
-
-def make_trainer_class() -> type:
-    """Return TRL's SFTTrainer; label smoothing takes one forward pass, where TRL adds a second one for its metrics."""
-    from trl import SFTTrainer
-
-    class TruthTrainer(SFTTrainer):
-        def compute_loss(
-            self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-        ) -> Any:
-            if self.label_smoother is None:
-                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            outputs = model(**{name: value for name, value in inputs.items() if name != "labels"}, use_cache=False)
-            loss = self.label_smoother(
-                outputs, inputs["labels"], shift_labels=True, num_items_in_batch=num_items_in_batch
-            )
-            if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-                loss = loss * self.accelerator.num_processes  # counted over all processes, averaged over them by DDP
-            return (loss, outputs) if return_outputs else loss
-
-    return TruthTrainer
-
-
 def train(settings: Settings, data: dict[str, Dataset], dropped: dict[str, int], tokenizer: Any, key: str) -> None:
     """Train, save the model, and write metrics.json last."""
     from spin.alignment.model_utils import add_adapters, load_model
     from spin.alignment.provenance import hash_json
+    from spin.alignment.sft import TruthTrainer
     from spin.alignment.shards import write_json_atomic
     from spin.alignment.training_run import OutputFolder, inputs_record, report, save_policy
 
@@ -151,7 +105,7 @@ def train(settings: Settings, data: dict[str, Dataset], dropped: dict[str, int],
     model = load_model(settings.model, settings.arguments.seed)
     if settings.model.use_peft:
         model = add_adapters(model, settings.model)
-    trainer = make_trainer_class()(
+    trainer = TruthTrainer(
         model=model,
         args=settings.arguments,
         train_dataset=data["train"],
@@ -194,10 +148,11 @@ def main(arguments: Sequence[str]) -> None:
     from spin.alignment.chat import ChatEncoder, load_tokenizer
     from spin.alignment.model_utils import model_folder
     from spin.alignment.provenance import hash_file, hash_weights
+    from spin.alignment.sft import SFTArguments
     from spin.alignment.training_run import read_settings, report, setup_logging
 
     values.setdefault("dataset_splits", ["train"])
-    settings = read_settings(values, arguments[0], make_arguments_class())
+    settings = read_settings(values, arguments[0], SFTArguments)
     setup_logging(settings.arguments.process_index == 0)
     model = settings.model
     tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision, model.trust_remote_code)
