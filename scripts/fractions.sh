@@ -47,6 +47,8 @@ spin_convert() {
     if [ -n "${FRACS:-}" ]; then
         echo "fractions $FRACS are done; when all are in $OUTPUT_DIR: $PYTHON spin/convert_data.py --input_dir $OUTPUT_DIR --output_dir $PAIRS_DIR"
     else
-        "$PYTHON" spin/convert_data.py --input_dir "$OUTPUT_DIR" --output_dir "$PAIRS_DIR"
+        local flags
+        read -ra flags <<<"${CONVERT:-}"
+        "$PYTHON" spin/convert_data.py --input_dir "$OUTPUT_DIR" --output_dir "$PAIRS_DIR" "${flags[@]}"
     fi
 }

@@ -9,6 +9,7 @@ usage: MODEL=... bash scripts/generate.sh ITER [flags of spin/generate.py]
     INPUT_DIR      prompts with ground truth (default data/iter0)
     OUTPUT_DIR     fractions are written here (default generated/iterITER)
     PAIRS_DIR      pairs are written here (default pairs/iterITER)
+    CONVERT        further flags of spin/convert_data.py, for example "--identical drop"
     SPLITS         splits to generate (default "train test")
     FRAC_LEN       prompts in a fraction (default 0: one fraction)
     FRACS          the fractions this server makes, for example "0 1 2"; then the pairs are left to you (default: all)

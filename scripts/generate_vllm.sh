@@ -9,6 +9,7 @@ usage: MODEL=... bash scripts/generate_vllm.sh ITER [flags of spin/generate.py]
     INPUT_DIR      prompts with ground truth (default data/iter0)
     OUTPUT_DIR     fractions are written here (default generated/iterITER)
     PAIRS_DIR      pairs are written here (default pairs/iterITER)
+    CONVERT        further flags of spin/convert_data.py, for example "--identical drop"
     SPLITS         splits to generate (default "train test")
     GPUS           the GPUs to use, for example "0 1 2 3" (default: all; none: one engine on the CPU)
     TENSOR_PARALLEL  GPUs of one engine (default 1)

@@ -18,7 +18,7 @@ from spin import cli, pipeline
 from spin.alignment.errors import InputError
 from spin.alignment.run_config import flags, load_run_config
 from spin.alignment.stages import Source, Stage, lineage, make_stages
-from tests.helpers import char_tokenizer, run_main
+from tests.helpers import REPOSITORY, char_tokenizer, run_main
 from tests.run_helpers import TRAINING, tiny_run, write_config
 
 FAST = {"max_steps": 1, "use_cpu": True}
@@ -72,6 +72,23 @@ def test_train_section_may_extend_a_configuration_file(tmp_path):
     assert values["beta"] == 0.3 and values["max_steps"] == 2 and "config" not in values
 
 
+@pytest.mark.parametrize("name", ["demo.yaml", "zephyr_7b.yaml"])
+def test_shipped_runs_are_read_and_planned(name, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    config = load_run_config(f"configs/{name}")
+    assert make_stages(config) and lineage(config)
+
+
+def test_paper_run_has_the_settings_of_its_later_iterations(monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    config = load_run_config("configs/zephyr_7b.yaml")
+    rates = [(values["learning_rate"], values["beta"]) for values in map(config.train_values, range(4))]
+    assert rates == [(5e-7, 0.1), (5e-7, 0.1), (1e-7, 0.1), (1e-7, 5.0)]
+    revisions = [values.get("model_revision") for values in map(config.train_values, range(2))]
+    assert revisions == [config.model_revision, None]
+    assert config.train_values(1)["dataset_splits"] == ["train_sft_prefs"]
+
+
 def test_flags_of_a_section():
     assert flags({"a": 1, "b": True, "c": False, "d": None, "e": [0, 0.5]}) == ["--a", "1", "--b", "--e", "0", "0.5"]
 
@@ -101,6 +118,7 @@ def test_flags_of_a_section():
         ({"overrides": {7: {"beta": 1}}}, "overrides names the iteration 7, but the run has 0 to 1"),
         ({"sft": {"optimizer": "x"}}, "unknown key 'optimizer'.*section 'sft'"),
         ({"evaluate": {"metric": "bleu"}}, "unknown metric 'bleu': choose one of exact_match, math_answer"),
+        ({"data": {"train": "data", "train_split": "test"}}, "data.train_split is test"),
         ({"launch": {"num_processes": 0}}, "num_processes is 0"),
         ({"launch": {"config_file": "no.yaml"}}, "no.yaml does not exist"),
         ({"launch": {"num_processes": 2, "parallel": True}}, "launch.parallel"),

@@ -12,6 +12,8 @@ from spin.alignment.configs import build, load_config, merge
 from spin.alignment.errors import InputError
 
 # What the pipeline itself decides, section by section: these keys may not be written there.
+_TRAINING = ("model_name_or_path", "model_revision", "dataset_mixer", "dataset_splits", "output_dir", "seed")
+_TRAINING += ("overwrite_output_dir", "resume_from_checkpoint")
 MANAGED = {
     "generate": (
         "model",
@@ -25,11 +27,11 @@ MANAGED = {
         "overwrite",
     ),
     "convert": ("input_dir", "output_dir", "num_fracs"),
-    "train": ("model_name_or_path", "dataset_mixer", "dataset_splits", "output_dir", "seed", "resume_from_checkpoint"),
-    "sft": ("model_name_or_path", "dataset_mixer", "dataset_splits", "output_dir", "seed", "resume_from_checkpoint"),
+    "train": _TRAINING,
+    "sft": _TRAINING,
+    "control": _TRAINING,
     "evaluate": ("model", "revision", "input_dir", "split", "output_file", "seed"),
 }
-MANAGED["control"] = MANAGED["sft"]
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,11 @@ class RunConfig:
             raise InputError("run_dir, model and data.train must not be empty: give a folder for each")
         if self.data.test_pairs and not self.data.test:
             raise InputError("data.test_pairs is true but data.test is empty: name the held-out prompts")
+        # The training programs tell a held-out split by its name, as the original does.
+        if self.data.train_split.startswith("test"):
+            raise InputError(f"data.train_split is {self.data.train_split}: a split named test... is never trained on")
+        if self.data.test_pairs and not self.data.test_split.startswith("test"):
+            raise InputError(f"data.test_split is {self.data.test_split}: name it test... to make held-out pairs of it")
         self._check_sections()
 
     def _check_sections(self) -> None:
@@ -134,17 +141,17 @@ class RunConfig:
         """The complete settings of run_spin.py for an iteration."""
         values = {key: value for key, value in self.train.items() if key != "config"}
         if "config" in self.train:
-            values = merge(load_config(str(self.train["config"])), values)
+            # A configuration of one iteration by itself: its model, data and output are the pipeline's business here.
+            alone = load_config(str(self.train["config"]))
+            values = merge({key: value for key, value in alone.items() if key not in _TRAINING}, values)
         values = merge(values, self.overrides.get(iteration, {}))
-        if iteration > 0:
-            values.pop("model_revision", None)
-        splits = ["train_prefs", "test_prefs"] if self.data.test_pairs else ["train_prefs"]
+        splits = [self.data.train_split, *([self.data.test_split] if self.data.test_pairs else [])]
         return (
             values
             | self._owned(self.opponent(iteration), self.iteration_dir(iteration))
             | {
                 "dataset_mixer": dict.fromkeys(self.pair_folders(iteration), 1.0),
-                "dataset_splits": splits,
+                "dataset_splits": [f"{split}_prefs" for split in splits],
             }
         )
 

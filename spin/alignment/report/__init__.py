@@ -46,7 +46,7 @@ def write_report(config: RunConfig) -> Path:
     # Without a terminal rich assumes 80 columns, too few for the table.
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(results_table(summary))
-    for line in [*summary["verdicts"], *summary["warnings"]]:
+    for line in ["", *summary["verdicts"], "", *(f"warning: {line}" for line in summary["warnings"])]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     for sample in samples:
         console.print(
