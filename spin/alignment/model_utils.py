@@ -173,7 +173,10 @@ def merge_adapters(model: Any, state_dict: dict[str, Any], config: ModelConfig) 
     from dataclasses import replace
 
     from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+    # One process alone merges: loading into ZeRO-3 partitions would wait for the others for ever.
+    unset_hf_deepspeed_config()
     adapters = get_peft_model_state_dict(model, state_dict=state_dict)
     base = load_model(replace(config, load_in_4bit=False, load_in_8bit=False))
     adapted = get_peft_model(base, model.peft_config["default"])
