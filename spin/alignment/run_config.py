@@ -12,8 +12,16 @@ from spin.alignment.configs import build, load_config, merge
 from spin.alignment.errors import InputError
 
 # What the pipeline itself decides, section by section: these keys may not be written there.
-_TRAINING = ("model_name_or_path", "model_revision", "dataset_mixer", "dataset_splits", "output_dir", "seed")
-_TRAINING += ("overwrite_output_dir", "resume_from_checkpoint")
+_TRAINING = (
+    "model_name_or_path",
+    "model_revision",
+    "dataset_mixer",
+    "dataset_splits",
+    "output_dir",
+    "overwrite_output_dir",
+    "resume_from_checkpoint",
+    "seed",
+)
 MANAGED = {
     "generate": (
         "model",

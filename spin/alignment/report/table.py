@@ -50,7 +50,8 @@ def results_table(summary: dict[str, Any]) -> Table:
     headings, rows = cells(summary)
     table = Table(title="results", caption=CAPTION, caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in headings:
-        table.add_column(heading, justify="left" if heading == "model" else "right", min_width=5)
+        first = heading == "model"
+        table.add_column(heading, justify="left" if first else "right", no_wrap=first, min_width=13 if first else 5)
     for row in rows:
         table.add_row(*row)
     return table
