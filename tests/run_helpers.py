@@ -11,7 +11,7 @@ import yaml
 from tests.helpers import save_tiny_model
 
 TRAINING: dict[str, Any] = {
-    "max_steps": 4,
+    "max_steps": 10,
     "per_device_train_batch_size": 4,
     "learning_rate": 1e-4,
     "max_length": 64,
@@ -19,7 +19,7 @@ TRAINING: dict[str, Any] = {
     "use_cpu": True,
     "logging_steps": 1,
     "save_strategy": "steps",
-    "save_steps": 2,
+    "save_steps": 5,
     "disable_tqdm": True,
 }
 

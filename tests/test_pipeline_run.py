@@ -121,6 +121,14 @@ def kill_when(config: Path, condition: Callable[[], bool], with_children: bool) 
         os.kill(pid, signal.SIGKILL)
 
 
+def is_json(path: Path) -> bool:
+    """The Trainer writes its state last: a checkpoint with a whole state is complete."""
+    try:
+        return bool(json.loads(path.read_text()))
+    except (OSError, ValueError):
+        return False
+
+
 def is_running(run_dir: Path, stage: str) -> bool:
     path = run_dir / "manifest.json"
     return path.exists() and json.loads(path.read_text())["stages"].get(stage, {}).get("state") == "running"
@@ -135,10 +143,10 @@ def test_killed_in_each_stage_and_run_again_ends_with_the_same_weights(tmp_path,
     kill_when(config, lambda: is_running(run_dir, "iter0/convert"), with_children=True)
     assert not list(pairs.glob("train_prefs-*.parquet"))
     checkpoint = run_dir / "iter0" / "checkpoint"
-    kill_when(config, lambda: (checkpoint / "checkpoint-2").exists(), with_children=True)
+    kill_when(config, lambda: is_json(checkpoint / "checkpoint-5" / "trainer_state.json"), with_children=True)
     said = finish(config)
     assert said.count("==> iter0/generate: done already") >= 2 and "==> iter0/train: going on" in said
-    assert f"going on from {checkpoint / 'checkpoint-'}" in said
+    assert f"going on from {checkpoint / 'checkpoint-5'}" in said
     rows = [row["prompt_id"] for path in (run_dir / "iter0" / "generated").glob("*.parquet") for row in read_rows(path)]
     assert len(rows) == len(set(rows)) == 24
     assert hash_weights(checkpoint) == hash_weights(undisturbed / "iter0" / "checkpoint")
