@@ -143,3 +143,10 @@ def test_old_names_are_understood():
         "warmup_steps": 0.1,
         "eval_strategy": "no",
     }
+
+
+def test_a_bare_no_of_yaml_is_the_strategy_no():
+    assert rename_keys(parse_overrides(["--save_strategy=no", "--bf16=false"]), "x") == {
+        "save_strategy": "no",
+        "bf16": False,
+    }

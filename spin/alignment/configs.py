@@ -248,5 +248,6 @@ def rename_keys(values: Mapping[str, Any], source: str) -> dict[str, Any]:
         new = RENAMED.get(key, key)
         if new in renamed or (new != key and new in values):
             raise InputError(f"{source} has both '{key}' and '{new}', which are one setting: keep '{new}'")
-        renamed[new] = value
+        # YAML reads a bare `no` as false.
+        renamed[new] = "no" if value is False and new.endswith("_strategy") else value
     return renamed
