@@ -7,7 +7,8 @@ usage: bash scripts/test.sh [pytest arguments]
 
 Makes a virtual environment (SPIN_VENV, default .venv), installs the project with its test extras and vLLM, then runs
 ruff, mypy and pytest. On a machine where vLLM cannot be installed its tests are skipped with a reason;
-SPIN_TEST_VLLM=1 makes that an error, SPIN_TEST_VLLM=0 skips the installation.
+SPIN_TEST_VLLM=1 makes that an error, SPIN_TEST_VLLM=0 skips the installation. Test files are spread over
+SPIN_TEST_WORKERS processes (default 2).
 TEXT
 }
 case "${1:-}" in -h | --help) usage; exit 0 ;; esac
@@ -24,4 +25,4 @@ export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=${OMP_NUM_T
 ruff check .
 ruff format --check .
 mypy
-python -m pytest "$@"
+python -m pytest -n "${SPIN_TEST_WORKERS:-2}" --dist loadfile "$@"
