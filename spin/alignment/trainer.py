@@ -137,7 +137,7 @@ class SPINTrainer(Trainer):
         if self.args.nll_weight:
             losses = losses + self.args.nll_weight * chosen_nll(loss_inputs)
         if model.training and self.first_loss is None:
-            self._check_first_loss(loss_inputs, losses)
+            self._check_first_loss(loss_inputs, outputs.losses)
         self._record("train" if model.training else "eval", loss_inputs, outputs)
         if num_items_in_batch is None or not model.training:
             loss = losses.mean()
@@ -152,7 +152,7 @@ class SPINTrainer(Trainer):
         return (loss, {"losses": losses.detach()}) if return_outputs else loss
 
     def _check_first_loss(self, inputs: LossInputs, losses: torch.Tensor) -> None:
-        """Guard: at step 0 the policy is the opponent, so the sigmoid loss is ln 2 and every log-ratio is 0."""
+        """Guard: at step 0 the policy is the opponent, so the preference loss (without NLL term) is ln 2 for sigmoid."""
         self.first_loss = float(losses.detach().mean())
         if self.state.global_step > 0:
             return
