@@ -90,11 +90,10 @@ def load_truth(settings: Settings, encoder: ChatEncoder) -> tuple[dict[str, Data
 
 def train(settings: Settings, data: dict[str, Dataset], dropped: dict[str, int], tokenizer: Any, key: str) -> None:
     """Train, save the model, and write metrics.json last."""
-    from spin.alignment.model_utils import add_adapters, load_model
     from spin.alignment.provenance import hash_json
     from spin.alignment.sft import TruthTrainer
     from spin.alignment.shards import write_json_atomic
-    from spin.alignment.training_run import OutputFolder, inputs_record, report, save_policy
+    from spin.alignment.training_run import OutputFolder, inputs_record, load_policy, report, save_policy
 
     content = hash_json({split: [rows["input_ids"], rows["labels"]] for split, rows in data.items()})
     folder = OutputFolder(settings, inputs_record(settings, key, content))
@@ -102,9 +101,7 @@ def train(settings: Settings, data: dict[str, Dataset], dropped: dict[str, int],
         report(settings, f"{folder.path} is complete already")
         return
     folder.prepare(settings.arguments.process_index == 0)
-    model = load_model(settings.model, settings.arguments.seed)
-    if settings.model.use_peft:
-        model = add_adapters(model, settings.model)
+    model, dtypes = load_policy(settings)
     trainer = TruthTrainer(
         model=model,
         args=settings.arguments,
@@ -119,7 +116,7 @@ def train(settings: Settings, data: dict[str, Dataset], dropped: dict[str, int],
     result = trainer.train(resume_from_checkpoint=resume)
     final = trainer.evaluate() if "test" in data else {}
     seconds = time.monotonic() - started
-    save_policy(trainer, settings)
+    save_policy(trainer, settings, dtypes)
     if trainer.accelerator.is_main_process:
         logged = [entry for entry in trainer.state.log_history if "loss" in entry]
         metrics = {

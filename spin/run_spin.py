@@ -92,19 +92,16 @@ def train(
 ) -> None:
     """Train, save the policy, and write metrics.json last."""
     from spin.alignment.batching import PairDataset
-    from spin.alignment.model_utils import add_adapters, load_model
     from spin.alignment.shards import read_json, write_json_atomic
     from spin.alignment.trainer import FIRST_LOSS_FILE, SPINTrainer
-    from spin.alignment.training_run import OutputFolder, inputs_record, report, save_policy
+    from spin.alignment.training_run import OutputFolder, inputs_record, load_policy, report, save_policy
 
     folder = OutputFolder(settings, inputs_record(settings, key, data_key(pairs)))
     if folder.is_complete():
         report(settings, f"{folder.path} is complete already")
         return
     folder.prepare(settings.arguments.process_index == 0)
-    model = load_model(settings.model, settings.arguments.seed)
-    if settings.model.use_peft:
-        model = add_adapters(model, settings.model)
+    model, dtypes = load_policy(settings)
     trainer = SPINTrainer(
         model=model,
         args=settings.arguments,
@@ -120,7 +117,7 @@ def train(
     result = trainer.train(resume_from_checkpoint=resume)
     final = trainer.evaluate() if "test" in pairs else {}
     seconds = time.monotonic() - started
-    save_policy(trainer, settings)
+    save_policy(trainer, settings, dtypes)
     if trainer.accelerator.is_main_process:
         history = trainer.state.log_history
         metrics = {

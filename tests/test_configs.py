@@ -10,7 +10,7 @@ from spin.alignment.errors import InputError
 from tests.helpers import REPOSITORY
 
 CONFIGS = REPOSITORY / "configs"
-LAUNCH = ["cpu", "multi_gpu", "deepspeed_zero2", "deepspeed_zero3", "deepspeed_zero3_cpu", "fsdp2", "fsdp2_cpu"]
+LAUNCH = ["cpu", "multi_gpu", "deepspeed_zero2", "deepspeed_zero3", "deepspeed_zero3_cpu", "fsdp2"]
 PAPER = ["config", "config_iter1", "config_iter2", "config_iter3"]
 
 

@@ -9,12 +9,25 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from spin.alignment.configs import DataConfig, ModelConfig, build, rename_keys, split_config
 from spin.alignment.errors import InputError
-from spin.alignment.model_utils import check_model_path, is_complete_checkpoint, merge_adapters, save_checkpoint
+from spin.alignment.model_utils import (
+    add_adapters,
+    check_model_path,
+    is_complete_checkpoint,
+    keep_master_weights,
+    load_model,
+    merge_adapters,
+    save_checkpoint,
+    weight_dtypes,
+)
 from spin.alignment.shards import read_json, write_json_atomic
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
 
 # Settings that change neither the weights nor the numbers reported.
 _WITHOUT_EFFECT = (
@@ -169,15 +182,44 @@ def _is_json(path: Path) -> bool:
     return True
 
 
-def save_policy(trainer: Any, settings: Settings) -> None:
-    """Save the trained policy as a model that loads by itself; sharded weights are gathered, adapters merged."""
+def load_policy(settings: Settings) -> tuple[PreTrainedModel, dict[str, torch.dtype]]:
+    """Load the model to train, with adapters when asked for; return it and the dtypes it is to be saved in.
+
+    Under ``bf16`` or ``fp16`` the trained weights are kept in float32 (DeepSpeed does so itself, in shards).
+    """
+    from transformers import set_seed
+
+    model = load_model(settings.model, settings.arguments.seed)
+    dtypes = weight_dtypes(model)
+    arguments = settings.arguments
+    if settings.model.use_peft:
+        set_seed(arguments.seed)  # the adapters' random start, the same in every process
+        model = add_adapters(model, settings.model)
+    if arguments.deepspeed_plugin is not None:
+        return model, dtypes
+    if arguments.bf16 or arguments.fp16:
+        keep_master_weights(model)
+    if any(parameter.dtype.itemsize < 4 for parameter in model.parameters() if parameter.requires_grad):
+        report(
+            settings,
+            "warning: the trained weights have 16 bits and no float32 copy, so steps below about 0.4% of a weight are lost: "
+            "set bf16: true (mixed precision) or dtype: float32",
+        )
+    return model, dtypes
+
+
+def save_policy(trainer: Any, settings: Settings, dtypes: dict[str, torch.dtype]) -> None:
+    """Save the trained policy as a model that loads by itself, in the precision it was loaded in.
+
+    Sharded weights are gathered, adapters merged.
+    """
     accelerator = trainer.accelerator
     state_dict = accelerator.get_state_dict(trainer.model_wrapped)
     if accelerator.is_main_process:
         model = accelerator.unwrap_model(trainer.model_wrapped)
         if settings.model.use_peft:
-            model, state_dict = merge_adapters(model, state_dict, settings.model), None
-        save_checkpoint(model, trainer.processing_class, settings.output_dir, state_dict)
+            model, state_dict, dtypes = merge_adapters(model, state_dict, settings.model), None, {}
+        save_checkpoint(model, trainer.processing_class, settings.output_dir, state_dict, dtypes)
     accelerator.wait_for_everyone()
 
 
