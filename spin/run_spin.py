@@ -144,6 +144,22 @@ def data_key(pairs: dict[str, Dataset]) -> str:
     return hash_text(*(f"{split}={hash_tokens(rows)}" for split, rows in sorted(pairs.items())))
 
 
+def largest(pairs: dict[str, Dataset]) -> tuple[int, int]:
+    """Return the length (tokens) of the longest prompt with response, and the largest token id."""
+    import pyarrow.compute as pc
+
+    length = token = 0
+    for rows in pairs.values():
+        table = rows.with_format("arrow")[:]
+        prompts = pc.list_value_length(table["prompt_ids"])
+        for half in ("chosen_ids", "rejected_ids"):
+            length = max(length, pc.max(pc.add(prompts, pc.list_value_length(table[half]))).as_py())
+        token = max(
+            token, *(pc.max(pc.list_flatten(table[name])).as_py() for name in table.column_names if "_ids" in name)
+        )
+    return length, token
+
+
 def last_metrics(history: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the last training metrics that were logged."""
     logged = [entry for entry in history if "rewards/margins" in entry]
@@ -161,7 +177,7 @@ def main(arguments: Sequence[str]) -> None:
 
     values = load_config(arguments[0], arguments[1:])
     from spin.alignment.chat import ChatEncoder, load_tokenizer
-    from spin.alignment.model_utils import model_folder
+    from spin.alignment.model_utils import check_fits, model_folder
     from spin.alignment.provenance import hash_weights
     from spin.alignment.trainer import SPINConfig
     from spin.alignment.training_run import read_settings, report, setup_logging
@@ -171,6 +187,12 @@ def main(arguments: Sequence[str]) -> None:
         raise InputError(
             "init_from_config has no meaning here (self-play needs a trained opponent): use spin/run_sft.py"
         )
+    if settings.arguments.eval_strategy != "no" and not any(
+        split.startswith("test") for split in settings.data.dataset_splits
+    ):
+        raise InputError(
+            f"eval_strategy is {settings.arguments.eval_strategy}, but dataset_splits names no test split: add test_prefs to it"
+        )
     setup_logging(settings.arguments.process_index == 0)
     model = settings.model
     tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision, model.trust_remote_code)
@@ -178,7 +200,9 @@ def main(arguments: Sequence[str]) -> None:
     for split, rows in pairs.items():
         reasons = "".join(f", {count} dropped: {reason}" for reason, count in dropped[split].items())
         report(settings, f"{split}: {len(rows)} pairs{reasons}")
-    key = hash_weights(model_folder(model.model_name_or_path, model.model_revision))
+    folder = model_folder(model.model_name_or_path, model.model_revision)
+    check_fits(folder, *largest(pairs))
+    key = hash_weights(folder)
     if model.load_in_4bit or model.load_in_8bit:
         key += "-4bit" if model.load_in_4bit else "-8bit"
     train(settings, pairs, dropped, tokenizer, key)

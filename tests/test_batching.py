@@ -6,7 +6,7 @@ from datasets import Dataset
 
 from spin.alignment.batching import PairCollator, PairDataset
 from spin.alignment.errors import InputError
-from spin.alignment.logps import response_logps
+from spin.alignment.logps import response_logps, token_logps
 from spin.alignment.reference import ReferenceKey, ReferenceLogps, compute_reference, store_path
 from tests.helpers import tiny_llama
 
@@ -76,6 +76,23 @@ def test_logps_equal_a_naive_unpadded_computation(settings):
             expected = naive_logps(model, pair["prompt_ids"], pair[f"{half}_ids"])
             assert logps[row, : len(expected)].tolist() == pytest.approx(expected, abs=2e-6)
             assert logps[row, len(expected) :].eq(0).all()
+
+
+def test_a_long_block_is_never_held_in_float32():
+    logits = torch.randn(4, 80, 100_000, dtype=torch.bfloat16, requires_grad=True)  # two pieces
+    labels, saved = torch.randint(100_000, (4, 80)), []
+
+    def remember(tensor):
+        saved.append(tensor.numel() * tensor.element_size())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+        logps = token_logps(logits, labels, torch.ones(4, 80))
+    assert sum(saved) < 1.1 * logits.numel() * logits.element_size()
+    logps.sum().backward()
+    expected = logits.detach()[0].float().requires_grad_()
+    expected.log_softmax(dim=-1).gather(-1, labels[0][:, None]).sum().backward()
+    assert torch.allclose(logits.grad[0].float(), expected.grad, atol=1e-2)
 
 
 @pytest.fixture

@@ -52,7 +52,7 @@ def test_accelerate_reads_every_launch_configuration(name):
 
 
 def test_no_shipped_configuration_is_left_untested():
-    known = {*LAUNCH, *PAPER, "demo"}
+    known = {*LAUNCH, *PAPER, "demo", "zephyr_7b"}
     assert {path.stem for path in CONFIGS.glob("*.yaml")} == known
 
 

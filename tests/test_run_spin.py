@@ -352,6 +352,10 @@ BAD = {
     "negative rate": ({"learning_rate": -1.0}, "learning_rate is -1.0"),
     "random start": ({"init_from_config": True}, "init_from_config has no meaning here"),
     "unused columns": ({"remove_unused_columns": True}, "remove the key"),
+    "noise": ({"neftune_noise_alpha": 5.0}, "noise makes the policy differ from its opponent"),
+    "half evaluation": ({"bf16_full_eval": True}, "the precision of the stored log-probs"),
+    "grouped by length": ({"train_sampling_strategy": "group_by_length"}, "set it to random or sequential"),
+    "evaluation without data": ({"eval_strategy": "epoch"}, "names no test split: add test_prefs"),
     "everything cut away": (
         {"max_length": 3, "max_prompt_length": 2, "resume_from_checkpoint": "./no"},
         "not a complete checkpoint",

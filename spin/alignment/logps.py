@@ -6,6 +6,7 @@ import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,8 +22,9 @@ def response_logps(model: Any, batch: dict[str, Tensor]) -> Tensor:
     """
     mask = batch["completion_mask"]
     width = mask.shape[1]
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
-    if "logits_to_keep" in inspect.signature(_inner_forward(model)).parameters:
+    known = inspect.signature(_inner_forward(model)).parameters
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in known}
+    if "logits_to_keep" in known:
         inputs["logits_to_keep"] = width + 1
     logits = model(**inputs, use_cache=False).logits[:, -width - 1 : -1]
     return token_logps(logits, batch["input_ids"][:, -width:], mask)
@@ -31,14 +33,21 @@ def response_logps(model: Any, batch: dict[str, Tensor]) -> Tensor:
 def token_logps(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
     """Return the log-probs of ``labels`` ``(N, R)`` under ``logits`` ``(N, R, V)``, in float32; 0 where the mask is 0.
 
-    A few rows are turned to float32 at a time: the full block in float32 would be the largest tensor of the step.
+    A few rows are turned to float32 at a time, and again in the backward pass: the log-softmax of the full block would be
+    the largest tensor of the step.
     """
     rows = max(1, _FLOAT32_ELEMENTS // max(1, logits[0].numel()))
-    pieces = [
-        -torch.nn.functional.cross_entropy(some.float().flatten(0, 1), targets.flatten(), reduction="none")
-        for some, targets in zip(logits.split(rows), labels.split(rows), strict=True)
-    ]
-    return torch.cat(pieces).view(labels.shape).masked_fill(mask == 0, 0.0)
+    pieces = list(zip(logits.split(rows), labels.split(rows), strict=True))
+    if logits.requires_grad and len(pieces) > 1:
+        settings = {"use_reentrant": False, "preserve_rng_state": False}
+        found = [checkpoint(_piece_logps, some, targets, **settings) for some, targets in pieces]
+    else:
+        found = [_piece_logps(some, targets) for some, targets in pieces]
+    return torch.cat(found).view(labels.shape).masked_fill(mask == 0, 0.0)
+
+
+def _piece_logps(logits: Tensor, labels: Tensor) -> Tensor:
+    return -torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none")
 
 
 def _inner_forward(model: Any) -> Any:

@@ -77,6 +77,26 @@ def model_folder(name: str, revision: str | None = None) -> Path:
         ) from error
 
 
+def check_fits(folder: Path, longest: int, max_token_id: int) -> None:
+    """Check sequences against a model's configuration before its weights are loaded.
+
+    Raises:
+        InputError: sequences are longer than the model's context, or hold ids outside its vocabulary.
+    """
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = config.get("text_config", config)
+    context, vocabulary = config.get("max_position_embeddings"), config.get("vocab_size")
+    if context and longest > context:
+        raise InputError(
+            f"the longest pair has {longest} tokens, but {folder} can attend to {context} tokens: lower max_length"
+        )
+    if vocabulary and max_token_id >= vocabulary:
+        raise InputError(
+            f"the data holds token id {max_token_id}, but the vocabulary of {folder} has {vocabulary} entries: give the model "
+            "whose tokenizer made the data"
+        )
+
+
 def load_model(config: ModelConfig, seed: int = 42) -> PreTrainedModel:
     """Load a causal language model with dropout off, without adapters (see :func:`add_adapters`).
 

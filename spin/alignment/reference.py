@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -125,25 +125,23 @@ def length_sorted_batches(rows: Dataset, batch_size: int) -> list[list[int]]:
 
 
 def _write(path: Path, results: dict[int, tuple[np.ndarray, np.ndarray]], key: ReferenceKey) -> None:
-    schema = _SCHEMA.with_metadata({_KEY: json.dumps(asdict(key)).encode()})
     order = sorted(results)
     columns = [order, *([results[index][half] for index in order] for half in (0, 1))]
-    table = pa.table(
-        [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)], schema=schema
-    )
+    arrays = [pa.array(column, field.type) for column, field in zip(columns, _SCHEMA, strict=True)]
+    _write_table(path, pa.table(arrays, schema=_SCHEMA), key)
+
+
+def _write_table(path: Path, table: pa.Table, key: ReferenceKey) -> None:
+    schema = _SCHEMA.with_metadata({_KEY: json.dumps(asdict(key)).encode()})
     with atomic_file(path) as file, pa.ipc.new_file(file, schema) as writer:
-        writer.write_table(table)
+        writer.write_table(table.combine_chunks().cast(schema))
 
 
 def _merge(path: Path, processes: int, key: ReferenceKey, num_rows: int) -> None:
     parts = [path.with_name(f".{path.name}.rank{rank}") for rank in range(processes)]
-    results: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-    for part in parts:
-        table = pa.ipc.open_file(pa.memory_map(str(part))).read_all()
-        halves: Sequence[list[Any]] = [table.column(name).to_pylist() for name in ("chosen", "rejected")]
-        for index, chosen, rejected in zip(table.column("index").to_pylist(), *halves, strict=True):
-            results[index] = (np.asarray(chosen, np.float32), np.asarray(rejected, np.float32))
-    if len(results) != num_rows:
-        raise RuntimeError(f"{len(results)} of {num_rows} pairs have reference log-probs; a process lost its share")
-    _write(path, results, key)
-    remove_files(parts)
+    table = pa.concat_tables([pa.ipc.open_file(pa.memory_map(str(part))).read_all() for part in parts])
+    indices, first = np.unique(table.column("index").to_numpy(), return_index=True)  # surplus batches come twice
+    if len(indices) != num_rows:
+        raise RuntimeError(f"{len(indices)} of {num_rows} pairs have reference log-probs; a process lost its share")
+    _write_table(path, table.take(first), key)
+    remove_files(path.parent.glob(f".{path.name}.rank*"))

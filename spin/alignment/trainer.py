@@ -25,6 +25,16 @@ FIRST_LOSS_FILE = "first_loss.json"
 # Largest mean |log pi - log pi_ref| (nats per token) that rounding explains when policy and opponent are the same weights.
 _SAME_MODEL_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 
+# Settings of the Trainer that would break or be ignored here: why, and the mend.
+_REFUSED = {
+    "remove_unused_columns": "pairs are not model inputs: remove the key",
+    "label_smoothing_factor": "it smooths tokens, not preferences: use label_smoothing",
+    "neftune_noise_alpha": "noise makes the policy differ from its opponent at the first step: remove the key",
+    "bf16_full_eval": "evaluation must have the precision of the stored log-probs: remove the key",
+    "fp16_full_eval": "evaluation must have the precision of the stored log-probs: remove the key",
+    "label_names": "pairs have no labels: remove the key",
+}
+
 
 @dataclass
 class SPINConfig(TrainingArguments):
@@ -66,10 +76,13 @@ class SPINConfig(TrainingArguments):
         ):
             if not valid:
                 raise InputError(f"{name} is {getattr(self, name)}: set it to {wanted}")
-        if self.remove_unused_columns:
-            raise InputError("remove_unused_columns is true, but pairs are not model inputs: remove the key")
-        if self.label_smoothing_factor:
-            raise InputError("label_smoothing_factor smooths tokens, not preferences: use label_smoothing")
+        for name, reason in _REFUSED.items():
+            if getattr(self, name):
+                raise InputError(f"{name} is {getattr(self, name)}, but {reason}")
+        if self.train_sampling_strategy not in ("random", "sequential"):
+            raise InputError(
+                f"train_sampling_strategy is {self.train_sampling_strategy}: set it to random or sequential"
+            )
         self.loss_settings = loss_settings(
             self.loss_type,
             {"beta": self.beta, "label_smoothing": self.label_smoothing, "length_normalize": self.length_normalize},
@@ -258,7 +271,8 @@ class SPINTrainer(Trainer):
         compute_reference(self.model_wrapped, dataset, path, key, self.collator, batch_size, self.accelerator, progress)
 
     def _precision(self) -> str:
-        return f"{self._weight_dtype()}, autocast {self.accelerator.mixed_precision}"
+        attention = getattr(self.model.config, "_attn_implementation", "eager")
+        return f"{self._weight_dtype()}, autocast {self.accelerator.mixed_precision}, attention {attention}"
 
 
 class ReferenceCallback(TrainerCallback):

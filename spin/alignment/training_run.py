@@ -44,6 +44,10 @@ _WITHOUT_EFFECT = (
     "save_total_limit",
     "preprocessing_num_workers",
     "push_to_hub",
+    "hub_model_id",
+    "hub_private_repo",
+    "hub_strategy",
+    "hub_token",
 )
 
 
@@ -97,7 +101,9 @@ def read_settings(values: Mapping[str, Any], source: str, arguments_class: type)
 def inputs_record(settings: Settings, opponent: str, data: str) -> dict[str, Any]:
     """Return what decides the result of a training: weights, data and settings, by hash or value."""
     kept = {key: value for key, value in settings.values.items() if key not in _WITHOUT_EFFECT}
-    return json.loads(json.dumps({"model": opponent, "data": data, **kept}, default=str, sort_keys=True))
+    processes = {"processes": settings.arguments.world_size} if settings.arguments.world_size > 1 else {}
+    record = {"model": opponent, "data": data, **processes, **kept}
+    return json.loads(json.dumps(record, default=str, sort_keys=True))
 
 
 class OutputFolder:
@@ -106,6 +112,7 @@ class OutputFolder:
     def __init__(self, settings: Settings, inputs: dict[str, Any]) -> None:
         self.path, self.inputs, self.overwrite = settings.output_dir, inputs, settings.overwrite
         self.resume = settings.arguments.resume_from_checkpoint
+        self.weights_only = settings.arguments.save_only_model
 
     def is_complete(self) -> bool:
         """Return whether the training is done already.
@@ -144,7 +151,8 @@ class OutputFolder:
         if self.overwrite:
             for folder in self.path.glob("checkpoint-*"):
                 shutil.rmtree(folder)
-            (self.path / "metrics.json").unlink(missing_ok=True)
+            for name in ("metrics.json", "config.json"):  # without a config the old model counts as incomplete
+                (self.path / name).unlink(missing_ok=True)
         for torn in self._checkpoints(complete=False):
             shutil.rmtree(torn)
         write_json_atomic(self.path / "inputs.json", self.inputs)
@@ -165,6 +173,11 @@ class OutputFolder:
         if wanted in (False, "false", "False"):
             return None
         found = self._checkpoints(complete=True)
+        if found and self.weights_only:
+            raise InputError(
+                f"{found[-1]} was saved with save_only_model, so the training cannot go on exactly: set "
+                "overwrite_output_dir: true to start again"
+            )
         return str(found[-1]) if found else None
 
     def _checkpoints(self, complete: bool) -> list[Path]:
