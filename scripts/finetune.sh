@@ -8,7 +8,8 @@ usage: bash scripts/finetune.sh ITER [--key=value ...]
 Trains iteration ITER (0, 1, 2 ...) with spin/run_spin.py. Settings go through, for example --learning_rate=1e-7.
 
   CONFIG         configuration (default: configs/config.yaml, or configs/config_iterITER.yaml from 1 on)
-  LAUNCH_CONFIG  accelerate configuration (default: configs/multi_gpu.yaml; `none` runs one plain process)
+  LAUNCH_CONFIG  accelerate configuration (default: configs/deepspeed_zero3.yaml, which 7B needs; `none` runs
+                 one plain process)
   NUM_PROCESSES  processes, one per GPU (default: what LAUNCH_CONFIG says)
   MAIN_PORT      port of the main process (default: 29500)
 TEXT
@@ -28,7 +29,7 @@ if [ ! -f "$config" ]; then
     echo "error: $config does not exist: write it (four lines, see configs/config_iter1.yaml) or set CONFIG" >&2
     exit 2
 fi
-launch_config=${LAUNCH_CONFIG:-configs/multi_gpu.yaml}
+launch_config=${LAUNCH_CONFIG:-configs/deepspeed_zero3.yaml}
 if [ "$launch_config" = none ]; then
     exec python spin/run_spin.py "$config" "$@"
 fi

@@ -94,11 +94,12 @@ def train(
     from spin.alignment.batching import PairDataset
     from spin.alignment.shards import read_json, write_json_atomic
     from spin.alignment.trainer import FIRST_LOSS_FILE, SPINTrainer
-    from spin.alignment.training_run import OutputFolder, inputs_record, load_policy, report, save_policy
+    from spin.alignment.training_run import OutputFolder, inputs_record, load_policy, push_policy, report, save_policy
 
     folder = OutputFolder(settings, inputs_record(settings, key, data_key(pairs)))
     if folder.is_complete():
         report(settings, f"{folder.path} is complete already")
+        push_policy(settings)
         return
     folder.prepare(settings.arguments.process_index == 0)
     model, dtypes = load_policy(settings)
@@ -127,6 +128,7 @@ def train(
             "seconds": round(seconds, 2),
             "seconds_per_step": round(result.metrics["train_runtime"] / max(1, trainer.steps_run), 4),
             "completion_tokens": trainer.tokens_seen,
+            "completion_tokens_per_second": round(trainer.tokens_seen / max(result.metrics["train_runtime"], 1e-9), 1),
             "pairs": {split: len(rows) for split, rows in pairs.items()},
             "dropped": dropped,
             "final": last_metrics(history) | final,
@@ -134,6 +136,7 @@ def train(
         }
         write_json_atomic(folder.path / "metrics.json", metrics)
     report(settings, f"wrote {folder.path}")
+    push_policy(settings)
 
 
 def data_key(pairs: dict[str, Dataset]) -> str:

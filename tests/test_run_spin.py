@@ -352,6 +352,8 @@ BAD = {
     "negative rate": ({"learning_rate": -1.0}, "learning_rate is -1.0"),
     "random start": ({"init_from_config": True}, "init_from_config has no meaning here"),
     "unused columns": ({"remove_unused_columns": True}, "remove the key"),
+    "pushing offline": ({"push_to_hub": True}, "HF_HUB_OFFLINE is set"),
+    "pushing each checkpoint": ({"push_to_hub": True, "hub_strategy": "every_save"}, "set it to end"),
     "noise": ({"neftune_noise_alpha": 5.0}, "noise makes the policy differ from its opponent"),
     "half evaluation": ({"bf16_full_eval": True}, "the precision of the stored log-probs"),
     "grouped by length": ({"train_sampling_strategy": "group_by_length"}, "set it to random or sequential"),
@@ -394,3 +396,31 @@ def test_help_is_quick():
     assert code == 0
     assert "dataset_mixer" in out
     assert time.monotonic() - started < 0.5
+
+
+def test_the_finished_model_is_pushed_when_asked(tiny_model, pairs, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    from spin.alignment.trainer import SPINConfig
+    from spin.alignment.training_run import push_policy, read_settings
+
+    calls = []
+
+    class Hub:
+        def __init__(self, token):
+            self.token = token
+
+        def create_repo(self, name, **settings):
+            return huggingface_hub.RepoUrl(f"https://huggingface.co/someone/{name}")
+
+        def upload_folder(self, **settings):
+            calls.append(settings)
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    values = yaml.safe_load(write_config(tmp_path / "c.yaml", tiny_model, pairs, push_to_hub=True).read_text())
+    settings = read_settings(values, "c.yaml", SPINConfig)
+    assert not settings.arguments.push_to_hub  # the Trainer itself pushes nothing
+    push_policy(settings)
+    assert [(call["repo_id"], call["folder_path"]) for call in calls] == [("someone/out", tmp_path / "out")]
+    assert "checkpoint-*" in calls[0]["ignore_patterns"]

@@ -60,6 +60,7 @@ class Settings:
     data: DataConfig
     arguments: Any
     overwrite: bool
+    push: bool = False
 
     @property
     def output_dir(self) -> Path:
@@ -89,13 +90,24 @@ def read_settings(values: Mapping[str, Any], source: str, arguments_class: type)
     except (ValueError, ImportError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"the training settings in {source} do not fit together or this machine: {reason}") from error
+    import huggingface_hub
     import torch
 
     if arguments.fp16 and not torch.cuda.is_available():
         raise InputError("fp16 is true, but there is no GPU here: set bf16 to true, or neither")
     if model.load_in_4bit and arguments.fsdp:
         raise InputError("load_in_4bit does not work with FSDP here: use DeepSpeed ZeRO-2 or a single process")
-    return Settings(values, model, data, arguments, bool(values.get("overwrite_output_dir", False)))
+    push = arguments.push_to_hub
+    if push and values.get("hub_strategy", "end") != "end":
+        raise InputError(
+            f"hub_strategy is {values['hub_strategy']}, but the finished model alone is pushed: set it to end"
+        )
+    if push and huggingface_hub.constants.HF_HUB_OFFLINE:
+        raise InputError("push_to_hub is true, but HF_HUB_OFFLINE is set: unset one of them")
+    arguments.push_to_hub = (
+        False  # the Trainer would mix its checkpoints into output_dir; push_policy does it at the end
+    )
+    return Settings(values, model, data, arguments, bool(values.get("overwrite_output_dir", False)), push)
 
 
 def inputs_record(settings: Settings, opponent: str, data: str) -> dict[str, Any]:
@@ -234,6 +246,26 @@ def save_policy(trainer: Any, settings: Settings, dtypes: dict[str, torch.dtype]
             model, state_dict, dtypes = merge_adapters(model, state_dict, settings.model), None, {}
         save_checkpoint(model, trainer.processing_class, settings.output_dir, state_dict, dtypes)
     accelerator.wait_for_everyone()
+
+
+def push_policy(settings: Settings) -> None:
+    """Upload the finished model and its metrics to the Hub when ``push_to_hub`` asks for it; the main process alone."""
+    arguments = settings.arguments
+    if not settings.push or arguments.process_index != 0:
+        return
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=arguments.hub_token)
+    name = arguments.hub_model_id or settings.output_dir.name
+    repository = api.create_repo(name, private=arguments.hub_private_repo, exist_ok=True).repo_id
+    api.upload_folder(
+        repo_id=repository,
+        folder_path=settings.output_dir,
+        revision=arguments.hub_revision,
+        ignore_patterns=["checkpoint-*", "reference/*", ".*"],
+        commit_message="Trained by selfplay-spin",
+    )
+    report(settings, f"pushed {settings.output_dir} to {repository}")
 
 
 def setup_logging(is_main: bool) -> None:
