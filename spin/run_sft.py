@@ -93,7 +93,15 @@ def train(settings: Settings, data: dict[str, Dataset], dropped: dict[str, int],
     from spin.alignment.provenance import hash_json
     from spin.alignment.sft import TruthTrainer
     from spin.alignment.shards import write_json_atomic
-    from spin.alignment.training_run import OutputFolder, inputs_record, load_policy, push_policy, report, save_policy
+    from spin.alignment.training_run import (
+        OutputFolder,
+        inputs_record,
+        leave,
+        load_policy,
+        push_policy,
+        report,
+        save_policy,
+    )
 
     content = hash_json({split: [rows["input_ids"], rows["labels"]] for split, rows in data.items()})
     folder = OutputFolder(settings, inputs_record(settings, key, content))
@@ -132,6 +140,7 @@ def train(settings: Settings, data: dict[str, Dataset], dropped: dict[str, int],
         write_json_atomic(folder.path / "metrics.json", metrics)
     report(settings, f"wrote {folder.path}")
     push_policy(settings)
+    leave(trainer)
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -94,7 +94,15 @@ def train(
     from spin.alignment.batching import PairDataset
     from spin.alignment.shards import read_json, write_json_atomic
     from spin.alignment.trainer import FIRST_LOSS_FILE, SPINTrainer
-    from spin.alignment.training_run import OutputFolder, inputs_record, load_policy, push_policy, report, save_policy
+    from spin.alignment.training_run import (
+        OutputFolder,
+        inputs_record,
+        leave,
+        load_policy,
+        push_policy,
+        report,
+        save_policy,
+    )
 
     folder = OutputFolder(settings, inputs_record(settings, key, data_key(pairs)))
     if folder.is_complete():
@@ -137,6 +145,7 @@ def train(
         write_json_atomic(folder.path / "metrics.json", metrics)
     report(settings, f"wrote {folder.path}")
     push_policy(settings)
+    leave(trainer)
 
 
 def data_key(pairs: dict[str, Dataset]) -> str:

@@ -11,6 +11,7 @@ from tests.helpers import REPOSITORY
 
 CONFIGS = REPOSITORY / "configs"
 LAUNCH = ["cpu", "multi_gpu", "deepspeed_zero2", "deepspeed_zero3", "deepspeed_zero3_cpu", "fsdp2"]
+RUNS = ["demo", "zephyr_7b"]
 PAPER = ["config", "config_iter1", "config_iter2", "config_iter3"]
 
 
@@ -31,6 +32,17 @@ def test_the_papers_iterations_are_complete_settings(name, tiny_model, tmp_path)
     assert settings.arguments.warmup_steps == 0.1
     assert settings.arguments.per_device_train_batch_size * 8 == 64
     assert settings.data.max_length == 1024
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_every_run_configuration_makes_a_plan(name, monkeypatch):
+    from spin.alignment.run_config import load_run_config
+    from spin.alignment.stages import make_stages
+
+    monkeypatch.chdir(REPOSITORY)
+    config = load_run_config(CONFIGS / f"{name}.yaml")
+    names = [stage.name for stage in make_stages(config)]
+    assert f"iter{config.iterations - 1}/train" in names
 
 
 def test_the_overlays_change_what_the_paper_changes():

@@ -108,6 +108,12 @@ def metrics(folder: Path) -> dict:
     return json.loads((folder / "metrics.json").read_text())
 
 
+def late_margin(record: dict) -> float:
+    """The mean margin of the second half of the steps: that of one step of four pairs is mostly chance."""
+    margins = [entry["rewards/margins"] for entry in record["history"] if "rewards/margins" in entry]
+    return sum(margins[len(margins) // 2 :]) / (len(margins) - len(margins) // 2)
+
+
 def difference(left: Path, right: Path) -> float:
     ours, theirs = weights(left), weights(right)
     assert ours.keys() == theirs.keys()
@@ -261,7 +267,7 @@ def test_adapters_are_merged_and_the_next_iteration_starts_at_ln_2(tiny_model, p
     for folder in ("iter0", "iter1"):
         record = metrics(tmp_path / folder)
         assert record["first_loss"] == pytest.approx(math.log(2), abs=1e-6)
-        assert record["final"]["rewards/margins"] > 0
+        assert late_margin(record) > 0
 
 
 @pytest.mark.slow
@@ -271,7 +277,7 @@ def test_a_quantised_base_is_trained_and_saved_whole(tiny_model, pairs, tmp_path
     train(write_config(tmp_path / "c.yaml", tiny_model, pairs, load_in_4bit=True, **settings))
     record = metrics(tmp_path / "out")
     assert record["first_loss"] == pytest.approx(math.log(2), abs=1e-6)
-    assert record["final"]["rewards/margins"] > 0
+    assert late_margin(record) > 0
     assert weights(tmp_path / "out").keys() == weights(tiny_model).keys()  # no trace of 4-bit storage or adapters
     assert difference(tmp_path / "out", tiny_model) > 1e-3
 

@@ -268,6 +268,12 @@ def push_policy(settings: Settings) -> None:
     report(settings, f"pushed {settings.output_dir} to {repository}")
 
 
+def leave(trainer: Any) -> None:
+    """Wait for all processes and close their group: threads of a group left open can abort a process at its exit."""
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
+
+
 def setup_logging(is_main: bool) -> None:
     """Let the main process alone talk, one plain line a message; the short bars of loading and saving stay off."""
     from transformers.utils import logging as transformers_logging
