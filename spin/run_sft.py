@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -92,16 +91,7 @@ def train(settings: Settings, data: dict[str, Dataset], dropped: dict[str, int],
     """Train, save the model, and write metrics.json last."""
     from spin.alignment.provenance import hash_json
     from spin.alignment.sft import TruthTrainer
-    from spin.alignment.shards import write_json_atomic
-    from spin.alignment.training_run import (
-        OutputFolder,
-        inputs_record,
-        leave,
-        load_policy,
-        push_policy,
-        report,
-        save_policy,
-    )
+    from spin.alignment.training_run import OutputFolder, inputs_record, load_policy, push_policy, report, train_policy
 
     content = hash_json({split: [rows["input_ids"], rows["labels"]] for split, rows in data.items()})
     folder = OutputFolder(settings, inputs_record(settings, key, content))
@@ -118,29 +108,8 @@ def train(settings: Settings, data: dict[str, Dataset], dropped: dict[str, int],
         eval_dataset=data.get("test"),
         processing_class=tokenizer,
     )
-    started = time.monotonic()
-    resume = folder.resume_point()
-    if resume:
-        report(settings, f"going on from {resume}")
-    result = trainer.train(resume_from_checkpoint=resume)
-    final = trainer.evaluate() if "test" in data else {}
-    seconds = time.monotonic() - started
-    save_policy(trainer, settings, dtypes)
-    if trainer.accelerator.is_main_process:
-        logged = [entry for entry in trainer.state.log_history if "loss" in entry]
-        metrics = {
-            "train_loss": result.training_loss,
-            "steps": trainer.state.global_step,
-            "seconds": round(seconds, 2),
-            "rows": {split: len(rows) for split, rows in data.items()},
-            "dropped": dropped,
-            "final": (logged[-1] if logged else {}) | final,
-            "history": trainer.state.log_history,
-        }
-        write_json_atomic(folder.path / "metrics.json", metrics)
-    report(settings, f"wrote {folder.path}")
-    push_policy(settings)
-    leave(trainer)
+    counts = {"rows": {split: len(rows) for split, rows in data.items()}, "dropped": dropped}
+    train_policy(trainer, folder, settings, dtypes, lambda result: counts)
 
 
 def main(arguments: Sequence[str]) -> None:

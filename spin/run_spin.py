@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -92,17 +91,9 @@ def train(
 ) -> None:
     """Train, save the policy, and write metrics.json last."""
     from spin.alignment.batching import PairDataset
-    from spin.alignment.shards import read_json, write_json_atomic
+    from spin.alignment.shards import read_json
     from spin.alignment.trainer import FIRST_LOSS_FILE, SPINTrainer
-    from spin.alignment.training_run import (
-        OutputFolder,
-        inputs_record,
-        leave,
-        load_policy,
-        push_policy,
-        report,
-        save_policy,
-    )
+    from spin.alignment.training_run import OutputFolder, inputs_record, load_policy, push_policy, report, train_policy
 
     folder = OutputFolder(settings, inputs_record(settings, key, data_key(pairs)))
     if folder.is_complete():
@@ -119,33 +110,19 @@ def train(
         processing_class=tokenizer,
         opponent_hash=key,
     )
-    started = time.monotonic()
-    resume = folder.resume_point()
-    if resume:
-        report(settings, f"going on from {resume}")
-    result = trainer.train(resume_from_checkpoint=resume)
-    final = trainer.evaluate() if "test" in pairs else {}
-    seconds = time.monotonic() - started
-    save_policy(trainer, settings, dtypes)
-    if trainer.accelerator.is_main_process:
-        history = trainer.state.log_history
-        metrics = {
+
+    def describe(result: Any) -> dict[str, Any]:
+        runtime = result.metrics["train_runtime"]
+        return {
             "first_loss": read_json(folder.path / FIRST_LOSS_FILE),
-            "train_loss": result.training_loss,
-            "steps": trainer.state.global_step,
-            "seconds": round(seconds, 2),
-            "seconds_per_step": round(result.metrics["train_runtime"] / max(1, trainer.steps_run), 4),
+            "seconds_per_step": round(runtime / max(1, trainer.steps_run), 4),
             "completion_tokens": trainer.tokens_seen,
-            "completion_tokens_per_second": round(trainer.tokens_seen / max(result.metrics["train_runtime"], 1e-9), 1),
+            "completion_tokens_per_second": round(trainer.tokens_seen / max(runtime, 1e-9), 1),
             "pairs": {split: len(rows) for split, rows in pairs.items()},
             "dropped": dropped,
-            "final": last_metrics(history) | final,
-            "history": history,
         }
-        write_json_atomic(folder.path / "metrics.json", metrics)
-    report(settings, f"wrote {folder.path}")
-    push_policy(settings)
-    leave(trainer)
+
+    train_policy(trainer, folder, settings, dtypes, describe)
 
 
 def data_key(pairs: dict[str, Dataset]) -> str:
@@ -170,12 +147,6 @@ def largest(pairs: dict[str, Dataset]) -> tuple[int, int]:
             token, *(pc.max(pc.list_flatten(table[name])).as_py() for name in table.column_names if "_ids" in name)
         )
     return length, token
-
-
-def last_metrics(history: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the last training metrics that were logged."""
-    logged = [entry for entry in history if "rewards/margins" in entry]
-    return dict(logged[-1]) if logged else {}
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -6,7 +6,8 @@ import json
 import logging
 import shutil
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -266,6 +267,42 @@ def push_policy(settings: Settings) -> None:
         commit_message="Trained by selfplay-spin",
     )
     report(settings, f"pushed {settings.output_dir} to {repository}")
+
+
+def train_policy(
+    trainer: Any,
+    folder: OutputFolder,
+    settings: Settings,
+    dtypes: dict[str, Any],
+    describe: Callable[[Any], dict[str, Any]],
+) -> None:
+    """Train from where the folder stands, save the policy, and write metrics.json last.
+
+    ``describe(result)`` adds what only this program knows to the metrics; it is called in the main process.
+    """
+    started = time.monotonic()
+    resume = folder.resume_point()
+    if resume:
+        report(settings, f"going on from {resume}")
+    result = trainer.train(resume_from_checkpoint=resume)
+    final = trainer.evaluate() if trainer.eval_dataset is not None else {}
+    seconds = time.monotonic() - started
+    save_policy(trainer, settings, dtypes)
+    if trainer.accelerator.is_main_process:
+        history = trainer.state.log_history
+        logged = [entry for entry in history if "loss" in entry]
+        metrics = {
+            "train_loss": result.training_loss,
+            "steps": trainer.state.global_step,
+            "seconds": round(seconds, 2),
+            **describe(result),
+            "final": (logged[-1] if logged else {}) | final,
+            "history": history,
+        }
+        write_json_atomic(folder.path / "metrics.json", metrics)
+    report(settings, f"wrote {folder.path}")
+    push_policy(settings)
+    leave(trainer)
 
 
 def leave(trainer: Any) -> None:
