@@ -112,9 +112,11 @@ def train(
     )
 
     def describe(result: Any) -> dict[str, Any]:
-        runtime = result.metrics["train_runtime"]
+        # The Trainer's clock starts before the opponent's log-probs are computed.
+        runtime = result.metrics["train_runtime"] - trainer.reference_seconds
         return {
             "first_loss": read_json(folder.path / FIRST_LOSS_FILE),
+            "reference_seconds": round(trainer.reference_seconds, 2),
             "seconds_per_step": round(runtime / max(1, trainer.steps_run), 4),
             "completion_tokens": trainer.tokens_seen,
             "completion_tokens_per_second": round(trainer.tokens_seen / max(runtime, 1e-9), 1),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -112,6 +113,7 @@ class SPINTrainer(Trainer):
         self.collator = PairCollator(pad_id if pad_id is not None else processing_class.eos_token_id)
         self.opponent_hash = opponent_hash
         self.first_loss: float | None = None
+        self.reference_seconds = 0.0
         self.tokens_seen = 0
         self._sums: dict[str, dict[str, list[torch.Tensor]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
         super().__init__(
@@ -282,7 +284,9 @@ class ReferenceCallback(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        started = time.monotonic()
         self.trainer.attach_references(resumed=state.global_step > 0)
+        self.trainer.reference_seconds = time.monotonic() - started
 
 
 def chosen_nll(inputs: LossInputs) -> torch.Tensor:
