@@ -25,8 +25,8 @@ COMMANDS = {
     "run": "spin.pipeline",
     "status": "spin.alignment.status",
     "report": "spin.cli",
-    "validate": "spin.alignment.validation",
-    "doctor": "spin.alignment.doctor",
+    "validate": "spin.validate_path",
+    "doctor": "spin.doctor",
     "diff": "spin.cli",
 }
 
