@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,6 +23,8 @@ from tests.run_helpers import TRAINING, tiny_run, write_config
 
 pytestmark = pytest.mark.slow
 
+# Many steps after the first checkpoint: a run killed there must not have finished in the moment the signal needs.
+TRAIN = {**TRAINING, "max_steps": 30}
 SFT = {**TRAINING, "max_steps": 2, "save_strategy": "no", "learning_rate": 1e-3}
 
 
@@ -43,7 +46,7 @@ def finish(config: Path) -> str:
 def undisturbed(tmp_path_factory) -> Path:
     """The run directory of two iterations with a start, a control and scores, nothing disturbed."""
     root = tmp_path_factory.mktemp("undisturbed")
-    values = tiny_run(root, sft=SFT, control=SFT, launch={"parallel": True})
+    values = tiny_run(root, sft=SFT, control=SFT, train=TRAIN, launch={"parallel": True})
     finish(write_config(root / "config.yaml", values))
     return root / "run"
 
@@ -135,7 +138,7 @@ def is_running(run_dir: Path, stage: str) -> bool:
 
 
 def test_killed_in_each_stage_and_run_again_ends_with_the_same_weights(tmp_path, undisturbed):
-    values = tiny_run(tmp_path, model=str(undisturbed / "sft" / "checkpoint"), iterations=1, overrides={})
+    values = tiny_run(tmp_path, model=str(undisturbed / "sft" / "checkpoint"), iterations=1, train=TRAIN, overrides={})
     values["data"] = {"train": values["data"]["train"]}  # no scores: they change no weight
     config, run_dir = write_config(tmp_path / "config.yaml", values), tmp_path / "run"
     parts, pairs = run_dir / "iter0" / "generated" / ".parts", run_dir / "iter0" / "pairs"
@@ -146,7 +149,8 @@ def test_killed_in_each_stage_and_run_again_ends_with_the_same_weights(tmp_path,
     kill_when(config, lambda: is_json(checkpoint / "checkpoint-5" / "trainer_state.json"), with_children=True)
     said = finish(config)
     assert said.count("==> iter0/generate: done already") >= 2 and "==> iter0/train: going on" in said
-    assert f"going on from {checkpoint / 'checkpoint-5'}" in said
+    resumed = [int(step) for step in re.findall(rf"going on from {checkpoint}/checkpoint-(\d+)", said)]
+    assert len(resumed) == 1 and 5 <= resumed[0] < TRAIN["max_steps"]
     rows = [row["prompt_id"] for path in (run_dir / "iter0" / "generated").glob("*.parquet") for row in read_rows(path)]
     assert len(rows) == len(set(rows)) == 24
     assert hash_weights(checkpoint) == hash_weights(undisturbed / "iter0" / "checkpoint")
