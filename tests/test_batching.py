@@ -7,6 +7,7 @@ from datasets import Dataset
 from spin.alignment.batching import PairCollator, PairDataset
 from spin.alignment.errors import InputError
 from spin.alignment.logps import response_logps, token_logps
+from spin.alignment.micro_batches import MicroBatcher
 from spin.alignment.reference import ReferenceKey, ReferenceLogps, compute_reference, store_path
 from tests.helpers import tiny_llama
 
@@ -102,7 +103,8 @@ def store(tmp_path):
     dataset, key = PairDataset(Dataset.from_list(PAIRS * 3)), ReferenceKey("w", "t", "float32")
     path = store_path(tmp_path, "train", key)
     model = tiny_llama(20)
-    compute_reference(model, dataset, path, key, PairCollator(0), 4, Accelerator(cpu=True), lambda done, total: None)
+    batcher = MicroBatcher(PairCollator(0), token_budget=0, pairs=4)
+    compute_reference(model, dataset, path, key, batcher, Accelerator(cpu=True), lambda done, total: None)
     return dataset, key, path, model
 
 

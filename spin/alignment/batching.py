@@ -1,15 +1,18 @@
-"""Pairs as tensors. Prompts are padded on the left and responses on the right, so every response starts in one column.
+"""Pairs as tensors: prompt-shared packed rows by default, padded rows on request, and micro-batches by token budget.
 
 Masks are made from lengths, never by comparing ids: a pad id may equal EOS.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from spin.alignment.attention import PackedLayout, Tree
+from spin.alignment.losses import LossInputs
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -17,6 +20,10 @@ if TYPE_CHECKING:
     from spin.alignment.reference import ReferenceLogps
 
 HALVES = ("chosen", "rejected")
+Feature = Mapping[str, Any]
+
+# Logits of one group of pairs, in elements: large matmuls, and still small beside the activations.
+GROUP_ELEMENTS = 2**26
 
 
 class PairDataset(torch.utils.data.Dataset):
@@ -40,11 +47,178 @@ class PairDataset(torch.utils.data.Dataset):
         return feature
 
 
+class PairList:
+    """The pairs of one optimiser batch of one process, as the data loader hands them over: not yet tensors."""
+
+    def __init__(self, features: Sequence[Feature]) -> None:
+        self.features = list(features)
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+
+@dataclass(frozen=True)
+class PairGroup:
+    """b pairs whose response tokens are neighbours in the batch: all chosen responses, then all rejected ones.
+
+    ``rows`` is their slice of the N response tokens; ``completion_mask`` has shape ``(2b, R)``; ``reference_logps`` (nats)
+    and ``weights`` have it too, where the data has them.
+    """
+
+    rows: slice
+    completion_mask: torch.Tensor
+    reference_logps: torch.Tensor | None = None
+    weights: torch.Tensor | None = None
+
+    @property
+    def pairs(self) -> int:
+        return len(self.completion_mask) // 2
+
+    def loss_inputs(self, logps: torch.Tensor) -> LossInputs:
+        """Return the streams of the losses for log-probs of shape ``(n,)`` in the order of ``rows``."""
+        assert self.reference_logps is not None
+        streams = logps.new_zeros(self.completion_mask.shape).masked_scatter(self.completion_mask, logps)
+        return LossInputs(streams, self.reference_logps, self.completion_mask, self.weights)
+
+    def responses(self, logps: torch.Tensor) -> list[torch.Tensor]:
+        """Return the log-probs of each response, without padding: b chosen ones, then b rejected ones."""
+        return list(logps.split(self.completion_mask.sum(dim=1).tolist()))
+
+    def to(self, device: torch.device) -> PairGroup:
+        moved = {
+            name: value.to(device, non_blocking=True)
+            for name in ("completion_mask", "reference_logps", "weights")
+            if (value := getattr(self, name)) is not None
+        }
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Pairs in one row of T tokens without padding.
+
+    ``input_ids`` and ``position_ids`` have shape ``(1, T)``; ``predictors`` (N,) gives the position in the row whose hidden
+    state predicts each response token, ``targets`` (N,) the token. ``groups`` cut the N tokens into groups of whole pairs.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    layout: PackedLayout
+    predictors: torch.Tensor
+    targets: torch.Tensor
+    groups: tuple[PairGroup, ...]
+
+    def to(self, device: torch.device) -> PackedBatch:
+        names = ("input_ids", "position_ids", "predictors", "targets")
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        layout = PackedLayout(self.layout.trees, device, self.layout.kernel)
+        return replace(self, **moved, layout=layout, groups=tuple(group.to(device) for group in self.groups))
+
+
+@dataclass(frozen=True)
+class PackedCollator:
+    """Packs B pairs into one row. With the pairs ``[1 2 | 3 | 4 5]`` and ``[6 | 7 8 | 9]`` (prompt | chosen | rejected)::
+
+        input_ids      1 2 3 4 5 6 7 8 9
+        position_ids   0 1 2 2 3 0 1 2 1
+        targets        3 7 8 4 5 9          (chosen of both pairs, rejected of both pairs)
+        predictors     1 5 6 1 3 5
+
+    ``share_prompts=False`` writes the prompt in front of the rejected response once more. ``vocab_size`` sets how many pairs
+    a group of logits holds.
+    """
+
+    kernel: str = "sdpa"
+    vocab_size: int = 32_000
+    share_prompts: bool = True
+
+    def tokens(self, feature: Feature) -> int:
+        """Return how many tokens of a row a pair takes."""
+        prompt, chosen, rejected = (len(feature[f"{name}_ids"]) for name in ("prompt", *HALVES))
+        return prompt + chosen + rejected + (0 if self.share_prompts else prompt)
+
+    def __call__(self, features: Sequence[Feature]) -> PackedBatch:
+        """Return the packed row of some pairs, in their order."""
+        ids: list[int] = []
+        positions: list[int] = []
+        trees: list[Tree] = []
+        starts: list[tuple[list[int], list[int]]] = []  # of each pair: the predictors of its two responses
+        for feature in features:
+            prompt, *responses = (list(feature[f"{name}_ids"]) for name in ("prompt", *HALVES))
+            predictors: list[list[int]] = []
+            for number, response in enumerate(responses):
+                if number == 0 or not self.share_prompts:
+                    last_of_prompt = len(ids) + len(prompt) - 1
+                    ids += prompt
+                    positions += range(len(prompt))
+                predictors.append([last_of_prompt, *range(len(ids), len(ids) + len(response) - 1)])
+                ids += response
+                positions += range(len(prompt), len(prompt) + len(response))
+            lengths = tuple(map(len, responses))
+            shared = (lengths,) if self.share_prompts else tuple((length,) for length in lengths)
+            trees += [Tree(len(prompt), branches) for branches in shared]
+            starts.append((predictors[0], predictors[1]))
+        groups, order = self._groups(features)
+        picked = [position for number, half in order for position in starts[number][half]]
+        labels = [token for number, half in order for token in features[number][f"{HALVES[half]}_ids"]]
+        return PackedBatch(
+            input_ids=torch.tensor([ids]),
+            position_ids=torch.tensor([positions]),
+            layout=PackedLayout(tuple(trees), torch.device("cpu"), self.kernel),
+            predictors=torch.tensor(picked),
+            targets=torch.tensor(labels),
+            groups=groups,
+        )
+
+    def _groups(self, features: Sequence[Feature]) -> tuple[tuple[PairGroup, ...], list[tuple[int, int]]]:
+        """Cut the pairs into groups; return them and the order (pair, half) of the responses."""
+        limit = max(1, GROUP_ELEMENTS // self.vocab_size)
+        lengths = [len(feature["chosen_ids"]) + len(feature["rejected_ids"]) for feature in features]
+        groups, order, start = [], [], 0
+        for numbers in consecutive(lengths, limit):
+            rows = slice(start, start := start + sum(lengths[number] for number in numbers))
+            groups.append(_group([features[number] for number in numbers], rows))
+            order += [(number, half) for half in (0, 1) for number in numbers]
+        return tuple(groups), order
+
+
+def consecutive(sizes: Sequence[int], limit: int) -> list[list[int]]:
+    """Cut indices into runs whose sizes add up to at most a limit; an index that exceeds it stands alone."""
+    runs: list[list[int]] = []
+    total = 0
+    for index, size in enumerate(sizes):
+        if not runs or total + size > limit:
+            runs.append([])
+            total = 0
+        runs[-1].append(index)
+        total += size
+    return runs
+
+
+def _group(features: Sequence[Feature], rows: slice) -> PairGroup:
+    responses = [feature[f"{half}_ids"] for half in HALVES for feature in features]
+    width = max(map(len, responses))
+    lengths = torch.tensor([len(response) for response in responses])
+    mask = torch.arange(width) < lengths[:, None]
+    return PairGroup(rows, mask, **_streams(features, responses, width))
+
+
+def _streams(features: Sequence[Feature], responses: Sequence[Sequence[int]], width: int) -> dict[str, torch.Tensor]:
+    """Return reference_logps and weights of shape ``(2B, width)``, as far as the features have them."""
+    streams = {}
+    for name, column in (("reference_logps", "reference"), ("weights", "weights")):
+        if f"chosen_{column}" in features[0]:
+            values = [feature[f"{half}_{column}"] for half in HALVES for feature in features]
+            streams[name] = pad_streams(values, responses, width)
+    return streams
+
+
 @dataclass(frozen=True)
 class PairCollator:
-    """Stacks B pairs into tensors of 2B rows: the chosen half, then the rejected half, in the same order.
+    """Stacks B pairs into tensors of 2B padded rows: the chosen half, then the rejected half, in the same order.
 
-    With the pairs ``[1 2 | 3 | 4 5]`` and ``[6 | 7 8 | 9]`` (prompt | chosen | rejected) and pad id 0::
+    Prompts are padded on the left and responses on the right, so every response starts in one column. With the pairs
+    ``[1 2 | 3 | 4 5]`` and ``[6 | 7 8 | 9]`` (prompt | chosen | rejected) and pad id 0::
 
         input_ids        1 2 3 0      completion_mask  1 0
                          0 6 7 8                       1 1
@@ -54,7 +228,11 @@ class PairCollator:
 
     pad_id: int
 
-    def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def tokens(self, feature: Feature) -> int:
+        """Return how many distinct tokens a pair has; padding is left out."""
+        return sum(len(feature[f"{name}_ids"]) for name in ("prompt", *HALVES))
+
+    def __call__(self, features: Sequence[Feature]) -> dict[str, torch.Tensor]:
         """Return input_ids, attention_mask and position_ids of shape ``(2B, P + R)`` and, of shape ``(2B, R)``,
         completion_mask and, as far as the features have them, reference_logps (nats) and weights.
         """
@@ -68,17 +246,16 @@ class PairCollator:
             start, end = left - len(prompt), left + len(response)
             input_ids[row, start:end] = torch.tensor([*prompt, *response])
             attention_mask[row, start:end] = 1
-        batch = {
+        return {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "position_ids": (attention_mask.cumsum(dim=1) - 1).clamp(min=0),
             "completion_mask": attention_mask[:, left:].clone(),
+            **_streams(features, responses, width),
         }
-        for name, column in (("reference_logps", "reference"), ("weights", "weights")):
-            if f"chosen_{column}" in features[0]:
-                streams = [feature[f"{half}_{column}"] for half in HALVES for feature in features]
-                batch[name] = pad_streams(streams, responses, width)
-        return batch
+
+
+Collator = PackedCollator | PairCollator
 
 
 def pad_streams(streams: Sequence[Sequence[float]], responses: Sequence[Sequence[int]], width: int) -> torch.Tensor:
@@ -91,5 +268,40 @@ def pad_streams(streams: Sequence[Sequence[float]], responses: Sequence[Sequence
     for row, (stream, response) in enumerate(zip(streams, responses, strict=True)):
         if len(stream) != len(response):
             raise ValueError(f"a stream of {len(stream)} values does not fit a response of {len(response)} tokens")
-        padded[row, : len(stream)] = torch.tensor(stream, dtype=torch.float32)
+        padded[row, : len(stream)] = torch.as_tensor(stream, dtype=torch.float32)
     return padded
+
+
+def plan_by_tokens(sizes: Sequence[int], budget: int) -> list[list[int]]:
+    """Distribute pairs over as few micro-batches as possible (first fit, longest first); none holds more tokens than the
+    budget, unless a single pair does.
+    """
+    plan: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
+        fitting = next((number for number, free in enumerate(room) if free >= sizes[index]), None)
+        if fitting is None:
+            plan.append([index])
+            room.append(budget - sizes[index])
+        else:
+            plan[fitting].append(index)
+            room[fitting] -= sizes[index]
+    return [sorted(indices) for indices in plan]
+
+
+def plan_by_pairs(number: int, pairs: int) -> list[list[int]]:
+    """Cut pairs into micro-batches of a fixed number of pairs, in their order."""
+    return [list(range(start, min(start + pairs, number))) for start in range(0, number, pairs)]
+
+
+def stretch_plan(plan: Sequence[Sequence[int]], count: int) -> list[list[int]]:
+    """Return a plan of exactly ``count`` micro-batches: the fullest are halved; where single pairs are left, empty
+    micro-batches are added. Processes that share collectives must take the same number of forwards.
+    """
+    stretched = [list(indices) for indices in plan]
+    while len(stretched) < count:
+        fullest = max(range(len(stretched)), key=lambda number: len(stretched[number]))
+        indices = stretched[fullest]
+        half = len(indices) // 2
+        stretched[fullest : fullest + 1] = [indices[half:], indices[:half]]
+    return stretched

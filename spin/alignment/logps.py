@@ -1,17 +1,114 @@
-"""Token log-probabilities at response positions: the head never runs over the prompt."""
+"""Token log-probabilities at response positions: the head never runs over the prompt.
+
+Both ways of batching end here: packed rows through the decoder with the fused head, padded rows through the model's own
+forward. Either passes the wrapped model (DDP, DeepSpeed, FSDP), so gathering and reducing weights work as usual.
+"""
 
 from __future__ import annotations
 
 import inspect
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from spin.alignment.attention import PACKED_ATTENTION, register
+from spin.alignment.batching import PackedBatch
+from spin.alignment.head import FusedHeadLoss, LogitTransform, Objective, grouped_logps
+from spin.alignment.losses import LossInputs
+
 if TYPE_CHECKING:
     from torch import Tensor
 
 _FLOAT32_ELEMENTS = 2**24
+
+
+def install_packed_forward(model: Any, fused_head: bool = True) -> bool:
+    """Teach a model object ``model(packed=batch)`` and ``model(packed=batch, objective=f)``; return whether the head is fused.
+
+    The first returns the log-probs (N,) of the response tokens, the second the sum of the objective over the groups. The
+    head is fused when it is one weight matrix. Any other call is the model's own forward.
+    """
+    register()
+    causal = causal_model(model)
+    decoder, head = causal.get_decoder(), causal.get_output_embeddings()
+    transform = LogitTransform.of(causal.config.get_text_config())
+    fused_head = fused_head and type(head) is torch.nn.Linear
+    plain_forward, plain_head = model.forward, head.forward
+
+    # The head computes inside its own call: hooks of ZeRO-3 and FSDP have gathered its weight there.
+    def head_forward(
+        module: Any, hidden: Tensor, packed: PackedBatch | None = None, objective: Objective | None = None
+    ) -> Tensor:
+        if packed is None:
+            return plain_head(hidden)
+        if objective is not None and fused_head:
+            arguments = (packed.targets, packed.groups, objective, transform)
+            hidden = hidden.to(_compute_dtype(hidden, module.weight))
+            with torch.autocast(hidden.device.type, enabled=False):
+                return FusedHeadLoss.apply(hidden, module.weight, module.bias, *arguments)
+        logps = grouped_logps(plain_head, hidden, packed.targets, packed.groups, transform)
+        if objective is None:
+            return logps
+        return torch.stack([objective(group.loss_inputs(logps[group.rows])).double() for group in packed.groups]).sum()
+
+    def forward(
+        _: Any, *args: Any, packed: PackedBatch | None = None, objective: Objective | None = None, **kwargs: Any
+    ) -> Any:
+        if packed is None:
+            return plain_forward(*args, **kwargs)
+        rows = {"input_ids": packed.input_ids, "position_ids": packed.position_ids}
+        hidden = decoder(**rows, use_cache=False, layout=packed.layout).last_hidden_state
+        return head(hidden[0].index_select(0, packed.predictors), packed=packed, objective=objective)
+
+    head.forward = MethodType(head_forward, head)
+    model.forward = MethodType(forward, model)
+    use_attention(model, PACKED_ATTENTION)
+    return fused_head
+
+
+def use_attention(model: Any, name: str) -> str:
+    """Switch the attention of a model; return the name of the one it had."""
+    causal = causal_model(model)
+    before = causal.config._attn_implementation
+    causal.set_attn_implementation(name)
+    return str(before)
+
+
+def causal_model(model: Any) -> Any:
+    """Return the causal language model inside wrappers (DDP, DeepSpeed, PEFT)."""
+    while hasattr(model, "module"):
+        model = model.module
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
+def batch_loss(model: Any, batch: PackedBatch | dict[str, Tensor], objective: Objective) -> Tensor:
+    """Return the sum of the objective over a micro-batch, with gradient where the model is trained."""
+    if isinstance(batch, PackedBatch):
+        return model(packed=batch, objective=objective)
+    policy = response_logps(model, batch)
+    return objective(LossInputs(policy, batch["reference_logps"], batch["completion_mask"], batch.get("weights")))
+
+
+def batch_logps(model: Any, batch: PackedBatch | dict[str, Tensor]) -> list[Tensor]:
+    """Return the log-probs of each response, float32 on the CPU, without padding: chosen ones, then rejected ones."""
+    if not isinstance(batch, PackedBatch):
+        logps = response_logps(model, batch).float().cpu()
+        lengths = batch["completion_mask"].sum(dim=1).tolist()
+        return [row[:length] for row, length in zip(logps, lengths, strict=True)]
+    flat = model(packed=batch).float().cpu()
+    halves: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for group in batch.groups:
+        responses = group.responses(flat[group.rows])
+        halves[0].extend(responses[: group.pairs])
+        halves[1].extend(responses[group.pairs :])
+    return [*halves[0], *halves[1]]
 
 
 def response_logps(model: Any, batch: dict[str, Tensor]) -> Tensor:
@@ -22,7 +119,7 @@ def response_logps(model: Any, batch: dict[str, Tensor]) -> Tensor:
     """
     mask = batch["completion_mask"]
     width = mask.shape[1]
-    known = inspect.signature(_inner_forward(model)).parameters
+    known = inspect.signature(type(causal_model(model)).forward).parameters
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in known}
     if "logits_to_keep" in known:
         inputs["logits_to_keep"] = width + 1
@@ -48,11 +145,3 @@ def token_logps(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
 
 def _piece_logps(logits: Tensor, labels: Tensor) -> Tensor:
     return -torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none")
-
-
-def _inner_forward(model: Any) -> Any:
-    while hasattr(model, "module"):
-        model = model.module
-    if hasattr(model, "get_base_model"):
-        model = model.get_base_model()
-    return model.forward
