@@ -1,0 +1,1 @@
+"""Speed and memory measurements; every number in ``docs/`` about speed comes from a program here."""

@@ -1,0 +1,307 @@
+"""Measures a preference fine-tuning step of this project against its peers, all in one run and turn by turn.
+
+    python benchmarks/finetune.py --shape uc --out results.json --plot results.png
+
+Writes one JSON file: machine, versions, settings, data, matmul, contenders (medians and repetitions), verification, ratios
+(ours / peer in pairs per second), ratio_spread, peak_memory_ratio (ours / peer). See ``benchmarks/README.md``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.contenders import CONTENDERS, DEFAULT
+from benchmarks.harness import Entry, Job
+from benchmarks.matmul import NAME as MATMUL
+from benchmarks.report import OURS, add_ratios, loss_differences, plot, rates, table
+from benchmarks.shapes import MODELS, SHAPES, distinct_tokens, mean_flops, padded_tokens
+from spin.alignment.errors import InputError, lookup
+from spin.alignment.shards import atomic_file, write_json_atomic
+from spin.programs import Parser, interrupt_on_sigterm, run_program
+
+if TYPE_CHECKING:
+    from benchmarks.shapes import ModelSize, Plan
+
+VERIFIED_STEPS = 2  # the short batch, twice: before and after one update
+# Largest differences from the first contender: log-probs (relative) and loss (share of the first update's effect).
+TOLERANCES = {"bf16": {"logps": 2e-3, "loss": 0.1}, "fp32": {"logps": 1e-5, "loss": 1e-3}}
+PACKAGES = ("torch", "transformers", "trl", "accelerate", "numpy")
+
+
+def make_parser() -> Parser:
+    parser = Parser(
+        prog="finetune.py", description="Speed and memory of one preference fine-tuning step, against peers."
+    )
+    add = parser.add_argument
+    add("--shape", default="uc", choices=sorted(SHAPES), help="lengths of prompts and responses")
+    add("--model", default="28m", choices=list(MODELS), help="size of the model; weights are random")
+    add(
+        "--contenders",
+        nargs="+",
+        default=list(DEFAULT),
+        help=f"any of {', '.join(n for n in CONTENDERS if n != MATMUL)}",
+    )
+    add("--reps", type=int, default=3, help="turns of each contender")
+    add("--steps", type=int, default=1, help="optimiser steps per turn")
+    add("--warmup", type=int, default=1, help="full-sized optimiser steps before the first turn")
+    add("--epochs", type=float, default=3, help="epochs over which one pass of the opponent is spread")
+    add("--batch_size", type=int, default=0, help="pairs per optimiser step (0: the shape's own)")
+    add(
+        "--precision",
+        default="auto",
+        choices=("auto", *TOLERANCES),
+        help="bf16: autocast; auto: where the device has it",
+    )
+    add("--optimizer", default="adamw", choices=("adamw", "rmsprop"), help="optimiser of all contenders")
+    add("--learning_rate", type=float, default=1e-5, help="large enough to see in the loss after one step")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: the GPU if there is one")
+    add("--threads", type=int, default=1, help="CPU threads of a contender")
+    add("--allocator", default="tuned", choices=("stock", "tuned"), help="tuned: glibc keeps freed memory (CPU)")
+    add(
+        "--schedule",
+        default="interleaved",
+        choices=("interleaved", "sequential"),
+        help="sequential: one after the other",
+    )
+    add("--seed", type=int, default=0, help="seed of weights, lengths and ids")
+    add("--out", required=True, help="JSON file to write")
+    add("--plot", default=None, help="PNG file to write")
+    return parser
+
+
+def check_options(options: Any) -> None:
+    """Check every flag before anything is loaded.
+
+    Raises:
+        InputError: a flag is out of range, or a contender is unknown or named twice.
+    """
+    for name, lowest in (("reps", 1), ("steps", 1), ("warmup", 0), ("batch_size", 0), ("threads", 1)):
+        if getattr(options, name) < lowest:
+            raise InputError(f"{name} is {getattr(options, name)}: set it to {lowest} or more")
+    for name in ("epochs", "learning_rate"):
+        if getattr(options, name) <= 0:
+            raise InputError(f"{name} is {getattr(options, name)}: set it to a number above 0")
+    valid = {name: contender for name, contender in CONTENDERS.items() if name != MATMUL}
+    for name in options.contenders:
+        lookup(valid, name, "contender")
+    if len(set(options.contenders)) < len(options.contenders):
+        raise InputError("contenders names one twice: name each once")
+
+
+def resolve(options: Any) -> None:
+    """Replace what is chosen automatically by what it means on this machine."""
+    import torch
+
+    if options.device == "auto":
+        options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if options.precision == "auto":
+        # Without instructions for bf16 a CPU multiplies such matrices many times slower than float32 ones.
+        capable = torch.cpu.get_capabilities()
+        fast = options.device == "cuda" or any(capable.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+        options.precision = "bf16" if fast else "fp32"
+    options.batch_size = options.batch_size or SHAPES[options.shape].batch_size
+
+
+def prepare(options: Any, folder: Path) -> tuple[Plan, ModelSize]:
+    """Write the model and the pairs of the run into ``folder``; return the pairs and the model's size."""
+    from benchmarks.shapes import ModelSize, make_model, make_plan
+
+    shape, model_shape = SHAPES[options.shape], MODELS[options.model]
+    measured = options.reps * options.steps
+    plan = make_plan(shape, options.batch_size, options.warmup, measured, model_shape.vocab_size, options.seed)
+    for grouped in (False, True):
+        rows = [plan.pairs[index] for index in plan.order(grouped)]
+        rows_file(folder, grouped).write_text(json.dumps(rows), encoding="utf-8")
+    model = make_model(model_shape, shape.max_length, options.seed)
+    model.save_pretrained(folder / "model")
+    return plan, ModelSize.of(model)
+
+
+def rows_file(folder: Path, grouped: bool) -> Path:
+    return folder / ("grouped.json" if grouped else "shuffled.json")
+
+
+def make_job(name: str, options: Any, folder: Path) -> Job:
+    """Return what the worker of one contender is told."""
+    shared = (
+        "device",
+        "precision",
+        "optimizer",
+        "learning_rate",
+        "batch_size",
+        "reps",
+        "steps",
+        "allocator",
+        "threads",
+    )
+    return Job(
+        contender=name,
+        folder=str(folder / name),
+        model_folder=str(folder / "model"),
+        rows_file=str(rows_file(folder, CONTENDERS[name].grouped)),
+        beta=0.1,
+        max_length=SHAPES[options.shape].max_length,
+        warmup_steps=VERIFIED_STEPS + options.warmup,
+        **{key: getattr(options, key) for key in shared},
+    )
+
+
+def measure(options: Any, folder: Path) -> dict[str, Entry]:
+    """Let the matrix products and all contenders take their turns: the opponent's pass, the warm-up, the repetitions."""
+    names = [MATMUL, *options.contenders]
+    entries = {name: Entry(make_job(name, options, folder)) for name in names}
+    for group in [names] if options.schedule == "interleaved" else [[name] for name in names]:
+        try:
+            for name in group:
+                say(f"preparing {name}")
+                entries[name].start()
+            for turn in range(2 + options.reps):
+                for name in group:
+                    entries[name].take_turn()
+                say(f"turn {turn + 1} of {2 + options.reps} is over ({', '.join(group)})")
+            for name in group:
+                entries[name].finish()
+        finally:
+            for name in group:
+                entries[name].close()
+    for name, entry in entries.items():
+        if entry.error:
+            say(f"{name} has failed: {entry.error}")
+    return entries
+
+
+def say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def summarize(name: str, entry: Entry, plan: Plan, options: Any) -> dict[str, Any]:
+    """Return what is reported of one contender."""
+    if entry.error:
+        return {"label": CONTENDERS[name].label, "error": entry.error}
+    pairs = [plan.pairs[index] for index in plan.order(CONTENDERS[name].grouped)]
+    tokens = [distinct_tokens(pair) for pair in pairs]
+    head = (VERIFIED_STEPS + options.warmup) * options.batch_size
+    size = options.steps * options.batch_size
+    reference, _, *turns = entry.turns
+    timed = [
+        {
+            "seconds": turn["seconds"],
+            "cpu_seconds": turn["cpu_seconds"],
+            "pairs": size,
+            "tokens": sum(tokens[begin : begin + size]),
+        }
+        for begin, turn in zip(range(head, len(pairs), size), turns, strict=True)
+    ]
+    cached = CONTENDERS[name].cached
+    reference_rate = sum(tokens) / reference["seconds"] if cached else None
+    each = rates(timed, sum(tokens[head:]) / len(tokens[head:]), reference_rate, options.epochs)
+    peak = max(turn["peak_bytes"] for turn in entry.turns)
+    return {
+        "label": CONTENDERS[name].label,
+        **{key: median(values) for key, values in each.items()},
+        "reference_tokens_per_second": reference_rate,
+        "peak_bytes": peak,
+        "baseline_bytes": entry.facts["baseline_bytes"],
+        "peak_above_baseline_bytes": peak - entry.facts["baseline_bytes"],
+        "processor_share": min(turn["cpu_seconds"] / turn["seconds"] for turn in timed),
+        "turns": timed,
+        "reps": each,
+        "losses": [record["loss"] for record in entry.facts["records"]],
+    }
+
+
+def describe(options: Any, plan: Plan) -> dict[str, Any]:
+    """Return machine, versions, settings and data of the run."""
+    import torch
+
+    gpu = torch.cuda.get_device_name() if options.device == "cuda" else None
+    settings = {name: value for name, value in vars(options).items() if name not in ("out", "plot")}
+    head = (VERIFIED_STEPS + options.warmup) * options.batch_size
+    data: dict[str, Any] = {}
+    for grouped, name in ((False, "shuffled"), (True, "grouped")):
+        pairs = [plan.pairs[index] for index in plan.order(grouped)[head:]]
+        batches = [pairs[begin : begin + options.batch_size] for begin in range(0, len(pairs), options.batch_size)]
+        tokens = sum(map(distinct_tokens, pairs))
+        data |= {"pairs": len(pairs), "distinct_tokens_per_pair": tokens / len(pairs)}
+        data[f"padded_to_distinct_{name}"] = sum(map(padded_tokens, batches)) / tokens
+    return {
+        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "gpu": gpu, "system": platform.platform()},
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "settings": settings,
+        "data": data,
+    }
+
+
+def cpu_name() -> str:
+    names = [line for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if "model name" in line]
+    return names[0].split(":")[1].strip() if names else platform.machine()
+
+
+def verify(result: dict[str, Any], entries: dict[str, Entry], precision: str) -> None:
+    """Add ``verification``: whether all contenders computed the same log-probs and the same losses."""
+    records = {name: entry.facts["records"] for name, entry in entries.items() if name != MATMUL and not entry.error}
+    limits = TOLERANCES[precision]
+    differences = loss_differences(records, VERIFIED_STEPS) if records else {}
+    agree = all(each[key] <= limit for each in differences.values() for key, limit in limits.items())
+    result["verification"] = {"agree": agree, "tolerances": limits, "differences": differences}
+
+
+def main(arguments: Sequence[str]) -> int:
+    options = make_parser().parse_args(arguments)
+    check_options(options)
+    interrupt_on_sigterm()
+    resolve(options)
+    with tempfile.TemporaryDirectory() as folder:
+        plan, size = prepare(options, Path(folder))
+        result = describe(options, plan)
+        entries = measure(options, Path(folder))
+    if entries[MATMUL].error:
+        raise RuntimeError(entries[MATMUL].error)
+    contenders = {name: summarize(name, entries[name], plan, options) for name in options.contenders}
+    rate = median(turn["flops_per_second"] for turn in entries[MATMUL].turns)
+    head = plan.shuffled[(VERIFIED_STEPS + options.warmup) * options.batch_size :]
+    flops = mean_flops(size, [plan.pairs[index] for index in head], options.epochs)
+    for facts in contenders.values():
+        if "error" not in facts:
+            facts["matmul_fraction"] = flops * facts["pairs_per_second"] / rate
+    result |= {"matmul_flops_per_second": rate, "flops_per_pair": flops, "contenders": contenders}
+    verify(result, entries, options.precision)
+    add_ratios(result)
+    write_json_atomic(Path(options.out), result)
+    print(table(result))
+    if options.plot:
+        with atomic_file(Path(options.plot)) as file:
+            file.write(plot(result))
+    return conclude(result)
+
+
+def conclude(result: dict[str, Any]) -> int:
+    """Print what the reader must know about the run; return the exit code: 1 if its numbers do not compare."""
+    rate, checked = result["matmul_flops_per_second"], result["verification"]
+    print(f"matrix products: {rate / 1e9:.0f} GFLOP/s; {result['flops_per_pair'] / 1e9:.0f} GFLOP per pair and epoch")
+    for name, difference in checked["differences"].items():
+        print(f"verified {name}: log-probs differ by {difference['logps']:.1e}, loss by {difference['loss']:.1e}")
+    found = {name: facts for name, facts in result["contenders"].items() if "error" not in facts}
+    waited = [name for name, facts in found.items() if facts["processor_share"] < 0.9]
+    if waited and result["settings"]["device"] == "cpu":
+        say(f"other programs took the processor from {', '.join(waited)}: run again on a quieter machine")
+    if not checked["agree"]:
+        say(f"the contenders do not compute the same: limits {checked['tolerances']}")
+    failed = OURS in result["contenders"] and OURS not in found
+    return int(not checked["agree"] or failed)
+
+
+if __name__ == "__main__":
+    interrupt_on_sigterm()
+    run_program(main)

@@ -1,0 +1,272 @@
+"""One process per contender; they wait on a pipe and take turns, so that only one of them runs at any time."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+# glibc keeps freed memory instead of giving it back and faulting it in again at the next large tensor.
+TUNED_ALLOCATOR = {
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "200000000000",
+    "MALLOC_TOP_PAD_": "268435456",
+}
+
+
+class WorkerError(RuntimeError):
+    """A worker ended before its turn was over; the message is the end of its log."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """All a worker is told. The rows are read from ``rows_file``; turns end after the steps of ``turn_ends``."""
+
+    contender: str
+    folder: str
+    model_folder: str
+    rows_file: str
+    device: str
+    precision: str
+    optimizer: str
+    learning_rate: float
+    beta: float
+    batch_size: int
+    max_length: int
+    warmup_steps: int
+    reps: int
+    steps: int
+    allocator: str
+    threads: int
+
+    @property
+    def turn_ends(self) -> list[int]:
+        """The optimiser steps that end the warm-up and each measured turn."""
+        return [self.warmup_steps + turn * self.steps for turn in range(self.reps + 1)]
+
+    def rows(self) -> list[dict[str, list[int]]]:
+        rows: list[dict[str, list[int]]] = json.loads(Path(self.rows_file).read_text(encoding="utf-8"))
+        return rows
+
+
+class Worker:
+    """The parent's end: starts a process, gives it turns, reads what it measured."""
+
+    def __init__(self, job: Job) -> None:
+        """Start the process and wait until its model is loaded. ``facts`` is what it says about itself then."""
+        self.name = job.contender
+        folder = Path(job.folder)
+        folder.mkdir(parents=True)
+        self._log = folder / "log.txt"
+        tuned = TUNED_ALLOCATOR if job.allocator == "tuned" else {}
+        environment = {name: value for name, value in os.environ.items() if name not in TUNED_ALLOCATOR}
+        environment |= {"OMP_NUM_THREADS": str(job.threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "benchmarks.worker", json.dumps(asdict(job))],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                cwd=REPOSITORY,
+                env=environment | tuned,
+            )
+        self.facts = self._read()
+
+    def turn(self) -> dict[str, Any]:
+        """Let the worker run until its turn is over; return what it measured.
+
+        Raises:
+            WorkerError: it ended instead.
+        """
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write("go\n")
+            self._process.stdin.flush()
+        except BrokenPipeError as error:
+            raise WorkerError(self._last_words()) from error
+        return self._read()
+
+    def close(self) -> None:
+        """End the process, whatever it is doing."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.kill()
+        self._process.wait()
+        self._process.stdout.close()
+        try:
+            self._process.stdin.close()
+        except BrokenPipeError:
+            return  # an unsent "go" of a worker that is gone
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            self._process.wait()
+            raise WorkerError(self._last_words())
+        facts: dict[str, Any] = json.loads(line)
+        return facts
+
+    def _last_words(self) -> str:
+        lines = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        return f"{self.name} ended with code {self._process.poll()}: " + "\n".join(lines[-15:])
+
+
+class Entry:
+    """One contender's part in the benchmark: what it measured, or the error that ended it, so that the others go on."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.facts: dict[str, Any] = {}
+        self.turns: list[dict[str, Any]] = []
+        self.error: str | None = None
+        self._worker: Worker | None = None
+
+    def start(self) -> None:
+        with self._surviving():
+            self._worker = Worker(self.job)
+            self.facts |= self._worker.facts
+
+    def take_turn(self) -> None:
+        with self._surviving():
+            if self._worker:
+                self.turns.append(self._worker.turn())
+
+    def finish(self) -> None:
+        """Fetch what the worker reports at its end."""
+        with self._surviving():
+            if self._worker:
+                self.facts |= self._worker.turn()
+
+    def close(self) -> None:
+        if self._worker:
+            self._worker.close()
+            self._worker = None
+
+    @contextmanager
+    def _surviving(self) -> Iterator[None]:
+        try:
+            yield
+        except WorkerError as error:
+            self.error = str(error)
+            self.close()
+
+
+class Turns:
+    """The worker's end. Between two turns it holds no memory that the allocator could give back."""
+
+    def __init__(self, job: Job, orders: IO[str], answers: IO[str]) -> None:
+        self.device = job.device
+        self._refill = job.allocator == "tuned" and job.device == "cpu"
+        self._orders, self._answers = orders, answers
+        self._baseline: int | None = None
+        self._started: tuple[float, float] | None = None
+        self.records: list[dict[str, float]] = []
+
+    def baseline(self) -> None:
+        """Take the memory now as the baseline: libraries imported, the weights of one model loaded."""
+        gc.collect()
+        self._baseline = resident_bytes(self.device)
+
+    def ready(self) -> None:
+        """Tell the parent that the preparations are over."""
+        self._send({"baseline_bytes": self._baseline})
+
+    def begin(self) -> None:
+        """Wait for the turn, then start the clock."""
+        gc.collect()
+        idle = release_idle_memory(self.device)
+        self._wait()
+        if self._refill:
+            touch(idle)
+        self._started = (self._now(), time.process_time())
+
+    def end(self, **facts: Any) -> None:
+        """Stop the clock and report the seconds, those of the processor, the peak so far, and ``facts``."""
+        assert self._started is not None
+        wall, cpu = self._started
+        facts = {"seconds": self._now() - wall, "cpu_seconds": time.process_time() - cpu} | facts
+        self._started = None
+        self._send(facts | {"peak_bytes": peak_bytes(self.device)})
+
+    def end_if_begun(self, **facts: Any) -> None:
+        """Stop the clock and report if a turn is going on."""
+        if self._started is not None:
+            self.end(**facts)
+
+    def finish(self) -> None:
+        """Wait for the last order and report the loss of every step."""
+        self._wait()
+        self._send({"records": self.records})
+
+    def _now(self) -> float:
+        if self.device == "cuda":
+            import torch
+
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def _wait(self) -> None:
+        if not self._orders.readline():
+            raise SystemExit("the benchmark has ended")
+
+    def _send(self, facts: dict[str, Any]) -> None:
+        self._answers.write(json.dumps(facts) + "\n")
+        self._answers.flush()
+
+
+def _status_bytes(field: str) -> int:
+    """Return a field of Linux's account of this process. It begins anew with each program, unlike getrusage's peak."""
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {field}")
+
+
+def resident_bytes(device: str) -> int:
+    """Return the memory in use now: resident memory of the process, on a GPU what its tensors take there."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.memory_allocated()
+    return _status_bytes("VmRSS")
+
+
+def peak_bytes(device: str) -> int:
+    """Return the most memory that was ever in use: resident memory of the process, on a GPU its tensors there."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated()
+    return _status_bytes("VmHWM")
+
+
+def release_idle_memory(device: str) -> int:
+    """Give memory that the allocator merely keeps back to the system or the GPU; return how many bytes (0 on a GPU)."""
+    if device == "cuda":
+        import torch
+
+        torch.cuda.empty_cache()
+        return 0
+    before = _status_bytes("VmRSS")
+    ctypes.CDLL(None).malloc_trim(0)
+    return max(0, before - _status_bytes("VmRSS"))
+
+
+def touch(size: int) -> None:
+    """Make the allocator keep ``size`` bytes of resident memory again, so that the clock does not see them faulted in."""
+    if size:
+        import torch
+
+        torch.empty(size, dtype=torch.uint8).fill_(0)

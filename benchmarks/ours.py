@@ -1,0 +1,68 @@
+"""This project as a contender, and with one of its ideas off at a time."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from benchmarks.harness import Job, Turns
+
+
+def run(job: Job, turns: Turns, **settings: Any) -> None:
+    """Train with SPINTrainer; ``settings`` are keys of SPINConfig that differ from the defaults."""
+    from spin.alignment.trainer import SPINTrainer
+
+    _train(SPINTrainer, job, turns, settings)
+
+
+def run_uncached(job: Job, turns: Turns) -> None:
+    """Train with SPINTrainer, and pass every micro-batch through a second model as if its log-probs were not stored.
+
+    The loss uses the stored ones all the same; they are equal.
+    """
+    import torch
+
+    from benchmarks.training import load_model
+    from spin.alignment.logps import batch_logps, install_packed_forward
+    from spin.alignment.trainer import SPINTrainer
+
+    class UncachedTrainer(SPINTrainer):
+        def __init__(self, **settings: Any) -> None:
+            super().__init__(**settings)
+            self.opponent = load_model(job).to(job.device).eval()
+            install_packed_forward(self.opponent)
+
+        def compute_loss(self, model: Any, inputs: Any, *arguments: Any, **settings: Any) -> Any:
+            with torch.no_grad():
+                batch_logps(self.opponent, inputs.batch)
+            return super().compute_loss(model, inputs, *arguments, **settings)
+
+    _train(UncachedTrainer, job, turns, {})
+
+
+def _train(trainer_class: Any, job: Job, turns: Turns, settings: dict[str, Any]) -> None:
+    from datasets import Dataset
+
+    from benchmarks.shapes import make_tokenizer
+    from benchmarks.training import TurnCallback, common_arguments, load_model
+    from spin.alignment.batching import PairDataset
+    from spin.alignment.trainer import SPINConfig
+
+    unknown = set(settings) - {field.name for field in fields(SPINConfig)}
+    if unknown:
+        raise SystemExit(f"SPINConfig has no key {', '.join(sorted(unknown))}")
+    if job.optimizer == "rmsprop":
+        settings = {"optim_args": "bias_correction=false"} | settings  # as the peers' RMSprop
+    model = load_model(job)
+    turns.baseline()
+    trainer = trainer_class(
+        model=model,
+        args=SPINConfig(**(common_arguments(job) | settings)),
+        train_dataset=PairDataset(Dataset.from_list(job.rows())),
+        processing_class=make_tokenizer(model.config.vocab_size),
+        opponent_hash="benchmark",
+        callbacks=[TurnCallback(job, turns, reference_on_train_begin=True)],
+    )
+    turns.ready()
+    trainer.train()

@@ -1,0 +1,141 @@
+"""From measured turns to rates, ratios, the table and the plot."""
+
+from __future__ import annotations
+
+import io
+from statistics import median
+from typing import Any
+
+from benchmarks.contenders import CONTENDERS
+
+GIB = 2**30
+OURS = "ours"
+BLUE, GREY = "#2563eb", "#9ca3af"
+
+
+def rates(turns: list[dict[str, float]], tokens_per_pair: float, reference_rate: float | None, epochs: float) -> Any:
+    """Return one contender's rates, one value per repetition.
+
+    ``turns`` have seconds and tokens (distinct ones). ``reference_rate`` is that of the opponent's pass in tokens/s, None
+    without one. Rates of pairs are rates of tokens over the mean tokens of a pair, so repetitions with longer pairs compare.
+
+    * tokens_per_second, step_pairs_per_second: training steps alone;
+    * pairs_per_second: pairs trained on per second over ``epochs`` epochs with one pass of the opponent.
+    """
+    tokens = [turn["tokens"] / turn["seconds"] for turn in turns]
+    reference = 0.0 if reference_rate is None else 1 / (epochs * reference_rate)
+    return {
+        "tokens_per_second": tokens,
+        "step_pairs_per_second": [rate / tokens_per_pair for rate in tokens],
+        "pairs_per_second": [1 / (1 / rate + reference) / tokens_per_pair for rate in tokens],
+    }
+
+
+def ratios(ours: list[float], peer: list[float]) -> tuple[float, float, float]:
+    """Return the median, the least and the greatest ratio ours / peer, each over one repetition."""
+    each = [first / second for first, second in zip(ours, peer, strict=True)]
+    return median(each), min(each), max(each)
+
+
+def add_ratios(result: dict[str, Any]) -> None:
+    """Add ``ratios`` (ours / peer in pairs/s), ``ratio_spread`` (least, greatest) and, ours / peer too, ``peak_memory_ratio``
+    and ``peak_above_baseline_ratio``.
+    """
+    found = {name: facts for name, facts in result["contenders"].items() if "error" not in facts}
+    result |= {"ratios": {}, "ratio_spread": {}, "peak_memory_ratio": {}, "peak_above_baseline_ratio": {}}
+    if OURS not in found:
+        return
+    ours = found[OURS]
+    for name, facts in found.items():
+        if name == OURS:
+            continue
+        middle, *spread = ratios(ours["reps"]["pairs_per_second"], facts["reps"]["pairs_per_second"])
+        result["ratios"][name] = middle
+        result["ratio_spread"][name] = spread
+        result["peak_memory_ratio"][name] = ours["peak_bytes"] / facts["peak_bytes"]
+        above = "peak_above_baseline_bytes"
+        result["peak_above_baseline_ratio"][name] = ours[above] / facts[above]
+
+
+def loss_differences(records: dict[str, list[dict[str, float]]], verified: int) -> dict[str, dict[str, float]]:
+    """Return how far each contender is from the first one in the verified steps.
+
+    * logps: relative difference of the summed log-probs of the responses before the first update;
+    * loss: difference of the loss after the first update on the same batch, relative to what that update took off it.
+    """
+    first, *_ = records.values()
+    gain = abs(first[0]["loss"] - first[verified - 1]["loss"])
+    return {
+        name: {
+            "logps": max(abs(found[0][key] / first[0][key] - 1) for key in ("chosen", "rejected")),
+            "loss": max(abs(a["loss"] - b["loss"]) for a, b in zip(found[:verified], first, strict=False)) / gain,
+        }
+        for name, found in records.items()
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """Return the table that people read."""
+    columns = "{:<28}{:>9}{:>10}{:>10}{:>7}{:>12}{:>9}{:>8}  {}"
+    epochs = f"{result['settings']['epochs']:g} epochs"
+    lines = [
+        columns.format("", "pairs/s", "pairs/s", "distinct", "peak", "above base", "of the", "ours", "from, to"),
+        columns.format("", "step", epochs, "tokens/s", "GiB", "GiB", "matmuls", "faster", ""),
+    ]
+    for name, facts in result["contenders"].items():
+        label = CONTENDERS[name].label
+        if "error" in facts:
+            lines.append(f"{label:<28}  failed: {facts['error'].splitlines()[-1]}")
+            continue
+        numbers = [
+            label,
+            f"{facts['step_pairs_per_second']:.3f}",
+            f"{facts['pairs_per_second']:.3f}",
+            f"{facts['tokens_per_second']:.0f}",
+            f"{facts['peak_bytes'] / GIB:.2f}",
+            f"{facts['peak_above_baseline_bytes'] / GIB:.2f}",
+            f"{facts['matmul_fraction']:.0%}",
+        ]
+        ratio = result["ratios"].get(name)
+        low, high = result["ratio_spread"].get(name, (0, 0))
+        numbers += ["", ""] if ratio is None else [f"{ratio:.2f}x", f"{low:.2f}, {high:.2f}"]
+        lines.append(columns.format(*numbers).rstrip())
+    return "\n".join(lines)
+
+
+def plot(result: dict[str, Any]) -> bytes:
+    """Return PNG bytes: pairs per second with the spread over repetitions, and peak memory, one bar per contender."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    found = {name: facts for name, facts in result["contenders"].items() if "error" not in facts}
+    labels = [CONTENDERS[name].label for name in found]
+    colors = [BLUE if name == OURS else GREY for name in found]
+    speeds = [facts["pairs_per_second"] for facts in found.values()]
+    each = [facts["reps"]["pairs_per_second"] for facts in found.values()]
+    errors = [
+        [value - min(some) for value, some in zip(speeds, each, strict=True)],
+        [max(some) - value for value, some in zip(speeds, each, strict=True)],
+    ]
+    memory = [facts["peak_bytes"] / GIB for facts in found.values()]
+    figure = Figure(figsize=(11, 0.5 * len(found) + 1.6), layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2, sharey=True)
+    speed_bars = left.barh(labels, speeds, xerr=errors, color=colors, capsize=3)
+    memory_bars = right.barh(labels, memory, color=colors)
+    beside = [f"{speed:.2f}" + _times(result, name) for name, speed in zip(found, speeds, strict=True)]
+    left.bar_label(speed_bars, beside, padding=6, fontsize=9)
+    right.bar_label(memory_bars, [f"{value:.2f}" for value in memory], padding=4, fontsize=9)
+    left.set_title(f"Pairs per second ({result['settings']['epochs']:g} epochs)", fontsize=11, loc="left")
+    right.set_title("Peak memory (GiB)", fontsize=11, loc="left")
+    left.invert_yaxis()
+    for axes, values in ((left, speeds), (right, memory)):
+        axes.set_xlim(0, 1.3 * max(values))
+        axes.spines[["top", "right"]].set_visible(False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    return buffer.getvalue()
+
+
+def _times(result: dict[str, Any], name: str) -> str:
+    return f"  (ours {result['ratios'][name]:.1f}x)" if name in result["ratios"] else ""

@@ -1,0 +1,82 @@
+"""What all contenders share: one model, the same settings of the Trainer, and the callback that takes turns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+if TYPE_CHECKING:
+    from benchmarks.harness import Job, Turns
+
+OPTIMIZERS = {"adamw": "adamw_torch", "rmsprop": "rmsprop"}
+
+
+def load_model(job: Job) -> Any:
+    """Return the model, float32 weights, PyTorch's attention."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(job.model_folder, dtype=torch.float32, attn_implementation="sdpa")
+
+
+def common_arguments(job: Job) -> dict[str, Any]:
+    """Return the settings of TrainingArguments that all contenders train with."""
+    return {
+        "output_dir": str(Path(job.folder) / "output"),
+        "per_device_train_batch_size": job.batch_size,
+        "num_train_epochs": 1,
+        "learning_rate": job.learning_rate,
+        "lr_scheduler_type": "constant",
+        "warmup_steps": 0,
+        "optim": OPTIMIZERS[job.optimizer],
+        "beta": job.beta,
+        "bf16": job.precision == "bf16",
+        "use_cpu": job.device == "cpu",
+        "dataloader_pin_memory": job.device == "cuda",
+        "train_sampling_strategy": "sequential",  # the plan of the run shuffles or groups the pairs
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+
+
+class TurnCallback(TrainerCallback):
+    """Lets a Trainer run one turn after the other, and records the loss and the log-probs of every step.
+
+    A measured turn lasts from the end of one optimiser step to the end of another: fetching data, the Trainer's own work and
+    the steps. When training begins with the opponent's pass, that is the first turn.
+    """
+
+    def __init__(self, job: Job, turns: Turns, reference_on_train_begin: bool) -> None:
+        self.job, self.turns = job, turns
+        self.reference_on_train_begin = reference_on_train_begin
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.reference_on_train_begin:
+            self.turns.begin()
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.turns.end_if_begun()
+        self.turns.begin()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        ends = self.job.turn_ends
+        if state.global_step in ends:
+            self.turns.end()
+            if state.global_step != ends[-1]:
+                self.turns.begin()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        if logs and "loss" in logs:
+            names = {"loss": "loss", "chosen": "logps/chosen", "rejected": "logps/rejected"}
+            self.turns.records.append({name: float(logs[key]) for name, key in names.items()})

@@ -1,0 +1,24 @@
+"""The program that runs one contender of the benchmark; started by ``harness.Worker`` with a job as its only argument."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+from benchmarks.contenders import CONTENDERS
+from benchmarks.harness import Job, Turns
+
+
+def main() -> None:
+    job = Job(**json.loads(sys.argv[1]))
+    # Libraries may print: their output goes to the log, the answers to a pipe of their own.
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    turns = Turns(job, sys.stdin, answers)
+    CONTENDERS[job.contender].run(job, turns)
+    turns.finish()
+
+
+if __name__ == "__main__":
+    main()
