@@ -104,11 +104,11 @@ class RMSprop(torch.optim.RMSprop):
         )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a saved state; ``t`` stays on the CPU, where reading it does not wait for a GPU."""
+        """Go on from a saved state; ``t`` is a copy on the CPU, where reading it does not wait for a GPU."""
         super().load_state_dict(state_dict)
         for state in self.state.values():
             if "step" in state:
-                state["step"] = state["step"].cpu()
+                state["step"] = state["step"].to("cpu", copy=True)
 
 
 def _share(text: str) -> float:
