@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -181,7 +181,8 @@ def _softcapped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, call: A
     scores = query @ key.transpose(2, 3) * (call.scaling if call.scaling is not None else query.shape[-1] ** -0.5)
     assert call.softcap is not None
     scores = torch.tanh(scores / call.softcap) * call.softcap + mask
-    return torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype) @ value
+    wide = scores.dtype if scores.dtype == torch.float64 else torch.float32
+    return torch.softmax(scores, dim=-1, dtype=wide).to(value.dtype) @ value
 
 
 def varlen_kernel(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, call: AttentionCall) -> Tensor:
@@ -225,17 +226,12 @@ def flex_kernel(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout,
     return attended.transpose(1, 2)
 
 
-_compiled: dict[str, Any] = {}
-
-
+@cache
 def _flex_attention(device: str) -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
-    if device == "cpu":
-        return flex_attention  # uncompiled it materialises the scores; only the compiled GPU kernel is fast
-    if "flex" not in _compiled:
-        _compiled["flex"] = torch.compile(flex_attention, dynamic=True)
-    return _compiled["flex"]
+    # Uncompiled it materialises the scores, which is good enough to test the mask on a CPU.
+    return flex_attention if device == "cpu" else torch.compile(flex_attention, dynamic=True)
 
 
 KERNELS: dict[str, Kernel] = {
@@ -287,13 +283,13 @@ def check_architecture(model: Any) -> None:
     """
     config = model.config.get_text_config()
     name = type(model).__name__
-    if config.is_encoder_decoder or not getattr(model, "_supports_attention_backend", False):
-        raise InputError(f"{name} does not let its attention be chosen, so rows cannot be packed: {PADDED_MEND}")
     unknown = sorted(set(getattr(config, "layer_types", None) or ()) - _KNOWN_LAYERS)
     if unknown:
         raise InputError(
             f"{name} has layers of type {', '.join(unknown)}, which packed rows cannot pass: {PADDED_MEND}"
         )
+    if config.is_encoder_decoder or not getattr(model, "_supports_attention_backend", False):
+        raise InputError(f"{name} does not let its attention be chosen, so rows cannot be packed: {PADDED_MEND}")
 
 
 def choose_kernel(model: Any, device: torch.device, dtype: torch.dtype, wanted: str = "auto") -> str:
@@ -309,7 +305,7 @@ def choose_kernel(model: Any, device: torch.device, dtype: torch.dtype, wanted: 
         "varlen": None
         if device.type == "cuda" and half and not softcap
         else "it needs a GPU, 16-bit precision and scores without a soft cap",
-        "flex": None if device.type == "cuda" or wanted == "flex" else "it is fast on a GPU only",
+        "flex": None if device.type == "cuda" else "it has no gradient on a CPU",
         "sdpa": None,
     }
     if wanted != "auto":
