@@ -184,7 +184,7 @@ class Turns:
         self._send({"baseline_bytes": self._baseline})
 
     def begin(self) -> None:
-        """Wait for the turn, then start the clock."""
+        """Wait for the turn, then start the clocks: wall and processor time."""
         gc.collect()
         idle = release_idle_memory(self.device)
         self._wait()
@@ -193,10 +193,10 @@ class Turns:
         self._started = (self._now(), time.process_time())
 
     def end(self, **facts: Any) -> None:
-        """Stop the clock and report the seconds, those of the processor, the peak so far, and ``facts``."""
+        """Stop the clocks and report their seconds, the peak so far, and ``facts``."""
         assert self._started is not None
         wall, cpu = self._started
-        facts = {"seconds": self._now() - wall, "cpu_seconds": time.process_time() - cpu} | facts
+        facts = {"wall_seconds": self._now() - wall, "processor_seconds": time.process_time() - cpu} | facts
         self._started = None
         self._send(facts | {"peak_bytes": peak_bytes(self.device)})
 

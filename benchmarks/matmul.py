@@ -14,7 +14,7 @@ _SECONDS = 1.0
 
 
 def run(job: Job, turns: Turns) -> None:
-    """Report operations per second as ``flops_per_second`` in every turn: all matrices of a decoder layer, forward pass."""
+    """Report the operations of every turn as ``flops``: all matrices of a decoder layer, forward pass, again and again."""
     import torch
     from transformers import AutoConfig
 
@@ -30,7 +30,7 @@ def run(job: Job, turns: Turns) -> None:
     rows = {size: torch.randn(tokens, size, device=job.device).to(dtype) for size in (width, inner)}
     flops = sum(2 * tokens * outputs * inputs for outputs, inputs in sizes)
 
-    def rate() -> float:
+    def multiply() -> int:
         rounds, started = 0, time.perf_counter()
         while time.perf_counter() - started < _SECONDS:
             for weight in weights:
@@ -38,10 +38,10 @@ def run(job: Job, turns: Turns) -> None:
             if job.device == "cuda":
                 torch.cuda.synchronize()
             rounds += 1
-        return rounds * flops / (time.perf_counter() - started)
+        return rounds * flops
 
     turns.baseline()
     turns.ready()
     for _ in range(2 + job.reps):  # the turns of the opponent, of the warm-up and of the steps
         turns.begin()
-        turns.end(flops_per_second=rate())
+        turns.end(flops=multiply())
