@@ -32,6 +32,7 @@ Trains a policy against its own earlier responses. CONFIG.yaml and --key=value h
            use_peft lora_r lora_alpha lora_target_modules load_in_4bit load_in_8bit
   data     dataset_mixer dataset_splits max_length max_prompt_length system preprocessing_num_workers
   method   loss_type beta label_smoothing length_normalize nll_weight reference_dir
+  batches  batching max_tokens_per_batch share_prompts fused_head packed_attention
   output   output_dir overwrite_output_dir resume_from_checkpoint
 
 and every key of transformers.TrainingArguments. docs/configuration.md explains each; configs/config.yaml is the paper's
@@ -151,6 +152,32 @@ def largest(pairs: dict[str, Dataset]) -> tuple[int, int]:
     return length, token
 
 
+def check_budget(pairs: dict[str, Dataset], settings: Settings) -> None:
+    """Check that every pair fits into a micro-batch.
+
+    Raises:
+        InputError: naming the longest pair.
+    """
+    import pyarrow.compute as pc
+
+    budget = settings.arguments.max_tokens_per_batch
+    prompts = 1 if settings.arguments.share_prompts else 2
+    for split, rows in pairs.items():
+        if budget is None:
+            continue
+        table = rows.with_format("arrow")[:]
+        prompt, chosen, rejected = (
+            pc.list_value_length(table[f"{name}_ids"]) for name in ("prompt", "chosen", "rejected")
+        )
+        tokens = pc.add(pc.multiply(prompt, prompts), pc.add(chosen, rejected))
+        longest = pc.max(tokens).as_py()
+        if longest > budget:
+            raise InputError(
+                f"max_tokens_per_batch is {budget}, but pair {pc.index(tokens, longest).as_py()} of {split} takes {longest} "
+                f"tokens (prompt, chosen and rejected): raise it to {longest}, or lower max_length"
+            )
+
+
 def main(arguments: Sequence[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
@@ -187,6 +214,7 @@ def main(arguments: Sequence[str]) -> None:
         report(settings, f"{split}: {len(rows)} pairs{reasons}")
     folder = model_folder(model.model_name_or_path, model.model_revision)
     check_fits(folder, *largest(pairs))
+    check_budget(pairs, settings)
     key = hash_weights(folder)
     if model.load_in_4bit or model.load_in_8bit:
         key += "-4bit" if model.load_in_4bit else "-8bit"

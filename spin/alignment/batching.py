@@ -268,7 +268,7 @@ def pad_streams(streams: Sequence[Sequence[float]], responses: Sequence[Sequence
     for row, (stream, response) in enumerate(zip(streams, responses, strict=True)):
         if len(stream) != len(response):
             raise ValueError(f"a stream of {len(stream)} values does not fit a response of {len(response)} tokens")
-        padded[row, : len(stream)] = torch.as_tensor(stream, dtype=torch.float32)
+        padded[row, : len(stream)] = torch.tensor(stream, dtype=torch.float32)
     return padded
 
 
