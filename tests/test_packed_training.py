@@ -132,6 +132,7 @@ def test_a_model_that_reads_the_row_as_one_sequence_is_refused(tmp_path):
         ({"max_tokens_per_batch": 0}, "max_tokens_per_batch is 0"),
         ({"batching": "padded", "max_tokens_per_batch": 512}, "but batching is padded"),
         ({"optim": "lomo"}, "optim is lomo"),
+        ({"torch_compile": True}, "torch_compile is true"),
     ],
 )
 def test_settings_are_checked(tmp_path, settings, message):

@@ -1,134 +1,20 @@
-"""The training program, for real: tiny random models, killed, resumed, sharded over two processes, with adapters."""
+"""The training program, for real, on tiny random models: killed, resumed, and given bad settings."""
 
-import json
 import math
 import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
-import torch
 import yaml
-from safetensors.torch import load_file
 
 from spin import run_spin
 from tests.helpers import REPOSITORY, program_environment, run_main
-
-WORDS = ["red", "green", "blue", "seven", "eleven", "a longer answer here"]
-
-
-def write_pairs(folder: Path, count: int = 24, split: str = "train") -> Path:
-    """Preference rows without token ids; the rejected response is another word."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f"{split}_prefs.jsonl").open("w") as file:
-        for number in range(count):
-            prompt = [{"role": "user", "content": f"say word {number}"}]
-            chosen, rejected = WORDS[number % 6], WORDS[(number + 1) % 6] + "!" * (number % 4)
-            row = {
-                "prompt_id": f"p{number}",
-                "chosen": [*prompt, {"role": "assistant", "content": chosen}],
-                "rejected": [*prompt, {"role": "assistant", "content": rejected}],
-            }
-            file.write(json.dumps(row) + "\n")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory):
-    folder = write_pairs(tmp_path_factory.mktemp("pairs"))
-    return write_pairs(folder, 6, "test")
-
-
-def write_config(path: Path, tiny_model: Path, pairs: Path, **settings) -> Path:
-    values = {
-        "model_name_or_path": str(tiny_model),
-        "dataset_mixer": {str(pairs): 1.0},
-        "dataset_splits": ["train_prefs"],
-        "output_dir": str(path.parent / "out"),
-        "use_cpu": True,
-        "learning_rate": 1e-3,
-        "per_device_train_batch_size": 4,
-        "per_device_eval_batch_size": 4,
-        "num_train_epochs": 1,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "max_length": 128,
-        "max_prompt_length": 64,
-        "disable_tqdm": True,
-    } | settings
-    path.write_text(yaml.safe_dump(values))
-    return path
-
-
-def train(config: Path, *arguments: str, launch: list[str] | None = None, **environment: str) -> str:
-    launch = launch or []
-    program = [] if "tests.fsdp_on_cpu" in launch else ["spin/run_spin.py"]
-    command = [sys.executable, *launch, *program, str(config), *arguments]
-    done = subprocess.run(
-        command, cwd=REPOSITORY, env=program_environment(**environment), capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
-
-
-def launcher(config_file: str, *arguments: str) -> list[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return [
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        f"configs/{config_file}",
-        "--main_process_port",
-        str(port),
-        *arguments,
-    ]
-
-
-# Real FSDP2 needs a wrapper on a CPU: accelerate would fall back to plain data parallelism.
-TWO_PROCESSES = {
-    "DDP": ("cpu.yaml",),
-    "ZeRO-3": ("deepspeed_zero3_cpu.yaml",),
-    "FSDP2": ("fsdp2.yaml", "--num_processes=2", "--mixed_precision=no", "-m", "tests.fsdp_on_cpu"),
-}
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
-
-
-def metrics(folder: Path) -> dict:
-    return json.loads((folder / "metrics.json").read_text())
-
-
-def late_margin(record: dict) -> float:
-    """The mean margin of the second half of the steps: that of one step of four pairs is mostly chance."""
-    margins = [entry["rewards/margins"] for entry in record["history"] if "rewards/margins" in entry]
-    return sum(margins[len(margins) // 2 :]) / (len(margins) - len(margins) // 2)
-
-
-def difference(left: Path, right: Path) -> float:
-    ours, theirs = weights(left), weights(right)
-    assert ours.keys() == theirs.keys()
-    return max((ours[name].float() - theirs[name].float()).abs().max().item() for name in ours)
-
-
-@pytest.fixture(scope="module")
-def reference_run(tiny_model, pairs, tmp_path_factory):
-    """Two epochs in one process: what every other way of training must reproduce."""
-    folder = tmp_path_factory.mktemp("reference")
-    config = write_config(
-        folder / "c.yaml", tiny_model, pairs, num_train_epochs=2, dataset_splits=["train_prefs", "test_prefs"]
-    )
-    train(config)
-    return folder / "out"
+from tests.training_helpers import difference, metrics, train, write_config
 
 
 def test_training_moves_apart_what_it_should(reference_run, tiny_model):
@@ -163,6 +49,7 @@ def test_the_saved_policy_loads_by_itself(reference_run):
     tokenizer = AutoTokenizer.from_pretrained(reference_run)
     assert tokenizer.chat_template
     assert model.config.vocab_size == len(tokenizer)
+    assert "spin_packed" not in (reference_run / "config.json").read_text()
     assert not list(reference_run.glob("**/*.bin.tmp"))
 
 
@@ -205,102 +92,6 @@ def test_accumulation_gives_the_same_weights(reference_run, tiny_model, pairs, t
     )
     train(config)
     assert difference(tmp_path / "out", reference_run) < 2e-5
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", TWO_PROCESSES)
-def test_two_processes_give_the_same_weights_as_one(reference_run, tiny_model, pairs, tmp_path, kind):
-    config = write_config(tmp_path / "c.yaml", tiny_model, pairs, num_train_epochs=2, per_device_train_batch_size=2)
-    # One or two pairs fit: the processes have different numbers of micro-batches and must wait for each other.
-    train(config, "--max_tokens_per_batch=90", launch=launcher(*TWO_PROCESSES[kind]), DS_ACCELERATOR="cpu")
-    ours, theirs = metrics(tmp_path / "out"), metrics(reference_run)
-    losses, expected = ([entry["loss"] for entry in record["history"] if "loss" in entry] for record in (ours, theirs))
-    assert losses[0] == pytest.approx(math.log(2), abs=1e-5)
-    assert losses == pytest.approx(expected, abs=2e-5)
-    assert difference(tmp_path / "out", reference_run) < 1e-4
-
-
-@pytest.fixture(scope="module")
-def adapter_run(tiny_model, pairs, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("adapters")
-    train(write_config(folder / "c.yaml", tiny_model, pairs, use_peft=True, lora_r=4, learning_rate=1e-2))
-    return folder / "out"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["ZeRO-3", "FSDP2"])
-def test_sharded_adapters_are_merged_as_in_one_process(adapter_run, tiny_model, pairs, tmp_path, kind):
-    lora = {"use_peft": True, "lora_r": 4, "learning_rate": 1e-2, "per_device_train_batch_size": 2}
-    train(
-        write_config(tmp_path / "c.yaml", tiny_model, pairs, **lora),
-        launch=launcher(*TWO_PROCESSES[kind]),
-        DS_ACCELERATOR="cpu",
-    )
-    assert difference(tmp_path / "out", adapter_run) < 1e-3
-    assert difference(tmp_path / "out", tiny_model) > 1e-1
-
-
-@pytest.mark.slow
-def test_small_steps_on_bfloat16_weights_are_not_rounded_away(tiny_model, pairs, tmp_path):
-    """A norm weight of 1.0 in bfloat16 cannot take a step of 1e-4; sixty of them add up in the float32 copy."""
-    from transformers import AutoModelForCausalLM
-
-    start = shutil.copytree(tiny_model, tmp_path / "start")
-    AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16).save_pretrained(start)
-    settings = {"learning_rate": 1e-4, "max_steps": 60, "lr_scheduler_type": "constant", "warmup_steps": 0}
-    train(write_config(tmp_path / "c.yaml", start, pairs, bf16=True, **settings))
-    warned = train(write_config(tmp_path / "p.yaml", start, pairs, output_dir=str(tmp_path / "pure"), **settings))
-    assert "warning: the trained weights have 16 bits" in warned
-    name = "model.norm.weight"
-    assert weights(tmp_path / "out")[name].dtype == torch.bfloat16  # saved as it was loaded
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
-    assert weights(tmp_path / "out")[name].ne(1).any()
-    assert weights(tmp_path / "pure")[name].eq(1).all()
-
-
-@pytest.mark.slow
-def test_adapters_are_merged_and_the_next_iteration_starts_at_ln_2(tiny_model, pairs, tmp_path):
-    lora = {"use_peft": True, "lora_r": 4, "learning_rate": 3e-3, "num_train_epochs": 3}
-    train(write_config(tmp_path / "c0.yaml", tiny_model, pairs, output_dir=str(tmp_path / "iter0"), **lora))
-    assert difference(tmp_path / "iter0", tiny_model) > 1e-3
-    assert not (tmp_path / "iter0" / "adapter_config.json").exists()
-    train(write_config(tmp_path / "c1.yaml", tmp_path / "iter0", pairs, output_dir=str(tmp_path / "iter1"), **lora))
-    for folder in ("iter0", "iter1"):
-        record = metrics(tmp_path / folder)
-        assert record["first_loss"] == pytest.approx(math.log(2), abs=1e-6)
-        assert late_margin(record) > 0
-
-
-@pytest.mark.slow
-def test_a_quantised_base_is_trained_and_saved_whole(tiny_model, pairs, tmp_path):
-    pytest.importorskip("bitsandbytes", reason="QLoRA needs bitsandbytes: pip install -e '.[qlora]'")
-    settings = {"use_peft": True, "lora_r": 4, "learning_rate": 3e-3, "num_train_epochs": 3}
-    train(write_config(tmp_path / "c.yaml", tiny_model, pairs, load_in_4bit=True, **settings))
-    record = metrics(tmp_path / "out")
-    assert record["first_loss"] == pytest.approx(math.log(2), abs=1e-6)
-    assert late_margin(record) > 0
-    assert weights(tmp_path / "out").keys() == weights(tiny_model).keys()  # no trace of 4-bit storage or adapters
-    assert difference(tmp_path / "out", tiny_model) > 1e-3
-
-
-@pytest.mark.slow
-def test_the_merged_checkpoint_says_what_the_adapted_model_said(tiny_model, tmp_path):
-    from spin.alignment.configs import ModelConfig
-    from spin.alignment.model_utils import add_adapters, load_model, merge_adapters, save_checkpoint
-    from tests.helpers import char_tokenizer
-
-    config = ModelConfig(model_name_or_path=str(tiny_model), use_peft=True, lora_r=4)
-    model = add_adapters(load_model(config), config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.normal_(std=0.1)
-    ids = torch.arange(5, 25)[None]
-    adapted = model(ids).logits
-    save_checkpoint(merge_adapters(model, model.state_dict(), config), char_tokenizer(), tmp_path / "merged")
-    merged = load_model(ModelConfig(model_name_or_path=str(tmp_path / "merged")))
-    assert torch.allclose(merged(ids).logits, adapted, atol=1e-4)
-    assert not torch.allclose(load_model(config)(ids).logits, adapted, atol=1e-2)
 
 
 def test_a_foreign_reference_stops_before_the_first_step(tiny_model, pairs, tmp_path):

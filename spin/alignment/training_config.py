@@ -90,6 +90,11 @@ class SPINConfig(TrainingArguments):
         for name, reason in _REFUSED.items():
             if getattr(self, name):
                 raise InputError(f"{name} is {getattr(self, name)}, but {reason}")
+        if self.torch_compile and self.batching == "packed":
+            raise InputError(
+                "torch_compile is true, but a compiled model cannot take packed rows (whose kernels are faster): remove it, "
+                "or set batching: padded"
+            )
         if self.optim in ("lomo", "adalomo"):
             raise InputError(
                 f"optim is {self.optim}, which updates in each backward pass: choose adamw_8bit or rmsprop"
