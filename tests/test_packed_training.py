@@ -28,7 +28,7 @@ def dataset(count: int = 40, weights: bool = False) -> PairDataset:
     return PairDataset(Dataset.from_list([{k: v for k, v in pair.items() if "reference" not in k} for pair in pairs]))
 
 
-def run(folder, model=None, weights: bool = False, **settings):
+def run(folder, model=None, weights: bool = False, resume: str | None = None, **settings):
     """Train for STEPS steps; return the trainer."""
     torch.manual_seed(0)
     values = {
@@ -46,7 +46,7 @@ def run(folder, model=None, weights: bool = False, **settings):
     }
     arguments = SPINConfig(output_dir=str(folder), **{**values, **settings})
     trainer = SPINTrainer(model or tiny("llama"), arguments, dataset(weights=weights), char_tokenizer(), "opponent")
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     return trainer
 
 
@@ -212,3 +212,45 @@ def test_a_part_of_another_opponent_is_not_taken_up(tmp_path):
     path = store_path(tmp_path, "train", key)
     reference._write(path.with_name(f".{path.name}.part-0"), {0: ([1.0], [2.0])}, ReferenceKey("other", "t", "float32"))
     assert reference._missing(path, key, 3, Accelerator(cpu=True)) == [0, 1, 2]
+
+
+def test_a_full_memory_ends_with_advice_and_the_run_goes_on_with_a_smaller_budget(tmp_path, monkeypatch):
+    from spin.alignment import trainer as trainer_module
+
+    settings = {"save_strategy": "steps", "save_steps": 5, "max_steps": 10}
+    undisturbed = run(tmp_path / "undisturbed", **settings)
+    original, passed = trainer_module.batch_loss, []
+
+    def full(model, batch, objective):
+        passed.append(batch)
+        return original(model, batch, objective) if len(passed) < 8 else torch.empty(2**55).sum()
+
+    monkeypatch.setattr(trainer_module, "batch_loss", full)
+    with pytest.raises(
+        InputError, match=r"memory is full .*run again with --max_tokens_per_batch=\d+; .*last checkpoint"
+    ):
+        run(tmp_path / "run", **settings)
+    monkeypatch.undo()
+    arguments = {"max_tokens_per_batch": 60, **settings}
+    resumed = run(tmp_path / "run", resume=str(tmp_path / "run" / "checkpoint-5"), **arguments)
+    assert resumed.steps_run == 5
+    assert distance(resumed.model, undisturbed.model) < 1e-3
+
+
+def test_a_resumed_training_keeps_its_automatic_budget(tmp_path, monkeypatch):
+    from spin.alignment import memory_plan
+
+    settings = {"save_strategy": "steps", "save_steps": 5, "max_steps": 10}
+    monkeypatch.setattr(memory_plan, "automatic_budget", lambda *_: 77)
+    first = run(tmp_path, **{**settings, "max_steps": 5})
+    monkeypatch.setattr(memory_plan, "automatic_budget", lambda *_: 99)
+    second = run(tmp_path, resume=str(tmp_path / "checkpoint-5"), **settings)
+    assert first.batcher.token_budget == second.batcher.token_budget == 77
+    assert run(tmp_path, max_steps=1).batcher.token_budget == 99
+
+
+def test_the_memory_is_estimated_before_training(tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        run(tmp_path, max_steps=1)
+    said = caplog.text
+    assert "max_tokens_per_batch: " in said and "memory of a process at its peak" in said and "activations" in said

@@ -7,6 +7,7 @@ import itertools
 import logging
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,10 @@ from spin.alignment.errors import InputError
 from spin.alignment.head import Objective
 from spin.alignment.logps import batch_loss, causal_model, install_packed_forward
 from spin.alignment.losses import LOSSES, LossInputs
+from spin.alignment.memory import advice_for_out_of_memory
+from spin.alignment.memory_plan import plan_token_budget
 from spin.alignment.micro_batches import MicroBatch, MicroBatcher
+from spin.alignment.optimizers import optimizer_class_and_kwargs
 from spin.alignment.packing_check import check_packed_forward
 from spin.alignment.pair_metrics import PairMetrics
 from spin.alignment.reference import ReferenceKey, ReferenceLogps, compute_reference, hash_tokens, store_path
@@ -77,16 +81,17 @@ class SPINTrainer(Trainer):
         self.own_attention = str(causal_model(model).config._attn_implementation)
         pad_id = processing_class.pad_token_id
         self.padded_collator = PairCollator(pad_id if pad_id is not None else processing_class.eos_token_id)
+        self.fused_head = False
         collator = self._install_packing(model) if args.batching == "packed" else self.padded_collator
-        self.batcher = MicroBatcher(collator, args.max_tokens_per_batch or 16384, args.pairs_per_micro_batch)
+        self.batcher = MicroBatcher(collator, args.max_tokens_per_batch or 0, args.pairs_per_micro_batch)
         self.add_callback(ReferenceCallback(self))
 
     def _install_packing(self, model: Any) -> Collator:
         causal = causal_model(model)
         check_architecture(causal)
         kernel = choose_kernel(causal, self.args.device, self.compute_dtype, self.args.packed_attention)
-        fused = install_packed_forward(model, self.args.fused_head)
-        head = "fused head" if fused else "head recomputed in the backward pass"
+        self.fused_head = install_packed_forward(model, self.args.fused_head)
+        head = "fused head" if self.fused_head else "head recomputed in the backward pass"
         logger.info("packed rows: attention kernel %s, %s", kernel, head)
         return PackedCollator(kernel, causal.config.get_text_config().vocab_size, self.args.share_prompts)
 
@@ -97,6 +102,27 @@ class SPINTrainer(Trainer):
 
     def _weight_dtype(self) -> torch.dtype:
         return next(parameter.dtype for parameter in self.model.parameters() if parameter.is_floating_point())
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, dict[str, Any]]:
+        """Return the optimiser of the settings: transformers' own, but for RMSprop's start."""
+        return optimizer_class_and_kwargs(args, model)
+
+    def train(self, *arguments: Any, **settings: Any) -> Any:
+        """Train; see ``transformers.Trainer.train``.
+
+        Raises:
+            InputError: the memory ran out; the sentence says what to change before the training is taken up again.
+        """
+        try:
+            return super().train(*arguments, **settings)
+        except (RuntimeError, MemoryError) as error:
+            longest = max((self.batcher.collator.tokens(row) for row in self.train_dataset.rows), default=0)
+            budget = self.batcher.token_budget or longest
+            advice = advice_for_out_of_memory(error, budget, longest, self.args.gradient_checkpointing)
+            if advice is None:
+                raise
+            raise InputError(advice) from error
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -240,6 +266,7 @@ class SPINTrainer(Trainer):
         """
         if self.args.batching == "packed":
             check_packed_forward(self)
+            self.batcher = replace(self.batcher, token_budget=plan_token_budget(self, resumed))
         folder = Path(self.args.reference_dir or Path(self.args.output_dir) / "reference")
         for split, dataset in (("train", self.train_dataset), ("test", self.eval_dataset)):
             if dataset is None:

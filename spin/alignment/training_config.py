@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 from spin.alignment.attention import KERNELS
 from spin.alignment.errors import InputError, lookup
 from spin.alignment.losses import loss_settings
+from spin.alignment.optimizers import check_optimizer
 
 BATCHING = ("packed", "padded")
 
@@ -90,6 +91,7 @@ class SPINConfig(TrainingArguments):
         for name, reason in _REFUSED.items():
             if getattr(self, name):
                 raise InputError(f"{name} is {getattr(self, name)}, but {reason}")
+        check_optimizer(self.optim, self.optim_args)
         if self.torch_compile and self.batching == "packed":
             raise InputError(
                 "torch_compile is true, but a compiled model cannot take packed rows (whose kernels are faster): remove it, "
