@@ -74,7 +74,7 @@ def test_small_steps_on_bfloat16_weights_are_not_rounded_away(tiny_model, pairs,
 
 @pytest.mark.slow
 def test_adapters_are_merged_and_the_next_iteration_starts_at_ln_2(tiny_model, pairs, tmp_path):
-    lora = {"use_peft": True, "lora_r": 4, "learning_rate": 3e-3, "num_train_epochs": 3}
+    lora = {"use_peft": True, "lora_r": 4, "learning_rate": 1e-2, "num_train_epochs": 3}
     train(write_config(tmp_path / "c0.yaml", tiny_model, pairs, output_dir=str(tmp_path / "iter0"), **lora))
     assert difference(tmp_path / "iter0", tiny_model) > 1e-3
     assert not (tmp_path / "iter0" / "adapter_config.json").exists()
@@ -88,7 +88,7 @@ def test_adapters_are_merged_and_the_next_iteration_starts_at_ln_2(tiny_model, p
 @pytest.mark.slow
 def test_a_quantised_base_is_trained_and_saved_whole(tiny_model, pairs, tmp_path):
     pytest.importorskip("bitsandbytes", reason="QLoRA needs bitsandbytes: pip install -e '.[qlora]'")
-    settings = {"use_peft": True, "lora_r": 4, "learning_rate": 3e-3, "num_train_epochs": 3}
+    settings = {"use_peft": True, "lora_r": 4, "learning_rate": 1e-2, "num_train_epochs": 3}
     train(write_config(tmp_path / "c.yaml", tiny_model, pairs, load_in_4bit=True, **settings))
     record = metrics(tmp_path / "out")
     assert record["first_loss"] == pytest.approx(math.log(2), abs=1e-6)
