@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -132,8 +132,7 @@ def prepare(options: Any, folder: Path) -> tuple[Plan, ModelSize]:
     measured = options.reps * options.steps
     plan = make_plan(shape, options.batch_size, options.warmup, measured, model_shape.vocab_size, options.seed)
     for grouped in (False, True):
-        rows = [plan.pairs[index] for index in plan.order(grouped)]
-        rows_file(folder, grouped).write_text(json.dumps(rows), encoding="utf-8")
+        rows_file(folder, grouped).write_text(json.dumps(plan.pairs(grouped)), encoding="utf-8")
     model = make_model(model_shape, shape.max_length, options.seed)
     model.save_pretrained(folder / "model")
     return plan, ModelSize.of(model)
@@ -200,19 +199,19 @@ def summarize(name: str, entry: Entry, plan: Plan, options: Any) -> dict[str, An
     """Return what is reported of one contender."""
     if entry.error:
         return {"label": CONTENDERS[name].label, "error": entry.error}
-    pairs = [plan.pairs[index] for index in plan.order(CONTENDERS[name].grouped)]
-    tokens = [distinct_tokens(pair) for pair in pairs]
+    tokens = [distinct_tokens(pair) for pair in plan.pairs(CONTENDERS[name].grouped)]
     head = (VERIFIED_STEPS + options.warmup) * options.batch_size
     size = options.steps * options.batch_size
     reference, _, *turns = entry.turns
     clock = CLOCKS[options.clock]
     timed = [
         {"seconds": turn[clock], "pairs": size, "tokens": sum(tokens[begin : begin + size])}
-        for begin, turn in zip(range(head, len(pairs), size), turns, strict=True)
+        for begin, turn in zip(range(head, len(tokens), size), turns, strict=True)
     ]
     cached = CONTENDERS[name].cached
     reference_rate = sum(tokens) / reference[clock] if cached else None
-    each = rates(timed, sum(tokens[head:]) / len(tokens[head:]), reference_rate, options.epochs)
+    per_pair = mean(distinct_tokens(pair) for pair in plan.shuffled[head:])  # one conversion for all
+    each = rates(timed, per_pair, reference_rate, options.epochs)
     peak = max(turn["peak_bytes"] for turn in entry.turns)
     return {
         "label": CONTENDERS[name].label,
@@ -237,11 +236,14 @@ def describe(options: Any, plan: Plan) -> dict[str, Any]:
     head = (VERIFIED_STEPS + options.warmup) * options.batch_size
     data: dict[str, Any] = {}
     for grouped, name in ((False, "shuffled"), (True, "grouped")):
-        pairs = [plan.pairs[index] for index in plan.order(grouped)[head:]]
+        pairs = plan.pairs(grouped)[head:]
         batches = [pairs[begin : begin + options.batch_size] for begin in range(0, len(pairs), options.batch_size)]
         tokens = sum(map(distinct_tokens, pairs))
-        data |= {"pairs": len(pairs), "distinct_tokens_per_pair": tokens / len(pairs)}
-        data[f"padded_to_distinct_{name}"] = sum(map(padded_tokens, batches)) / tokens
+        data[name] = {
+            "pairs": len(pairs),
+            "distinct_tokens_per_pair": tokens / len(pairs),
+            "padded_to_distinct": sum(map(padded_tokens, batches)) / tokens,
+        }
     return {
         "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "gpu": gpu, "system": platform.platform()},
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
@@ -277,8 +279,8 @@ def main(arguments: Sequence[str]) -> int:
         raise RuntimeError(entries[MATMUL].error)
     contenders = {name: summarize(name, entries[name], plan, options) for name in options.contenders}
     rate = median(turn["flops"] / turn[CLOCKS[options.clock]] for turn in entries[MATMUL].turns)
-    head = plan.shuffled[(VERIFIED_STEPS + options.warmup) * options.batch_size :]
-    flops = mean_flops(size, [plan.pairs[index] for index in head], options.epochs)
+    head = (VERIFIED_STEPS + options.warmup) * options.batch_size
+    flops = mean_flops(size, plan.shuffled[head:], options.epochs)
     for facts in contenders.values():
         if "error" not in facts:
             facts["matmul_fraction"] = flops * facts["pairs_per_second"] / rate

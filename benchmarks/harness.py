@@ -6,6 +6,7 @@ import ctypes
 import gc
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -119,8 +120,10 @@ class Worker:
         return facts
 
     def _last_words(self) -> str:
+        code = self._process.poll()
+        how = "was killed, as happens when the memory is full" if code == -signal.SIGKILL else f"ended with code {code}"
         lines = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        return f"{self.name} ended with code {self._process.poll()}: " + "\n".join(lines[-15:])
+        return "\n".join([f"{self.name} {how}; the end of its log:", *lines[-15:]])
 
 
 class Entry:
@@ -168,7 +171,6 @@ class Turns:
 
     def __init__(self, job: Job, orders: IO[str], answers: IO[str]) -> None:
         self.device = job.device
-        self._refill = job.allocator == "tuned" and job.device == "cpu"
         self._orders, self._answers = orders, answers
         self._baseline: int | None = None
         self._started: tuple[float, float] | None = None
@@ -186,10 +188,8 @@ class Turns:
     def begin(self) -> None:
         """Wait for the turn, then start the clocks: wall and processor time."""
         gc.collect()
-        idle = release_idle_memory(self.device)
+        release_idle_memory(self.device)
         self._wait()
-        if self._refill:
-            touch(idle)
         self._started = (self._now(), time.process_time())
 
     def end(self, **facts: Any) -> None:
@@ -252,21 +252,11 @@ def peak_bytes(device: str) -> int:
     return _status_bytes("VmHWM")
 
 
-def release_idle_memory(device: str) -> int:
-    """Give memory that the allocator merely keeps back to the system or the GPU; return how many bytes (0 on a GPU)."""
+def release_idle_memory(device: str) -> None:
+    """Give memory that the allocator merely keeps back to the system or the GPU."""
     if device == "cuda":
         import torch
 
         torch.cuda.empty_cache()
-        return 0
-    before = _status_bytes("VmRSS")
-    ctypes.CDLL(None).malloc_trim(0)
-    return max(0, before - _status_bytes("VmRSS"))
-
-
-def touch(size: int) -> None:
-    """Make the allocator keep ``size`` bytes of resident memory again, so that the clock does not see them faulted in."""
-    if size:
-        import torch
-
-        torch.empty(size, dtype=torch.uint8).fill_(0)
+    else:
+        ctypes.CDLL(None).malloc_trim(0)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -16,12 +18,10 @@ _SECONDS = 1.0
 def run(job: Job, turns: Turns) -> None:
     """Report the operations of every turn as ``flops``: all matrices of a decoder layer, forward pass, again and again."""
     import torch
-    from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(job.model_folder)
-    width, inner = config.hidden_size, config.intermediate_size
-    head = width // config.num_attention_heads
-    kv = config.num_key_value_heads * head
+    config = json.loads((Path(job.model_folder) / "config.json").read_text(encoding="utf-8"))
+    width, inner = config["hidden_size"], config["intermediate_size"]
+    kv = width // config["num_attention_heads"] * config["num_key_value_heads"]
     # Outputs and inputs of the projections to query, key, value, output, gate, up and down.
     sizes = [(width, width), (kv, width), (kv, width), (width, width), (inner, width), (inner, width), (width, inner)]
     dtype = torch.bfloat16 if job.precision == "bf16" else torch.float32

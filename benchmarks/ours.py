@@ -23,14 +23,14 @@ def run_uncached(job: Job, turns: Turns) -> None:
     """
     import torch
 
-    from benchmarks.training import load_model
+    from benchmarks.shapes import load_model
     from spin.alignment.logps import batch_logps, install_packed_forward
     from spin.alignment.trainer import SPINTrainer
 
     class UncachedTrainer(SPINTrainer):
         def __init__(self, **settings: Any) -> None:
             super().__init__(**settings)
-            self.opponent = load_model(job).to(job.device).eval()
+            self.opponent = load_model(job.model_folder).to(job.device).eval()
             install_packed_forward(self.opponent)
 
         def compute_loss(self, model: Any, inputs: Any, *arguments: Any, **settings: Any) -> Any:
@@ -44,8 +44,8 @@ def run_uncached(job: Job, turns: Turns) -> None:
 def _train(trainer_class: Any, job: Job, turns: Turns, settings: dict[str, Any]) -> None:
     from datasets import Dataset
 
-    from benchmarks.shapes import make_tokenizer
-    from benchmarks.training import TurnCallback, common_arguments, load_model
+    from benchmarks.shapes import load_model, make_tokenizer
+    from benchmarks.training import TurnCallback, common_arguments
     from spin.alignment.batching import PairDataset
     from spin.alignment.trainer import SPINConfig
 
@@ -54,7 +54,7 @@ def _train(trainer_class: Any, job: Job, turns: Turns, settings: dict[str, Any])
         raise SystemExit(f"SPINConfig has no key {', '.join(sorted(unknown))}")
     if job.optimizer == "rmsprop":
         settings = {"optim_args": "bias_correction=false"} | settings  # as the peers' RMSprop
-    model = load_model(job)
+    model = load_model(job.model_folder)
     turns.baseline()
     trainer = trainer_class(
         model=model,

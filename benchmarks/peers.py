@@ -16,11 +16,11 @@ def run_naive(job: Job, turns: Turns) -> None:
     """
     import torch
 
-    from benchmarks.training import load_model
+    from benchmarks.shapes import load_model
 
-    policy = load_model(job).to(job.device)
+    policy = load_model(job.model_folder).to(job.device)
     turns.baseline()
-    opponent = load_model(job).to(job.device).eval().requires_grad_(False)
+    opponent = load_model(job.model_folder).to(job.device).eval().requires_grad_(False)
     optimizer = _torch_optimizer(policy, job)
     rows = job.rows()
     turns.ready()
@@ -106,8 +106,8 @@ def _trl_trainer(job: Job, turns: Turns, settings: dict[str, Any]) -> Any:
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
-    from benchmarks.shapes import as_text, make_tokenizer
-    from benchmarks.training import TurnCallback, common_arguments, load_model
+    from benchmarks.shapes import as_text, load_model, make_tokenizer
+    from benchmarks.training import TurnCallback, common_arguments
 
     class TurnTakingTrainer(DPOTrainer):
         def _precompute_ref_logps(self, *arguments: Any) -> Any:
@@ -117,7 +117,7 @@ def _trl_trainer(job: Job, turns: Turns, settings: dict[str, Any]) -> Any:
             turns.end()
             return dataset
 
-    model = load_model(job)
+    model = load_model(job.model_folder)
     turns.baseline()
     rows = job.rows()
     names = {"prompt": "prompt_ids", "chosen": "chosen_ids", "rejected": "rejected_ids"}

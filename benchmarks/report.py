@@ -85,7 +85,7 @@ def table(result: dict[str, Any]) -> str:
     for name, facts in result["contenders"].items():
         label = CONTENDERS[name].label
         if "error" in facts:
-            lines.append(f"{label:<28}  failed: {facts['error'].splitlines()[-1]}")
+            lines.append(f"{label:<28}  failed: {facts['error'].splitlines()[0]}")
             continue
         numbers = [
             label,

@@ -82,6 +82,14 @@ def make_model(shape: ModelShape, max_length: int, seed: int) -> Any:
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
+def load_model(folder: str) -> Any:
+    """Return a saved model, with float32 weights and PyTorch's attention."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+
+
 def make_tokenizer(vocab_size: int) -> Any:
     """Return a tokenizer of one word per id, so that text becomes exactly the ids it was written from."""
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -129,43 +137,40 @@ def make_pairs(lengths: NDArray[np.int64], vocab_size: int, rng: np.random.Gener
 
 @dataclass(frozen=True)
 class Plan:
-    """The pairs of a run and the two orders in which contenders read them, batch by batch.
+    """The pairs of a run, batch by batch: as shuffling forms batches, and as transformers' LengthGroupedSampler does.
 
-    Both orders begin with the short batch that is verified, twice, and with the warm-up batches; behind them stand the same
-    pairs, in batches as shuffling forms them (``shuffled``) or as transformers' LengthGroupedSampler does (``grouped``).
+    Both begin with the same pairs: the short batch that is verified, twice, and the warm-up batches.
     """
 
-    pairs: list[Pair]
-    shuffled: list[int]
-    grouped: list[int]
+    shuffled: list[Pair]
+    grouped: list[Pair]
 
-    def order(self, grouped: bool) -> list[int]:
+    def pairs(self, grouped: bool) -> list[Pair]:
         return self.grouped if grouped else self.shuffled
 
 
 def make_plan(shape: Shape, batch_size: int, warmup: int, measured: int, vocab_size: int, seed: int) -> Plan:
-    """Return the pairs of ``warmup`` and ``measured`` batches in both orders.
+    """Return the pairs of ``warmup`` and ``measured`` batches of either kind.
 
-    The length-grouped batches are drawn evenly from a whole mega-batch of the sampler (50 batches), so that they are as well
-    grouped as in a real run, and their pairs as many and as long as all of it; the shuffled order shuffles the same pairs.
+    The shuffled ones are drawn at random. The grouped ones are drawn evenly, from the longest to the shortest, from the
+    batches that the sampler makes of whole mega-batches, so that they are grouped as well as in a real run.
     """
     import torch
     from transformers.trainer_pt_utils import get_length_grouped_indices
 
     rng = np.random.default_rng(seed)
-    pool = draw_lengths(shape, MEGA_BATCH * max(1, -(-measured // MEGA_BATCH)) * batch_size, rng)
+    first = [rng.integers(8, VERIFY_TOKENS + 1, (batch_size, 3)), draw_lengths(shape, warmup * batch_size, rng)]
+    head = make_pairs(np.concatenate(first), vocab_size, rng)
+    shuffled = make_pairs(draw_lengths(shape, measured * batch_size, rng), vocab_size, rng)
+    pool = draw_lengths(shape, MEGA_BATCH * -(-measured // MEGA_BATCH) * batch_size, rng)
     longest = (pool[:, 0] + pool[:, 1:].max(axis=1)).tolist()
     generator = torch.Generator().manual_seed(seed)
     indices = get_length_grouped_indices(longest, batch_size, mega_batch_mult=MEGA_BATCH, generator=generator)
     batches = np.array(indices).reshape(-1, batch_size)
     batches = batches[((np.arange(measured) + 0.5) / measured * len(batches)).astype(int)]
-    short = rng.integers(8, VERIFY_TOKENS + 1, (batch_size, 3))
-    first = np.concatenate([short, draw_lengths(shape, warmup * batch_size, rng)])
-    pairs = make_pairs(np.concatenate([first, pool[batches.ravel()]]), vocab_size, rng)
-    head = [*range(batch_size), *range(len(first))]
-    tail = len(first) + np.arange(batches.size)
-    grouped = rng.permutation(tail.reshape(batches.shape)).ravel()
-    return Plan(pairs, [*head, *rng.permutation(tail).tolist()], [*head, *grouped.tolist()])
+    grouped = make_pairs(pool[rng.permutation(batches).ravel()], vocab_size, rng)
+    head = head[:batch_size] + head
+    return Plan(head + shuffled, head + grouped)
 
 
 def distinct_tokens(pair: Pair) -> int:

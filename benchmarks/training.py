@@ -1,4 +1,4 @@
-"""What all contenders share: one model, the same settings of the Trainer, and the callback that takes turns."""
+"""What the contenders that use transformers' Trainer share: its settings, and the callback that takes turns."""
 
 from __future__ import annotations
 
@@ -11,14 +11,6 @@ if TYPE_CHECKING:
     from benchmarks.harness import Job, Turns
 
 OPTIMIZERS = {"adamw": "adamw_torch", "rmsprop": "rmsprop"}
-
-
-def load_model(job: Job) -> Any:
-    """Return the model, float32 weights, PyTorch's attention."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(job.model_folder, dtype=torch.float32, attn_implementation="sdpa")
 
 
 def common_arguments(job: Job) -> dict[str, Any]:
