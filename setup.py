@@ -18,6 +18,7 @@ CORE = [
     "jinja2>=3.1",
     "rich>=13",
     "matplotlib>=3.8",
+    "psutil>=5.9",
 ]
 EXTRAS = {
     "vllm": ["vllm==0.32.0"],
