@@ -105,7 +105,7 @@ def test_chunks_of_weights_change_nothing(monkeypatch):
     weights, gradients = weights_and_gradients(shapes=((3, 4), (5,), (2, 2), (30,)))
     results = []
     for size in (2**26, 10):
-        monkeypatch.setattr("spin.alignment.optimizers._WEIGHTS_AT_ONCE", size)
+        monkeypatch.setattr("spin.alignment.optimizers.WEIGHTS_AT_ONCE", size)
         parameters = [torch.nn.Parameter(weight.clone()) for weight in weights]
         run(RMSprop(parameters, LR, foreach=True), parameters, gradients)
         results.append(parameters)

@@ -18,6 +18,7 @@ from spin.alignment.batching import GROUP_ELEMENTS
 from spin.alignment.errors import InputError
 from spin.alignment.head import _TILE_ELEMENTS
 from spin.alignment.memory_probe import ActivationCost, ModelStats
+from spin.alignment.optimizers import WEIGHTS_AT_ONCE
 
 GIB = 2**30
 
@@ -158,7 +159,7 @@ def estimate_memory(
     copies, layer = round(cost.kept.fixed), cost.layer_bytes(tokens, settings.pair_tokens)
     kept = cost.kept.growing(tokens, settings.pair_tokens)
     at_head, in_backward = (cost.plain.fixed, cost.plain.fixed / cost.layers) if cost.checkpointed else (copies, copies)
-    recomputed = layer if cost.checkpointed else 0.0
+    recomputed = max(0.0, layer - kept / cost.layers) if cost.checkpointed else 0.0  # its input is kept anyway
     working = round(_BACKWARD_SHARE * layer + tokens * stats.hidden_size * settings.compute_bytes)
     # A tied weight gets its gradient when the embedding's part is there too: until then the head's part waits.
     waiting = head.gradient if stats.tied else 0
@@ -216,18 +217,14 @@ def _optimizer_bytes(stats: ModelStats, settings: StepSettings) -> int:
 
 def _optimizer_working_bytes(stats: ModelStats, settings: StepSettings) -> int:
     """Temporaries of one update: PyTorch's own optimisers make them for one weight on a CPU, for all on a GPU."""
-    own = stats.trained_bytes / max(1, stats.trained)
-    if settings.optim in ("adamw_torch_fused", "sgd") or settings.optim not in (
-        "rmsprop",
-        "adamw_torch",
-        "adagrad",
-        "adafactor",
-    ):
+    if settings.optim not in ("rmsprop", "adamw_torch", "adagrad", "adafactor"):
         return 0
     weights = stats.largest
-    if settings.device != "cpu" and settings.optim != "adafactor":
-        weights = max(weights, min(2**26, stats.trained)) if settings.optim == "rmsprop" else stats.trained
-    return round(weights * own / settings.sharding.optimizer)
+    if settings.device != "cpu" and settings.optim == "rmsprop":
+        weights = max(weights, min(WEIGHTS_AT_ONCE, stats.trained))
+    elif settings.device != "cpu" and settings.optim != "adafactor":
+        weights = stats.trained
+    return round(weights * stats.trained_bytes / max(1, stats.trained) / settings.sharding.optimizer)
 
 
 @dataclass(frozen=True)

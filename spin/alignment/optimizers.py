@@ -22,7 +22,7 @@ from spin.alignment.errors import InputError, suggestion
 logger = logging.getLogger(__name__)
 
 # Weights updated by one call: its temporary (the square root of their state) then takes 256 MiB, not as much as the model.
-_WEIGHTS_AT_ONCE = 2**26
+WEIGHTS_AT_ONCE = 2**26
 
 
 class RMSprop(torch.optim.RMSprop):
@@ -77,7 +77,7 @@ class RMSprop(torch.optim.RMSprop):
             chunk: list[torch.Tensor] = []
             size = 0
             for weight in alike:
-                if chunk and size + weight.numel() > _WEIGHTS_AT_ONCE:
+                if chunk and size + weight.numel() > WEIGHTS_AT_ONCE:
                     yield steps, chunk
                     chunk, size = [], 0
                 chunk.append(weight)
