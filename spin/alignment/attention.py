@@ -186,7 +186,13 @@ def _softcapped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, call: A
 
 
 def varlen_kernel(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, call: AttentionCall) -> Tensor:
-    """Attend with one variable-length flash-attention call; the prompt's keys are gathered once for each branch."""
+    """Attend with one variable-length flash-attention call; the prompt's keys are gathered once for each branch.
+
+    Raises:
+        InputError: the layer caps its scores, which the kernel cannot.
+    """
+    if call.softcap is not None:
+        raise InputError("packed_attention varlen cannot cap attention scores: set packed_attention: flex")
     from torch.nn.attention.varlen import varlen_attn
 
     # The causal diagonal of the kernel is aligned to the last key: queries are the last tokens of their keys.
