@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.contenders import CONTENDERS, DEFAULT
 from benchmarks.harness import Entry, Job
 from benchmarks.matmul import NAME as MATMUL
+from benchmarks.matmul import rates as matmul_rates
 from benchmarks.report import OURS, add_ratios, loss_differences, plot, rates, table
 from benchmarks.shapes import MODELS, SHAPES, distinct_tokens, mean_flops, padded_tokens
 from spin.alignment.errors import InputError, lookup
@@ -62,7 +63,7 @@ def make_parser() -> Parser:
         "--precision",
         default="auto",
         choices=("auto", *TOLERANCES),
-        help="bf16: autocast; auto: where the device has it",
+        help="bf16: autocast; auto: the faster one",
     )
     add("--optimizer", default="adamw", choices=("adamw", "rmsprop"), help="optimiser of all contenders")
     add("--learning_rate", type=float, default=1e-5, help="large enough to see in the loss after one step")
@@ -110,18 +111,22 @@ def check_options(options: Any) -> None:
         raise InputError("contenders names one twice: name each once")
 
 
-def resolve(options: Any) -> None:
-    """Replace what is chosen automatically by what it means on this machine."""
+def resolve(options: Any) -> dict[str, float]:
+    """Replace what is chosen automatically by what it means on this machine; return its rates of matrix products.
+
+    The precision is that whose matrix products are faster.
+    """
     import torch
 
     if options.device == "auto":
         options.device = "cuda" if torch.cuda.is_available() and options.clock == "wall" else "cpu"
+    found = matmul_rates(MODELS[options.model], options.device, options.threads)
     if options.precision == "auto":
-        # Without instructions for bf16 a CPU multiplies such matrices many times slower than float32 ones.
-        capable = torch.cpu.get_capabilities()
-        fast = options.device == "cuda" or any(capable.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-        options.precision = "bf16" if fast else "fp32"
+        options.precision = max(found, key=lambda precision: found[precision])
     options.batch_size = options.batch_size or SHAPES[options.shape].batch_size
+    each = ", ".join(f"{precision} {rate / 1e9:.0f} GFLOP/s" for precision, rate in found.items())
+    say(f"matrix products: {each}; precision: {options.precision}")
+    return found
 
 
 def prepare(options: Any, folder: Path) -> tuple[Plan, ModelSize]:
@@ -157,6 +162,7 @@ def make_job(name: str, options: Any, folder: Path) -> Job:
     )
     return Job(
         contender=name,
+        model=options.model,
         folder=str(folder / name),
         model_folder=str(folder / "model"),
         rows_file=str(rows_file(folder, CONTENDERS[name].grouped)),
@@ -270,7 +276,7 @@ def main(arguments: Sequence[str]) -> int:
     options = make_parser().parse_args(arguments)
     check_options(options)
     interrupt_on_sigterm()
-    resolve(options)
+    by_precision = resolve(options)
     with tempfile.TemporaryDirectory() as folder:
         plan, size = prepare(options, Path(folder))
         result = describe(options, plan)
@@ -284,7 +290,12 @@ def main(arguments: Sequence[str]) -> int:
     for facts in contenders.values():
         if "error" not in facts:
             facts["matmul_fraction"] = flops * facts["pairs_per_second"] / rate
-    result |= {"matmul_flops_per_second": rate, "flops_per_pair": flops, "contenders": contenders}
+    result |= {
+        "matmul_flops_per_second": rate,
+        "matmul_flops_by_precision": by_precision,
+        "flops_per_pair": flops,
+        "contenders": contenders,
+    }
     verify(result, entries, options.precision)
     add_ratios(result)
     write_json_atomic(Path(options.out), result)

@@ -36,6 +36,7 @@ class Job:
 
     contender: str
     folder: str
+    model: str
     model_folder: str
     rows_file: str
     device: str
