@@ -28,6 +28,7 @@ EXTRAS = {
     "qlora": ["peft>=0.21.2,<0.22", "bitsandbytes>=0.50"],
     "dev": [
         "pytest>=8",
+        "pytest-timeout>=2.3",
         "pytest-xdist>=3.6",
         "hypothesis>=6",
         "ruff>=0.14",

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import signal
 import string
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -86,9 +88,39 @@ def program_environment(**extra: str) -> dict[str, str]:
     return {**os.environ, **offline, **extra}
 
 
+def run_command(
+    command: Sequence[object], timeout: float = 600.0, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a program from the repository root; kill it with all its children when it hangs.
+
+    Raises:
+        AssertionError: it did not end in ``timeout`` seconds; the message ends with what it had said.
+    """
+    words = [str(word) for word in command]
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        # Files, not pipes: a grandchild that outlives the program would keep a pipe open.
+        process = subprocess.Popen(
+            words,
+            cwd=REPOSITORY,
+            env=program_environment(**environment),
+            stdout=out,
+            stderr=err,
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(timeout)
+        except BaseException as error:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            err.seek(0)
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise AssertionError(f"{words} still runs after {timeout} s: {err.read()[-4000:]}") from None
+            raise
+        out.seek(0)
+        err.seek(0)
+        return subprocess.CompletedProcess(words, code, out.read(), err.read())
+
+
 def run_script(script: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run ``python SCRIPT arguments`` from the repository root in a process of its own."""
-    command = [sys.executable, script, *map(str, arguments)]
-    return subprocess.run(
-        command, cwd=REPOSITORY, env=program_environment(**environment), capture_output=True, text=True, check=False
-    )
+    return run_command([sys.executable, script, *arguments], **environment)

@@ -20,7 +20,7 @@ from spin.alignment.chat import ChatEncoder, load_tokenizer
 from spin.alignment.provenance import read_provenance
 from spin.alignment.shards import read_skipped
 from spin.generate import main
-from tests.helpers import REPOSITORY, char_tokenizer, program_environment, run_main, tiny_llama
+from tests.helpers import REPOSITORY, char_tokenizer, program_environment, run_command, run_main, tiny_llama
 
 NUM_PROMPTS = 24
 
@@ -233,14 +233,7 @@ def test_two_processes_write_what_one_writes(whole, tiny_model, data, tmp_path):
     launch = ["--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
     command = [sys.executable, "-m", "accelerate.commands.launch", *launch, "--main_process_port=0"]
     flags = arguments(tiny_model, data, tmp_path, flush_every=4, batch_size=4)
-    ran = subprocess.run(
-        [*command, "spin/generate.py", *flags],
-        cwd=REPOSITORY,
-        env=program_environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    ran = run_command([*command, "spin/generate.py", *flags])
     assert ran.returncode == 0, ran.stderr
     assert "rank 0" in ran.stderr and "rank 1" in ran.stderr
     assert (tmp_path / "train-00000.parquet").read_bytes() == (whole / "train-00000.parquet").read_bytes()

@@ -1,8 +1,6 @@
 """The memory estimate against what tensors and processes really take; the token budget, and advice when it was too much."""
 
 import json
-import subprocess
-import sys
 import weakref
 
 import numpy as np
@@ -27,7 +25,7 @@ from spin.alignment.memory import (
 )
 from spin.alignment.memory_probe import ActivationCost, Growth, ModelStats, measure_activations, saved_bytes
 from spin.alignment.optimizers import RMSprop
-from tests.helpers import REPOSITORY, program_environment, tiny_llama
+from tests.helpers import run_script, tiny_llama
 
 VOCAB, PAIR = 2000, 128
 
@@ -184,15 +182,8 @@ for tokens, checkpointing in json.loads(sys.argv[1]):
 @pytest.mark.slow
 def test_the_estimate_is_what_a_process_takes():
     cases = [(1024, False), (4096, True)]
-    done = subprocess.run(
-        [sys.executable, "-c", _PEAK, json.dumps(cases)],
-        cwd=REPOSITORY,
-        # Memory is given back when a tensor goes; by default glibc keeps up to half as much again.
-        env=program_environment(MALLOC_MMAP_THRESHOLD_="65536"),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    # Memory is given back when a tensor goes; by default glibc keeps up to half as much again.
+    done = run_script("-c", _PEAK, json.dumps(cases), MALLOC_MMAP_THRESHOLD_="65536")
     assert done.returncode == 0, done.stderr
     results = [json.loads(line) for line in done.stdout.splitlines()]
     assert [(tokens, checkpointing) for tokens, checkpointing, *_ in results] == cases

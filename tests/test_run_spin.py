@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from spin import run_spin
-from tests.helpers import REPOSITORY, program_environment, run_main
+from tests.helpers import REPOSITORY, program_environment, run_main, run_script
 from tests.training_helpers import difference, metrics, train, write_config
 
 
@@ -107,14 +107,7 @@ def test_a_foreign_reference_stops_before_the_first_step(tiny_model, pairs, tmp_
     with pa.ipc.new_file(str(store), table.schema) as writer:
         writer.write_table(table)
     shutil.rmtree(tmp_path / "out")
-    done = subprocess.run(
-        [sys.executable, "spin/run_spin.py", str(config)],
-        cwd=REPOSITORY,
-        env=program_environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_script("spin/run_spin.py", config)
     assert done.returncode == 1
     assert "nats per token before the first step" in done.stderr
     assert not (tmp_path / "out" / "config.json").exists()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from tests.helpers import REPOSITORY, char_tokenizer, program_environment, save_tiny_model
+from tests.helpers import REPOSITORY, char_tokenizer, run_command, save_tiny_model
 
 pytestmark = [
     pytest.mark.vllm,
@@ -59,9 +59,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(*command: object) -> subprocess.CompletedProcess[str]:
-    environment = program_environment(VLLM_CPU_KVCACHE_SPACE="1", PYTHONPATH=str(REPOSITORY))
-    words = [sys.executable, *map(str, command)]
-    done = subprocess.run(words, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
+    done = run_command([sys.executable, *command], VLLM_CPU_KVCACHE_SPACE="1", PYTHONPATH=str(REPOSITORY))
     assert done.returncode == 0, done.stderr[-5000:]
     return done
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from tests.helpers import REPOSITORY, program_environment
+from tests.helpers import run_command
 
 WORDS = ["red", "green", "blue", "seven", "eleven", "a longer answer here"]
 
@@ -65,9 +64,7 @@ def train(config: Path, *arguments: str, launch: list[str] | None = None, **envi
     launch = launch or []
     program = [] if "tests.fsdp_on_cpu" in launch else ["spin/run_spin.py"]
     command = [sys.executable, *launch, *program, str(config), *arguments]
-    done = subprocess.run(
-        command, cwd=REPOSITORY, env=program_environment(**environment), capture_output=True, text=True, check=False
-    )
+    done = run_command(command, **environment)
     assert done.returncode == 0, done.stderr[:3000] + done.stderr[-4000:]  # a launcher's own words come last
     return done.stdout
 

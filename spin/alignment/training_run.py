@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import sys
 import time
@@ -85,6 +86,7 @@ def read_settings(values: Mapping[str, Any], source: str, arguments_class: type)
     if not data.dataset_mixer:
         raise InputError(f"{source} lacks the key 'dataset_mixer': write at least one 'path: fraction' line under it")
     check_model_path(model.model_name_or_path, needs_weights=not model.init_from_config)
+    skip_unused_deepspeed_build()
     try:
         arguments: Any = build(arguments_class, {"report_to": "none", **training_values}, source)
     except InputError:
@@ -110,6 +112,21 @@ def read_settings(values: Mapping[str, Any], source: str, arguments_class: type)
         False  # the Trainer would mix its checkpoints into output_dir; push_policy does it at the end
     )
     return Settings(values, model, data, arguments, bool(values.get("overwrite_output_dir", False)), push)
+
+
+def skip_unused_deepspeed_build() -> None:
+    """Keep DeepSpeed on a CPU from compiling its shared-memory all-reduce as the process group is made.
+
+    Only its inference engine calls it. The build is guarded by a lock file in the user's cache that a killed process leaves
+    behind, and every later start waits for that file to vanish, for ever.
+    """
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
+        return
+    from deepspeed import ops
+    from deepspeed.accelerator import get_accelerator
+
+    if get_accelerator().device_name() == "cpu":
+        ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def inputs_record(settings: Settings, opponent: str, data: str) -> dict[str, Any]:
