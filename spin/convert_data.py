@@ -75,7 +75,7 @@ class Gathered:
         return first[1]
 
     def _check_fractions(self, num_fracs: int) -> None:
-        from spin.alignment.shards import num_fractions
+        from spin.alignment.fractions import num_fractions
 
         recorded = num_fractions(self.provenance.num_prompts, self.provenance.frac_len)
         expected = num_fracs if num_fracs and self.split == "train" else recorded
@@ -103,7 +103,8 @@ class Gathered:
         import numpy as np
 
         from spin.alignment.provenance import hash_text
-        from spin.alignment.shards import fraction_rows, read_skipped
+        from spin.alignment.fractions import fraction_rows
+        from spin.alignment.shards import read_skipped
 
         num_samples = int(self.provenance.sampling.get("num_samples", 1))
         seen, skipped = array("Q"), []

@@ -67,7 +67,7 @@ def load_held_out(options: Any, encoder: ChatEncoder, context: int) -> tuple[lis
     """Return the held-out prompts to score and how many were left out because they do not fit."""
     from spin.alignment.data import load_prompts
     from spin.alignment.evaluation import encode_held_out
-    from spin.alignment.shards import fraction_rows
+    from spin.alignment.fractions import fraction_rows
 
     prompts = load_prompts(options.input_dir, options.split)
     if options.limit and options.limit < len(prompts):

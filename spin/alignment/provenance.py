@@ -103,6 +103,12 @@ def hash_text(*parts: str) -> str:
     return digest.hexdigest()[:_HASH_LENGTH]
 
 
+def id_number(prompt_id: str) -> int:
+    """Return 64 bits that stand for a prompt id. The sum of these numbers modulo 2**64 tells whether two collections hold the
+    same ids equally often, in any order and in constant memory."""
+    return int.from_bytes(hashlib.sha256(prompt_id.encode()).digest()[:8], "big")
+
+
 def hash_json(value: Mapping[str, Any] | list[Any]) -> str:
     """Return a short content hash of a JSON value, key order aside."""
     return hash_text(json.dumps(value, sort_keys=True, default=str))

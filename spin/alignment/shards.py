@@ -1,17 +1,13 @@
-"""Files of rows: atomic writes, fractions of a data set, and the crash-safe parts of one fraction."""
+"""Files of rows: atomic writes, and parquet that is streamed, complete or absent, and carries its provenance."""
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
-import random
-import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -20,10 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from spin.alignment.errors import InputError
-from spin.alignment.provenance import Provenance, hash_json, read_provenance
+from spin.alignment.provenance import Provenance
 
-# The shuffle before fractions is part of the file contract: every server must cut the same deck the same way.
-SHUFFLE_SEED = 42
 SKIPPED_KEY = b"spin.skipped"
 ROW_GROUP_BYTES = 64 * 2**20
 
@@ -98,13 +92,18 @@ class ParquetSink:
     """A parquet file written row group by row group that appears only when it is complete (a context manager)."""
 
     def __init__(
-        self, path: str | Path, schema: pa.Schema, provenance: Provenance, skipped: Sequence[dict[str, str]] = ()
+        self,
+        path: str | Path,
+        schema: pa.Schema,
+        provenance: Provenance,
+        skipped: Sequence[dict[str, str]] = (),
+        metadata: Mapping[bytes, bytes] | None = None,
     ) -> None:
+        """``skipped`` names the prompts left out, with reasons; ``metadata`` is further schema metadata."""
         self.path = Path(path)
-        self.schema = provenance.attach(schema)
-        if skipped:
-            record = json.dumps(list(skipped), ensure_ascii=False).encode()
-            self.schema = self.schema.with_metadata({**self.schema.metadata, SKIPPED_KEY: record})
+        record = {SKIPPED_KEY: json.dumps(list(skipped), ensure_ascii=False).encode()} if skipped else {}
+        attached = provenance.attach(schema)
+        self.schema = attached.with_metadata({**attached.metadata, **record, **(metadata or {})})
         self.num_rows = 0
 
     def __enter__(self) -> ParquetSink:
@@ -186,108 +185,6 @@ def read_skipped(path: str | Path) -> list[dict[str, str]]:
     """Return the prompts that generation left out of this file, each with ``prompt_id`` and ``reason``."""
     record = (open_parquet(path).schema_arrow.metadata or {}).get(SKIPPED_KEY)
     return json.loads(record) if record else []
-
-
-def fraction_rows(num_rows: int, data_frac: int, frac_len: int) -> list[int]:
-    """Return the row indices of a fraction: shuffle all rows with seed 42, then cut slices of ``frac_len`` rows.
-
-    ``frac_len`` 0 is one fraction that holds everything. Fractions are disjoint and together cover the data.
-
-    Raises:
-        InputError: a negative number, or a fraction behind the end of the data.
-    """
-    total = num_fractions(num_rows, frac_len)
-    if not 0 <= data_frac < total:
-        raise InputError(
-            f"data_frac is {data_frac}, but {num_rows} rows in pieces of frac_len {frac_len} make the fractions 0 to {total - 1}"
-        )
-    order = list(range(num_rows))
-    random.Random(SHUFFLE_SEED).shuffle(order)
-    return order[frac_len * data_frac :][: frac_len or None]
-
-
-def num_fractions(num_rows: int, frac_len: int) -> int:
-    """Return how many fractions of ``frac_len`` rows the data makes (1 when ``frac_len`` is 0)."""
-    if frac_len < 0:
-        raise InputError(f"frac_len is {frac_len}: set it to 0 (everything) or to the rows of one fraction")
-    return max(1, -(-num_rows // frac_len)) if frac_len else 1
-
-
-def fraction_path(output_dir: str | Path, split: str, data_frac: int) -> Path:
-    """Return the file of one fraction."""
-    return Path(output_dir) / f"{split}-{data_frac:05d}.parquet"
-
-
-class FractionParts:
-    """The parts of one fraction while it is generated: each is complete or absent, in a hidden folder beside the result.
-
-    The folder is named after the provenance and the size of a part, so parts of another run are never taken for these.
-    """
-
-    def __init__(self, path: Path, schema: pa.Schema, provenance: Provenance, part_len: int, num_rows: int) -> None:
-        self.path, self.schema, self.provenance, self.part_len = path, schema, provenance, part_len
-        self.num_parts = -(-num_rows // part_len)
-        name = hash_json({**asdict(provenance), "part_len": part_len})
-        self.folder = path.parent / ".parts" / f"{path.stem}-{name}"
-
-    def part_path(self, index: int) -> Path:
-        return self.folder / f"part-{index:06d}.parquet"
-
-    def rows_of(self, index: int) -> slice:
-        """Return which of the fraction's prompts a part holds."""
-        return slice(index * self.part_len, (index + 1) * self.part_len)
-
-    def pending(self) -> list[int]:
-        """Return the parts still to be made; none when the fraction's file is there already."""
-        with self._locked():
-            return [] if self.is_merged() else self._missing()
-
-    def _missing(self) -> list[int]:
-        return [index for index in range(self.num_parts) if not self.part_path(index).exists()]
-
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Hold the fraction's lock, which dies with its holder: parts never vanish under a process that counts them."""
-        path = self.folder.parent / f"{self.path.stem}.lock"
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lock = path.open("w")
-        except OSError as error:
-            raise (_explained(error, path) or error) from None
-        with lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
-
-    def write(self, index: int, rows: Sequence[dict[str, Any]]) -> None:
-        """Write one part atomically."""
-        with ParquetSink(self.part_path(index), self.schema, self.provenance) as sink:
-            sink.write(rows)
-
-    def merge(self, skipped: Sequence[dict[str, str]] = ()) -> bool:
-        """Stream all parts in order into the fraction's file, then remove them; return False when some are not there yet.
-
-        Any number of processes may call this: a lock, which dies with its holder, lets one of them do it.
-        """
-        with self._locked():
-            if self.is_merged():
-                return True
-            if self._missing():
-                return False
-            with ParquetSink(self.path, self.schema, self.provenance, skipped) as sink:
-                for index in range(self.num_parts):
-                    for batch in read_batches(self.part_path(index)):
-                        sink.write(pa.Table.from_batches([batch]))
-            for folder in self.folder.parent.glob(f"{self.path.stem}-*"):
-                shutil.rmtree(folder)
-            return True
-
-    def is_merged(self) -> bool:
-        """Return whether the fraction's file is there and made from the same things."""
-        if not self.path.exists():
-            return False
-        return not self.provenance.differences(
-            read_provenance(open_parquet(self.path).schema_arrow, self.path), ignore=("extra",)
-        )
 
 
 def remove_files(paths: Iterable[Path]) -> None:

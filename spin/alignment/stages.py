@@ -142,7 +142,7 @@ def num_train_fractions(config: RunConfig) -> int:
     if not frac_len:
         return 1
     from spin.alignment.data import load_prompts
-    from spin.alignment.shards import num_fractions
+    from spin.alignment.fractions import num_fractions
 
     return num_fractions(len(load_prompts(config.data.train, config.data.train_split)), int(frac_len))
 

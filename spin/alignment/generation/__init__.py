@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from spin.alignment.configs import Dtype
@@ -20,12 +20,19 @@ from spin.alignment.generation.base import (
 class BackendSettings:
     """What a backend needs to load a model.
 
-    ``dtype`` is auto (that of the checkpoint), float32, bfloat16 or float16; ``batch_size`` None leaves the number of
-    responses in flight to the backend; ``max_model_len`` is the longest prompt plus response, in tokens.
+    Attributes:
+        adapter: folder of LoRA adapters to serve on top of the model.
+        dtype: auto (that of the checkpoint), float32, bfloat16 or float16.
+        batch_size: responses in flight; None leaves it to the backend.
+        max_model_len: the longest prompt plus response, in tokens.
+        stop_ids: the ids that end a response.
+        decode: sampled ids -> text; stop texts are looked for in it.
+        base_url: address of an OpenAI-compatible server (openai).
     """
 
     model: str
     revision: str | None = None
+    adapter: str | None = None
     dtype: Dtype = "auto"
     batch_size: int | None = None
     tensor_parallel_size: int = 1
@@ -34,6 +41,8 @@ class BackendSettings:
     trust_remote_code: bool = False
     stop_ids: list[int] = field(default_factory=list)
     pad_id: int = 0
+    decode: Callable[[Sequence[int]], str] | None = None
+    base_url: str | None = None
 
 
 def _transformers(settings: BackendSettings) -> GenerationBackend:

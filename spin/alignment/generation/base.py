@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from spin.alignment.errors import InputError
 
@@ -14,13 +15,27 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How responses are drawn; the same meaning in every backend. ``temperature`` 0 is greedy, ``top_k`` 0 is off."""
+    """How responses are drawn; the same meaning in every backend.
+
+    Attributes:
+        temperature: 0 is greedy.
+        top_k: 0 is off.
+        min_p: keeps the tokens at least this likely relative to the likeliest one; 0 is off.
+        repetition_penalty: divides (or multiplies, below 0) the logits of tokens seen in prompt or response; 1 is off.
+        max_new_tokens: 0 is what the context leaves behind each prompt.
+        stop: texts that end a response where they appear; they stay in the ids and are cut from the text.
+        logprobs: return the model's own log-prob (nats, before temperature and cut-offs) of every sampled token.
+    """
 
     num_samples: int = 1
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
     max_new_tokens: int = 1024
+    stop: tuple[str, ...] = ()
+    logprobs: bool = False
     seed: int = 42
 
     def __post_init__(self) -> None:
@@ -29,44 +44,82 @@ class SamplingConfig:
             ("temperature", 0.0 <= self.temperature < float("inf"), "0 (greedy) or more"),
             ("top_p", 0.0 < self.top_p <= 1.0, "in (0, 1]"),
             ("top_k", self.top_k >= 0, "0 (off) or more"),
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("min_p", 0.0 <= self.min_p < 1.0, "in [0, 1)"),
+            ("repetition_penalty", 0.0 < self.repetition_penalty < float("inf"), "above 0 (1 is off)"),
+            ("max_new_tokens", self.max_new_tokens >= 0, "0 (what the context leaves) or more"),
             ("seed", self.seed >= 0, "0 or more"),
         ):
             if not valid:
                 raise InputError(f"{name} is {getattr(self, name)}: set it to a value {range_}")
+        if any(not text for text in self.stop):
+            raise InputError("stop holds an empty text, which would end every response at once: remove it")
         if self.temperature == 0.0 and self.num_samples > 1:
             raise InputError(
                 "temperature 0 draws the same response every time: set num_samples to 1 or raise temperature"
             )
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Return the settings as JSON values."""
+        return asdict(self) | {"stop": list(self.stop)}
+
+    def longest(self, request: PromptRequest) -> int:
+        """Return the most tokens a response to this request may have.
+
+        Raises:
+            ValueError: neither ``max_new_tokens`` nor the request sets a limit.
+        """
+        limits = [limit for limit in (self.max_new_tokens, request.room) if limit]
+        if not limits:
+            raise ValueError(f"nothing limits the response to prompt {request.prompt_id}: set max_new_tokens")
+        return min(limits)
 
 
 @dataclass(frozen=True)
 class PromptRequest:
-    """One prompt: its id and its token ids, at most one BOS, generation prompt included."""
+    """One prompt: its id and its token ids, at most one BOS, generation prompt included.
+
+    ``room`` is the number of tokens the model's context leaves behind the prompt, None where it sets no limit.
+    """
 
     prompt_id: str
-    token_ids: tuple[int, ...]
+    token_ids: Sequence[int]
+    room: int | None = None
 
 
 @dataclass(frozen=True)
 class Response:
-    """The sampled ids, prompt excluded; the end-of-turn id comes last exactly when ``finish_reason`` is ``stop``."""
+    """The sampled ids, prompt excluded.
+
+    ``finish_reason`` is ``stop`` exactly when the last id is an end-of-turn id or completes a stop text. ``logprobs`` holds
+    one number (nats) for each id when the sampling asks for them.
+    """
 
     token_ids: list[int]
     finish_reason: FinishReason
+    logprobs: list[float] | None = None
 
 
-class GenerationBackend(Protocol):
+class GenerationBackend(ABC):
     """Turns prompts into responses; owns the model for as long as it lives."""
+
+    @abstractmethod
+    def stream(
+        self, requests: Iterable[PromptRequest], sampling: SamplingConfig
+    ) -> Iterator[tuple[int, list[Response]]]:
+        """Yield ``(n, responses)`` for the n-th request as soon as the last of its ``num_samples`` responses is there.
+
+        Requests are drawn from the iterable only as room for them becomes free, so the caller decides late what comes next;
+        when it ends, those in flight are finished. Closing the iterator gives up what is in flight.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free the model and the device memory."""
 
     def generate(self, requests: Sequence[PromptRequest], sampling: SamplingConfig) -> list[list[Response]]:
         """Return ``num_samples`` responses for each request, in the order of the requests."""
-
-    def close(self) -> None:
-        """Free the model and the device memory."""
+        responses = dict(self.stream(requests, sampling))
+        return [responses[index] for index in range(len(requests))]
 
 
 def sample_seed(seed: int, prompt_id: str, sample_index: int) -> int:

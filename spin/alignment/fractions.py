@@ -1,0 +1,225 @@
+"""Fractions of a data set, and the crash-safe journal of one fraction while its rows are made."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from spin.alignment.errors import InputError
+from spin.alignment.provenance import Provenance, hash_json, read_provenance
+from spin.alignment.shards import ParquetSink, open_parquet, read_batches
+
+# The shuffle before fractions is part of the file contract: every server must cut the same deck the same way.
+SHUFFLE_SEED = 42
+PARTS_FOLDER = ".parts"
+POSITIONS_KEY = b"spin.positions"
+_MERGE_PROMPTS = 256
+_CACHED_BYTES = 128 * 2**20
+
+
+def shuffled_rows(num_rows: int) -> list[int]:
+    """Return all row indices in the order that fractions are cut from: shuffled with seed 42, as in the original."""
+    order = list(range(num_rows))
+    random.Random(SHUFFLE_SEED).shuffle(order)
+    return order
+
+
+def fraction_rows(num_rows: int, data_frac: int, frac_len: int) -> list[int]:
+    """Return the row indices of a fraction: shuffle all rows with seed 42, then cut slices of ``frac_len`` rows.
+
+    ``frac_len`` 0 is one fraction that holds everything. Fractions are disjoint and together cover the data.
+
+    Raises:
+        InputError: a negative number, or a fraction behind the end of the data.
+    """
+    check_fraction(num_rows, data_frac, frac_len)
+    return shuffled_rows(num_rows)[frac_len * data_frac :][: frac_len or None]
+
+
+def check_fraction(num_rows: int, data_frac: int, frac_len: int) -> None:
+    """Refuse a fraction that the data does not have.
+
+    Raises:
+        InputError: a negative number, or a fraction behind the end of the data.
+    """
+    total = num_fractions(num_rows, frac_len)
+    if not 0 <= data_frac < total:
+        raise InputError(
+            f"data_frac is {data_frac}, but {num_rows} rows in pieces of frac_len {frac_len} make the fractions 0 to {total - 1}"
+        )
+
+
+def fraction_size(num_rows: int, data_frac: int, frac_len: int) -> int:
+    """Return how many rows a fraction holds."""
+    check_fraction(num_rows, data_frac, frac_len)
+    return min(frac_len or num_rows, num_rows - frac_len * data_frac)
+
+
+def num_fractions(num_rows: int, frac_len: int) -> int:
+    """Return how many fractions of ``frac_len`` rows the data makes (1 when ``frac_len`` is 0)."""
+    if frac_len < 0:
+        raise InputError(f"frac_len is {frac_len}: set it to 0 (everything) or to the rows of one fraction")
+    return max(1, -(-num_rows // frac_len)) if frac_len else 1
+
+
+def fraction_path(output_dir: str | Path, split: str, data_frac: int) -> Path:
+    """Return the file of one fraction."""
+    return Path(output_dir) / f"{split}-{data_frac:05d}.parquet"
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One file of finished rows: which prompts of the fraction it holds, in the order of its rows."""
+
+    path: Path
+    positions: list[int]
+
+
+class FractionJournal:
+    """The finished rows of one fraction while it is made, in parts that any number of workers add to.
+
+    A prompt is named by its *position* among the prompts of the fraction. A part holds all samples of some prompts, whichever
+    were finished; it is complete or absent. The parts lie in a hidden folder beside the result, named after the provenance,
+    so parts of another run are never taken for these.
+    """
+
+    def __init__(
+        self, path: Path, schema: pa.Schema, provenance: Provenance, num_prompts: int, num_samples: int = 1
+    ) -> None:
+        self.path, self.schema, self.provenance = path, schema, provenance
+        self.num_samples = num_samples
+        self.folder = path.parent / PARTS_FOLDER / f"{path.stem}-{hash_json(asdict(provenance))}"
+        self.finished = np.zeros(num_prompts, dtype=bool)
+        self.torn: list[Path] = []
+        self._parts: dict[str, _Part] = {}
+        self._written = 0
+
+    def open(self) -> None:
+        """Make the folder, and see what is there already."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.scan()
+
+    def scan(self) -> None:
+        """Take note of parts that were written since the last look, by whomever.
+
+        A part that cannot be read is moved aside and listed in ``torn``: its prompts are made again.
+        """
+        for path in sorted(self.folder.glob("part-*.parquet")):
+            if path.name in self._parts:
+                continue
+            try:
+                metadata = open_parquet(path).schema_arrow.metadata or {}
+                positions = json.loads(metadata[POSITIONS_KEY])
+            except (InputError, KeyError, ValueError):
+                if path.exists():
+                    path.rename(path.with_suffix(".torn"))
+                    self.torn.append(path)
+                continue
+            self._note(path, positions)
+
+    def _note(self, path: Path, positions: list[int]) -> None:
+        self._parts[path.name] = _Part(path, positions)
+        self.finished[positions] = True
+
+    def write(self, worker: str, rows: dict[int, list[dict[str, Any]]]) -> None:
+        """Write the rows of some prompts, keyed by position, as one part.
+
+        Raises:
+            InputError: the folder is full, read-only or gone.
+        """
+        positions = sorted(rows)
+        path = self.folder / f"part-{worker}-{self._written:06d}.parquet"
+        if not self.folder.is_dir():
+            # Made at the start: without it, either the fraction was merged by others or the disk is not there any more.
+            if self.is_merged():
+                return
+            raise InputError(
+                f"{self.folder} has vanished while rows were made: see whether its disk is still mounted, then run the same "
+                "command again"
+            )
+        record = {POSITIONS_KEY: json.dumps(positions).encode()}
+        with ParquetSink(path, self.schema, self.provenance, metadata=record) as sink:
+            sink.write([row for position in positions for row in rows[position]])
+        self._written += 1
+        self._note(path, positions)
+
+    def is_complete(self) -> bool:
+        """Return whether every prompt is in a part that this process knows of."""
+        return bool(self.finished.all())
+
+    def is_merged(self) -> bool:
+        """Return whether the fraction's file is there and made from the same things."""
+        if not self.path.exists():
+            return False
+        found = read_provenance(open_parquet(self.path).schema_arrow, self.path)
+        return not self.provenance.differences(found, ignore=("extra",))
+
+    def merge(self, skipped: Sequence[dict[str, str]] = ()) -> None:
+        """Stream the rows of all parts, by position, into the fraction's file, then remove the parts.
+
+        The file depends on the rows alone: not on who made them, nor in which order. A prompt that stands in two parts (its
+        worker was thought dead) is taken from the first of them.
+        """
+        with ParquetSink(self.path, self.schema, self.provenance, skipped) as sink:
+            for table in self._in_order():
+                sink.write(table)
+        self.remove_parts()
+
+    def remove_parts(self) -> None:
+        """Remove the parts of this fraction, those of other runs of it included."""
+        for folder in self.folder.parent.glob(f"{self.path.stem}-*"):
+            # Not ignore_errors: another worker may be removing the same files, which is fine, but nothing else is.
+            shutil.rmtree(folder, onerror=_raise_unless_gone)
+
+    def _in_order(self) -> Iterator[pa.Table]:
+        """Yield the rows by position, a few hundred prompts at a time."""
+        place: dict[int, tuple[str, int]] = {}
+        for name in sorted(self._parts):
+            for rank, position in enumerate(self._parts[name].positions):
+                place.setdefault(position, (name, rank))
+        tables = _TableCache(_CACHED_BYTES)
+        for start in range(0, len(self.finished), _MERGE_PROMPTS):
+            positions = range(start, min(start + _MERGE_PROMPTS, len(self.finished)))
+            wanted: dict[str, list[int]] = {}
+            for position in positions:
+                name, rank = place[position]
+                wanted.setdefault(name, []).append(rank)
+            pieces, order = [], []
+            for name, ranks in wanted.items():
+                rows = [rank * self.num_samples + sample for rank in ranks for sample in range(self.num_samples)]
+                pieces.append(tables.read(self._parts[name].path).take(pa.array(rows, pa.int64())))
+                order += [self._parts[name].positions[rank] for rank in ranks]
+            # Stable, so the samples of a prompt keep their order.
+            rows_of = np.repeat(np.array(order), self.num_samples).argsort(kind="stable")
+            yield pa.concat_tables(pieces).take(pa.array(rows_of)).replace_schema_metadata(None)
+
+
+class _TableCache:
+    """The tables read last, up to a number of bytes: neighbouring positions lie in few parts."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._tables: OrderedDict[Path, pa.Table] = OrderedDict()
+
+    def read(self, path: Path) -> pa.Table:
+        if path not in self._tables:
+            self._tables[path] = pa.Table.from_batches(list(read_batches(path))).combine_chunks()
+        self._tables.move_to_end(path)
+        while len(self._tables) > 1 and sum(table.nbytes for table in self._tables.values()) > self.limit:
+            self._tables.popitem(last=False)
+        return self._tables[path]
+
+
+def _raise_unless_gone(_: Any, path: str, failure: Any) -> None:
+    error = failure[1]
+    if not isinstance(error, FileNotFoundError):
+        raise error
