@@ -19,6 +19,7 @@ CORE = [
     "rich>=13",
     "matplotlib>=3.8",
     "psutil>=5.9",
+    "httpx2>=2,<3",
 ]
 EXTRAS = {
     "vllm": ["vllm==0.32.0"],

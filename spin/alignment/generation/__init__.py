@@ -57,9 +57,16 @@ def _vllm(settings: BackendSettings) -> GenerationBackend:
     return VLLMBackend(settings)
 
 
+def _openai(settings: BackendSettings) -> GenerationBackend:
+    from spin.alignment.generation.openai_backend import OpenAIBackend
+
+    return OpenAIBackend(settings)
+
+
 BACKENDS: dict[str, Callable[[BackendSettings], GenerationBackend]] = {
     "transformers": _transformers,
     "vllm": _vllm,
+    "openai": _openai,
 }
 
 

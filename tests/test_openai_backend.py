@@ -1,0 +1,573 @@
+"""The backend of a server that is running already, against a small server that misbehaves on request."""
+
+from __future__ import annotations
+
+import email.utils
+import hashlib
+import json
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+from spin.alignment.errors import InputError
+from spin.alignment.generation import BackendSettings, PromptRequest, SamplingConfig, make_backend, sample_seed
+from spin.alignment.generation.openai_backend import OpenAIBackend, find_model
+from spin.alignment.generation.server_link import RetryPolicy, is_this_machine, told_delay
+
+STOP = 3
+QUICK = RetryPolicy(attempts=4, first_delay=0.01, timeout=5.0)
+SAMPLING = SamplingConfig(num_samples=2, max_new_tokens=8, seed=7)
+REQUESTS = [
+    PromptRequest(f"p{number}", tuple(range(5, 5 + length))) for number, length in enumerate([3, 9, 1, 6, 6, 12, 2])
+]
+
+
+def answer_to(body: dict[str, Any]) -> dict[str, Any]:
+    """What a server says: ids made from prompt and seed, ended by a stop id in about half of the cases."""
+    seen = hashlib.sha256(json.dumps([body["prompt"], body["seed"]]).encode()).digest()
+    ids = [10 + byte for byte in seen[: body["max_tokens"]]]
+    choice = {"index": 0, "text": "...", "finish_reason": "length", "prompt_token_ids": body["prompt"]}
+    if seen[-1] % 2:
+        ids = [*ids[:4], body["stop_token_ids"][0]]
+        choice |= {"finish_reason": "stop", "stop_reason": ids[-1]}
+    if "logprobs" in body:
+        choice["logprobs"] = {"token_logprobs": [-token / 100 for token in ids]}
+    return {"choices": [choice | {"token_ids": ids}]}
+
+
+class FakeServer:
+    """A server on a free port of this machine. ``behave(handler, body)`` may answer in its own way and then returns True."""
+
+    def __init__(self, port: int = 0) -> None:
+        self.models: Any = {"data": [{"id": "tiny", "max_model_len": 64}]}
+        self.behave: Callable[[Handler, dict[str, Any]], bool] = lambda handler, body: False
+        self.bodies: list[dict[str, Any]] = []
+        self.headers: list[Any] = []
+        self.targets: list[str] = []
+        self.http = Listener(("127.0.0.1", port), Handler)
+        self.http.fake = self
+        self.port = self.http.server_address[1]
+        self.thread = threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+        self.thread.start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/v1"
+
+    def prompts(self) -> list[list[int]]:
+        return [body["prompt"] for body in self.bodies]
+
+    def close(self) -> None:
+        self.http.shutdown()
+        self.http.server_close()
+        self.http.cut_connections()
+        self.thread.join()
+
+
+class Listener(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128
+    fake: FakeServer
+
+    def __init__(self, *arguments: Any) -> None:
+        self.open: set[socket.socket] = set()
+        super().__init__(*arguments)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self.open.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        self.open.discard(request)
+        super().shutdown_request(request)
+
+    def cut_connections(self) -> None:
+        for connection in list(self.open):
+            self.shutdown_request(connection)
+
+    def handle_error(self, *arguments: Any) -> None:
+        """A client that goes away is what some tests are about."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Listener
+
+    def do_GET(self) -> None:
+        self.server.fake.targets.append(self.path)
+        self.server.fake.headers.append(self.headers)
+        found = urlsplit(self.path).path == "/v1/models"
+        self.say(200 if found else 404, self.server.fake.models if found else {"detail": "Not Found"})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        fake = self.server.fake
+        fake.bodies.append(body)
+        fake.headers.append(self.headers)
+        assert urlsplit(self.path).path == "/v1/completions"
+        if not fake.behave(self, body):
+            self.say(200, answer_to(body))
+
+    def say(self, status: int, answer: Any, **headers: str) -> bool:
+        content = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(content)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(content)
+        return True
+
+    def hang_up(self) -> bool:
+        self.close_connection = True
+        self.connection.shutdown(socket.SHUT_RDWR)
+        return True
+
+    def log_message(self, *arguments: Any) -> None:
+        """Say nothing on stderr."""
+
+
+@pytest.fixture
+def server() -> Iterator[FakeServer]:
+    fake = FakeServer()
+    yield fake
+    fake.close()
+
+
+@pytest.fixture
+def connect(server: FakeServer) -> Iterator[Callable[..., OpenAIBackend]]:
+    """Make backends of the server; all are closed at the end."""
+    made: list[OpenAIBackend] = []
+
+    def make(policy: RetryPolicy = QUICK, **changes: Any) -> OpenAIBackend:
+        settings = BackendSettings("tiny", stop_ids=[STOP], base_url=server.url)
+        made.append(OpenAIBackend(replace(settings, **changes), policy, first_contact=QUICK))
+        return made[-1]
+
+    yield make
+    for backend in made:
+        backend.close()
+
+
+def expected(requests: list[PromptRequest], sampling: SamplingConfig = SAMPLING) -> list[list[list[int]]]:
+    rows = []
+    for request in requests:
+        seeds = [sample_seed(sampling.seed, request.prompt_id, sample) for sample in range(sampling.num_samples)]
+        common = {"prompt": list(request.token_ids), "max_tokens": sampling.max_new_tokens, "stop_token_ids": [STOP]}
+        rows.append([answer_to(common | {"seed": seed})["choices"][0]["token_ids"] for seed in seeds])
+    return rows
+
+
+def until(there: Callable[[], bool], seconds: float = 10.0) -> None:
+    """Wait until something is so.
+
+    Raises:
+        AssertionError: it is not so in time.
+    """
+    end = time.monotonic() + seconds
+    while not there():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def ids_of(rows: list[list[Any]]) -> list[list[list[int]]]:
+    return [[response.token_ids for response in row] for row in rows]
+
+
+def test_every_setting_of_the_sampling_is_in_the_request(server, connect):
+    sampling = SamplingConfig(2, 0.7, 0.9, 50, 0.05, 1.1, 30, stop=("END",), logprobs=True, seed=3)
+    connect().generate([PromptRequest("p", (5, 6, 7), room=20)], sampling)
+    first, second = sorted(server.bodies, key=lambda body: body["seed"] != sample_seed(3, "p", 0))
+    assert first == {
+        "model": "tiny",
+        "prompt": [5, 6, 7],
+        "n": 1,
+        "stream": False,
+        "max_tokens": 20,
+        "temperature": 0.7,
+        "top_p": 0.9,
+        "top_k": 50,
+        "min_p": 0.05,
+        "repetition_penalty": 1.1,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "seed": sample_seed(3, "p", 0),
+        "stop_token_ids": [STOP],
+        "ignore_eos": True,
+        "stop": ["END"],
+        "skip_special_tokens": True,
+        "return_token_ids": True,
+        "logprobs": 0,
+    }
+    assert second == first | {"seed": sample_seed(3, "p", 1)} and second["seed"] != first["seed"]
+
+
+def test_responses_do_not_depend_on_order_or_company(connect):
+    forward = connect(batch_size=16).generate(REQUESTS, SAMPLING)
+    assert ids_of(forward) == expected(REQUESTS)
+    assert connect(batch_size=1).generate(REQUESTS, SAMPLING) == forward
+    assert connect(batch_size=3).generate(REQUESTS[::-1], SAMPLING)[::-1] == forward
+    assert connect().generate(REQUESTS[4:5], SAMPLING) == forward[4:5]
+    responses = [response for row in forward for response in row]
+    assert {response.finish_reason for response in responses} == {"stop", "length"}
+    assert all((response.token_ids[-1] == STOP) == (response.finish_reason == "stop") for response in responses)
+    assert all(response.logprobs is None for response in responses)
+
+
+def test_requests_are_drawn_as_room_becomes_free_and_yielded_as_they_finish(server, connect):
+    held, drawn = threading.Event(), []
+
+    def hold_the_first(handler: Handler, body: dict[str, Any]) -> bool:
+        return not held.wait(30) if body["prompt"] == list(REQUESTS[0].token_ids) else False
+
+    def lazily() -> Iterator[PromptRequest]:
+        for request in REQUESTS:
+            drawn.append(request.prompt_id)
+            yield request
+
+    server.behave = hold_the_first
+    stream = connect(batch_size=4).stream(lazily(), SAMPLING)
+    assert drawn == []
+    # Two of the four places are taken by the first prompt until the end.
+    for place in range(1, len(REQUESTS)):
+        n, responses = next(stream)
+        assert n == place and [response.token_ids for response in responses] == expected(REQUESTS)[n]
+        assert len(drawn) <= place + 2
+    assert drawn == [request.prompt_id for request in REQUESTS]
+    held.set()
+    assert [n for n, _ in stream] == [0]
+
+
+def test_closing_the_stream_gives_up_what_is_in_flight(server, connect):
+    gone = threading.Semaphore(0)
+
+    def wait_for_the_end(handler: Handler, body: dict[str, Any]) -> bool:
+        if body["prompt"] == list(REQUESTS[0].token_ids):
+            return False
+        handler.connection.settimeout(30)
+        if handler.connection.recv(1, socket.MSG_PEEK) == b"":
+            gone.release()
+        handler.close_connection = True
+        return True
+
+    server.behave = wait_for_the_end
+    backend = connect(batch_size=4)
+    stream = backend.stream(REQUESTS, SAMPLING)
+    assert next(stream)[0] == 0
+    until(lambda: len(server.bodies) == 6)
+    stream.close()
+    assert all(gone.acquire(timeout=10) for _ in range(4))
+    # Nothing was started behind the close, and the backend works on.
+    assert len(server.bodies) == 6
+    server.behave = lambda handler, body: False
+    assert ids_of(backend.generate(REQUESTS, SAMPLING)) == expected(REQUESTS)
+
+
+def slow(handler: Handler, body: dict[str, Any]) -> bool:
+    time.sleep(0.6)
+    return handler.say(200, answer_to(body))
+
+
+def aborted(handler: Handler, body: dict[str, Any]) -> bool:
+    return handler.say(200, {"choices": [{"finish_reason": "abort", "token_ids": [9], "text": ""}]})
+
+
+def cut_short(handler: Handler, body: dict[str, Any]) -> bool:
+    handler.close_connection = True
+    return handler.say(200, b'{"choices": [', Content_Length="500")
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [
+        pytest.param(lambda handler, body: handler.say(500, {"error": {"message": "boom"}}), id="500"),
+        pytest.param(lambda handler, body: handler.say(503, b"<html>starting</html>"), id="503"),
+        pytest.param(lambda handler, body: handler.say(408, b""), id="408"),
+        pytest.param(lambda handler, body: handler.say(429, b"", Retry_After="0"), id="429"),
+        pytest.param(lambda handler, body: handler.hang_up(), id="dropped"),
+        pytest.param(cut_short, id="cut short"),
+        pytest.param(slow, id="slow"),
+        pytest.param(aborted, id="aborted"),
+    ],
+)
+def test_trouble_that_passes_changes_nothing(server, connect, trouble):
+    left = {json.dumps([list(request.token_ids), sample]): 2 for request in REQUESTS for sample in range(2)}
+    seeds = {sample_seed(7, request.prompt_id, sample): sample for request in REQUESTS for sample in range(2)}
+    lock = threading.Lock()
+
+    def twice(handler: Handler, body: dict[str, Any]) -> bool:
+        key = json.dumps([body["prompt"], seeds[body["seed"]]])
+        with lock:
+            left[key] -= 1
+            fails = left[key] >= 0
+        return trouble(handler, body) if fails else False
+
+    requests = [*REQUESTS[:4], *REQUESTS[5:]]  # the fifth has the ids of the fourth
+    server.behave = twice
+    policy = replace(QUICK, timeout=0.3, seconds_per_token=0.0)
+    assert ids_of(connect(policy).generate(requests, SAMPLING)) == expected(requests)
+    assert len(server.bodies) == 3 * 2 * len(requests)
+
+
+def test_a_long_response_is_waited_for_longer(server, connect):
+    server.behave = slow
+    patient = replace(QUICK, timeout=0.1, seconds_per_token=0.5)
+    assert ids_of(connect(patient).generate(REQUESTS[:1], SAMPLING)) == expected(REQUESTS[:1])
+    assert len(server.bodies) == 2
+
+
+def test_retry_after_is_honoured(server, connect):
+    times: list[float] = []
+
+    def busy_once(handler: Handler, body: dict[str, Any]) -> bool:
+        times.append(time.monotonic())
+        return handler.say(429, {"message": "busy"}, Retry_After="1") if len(times) == 1 else False
+
+    server.behave = busy_once
+    connect().generate(REQUESTS[:1], replace(SAMPLING, num_samples=1))
+    assert len(times) == 2 and 1.0 <= times[1] - times[0] < 3.0
+
+
+def test_tries_are_bounded(server, connect, caplog):
+    server.behave = lambda handler, body: handler.say(500, {"error": {"message": "CUDA error"}})
+    message = (
+        r"did not answer prompt p0 after 4 tries \(last: HTTP 500: CUDA error\): start it and run the same command"
+    )
+    with caplog.at_level(logging.WARNING), pytest.raises(InputError, match=message):
+        connect(batch_size=1).generate(REQUESTS, SAMPLING)
+    assert len(server.bodies) == 4
+    assert len([record for record in caplog.records if "trying again" in record.message]) == 1
+
+
+def test_a_restarted_server_goes_on(server, connect):
+    backend = connect(replace(QUICK, attempts=12, first_delay=0.05, longest_delay=0.2), batch_size=4)
+    stream = backend.stream(REQUESTS, SAMPLING)
+    server.behave = lambda handler, body: time.sleep(0.05) or False
+    rows = dict([next(stream)])
+    port = server.port
+    server.close()
+    again: list[FakeServer] = []
+    starter = threading.Timer(0.3, lambda: again.append(FakeServer(port)))
+    starter.start()
+    rows |= dict(stream)
+    starter.join()
+    again[0].close()
+    assert ids_of([rows[n] for n in range(len(REQUESTS))]) == expected(REQUESTS)
+    assert again[0].bodies and server.bodies
+
+
+@pytest.mark.parametrize(
+    ("status", "answer", "message"),
+    [
+        (400, {"error": {"message": "context is 64 tokens"}}, "refused prompt p0 with HTTP 400: context is 64 tokens"),
+        (404, {"message": "no model tiny"}, "refused prompt p0 with HTTP 404: no model tiny"),
+        (401, {"error": "Unauthorized"}, "HTTP 401: Unauthorized: set OPENAI_API_KEY to a key the server knows"),
+        (422, b"too hot", "refused prompt p0 with HTTP 422: too hot"),
+        (501, b"", "refused prompt p0 with HTTP 501: Not Implemented"),
+        (302, b"", "refused prompt p0 with HTTP 302: Found"),
+        (200, b"<html>", "answered with something that is not JSON"),
+        (200, {"choices": []}, "to prompt p0 holds no completion"),
+    ],
+)
+def test_a_refusal_is_not_tried_again(server, connect, monkeypatch, caplog, status, answer, message):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    server.behave = lambda handler, body: handler.say(status, answer)
+    with caplog.at_level(logging.DEBUG), pytest.raises(InputError, match=message) as caught:
+        connect().generate(REQUESTS[:1], replace(SAMPLING, num_samples=1))
+    assert len(server.bodies) == 1
+    assert all(headers["Authorization"] == "Bearer sk-secret" for headers in server.headers)
+    assert "sk-secret" not in str(caught.value) + caplog.text
+
+
+CHOICE = {"finish_reason": "length", "token_ids": [10] * 8, "prompt_token_ids": list(REQUESTS[0].token_ids)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"token_ids": None}, "returned text but no token ids: this backend needs a server that takes and returns"),
+        ({"prompt_token_ids": [1, 5, 6, 7]}, "changed the token ids of prompt p0"),
+        ({"finish_reason": "content_filter"}, "did not finish prompt p0: its reason is 'content_filter'"),
+        ({"finish_reason": None}, "did not finish prompt p0: its reason is None"),
+        (
+            {"finish_reason": "abort"},
+            r"did not answer prompt p0 after 4 tries \(last: it gave the request up \(abort\)",
+        ),
+        (
+            {"token_ids": [10] * 5},
+            r"ended prompt p0 \(length\) after 5 of 8 tokens, the last is 10.*--generation-config vllm",
+        ),
+        ({"finish_reason": "stop", "stop_reason": 10}, r"ended prompt p0 \(stop\) after 8 of 8 tokens"),
+        ({"finish_reason": "stop", "token_ids": []}, r"ended prompt p0 \(stop\) after 0 of 8 tokens, for no reason"),
+        ({"logprobs": {"token_logprobs": [-1.0]}}, "no log-prob for each token of prompt p0"),
+        ({"logprobs": None}, "no log-prob for each token of prompt p0"),
+    ],
+)
+def test_an_answer_that_is_not_what_was_asked_for_is_refused(server, connect, changes, message):
+    server.behave = lambda handler, body: handler.say(200, {"choices": [CHOICE | changes]})
+    with pytest.raises(InputError, match=message):
+        connect().generate(REQUESTS[:1], replace(SAMPLING, num_samples=1, logprobs="logprobs" in changes))
+
+
+@pytest.mark.parametrize(("said", "kept"), [([65, 66, 67], 3), ([65, 66, 67, 68, 69], 3), ([66, 67], 2)])
+def test_a_stop_text_ends_at_the_id_that_completes_it(server, connect, said, kept):
+    values = [-0.5] * len(said)
+    choice = {"finish_reason": "stop", "stop_reason": "BC", "token_ids": said, "logprobs": {"token_logprobs": values}}
+    server.behave = lambda handler, body: handler.say(200, {"choices": [choice]})
+    backend = connect(decode=lambda ids: "".join(map(chr, ids)))
+    (response,) = backend.generate(REQUESTS[:1], SamplingConfig(max_new_tokens=8, stop=("BC",), logprobs=True))[0]
+    assert (response.token_ids, response.finish_reason) == (said[:kept], "stop")
+    assert response.logprobs == values[:kept]
+
+
+def test_a_stop_id_at_the_length_limit_is_a_stop(server, connect):
+    server.behave = lambda handler, body: handler.say(200, {"choices": [CHOICE | {"token_ids": [10] * 7 + [STOP]}]})
+    (response,) = connect().generate(REQUESTS[:1], replace(SAMPLING, num_samples=1))[0]
+    assert response.finish_reason == "stop"
+
+
+def test_log_probs_come_with_their_tokens(connect):
+    for response in connect().generate(REQUESTS[:1], replace(SAMPLING, logprobs=True))[0]:
+        assert response.logprobs == [-token / 100 for token in response.token_ids]
+
+
+def test_an_error_of_the_callers_iterator_comes_through(connect):
+    def broken() -> Iterator[PromptRequest]:
+        yield REQUESTS[0]
+        raise InputError("lease lost")
+
+    with pytest.raises(InputError, match="lease lost"):
+        connect().generate(broken(), SAMPLING)
+
+
+def settings_for(model: object, **changes: Any) -> BackendSettings:
+    return BackendSettings(str(model), stop_ids=[STOP], **changes)
+
+
+def test_a_model_is_known_by_its_id_its_folder_or_the_name_of_its_folder(tmp_path):
+    folder, other = tmp_path / "a" / "iter0", tmp_path / "b" / "iter0"
+    for one in (folder, other):
+        one.mkdir(parents=True)
+    elsewhere = {"id": "/mnt/models/iter0", "root": "/mnt/models/iter0"}
+    for card in (
+        {"id": str(folder), "root": str(folder)},
+        {"id": "policy", "root": str(folder)},
+        {"id": "iter0", "root": "/mnt/models/iter0"},
+        elsewhere,
+        {"id": "policy", "root": "/mnt/models/iter0"},
+        {"id": "iter0"},
+    ):
+        assert find_model([{"id": "more"}, card], settings_for(folder), "URL") == card["id"]
+    assert find_model([elsewhere, {"id": "iter0"}], settings_for("iter0"), "URL") == "iter0"
+    assert find_model([{"id": "x", "root": "org/name"}], settings_for("org/name"), "URL") == "x"
+    for cards in (
+        [{"id": "iter0", "root": str(other)}],
+        [{"id": "iter0", "parent": "base"}],
+        [{"id": "iter1"}],
+        [],
+    ):
+        with pytest.raises(InputError, match=rf"not {folder}: start one with .* --served-model-name iter0"):
+            find_model(cards, settings_for(folder), "URL")
+    with pytest.raises(InputError, match="serves policy \\(from other/name\\), not org/name"):
+        find_model([{"id": "policy", "root": "other/name"}], settings_for("org/name"), "URL")
+
+
+def test_an_adapter_is_asked_for_by_the_name_of_its_folder(tmp_path):
+    adapter = tmp_path / "lora7"
+    cards = [{"id": "tiny", "max_model_len": 64}, {"id": "lora7", "parent": "tiny", "root": str(adapter)}]
+    assert find_model(cards, settings_for("tiny", adapter=str(adapter)), "URL") == "lora7"
+    assert find_model(cards, settings_for("tiny"), "URL") == "tiny"
+    with pytest.raises(InputError, match=r"no adapter lora8: start it with --enable-lora --lora-modules lora8=/"):
+        find_model(cards, settings_for("tiny", adapter="lora8"), "URL")
+    with pytest.raises(InputError, match="not base"):
+        find_model(cards, settings_for("base", adapter=str(adapter)), "URL")
+
+
+def test_the_context_of_the_server_must_suffice(server, connect):
+    connect(max_model_len=64)
+    with pytest.raises(
+        InputError, match=r"at most 64 tokens, but a prompt and its response may take 65.*--max-model-len 65"
+    ):
+        connect(max_model_len=65)
+    assert server.bodies == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"base_url": None}, "needs the address of a running server: pass --base_url http://host:port/v1"),
+        ({"base_url": "127.0.0.1:8000/v1"}, "is no address"),
+        ({"base_url": "ftp://host/v1"}, "ftp://host/v1 is no address of a server"),
+        ({"base_url": "http://me:secret@host/v1"}, "holds a user name or a password: leave it out"),
+        ({"model": "huge"}, "serves tiny, not huge: start one with `vllm serve huge"),
+        ({"dtype": "float32"}, "dtype is float32.*start the server with --dtype float32"),
+        ({"tensor_parallel_size": 2}, "leave it at 1 here"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_generated(server, connect, changes, message):
+    with pytest.raises(InputError, match=message) as caught:
+        connect(**changes)
+    assert server.bodies == [] and "secret" not in str(caught.value)
+
+
+def test_a_server_that_is_not_there_or_another_kind_is_refused(server, connect, monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        nobody = f"http://127.0.0.1:{taken.getsockname()[1]}/v1"
+        with pytest.raises(InputError, match=f"{nobody} did not answer .* after 4 tries .*: start it"):
+            connect(base_url=nobody)
+    with pytest.raises(InputError, match="HTTP 404: Not Found: base_url must be the address"):
+        connect(base_url=server.url.removesuffix("/v1"))
+    for models in ({"models": []}, [], {"data": ["tiny"]}, {"data": [{"name": "tiny"}]}):
+        server.models = models
+        with pytest.raises(InputError, match="/models lists no models"):
+            connect()
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-\x07secret")
+    with pytest.raises(InputError, match="holds characters that no key has") as caught:
+        connect()
+    assert "secret" not in str(caught.value)
+
+
+def test_proxies_are_for_other_machines_only(server, connect, monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{taken.getsockname()[1]}")
+        monkeypatch.delenv("no_proxy", raising=False)
+        monkeypatch.delenv("NO_PROXY", raising=False)
+        connect(base_url=f"{server.url}/")  # the proxy is dead, so it was not asked
+    # Here the server is the proxy and is asked for an address of another machine.
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{server.port}")
+    assert ids_of(connect(base_url="http://models.example/v1").generate(REQUESTS, SAMPLING)) == expected(REQUESTS)
+    assert server.targets == ["/v1/models", "http://models.example/v1/models"]
+
+
+def test_loopback_addresses_are_known():
+    assert all(map(is_this_machine, ("localhost", "127.0.0.1", "127.8.8.8", "::1", "a.localhost", "0.0.0.0")))
+    assert not any(map(is_this_machine, ("example.org", "10.0.0.1", "fe80::1", "localhost.example.org")))
+
+
+def test_the_wait_doubles_up_to_a_limit_and_never_undercuts_the_server():
+    policy = RetryPolicy(first_delay=1.0, longest_delay=10.0, longest_told_delay=100.0)
+    for failures, full in ((1, 1.0), (2, 2.0), (4, 8.0), (5, 10.0), (500, 10.0)):
+        waits = [policy.delay(failures) for _ in range(50)]
+        assert all(full / 2 <= wait <= full for wait in waits) and len(set(waits)) > 1
+    assert policy.delay(1, told=30.0) == 30.0 and policy.delay(1, told=1e6) == 100.0
+    assert 5.0 <= policy.delay(5, told=1.0) <= 10.0
+    assert told_delay(None) is None and told_delay("soon") is None
+    assert told_delay("7") == 7.0 and told_delay("-1") == 0.0
+    assert 57.0 < (told_delay(email.utils.formatdate(time.time() + 60, usegmt=True)) or 0.0) <= 60.0
+
+
+def test_the_backend_is_in_the_registry_and_closes_twice(server):
+    backend = make_backend("openai", BackendSettings("tiny", stop_ids=[STOP], base_url=server.url))
+    assert isinstance(backend, OpenAIBackend) and backend.batch_size == 64
+    backend.close()
+    backend.close()
+    assert not backend.link._thread.is_alive()
