@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from spin.alignment.errors import InputError
-from spin.alignment.provenance import METADATA_KEY, Provenance, hash_text, read_provenance
+from spin.alignment.provenance import METADATA_KEY, Provenance, hash_texts, id_number, read_provenance
 from spin.alignment.readers import (
     Message,
     check_conversation,
@@ -44,49 +46,63 @@ OPTIONAL_COLUMNS = {
     "chosen_finish_reason": pa.string(),
     "chosen_weights": pa.list_(pa.float32()),
     "rejected_weights": pa.list_(pa.float32()),
+    "rejected_logprobs": pa.list_(pa.float32()),
 }
 
 
-def load_prompts(input_dir: str, split: str) -> Dataset:
-    """Load the prompts of a split with their ground truth: columns ``prompt_id`` and ``chosen``, ids unique.
+def stream_prompts(input_dir: str, split: str) -> Iterator[dict[str, Any]]:
+    """Stream the prompts of a split with their ground truth: ``prompt_id`` and ``chosen``, ids unique; 8 bytes a prompt are held.
 
     ``input_dir`` is a folder, a file or a Hub name in the project's own form or any form that ``readers.py`` knows.
 
     Raises:
-        InputError: a row breaks the row contract, or two rows share a prompt id.
+        InputError: a row breaks the row contract, or (after the last row) two rows share a prompt id.
     """
-    from datasets import Dataset, Features, Value
+    seen = array("Q")
+    for where, record in read_records(input_dir, split):
+        (conversation,) = to_conversations(record, where)
+        seen.append(id_number(conversation.prompt_id))
+        yield {"prompt_id": conversation.prompt_id, "chosen": conversation.messages}
+    unique, counts = np.unique(np.frombuffer(seen, dtype=np.uint64), return_counts=True)
+    if len(unique) < len(seen):
+        _name_repeated(input_dir, split, {int(number) for number in unique[counts > 1]})
 
-    def rows() -> Iterator[dict[str, Any]]:
-        seen: dict[str, str] = {}
-        for where, record in read_records(input_dir, split):
-            (conversation,) = to_conversations(record, where)
-            earlier = seen.setdefault(conversation.prompt_id, where)
-            if earlier != where:
-                raise InputError(
-                    f"{where} and {earlier} share the prompt id {conversation.prompt_id}: run spin/reformat.py, which "
-                    "removes repeated prompts"
-                )
-            yield {"prompt_id": conversation.prompt_id, "chosen": conversation.messages}
+
+def _name_repeated(input_dir: str, split: str, numbers: set[int]) -> None:
+    places: dict[str, str] = {}
+    for where, record in read_records(input_dir, split):
+        (conversation,) = to_conversations(record, where)
+        if id_number(conversation.prompt_id) not in numbers:
+            continue
+        earlier = places.setdefault(conversation.prompt_id, where)
+        if earlier != where:
+            raise InputError(
+                f"{where} and {earlier} share the prompt id {conversation.prompt_id}: run spin/reformat.py, which "
+                "removes repeated prompts"
+            )
+    raise RuntimeError("two prompt ids have the same 64-bit number, but no id stands twice")
+
+
+def load_prompts(input_dir: str, split: str) -> Dataset:
+    """Load the prompts of a split into memory (see :func:`stream_prompts`)."""
+    from datasets import Dataset, Features, Value
 
     features = Features(
         {"prompt_id": Value("string"), "chosen": [{"role": Value("string"), "content": Value("string")}]}
     )
-    return Dataset.from_list(list(rows()), features=features)
+    return Dataset.from_list(list(stream_prompts(input_dir, split)), features=features)
 
 
-def prompts_hash(prompts: Dataset) -> str:
-    """Return one hash of the ids and conversations of a prompt data set, in order."""
-    return hash_text(
-        *(
-            part
-            for row in prompts
-            for part in (
-                row["prompt_id"],
-                *(text for turn in row["chosen"] for text in (turn["role"], turn["content"])),
-            )
-        )
-    )
+def prompt_texts(row: Mapping[str, Any]) -> Iterator[str]:
+    """Yield every text of a prompt row, in order: what a hash of the prompts is made of."""
+    yield row["prompt_id"]
+    for turn in row["chosen"]:
+        yield from (turn["role"], turn["content"])
+
+
+def prompts_hash(prompts: Iterable[Mapping[str, Any]]) -> str:
+    """Return one hash of the ids and conversations of prompt rows, in order."""
+    return hash_texts(text for row in prompts for text in prompt_texts(row))
 
 
 def split_prompt(chosen: Sequence[Message], rejected: Sequence[Message]) -> list[Message]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import functools
 import json
 import random
 import shutil
@@ -16,7 +19,7 @@ import pyarrow as pa
 
 from spin.alignment.errors import InputError
 from spin.alignment.provenance import Provenance, hash_json, read_provenance
-from spin.alignment.shards import ParquetSink, open_parquet, read_batches
+from spin.alignment.shards import ParquetSink, open_parquet, read_batches, remove_files
 
 # The shuffle before fractions is part of the file contract: every server must cut the same deck the same way.
 SHUFFLE_SEED = 42
@@ -26,11 +29,12 @@ _MERGE_PROMPTS = 256
 _CACHED_BYTES = 128 * 2**20
 
 
-def shuffled_rows(num_rows: int) -> list[int]:
+@functools.lru_cache(maxsize=1)
+def shuffled_rows(num_rows: int) -> np.ndarray:
     """Return all row indices in the order that fractions are cut from: shuffled with seed 42, as in the original."""
     order = list(range(num_rows))
     random.Random(SHUFFLE_SEED).shuffle(order)
-    return order
+    return np.array(order, dtype=np.int64)
 
 
 def fraction_rows(num_rows: int, data_frac: int, frac_len: int) -> list[int]:
@@ -42,7 +46,7 @@ def fraction_rows(num_rows: int, data_frac: int, frac_len: int) -> list[int]:
         InputError: a negative number, or a fraction behind the end of the data.
     """
     check_fraction(num_rows, data_frac, frac_len)
-    return shuffled_rows(num_rows)[frac_len * data_frac :][: frac_len or None]
+    return shuffled_rows(num_rows)[frac_len * data_frac :][: frac_len or None].tolist()
 
 
 def check_fraction(num_rows: int, data_frac: int, frac_len: int) -> None:
@@ -74,6 +78,21 @@ def num_fractions(num_rows: int, frac_len: int) -> int:
 def fraction_path(output_dir: str | Path, split: str, data_frac: int) -> Path:
     """Return the file of one fraction."""
     return Path(output_dir) / f"{split}-{data_frac:05d}.parquet"
+
+
+def clear_parts(output_dir: Path, split: str, num_rows: int, frac_len: int) -> None:
+    """Remove what the workers on a split left behind, once every fraction of it is there; keep what another split needs."""
+    parts = output_dir / PARTS_FOLDER
+    numbers = range(num_fractions(num_rows, frac_len))
+    if not all(fraction_path(output_dir, split, number).exists() for number in numbers):
+        return
+    remove_files([*parts.glob(f"{split}-*.lease"), *parts.glob(f"prompts-{split}-*")])
+    if not any(parts.glob("*-*")):
+        remove_files((parts / "workers").glob("*.json"))
+        for folder in (parts / "workers", parts):
+            # Not empty: a worker that ends a moment later has the last word.
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
 @dataclass(frozen=True)
@@ -136,21 +155,31 @@ class FractionJournal:
         Raises:
             InputError: the folder is full, read-only or gone.
         """
+        if not self.accepts_parts():
+            return
         positions = sorted(rows)
         path = self.folder / f"part-{worker}-{self._written:06d}.parquet"
-        if not self.folder.is_dir():
-            # Made at the start: without it, either the fraction was merged by others or the disk is not there any more.
-            if self.is_merged():
-                return
-            raise InputError(
-                f"{self.folder} has vanished while rows were made: see whether its disk is still mounted, then run the same "
-                "command again"
-            )
         record = {POSITIONS_KEY: json.dumps(positions).encode()}
         with ParquetSink(path, self.schema, self.provenance, metadata=record) as sink:
             sink.write([row for position in positions for row in rows[position]])
         self._written += 1
         self._note(path, positions)
+
+    def accepts_parts(self) -> bool:
+        """Return whether the folder of the parts is there; False when others have merged the fraction meanwhile.
+
+        Raises:
+            InputError: the folder has vanished for another reason. It is not made again: below a lost mount there may be another
+                disk, which nobody would look at.
+        """
+        if self.folder.is_dir():
+            return True
+        if self.is_merged():
+            return False
+        raise InputError(
+            f"{self.folder} has vanished while rows were made: see whether its disk is still mounted, then run the same "
+            "command again"
+        )
 
     def is_complete(self) -> bool:
         """Return whether every prompt is in a part that this process knows of."""
@@ -177,8 +206,8 @@ class FractionJournal:
     def remove_parts(self) -> None:
         """Remove the parts of this fraction, those of other runs of it included."""
         for folder in self.folder.parent.glob(f"{self.path.stem}-*"):
-            # Not ignore_errors: another worker may be removing the same files, which is fine, but nothing else is.
-            shutil.rmtree(folder, onerror=_raise_unless_gone)
+            while folder.exists():
+                shutil.rmtree(folder, onerror=_raise_unless_racing)
 
     def _in_order(self) -> Iterator[pa.Table]:
         """Yield the rows by position, a few hundred prompts at a time."""
@@ -219,7 +248,8 @@ class _TableCache:
         return self._tables[path]
 
 
-def _raise_unless_gone(_: Any, path: str, failure: Any) -> None:
+def _raise_unless_racing(_: Any, path: str, failure: Any) -> None:
+    """Another worker may remove the same files, or have added a lease a moment ago; nothing else may go wrong."""
     error = failure[1]
-    if not isinstance(error, FileNotFoundError):
+    if error.errno not in (errno.ENOENT, errno.ENOTEMPTY):
         raise error

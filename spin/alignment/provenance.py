@@ -95,6 +95,11 @@ def package_versions() -> dict[str, str]:
 
 def hash_text(*parts: str) -> str:
     """Return a short content hash of texts, each kept apart from the next."""
+    return hash_texts(parts)
+
+
+def hash_texts(parts: Iterable[str]) -> str:
+    """Return :func:`hash_text` of a stream of texts."""
     digest = hashlib.sha256()
     for part in parts:
         encoded = part.encode()

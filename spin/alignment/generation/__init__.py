@@ -27,6 +27,7 @@ class BackendSettings:
         max_model_len: the longest prompt plus response, in tokens.
         stop_ids: the ids that end a response.
         decode: sampled ids -> text; stop texts are looked for in it.
+        batch_invariant: let the engine compute every response the same in any batch (vllm on an H100 or newer; slower).
         base_url: address of an OpenAI-compatible server (openai).
     """
 
@@ -42,6 +43,7 @@ class BackendSettings:
     stop_ids: list[int] = field(default_factory=list)
     pad_id: int = 0
     decode: Callable[[Sequence[int]], str] | None = None
+    batch_invariant: bool = False
     base_url: str | None = None
 
 

