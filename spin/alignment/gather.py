@@ -79,12 +79,11 @@ class Fraction:
 
     def _recorded(self, name: str) -> int | None:
         value = self.provenance.extra.get(name)
-        try:
-            return None if value is None else int(value, 16)
-        except (TypeError, ValueError):
-            raise InputError(
-                f"{self.path} records {name} {value!r}, not a hexadecimal number: generate it again"
-            ) from None
+        if value is None:
+            return None
+        if not re.fullmatch("[0-9a-f]{16}", str(value)):
+            raise InputError(f"{self.path} records {name} {value!r}, not 16 hexadecimal digits: generate it again")
+        return int(value, 16)
 
     @property
     def expected(self) -> int:
@@ -108,7 +107,9 @@ class Fraction:
             yield rest
 
     def _raw_batches(self) -> Iterator[pa.RecordBatch]:
-        bytes_of = sum(self._file.metadata.row_group(group).total_byte_size for group in range(self._file.num_row_groups))
+        bytes_of = sum(
+            self._file.metadata.row_group(group).total_byte_size for group in range(self._file.num_row_groups)
+        )
         rows = min(_BATCH_ROWS, _BATCH_BYTES * self.num_rows // max(1, bytes_of))
         size = max(1, rows // self.num_samples) * self.num_samples
         batches = self._file.iter_batches(batch_size=size)
@@ -226,7 +227,9 @@ class Split:
     def _check_size(self, fraction: Fraction) -> None:
         recorded = fraction.provenance.data_frac
         if fraction.fraction_ids is not None and recorded != fraction.number:
-            raise InputError(f"{fraction.path} is fraction {recorded} by its record: generate fraction {fraction.number} again")
+            raise InputError(
+                f"{fraction.path} is fraction {recorded} by its record: generate fraction {fraction.number} again"
+            )
         if fraction.num_rows != (fraction.expected - len(fraction.skipped)) * fraction.num_samples:
             raise name_fault(fraction, self.files())
 
@@ -339,7 +342,8 @@ def missing_error(splits: Sequence[Split], where: str) -> InputError:
         commands.append(f"--split {split.name}" + (f" with {flags}" if split.total else ""))
     reasons = [reason for split in splits for reason in split.reasons()]
     return InputError(
-        f"{'; '.join(parts)} {where}: run generate.py {'; '.join(commands)}" + "".join(f" ({reason})" for reason in reasons[:3])
+        f"{'; '.join(parts)} {where}: run generate.py {'; '.join(commands)}"
+        + "".join(f" ({reason})" for reason in reasons[:3])
     )
 
 

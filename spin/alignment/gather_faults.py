@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from spin.alignment.errors import InputError
 from spin.alignment.provenance import id_number
-from spin.alignment.shards import read_batches, read_rows, read_skipped
+from spin.alignment.shards import open_parquet, read_batches, read_rows, read_skipped
 
 if TYPE_CHECKING:
     from spin.alignment.gather import Fraction
@@ -31,13 +31,17 @@ def name_fault(fraction: Fraction, files: Mapping[int, Path]) -> InputError:
     ``files`` are the fractions of its split that are there: a prompt that is missing here or stands here too often may be in one
     of them.
     """
-    samples = _broken_prompt(fraction)
-    return (
-        samples
-        or repeated_prompt({fraction.number: fraction.path, **files}, fraction.num_samples)
-        or _stray_prompt(fraction, files)
-        or _wrong_number(fraction)
-    )
+    if broken := _broken_prompt(fraction):
+        return broken
+    files = {fraction.number: fraction.path, **{key: path for key, path in files.items() if _is_readable(path)}}
+    return repeated_prompt(files, fraction.num_samples) or _stray_prompt(fraction, files) or _wrong_number(fraction)
+
+
+def _is_readable(path: Path) -> bool:
+    try:
+        return "prompt_id" in open_parquet(path).schema_arrow.names
+    except InputError:
+        return False
 
 
 def _broken_prompt(fraction: Fraction) -> InputError | None:
@@ -70,7 +74,9 @@ def _prompts(path: Path, num_samples: int) -> Iterator[str]:
     """Yield the id of every prompt of a file: that of each ``num_samples``-th row, then those left out by generation."""
     start = 0
     for batch in read_batches(path, _BATCH_ROWS, ["prompt_id"]):
-        yield from batch.column(0).take(pa.array(np.arange(-start % num_samples, batch.num_rows, num_samples))).to_pylist()
+        yield from (
+            batch.column(0).take(pa.array(np.arange(-start % num_samples, batch.num_rows, num_samples))).to_pylist()
+        )
         start += batch.num_rows
     yield from (item["prompt_id"] for item in read_skipped(path))
 
@@ -96,10 +102,8 @@ def repeated_prompt(files: Mapping[int, Path], num_samples: int) -> InputError |
         for prompt_id in _prompts(path, num_samples):
             if id_number(prompt_id) in repeated:
                 places.setdefault(prompt_id, []).append(path.name)
-    prompt_id, names = next((item for item in places.items() if len(item[1]) > 1))
-    return InputError(
-        f"prompt {prompt_id} stands more than once, in {' and '.join(names)}: generate one of them again"
-    )
+    prompt_id, names = next(item for item in places.items() if len(item[1]) > 1)
+    return InputError(f"prompt {prompt_id} stands more than once, in {' and '.join(names)}: generate one of them again")
 
 
 def _stray_prompt(fraction: Fraction, files: Mapping[int, Path]) -> InputError | None:

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -60,10 +59,16 @@ class Selection:
 
     def _paired(self, batch: pa.RecordBatch, num_samples: int) -> pa.RecordBatch:
         rows = batch.to_pylist()
-        pairs = [pair for start in range(0, len(rows), num_samples) for pair in self.pairing(rows[start : start + num_samples])]
+        pairs = [
+            pair
+            for start in range(0, len(rows), num_samples)
+            for pair in self.pairing(rows[start : start + num_samples])
+        ]
         unknown = {name for pair in pairs for name in pair} - set(batch.schema.names)
         if unknown:
-            raise ValueError(f"the pairing returns the columns {', '.join(sorted(unknown))}, which the rows do not have")
+            raise ValueError(
+                f"the pairing returns the columns {', '.join(sorted(unknown))}, which the rows do not have"
+            )
         return pa.RecordBatch.from_pylist(pairs, batch.schema)
 
 
@@ -164,7 +169,9 @@ def sole_writer(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise InputError(f"another convert_data.py writes to {folder}: let it end or choose another output_dir") from error
+            raise InputError(
+                f"another convert_data.py writes to {folder}: let it end or choose another output_dir"
+            ) from error
         except OSError:
             pass  # a file system that locks no folders (NFS): then it is up to the user, as everywhere
         yield
