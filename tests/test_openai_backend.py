@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import email.utils
-import hashlib
 import json
 import logging
 import socket
@@ -11,16 +10,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import urlsplit
 
+import numpy as np
 import pytest
 
 from spin.alignment.errors import InputError
 from spin.alignment.generation import BackendSettings, PromptRequest, SamplingConfig, make_backend, sample_seed
 from spin.alignment.generation.openai_backend import OpenAIBackend, find_model
 from spin.alignment.generation.server_link import RetryPolicy, is_this_machine, told_delay
+from tests.fake_openai_server import FakeServer, Handler, answer_to
 
 STOP = 3
 QUICK = RetryPolicy(attempts=4, first_delay=0.01, timeout=5.0)
@@ -28,110 +27,6 @@ SAMPLING = SamplingConfig(num_samples=2, max_new_tokens=8, seed=7)
 REQUESTS = [
     PromptRequest(f"p{number}", tuple(range(5, 5 + length))) for number, length in enumerate([3, 9, 1, 6, 6, 12, 2])
 ]
-
-
-def answer_to(body: dict[str, Any]) -> dict[str, Any]:
-    """What a server says: ids made from prompt and seed, ended by a stop id in about half of the cases."""
-    seen = hashlib.sha256(json.dumps([body["prompt"], body["seed"]]).encode()).digest()
-    ids = [10 + byte for byte in seen[: body["max_tokens"]]]
-    choice = {"index": 0, "text": "...", "finish_reason": "length", "prompt_token_ids": body["prompt"]}
-    if seen[-1] % 2:
-        ids = [*ids[:4], body["stop_token_ids"][0]]
-        choice |= {"finish_reason": "stop", "stop_reason": ids[-1]}
-    if "logprobs" in body:
-        choice["logprobs"] = {"token_logprobs": [-token / 100 for token in ids]}
-    return {"choices": [choice | {"token_ids": ids}]}
-
-
-class FakeServer:
-    """A server on a free port of this machine. ``behave(handler, body)`` may answer in its own way and then returns True."""
-
-    def __init__(self, port: int = 0) -> None:
-        self.models: Any = {"data": [{"id": "tiny", "max_model_len": 64}]}
-        self.behave: Callable[[Handler, dict[str, Any]], bool] = lambda handler, body: False
-        self.bodies: list[dict[str, Any]] = []
-        self.headers: list[Any] = []
-        self.targets: list[str] = []
-        self.http = Listener(("127.0.0.1", port), Handler)
-        self.http.fake = self
-        self.port = self.http.server_address[1]
-        self.thread = threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-        self.thread.start()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}/v1"
-
-    def prompts(self) -> list[list[int]]:
-        return [body["prompt"] for body in self.bodies]
-
-    def close(self) -> None:
-        self.http.shutdown()
-        self.http.server_close()
-        self.http.cut_connections()
-        self.thread.join()
-
-
-class Listener(ThreadingHTTPServer):
-    daemon_threads = True
-    request_queue_size = 128
-    fake: FakeServer
-
-    def __init__(self, *arguments: Any) -> None:
-        self.open: set[socket.socket] = set()
-        super().__init__(*arguments)
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        self.open.add(request)
-        super().process_request(request, client_address)
-
-    def shutdown_request(self, request: Any) -> None:
-        self.open.discard(request)
-        super().shutdown_request(request)
-
-    def cut_connections(self) -> None:
-        for connection in list(self.open):
-            self.shutdown_request(connection)
-
-    def handle_error(self, *arguments: Any) -> None:
-        """A client that goes away is what some tests are about."""
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server: Listener
-
-    def do_GET(self) -> None:
-        self.server.fake.targets.append(self.path)
-        self.server.fake.headers.append(self.headers)
-        found = urlsplit(self.path).path == "/v1/models"
-        self.say(200 if found else 404, self.server.fake.models if found else {"detail": "Not Found"})
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        fake = self.server.fake
-        fake.bodies.append(body)
-        fake.headers.append(self.headers)
-        assert urlsplit(self.path).path == "/v1/completions"
-        if not fake.behave(self, body):
-            self.say(200, answer_to(body))
-
-    def say(self, status: int, answer: Any, **headers: str) -> bool:
-        content = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(content)), **headers}.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        self.wfile.write(content)
-        return True
-
-    def hang_up(self) -> bool:
-        self.close_connection = True
-        self.connection.shutdown(socket.SHUT_RDWR)
-        return True
-
-    def log_message(self, *arguments: Any) -> None:
-        """Say nothing on stderr."""
 
 
 @pytest.fixture
@@ -215,6 +110,8 @@ def test_responses_do_not_depend_on_order_or_company(connect):
     assert connect(batch_size=1).generate(REQUESTS, SAMPLING) == forward
     assert connect(batch_size=3).generate(REQUESTS[::-1], SAMPLING)[::-1] == forward
     assert connect().generate(REQUESTS[4:5], SAMPLING) == forward[4:5]
+    arrays = [PromptRequest(request.prompt_id, np.array(request.token_ids)) for request in REQUESTS]
+    assert connect().generate(arrays, SAMPLING) == forward
     responses = [response for row in forward for response in row]
     assert {response.finish_reason for response in responses} == {"stop", "length"}
     assert all((response.token_ids[-1] == STOP) == (response.finish_reason == "stop") for response in responses)
@@ -271,7 +168,7 @@ def test_closing_the_stream_gives_up_what_is_in_flight(server, connect):
 
 
 def slow(handler: Handler, body: dict[str, Any]) -> bool:
-    time.sleep(0.6)
+    time.sleep(1.5)
     return handler.say(200, answer_to(body))
 
 
@@ -311,7 +208,7 @@ def test_trouble_that_passes_changes_nothing(server, connect, trouble):
 
     requests = [*REQUESTS[:4], *REQUESTS[5:]]  # the fifth has the ids of the fourth
     server.behave = twice
-    policy = replace(QUICK, timeout=0.3, seconds_per_token=0.0)
+    policy = replace(QUICK, timeout=1.0, seconds_per_token=0.0)
     assert ids_of(connect(policy).generate(requests, SAMPLING)) == expected(requests)
     assert len(server.bodies) == 3 * 2 * len(requests)
 
@@ -509,6 +406,7 @@ def test_the_context_of_the_server_must_suffice(server, connect):
         ({"model": "huge"}, "serves tiny, not huge: start one with `vllm serve huge"),
         ({"dtype": "float32"}, "dtype is float32.*start the server with --dtype float32"),
         ({"tensor_parallel_size": 2}, "leave it at 1 here"),
+        ({"batch_invariant": True}, "start the server with VLLM_BATCH_INVARIANT=1"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_generated(server, connect, changes, message):

@@ -93,7 +93,7 @@ class OpenAIBackend(GenerationBackend):
         """One request. Everything is said, so that no default of the server's has a say in what is drawn."""
         return {
             "model": self.model_name,
-            "prompt": list(request.token_ids),
+            "prompt": [int(token) for token in request.token_ids],
             "n": 1,
             "stream": False,
             "max_tokens": sampling.longest(request),
@@ -171,6 +171,8 @@ def _check_settings(settings: BackendSettings) -> None:
             f"dtype is {settings.dtype}, but a running server has its precision already: leave dtype at auto and start the "
             f"server with --dtype {settings.dtype}"
         )
+    if settings.batch_invariant:
+        raise InputError("batch_invariant is for vllm: leave it out and start the server with VLLM_BATCH_INVARIANT=1")
     if settings.tensor_parallel_size != 1:
         raise InputError("tensor_parallel_size belongs to the command that starts the server: leave it at 1 here")
 
@@ -221,7 +223,7 @@ def find_model(cards: Sequence[Card], settings: BackendSettings, url: str) -> st
     if context is not None and needed is not None and context < needed:
         raise InputError(
             f"the server at {url} takes at most {context} tokens, but a prompt and its response may take {needed}: start it "
-            f"with --max-model-len {needed}, or lower max_new_tokens or max_prompt_length"
+            f"with --max-model-len {needed}, or set a lower max_prompt_length or max_new_tokens"
         )
     if settings.adapter is None:
         return str(card["id"])

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 # Request timeout, too early, too many requests: the same request may succeed later. Every 5xx too, except "not implemented".
 PASSING_STATUS = frozenset({408, 425, 429})
 NOT_IMPLEMENTED = 501
+CONNECT_TIMEOUT = 10.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ class ServerLink:
         ) from last
 
     async def _send_once(self, path: str, purpose: str, body: dict[str, Any] | None, patience: float) -> Any:
-        timeout = httpx2.Timeout(patience, connect=min(10.0, patience), pool=None)
+        timeout = httpx2.Timeout(patience, connect=CONNECT_TIMEOUT, pool=None)
         address, method = f"{self.url}{path}", "GET" if body is None else "POST"
         try:
             response = await self._client.request(method, address, json=body, timeout=timeout)
