@@ -14,7 +14,8 @@ from spin.alignment.generation.sampling import NOT_FINITE, draw_tokens, penalise
 def reference_probabilities(logits: list[float], sampling: SamplingConfig) -> list[float]:
     """Temperature, min_p, top_k, top_p in this order, over Python floats, sorted and summed one by one."""
     scaled = [value / sampling.temperature for value in logits]
-    weights = [math.exp(value - max(scaled)) for value in scaled]
+    highest = max(scaled)
+    weights = [math.exp(value - highest) for value in scaled]
     if sampling.min_p:
         weights = [weight if weight >= sampling.min_p else 0.0 for weight in weights]
     if sampling.top_k:
@@ -89,7 +90,7 @@ def test_ties_at_a_cut_off_are_kept_whole():
 def test_a_large_vocabulary_is_drawn_as_its_softmax_says():
     """Chi-square over 40 groups of equal probability: 39 degrees of freedom, below 80 in all but 1 of 10,000 seeds."""
     torch.manual_seed(3)
-    count, groups = 20_000, 40
+    count, groups = 8000, 40
     logits = torch.randn(1, 32_000) * 2
     cumulative = logits[0].double().softmax(0).cumsum(0)
     uniforms = torch.rand(count, dtype=torch.float64)
@@ -101,7 +102,9 @@ def test_a_large_vocabulary_is_drawn_as_its_softmax_says():
 
 
 def test_greedy_is_the_argmax_and_faulty_logits_are_told():
-    logits = torch.tensor([[1.0, 3.0, 2.0], [1.0, float("nan"), 2.0], [float("inf"), 0.0, 0.0], [4.0, float("-inf"), 0.0]])
+    logits = torch.tensor(
+        [[1.0, 3.0, 2.0], [1.0, float("nan"), 2.0], [float("inf"), 0.0, 0.0], [4.0, float("-inf"), 0.0]]
+    )
     greedy = SamplingConfig(temperature=0.0)
     assert draw_tokens(logits, None, greedy).tolist() == [1, NOT_FINITE, NOT_FINITE, 0]
     uniforms = torch.full((4,), 1e-9, dtype=torch.float64)
