@@ -264,7 +264,12 @@ class Split:
         return self.total > 0 and self._next == self.total
 
     def take(self) -> Fraction | None:
-        """Return the fraction next in order, or None when it is not there (yet)."""
+        """Return the fraction next in order, or None when it is not there (yet).
+
+        Whichever fraction comes first tells how many there are.
+        """
+        if self.reference is None:
+            any(self._open(number) for number in sorted(self.files()))
         if self.is_done() or not fraction_path(self.folder, self.name, self._next).exists():
             return None
         fraction = self._open(self._next)

@@ -103,7 +103,10 @@ def repeated_prompt(files: Mapping[int, Path], num_samples: int) -> InputError |
             if id_number(prompt_id) in repeated:
                 places.setdefault(prompt_id, []).append(path.name)
     prompt_id, names = next(item for item in places.items() if len(item[1]) > 1)
-    return InputError(f"prompt {prompt_id} stands more than once, in {' and '.join(names)}: generate one of them again")
+    where = " and ".join(dict.fromkeys(names))
+    return InputError(
+        f"prompt {prompt_id} stands more than once, in {where}: generate {'it' if len(set(names)) == 1 else 'one of them'} again"
+    )
 
 
 def _stray_prompt(fraction: Fraction, files: Mapping[int, Path]) -> InputError | None:
