@@ -17,6 +17,7 @@ from tests.gather_helpers import gather, id_sum
 from tests.helpers import run_command
 
 NUM_SAMPLES, FRACTIONS, CHUNK = 2, 4, 5000
+FILLER = "and so on " * 10
 PEAK = """
 import resource, sys
 from spin import convert_data
@@ -38,8 +39,8 @@ def rows_of(prompts: range) -> pa.Table:
     columns = [
         pa.array([f"p{prompt}" for prompt, _ in keys]),
         pa.array([sample for _, sample in keys], pa.int32()),
-        conversations([f"answer {prompt}" for prompt, _ in keys]),
-        conversations([f"answer {prompt // 10 * 10 + sample}" for prompt, sample in keys]),
+        conversations([f"answer {prompt} {FILLER}" for prompt, _ in keys]),
+        conversations([f"answer {prompt // 10 * 10 + sample} {FILLER}" for prompt, sample in keys]),
         pa.array([[prompt % 1000, sample, 2] for prompt, sample in keys], pa.list_(pa.int32())),
         pa.array(["length" if prompt % 7 == 0 else "stop" for prompt, _ in keys]),
     ]
@@ -73,7 +74,7 @@ def test_ten_times_the_rows_take_no_more_memory(tmp_path, monkeypatch):
     few = peak_mib(write_many(tmp_path / "few", 20_000), tmp_path / "few_out")
     folder = write_many(tmp_path / "many", 200_000)
     many = peak_mib(folder, tmp_path / "many_out")
-    assert many - few < 16, f"{few} MiB at 20,000 rows, {many} MiB at 200,000"
+    assert many - few < 20, f"{few} MiB at 20,000 rows, {many} MiB at 200,000"
     monkeypatch.setitem(PAIRINGS, "ground_truth", lambda rows: [dict(row) for row in rows])
     code, _, errors = gather(folder, tmp_path / "slow", "--identical", "drop", "--max_rows_per_file", 8000)
     assert code == 0, errors
