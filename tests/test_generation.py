@@ -112,7 +112,7 @@ def test_sampling_is_checked(settings, message):
 
 
 def test_unknown_backend_lists_the_valid_ones():
-    with pytest.raises(InputError, match="unknown generation backend 'vlm': choose one of .*transformers, vllm"):
+    with pytest.raises(InputError, match=r"unknown generation backend 'vlm': choose one of .*transformers, vllm"):
         make_backend("vlm", BackendSettings("unused"))
 
 

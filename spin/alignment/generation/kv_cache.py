@@ -73,8 +73,7 @@ class RowLayer(CacheLayerMixin):
         columns = need + max(_SPARE_COLUMNS, need // _SPARE_SHARE)
         made = []
         for buffer in self.buffers:
-            # Zeros, not raw memory: a masked column weighs nothing, but nothing times NaN is NaN.
-            larger = buffer.new_zeros(max(rows, have_rows), heads, columns, buffer.shape[3])
+            larger = buffer.new_empty(max(rows, have_rows), heads, columns, buffer.shape[3])
             larger[: self.rows, :, left : left + held] = buffer[: self.rows, :, self.start : self.end]
             made.append(larger)
         self.buffers = (made[0], made[1])
@@ -97,9 +96,12 @@ class RowLayer(CacheLayerMixin):
         self._reserve(
             wanted - (self.end - self.start), 0, rows if rows <= have_rows else max(rows, min(2 * have_rows, most))
         )
+        held, before = min(wanted, other.width), self.start
         self.start = self.end - wanted
-        held = min(wanted, other.width)
         for buffer, joining in zip(self.buffers, other.buffers, strict=True):
+            # Zeros, not raw memory: a masked column weighs nothing, but nothing times NaN is NaN.
+            buffer[: self.rows, :, self.start : before] = 0
+            buffer[self.rows : rows, :, self.start : self.end - held] = 0
             states = joining[: other.rows, :, other.end - held : other.end]
             states = states if chosen is None else states.index_select(0, chosen)
             buffer[self.rows : rows, :, self.end - held : self.end] = states
