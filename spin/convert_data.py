@@ -97,10 +97,10 @@ def make_files(split: Split, options: Any) -> PreferenceFiles:
     """Return the output files of a split whose fraction 0 has been seen."""
     from spin.alignment.preference_files import PreferenceFiles
 
-    assert split.reference is not None
+    assert split.origin is not None
     provenance = make_provenance(split, options)
     folder = Path(options.output_dir)
-    return PreferenceFiles(folder, split.name, provenance, split.reference.schema, options.max_rows_per_file)
+    return PreferenceFiles(folder, split.name, provenance, split.origin.schema, options.max_rows_per_file)
 
 
 def check_one_run(splits: Sequence[Split]) -> None:

@@ -231,7 +231,7 @@ def test_late_fractions_in_any_order_give_the_same_files(tmp_path, whole, order)
     folder = tmp_path / "in"
     folder.mkdir()
     things = [one(folder, number, split) for number, split in zip((*order, *order), ("train", "test") * 3, strict=True)]
-    with Later(*things):
+    with Later(*things, pause=0.3):
         code, _, errors = gather(folder, tmp_path / "out", "--wait", 8, "--splits", "train", "test")
     assert code == 0, errors
     assert content(tmp_path / "out") == content(whole)
@@ -246,13 +246,19 @@ def test_fractions_are_written_while_others_are_awaited(tmp_path, whole):
     folder, out = tmp_path / "in", tmp_path / "out"
     for number in (0, 1):
         one(folder, number)()
-    found = []
-    watch = [lambda: found.append([path.name for path in out.iterdir()]), one(folder, 2)]
-    with Later(*watch, pause=0.6):
-        code, _, errors = gather(folder, out, "--wait", 10, "--max_rows_per_file", 2)
+    found: set[str] = set()
+
+    def watch() -> None:
+        deadline = time.monotonic() + 20
+        while ".train_prefs-00001.part" not in found and time.monotonic() < deadline:
+            time.sleep(0.05)
+            found.update(path.name for path in out.glob("*"))
+
+    with Later(watch, one(folder, 2)):
+        code, _, errors = gather(folder, out, "--wait", 25, "--max_rows_per_file", 2)
     assert code == 0 and "waiting for train fraction 2 of 3" in errors
-    assert {".train_prefs-00000.part", ".train_prefs-00001.part"} <= set(found[0])
-    assert not [name for name in found[0] if name.startswith("train_prefs")]
+    assert {".train_prefs-00000.part", ".train_prefs-00001.part"} <= found
+    assert not [name for name in found if name.startswith("train_prefs")]
 
 
 def test_waiting_ends_and_names_what_is_missing(tmp_path, whole):
@@ -278,8 +284,8 @@ def test_waiting_ends_and_names_what_is_missing(tmp_path, whole):
 def test_each_new_fraction_starts_the_waiting_anew(tmp_path, whole):
     folder = tmp_path / "in"
     one(folder, 0, "train")()
-    with Later(one(folder, 2), one(folder, 1), pause=1.2):
-        code, _, errors = gather(folder, tmp_path / "out", "--wait", 2)
+    with Later(one(folder, 2), one(folder, 1), pause=2.2):
+        code, _, errors = gather(folder, tmp_path / "out", "--wait", 4)
     assert code == 0, errors
 
 
@@ -294,6 +300,17 @@ def test_a_fraction_still_being_copied_is_awaited(tmp_path):
     )
     with Later(lambda: path.write_bytes(good)):
         assert gather(folder, tmp_path / "out", "--wait", 8)[0] == 0
+
+
+def test_a_copy_that_ended_is_no_longer_awaited(tmp_path):
+    folder = write_whole(tmp_path / "in")
+    good = {number: fraction_path(folder, "train", number).read_bytes() for number in (1, 2)}
+    for number, whole_file in good.items():
+        fraction_path(folder, "train", number).write_bytes(whole_file[:100])
+    with Later(lambda: fraction_path(folder, "train", 2).write_bytes(good[2]), pause=0.3):
+        errors = gather(folder, tmp_path / "out", "--wait", 2)[2].splitlines()
+    assert errors[0] == "waiting for train fraction 1, 2 of 3" and errors[1] == "waiting for train fraction 1 of 3"
+    assert "train-00001.parquet is not" in errors[2] and "train-00002" not in errors[2]
 
 
 def test_a_late_fraction_of_another_run_is_refused(tmp_path):

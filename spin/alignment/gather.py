@@ -146,9 +146,9 @@ class Split:
     Attributes:
         patient: fractions may still come: one that is missing or cannot be read yet is no error.
         reference: the first fraction that was seen; all others must agree with it.
-        origin: fraction 0, whose provenance becomes that of the pairs.
+        origin: fraction 0, whose provenance and columns become those of the pairs.
         total: fractions to expect; 0 while none has been seen.
-        left_out: how many prompts generation left out, and the first of them with their reasons.
+        num_skipped, skipped: how many prompts generation left out, and the first of them with their reasons.
     """
 
     def __init__(self, folder: Path, name: str, num_fracs: int = 0, patient: bool = False) -> None:
@@ -270,6 +270,8 @@ class Split:
         """
         if self.reference is None:
             any(self._open(number) for number in sorted(self.files()))
+        for number in self._unreadable.keys() - {self._next}:
+            self._open(number)
         if self.is_done() or not fraction_path(self.folder, self.name, self._next).exists():
             return None
         fraction = self._open(self._next)
@@ -277,13 +279,13 @@ class Split:
         return fraction
 
     def read(self, fraction: Fraction) -> Iterator[pa.RecordBatch]:
-        """Stream the rows of a fraction in batches of whole prompts, in the column order of the first fraction.
+        """Stream the rows of a fraction in batches of whole prompts, in the column order of fraction 0.
 
         Raises:
             InputError: once a batch, or at the end the fraction, does not hold what it must; the message names it.
         """
-        assert self.reference is not None
-        names = self.reference.schema.names
+        assert self.origin is not None
+        names = self.origin.schema.names
         found, total = len(fraction.skipped), sum(id_number(item["prompt_id"]) for item in fraction.skipped)
         for batch in fraction.batches():
             ids = prompt_ids(batch, fraction.num_samples)
