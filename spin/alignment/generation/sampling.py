@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from spin.alignment.generation.base import SamplingConfig
 
 # The vocabulary is summed in blocks in float32, the blocks in float64: the drawn block, then the token inside it.
 _BLOCK = 256
-_FIRST_CANDIDATES = 256
+# Largest weights in which the edge of a nucleus is looked for first.
+_CANDIDATES = 256
+# The 31 bits of a positive float32, in the pieces by which the edge of a nucleus is searched.
+_HISTOGRAM_BITS = (12, 12, 7)
 NOT_FINITE = -1
 
 
@@ -30,12 +32,17 @@ def draw_tokens(logits: Tensor, uniforms: Tensor | None, sampling: SamplingConfi
         drawn = logits.argmax(dim=-1)
     else:
         assert uniforms is not None
-        weights = logits - highest
+        rows, vocabulary = logits.shape
+        # Whole blocks: the columns behind the vocabulary weigh nothing.
+        padded = logits.new_empty(rows, -(-vocabulary // _BLOCK) * _BLOCK)
+        padded[:, vocabulary:] = 0.0
+        weights = padded[:, :vocabulary]
+        torch.sub(logits, highest, out=weights)
         if sampling.temperature != 1.0:
             weights.div_(sampling.temperature)
         weights.exp_()
         _cut(weights, logits, sampling)
-        drawn = _invert(weights, uniforms[:, None])
+        drawn = _invert(padded, uniforms[:, None])
     return drawn.masked_fill_(~highest[:, 0].isfinite(), NOT_FINITE)
 
 
@@ -50,28 +57,44 @@ def _cut(weights: Tensor, logits: Tensor, sampling: SamplingConfig) -> None:
 
 
 def _nucleus_edge(weights: Tensor, top_p: float) -> Tensor:
-    """Return the smallest weight, shape ``(B, 1)``, among the fewest tokens that hold ``top_p`` of each row's sum.
-
-    Only so many of the largest weights are sorted as are needed.
-    """
+    """Return the smallest weight, shape ``(B, 1)``, among the fewest tokens that hold ``top_p`` of each row's sum."""
     wanted = top_p * weights.sum(dim=-1, keepdim=True, dtype=torch.float64)
-    vocabulary = weights.shape[1]
-    count = min(_FIRST_CANDIDATES, vocabulary)
-    while True:
-        largest = weights.topk(count).values
-        cumulative = largest.cumsum(dim=-1, dtype=torch.float64)
-        if count == vocabulary or bool((cumulative[:, -1:] >= wanted).all()):
-            last = (cumulative < wanted).sum(dim=-1, keepdim=True).clamp_(max=count - 1)
-            return largest.gather(1, last)
-        count = min(8 * count, vocabulary)
+    largest = weights.topk(min(_CANDIDATES, weights.shape[1])).values
+    cumulative = largest.cumsum(dim=-1, dtype=torch.float64)
+    place = (cumulative < wanted).sum(dim=-1, keepdim=True).clamp_(max=largest.shape[1] - 1)
+    edge = largest.gather(1, place)
+    flat = (cumulative[:, -1] < wanted[:, 0]).nonzero()[:, 0]
+    if len(flat):
+        edge[flat] = _edge_by_bits(weights[flat], wanted[flat])
+    return edge
+
+
+def _edge_by_bits(weights: Tensor, wanted: Tensor) -> Tensor:
+    """Return the smallest of the largest weights that sum up to ``wanted``; both results and sums have shape ``(B, 1)``.
+
+    Positive floats are ordered as their bits are, so the weight is found in three histograms of the bits, from the leading ones
+    down, without a sort: in each, the bucket in which the mass from above reaches what is wanted.
+    """
+    bits, mass = weights.view(torch.int32), weights.double()
+    above = torch.zeros_like(wanted)
+    leading = torch.zeros_like(wanted, dtype=torch.long)
+    shift = 31
+    for width in _HISTOGRAM_BITS:
+        if shift < 31:
+            mass = mass.masked_fill_((bits >> shift) != leading, 0.0)
+        shift -= width
+        last = 2**width - 1
+        sums = mass.new_zeros(len(weights), last + 1).scatter_add_(1, ((bits >> shift) & last).long(), mass)
+        down = sums.flip(1).cumsum(dim=-1).add_(above)
+        place = (down < wanted).sum(dim=-1, keepdim=True).clamp_(max=last)
+        above = down.gather(1, place) - sums.gather(1, last - place)
+        leading = (leading << width) | (last - place)
+    return leading.int().view(torch.float32)
 
 
 def _invert(weights: Tensor, uniforms: Tensor) -> Tensor:
     """Return for each row the first token whose cumulative share of the weights exceeds its number, shape ``(B,)``."""
-    rows, vocabulary = weights.shape
-    if vocabulary % _BLOCK:
-        weights = pad(weights, (0, _BLOCK - vocabulary % _BLOCK))
-    blocks = weights.view(rows, -1, _BLOCK)
+    blocks = weights.view(len(weights), -1, _BLOCK)
     sums = blocks.sum(dim=-1).double()
     cumulative = sums.cumsum(dim=-1)
     target = _below(uniforms * cumulative[:, -1:], cumulative[:, -1:])
