@@ -187,22 +187,19 @@ def is_known_complete(path: Path, stated: Provenance) -> bool:
     return not stated.differences(found, ignore=derived) and stated.extra["inputs"] == found.extra.get("inputs")
 
 
-def all_known_complete(options: Any, stated: Provenance) -> bool:
-    """Return whether everything asked for is there, without reading a prompt; their number is in every fraction's record."""
+def known_complete(options: Any, stated: Provenance) -> int:
+    """Return the number of prompts when everything asked for is there, else 0; no prompt is read, every fraction tells it."""
     from spin.alignment.fractions import fraction_path, num_fractions
     from spin.alignment.provenance import read_provenance
     from spin.alignment.shards import open_parquet
 
-    numbers = [options.data_frac]
-    if options.data_frac == "auto":
-        first = fraction_path(options.output_dir, options.split, 0)
-        if not is_known_complete(first, stated):
-            return False
-        num_prompts = read_provenance(open_parquet(first).schema_arrow, first).num_prompts
-        numbers = list(range(num_fractions(num_prompts, options.frac_len)))
-    return all(
-        is_known_complete(fraction_path(options.output_dir, options.split, number), stated) for number in numbers
-    )
+    first = fraction_path(options.output_dir, options.split, 0 if options.data_frac == "auto" else options.data_frac)
+    if not is_known_complete(first, stated):
+        return 0
+    num_prompts = read_provenance(open_parquet(first).schema_arrow, first).num_prompts
+    others = range(1, num_fractions(num_prompts, options.frac_len)) if options.data_frac == "auto" else ()
+    paths = (fraction_path(options.output_dir, options.split, number) for number in others)
+    return num_prompts if all(is_known_complete(path, stated) for path in paths) else 0
 
 
 def open_store(options: Any, stated: Provenance, worker: str) -> PromptStore:
@@ -360,13 +357,15 @@ def main(arguments: Sequence[str]) -> None:
     sampling = check_options(options)
     interrupt_on_sigterm()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from spin.alignment.fractions import clear_parts
     from spin.alignment.model_utils import check_model_path, model_folder
 
     check_model_path(options.model, needs_weights=options.backend != "openai")
     model_dir = model_folder(options.model, options.revision)
     stated = stated_provenance(options, sampling, model_dir)
-    if all_known_complete(options, stated):
+    if num_prompts := known_complete(options, stated):
         print(f"{options.output_dir} is complete already ({options.split}, fraction {options.data_frac})")
+        clear_parts(Path(options.output_dir), options.split, num_prompts, options.frac_len)
         return
     generate(options, sampling, stated, model_dir)
 

@@ -39,7 +39,8 @@ class FakeBackend(GenerationBackend):
                     flying.append(drawn)
             if flying:
                 index, request = flying.pop(self.order.randrange(len(flying)))
-                time.sleep(self.delay)
+                if self.delay:
+                    time.sleep(self.delay)
                 yield index, [self._answer(request, sample, sampling) for sample in range(sampling.num_samples)]
 
     def _answer(self, request: PromptRequest, sample: int, sampling: SamplingConfig) -> Response:

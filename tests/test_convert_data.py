@@ -11,8 +11,8 @@ import pytest
 
 from spin import convert_data
 from spin.alignment.data import GENERATED_SCHEMA, load_preferences
-from spin.alignment.provenance import Provenance, read_provenance
 from spin.alignment.fractions import fraction_path, fraction_rows
+from spin.alignment.provenance import Provenance, read_provenance
 from spin.alignment.shards import ParquetSink, open_parquet, read_rows
 from tests.helpers import run_main, run_script
 

@@ -1,4 +1,4 @@
-"""Fractions, atomic files and the parts of a fraction."""
+"""Atomic files and streamed parquet."""
 
 from __future__ import annotations
 
@@ -9,19 +9,13 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from spin.alignment import shards
 from spin.alignment.errors import InputError
 from spin.alignment.provenance import Provenance, read_provenance
 from spin.alignment.shards import (
-    FractionParts,
     ParquetSink,
     atomic_file,
-    fraction_path,
-    fraction_rows,
-    num_fractions,
     open_parquet,
     read_json,
     read_rows,
@@ -40,29 +34,6 @@ def names(folder: Path) -> list[str]:
 
 def rows(*ids: str) -> list[dict]:
     return [{"prompt_id": name, "value": index} for index, name in enumerate(ids)]
-
-
-@given(num_rows=st.integers(0, 300), frac_len=st.integers(0, 120))
-def test_fractions_are_disjoint_and_cover_the_data(num_rows, frac_len):
-    parts = [fraction_rows(num_rows, number, frac_len) for number in range(num_fractions(num_rows, frac_len))]
-    assert sorted(index for part in parts for index in part) == list(range(num_rows))
-    assert all(len(part) == frac_len for part in parts[:-1])
-
-
-def test_fractions_are_the_slices_of_the_seed_42_shuffle():
-    order = list(range(10))
-    random.Random(42).shuffle(order)
-    assert [fraction_rows(10, number, 4) for number in range(3)] == [order[:4], order[4:8], order[8:]]
-    assert fraction_rows(10, 0, 0) == order
-
-
-@pytest.mark.parametrize(
-    ("data_frac", "frac_len", "message"),
-    [(3, 4, "fractions 0 to 2"), (-1, 4, "data_frac is -1"), (0, -4, "frac_len is -4"), (1, 0, "fractions 0 to 0")],
-)
-def test_fractions_out_of_range_are_refused(data_frac, frac_len, message):
-    with pytest.raises(InputError, match=message):
-        fraction_rows(10, data_frac, frac_len)
 
 
 def test_sink_appears_complete_with_its_provenance_or_not_at_all(tmp_path):
@@ -139,24 +110,3 @@ def test_atomic_file_passes_on_the_errors_of_its_body(tmp_path):
     with pytest.raises(OSError, match="other"), atomic_file(tmp_path / "a"):
         raise OSError(errno.EIO, "other")
     assert not names(tmp_path)
-
-
-def test_parts_are_merged_in_order_and_removed(tmp_path):
-    path = fraction_path(tmp_path, "train", 2)
-    parts = FractionParts(path, SCHEMA, MADE, part_len=1, num_rows=3)
-    assert parts.pending() == [0, 1, 2]
-    parts.write(1, rows("b"))
-    parts.write(0, rows("a"))
-    (parts.folder / ".part-000002.parquet.9-aa.tmp").touch()
-    assert FractionParts(path, SCHEMA, MADE, 1, 3).pending() == [2] and not parts.merge()
-    parts.write(2, rows("c"))
-    assert parts.merge() and path == tmp_path / "train-00002.parquet"
-    assert [row["prompt_id"] for row in read_rows(path)] == ["a", "b", "c"]
-    assert [name for name in names(tmp_path) if name.endswith((".parquet", ".tmp"))] == ["train-00002.parquet"]
-
-
-def test_parts_of_another_model_are_not_taken(tmp_path):
-    path = fraction_path(tmp_path, "train", 0)
-    FractionParts(path, SCHEMA, MADE, 1, 2).write(0, rows("a"))
-    other = FractionParts(path, SCHEMA, Provenance("generated", model="n", num_prompts=3), 1, 2)
-    assert other.pending() == [0, 1]

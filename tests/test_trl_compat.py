@@ -8,8 +8,8 @@ import pytest
 
 from spin import convert_data
 from spin.alignment.data import GENERATED_SCHEMA
-from spin.alignment.provenance import Provenance
 from spin.alignment.fractions import fraction_path
+from spin.alignment.provenance import Provenance
 from spin.alignment.shards import ParquetSink
 from tests.helpers import run_main
 

@@ -86,13 +86,26 @@ def clear_parts(output_dir: Path, split: str, num_rows: int, frac_len: int) -> N
     numbers = range(num_fractions(num_rows, frac_len))
     if not all(fraction_path(output_dir, split, number).exists() for number in numbers):
         return
-    remove_files([*parts.glob(f"{split}-*.lease"), *parts.glob(f"prompts-{split}-*")])
+    # A worker killed between merging and cleaning leaves parts of fractions that are whole.
+    for left in [*parts.glob(f"{split}-[0-9][0-9][0-9][0-9][0-9]*"), *parts.glob(f"*prompts-{split}-*")]:
+        remove_folder(left) if left.is_dir() else left.unlink(missing_ok=True)
     if not any(parts.glob("*-*")):
-        remove_files((parts / "workers").glob("*.json"))
+        remove_files((parts / "workers").glob("*"))
         for folder in (parts / "workers", parts):
             # Not empty: a worker that ends a moment later has the last word.
             with contextlib.suppress(OSError):
                 folder.rmdir()
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder to which others may add a last file, or which they may be removing too."""
+
+    def raise_unless_racing(_: Any, path: str, failure: Any) -> None:
+        if failure[1].errno not in (errno.ENOENT, errno.ENOTEMPTY):
+            raise failure[1]
+
+    while folder.exists():
+        shutil.rmtree(folder, onerror=raise_unless_racing)
 
 
 @dataclass(frozen=True)
@@ -123,8 +136,16 @@ class FractionJournal:
         self._written = 0
 
     def open(self) -> None:
-        """Make the folder, and see what is there already."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Make the folder, and see what is there already.
+
+        Raises:
+            InputError: the output folder, which was there at the start, has vanished.
+        """
+        try:
+            self.folder.parent.mkdir(exist_ok=True)
+            self.folder.mkdir(exist_ok=True)
+        except FileNotFoundError:
+            raise self._vanished(self.path.parent) from None
         self.scan()
 
     def scan(self) -> None:
@@ -176,9 +197,12 @@ class FractionJournal:
             return True
         if self.is_merged():
             return False
-        raise InputError(
-            f"{self.folder} has vanished while rows were made: see whether its disk is still mounted, then run the same "
-            "command again"
+        raise self._vanished(self.folder)
+
+    @staticmethod
+    def _vanished(folder: Path) -> InputError:
+        return InputError(
+            f"{folder} has vanished while rows were made: see whether its disk is still mounted, then run the same command again"
         )
 
     def is_complete(self) -> bool:
@@ -206,8 +230,7 @@ class FractionJournal:
     def remove_parts(self) -> None:
         """Remove the parts of this fraction, those of other runs of it included."""
         for folder in self.folder.parent.glob(f"{self.path.stem}-*"):
-            while folder.exists():
-                shutil.rmtree(folder, onerror=_raise_unless_racing)
+            remove_folder(folder)
 
     def _in_order(self) -> Iterator[pa.Table]:
         """Yield the rows by position, a few hundred prompts at a time."""
@@ -246,10 +269,3 @@ class _TableCache:
         while len(self._tables) > 1 and sum(table.nbytes for table in self._tables.values()) > self.limit:
             self._tables.popitem(last=False)
         return self._tables[path]
-
-
-def _raise_unless_racing(_: Any, path: str, failure: Any) -> None:
-    """Another worker may remove the same files, or have added a lease a moment ago; nothing else may go wrong."""
-    error = failure[1]
-    if error.errno not in (errno.ENOENT, errno.ENOTEMPTY):
-        raise error

@@ -187,6 +187,9 @@ class Leases:
             descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         except FileExistsError:
             return False
+        except FileNotFoundError:
+            # The folder is gone: what it is about is finished, or the disk is lost. Whoever looks at the work itself finds out.
+            return False
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(self.worker.name)
         return True

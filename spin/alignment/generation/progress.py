@@ -50,7 +50,7 @@ class GenerationProgress:
         if time.monotonic() - self._shown < _SHOW_SECONDS:
             return
         self._shown = time.monotonic()
-        self.done = count_done()
+        self.done = max(count_done(), self._done_before + self.prompts)
         if self._bar is not None:
             self._bar.update(self._task, completed=self.done, description=self.summary())
         elif time.monotonic() - self._told > _LINE_SECONDS:

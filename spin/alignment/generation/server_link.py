@@ -25,13 +25,15 @@ logger = logging.getLogger(__name__)
 PASSING_STATUS = frozenset({408, 425, 429})
 NOT_IMPLEMENTED = 501
 CONNECT_TIMEOUT = 10.0  # seconds
+# Its own, so that a failing server does not move the random numbers of the program.
+_jitter = random.Random()
 
 
 @dataclass(frozen=True)
 class RetryPolicy:
     """How often and how patiently a request is tried. All times in seconds.
 
-    The defaults wait four to six minutes in all, which is long enough for a server to load its model again.
+    The defaults wait three to six minutes in all, which is long enough for a server to load its model again.
 
     Attributes:
         attempts: tries of one request, the first included.
@@ -55,7 +57,7 @@ class RetryPolicy:
         ``told`` is what the server asked for; the wait is never shorter than that.
         """
         full = min(self.longest_delay, self.first_delay * 2.0 ** (failures - 1))
-        return max(min(told or 0.0, self.longest_told_delay), full * random.uniform(0.5, 1.0))
+        return max(min(told or 0.0, self.longest_told_delay), full * _jitter.uniform(0.5, 1.0))
 
 
 class TryAgain(Exception):
