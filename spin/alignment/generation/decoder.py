@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from spin.alignment.generation.base import SamplingConfig
-from spin.alignment.generation.decode_attention import own_attention
+from spin.alignment.generation.decode_attention import RaggedRows, own_attention, takes_own_attention
 from spin.alignment.generation.jobs import Job
 from spin.alignment.generation.kv_cache import RowCache
 from spin.alignment.generation.sampling import NOT_FINITE, draw_tokens, penalise, token_logprobs
@@ -24,9 +24,12 @@ _PREFILL_PADDING = {"cuda": 1024, "cpu": 128}
 class Decoder:
     """The running batch of one model: ``jobs[b]`` is written in row b of the cache."""
 
-    def __init__(self, model: Any, windows: list[int | None], sampling: SamplingConfig, pad_id: int, most: int) -> None:
-        """Start empty; there will never be more than ``most`` rows."""
+    def __init__(
+        self, model: Any, windows: list[int | None], sampling: SamplingConfig, pad_id: int, most: int, ragged: bool
+    ) -> None:
+        """Start empty; there will never be more than ``most`` rows. ``ragged`` is what :func:`takes_ragged_rows` says."""
         self.model, self.windows, self.sampling, self.pad_id, self.most = model, windows, sampling, pad_id, most
+        self._takes_ragged = ragged
         self.device: torch.device = model.device
         self.jobs: list[Job] = []
         self.cache = RowCache(windows)
@@ -36,6 +39,7 @@ class Decoder:
         self._tokens = torch.zeros(0, 1, dtype=torch.long, device=self.device)
         self._padding = torch.zeros(0, 1, dtype=torch.long, device=self.device)
         self._padded = False
+        self._ragged: RaggedRows | None = None
         self._seen: Tensor | None = None
 
     @torch.inference_mode()
@@ -53,11 +57,12 @@ class Decoder:
     @torch.inference_mode()
     def step(self) -> list[Job]:
         """Draw a token for every row; return the jobs that ended, which have left."""
-        width = self.cache.width
-        mask = None
-        if self._padded:
+        width, mask = self.cache.width, None
+        if self._ragged is not None:
+            self._ragged.begin(width + 1)
+        elif self._padded:
             mask = torch.arange(width + 1, device=self.device) >= self._padding
-        logits = self._forward(self._tokens, mask, width - self._padding, self.cache)
+        logits = self._forward(self._tokens, mask, width - self._padding, self.cache, self._ragged)
         self._tokens, alive = self._draw(logits, self.jobs, self._seen)
         if len(alive) == len(self.jobs):
             return []
@@ -95,8 +100,11 @@ class Decoder:
         kept = set(alive)
         return [job for row, job in enumerate(jobs) if row not in kept]
 
-    def _forward(self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: RowCache) -> Tensor:
+    def _forward(
+        self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: RowCache, ragged: RaggedRows | None = None
+    ) -> Tensor:
         """Return the logits behind the last token of each row, float32, shape ``(B, V)``."""
+        rows = {} if ragged is None else {"ragged_rows": ragged}
         with own_attention(self.model):
             output = self.model(
                 input_ids=ids,
@@ -105,6 +113,7 @@ class Decoder:
                 past_key_values=cache,
                 use_cache=True,
                 **self._keep_one,
+                **rows,
             )
         return output.logits[:, -1].float()
 
@@ -162,8 +171,31 @@ class Decoder:
         lengths = [job.length - 1 for job in self.jobs]
         longest = max(lengths)
         self.cache.trim(self.cache.width - longest)
-        self._padding = torch.tensor([[longest - length] for length in lengths], device=self.device)
-        self._padded = min(lengths) < longest
+        padding = [longest - length for length in lengths]
+        self._padding = torch.tensor(padding, device=self.device)[:, None]
+        self._padded = any(padding)
+        if self._takes_ragged:
+            self._ragged = RaggedRows(padding, self.device, self.cache.column_bytes)
+
+
+def takes_ragged_rows(model: Any, windows: list[int | None]) -> bool:
+    """Return whether all layers of a model hand ``ragged_rows`` to its attention; else its rows are masked by the library."""
+    if not takes_own_attention(model):
+        return False
+    rows, token = RaggedRows([0], model.device, 1), torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    rows.begin(1)
+    given = {
+        "input_ids": token,
+        "attention_mask": token + 1,
+        "position_ids": token,
+        "past_key_values": RowCache(windows),
+    }
+    try:
+        with own_attention(model):
+            model(**given, use_cache=True, ragged_rows=rows)
+    except TypeError:
+        return False
+    return rows.uses == len(windows)
 
 
 def _prefill_groups(prompts: list[list[Job]], padding: int) -> list[list[list[Job]]]:

@@ -153,6 +153,12 @@ class RowCache(Cache):
         """The rows of the cache."""
         return self.layers[0].rows
 
+    @property
+    def column_bytes(self) -> int:
+        """Bytes of one row's keys and values in one column of the first layer."""
+        buffers = self.layers[0].buffers or ()
+        return sum(buffer.shape[1] * buffer.shape[3] * buffer.element_size() for buffer in buffers)
+
     def join(self, other: RowCache, chosen: list[int], most: int) -> None:
         """Append rows of a prefilled cache, one twice where chosen twice; there will never be more than ``most``."""
         same = chosen == list(range(other.rows))

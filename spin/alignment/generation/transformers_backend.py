@@ -17,7 +17,7 @@ import torch
 from spin.alignment.configs import ModelConfig
 from spin.alignment.errors import InputError
 from spin.alignment.generation.base import GenerationBackend, PromptRequest, Response, SamplingConfig
-from spin.alignment.generation.decoder import Decoder
+from spin.alignment.generation.decoder import Decoder, takes_ragged_rows
 from spin.alignment.generation.jobs import Job, Request
 from spin.alignment.generation.kv_cache import RowCache, layer_windows
 from spin.alignment.generation.stop_texts import StopTextWatcher
@@ -66,10 +66,11 @@ class TransformersBackend(GenerationBackend):
         Raises:
             InputError: a layer did not put its keys and values into the cache.
         """
-        cache, token = RowCache(self._windows), torch.tensor([[self.settings.pad_id]], device=self.model.device)
+        cache, place = RowCache(self._windows), torch.zeros(1, 1, dtype=torch.long, device=self.model.device)
         fault: Exception | None = None
         try:
-            self.model(input_ids=token, position_ids=torch.zeros_like(token), past_key_values=cache, use_cache=True)
+            token, mask = place + self.settings.pad_id, place + 1
+            self.model(input_ids=token, attention_mask=mask, position_ids=place, past_key_values=cache, use_cache=True)
         except (AttributeError, TypeError, KeyError, IndexError, ValueError, NotImplementedError) as error:
             fault = error
         if fault is not None or any(layer.width != 1 for layer in cache.layers):
@@ -77,6 +78,7 @@ class TransformersBackend(GenerationBackend):
                 f"{type(self.model).__name__} does not use the cache of keys and values it is given, so the transformers "
                 "backend cannot serve it: use --backend vllm"
             ) from fault
+        self._ragged = takes_ragged_rows(self.model, self._windows)
         return sum(buffer.nbytes for layer in cache.layers for buffer in layer.buffers or ())
 
     def stream(
@@ -89,7 +91,7 @@ class TransformersBackend(GenerationBackend):
             InputError: positions of a request lie where the model's rotary embedding would depend on its neighbours.
         """
         most = self.settings.batch_size or DEFAULT_BATCH_SIZE
-        decoder = Decoder(self.model, self._windows, sampling, self.settings.pad_id, most)
+        decoder = Decoder(self.model, self._windows, sampling, self.settings.pad_id, most, self._ragged)
         queue = _Queue(requests, sampling, self.settings, _fixed_positions(self.model))
         columns = self._columns()
         # The share of a full batch that stood empty, summed over steps. A forward for few rows costs about as much as one for
@@ -107,9 +109,9 @@ class TransformersBackend(GenerationBackend):
                 while len(decoder.jobs) > 1 and len(decoder.jobs) * (decoder.cache.width + 1) > columns:
                     queue.put_back(decoder.evict())
                 ended += decoder.step()
-            for job in ended:
-                if job.request.is_done:
-                    yield job.request.number, [response for response in job.request.responses if response is not None]
+            # Several samples of a request may end in one step.
+            for request in {job.request.number: job.request for job in ended if job.request.is_done}.values():
+                yield request.number, [response for response in request.responses if response is not None]
 
     def _columns(self) -> int:
         """Return how many tokens, padding included, the caches of all rows may hold together."""
