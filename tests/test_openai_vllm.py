@@ -39,14 +39,14 @@ HIDDEN_DEFAULTS = {"temperature": 0.05, "top_k": 1, "top_p": 0.1, "repetition_pe
 
 @contextlib.contextmanager
 def serving(model: Path, log: Path, seconds: float = 240.0) -> Iterator[str]:
-    """Start `vllm serve` on a free port; yield its address; kill it with all its children at the end."""
+    """Start the server of vLLM on a free port; yield its address; kill it with all its children at the end."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     flags = {"host": "127.0.0.1", "port": port, "dtype": "float32", "max-model-len": CONTEXT}
     flags |= {"gpu-memory-utilization": 0.3, "generation-config": model}
     words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model), *words]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), *words]
     command += ["--enforce-eager", "--no-enable-chunked-prefill"]
     environment = program_environment(VLLM_CPU_KVCACHE_SPACE="1", VLLM_NO_USAGE_STATS="1")
     with log.open("w") as output:
