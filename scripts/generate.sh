@@ -1,46 +1,104 @@
 #!/usr/bin/env bash
-# Steps 1 and 1.5 of one iteration with the transformers backend: responses to every prompt, gathered into pairs.
+# Steps 1 and 1.5 of one iteration: responses to every prompt, by one engine per GPU, gathered into pairs.
 set -euo pipefail
 usage() {
     cat <<'TEXT'
 usage: MODEL=... bash scripts/generate.sh ITER [flags of spin/generate.py]
 
     MODEL          the opponent: model folder or Hub name (required)
+    BACKEND        transformers, vllm or openai (default transformers)
     INPUT_DIR      prompts with ground truth (default data/iter0)
     OUTPUT_DIR     fractions are written here (default generated/iterITER)
     PAIRS_DIR      pairs are written here (default pairs/iterITER)
-    CONVERT        further flags of spin/convert_data.py, for example "--identical drop"
     SPLITS         splits to generate (default "train test")
-    FRAC_LEN       prompts in a fraction (default 0: one fraction)
-    FRACS          the fractions this server makes, for example "0 1 2"; then the pairs are left to you (default: all)
-    NUM_PROCESSES  processes, one GPU each (default: the number of GPUs, else 1)
+    FRAC_LEN       prompts in a fraction, the same on every server (default 10000; 0: one fraction)
+    GPUS           the GPUs to use, for example "0 1 2 3" (default: all)
+    TENSOR_PARALLEL  GPUs of one engine (default 1; vllm)
+    ENGINES        engines without GPUs, or clients of a server (default 1)
+    GATHER         1: gather the pairs when all fractions are there; 0: leave that to another server (default 1)
+    CONVERT        further flags of spin/convert_data.py, for example "--identical drop"
     PYTHON         the interpreter (default python)
 
-Killed and started again, it goes on where it stood. Example, two servers that share a disk:
-    server A:  MODEL=outputs/iter0 FRAC_LEN=10000 FRACS="0 1 2" bash scripts/generate.sh 1 --max_new_tokens 256
-    server B:  MODEL=outputs/iter0 FRAC_LEN=10000 FRACS="3 4"   bash scripts/generate.sh 1 --max_new_tokens 256
+Every engine is a process of its own and takes what nobody else has taken, so uneven work hangs nobody. Any number of servers may
+run this on one shared OUTPUT_DIR, at any time. Killed and started again, it goes on where it stood. Two servers:
+
+    server A:  MODEL=outputs/iter0 OUTPUT_DIR=/shared/iter1 bash scripts/generate.sh 1 --max_new_tokens 256
+    server B:  MODEL=outputs/iter0 OUTPUT_DIR=/shared/iter1 GATHER=0 bash scripts/generate.sh 1 --max_new_tokens 256
 TEXT
 }
 case "${1:-}" in -h | --help) usage; exit 0 ;; esac
-source "$(dirname "${BASH_SOURCE[0]}")/fractions.sh"
-spin_settings "${1:-}"
+SPIN_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+case "${1:-}" in
+    '' | *[!0-9]*) echo "error: the first argument must be the iteration number, for example 0 (see -h)" >&2; exit 2 ;;
+esac
+if [ -z "${MODEL:-}" ]; then
+    echo "error: set MODEL to the opponent's folder or Hub name (see -h)" >&2
+    exit 2
+fi
 iteration=$1
 shift
+PYTHON=${PYTHON:-python}
+BACKEND=${BACKEND:-transformers}
+INPUT_DIR=${INPUT_DIR:-data/iter0}
+OUTPUT_DIR=${OUTPUT_DIR:-generated/iter$iteration}
+PAIRS_DIR=${PAIRS_DIR:-pairs/iter$iteration}
+SPLITS=${SPLITS:-train test}
+FRAC_LEN=${FRAC_LEN:-10000}
+TENSOR_PARALLEL=${TENSOR_PARALLEL:-1}
 cd "$SPIN_ROOT"
 
 gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
-NUM_PROCESSES=${NUM_PROCESSES:-$((gpus > 0 ? gpus : 1))}
-launch=("$PYTHON")
-if [ "$NUM_PROCESSES" -gt 1 ]; then
-    # --multi_gpu is accelerate's word for "start N processes here"; without GPUs they run on the CPU.
-    launch=("$PYTHON" -m accelerate.commands.launch --multi_gpu --num_processes "$NUM_PROCESSES" --num_machines 1
-        --mixed_precision no --dynamo_backend no --main_process_port 0)
+GPUS=${GPUS-$([ "$gpus" -gt 0 ] && seq -s ' ' 0 $((gpus - 1)) || true)}
+read -ra devices <<<"$GPUS"
+engines=${ENGINES:-1}
+if [ "${#devices[@]}" -gt 0 ] && [ "$BACKEND" != openai ]; then
+    engines=$((${#devices[@]} / TENSOR_PARALLEL))
 fi
+if [ "$engines" -lt 1 ]; then
+    echo "error: TENSOR_PARALLEL is $TENSOR_PARALLEL but GPUS names ${#devices[@]}: lower it" >&2
+    exit 2
+fi
+
+pids=()
+spin_end_engines() { [ "${#pids[@]}" -eq 0 ] || kill -TERM "${pids[@]}" 2>/dev/null || true; }
+trap 'spin_end_engines; wait; exit 130' INT TERM
+
+# spin_start_engine NUMBER SPLIT FLAGS: one engine in the background, on GPUs of its own where there are any.
+spin_start_engine() {
+    local number=$1 split=$2
+    shift 2
+    (
+        if [ "${#devices[@]}" -gt 0 ]; then
+            CUDA_VISIBLE_DEVICES=$(IFS=,; echo "${devices[*]:number*TENSOR_PARALLEL:TENSOR_PARALLEL}")
+            export CUDA_VISIBLE_DEVICES
+        fi
+        [ "$TENSOR_PARALLEL" -eq 1 ] || set -- --tensor_parallel_size "$TENSOR_PARALLEL" "$@"
+        exec "$PYTHON" spin/generate.py --backend "$BACKEND" --model "$MODEL" --input_dir "$INPUT_DIR" --split "$split" \
+            --output_dir "$OUTPUT_DIR" --data_frac auto --frac_len "$FRAC_LEN" --iteration "$iteration" "$@"
+    ) &
+    pids+=($!)
+}
+
 for split in $SPLITS; do
-    prompts=$(spin_count_prompts "$split")
-    for fraction in $(spin_fractions "$prompts" "$FRAC_LEN"); do
-        "${launch[@]}" spin/generate.py --model "$MODEL" --input_dir "$INPUT_DIR" --output_dir "$OUTPUT_DIR" --split "$split" \
-            --data_frac "$fraction" --frac_len "$FRAC_LEN" --iteration "$iteration" "$@"
+    pids=()
+    for ((number = 0; number < engines; number++)); do
+        spin_start_engine "$number" "$split" "$@"
     done
+    done_engines=0 code=0
+    for pid in "${pids[@]}"; do
+        if wait "$pid"; then done_engines=$((done_engines + 1)); else code=$?; fi
+    done
+    # An engine ends well only when every fraction is there, whoever made it.
+    if [ "$done_engines" -eq 0 ]; then
+        echo "error: every engine of $split failed (the messages are above): mend the cause and run the same command again" >&2
+        exit "$code"
+    elif [ "$code" -ne 0 ]; then
+        echo "warning: $((engines - done_engines)) of $engines engines of $split failed (see above); the others did their work" >&2
+    fi
 done
-spin_convert
+if [ "${GATHER:-1}" = 0 ]; then
+    echo "all fractions are in $OUTPUT_DIR; to gather them: $PYTHON spin/convert_data.py --input_dir $OUTPUT_DIR --output_dir $PAIRS_DIR"
+else
+    read -ra flags <<<"${CONVERT:-}"
+    "$PYTHON" spin/convert_data.py --input_dir "$OUTPUT_DIR" --output_dir "$PAIRS_DIR" "${flags[@]}"
+fi

@@ -5,7 +5,7 @@ usage() {
     cat <<'TEXT'
 usage: MODEL=... bash scripts/run_iterations.sh N [--key=value ...]
 
-Runs iterations 0 to N-1: generate.sh (or generate_vllm.sh), convert_data.py, finetune.sh. Killed and started again, it
+Runs iterations 0 to N-1: generate.sh (responses, then pairs), finetune.sh. Killed and started again, it
 goes on: every step recognises its finished output. Settings (--key=value) go to the training of every iteration.
 
   MODEL      the SFT model: folder or Hub name; start and first opponent (required)
@@ -14,7 +14,7 @@ goes on: every step recognises its finished output. Settings (--key=value) go to
   GENERATE   further flags of spin/generate.py, for example "--max_new_tokens 256"
   CONVERT    further flags of spin/convert_data.py, for example "--identical drop"
 
-and what generate.sh (INPUT_DIR, FRAC_LEN, NUM_PROCESSES ...) and finetune.sh (LAUNCH_CONFIG ...) read. Iteration t trains
+and what generate.sh (INPUT_DIR, FRAC_LEN, ENGINES, GPUS ...) and finetune.sh (LAUNCH_CONFIG ...) read. Iteration t trains
 on the pairs of t and t-1 with the settings of configs/config.yaml or configs/config_iterT.yaml.
 TEXT
 }
@@ -31,10 +31,9 @@ fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 RUN_DIR=${RUN_DIR:-outputs}
 export SPLITS=${SPLITS:-train}
-generator=scripts/generate.sh
-case "${BACKEND:-transformers}" in
-    transformers) ;;
-    vllm) generator=scripts/generate_vllm.sh ;;
+export BACKEND=${BACKEND:-transformers}
+case "$BACKEND" in
+    transformers | vllm) ;;
     *) echo "error: BACKEND is $BACKEND: set it to transformers or vllm" >&2; exit 2 ;;
 esac
 read -ra generate_flags <<<"${GENERATE:-}"
@@ -46,7 +45,7 @@ for ((iteration = 0; iteration < iterations; iteration++)); do
     [ "$iteration" = 0 ] || mixer="$mixer, $RUN_DIR/iter$((iteration - 1))/pairs: 1.0"
     echo "==> iteration $iteration: start and opponent $opponent, data {$mixer}"
     MODEL=$opponent OUTPUT_DIR=$folder/generated PAIRS_DIR=$folder/pairs \
-        bash "$generator" "$iteration" "${generate_flags[@]}"
+        bash scripts/generate.sh "$iteration" "${generate_flags[@]}"
     config=configs/config_iter$iteration.yaml
     [ -f "$config" ] || config=configs/config.yaml
     # A local opponent has no Hub revision; the paper's start keeps its own.

@@ -255,6 +255,15 @@ class FractionJournal:
             yield pa.concat_tables(pieces).take(pa.array(rows_of)).replace_schema_metadata(None)
 
 
+def finished_prompts(folder: Path) -> int:
+    """Return how many prompts the parts in a journal's folder hold; those being written or removed do not count."""
+    positions: set[int] = set()
+    for path in folder.glob("part-*.parquet"):
+        with contextlib.suppress(InputError, KeyError, ValueError):
+            positions.update(json.loads((open_parquet(path).schema_arrow.metadata or {})[POSITIONS_KEY]))
+    return len(positions)
+
+
 class _TableCache:
     """The tables read last, up to a number of bytes: neighbouring positions lie in few parts."""
 

@@ -34,7 +34,7 @@ MANAGED = {
         "seed",
         "overwrite",
     ),
-    "convert": ("input_dir", "output_dir", "num_fracs"),
+    "convert": ("input_dir", "output_dir", "num_fracs", "splits", "wait"),
     "train": _TRAINING,
     "sft": _TRAINING,
     "control": _TRAINING,

@@ -119,9 +119,8 @@ def generate_stage(config: RunConfig, iteration: int) -> Stage:
         held_out = split != data.train_split
         source = {"input_dir": data.test if held_out else data.train, "split": split}
         section = config.generate | ({"frac_len": 0} if held_out else {})
+        commands.append(_launched(config, "generate.py", flags({**managed, **source, "data_frac": "auto", **section})))
         for fraction in range(1 if held_out else num_train_fractions(config)):
-            arguments = flags({**managed, **source, "data_frac": fraction, **section})
-            commands.append(_launched(config, "generate.py", arguments))
             outputs.append(output_dir / f"{split}-{fraction:05d}.parquet")
     sources = [model_source(managed["model"]), data_source(data.train, data.train_split)]
     sources += [data_source(data.test, data.test_split)] if data.test_pairs else []
@@ -141,10 +140,11 @@ def num_train_fractions(config: RunConfig) -> int:
     frac_len = config.generate.get("frac_len") or 0
     if not frac_len:
         return 1
-    from spin.alignment.data import load_prompts
+    from spin.alignment.data import stream_prompts
     from spin.alignment.fractions import num_fractions
 
-    return num_fractions(len(load_prompts(config.data.train, config.data.train_split)), int(frac_len))
+    count = sum(1 for _ in stream_prompts(config.data.train, config.data.train_split))
+    return num_fractions(count, int(frac_len))
 
 
 def convert_stage(config: RunConfig, iteration: int) -> Stage:

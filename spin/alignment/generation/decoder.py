@@ -16,8 +16,9 @@ from spin.alignment.generation.jobs import Job
 from spin.alignment.generation.kv_cache import RowCache
 from spin.alignment.generation.sampling import NOT_FINITE, draw_tokens, penalise, token_logprobs
 
-# Tokens of one prefill, padding included, and how many of them may be padding before another forward is the cheaper way.
-_PREFILL_TOKENS = 8192
+# Tokens of one prefill, padding included (more leave a CPU's cache), and how many of them may be padding before another forward
+# is the cheaper way.
+_PREFILL_TOKENS = {"cuda": 16_384, "cpu": 2048}
 _PREFILL_PADDING = {"cuda": 1024, "cpu": 128}
 
 
@@ -49,7 +50,8 @@ class Decoder:
         distinct = [
             list(same) for _, same in groupby(jobs, key=lambda job: (id(job.request), len(job.ids) and id(job)))
         ]
-        for group in _prefill_groups(distinct, _PREFILL_PADDING.get(self.device.type, 1024)):
+        kind = "cpu" if self.device.type == "cpu" else "cuda"
+        for group in _prefill_groups(distinct, _PREFILL_PADDING[kind], _PREFILL_TOKENS[kind]):
             ended += self._prefill(group)
         self._settle()
         return ended
@@ -198,14 +200,14 @@ def takes_ragged_rows(model: Any, windows: list[int | None]) -> bool:
     return rows.uses == len(windows)
 
 
-def _prefill_groups(prompts: list[list[Job]], padding: int) -> list[list[list[Job]]]:
-    """Sort prompts by length, longest first, into groups of few padding and not too many tokens; jobs of one share it."""
+def _prefill_groups(prompts: list[list[Job]], padding: int, tokens: int) -> list[list[list[Job]]]:
+    """Sort prompts by length, longest first, into groups of at most that much padding and so many tokens."""
     groups: list[list[list[Job]]] = []
     wasted = width = 0
     for same in sorted(prompts, key=lambda same: -same[0].length):
         length = same[0].length
         wasted += width - length
-        if not groups or wasted > padding or (len(groups[-1]) + 1) * width > _PREFILL_TOKENS:
+        if not groups or wasted > padding or (len(groups[-1]) + 1) * width > tokens:
             groups.append([])
             wasted, width = 0, length
         groups[-1].append(same)

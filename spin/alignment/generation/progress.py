@@ -45,10 +45,13 @@ class GenerationProgress:
         self.tokens += sum(len(row["rejected_token_ids"]) for row in rows)
         self.cut += sum(row["rejected_finish_reason"] == "length" for row in rows)
 
-    def show(self, count_done: Callable[[], int]) -> None:
-        """Bring the display up to date, twice a second at most; ``count_done()`` prompts are finished, by whomever."""
+    def show(self, count_done: Callable[[], int]) -> bool:
+        """Bring the display up to date, twice a second at most; return whether it was due.
+
+        ``count_done()`` prompts are finished, by whomever.
+        """
         if time.monotonic() - self._shown < _SHOW_SECONDS:
-            return
+            return False
         self._shown = time.monotonic()
         self.done = max(count_done(), self._done_before + self.prompts)
         if self._bar is not None:
@@ -56,6 +59,7 @@ class GenerationProgress:
         elif time.monotonic() - self._told > _LINE_SECONDS:
             self._told = time.monotonic()
             self._say(f"{self.summary()}, {self.seconds_left():.0f} s left")
+        return True
 
     def seconds_left(self) -> float:
         """Return the time the rest takes at the rate of all workers so far; 0 before the first is done."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
+from spin.alignment.errors import InputError
 from spin.alignment.fractions import PARTS_FOLDER, fraction_path, fraction_size
 from spin.alignment.generation.base import GenerationBackend, PromptRequest
 from spin.alignment.generation.fraction_work import EncodedPrompts, FractionWork, GenerationJob
@@ -127,10 +128,11 @@ class GenerationRun:
         try:
             for index, responses in stream:
                 self._take(*drawn.pop(index), responses)
-        except Exception:
-            # An engine that was told to end by the same signal as we were may break off.
-            if not self.stopping:
+        except Exception as error:
+            # An engine that the same signal reached may break off; what it has finished is written all the same.
+            if not self.stopping or isinstance(error, InputError):
                 raise
+            say(f"the engine broke off ({type(error).__name__})")
         finally:
             self._streaming = False
         return True
@@ -142,7 +144,8 @@ class GenerationRun:
         count = sum(len(item.rows) for item in self._unwritten.values())
         if count >= self.flush_every or time.monotonic() - self._flushed > FLUSH_SECONDS:
             self._flush()
-        self.progress.show(lambda: self._finished() + count)
+        if self.progress.show(lambda: self._finished() + count):
+            self._tell_others()
 
     def _claimed_requests(self, drawn: dict[int, tuple[FractionWork, int]]) -> Iterator[PromptRequest]:
         """Claim blocks and yield their requests one by one, noting in ``drawn`` what each of them is."""
@@ -228,9 +231,12 @@ class GenerationRun:
         self._wait_for_writer()
         batch, self._unwritten = self._unwritten, {}
         self._flushed = time.monotonic()
-        self.worker.tell(split=self.job.split, fractions=sorted(self._works), **self.progress.facts())
+        self._tell_others()
         if batch:
             self._write = self._writer.submit(self._write_parts, list(batch.values()))
+
+    def _tell_others(self) -> None:
+        self.worker.tell(split=self.job.split, fractions=sorted(self._works), **self.progress.facts())
 
     def _write_parts(self, batch: list[_Unwritten]) -> None:
         for item in batch:
