@@ -54,7 +54,7 @@ def save_prompts(folder: Path, prompts: list[Prompt]) -> None:
 
 
 def save_model(folder: Path, seed: int) -> int:
-    """Write a random float32 Llama whose responses have about ``MEAN_TOKENS`` tokens, and its tokenizer; return its parameters."""
+    """Write a random float32 Llama whose responses have about ``MEAN_TOKENS`` tokens, with a tokenizer; return its parameters."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -83,16 +83,19 @@ def save_model(folder: Path, seed: int) -> int:
 
 
 def _let_responses_end(model: Any) -> None:
-    """Change the embeddings so that the stop id is drawn with probability 1 / ``MEAN_TOKENS``, whatever stands before it.
+    """Change weights so that the stop id is drawn with probability 1 / ``MEAN_TOKENS``, whatever stands before it.
 
-    The first number of every embedding is the same, so the first number of every hidden state is about the same too; a larger
-    one in the row of the stop id then acts as a bias that every engine computes.
+    The first number of every embedding is the same and no layer adds to it, so that of every hidden state is about the same
+    too; a larger one in the row of the stop id then acts as a bias that every engine computes.
     """
     import torch
 
     with torch.no_grad():
         weight = model.get_input_embeddings().weight
         weight[:, 0] = CONSTANT
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight[0] = 0.0
+            layer.mlp.down_proj.weight[0] = 0.0
         ids = torch.randint(FIRST_WORD_ID, VOCAB_SIZE, (16, 64))
         hidden = model.model(ids).last_hidden_state.flatten(0, 1)
         weight[EOS_ID, 0] += _solve_bias(model.lm_head(hidden), hidden[:, 0])

@@ -1,0 +1,229 @@
+"""The contenders of the generation benchmark: this project's step on two backends, the engine alone, the original's loop."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.generation_data import MAX_NEW_TOKENS, PROMPT_TOKENS, SPLIT
+from benchmarks.shapes import EOS_ID, PAD_ID
+from spin.alignment.generation import BackendSettings, make_backend
+from spin.alignment.generation.base import GenerationBackend, PromptRequest, Response, SamplingConfig, sample_seed
+
+if TYPE_CHECKING:
+    from benchmarks.generation_process import Task
+
+ORIGINAL_BATCH = 16
+# Of the device's memory, so that several engines can wait beside each other on one GPU.
+MEMORY_SHARE = 0.3
+
+
+class Contender(ABC):
+    """A loaded model that answers the prompts of one turn after the other."""
+
+    @abstractmethod
+    def prepare(self, turn: int) -> None:
+        """Have the prompts of a turn ready; outside the clock."""
+
+    @abstractmethod
+    def work(self) -> None:
+        """Answer them; what the clock measures."""
+
+    @abstractmethod
+    def responses(self) -> dict[str, list[int]]:
+        """Return the sampled ids of each prompt, up to and with the stop id."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free the model and end the engine."""
+
+
+def backend_settings(task: Task) -> BackendSettings:
+    return BackendSettings(
+        model=task.model_folder,
+        max_model_len=PROMPT_TOKENS[1] + MAX_NEW_TOKENS,
+        gpu_memory_utilization=MEMORY_SHARE,
+        stop_ids=[EOS_ID],
+        pad_id=PAD_ID,
+    )
+
+
+class Bare(Contender):
+    """vLLM's own ``LLM.generate``, called once with the ids of all prompts; the engine is set up as by our backend."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self._backend: Any = make_backend("vllm", backend_settings(task))
+
+    def prepare(self, turn: int) -> None:
+        from vllm import SamplingParams
+
+        self._prompts = self.task.turn_prompts(turn)
+        self._inputs = [{"prompt_token_ids": prompt.token_ids} for prompt in self._prompts]
+        self._parameters = [
+            SamplingParams(
+                temperature=1.0,
+                max_tokens=MAX_NEW_TOKENS,
+                seed=sample_seed(self.task.seed, prompt.prompt_id, 0),
+                stop_token_ids=[EOS_ID],
+                ignore_eos=True,
+                detokenize=False,
+            )
+            for prompt in self._prompts
+        ]
+
+    def work(self) -> None:
+        self._outputs = self._backend.engine.generate(self._inputs, self._parameters, use_tqdm=False)
+
+    def responses(self) -> dict[str, list[int]]:
+        pairs = zip(self._prompts, self._outputs, strict=True)
+        return {prompt.prompt_id: list(output.outputs[0].token_ids) for prompt, output in pairs}
+
+    def close(self) -> None:
+        self._backend.close()
+
+
+class _Lasting(GenerationBackend):
+    """A backend that outlives the runs it is lent to."""
+
+    def __init__(self, backend: GenerationBackend) -> None:
+        self.backend = backend
+
+    def stream(
+        self, requests: Iterable[PromptRequest], sampling: SamplingConfig
+    ) -> Iterator[tuple[int, list[Response]]]:
+        return self.backend.stream(requests, sampling)
+
+    def close(self) -> None:
+        """Do nothing: the next turn needs it."""
+
+
+class OurStep(Contender):
+    """All that spin/generate.py does with a loaded model: encode, claim, generate, decode, write parts, merge the fraction."""
+
+    def __init__(self, task: Task, backend: str) -> None:
+        from spin.alignment.chat import ChatEncoder, load_tokenizer
+
+        self.task, self.backend_name = task, backend
+        encoder = ChatEncoder(load_tokenizer(task.model_folder))
+        settings = replace(backend_settings(task), decode=encoder.decode)
+        self._backend = _Lasting(make_backend(backend, settings))
+
+    def prepare(self, turn: int) -> None:
+        from spin import generate
+        from spin.alignment.fractions import PARTS_FOLDER
+        from spin.alignment.generation.progress import GenerationProgress
+        from spin.alignment.generation.run import GenerationRun
+        from spin.alignment.leases import Worker
+
+        self._output = Path(self.task.folder) / f"turn-{turn}"
+        flags = {
+            "model": self.task.model_folder,
+            "input_dir": self.task.turn_data(turn),
+            "output_dir": self._output,
+            "split": SPLIT,
+            "backend": self.backend_name,
+            "max_new_tokens": MAX_NEW_TOKENS,
+            "seed": self.task.seed,
+        }
+        options = generate.make_parser().parse_args([f"--{name}={value}" for name, value in flags.items()])
+        sampling = generate.check_options(options)
+        stated = generate.stated_provenance(options, sampling, Path(options.model))
+        self._open = ExitStack()
+        worker = self._open.enter_context(Worker(self._output / PARTS_FOLDER / "workers"))
+        self._job = generate.make_job(options, sampling, stated, Path(options.model), worker.name)
+        progress = GenerationProgress("fraction 0")
+        self._run = GenerationRun(self._job, [0], worker, lambda _: self._backend, options.flush_every, progress)
+
+    def work(self) -> None:
+        self._run.run()
+
+    def responses(self) -> dict[str, list[int]]:
+        import pyarrow.parquet as pq
+
+        from spin.alignment.fractions import clear_parts, fraction_path
+
+        self._open.close()
+        clear_parts(self._output, SPLIT, len(self._job.store), 0)
+        table = pq.read_table(fraction_path(self._output, SPLIT, 0))
+        ids = table["rejected_token_ids"].to_pylist()
+        return dict(zip(table["prompt_id"].to_pylist(), ids, strict=True))
+
+    def close(self) -> None:
+        self._backend.backend.close()
+
+
+class Original(Contender):
+    """The loop of the original program: batches of 16 in data order, padded on the left, ``model.generate``, ``batch_decode``."""
+
+    def __init__(self, task: Task) -> None:
+        import torch
+        from transformers import AutoTokenizer
+
+        from benchmarks.shapes import load_model
+
+        self.task = task
+        self._model = load_model(task.model_folder).to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        self._tokenizer = AutoTokenizer.from_pretrained(task.model_folder, padding_side="left")
+
+    def prepare(self, turn: int) -> None:
+        import torch
+
+        torch.manual_seed(self.task.seed + turn)
+        self._prompts = self.task.turn_prompts(turn)
+        self._texts = [prompt.text for prompt in self._prompts]
+        self._sampled: list[list[int]] = []
+        self._answers: list[str] = []
+
+    def work(self) -> None:
+        for begin in range(0, len(self._texts), ORIGINAL_BATCH):
+            texts = self._texts[begin : begin + ORIGINAL_BATCH]
+            inputs = self._tokenizer(texts, padding=True, add_special_tokens=False, return_tensors="pt")
+            ids, mask = (inputs[name].to(self._model.device) for name in ("input_ids", "attention_mask"))
+            # The library's own top_k would be 50.
+            output = self._model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                max_new_tokens=MAX_NEW_TOKENS,
+                pad_token_id=PAD_ID,
+            )
+            new = output[:, ids.shape[1] :]
+            self._answers += self._tokenizer.batch_decode(new, skip_special_tokens=True)
+            self._sampled += new.tolist()
+
+    def responses(self) -> dict[str, list[int]]:
+        pairs = zip(self._prompts, self._sampled, strict=True)
+        return {prompt.prompt_id: real_tokens(ids) for prompt, ids in pairs}
+
+    def close(self) -> None:
+        del self._model
+
+
+def real_tokens(ids: list[int]) -> list[int]:
+    """Return sampled ids without the padding behind the stop id."""
+    return ids[: ids.index(EOS_ID) + 1] if EOS_ID in ids else ids
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """``start(task)`` loads the model of a contender."""
+
+    label: str
+    start: Callable[[Task], Contender]
+
+
+CONTENDERS = {
+    "bare_vllm": Entrant("vLLM engine alone", Bare),
+    "vllm": Entrant("this project on vLLM", partial(OurStep, backend="vllm")),
+    "transformers": Entrant("this project on transformers", partial(OurStep, backend="transformers")),
+    "original": Entrant("original loop on transformers", Original),
+}
