@@ -69,14 +69,14 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 def respond(
     backend: GenerationBackend, held_out: Sequence[HeldOut], sampling: SamplingConfig, chunk: int, tell: Tell
 ) -> list[Response]:
-    """Return one response to each prompt, shortest prompts first, telling the progress after each ``chunk`` prompts."""
-    order = sorted(range(len(held_out)), key=lambda index: len(held_out[index].request.token_ids))
+    """Return one response to each prompt, telling the progress after every ``chunk`` prompts."""
+    # Long prompts first: what is left for the end, when nothing more can fill the batch, is short.
+    order = sorted(range(len(held_out)), key=lambda index: -len(held_out[index].request.token_ids))
     responses: dict[int, Response] = {}
-    for start in range(0, len(order), chunk):
-        indices = order[start : start + chunk]
-        answers = backend.generate([held_out[index].request for index in indices], sampling)
-        responses |= {index: answer[0] for index, answer in zip(indices, answers, strict=True)}
-        tell(f"temperature {sampling.temperature:g}: {len(responses)} of {len(order)} prompts")
+    for place, answer in backend.stream((held_out[index].request for index in order), sampling):
+        responses[order[place]] = answer[0]
+        if len(responses) % chunk == 0 or len(responses) == len(order):
+            tell(f"temperature {sampling.temperature:g}: {len(responses)} of {len(order)} prompts")
     return [responses[index] for index in range(len(order))]
 
 

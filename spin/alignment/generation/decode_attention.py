@@ -65,13 +65,13 @@ class RaggedRows:
 
 
 def _join_neighbours(padding: Sequence[int], worth: float) -> list[tuple[int, int]]:
-    """Return (first, last) of blocks of rows; a row goes with those before it if that adds less than ``worth`` columns."""
-    blocks, first, least = [], 0, padding[0]
+    """Return (first, last) of blocks of rows; a block ends before its padding comes to more than ``worth`` columns."""
+    blocks, first, least, wasted = [], 0, padding[0], 0
     for row, columns in enumerate(padding):
-        added = (row - first) * max(0, least - columns) + max(0, columns - least)
-        if added > worth:
+        wasted += (row - first) * max(0, least - columns) + max(0, columns - least)
+        if wasted > worth:
             blocks.append((first, row))
-            first, least = row, columns
+            first, least, wasted = row, columns, 0
         least = min(least, columns)
     return [*blocks, (first, len(padding))]
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from spin.alignment.errors import InputError
 from spin.alignment.generation.base import GenerationBackend, PromptRequest, Response, SamplingConfig, sample_seed
+from spin.alignment.generation.engine_guard import EngineGuard
 from spin.alignment.shards import read_json
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ class VLLMBackend(GenerationBackend):
         if settings.batch_invariant:
             _check_batch_invariance()
         self.settings = settings
+        self._guard = EngineGuard()
         self.engine: Any = LLM(
             model=settings.model,
             revision=settings.revision,
@@ -218,5 +220,6 @@ class VLLMBackend(GenerationBackend):
             shutdown()
         del self.engine
         gc.collect()
+        self._guard.close()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
