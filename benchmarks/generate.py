@@ -136,7 +136,7 @@ def main(arguments: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         result = describe(options, save_model(folder / "model", options.seed))
-        add_contenders(result, take_turns(options, folder), options.clock)
+        add_contenders(result, take_turns(options, folder) if options.contenders else {}, options.clock)
         add_scale(result, measure_at_scale(options, folder))
     add_goals(result)
     write_json_atomic(Path(options.out), result)

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from zlib import crc32
 
 from benchmarks.generation_data import Prompt, make_prompts
 from benchmarks.harness import REPOSITORY, TUNED_ALLOCATOR, Worker, WorkerError
+from spin.programs import run_program
 
 if TYPE_CHECKING:
     from benchmarks.generation_contenders import Contender
@@ -176,8 +178,8 @@ def play(task: Task, orders: IO[str], answers: IO[str]) -> None:
         contender.close()
 
 
-def main() -> None:
-    task = Task(**json.loads(sys.argv[1]))
+def main(arguments: Sequence[str]) -> None:
+    task = Task(**json.loads(arguments[0]))
     # Libraries may print: their output goes to the log, the answers to a pipe of their own.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
@@ -185,4 +187,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

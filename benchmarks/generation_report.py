@@ -77,7 +77,7 @@ def table(result: dict[str, Any]) -> str:
     lines = [columns.format("", "tokens/s", "from, to", "tokens each")]
     for facts in result["contenders"].values():
         if "error" in facts:
-            lines.append(f"{facts['label']:<32}  failed: {facts['error'].splitlines()[0]}")
+            lines.append(f"{facts['label']:<32}  failed: {facts['error'].splitlines()[-1]}")
             continue
         each = facts["reps"]["tokens_per_second"]
         spread = f"{min(each):.0f}, {max(each):.0f}"

@@ -24,6 +24,7 @@ from benchmarks.harness import REPOSITORY, peak_bytes
 from benchmarks.shapes import FIRST_WORD_ID, as_text
 from spin.alignment.generation import BACKENDS, BackendSettings
 from spin.alignment.generation.base import GenerationBackend, PromptRequest, Response, SamplingConfig, sample_seed
+from spin.programs import run_program
 
 PROMPT_CHARACTERS, TRUTH_CHARACTERS = 100, 500
 FRACTION_ROWS = 20_000
@@ -175,13 +176,13 @@ def measure_scale(rows: int, model_folder: Path, folder: Path, threads: int) -> 
     return found
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> None:
     # What the programs print goes to the log, the numbers to a pipe of their own.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    answers.write(json.dumps(run_step(sys.argv[1], sys.argv[2:])))
+    answers.write(json.dumps(run_step(arguments[0], arguments[1:])))
     answers.flush()
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks.generation_contenders import real_tokens
 from benchmarks.generation_data import MEAN_TOKENS, PROMPT_TOKENS, make_prompts, save_model, save_prompts
+from benchmarks.generation_process import Seat, Task
 from benchmarks.generation_report import add_goals, add_ratios, add_scale, same_responses, summarize, table
 from benchmarks.generation_scale import PROMPT_CHARACTERS, TRUTH_CHARACTERS, save_many
 from benchmarks.shapes import EOS_ID
@@ -115,6 +116,15 @@ def test_synthetic_rows_have_the_length_they_should(tmp_path: Path) -> None:
     for place, characters in ((0, PROMPT_CHARACTERS), (1, TRUTH_CHARACTERS)):
         lengths = [len(row["chosen"][place]["content"]) for row in rows]
         assert characters - 8 <= min(lengths) and max(lengths) <= characters
+
+
+def test_contender_that_fails_says_why_and_lets_the_others_go_on(tmp_path: Path) -> None:
+    folders = (str(tmp_path / "transformers"), str(tmp_path / "nowhere"), str(tmp_path))
+    seat = Seat(Task("transformers", *folders, prompts=1, reps=1, seed=0, threads=1, allocator="stock"))
+    seat.start()
+    seat.take_turn()
+    assert seat.error is not None and seat.turns == []
+    assert seat.error.splitlines()[-1].startswith(f"error: model folder {tmp_path / 'nowhere'} does not exist")
 
 
 def run_benchmark(*arguments: object) -> subprocess.CompletedProcess[str]:
