@@ -252,3 +252,34 @@ def test_schema_is_the_row_format(whole):
     assert schema.field("sample_index").type == pa.int32()
     assert schema.field("rejected_token_ids").type == pa.list_(pa.int32())
     assert schema.field("chosen").type == schema.field("rejected").type
+
+
+def run_shell(script: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    return run_command(["bash", f"scripts/{script}", *arguments], PYTHON=sys.executable, **environment)
+
+
+@pytest.mark.slow
+def test_the_shell_script_runs_engines_side_by_side_and_gathers(tiny_model, data, tmp_path):
+    folders = {"OUTPUT_DIR": str(tmp_path / "generated"), "PAIRS_DIR": str(tmp_path / "pairs")}
+    settings = {"MODEL": str(tiny_model), "INPUT_DIR": str(data), "SPLITS": "train", "ENGINES": "2", "FRAC_LEN": "10"}
+    done = run_shell("generate.sh", 3, "--max_new_tokens", 8, GATHER="0", **settings, **folders)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in (tmp_path / "generated").iterdir()) == [
+        f"train-{number:05d}.parquet" for number in range(3)
+    ]
+    again = run_shell("generate.sh", 3, "--max_new_tokens", 8, **settings, **folders)
+    assert again.returncode == 0 and again.stdout.count("complete already") == 2
+    (pairs,) = (tmp_path / "pairs").glob("train_prefs-*.parquet")
+    assert pq.read_metadata(pairs).num_rows == NUM_PROMPTS
+    assert read_provenance(pq.read_schema(pairs), "").iteration == 3
+    other = run_shell("generate.sh", 3, "--max_new_tokens", 9, **settings, **folders)
+    assert other.returncode == 2 and "every engine of train failed" in other.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "message"),
+    [((), {"MODEL": "m"}, "iteration number"), ((1,), {}, "set MODEL"), (("x",), {"MODEL": "m"}, "iteration number")],
+)
+def test_the_shell_script_says_what_is_missing(arguments, environment, message):
+    done = run_shell("generate.sh", *arguments, **environment)
+    assert done.returncode == 2 and message in done.stderr
