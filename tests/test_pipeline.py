@@ -58,10 +58,11 @@ def test_each_iteration_trains_from_its_opponent_with_its_overrides(tmp_path):
     assert list(second["dataset_mixer"]) == [str(tmp_path / "run" / "iter1" / "pairs")]
 
 
-def test_fractions_each_get_a_command_and_iterations_differ_in_their_seed(tmp_path):
+def test_one_command_makes_all_fractions_and_iterations_differ_in_their_seed(tmp_path):
     stages = {stage.name: stage for stage in make_stages(make_config(tmp_path))}
-    commands = stages["iter0/generate"].commands
-    assert [command[command.index("--data_frac") + 1] for command in commands] == ["0", "1"]
+    (command,) = stages["iter0/generate"].commands  # the model is loaded once
+    assert command[command.index("--data_frac") + 1] == "auto"
+    assert [path.name for path in stages["iter0/generate"].outputs()] == ["train-00000.parquet", "train-00001.parquet"]
     seeds = {stages[f"iter{t}/generate"].settings["seed"] for t in (0, 1)}
     assert len(seeds) == 2
 
@@ -107,7 +108,7 @@ def test_flags_of_a_section():
         ({"data": {"train": "./no-data"}}, "no-data"),
         ({"generate": {"temprature": 1}}, "unknown argument --temprature.*--temperature"),
         ({"generate": {"temperature": -1}}, "temperature is -1"),
-        ({"generate": {"backend": "jax"}}, "unknown generation backend 'jax': choose one of transformers, vllm"),
+        ({"generate": {"backend": "jax"}}, "unknown generation backend 'jax': choose one of openai, transformers, vllm"),
         ({"generate": {"frac_len": -5}}, "frac_len is -5"),
         ({"generate": {"model": "x"}}, "'model' in the section 'generate' is set by the pipeline itself"),
         ({"convert": {"identical": "maybe"}}, "maybe"),
