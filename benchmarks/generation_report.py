@@ -114,7 +114,7 @@ def plot(result: dict[str, Any]) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 2.8), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(12, 2.8), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 2 if "scale" in result else 1, squeeze=False)[0]
     _plot_speed(panels[0], result)
@@ -141,7 +141,7 @@ def _plot_speed(axes: Any, result: dict[str, Any]) -> None:
     beside = [f"{speed:.0f}{against.get(name, '')}" for name, speed in zip(found, speeds, strict=True)]
     axes.bar_label(bars, beside, padding=6, fontsize=9)
     axes.set_title("Sampled tokens per second", fontsize=11, loc="left")
-    axes.set_xlim(0, 1.35 * max(speeds, default=1))
+    axes.set_xlim(0, 1.4 * max(speeds, default=1))
     axes.invert_yaxis()
 
 
@@ -153,5 +153,5 @@ def _plot_memory(axes: Any, scale: dict[str, dict[str, dict[str, float]]]) -> No
     beside = [f"{peak:.0f}  ({rate:,.0f} rows/s and core)" for peak, rate in zip(peaks, rates, strict=True)]
     axes.bar_label(bars, beside, padding=4, fontsize=9)
     axes.set_title("Peak memory without pages of files (MiB)", fontsize=11, loc="left")
-    axes.set_xlim(0, 1.7 * max(peaks))
+    axes.set_xlim(0, 2.1 * max(peaks))
     axes.invert_yaxis()
