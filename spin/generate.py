@@ -237,13 +237,14 @@ def wanted_fractions(options: Any, stated: Provenance, store: PromptStore) -> li
                 continue
             differences = stated.differences(found)
             if not differences:
-                print(f"{path} is complete already")
                 continue
             if not options.overwrite:
                 raise InputError(
                     f"{path} was made from something else ({'; '.join(differences)}): pass --overwrite or another output_dir"
                 )
         wanted.append(number)
+    if len(wanted) < len(numbers):
+        print(f"{len(numbers) - len(wanted)} of {len(numbers)} fractions are complete already")
     return wanted
 
 
@@ -281,6 +282,7 @@ def make_job(options: Any, sampling: SamplingConfig, stated: Provenance, model_d
             num_prompts=len(store),
         ),
         patience=options.lease_timeout,
+        overwrite=options.overwrite,
     )
 
 

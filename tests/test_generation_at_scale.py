@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -55,10 +56,10 @@ def start(setting: dict[str, object], output: Path, delay: float, **more: object
     return subprocess.Popen(command, cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE, text=True)
 
 
-def generate(setting: dict[str, object], output: Path, **more: object) -> tuple[int, str, str]:
+def generate(setting: dict[str, object], output: Path, *extra: str, **more: object) -> tuple[int, str, str]:
     """Run to the end in this process; return exit code, stdout and stderr."""
     with patch.dict(BACKENDS, fake=FakeBackend):
-        return run_main(main, *flags(setting, output, **more))
+        return run_main(main, *flags(setting, output, **more), *extra)
 
 
 def storm(setting: dict[str, object], output: Path, delay: float, **settings: int) -> dict:
@@ -189,6 +190,20 @@ def test_a_torn_fraction_is_set_aside_and_made_again(setting, undisturbed, tmp_p
     torn.write_bytes(torn.read_bytes()[:-30])
     code, _, error = generate(setting, tmp_path)
     assert code == 0 and "train-00002.torn" in error
+    assert contents(tmp_path) == undisturbed
+
+
+def test_a_fraction_that_another_run_puts_in_the_way_is_kept(setting, undisturbed, tmp_path):
+    worker = start(setting, tmp_path, delay=0.02)
+    wait_for(lambda: any(tmp_path.glob(".parts/train-00000-*/part-*.parquet")), worker)
+    code, _, error = generate(setting, tmp_path / "other", seed=1, data_frac=0)
+    assert code == 0, error
+    foreign = shutil.copy(tmp_path / "other" / "train-00000.parquet", tmp_path)
+    before = Path(foreign).read_bytes()
+    _, said = worker.communicate(timeout=60)
+    assert worker.returncode == 2 and "appeared meanwhile" in said and "Traceback" not in said
+    assert Path(foreign).read_bytes() == before
+    assert generate(setting, tmp_path, "--overwrite")[0] == 0
     assert contents(tmp_path) == undisturbed
 
 

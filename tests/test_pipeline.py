@@ -108,7 +108,10 @@ def test_flags_of_a_section():
         ({"data": {"train": "./no-data"}}, "no-data"),
         ({"generate": {"temprature": 1}}, "unknown argument --temprature.*--temperature"),
         ({"generate": {"temperature": -1}}, "temperature is -1"),
-        ({"generate": {"backend": "jax"}}, "unknown generation backend 'jax': choose one of openai, transformers, vllm"),
+        (
+            {"generate": {"backend": "jax"}},
+            "unknown generation backend 'jax': choose one of openai, transformers, vllm",
+        ),
         ({"generate": {"frac_len": -5}}, "frac_len is -5"),
         ({"generate": {"model": "x"}}, "'model' in the section 'generate' is set by the pipeline itself"),
         ({"convert": {"identical": "maybe"}}, "maybe"),

@@ -45,6 +45,7 @@ class GenerationJob:
         longest_prompt: prompts above this many tokens are left out.
         context: tokens the model attends to; None where it sets no limit.
         provenance: of every fraction, but for ``data_frac`` and the sum of the fraction's ids.
+        overwrite: whether fractions made from something else may be replaced.
         patience: seconds after which a worker whose heartbeat stands still counts as dead.
     """
 
@@ -59,6 +60,7 @@ class GenerationJob:
     context: int | None
     provenance: Provenance
     patience: float
+    overwrite: bool = False
 
     def for_another_thread(self) -> GenerationJob:
         """Return this job with an encoder of its own: a tokenizer is not safe to share between threads."""
@@ -177,14 +179,24 @@ class FractionWork:
         self._elsewhere = []
 
     def merge_if_complete(self) -> bool:
-        """Merge the parts when every prompt is finished and nobody else does it; return whether this worker did."""
+        """Merge the parts when every prompt is finished and nobody else does it; return whether this worker did.
+
+        Raises:
+            InputError: a fraction made from something else has come into its place.
+        """
         if not self.journal.is_complete() or not self.leases.claim("merge"):
             return False
-        self.merged = True
         if self.journal.is_merged():
+            self.merged = True
             self.journal.remove_parts()
             return False
+        if self.journal.path.exists() and not self.job.overwrite:
+            raise InputError(
+                f"{self.journal.path} appeared meanwhile and was made from something else: give the same flags on every server, "
+                "or another output_dir; what was generated here is kept"
+            )
         self.journal.merge(self.prompts.skipped)
+        self.merged = True
         return True
 
 
