@@ -151,6 +151,18 @@ def test_sigterm_finishes_what_is_in_flight(setting, undisturbed, tmp_path):
     assert contents(tmp_path) == undisturbed
 
 
+def test_ctrl_c_ends_at_once_and_keeps_what_is_finished(setting, undisturbed, tmp_path):
+    worker = start(setting, tmp_path, delay=0.05, flush_every=1000)  # nothing would be flushed for long
+    workers = tmp_path / ".parts" / "workers"
+    wait_for(lambda: any((read_worker(path) or {}).get("rows") for path in workers.glob("*.json")), worker)
+    worker.send_signal(signal.SIGINT)
+    _, said = worker.communicate(timeout=60)
+    assert worker.returncode == 130 and "run the same command again" in said
+    assert sum(pq.read_table(part).num_rows for part in tmp_path.glob(".parts/*/part-*.parquet")) > 0
+    assert generate(setting, tmp_path)[0] == 0
+    assert contents(tmp_path) == undisturbed
+
+
 def test_a_lost_mount_ends_in_one_sentence_and_nothing_is_written_below_it(setting, undisturbed, tmp_path):
     mount, away = tmp_path / "mount", tmp_path / "away"
     worker = start(setting, mount, delay=0.02)
