@@ -88,6 +88,11 @@ def program_environment(**extra: str) -> dict[str, str]:
     return {**os.environ, **offline, **extra}
 
 
+def hear_ctrl_c() -> None:
+    """For ``preexec_fn``: the tests themselves may run as a shell's background job, whose children ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def run_command(
     command: Sequence[object], timeout: float = 600.0, **environment: str
 ) -> subprocess.CompletedProcess[str]:

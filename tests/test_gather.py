@@ -23,7 +23,7 @@ from spin.alignment.fractions import fraction_path
 from spin.alignment.pairing import PAIRINGS, EveryRow
 from spin.alignment.preference_files import Selection, last_contents, sole_writer
 from tests.gather_helpers import NUM_FRACTIONS, content, gather, own_prompts, record, refusal, row, write, write_whole
-from tests.helpers import REPOSITORY, program_environment
+from tests.helpers import REPOSITORY, hear_ctrl_c, program_environment
 
 LOGPROBS = pa.field("rejected_logprobs", pa.list_(pa.float32()))
 
@@ -378,7 +378,7 @@ def test_a_signal_leaves_the_earlier_pairs_as_they_were(tmp_path, number):
     ]
     process = subprocess.Popen(
         [sys.executable, *map(str, command), "--overwrite"], cwd=REPOSITORY, env=program_environment(),
-        stderr=subprocess.PIPE, text=True,
+        stderr=subprocess.PIPE, text=True, preexec_fn=hear_ctrl_c,
     )  # fmt: skip
     try:
         deadline = time.monotonic() + 60
