@@ -208,10 +208,10 @@ def test_a_torn_fraction_is_set_aside_and_made_again(setting, undisturbed, tmp_p
 
 
 def test_a_fraction_that_another_run_puts_in_the_way_is_kept(setting, undisturbed, tmp_path):
-    worker = start(setting, tmp_path, delay=0.02)
-    wait_for(lambda: any(tmp_path.glob(".parts/train-00000-*/part-*.parquet")), worker)
     code, _, error = generate(setting, tmp_path / "other", seed=1, data_frac=0)
     assert code == 0, error
+    worker = start(setting, tmp_path, delay=0.03)
+    wait_for(lambda: any(tmp_path.glob(".parts/train-00000-*/part-*.parquet")), worker)
     foreign = shutil.copy(tmp_path / "other" / "train-00000.parquet", tmp_path)
     before = Path(foreign).read_bytes()
     _, said = worker.communicate(timeout=60)
