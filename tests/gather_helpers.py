@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -105,3 +105,10 @@ def refusal(folder: Path, out: Path, *flags: object) -> str:
 
 def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()} if folder.exists() else {}
+
+
+def one(folder: Path, number: int, split: str = "train") -> Callable[[], object]:
+    """Return what writes one whole fraction when it is called."""
+    return lambda: write(
+        folder, number, [row(prompt, 0) for prompt in own_prompts(number)], record(number), split=split
+    )
