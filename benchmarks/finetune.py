@@ -25,7 +25,7 @@ from benchmarks.contenders import CONTENDERS, DEFAULT
 from benchmarks.harness import Entry, Job
 from benchmarks.matmul import NAME as MATMUL
 from benchmarks.matmul import rates as matmul_rates
-from benchmarks.report import OURS, add_ratios, loss_differences, plot, rates, table
+from benchmarks.report import OURS, add_ratios, loss_differences, plot, pool, rates, table
 from benchmarks.shapes import MODELS, SHAPES, distinct_tokens, mean_flops, padded_tokens
 from spin.alignment.errors import InputError, lookup
 from spin.alignment.shards import atomic_file, write_json_atomic
@@ -79,8 +79,8 @@ def make_parser() -> Parser:
     add(
         "--schedule",
         default="interleaved",
-        choices=("interleaved", "sequential"),
-        help="sequential: one after the other",
+        choices=("interleaved", "paired", "sequential"),
+        help="interleaved: all turn by turn; paired: ours and one peer at a time (less memory); sequential: one by one",
     )
     add("--seed", type=int, default=0, help="seed of weights, lengths and ids")
     add("--out", required=True, help="JSON file to write")
@@ -147,8 +147,8 @@ def rows_file(folder: Path, grouped: bool) -> Path:
     return folder / ("grouped.json" if grouped else "shuffled.json")
 
 
-def make_job(name: str, options: Any, folder: Path) -> Job:
-    """Return what the worker of one contender is told."""
+def make_job(name: str, options: Any, folder: Path, group: int) -> Job:
+    """Return what the worker of one contender is told; ``group`` is the place of those it takes turns with."""
     shared = (
         "device",
         "precision",
@@ -163,7 +163,7 @@ def make_job(name: str, options: Any, folder: Path) -> Job:
     return Job(
         contender=name,
         model=options.model,
-        folder=str(folder / name),
+        folder=str(folder / str(group) / name),
         model_folder=str(folder / "model"),
         rows_file=str(rows_file(folder, CONTENDERS[name].grouped)),
         beta=0.1,
@@ -173,28 +173,40 @@ def make_job(name: str, options: Any, folder: Path) -> Job:
     )
 
 
-def measure(options: Any, folder: Path) -> dict[str, Entry]:
-    """Let the matrix products and all contenders take their turns: the opponent's pass, the warm-up, the repetitions."""
-    names = [MATMUL, *options.contenders]
-    entries = {name: Entry(make_job(name, options, folder)) for name in names}
-    for group in [names] if options.schedule == "interleaved" else [[name] for name in names]:
+def schedule(options: Any) -> list[list[str]]:
+    """Return who is alive at the same time and takes turns with each other."""
+    names = list(options.contenders)
+    if options.schedule == "sequential":
+        return [[name] for name in [MATMUL, *names]]
+    peers = [name for name in names if name != OURS]
+    if options.schedule == "paired" and OURS in names and peers:
+        return [[MATMUL, OURS, peer] for peer in peers]
+    return [[MATMUL, *names]]
+
+
+def measure(options: Any, folder: Path) -> list[dict[str, Entry]]:
+    """Let each group take its turns: the opponent's pass, the warm-up, the repetitions."""
+    groups = []
+    for number, names in enumerate(schedule(options)):
+        entries = {name: Entry(make_job(name, options, folder, number)) for name in names}
+        groups.append(entries)
         try:
-            for name in group:
+            for name, entry in entries.items():
                 say(f"preparing {name}")
-                entries[name].start()
+                entry.start()
             for turn in range(2 + options.reps):
-                for name in group:
-                    entries[name].take_turn()
-                say(f"turn {turn + 1} of {2 + options.reps} is over ({', '.join(group)})")
-            for name in group:
-                entries[name].finish()
+                for entry in entries.values():
+                    entry.take_turn()
+                say(f"turn {turn + 1} of {2 + options.reps} is over ({', '.join(names)})")
+            for entry in entries.values():
+                entry.finish()
         finally:
-            for name in group:
-                entries[name].close()
-    for name, entry in entries.items():
-        if entry.error:
-            say(f"{name} has failed: {entry.error}")
-    return entries
+            for entry in entries.values():
+                entry.close()
+        for name, entry in entries.items():
+            if entry.error:
+                say(f"{name} has failed: {entry.error}")
+    return groups
 
 
 def say(message: str) -> None:
@@ -263,9 +275,28 @@ def cpu_name() -> str:
     return names[0].split(":")[1].strip() if names else platform.machine()
 
 
-def verify(result: dict[str, Any], entries: dict[str, Entry], precision: str) -> None:
+def summarize_all(groups: list[dict[str, Entry]], plan: Plan, options: Any) -> dict[str, Any]:
+    """Return the facts of each contender. One that took turns with several others is pooled, and what it did beside each of
+    them stands in the other's ``ours_beside``.
+    """
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in options.contenders}
+    for entries in groups:
+        facts = {name: summarize(name, entry, plan, options) for name, entry in entries.items() if name != MATMUL}
+        for name, each in facts.items():
+            found[name].append(each)
+            if len(groups) > 1 and name != OURS and "error" not in facts.get(OURS, {"error": ""}):
+                each["ours_beside"] = facts[OURS]
+    return {name: pool(each) for name, each in found.items()}
+
+
+def verify(result: dict[str, Any], groups: list[dict[str, Entry]], precision: str) -> None:
     """Add ``verification``: whether all contenders computed the same log-probs and the same losses."""
-    records = {name: entry.facts["records"] for name, entry in entries.items() if name != MATMUL and not entry.error}
+    records = {
+        name: entry.facts["records"]
+        for entries in groups
+        for name, entry in entries.items()
+        if name != MATMUL and not entry.error
+    }
     limits = TOLERANCES[precision]
     differences = loss_differences(records, VERIFIED_STEPS) if records else {}
     agree = all(each[key] <= limit for each in differences.values() for key, limit in limits.items())
@@ -280,11 +311,13 @@ def main(arguments: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         plan, size = prepare(options, Path(folder))
         result = describe(options, plan)
-        entries = measure(options, Path(folder))
-    if entries[MATMUL].error:
-        raise RuntimeError(entries[MATMUL].error)
-    contenders = {name: summarize(name, entries[name], plan, options) for name in options.contenders}
-    rate = median(turn["flops"] / turn[CLOCKS[options.clock]] for turn in entries[MATMUL].turns)
+        groups = measure(options, Path(folder))
+    products = [entries[MATMUL] for entries in groups if MATMUL in entries]
+    for entry in products:
+        if entry.error:
+            raise RuntimeError(entry.error)
+    contenders = summarize_all(groups, plan, options)
+    rate = median(turn["flops"] / turn[CLOCKS[options.clock]] for entry in products for turn in entry.turns)
     head = (VERIFIED_STEPS + options.warmup) * options.batch_size
     flops = mean_flops(size, plan.shuffled[head:], options.epochs)
     for facts in contenders.values():
@@ -296,7 +329,7 @@ def main(arguments: Sequence[str]) -> int:
         "flops_per_pair": flops,
         "contenders": contenders,
     }
-    verify(result, entries, options.precision)
+    verify(result, groups, options.precision)
     add_ratios(result)
     write_json_atomic(Path(options.out), result)
     print(table(result))

@@ -37,6 +37,23 @@ def ratios(ours: list[float], peer: list[float]) -> tuple[float, float, float]:
     return median(each), min(each), max(each)
 
 
+def pool(each: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the facts of a contender that was measured several times: medians over all repetitions, the greatest peak."""
+    worked = [facts for facts in each if "error" not in facts]
+    if len(each) == 1 or not worked:
+        return each[0]
+    reps = {key: [value for facts in worked for value in facts["reps"][key]] for key in worked[0]["reps"]}
+    highest = max(worked, key=lambda facts: facts["peak_bytes"])
+    rates_of_reference = [facts["reference_tokens_per_second"] for facts in worked]
+    return highest | {
+        **{key: median(values) for key, values in reps.items()},
+        "reference_tokens_per_second": None if None in rates_of_reference else median(rates_of_reference),
+        "processor_share": min(facts["processor_share"] for facts in worked),
+        "turns": [turn for facts in worked for turn in facts["turns"]],
+        "reps": reps,
+    }
+
+
 def add_ratios(result: dict[str, Any]) -> None:
     """Add ``ratios`` (ours / peer in pairs/s), ``ratio_spread`` (least, greatest) and, ours / peer too, ``peak_memory_ratio``
     and ``peak_above_baseline_ratio``.
@@ -45,10 +62,10 @@ def add_ratios(result: dict[str, Any]) -> None:
     result |= {"ratios": {}, "ratio_spread": {}, "peak_memory_ratio": {}, "peak_above_baseline_ratio": {}}
     if OURS not in found:
         return
-    ours = found[OURS]
     for name, facts in found.items():
         if name == OURS:
             continue
+        ours = facts.get("ours_beside", found[OURS])
         middle, *spread = ratios(ours["reps"]["pairs_per_second"], facts["reps"]["pairs_per_second"])
         result["ratios"][name] = middle
         result["ratio_spread"][name] = spread
