@@ -1,12 +1,62 @@
 """How good a response is. One file and one line here for each scorer."""
 
-from spin.alignment.scoring.base import Scorer
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from spin.alignment.scoring.answer_format import answer_format
+from spin.alignment.scoring.base import GroupLabels, GroupScorer, PromptGroup, Scorer, ScorerSettings
 from spin.alignment.scoring.exact_match import exact_match
+from spin.alignment.scoring.find import find_rule
+from spin.alignment.scoring.length_penalty import length_penalty
 from spin.alignment.scoring.math_answer import math_answer
+from spin.alignment.scoring.rules import RuleScorer
 
 SCORERS: dict[str, Scorer] = {
     "exact_match": exact_match,
+    "format": answer_format,
+    "length_penalty": length_penalty,
     "math_answer": math_answer,
 }
 
-__all__ = ["SCORERS", "Scorer"]
+GROUP_SCORERS: dict[str, Callable[[ScorerSettings], GroupScorer]] = {}
+
+
+def find_scorer(name: str) -> Scorer:
+    """Return a rule function: a name in :data:`SCORERS`, ``module:function``, or a weighted sum (see ``find.py``).
+
+    Raises:
+        InputError: there is no such function, or it does not take (prompt, response, reference).
+    """
+    return find_rule(name, SCORERS, GROUP_SCORERS)
+
+
+def check_scorer(settings: ScorerSettings) -> None:
+    """Check everything that can be known before a model is loaded or a server is asked.
+
+    Raises:
+        InputError: naming the setting and the mend.
+    """
+    find_scorer(settings.name)
+
+
+def make_scorer(settings: ScorerSettings) -> GroupScorer:
+    """Return the scorer, checked and with its model loaded; close it after use."""
+    check_scorer(settings)
+    if settings.name in GROUP_SCORERS:
+        return GROUP_SCORERS[settings.name](settings)
+    return RuleScorer(settings.name, find_scorer(settings.name), settings.score_reference)
+
+
+__all__ = [
+    "GROUP_SCORERS",
+    "SCORERS",
+    "GroupLabels",
+    "GroupScorer",
+    "PromptGroup",
+    "Scorer",
+    "ScorerSettings",
+    "check_scorer",
+    "find_scorer",
+    "make_scorer",
+]

@@ -1,34 +1,110 @@
-r"""1 when the final answer of a solution equals the reference's: after ``####``, in ``\boxed{}``, else the last number."""
+r"""1 when the final answer of a solution equals the reference's: after ``####``, in ``\boxed{}``, else the last number.
+
+Two numbers are compared by value. Anything else that is marked as the answer (a root, an interval, an expression) is compared as
+text, LaTeX's ways to write the same thing aside; no algebra is done (``math_verify`` does it).
+"""
 
 from __future__ import annotations
 
 import re
 from fractions import Fraction
+from typing import NamedTuple
 
 # A minus behind a digit, letter or bracket is a subtraction, not a sign; commas count only between groups of three digits.
 _NUMBER = re.compile(r"(?:(?<![\w)}])-)?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:\s*/\s*\d+)?|\.\d+)")
-_FRACTION = re.compile(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}")
-_BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
+# Both \frac{3}{4} and \frac34, with a whole number in front (1\frac12 is 3/2) or without.
+_FRACTION = re.compile(r"(?:(?<![\d.])(\d+)\s*)?\\[dtc]?frac\s*(?:\{\s*(-?\d+)\s*\}\s*\{\s*(\d+)\s*\}|(\d)\s*(\d))")
+_BOX = re.compile(r"\\f?boxed\s*\{|\\fbox\s*\{")
+# Words around a number ("about 0.5", "42 apples") are no part of it; one letter alone is a variable.
+_WORDS = re.compile(r"(?<![\w\\])[^\W\d_]{2,}(?![\w(\\])\.?")
+_TEXT = re.compile(r"\\(?:text|mathrm|textbf|mathbf|mbox|operatorname)\s*\{([^{}]*)\}")
+_NOISE = re.compile(r"\\left(?![a-z])|\\right(?![a-z])|\\[!,;: ]|\\?\$|\\?%|\^\s*(?:\\circ(?![a-z])|\{\\circ\})|\s")
+
+
+class Box(NamedTuple):
+    """What stands between the braces of a ``\\boxed{}``, and where in the text the closing brace ends."""
+
+    content: str
+    end: int
 
 
 def math_answer(prompt: str, response: str, reference: str) -> float:
-    """Return 1.0 when both final answers are the same number, else 0.0 (also when the response states none)."""
-    ours, truth = final_number(response), final_number(reference)
+    """Return 1.0 when both final answers are the same, else 0.0 (also when the response states none)."""
+    ours, truth = final_answer(response), final_answer(reference)
     return float(ours is not None and ours == truth)
+
+
+def final_answer(text: str) -> Fraction | str | None:
+    """Return the answer a solution ends with: a number, the normal form of another marked answer, or ``None``."""
+    if "####" in text:
+        shown = text.rsplit("####", 1)[1].strip().partition("\n")[0]
+        # One thing may follow the marks in either form: the number alone, or a box.
+        box = last_box(shown)
+        shown = box.content if box else shown
+    else:
+        box = last_box(text)
+        if box is None:
+            return final_number(text)
+        shown = box.content
+    number = plain_number(shown)
+    return number if number is not None else normal_form(shown) or None
 
 
 def final_number(text: str) -> Fraction | None:
     """Return the number a solution ends with, or ``None`` when it states none."""
-    text = _FRACTION.sub(r"\1/\2", text)
+    box = last_box(text)
     if "####" in text:
-        text = text.rsplit("####", 1)[1]
-        numbers = _NUMBER.findall(text)[:1]
+        numbers = _NUMBER.findall(_plain_fractions(text.rsplit("####", 1)[1]))[:1]
     else:
-        boxed = _BOXED.findall(text)
-        numbers = _NUMBER.findall(boxed[-1] if boxed else text)[-1:]
-    if not numbers:
-        return None
+        numbers = _NUMBER.findall(_plain_fractions(box.content if box else text))[-1:]
+    return _value(numbers[0]) if numbers else None
+
+
+def plain_number(shown: str) -> Fraction | None:
+    """Return the value of an answer that is one number, units, currency and ``x =`` aside; ``None`` for any other."""
+    text = shown.replace("{,}", ",").replace("\\!", "")
+    text = _TEXT.sub(" ", text)
+    text = re.sub(r"^\s*\\?[a-zA-Z]\w*(?:\([a-z]\))?\s*=", "", _plain_fractions(text))
+    text = _WORDS.sub(" ", text)
+    match = _NUMBER.fullmatch(re.sub(r"^(-?)\s+(?=\d)", r"\1", _NOISE_KEPT_SPACES.sub("", text).strip()).rstrip("."))
+    return _value(match[0]) if match else None
+
+
+_NOISE_KEPT_SPACES = re.compile(_NOISE.pattern.removesuffix(r"|\s"))
+
+
+def normal_form(shown: str) -> str:
+    """Return an answer that is no number in one way of writing it: without spaces, sizes, styles and needless braces."""
+    text = _TEXT.sub(r"\1", shown.replace("{,}", ","))
+    text = re.sub(r"\\[dtc]frac", r"\\frac", _NOISE.sub("", text))
+    text = re.sub(r"^\\?[a-zA-Z]\w*=(?=.)", "", text.rstrip("."))
+    for _ in range(2):  # x^{2} is x^2, and \sqrt{3} is \sqrt3
+        text = re.sub(r"(?<!\\)\{(\w)\}", r"\1", text)
+    return text
+
+
+def last_box(text: str) -> Box | None:
+    r"""Return the last ``\boxed{...}`` whose braces are closed, however deep they are nested."""
+    for match in reversed(list(_BOX.finditer(text))):
+        depth = 0
+        for sign in re.finditer(r"\\.|[{}]", text[match.end() - 1 :]):
+            depth += {"{": 1, "}": -1}.get(sign[0], 0)
+            if depth == 0 and sign[0] == "}":
+                end = match.end() - 1 + sign.end()
+                return Box(text[match.end() : end - 1], end)
+    return None
+
+
+def _plain_fractions(text: str) -> str:
+    def plain(match: re.Match[str]) -> str:
+        top, bottom = match[2] or match[4], match[3] or match[5]
+        return f"{int(match[1]) * int(bottom) + int(top)}/{bottom}" if match[1] else f"{top}/{bottom}"
+
+    return _FRACTION.sub(plain, text)
+
+
+def _value(number: str) -> Fraction | None:
     try:
-        return Fraction(re.sub(r"[\s,]", "", numbers[0]))
+        return Fraction(re.sub(r"[\s,]", "", number))
     except (ValueError, ZeroDivisionError):
         return None

@@ -1,0 +1,56 @@
+"""A rule function as a group scorer: every response by itself, and no failure without the name of its row."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from spin.alignment.errors import InputError
+from spin.alignment.scoring.base import GroupLabels, PromptGroup, Scorer
+
+
+@dataclass(frozen=True)
+class RuleScorer:
+    """Labels by a function of three texts. ``name`` is what errors call it."""
+
+    name: str
+    scorer: Scorer
+    score_reference: bool = False
+
+    def label(self, groups: Sequence[PromptGroup]) -> list[GroupLabels]:
+        """See :meth:`GroupScorer.label`; pure as far as the function is.
+
+        Raises:
+            InputError: the function failed, or returned no finite number; the prompt and the sample are named.
+        """
+        return [self._label_one(group) for group in groups]
+
+    def _label_one(self, group: PromptGroup) -> GroupLabels:
+        scores: list[float | None] = [
+            self._score(group, response, f"sample {index}") for index, response in enumerate(group.responses)
+        ]
+        of_reference = None
+        if self.score_reference and group.reference is not None:
+            of_reference = self._score(group, group.reference, "the ground truth")
+        return GroupLabels(scores, reference_score=of_reference)
+
+    def _score(self, group: PromptGroup, response: str, which: str) -> float:
+        where = f"on prompt {group.prompt_id}, {which}"
+        try:
+            value = self.scorer(group.question(), response, group.reference or "")
+        except InputError:
+            raise
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise InputError(f"scorer {self.name} failed {where} ({reason}): mend the function") from error
+        try:
+            score = float(value)
+        except (TypeError, ValueError):
+            raise InputError(f"scorer {self.name} returned {value!r} {where}: it must return a number") from None
+        if not math.isfinite(score):
+            raise InputError(f"scorer {self.name} returned {score} {where}: it must return a finite number")
+        return score
+
+    def close(self) -> None:
+        """Nothing is held."""
