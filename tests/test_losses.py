@@ -88,7 +88,7 @@ def test_the_gradient_pushes_chosen_up_and_rejected_down():
 
 
 def test_an_unknown_loss_lists_the_valid_ones():
-    with pytest.raises(InputError, match="choose one of hinge, ipo, sigmoid"):
+    with pytest.raises(InputError, match="choose one of hinge, ipo, sigmoid, space, sppo"):
         loss_settings("dpo", {})
 
 

@@ -20,7 +20,7 @@ from spin.alignment.batching import Collator, PackedCollator, PairCollator, Pair
 from spin.alignment.errors import InputError
 from spin.alignment.head import Objective
 from spin.alignment.logps import batch_loss, causal_model, install_packed_forward
-from spin.alignment.losses import LOSSES, LossInputs
+from spin.alignment.losses import LOSSES, LossInputs, LossOutputs
 from spin.alignment.memory import advice_for_out_of_memory
 from spin.alignment.memory_plan import plan_token_budget
 from spin.alignment.micro_batches import MicroBatch, MicroBatcher
@@ -194,13 +194,13 @@ class SPINTrainer(Trainer):
     def _objective(self, training: bool, counted: bool, share: Any) -> Objective:
         def objective(inputs: LossInputs) -> torch.Tensor:
             outputs = LOSSES[self.args.loss_type](inputs, **self.args.loss_settings)
-            losses = outputs.losses
+            losses = per_pair(outputs)
             if self.args.nll_weight:
                 losses = losses + self.args.nll_weight * chosen_nll(inputs)
             if not counted:
                 return losses.sum() * 0.0
             if training and self.first_loss is None:
-                self._first_losses.append(outputs.losses.detach().sum() * share)
+                self._first_losses.append(per_pair(outputs).detach().sum() * share)
                 self._check_opponent(inputs)
             self.metrics["train" if training else "eval"].add(inputs, outputs, losses)
             return losses.sum() * share
@@ -308,6 +308,12 @@ class ReferenceCallback(TrainerCallback):
         self.trainer.reference_seconds = time.monotonic() - started
 
 
+def per_pair(outputs: LossOutputs) -> torch.Tensor:
+    """Return the losses ``(B,)`` of pairs; where a loss has one for each response (``(2B,)``), the mean of a pair's two."""
+    pairs = len(outputs.chosen_rewards)
+    return outputs.losses if len(outputs.losses) == pairs else outputs.losses.view(2, pairs).mean(dim=0)
+
+
 def chosen_nll(inputs: LossInputs) -> torch.Tensor:
     """Return the negative log-likelihood of each chosen response in nats per token, of shape ``(B,)``."""
     logps, _ = inputs.policy_logps.chunk(2)
@@ -315,4 +321,4 @@ def chosen_nll(inputs: LossInputs) -> torch.Tensor:
     return -(logps * mask).sum(dim=-1) / mask.sum(dim=-1)
 
 
-__all__ = ["FIRST_LOSS_FILE", "SPINConfig", "SPINTrainer", "chosen_nll"]
+__all__ = ["FIRST_LOSS_FILE", "SPINConfig", "SPINTrainer", "chosen_nll", "per_pair"]

@@ -12,6 +12,7 @@ from spin.alignment.losses import loss_settings
 from spin.alignment.optimizers import check_optimizer
 
 BATCHING = ("packed", "padded")
+LOSS_SETTINGS = ("beta", "eta", "alpha", "noise_ratio", "label_smoothing", "length_normalize")
 
 # Settings of the Trainer that would break or be ignored here: why, and the mend.
 _REFUSED = {
@@ -31,6 +32,10 @@ class SPINConfig(TrainingArguments):
     Attributes:
         beta: strength of the implicit KL constraint (lambda in the paper).
         loss_type: a name in ``LOSSES``.
+        eta: step of SPPO's targets; default ``1 / beta`` (sppo_reward: 1).
+        noise_ratio: generated responses per real one (space only).
+        alpha: weight of the weighted sequence-KL term taken off the margin (sigmoid, hinge, ipo).
+        reverse: train on the reversed pairs: chosen and rejected, with their weights and labels, change places.
         label_smoothing: probability that a preference is wrong (sigmoid only).
         length_normalize: average token log-ratios instead of summing them.
         nll_weight: weight of the chosen response's negative log-likelihood (nats per token) added to the loss.
@@ -57,6 +62,10 @@ class SPINConfig(TrainingArguments):
     remove_unused_columns: bool = False
     beta: float = 0.1
     loss_type: str = "sigmoid"
+    eta: float | None = None
+    noise_ratio: float = 1.0
+    alpha: float = 0.0
+    reverse: bool = False
     label_smoothing: float = 0.0
     length_normalize: bool = False
     nll_weight: float = 0.0
@@ -79,6 +88,9 @@ class SPINConfig(TrainingArguments):
         for name, valid, wanted in (
             ("max_tokens_per_batch", budget is None or budget >= 1, "1 or more"),
             ("beta", self.beta > 0, "a number above 0"),
+            ("eta", self.eta is None or 0 < self.eta < float("inf"), "a number above 0"),
+            ("noise_ratio", 0 < self.noise_ratio < float("inf"), "a number above 0"),
+            ("alpha", self.alpha >= 0, "0 or more"),
             ("label_smoothing", 0 <= self.label_smoothing < 0.5, "0 or more and below 0.5"),
             ("nll_weight", self.nll_weight >= 0, "0 or more"),
             ("learning_rate", self.learning_rate > 0, "a number above 0"),
@@ -107,7 +119,7 @@ class SPINConfig(TrainingArguments):
             )
         self.loss_settings = loss_settings(
             self.loss_type,
-            {"beta": self.beta, "label_smoothing": self.label_smoothing, "length_normalize": self.length_normalize},
+            {name: getattr(self, name) for name in LOSS_SETTINGS},
         )
         self.pairs_per_micro_batch = self.per_device_train_batch_size
         self.per_device_train_batch_size *= self.gradient_accumulation_steps

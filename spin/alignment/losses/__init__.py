@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from spin.alignment.errors import InputError, lookup
@@ -11,26 +12,55 @@ from spin.alignment.losses.base import Loss, LossInputs, LossOutputs
 from spin.alignment.losses.hinge import hinge
 from spin.alignment.losses.ipo import ipo
 from spin.alignment.losses.sigmoid import sigmoid
+from spin.alignment.losses.space import space
+from spin.alignment.losses.sppo import soft_mean, sppo, sppo_hard, sppo_reward, sppo_single
 
 LOSSES: dict[str, Loss] = {
     "hinge": hinge,
     "ipo": ipo,
     "sigmoid": sigmoid,
+    "space": space,
+    "sppo": sppo,
+    "sppo_hard": sppo_hard,
+    "sppo_reward": sppo_reward,
+    "sppo_single": sppo_single,
+}
+
+
+@dataclass(frozen=True)
+class LossColumn:
+    """A label of both responses that a loss needs: columns ``chosen_{column}`` and ``rejected_{column}`` of the data, which
+    ``pairing`` writes; they reach the loss as the features ``chosen_{feature}`` and ``rejected_{feature}``.
+    """
+
+    column: str
+    feature: str
+    pairing: str
+
+
+LOSS_COLUMNS: dict[str, LossColumn] = {
+    "sppo": LossColumn("win_prob", "win_prob", "win_rate"),
+    "sppo_single": LossColumn("pair_win_prob", "win_prob", "win_rate"),
+    "sppo_reward": LossColumn("reward", "reward", "every_sample"),
 }
 
 
 def loss_settings(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that a loss takes; a setting it does not know may only be at its neutral value (0 or false).
+    """Return the settings that a loss takes; a setting it does not know may only be at the default of those that know it.
 
     Raises:
         InputError: an unknown loss, or a setting that this loss would ignore.
     """
     known = inspect.signature(lookup(LOSSES, name, "loss_type")).parameters
     for key, value in settings.items():
-        if key not in known and value:
-            takers = ", ".join(other for other, loss in LOSSES.items() if key in inspect.signature(loss).parameters)
-            raise InputError(f"{key} is {value}, but loss_type {name} does not use it: remove it or choose {takers}")
+        takers = {
+            other: found for other, loss in LOSSES.items() if (found := inspect.signature(loss).parameters.get(key))
+        }
+        if key not in known and all(value != taker.default for taker in takers.values()):
+            raise InputError(
+                f"{key} is {value}, but loss_type {name} does not use it: remove it or choose {', '.join(takers)}"
+            )
     return {key: value for key, value in settings.items() if key in known}
 
 
-__all__ = ["LOSSES", "Loss", "LossInputs", "LossOutputs", "loss_settings"]
+__all__ = ["LOSSES", "LOSS_COLUMNS", "Loss", "LossColumn", "LossInputs", "LossOutputs", "loss_settings", "soft_mean"]

@@ -29,7 +29,10 @@ class LossInputs:
 
 @dataclass(frozen=True)
 class LossOutputs:
-    """Per-pair results of shape ``(B,)`` before any mean; the implicit rewards (nats, times beta) are detached."""
+    """Results before any mean; the implicit rewards (nats, times beta) have shape ``(B,)`` and are detached.
+
+    ``losses`` has shape ``(B,)``, or ``(2B,)`` where a loss has one for each response: its pair then costs their mean.
+    """
 
     losses: Tensor
     chosen_rewards: Tensor
@@ -46,16 +49,34 @@ def sequence_logratios(inputs: LossInputs, length_normalize: bool = False) -> tu
     Differences are taken per token and summed in float64: two sequence sums near -2500 nats would cancel in float32.
     ``length_normalize`` divides by the number of completion tokens.
     """
-    mask = inputs.completion_mask.double()
-    weights = mask if inputs.weights is None else inputs.weights.double() * mask
-    ratios = (inputs.policy_logps.double() - inputs.reference_logps.double()).masked_fill(mask == 0, 0.0)
-    totals = (ratios * weights).sum(dim=-1)
-    if length_normalize:
-        totals = totals / mask.sum(dim=-1)
-    chosen, rejected = totals.chunk(2)
+    ratios = inputs.policy_logps.double() - inputs.reference_logps.double()
+    chosen, rejected = _weighted_sums(ratios, inputs, length_normalize).chunk(2)
     return chosen, rejected
 
 
+def kl_penalty(inputs: LossInputs, alpha: float, length_normalize: bool = False) -> Tensor | float:
+    """Return ``alpha (sum_t w_t KL_t(chosen) - sum_t w_t KL_t(rejected))``, of shape ``(B,)``; 0 at ``alpha = 0``.
+
+    The weighted sequence-KL term that TIS-DPO (arXiv 2410.04350) takes off the margin of log-ratios.
+
+    Raises:
+        ValueError: ``alpha`` is not 0 and the inputs have no ``position_kl``.
+    """
+    if not alpha:
+        return 0.0
+    if inputs.position_kl is None:
+        raise ValueError(f"alpha is {alpha}, but these inputs have no position_kl: set alpha to 0")
+    chosen, rejected = _weighted_sums(inputs.position_kl.double(), inputs, length_normalize).chunk(2)
+    return alpha * (chosen - rejected)
+
+
+def _weighted_sums(streams: Tensor, inputs: LossInputs, length_normalize: bool) -> Tensor:
+    mask = inputs.completion_mask.double()
+    weights = mask if inputs.weights is None else inputs.weights.double() * mask
+    totals = (streams.masked_fill(mask == 0, 0.0) * weights).sum(dim=-1)
+    return totals / mask.sum(dim=-1) if length_normalize else totals
+
+
 def outputs(losses: Tensor, chosen: Tensor, rejected: Tensor, beta: float) -> LossOutputs:
-    """Return per-pair losses with the implicit rewards ``beta * logratio``."""
+    """Return the losses with the implicit rewards ``beta * logratio``."""
     return LossOutputs(losses, (beta * chosen).detach(), (beta * rejected).detach())

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from spin.alignment.losses.base import LossInputs, LossOutputs, outputs, sequence_logratios
+from spin.alignment.losses.base import LossInputs, LossOutputs, kl_penalty, outputs, sequence_logratios
 
 
-def hinge(inputs: LossInputs, beta: float = 0.1, length_normalize: bool = False) -> LossOutputs:
-    """Return ``max(0, 1 - beta m)`` for the margin ``m`` of log-ratios (nats)."""
+def hinge(inputs: LossInputs, beta: float = 0.1, length_normalize: bool = False, alpha: float = 0.0) -> LossOutputs:
+    """Return ``max(0, 1 - beta m)`` for the margin ``m`` of log-ratios (nats), less the KL term of weight ``alpha``."""
     chosen, rejected = sequence_logratios(inputs, length_normalize)
-    losses = (1 - beta * (chosen - rejected)).clamp(min=0)
+    margin = chosen - rejected - kl_penalty(inputs, alpha, length_normalize)
+    losses = (1 - beta * margin).clamp(min=0)
     return outputs(losses, chosen, rejected, beta)

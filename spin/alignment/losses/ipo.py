@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from spin.alignment.losses.base import LossInputs, LossOutputs, outputs, sequence_logratios
+from spin.alignment.losses.base import LossInputs, LossOutputs, kl_penalty, outputs, sequence_logratios
 
 
-def ipo(inputs: LossInputs, beta: float = 0.1, length_normalize: bool = False) -> LossOutputs:
-    """Return ``(m - 1 / (2 beta))^2`` for the margin ``m`` of log-ratios (nats, summed unless length-normalised)."""
+def ipo(inputs: LossInputs, beta: float = 0.1, length_normalize: bool = False, alpha: float = 0.0) -> LossOutputs:
+    """Return ``(m - 1 / (2 beta))^2`` for the margin ``m`` of log-ratios (nats, summed unless length-normalised), less the
+    KL term of weight ``alpha``.
+    """
     chosen, rejected = sequence_logratios(inputs, length_normalize)
-    losses = (chosen - rejected - 1 / (2 * beta)) ** 2
+    margin = chosen - rejected - kl_penalty(inputs, alpha, length_normalize)
+    losses = (margin - 1 / (2 * beta)) ** 2
     return outputs(losses, chosen, rejected, beta)
