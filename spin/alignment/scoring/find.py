@@ -29,8 +29,8 @@ class WeightedSum:
 def find_rule(name: str, registry: Mapping[str, Scorer], models: Mapping[str, Any]) -> Scorer:
     """Return the function of a rule's name.
 
-    ``name`` is a term, or terms joined by ``+``: ``[weight*]rule[:parameter=value,...]``, where the rule is a name in ``registry``
-    or ``module:function``, imported with the current folder on the path.
+    ``name`` is a term, or terms joined by ``+``: ``[weight*]rule[:parameter=value,...]``. A rule is a name in ``registry`` or
+    ``module:function``, imported with the current folder on the path.
 
     Args:
         models: names of scorers that are no functions, for the error about them.

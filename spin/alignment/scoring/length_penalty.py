@@ -6,4 +6,4 @@ from __future__ import annotations
 def length_penalty(prompt: str, response: str, reference: str, *, max_chars: int = 1000) -> float:
     """Return 0.0 up to ``max_chars`` characters (white space at the ends aside), then minus the excess as a share of
     ``max_chars``: -1.0 at twice the length."""
-    return -max(0.0, len(response.strip()) / max_chars - 1.0)
+    return min(0.0, 1.0 - len(response.strip()) / max_chars)

@@ -18,7 +18,10 @@ _BOX = re.compile(r"\\f?boxed\s*\{|\\fbox\s*\{")
 # Words around a number ("about 0.5", "42 apples") are no part of it; one letter alone is a variable.
 _WORDS = re.compile(r"(?<![\w\\])[^\W\d_]{2,}(?![\w(\\])\.?")
 _TEXT = re.compile(r"\\(?:text|mathrm|textbf|mathbf|mbox|operatorname)\s*\{([^{}]*)\}")
-_NOISE = re.compile(r"\\left(?![a-z])|\\right(?![a-z])|\\[!,;: ]|\\?\$|\\?%|\^\s*(?:\\circ(?![a-z])|\{\\circ\})|\s")
+_UNIT = re.compile(_TEXT.pattern + r"(?:\s*\^\s*\{?\d\}?)?")
+# Behind ####: more than a number with words around it.
+_FORMULA = re.compile(r"\\[a-z]{2}|\^|\d[a-z]\b|^[(\[{]|[+=<>]")
+_SIGNS = re.compile(r"\\left(?![a-z])|\\right(?![a-z])|\\[!,;: ]|\\?\$|\\?%|\^\s*(?:\\circ(?![a-z])|\{\\circ\})")
 
 
 class Box(NamedTuple):
@@ -38,8 +41,9 @@ def final_answer(text: str) -> Fraction | str | None:
     """Return the answer a solution ends with: a number, the normal form of another marked answer, or ``None``."""
     if "####" in text:
         shown = text.rsplit("####", 1)[1].strip().partition("\n")[0]
-        # One thing may follow the marks in either form: the number alone, or a box.
         box = last_box(shown)
+        if box is None and not _FORMULA.search(shown) and (first := final_number(text)) is not None:
+            return first
         shown = box.content if box else shown
     else:
         box = last_box(text)
@@ -63,20 +67,17 @@ def final_number(text: str) -> Fraction | None:
 def plain_number(shown: str) -> Fraction | None:
     """Return the value of an answer that is one number, units, currency and ``x =`` aside; ``None`` for any other."""
     text = shown.replace("{,}", ",").replace("\\!", "")
-    text = _TEXT.sub(" ", text)
+    text = _UNIT.sub(" ", text)
     text = re.sub(r"^\s*\\?[a-zA-Z]\w*(?:\([a-z]\))?\s*=", "", _plain_fractions(text))
     text = _WORDS.sub(" ", text)
-    match = _NUMBER.fullmatch(re.sub(r"^(-?)\s+(?=\d)", r"\1", _NOISE_KEPT_SPACES.sub("", text).strip()).rstrip("."))
+    match = _NUMBER.fullmatch(re.sub(r"^(-?)\s+(?=\d)", r"\1", _SIGNS.sub("", text).strip()).rstrip("."))
     return _value(match[0]) if match else None
-
-
-_NOISE_KEPT_SPACES = re.compile(_NOISE.pattern.removesuffix(r"|\s"))
 
 
 def normal_form(shown: str) -> str:
     """Return an answer that is no number in one way of writing it: without spaces, sizes, styles and needless braces."""
     text = _TEXT.sub(r"\1", shown.replace("{,}", ","))
-    text = re.sub(r"\\[dtc]frac", r"\\frac", _NOISE.sub("", text))
+    text = re.sub(r"\\[dtc]frac", r"\\frac", re.sub(r"\s", "", _SIGNS.sub("", text)))
     text = re.sub(r"^\\?[a-zA-Z]\w*=(?=.)", "", text.rstrip("."))
     for _ in range(2):  # x^{2} is x^2, and \sqrt{3} is \sqrt3
         text = re.sub(r"(?<!\\)\{(\w)\}", r"\1", text)
