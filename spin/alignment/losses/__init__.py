@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from spin.alignment.errors import InputError, lookup
@@ -27,22 +26,17 @@ LOSSES: dict[str, Loss] = {
 }
 
 
-@dataclass(frozen=True)
-class LossColumn:
-    """A label of both responses that a loss needs: columns ``chosen_{column}`` and ``rejected_{column}`` of the data, which
-    ``pairing`` writes; they reach the loss as the features ``chosen_{feature}`` and ``rejected_{feature}``.
-    """
-
-    column: str
-    feature: str
-    pairing: str
-
-
-LOSS_COLUMNS: dict[str, LossColumn] = {
-    "sppo": LossColumn("win_prob", "win_prob", "win_rate"),
-    "sppo_single": LossColumn("pair_win_prob", "win_prob", "win_rate"),
-    "sppo_reward": LossColumn("reward", "reward", "every_sample"),
+# Loss -> the label of both responses that it needs: columns ``chosen_{label}`` and ``rejected_{label}`` of the pairs.
+LOSS_COLUMNS: dict[str, str] = {
+    "sppo": "win_prob",
+    "sppo_single": "pair_win_prob",
+    "sppo_reward": "reward",
 }
+
+
+def loss_feature(column: str) -> str:
+    """Return the name under which a label of :data:`LOSS_COLUMNS` reaches the loss: ``win_prob`` or ``reward``."""
+    return column.removeprefix("pair_")
 
 
 def loss_settings(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -63,4 +57,4 @@ def loss_settings(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if key in known}
 
 
-__all__ = ["LOSSES", "LOSS_COLUMNS", "Loss", "LossColumn", "LossInputs", "LossOutputs", "loss_settings", "soft_mean"]
+__all__ = ["LOSSES", "LOSS_COLUMNS", "Loss", "LossInputs", "LossOutputs", "loss_feature", "loss_settings", "soft_mean"]

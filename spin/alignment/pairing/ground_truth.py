@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from spin.alignment.pairing.base import check_truth
+
 
 def ground_truth(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return one pair for each sample of the prompt, as it was generated."""
+    """Return one pair for each sample of the prompt, as it was generated.
+
+    Raises:
+        InputError: the prompt has no ground truth.
+    """
+    for row in rows:
+        check_truth(row, "ground_truth")
     return [dict(row) for row in rows]

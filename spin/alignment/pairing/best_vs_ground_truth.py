@@ -1,0 +1,28 @@
+"""The best of the model's own responses against the ground truth: whichever scores higher is chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from spin.alignment.pairing.base import best, check_truth
+
+
+def best_vs_ground_truth(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return one pair; none when both scores are equal or the ground truth has none. The ground truth has no token ids.
+
+    Raises:
+        InputError: the prompt has no ground truth.
+    """
+    own = best(rows)
+    check_truth(own, "best_vs_ground_truth")
+    truth_score, own_score = own["chosen_score"], own["rejected_score"]
+    if truth_score is None or truth_score == own_score:
+        return []
+    pair = {name: value for name, value in own.items() if name != "win_probs"}
+    if truth_score > own_score:
+        return [pair | {"chosen_token_ids": None, "chosen_finish_reason": None}]
+    ours = {"chosen": own["rejected"], "chosen_score": own_score}
+    ours |= {f"chosen_{name}": own[f"rejected_{name}"] for name in ("token_ids", "finish_reason")}
+    truth = {"rejected": own["chosen"], "rejected_score": truth_score}
+    return [pair | ours | truth | {"rejected_token_ids": None, "rejected_finish_reason": None}]
