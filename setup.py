@@ -27,6 +27,7 @@ EXTRAS = {
     "deepspeed": ["deepspeed>=0.19.8,<0.20"],
     "peft": ["peft>=0.21.2,<0.22"],
     "qlora": ["peft>=0.21.2,<0.22", "bitsandbytes>=0.50"],
+    "math": ["math-verify>=0.9,<0.10"],
     "dev": [
         "pytest>=8",
         "pytest-timeout>=2.3",

@@ -47,10 +47,11 @@ def make_parser() -> Parser:
 def check_options(options: Any) -> SamplingConfig:
     """Check every flag that needs no file; return the sampling specification (temperature aside)."""
     from spin.alignment.generation import BACKENDS
-    from spin.alignment.scoring import SCORERS
+    from spin.alignment.scoring import SCORERS, find_scorer
 
     lookup(BACKENDS, options.backend, "generation backend")
     lookup(SCORERS, options.metric, "metric")
+    find_scorer(options.metric)  # its library is installed
     for name, lowest in (("limit", 0), ("batch_size", 1), ("samples", 0), ("tensor_parallel_size", 1)):
         if getattr(options, name) < lowest:
             raise InputError(f"{name} is {getattr(options, name)}: set it to {lowest} or more")

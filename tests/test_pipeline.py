@@ -121,7 +121,7 @@ def test_flags_of_a_section():
         ({"overrides": {1: {"betta": 1}}}, "unknown key 'betta'.*iteration 1"),
         ({"overrides": {7: {"beta": 1}}}, "overrides names the iteration 7, but the run has 0 to 1"),
         ({"sft": {"optimizer": "x"}}, "unknown key 'optimizer'.*section 'sft'"),
-        ({"evaluate": {"metric": "bleu"}}, "unknown metric 'bleu': choose one of exact_match, math_answer"),
+        ({"evaluate": {"metric": "bleu"}}, "unknown metric 'bleu': choose one of exact_match, format"),
         ({"data": {"train": "data", "train_split": "test"}}, "data.train_split is test"),
         ({"launch": {"num_processes": 0}}, "num_processes is 0"),
         ({"launch": {"config_file": "no.yaml"}}, "no.yaml does not exist"),

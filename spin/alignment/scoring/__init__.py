@@ -10,6 +10,7 @@ from spin.alignment.scoring.exact_match import exact_match
 from spin.alignment.scoring.find import find_rule
 from spin.alignment.scoring.length_penalty import length_penalty
 from spin.alignment.scoring.math_answer import math_answer
+from spin.alignment.scoring.math_verify import math_verify
 from spin.alignment.scoring.rules import RuleScorer
 
 SCORERS: dict[str, Scorer] = {
@@ -17,6 +18,7 @@ SCORERS: dict[str, Scorer] = {
     "format": answer_format,
     "length_penalty": length_penalty,
     "math_answer": math_answer,
+    "math_verify": math_verify,
 }
 
 GROUP_SCORERS: dict[str, Callable[[ScorerSettings], GroupScorer]] = {}

@@ -14,6 +14,7 @@ from typing import Any
 
 from spin.alignment.errors import InputError
 from spin.alignment.scoring.base import Scorer
+from spin.alignment.scoring.math_verify import check_math_verify
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,8 @@ def _find_one(rule: str, registry: Mapping[str, Scorer], models: Mapping[str, An
     path, parameters = (head, tail) if "=" in tail else (rule, "")
     if path in registry:
         function: Any = registry[path]
+        if path == "math_verify":
+            check_math_verify()
     elif ":" in path:
         function = _import(path)
     else:

@@ -39,19 +39,23 @@ def math_answer(prompt: str, response: str, reference: str) -> float:
 
 def final_answer(text: str) -> Fraction | str | None:
     """Return the answer a solution ends with: a number, the normal form of another marked answer, or ``None``."""
-    if "####" in text:
-        shown = text.rsplit("####", 1)[1].strip().partition("\n")[0]
-        box = last_box(shown)
-        if box is None and not _FORMULA.search(shown) and (first := final_number(text)) is not None:
-            return first
-        shown = box.content if box else shown
-    else:
-        box = last_box(text)
-        if box is None:
-            return final_number(text)
-        shown = box.content
-    number = plain_number(shown)
+    shown, boxed = marked_answer(text)
+    if shown is None:
+        return final_number(text)
+    number = final_number(text) if not boxed and not _FORMULA.search(shown) else plain_number(shown)
     return number if number is not None else normal_form(shown) or None
+
+
+def marked_answer(text: str) -> tuple[str | None, bool]:
+    r"""Return what a solution marks as its answer, as written (``None``: nothing), and whether that is the content of a box.
+
+    Where the text has ``####``, only what follows the last of them counts: a box in it, else the rest of the line.
+    """
+    _, marks, tail = text.rpartition("####")
+    box = last_box(tail)
+    if box is not None:
+        return box.content, True
+    return (tail.strip().partition("\n")[0] if marks else None), False
 
 
 def final_number(text: str) -> Fraction | None:
