@@ -122,6 +122,46 @@ class ChatEncoder:
             raise InputError(reason or self._reserved_reason(self.tokenizer.convert_ids_to_tokens(self.end_id)))
         return [*ids, self.end_id]
 
+    def aligned_ids(
+        self, conversation: Sequence[Message], ended: bool
+    ) -> tuple[list[int], list[int], list[tuple[int, int]]]:
+        """Return the ids of a conversation's prompt, those of its last turn, and for each of the latter the characters of that
+        turn's text it stands for, ``(start, end)``.
+
+        With ``ended`` the end-of-turn id comes last, with an empty span. Needs a tokenizer with character offsets.
+
+        Raises:
+            InputError: the template refuses the conversation, or rewrites the text of the turn.
+        """
+        text = conversation[-1]["content"]
+        prompt_ids = self.prompt_ids(conversation[:-1])
+        ids: list[int] = []
+        spans: list[tuple[int, int]] = []
+        if text.strip():
+            messages = self._prepare(conversation)
+            before = self._render(messages[:-1], tokenize=False, add_generation_prompt=True)
+            whole = self._render(messages, tokenize=False, add_generation_prompt=False)
+            known = len(before) if whole.startswith(before) else 0
+            said = text if text in whole[known:] else text.strip()  # some templates strip white space
+            start = whole.find(said, known) if known else whole.rfind(said)
+            if start < 0:
+                raise InputError(f"the chat template of {self.name} rewrites the response: choose another teacher")
+            prompt_ids, ids, places = self._cut(whole, start, start + len(said))
+            moved = start - text.index(said)
+            spans = [(begin - moved, end - moved) for begin, end in places]
+        end_ids = [self.end_id] if ended else []
+        return prompt_ids, [*ids, *end_ids], [*spans, *((len(text), len(text)) for _ in end_ids)]
+
+    def _cut(self, text: str, start: int, end: int) -> tuple[list[int], list[int], list[tuple[int, int]]]:
+        """Return the ids of a rendered conversation before and inside of a part of its text, and where the latter stand in it."""
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        offsets = encoded["offset_mapping"]
+        first = next(number for number, (_, until) in enumerate(offsets) if until > start)
+        last = max(number for number, (begin, _) in enumerate(offsets) if begin < end)
+        ids = list(encoded["input_ids"])
+        places = [(max(begin, start), max(min(until, end), start)) for begin, until in offsets[first : last + 1]]
+        return self._one_bos(ids[:first]), ids[first : last + 1], places
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the response text of sampled ids: end-of-turn and other special tokens left out."""
         text = self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -278,15 +318,21 @@ def encode_pair(
         if isinstance(ids, str):
             return ids
         sides[side] = ids
-    longest = max(map(len, sides.values()))
-    if len(prompt_ids) + longest > max_length:
-        prompt_ids = truncate_prompt(prompt_ids, max_prompt_length, encoder.tokenizer.bos_token_id)
-        room = max(0, max_length - len(prompt_ids))
-        sides = {side: ids[:room] for side, ids in sides.items()}
-    for side, ids in sides.items():
+    whole = EncodedPair(prompt_ids, sides["chosen"], sides["rejected"])
+    pair = truncate_pair(whole, max_length, max_prompt_length, encoder.tokenizer.bos_token_id)
+    for side, ids in (("chosen", pair.chosen_ids), ("rejected", pair.rejected_ids)):
         if not ids:
             return f"empty {side} response after truncation to max_length {max_length}"
-    return EncodedPair(prompt_ids, sides["chosen"], sides["rejected"])
+    return pair
+
+
+def truncate_pair(pair: EncodedPair, max_length: int, max_prompt_length: int, bos_id: int | None) -> EncodedPair:
+    """Cut a pair of more than ``max_length`` tokens a side: the prompt from the left, then both responses from the right."""
+    if len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids)) <= max_length:
+        return pair
+    prompt_ids = truncate_prompt(pair.prompt_ids, max_prompt_length, bos_id)
+    room = max(0, max_length - len(prompt_ids))
+    return EncodedPair(prompt_ids, pair.chosen_ids[:room], pair.rejected_ids[:room])
 
 
 def truncate_prompt(ids: list[int], max_prompt_length: int, bos_id: int | None) -> list[int]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from spin.alignment.weighting.base import PairTokens
 
 
-def uniform(token_ids: Sequence[int]) -> list[float]:
-    """Return 1.0 for each token."""
-    return [1.0] * len(token_ids)
+def uniform(pair: PairTokens) -> tuple[list[float], list[float]]:
+    """Return 1.0 for each token of both responses."""
+    return [1.0] * len(pair.chosen_ids), [1.0] * len(pair.rejected_ids)
