@@ -21,6 +21,7 @@ from spin.alignment.shards import ParquetSink
 
 NUM_TEST = 500
 SEED = 0
+CHARACTERS = "0123456789+*= "
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<user>", "<assistant>"]
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -46,9 +47,9 @@ def problems() -> Iterator[dict[str, object]]:
         }
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
+def character_tokenizer(characters: str) -> PreTrainedTokenizerFast:
     """Return a tokenizer of one token a character, with a chat template of four special tokens."""
-    vocabulary = {token: index for index, token in enumerate([*SPECIAL, *"0123456789+*= "])}
+    vocabulary = {token: index for index, token in enumerate([*SPECIAL, *characters])}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     core.decoder = decoders.Fuse()
@@ -64,12 +65,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def model_config() -> LlamaConfig:
-    """Return a Llama of 0.19 million parameters."""
+def tiny_llama(vocab_size: int, hidden: int = 96, feed_forward: int = 192) -> LlamaConfig:
+    """Return a Llama of two layers and a context of 64 tokens: 0.19 million parameters by default."""
     return LlamaConfig(
-        vocab_size=len(tokenizer()),
-        hidden_size=96,
-        intermediate_size=192,
+        vocab_size=vocab_size,
+        hidden_size=hidden,
+        intermediate_size=feed_forward,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=4,
@@ -88,8 +89,9 @@ def main(output_dir: Path) -> None:
         provenance = Provenance("prompts", split=split, sampling={"task": "two-digit multiplication", "seed": SEED})
         with ParquetSink(output_dir / f"{split}.parquet", PROMPT_SCHEMA, provenance) as sink:
             sink.write(part)
-    tokenizer().save_pretrained(output_dir / "model")
-    model_config().save_pretrained(output_dir / "model")
+    tokenizer = character_tokenizer(CHARACTERS)
+    tokenizer.save_pretrained(output_dir / "model")
+    tiny_llama(len(tokenizer)).save_pretrained(output_dir / "model")
     print(
         f"wrote {len(rows) - NUM_TEST} training and {NUM_TEST} test prompts and the model configuration to {output_dir}"
     )

@@ -42,8 +42,8 @@ def pair_tokens(dataset: PairDataset, collator: PackedCollator) -> tuple[np.ndar
     return prompt * (1 if collator.share_prompts else 2) + responses, responses
 
 
-def plan_token_budget(trainer: SPINTrainer, resumed: bool) -> int:
-    """Return the tokens of a micro-batch: those asked for, else the most that the free memory of every process allows.
+def plan_token_budget(trainer: SPINTrainer, pairs: PairDataset, resumed: bool) -> int:
+    """Return the tokens of a micro-batch of such ``pairs``: those asked for, else the most that the free memory of every process allows.
 
     A resumed training keeps the budget it began with: another packing would round differently. The estimate is logged.
     Every process must call it, with the model prepared and in place.
@@ -54,7 +54,7 @@ def plan_token_budget(trainer: SPINTrainer, resumed: bool) -> int:
     arguments, accelerator = trainer.args, trainer.accelerator
     collator = trainer.batcher.collator
     assert isinstance(collator, PackedCollator)
-    sizes, responses = pair_tokens(trainer.train_dataset, collator)
+    sizes, responses = pair_tokens(pairs, collator)
     longest = int(sizes.max())
     # The most that one step of this process can hold: its pairs may be the longest of all.
     step_tokens = int(np.sort(sizes)[-arguments.per_device_train_batch_size :].sum())

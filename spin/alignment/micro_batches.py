@@ -46,9 +46,13 @@ class MicroBatcher:
             return plan_by_tokens([self.collator.tokens(feature) for feature in features], self.token_budget)
         return plan_by_pairs(len(features), self.pairs)
 
-    def micro_batches(self, features: Sequence[Feature], accelerator: Accelerator) -> list[MicroBatch]:
-        """Return the micro-batches of some pairs, on the device. Every process must call it."""
-        plan = self.plan(features)
+    def micro_batches(
+        self, features: Sequence[Feature], accelerator: Accelerator, counted: bool = True
+    ) -> list[MicroBatch]:
+        """Return the micro-batches of some pairs, on the device. Every process must call it, one without pairs of its own with
+        a stand-in that is not ``counted``.
+        """
+        plan = self.plan(features) if counted else [[]]
         if accelerator.num_processes > 1:
             counts = accelerator.gather(torch.tensor([len(plan)], device=accelerator.device))
             plan = stretch_plan(plan, int(counts.max()))

@@ -35,14 +35,14 @@ def short_pairs(dataset: PairDataset, count: int = 2) -> list[dict[str, list[int
     return found
 
 
-def check_packed_forward(trainer: SPINTrainer) -> None:
-    """Compare packed and padded log-probs on two short pairs through the prepared model. Every process must call it.
+def check_packed_forward(trainer: SPINTrainer, pairs: PairDataset) -> None:
+    """Compare packed and padded log-probs on two shortened ``pairs`` through the prepared model. Every process must call it.
 
     Raises:
         InputError: they differ: something in this architecture reads the row as one sequence.
     """
     model, device = trainer.model_wrapped, trainer.args.device
-    features = short_pairs(trainer.train_dataset)
+    features = short_pairs(pairs)
     was_training = model.training
     model.eval()
     with torch.no_grad(), trainer.compute_loss_context_manager():

@@ -35,7 +35,7 @@ class Decoder:
         self.jobs: list[Job] = []
         self.cache = RowCache(windows)
         self._keep_one = (
-            {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+            {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(type(model).forward).parameters else {}
         )
         self._tokens = torch.zeros(0, 1, dtype=torch.long, device=self.device)
         self._padding = torch.zeros(0, 1, dtype=torch.long, device=self.device)

@@ -52,7 +52,7 @@ class TransformersBackend(GenerationBackend):
         self.settings = settings
         self.model = (_load(settings) if model is None else model).eval()
         self._windows = layer_windows(self.model)
-        if "position_ids" not in inspect.signature(self.model.forward).parameters:
+        if "position_ids" not in inspect.signature(type(self.model).forward).parameters:
             name = type(self.model).__name__
             raise InputError(
                 f"{name} takes no position_ids, so the transformers backend cannot serve it: use --backend vllm"

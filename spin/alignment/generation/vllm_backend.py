@@ -211,6 +211,12 @@ class VLLMBackend(GenerationBackend):
             logprobs = [float(step[token].logprob) for step, token in zip(output.logprobs, ids, strict=True)]
         return Response(ids, "stop" if output.finish_reason == "stop" else "length", logprobs)
 
+    def reload(self, folder: str) -> None:
+        """Take over the weights of a model folder of the same shape; keys and values of the old weights are forgotten."""
+        self.engine.collective_rpc("reload_weights", kwargs={"weights_path": folder})
+        if not self.engine.reset_prefix_cache():
+            raise RuntimeError("the engine still holds keys and values of requests that are running: weights cannot change")
+
     def close(self) -> None:
         """Shut the engine down and free the device memory."""
         import torch

@@ -1,0 +1,67 @@
+"""Makes the data, tokenizer and model configuration of the demos with rewards; the same bytes at every run.
+
+    python scripts/make_sorting_data.py [OUTPUT_DIR]
+
+The task is sorting ten letters out of sixteen: ``cab...`` -> ``abc...``. Few rows have the answer written out (400 in ``train``,
+500 in ``test``). The 40,000 prompts of ``prompts/`` have none: ``scripts/sorting_checker.py`` tells whether a response is right.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from make_demo_data import SPECIAL, character_tokenizer, tiny_llama
+
+from spin.alignment.data import PROMPT_SCHEMA
+from spin.alignment.provenance import Provenance
+from spin.alignment.shards import ParquetSink
+
+LETTERS = "abcdefghijklmnop"
+LENGTH = 10
+NUM_TRAIN, NUM_TEST, NUM_PROMPTS = 400, 500, 40_000
+SEED = 0
+
+
+def problems() -> Iterator[str]:
+    """Yield different words of random letters, without end."""
+    draw, seen = random.Random(SEED), set[str]()
+    while True:
+        word = "".join(draw.choices(LETTERS, k=LENGTH))
+        if word not in seen:
+            seen.add(word)
+            yield word
+
+
+def row(word: str, answered: bool) -> dict[str, object]:
+    """Return a prompt row, with the answer where it is given."""
+    turns = [{"role": "user", "content": word}]
+    if answered:
+        turns.append({"role": "assistant", "content": "".join(sorted(word))})
+    return {"prompt_id": word, "chosen": turns}
+
+
+def main(output_dir: Path) -> None:
+    words = problems()
+    for name, count, answered in (
+        ("test", NUM_TEST, True),
+        ("train", NUM_TRAIN, True),
+        ("prompts/train", NUM_PROMPTS, False),
+    ):
+        path = output_dir / f"{name}.parquet"
+        provenance = Provenance("prompts", split=path.stem, sampling={"task": "sorting letters", "seed": SEED})
+        with ParquetSink(path, PROMPT_SCHEMA, provenance) as sink:
+            sink.write([row(next(words), answered) for _ in range(count)])
+    tokenizer = character_tokenizer(LETTERS)
+    tokenizer.save_pretrained(output_dir / "model")
+    tiny_llama(len(SPECIAL) + len(LETTERS), hidden=96, feed_forward=256).save_pretrained(output_dir / "model")
+    print(
+        f"wrote {NUM_TRAIN} answered training rows, {NUM_TEST} test rows, {NUM_PROMPTS} prompts without an answer and the model "
+        f"configuration to {output_dir}"
+    )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent.parent / "data" / "sorting")

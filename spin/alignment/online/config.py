@@ -1,0 +1,134 @@
+"""The settings of online training: those of preference training, and how responses are drawn, labelled and paired."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from spin.alignment.errors import InputError, lookup
+from spin.alignment.generation.base import SamplingConfig
+from spin.alignment.losses import LOSS_COLUMNS
+from spin.alignment.pairing import PAIRINGS
+from spin.alignment.pairing.base import check_num_samples
+from spin.alignment.scoring.base import ScorerSettings
+from spin.alignment.training_config import SPINConfig
+
+BASELINES = ("prompt", "batch")
+SAMPLERS = ("transformers", "vllm")
+
+
+@dataclass
+class OnlineConfig(SPINConfig):
+    """Every key of preference training and those of the loop; defaults follow online DPO (verl's recipe "spin").
+
+    Attributes:
+        num_samples: responses to each prompt of a step.
+        temperature, top_p, top_k, max_new_tokens: how they are drawn.
+        backend: transformers (the policy itself) or vllm (an engine whose weights are reloaded before each step).
+        generation_batch_size: responses in flight; default: the backend's own.
+        gpu_memory_utilization: share of the GPU for the vllm engine.
+        pairing: a name in ``PAIRINGS``.
+        scorer: what labels the responses: a reward function (name or module:function) or a model scorer.
+        scorer_model, scorer_batch_size, scorer_max_length, base_url: see docs/scoring.md.
+        baseline: every_sample's rewards are relative to the soft mean of their ``prompt`` or of the whole ``batch``.
+        soft_mean_b: b of that soft mean; 0 is the arithmetic mean.
+        updates_per_batch: optimiser steps on the pairs of one batch of prompts.
+        ref_update_freq: the policy becomes the reference every so many batches.
+        eval_temperatures: held-out prompts are answered at each of them.
+        eval_limit: held-out prompts to use (0: all).
+
+    ``per_device_train_batch_size * gradient_accumulation_steps`` counts prompts of a process here; a step is a batch of prompts.
+    """
+
+    learning_rate: float = 1e-6
+    warmup_steps: float = 15
+    save_strategy: str = "steps"
+    num_samples: int = 2
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_new_tokens: int = 256
+    backend: str = "transformers"
+    generation_batch_size: int | None = None
+    gpu_memory_utilization: float = 0.4
+    pairing: str = "best_vs_worst"
+    scorer: str | None = None
+    scorer_model: str | None = None
+    scorer_batch_size: int = 16
+    scorer_max_length: int | None = None
+    base_url: str | None = None
+    baseline: str = "prompt"
+    soft_mean_b: float = 1.0
+    updates_per_batch: int = 1
+    ref_update_freq: int = 1
+    eval_temperatures: list[float] = field(default_factory=lambda: [0.0, 1.0])
+    eval_limit: int = 0
+
+    def __post_init__(self) -> None:
+        for name, lowest in (
+            ("updates_per_batch", 1),
+            ("ref_update_freq", 1),
+            ("max_new_tokens", 1),
+            ("scorer_batch_size", 1),
+            ("eval_limit", 0),
+            ("soft_mean_b", 0),
+        ):
+            if getattr(self, name) < lowest:
+                raise InputError(f"{name} is {getattr(self, name)}: set it to {lowest} or more")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise InputError(f"gpu_memory_utilization is {self.gpu_memory_utilization}: set it to a share in (0, 1]")
+        if self.generation_batch_size is not None and self.generation_batch_size < 1:
+            raise InputError(f"generation_batch_size is {self.generation_batch_size}: set it to 1 or more")
+        lookup({name: name for name in BASELINES}, self.baseline, "baseline")
+        lookup({name: name for name in SAMPLERS}, self.backend, "online generation backend")
+        if self.reference_dir:
+            raise InputError("reference_dir is set, but the reference of an online step is never stored: remove it")
+        if self.reverse:
+            raise InputError("reverse is true, but online pairs are made by their labels: remove it")
+        self.sampling = SamplingConfig(
+            num_samples=self.num_samples,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            max_new_tokens=self.max_new_tokens,
+            seed=self.seed,
+        )
+        self._check_method()
+        if not self.eval_temperatures or len(set(self.eval_temperatures)) < len(self.eval_temperatures):
+            raise InputError(f"eval_temperatures is {self.eval_temperatures}: name one or more, each once")
+        for temperature in self.eval_temperatures:
+            SamplingConfig(temperature=temperature)
+        super().__post_init__()
+
+    def _check_method(self) -> None:
+        """Check that sampling, scorer, pairing and loss fit together."""
+        pairing = lookup(PAIRINGS, self.pairing, "pairing")
+        self.needs: tuple[str, ...] = getattr(pairing, "needs", ())
+        check_num_samples(self.pairing, pairing, self.num_samples)
+        if self.needs and not self.scorer:
+            raise InputError(f"pairing {self.pairing} compares scores, but scorer is not set: name a scorer")
+        column = LOSS_COLUMNS.get(self.loss_type)
+        if column is not None and f"chosen_{column}" not in getattr(pairing, "adds", ()):
+            raise InputError(
+                f"loss_type {self.loss_type} reads {column}s, which pairing {self.pairing} does not make: choose another pairing"
+            )
+        if self.pairing == "every_sample" and self.loss_type != "sppo_reward":
+            raise InputError(
+                f"pairing every_sample prefers no response, but loss_type {self.loss_type} compares two: set loss_type to "
+                "sppo_reward"
+            )
+        if self.baseline == "batch" and self.pairing != "every_sample":
+            raise InputError(f"baseline is batch, but pairing {self.pairing} uses no baseline: remove it")
+
+    @property
+    def scorer_settings(self) -> ScorerSettings | None:
+        """The scorer as the scoring package takes it; None where no response is scored."""
+        if self.scorer is None:
+            return None
+        return ScorerSettings(
+            name=self.scorer,
+            model=self.scorer_model,
+            batch_size=self.scorer_batch_size,
+            max_length=self.scorer_max_length,
+            base_url=self.base_url,
+            score_reference="chosen_score" in self.needs,
+        )

@@ -1,0 +1,143 @@
+"""From responses to the pairs of one step: labels on rows, one prompt's rows at a time, then ids and numbers for the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from spin.alignment.losses import LOSS_COLUMNS, loss_feature, soft_mean
+from spin.alignment.pairing import PAIRINGS
+from spin.alignment.pairing.base import label_rows
+from spin.alignment.scoring.base import GroupLabels, PromptGroup
+
+if TYPE_CHECKING:
+    from spin.alignment.chat import ChatEncoder
+    from spin.alignment.generation.base import Response
+    from spin.alignment.online.config import OnlineConfig
+    from spin.alignment.online.prompts import OnlinePrompt
+    from spin.alignment.scoring.base import GroupScorer
+
+HALVES = ("chosen", "rejected")
+
+
+@dataclass
+class StepCounts:
+    """What became of the responses of a step: sums over this process, reduced over all when they are logged."""
+
+    prompts: int = 0
+    responses: int = 0
+    tokens: int = 0
+    truncated: int = 0
+    scored: int = 0
+    score_sum: float = 0.0
+    failed: int = 0
+    without_pair: int = 0
+    pairs: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def add(self, rows: Sequence[dict[str, Any]], label: GroupLabels | None) -> None:
+        """Count the responses to one prompt and their scores."""
+        self.responses += len(rows)
+        self.tokens += sum(len(row["rejected_token_ids"]) for row in rows)
+        self.truncated += sum(row["rejected_finish_reason"] == "length" for row in rows)
+        scores = [] if label is None else label.scores
+        known = [score for score in scores if score is not None]
+        self.scored += len(known)
+        self.score_sum += sum(known)
+        self.failed += len(scores) - len(known)
+
+
+class PairMaker:
+    """Turns the responses of some prompts into pairs, as the settings of the method say."""
+
+    def __init__(self, config: OnlineConfig, encoder: ChatEncoder, scorer: GroupScorer | None) -> None:
+        self.config, self.encoder, self.scorer = config, encoder, scorer
+
+    def make(
+        self, prompts: Sequence[OnlinePrompt], responses: Sequence[Sequence[Response]], counts: StepCounts
+    ) -> list[dict[str, Any]]:
+        """Return the pairs as features of a batch: ids, and the labels its loss reads; ``counts`` grows.
+
+        Raises:
+            InputError: the scorer or the pairing cannot use a row; it is named.
+        """
+        rows = [self._rows(prompt, some) for prompt, some in zip(prompts, responses, strict=True)]
+        labels = self._labels(prompts, rows)
+        features: list[dict[str, Any]] = []
+        for prompt, group, label in zip(prompts, rows, labels, strict=True):
+            counts.add(group, label)
+            if label is not None:
+                label_rows(group, label.scores, label.win_probs, label.reference_score)
+            pairs = PAIRINGS[self.config.pairing](group)
+            counts.without_pair += not pairs
+            features += [self._feature(prompt, pair, label) for pair in pairs]
+        counts.prompts += len(prompts)
+        counts.pairs += len(features)
+        return features
+
+    def score_only(
+        self, prompts: Sequence[OnlinePrompt], responses: Sequence[Sequence[Response]], counts: StepCounts
+    ) -> None:
+        """Count the responses to held-out prompts and their scores; no pair is made."""
+        rows = [self._rows(prompt, some) for prompt, some in zip(prompts, responses, strict=True)]
+        for group, label in zip(rows, self._labels(prompts, rows), strict=True):
+            counts.add(group, label)
+
+    def _rows(self, prompt: OnlinePrompt, responses: Sequence[Response]) -> list[dict[str, Any]]:
+        return [
+            {
+                "prompt_id": prompt.prompt_id,
+                "sample_index": sample,
+                "chosen": prompt.truth,
+                "rejected": [
+                    *prompt.messages,
+                    {"role": "assistant", "content": self.encoder.decode(response.token_ids)},
+                ],
+                "rejected_token_ids": list(response.token_ids),
+                "rejected_finish_reason": response.finish_reason,
+            }
+            for sample, response in enumerate(responses)
+        ]
+
+    def _labels(
+        self, prompts: Sequence[OnlinePrompt], rows: Sequence[list[dict[str, Any]]]
+    ) -> Sequence[GroupLabels | None]:
+        if self.scorer is None:
+            return [None] * len(rows)
+        return self.scorer.label(
+            [
+                PromptGroup(
+                    prompt.prompt_id,
+                    prompt.messages,
+                    [row["rejected"][-1]["content"] for row in group],
+                    prompt.reference,
+                )
+                for prompt, group in zip(prompts, rows, strict=True)
+            ]
+        )
+
+    def _feature(self, prompt: OnlinePrompt, pair: dict[str, Any], label: GroupLabels | None) -> dict[str, Any]:
+        feature: dict[str, Any] = {"prompt_ids": list(prompt.token_ids)}
+        column = LOSS_COLUMNS.get(self.config.loss_type)
+        for half in HALVES:
+            ids = pair.get(f"{half}_token_ids")
+            feature[f"{half}_ids"] = list(ids) if ids else self.encoder.response_ids(pair[half], prompt_ids=None)
+            if column == "reward":  # the baseline, of this prompt or of all, is taken off here
+                feature[f"{half}_reward"] = pair[f"{half}_score"]
+            elif column is not None:
+                feature[f"{half}_{loss_feature(column)}"] = pair[f"{half}_{column}"]
+        if column == "reward" and self.config.baseline == "prompt" and label is not None:
+            self.subtract_baseline([feature], [score for score in label.scores if score is not None])
+        return feature
+
+    def subtract_baseline(self, features: Sequence[dict[str, Any]], scores: Sequence[float]) -> None:
+        """Make rewards relative to the soft mean of ``scores`` (SPPO with rewards)."""
+        import torch
+
+        if not features:
+            return
+        baseline = float(soft_mean(torch.tensor(scores, dtype=torch.float64), self.config.soft_mean_b))
+        for feature in features:
+            for half in HALVES:
+                feature[f"{half}_reward"] -= baseline
