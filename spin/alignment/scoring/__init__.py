@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from spin.alignment.scoring.answer_format import answer_format
 from spin.alignment.scoring.base import GroupLabels, GroupScorer, PromptGroup, Scorer, ScorerSettings
+from spin.alignment.scoring.checks import check_settings
 from spin.alignment.scoring.exact_match import exact_match
 from spin.alignment.scoring.find import find_rule
 from spin.alignment.scoring.length_penalty import length_penalty
@@ -21,7 +22,30 @@ SCORERS: dict[str, Scorer] = {
     "math_verify": math_verify,
 }
 
-GROUP_SCORERS: dict[str, Callable[[ScorerSettings], GroupScorer]] = {}
+
+def _reward_model(settings: ScorerSettings) -> GroupScorer:
+    from spin.alignment.scoring.reward_model import RewardModel
+
+    return RewardModel(settings)
+
+
+def _preference_model(settings: ScorerSettings) -> GroupScorer:
+    from spin.alignment.scoring.preference_model import PreferenceModel
+
+    return PreferenceModel(settings)
+
+
+def _judge(settings: ScorerSettings) -> GroupScorer:
+    from spin.alignment.scoring.judge import Judge
+
+    return Judge(settings)
+
+
+GROUP_SCORERS: dict[str, Callable[[ScorerSettings], GroupScorer]] = {
+    "judge": _judge,
+    "preference_model": _preference_model,
+    "reward_model": _reward_model,
+}
 
 
 def find_scorer(name: str) -> Scorer:
@@ -39,11 +63,17 @@ def check_scorer(settings: ScorerSettings) -> None:
     Raises:
         InputError: naming the setting and the mend.
     """
-    find_scorer(settings.name)
+    if settings.name not in GROUP_SCORERS:
+        find_scorer(settings.name)
+    check_settings(settings)
 
 
 def make_scorer(settings: ScorerSettings) -> GroupScorer:
-    """Return the scorer, checked and with its model loaded; close it after use."""
+    """Return the scorer, checked; close it after use. A model is loaded when the first response without a kept score comes.
+
+    Raises:
+        InputError: as :func:`check_scorer`, or the model or server is not what it must be.
+    """
     check_scorer(settings)
     if settings.name in GROUP_SCORERS:
         return GROUP_SCORERS[settings.name](settings)

@@ -85,7 +85,7 @@ class ScorerSettings:
         model: folder or Hub name of the reward or preference model; the served name of the judge.
         batch_size: sequences in one forward pass, or requests in flight (judge).
         max_length: tokens of one sequence; longer ones lose the start of their prompt, counted and logged. ``None``: the
-            model's context, and a longer one is an error that names it.
+            model's context, and a longer one is an error that names it. Of a judge: tokens of its reply (512).
         base_url: address of the judge's server.
         score_reference: score the ground truth as well.
         cache_dir: folder in which the scores of models are kept; rule functions are quicker than any cache.

@@ -45,6 +45,10 @@ def find_rule(name: str, registry: Mapping[str, Scorer], models: Mapping[str, An
         weight, star, rule = part.rpartition("*")
         if not rule:
             raise InputError(f"scorer '{name}' has an empty term: join rules as in math_answer+0.1*format")
+        if rule in models and rule == name:
+            raise InputError(
+                f"{rule} is a model, and only a rule function will do here: choose one of {', '.join(registry)}"
+            )
         if rule in models:
             raise InputError(
                 f"{rule} is a model and cannot be part of the sum '{name}': only rule functions can be added"
