@@ -8,6 +8,7 @@ Trainer's checkpoints. Started again after a crash it resumes from the last comp
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections import Counter
@@ -31,7 +32,7 @@ Trains a policy against its own earlier responses. CONFIG.yaml and --key=value h
   model    model_name_or_path model_revision dtype attn_implementation trust_remote_code
            use_peft lora_r lora_alpha lora_target_modules load_in_4bit load_in_8bit
   data     dataset_mixer dataset_splits max_length max_prompt_length system preprocessing_num_workers
-  method   loss_type beta label_smoothing length_normalize nll_weight reference_dir
+  method   loss_type beta eta alpha noise_ratio label_smoothing length_normalize nll_weight reverse reference_dir
   batches  batching max_tokens_per_batch share_prompts fused_head packed_attention
   output   output_dir overwrite_output_dir resume_from_checkpoint
 
@@ -39,26 +40,43 @@ and every key of transformers.TrainingArguments. docs/configuration.md explains 
 first iteration."""
 
 
-def encode_split(rows: Dataset, encoder: ChatEncoder, config: DataConfig) -> tuple[Dataset, dict[str, int]]:
-    """Encode preference rows to ids; return the encoded rows and how many were dropped for which reason.
+HALVES = ("chosen", "rejected")
+
+
+def encode_split(
+    rows: Dataset, encoder: ChatEncoder, config: DataConfig, loss_type: str = "sigmoid", reverse: bool = False
+) -> tuple[Dataset, dict[str, int]]:
+    """Encode preference rows to ids, token weights and the labels that the loss reads; return the encoded rows and how
+    many were dropped for which reason. ``reverse`` lets chosen and rejected change places, with all they have.
 
     Raises:
-        InputError: naming the row, or when no pair is left.
+        InputError: naming the row, the missing columns, or when no pair is left.
     """
     from spin.alignment.chat import encode_pair
+    from spin.alignment.losses import LOSS_COLUMNS, loss_feature
+
+    label = LOSS_COLUMNS.get(loss_type)
+    if label is not None:
+        check_label_columns(rows, loss_type, label)
+    weighted = [half for half in HALVES if f"{half}_weights" in rows.column_names]
+    targets = dict(zip(HALVES, reversed(HALVES) if reverse else HALVES, strict=True))
 
     def encode(row: dict[str, Any], index: int) -> dict[str, Any]:
         try:
             pair = encode_pair(row, encoder, config.max_length, config.max_prompt_length)
+            whole = None if isinstance(pair, str) else pair
+            found: dict[str, Any] = {"prompt_ids": whole.prompt_ids if whole else [], "dropped": "" if whole else pair}
+            for half, other in targets.items():
+                ids = getattr(whole, f"{half}_ids") if whole else []
+                found[f"{other}_ids"] = ids
+                if half in weighted:
+                    found[f"{other}_weights"] = weights_of(row, half, len(ids)) if whole else []
+                if label is not None:
+                    found[f"{other}_{loss_feature(label)}"] = label_of(row, f"{half}_{label}")
         except InputError as error:
             raise InputError(f"{row['source']} row {index} (prompt {row['prompt_id']}): {error}") from error
-        if isinstance(pair, str):
-            return {"prompt_ids": [], "chosen_ids": [], "rejected_ids": [], "dropped": pair}
-        ids = {"prompt_ids": pair.prompt_ids, "chosen_ids": pair.chosen_ids, "rejected_ids": pair.rejected_ids}
-        weights = {f"{half}_weights": row[f"{half}_weights"][: len(ids[f"{half}_ids"])] for half in weighted}
-        return ids | weights | {"dropped": ""}
+        return found
 
-    weighted = [half for half in ("chosen", "rejected") if f"{half}_weights" in rows.column_names]
     workers = config.preprocessing_num_workers if len(rows) > 1000 else 1
     encoded = rows.map(
         encode,
@@ -76,14 +94,55 @@ def encode_split(rows: Dataset, encoder: ChatEncoder, config: DataConfig) -> tup
     return encoded.select(kept).remove_columns("dropped"), dict(dropped)
 
 
+def check_label_columns(rows: Dataset, loss_type: str, label: str) -> None:
+    """Check that the pairs have the label that a loss reads.
+
+    Raises:
+        InputError: naming the missing columns, and the pairing that writes them.
+    """
+    from spin.alignment.pairing import PAIRINGS
+
+    missing = [name for half in HALVES if (name := f"{half}_{label}") not in rows.column_names]
+    if missing:
+        pairing = next(name for name, found in PAIRINGS.items() if missing[0] in getattr(found, "adds", ()))
+        sources = ", ".join(sorted(set(rows["source"])))
+        raise InputError(
+            f"loss_type {loss_type} reads {' and '.join(missing)}, which the pairs in {sources} do not have: convert the data "
+            f"with --pairing {pairing}, or choose another loss_type"
+        )
+
+
+def weights_of(row: dict[str, Any], half: str, count: int) -> list[float]:
+    """Return the weights of the ``count`` tokens of a response that are left after truncation."""
+    weights = row[f"{half}_weights"]
+    if weights is None or len(weights) < count:
+        found = "none" if weights is None else len(weights)
+        raise InputError(
+            f"{half}_weights must hold a weight for each token ({count}), but there are {found}: weigh it again"
+        )
+    return list(weights[:count])
+
+
+def label_of(row: dict[str, Any], name: str) -> float:
+    """Return a label of a response: a finite number, a probability where it is one."""
+    value = row[name]
+    if value is None or not math.isfinite(value) or ("win_prob" in name and not 0 <= value <= 1):
+        wanted = "a probability" if "win_prob" in name else "a finite number"
+        raise InputError(f"{name} is {value}, not {wanted}: convert the data again")
+    return float(value)
+
+
 def load_pairs(settings: Settings, encoder: ChatEncoder) -> tuple[dict[str, Dataset], dict[str, dict[str, int]]]:
     """Load, mix and encode the data; return the encoded splits and what was dropped from each."""
     from spin.alignment.data import mix_preferences
 
     mixed = mix_preferences(settings.data.dataset_mixer, settings.data.dataset_splits, settings.arguments.seed)
     encoded, dropped = {}, {}
+    arguments = settings.arguments
     for split, rows in mixed.items():
-        encoded[split], dropped[split] = encode_split(rows, encoder, settings.data)
+        encoded[split], dropped[split] = encode_split(
+            rows, encoder, settings.data, arguments.loss_type, arguments.reverse
+        )
     return encoded, dropped
 
 
@@ -129,11 +188,16 @@ def train(
 
 
 def data_key(pairs: dict[str, Dataset]) -> str:
-    """Return one hash of the encoded pairs of all splits."""
+    """Return one hash of the encoded pairs of all splits: ids, and weights and labels where there are any."""
     from spin.alignment.provenance import hash_text
     from spin.alignment.reference import hash_tokens
 
-    return hash_text(*(f"{split}={hash_tokens(rows)}" for split, rows in sorted(pairs.items())))
+    parts = []
+    for split, rows in sorted(pairs.items()):
+        parts.append(f"{split}={hash_tokens(rows)}")
+        others = sorted(name for name in rows.column_names if not name.endswith("_ids"))
+        parts += [f"{split}.{name}={hash_text(*map(str, rows[name]))}" for name in others]
+    return hash_text(*parts)
 
 
 def largest(pairs: dict[str, Dataset]) -> tuple[int, int]:

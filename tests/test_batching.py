@@ -4,7 +4,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from spin.alignment.batching import PairCollator, PairDataset
+from spin.alignment.batching import PackedCollator, PairCollator, PairDataset
 from spin.alignment.errors import InputError
 from spin.alignment.logps import response_logps, token_logps
 from spin.alignment.micro_batches import MicroBatcher
@@ -49,6 +49,20 @@ def test_streams_follow_their_responses():
     batch = PairCollator(pad_id=0)([pair | stream for pair, stream in zip(PAIRS, streams, strict=True)])
     assert batch["reference_logps"].tolist() == [[-0.5, 0.0], [-3.0, -4.0], [-1.0, -2.0], [-5.0, 0.0]]
     assert batch["weights"].tolist() == [[1.0, 0.0], [0.0, 1.0], [0.5, 2.0], [1.0, 0.0]]
+
+
+def test_labels_stand_in_the_order_of_the_responses():
+    labels = [
+        {"chosen_win_prob": 0.75, "rejected_win_prob": 0.25, "chosen_reward": 1.5, "rejected_reward": -0.5},
+        {"chosen_win_prob": 0.9, "rejected_win_prob": 0.2, "chosen_reward": 0.1, "rejected_reward": 2.0},
+    ]
+    features = [pair | label for pair, label in zip(PAIRS, labels, strict=True)]
+    (group,) = PackedCollator()(features).to(torch.device("cpu")).groups
+    padded = PairCollator(pad_id=0)(features)
+    for win_probs, rewards in ((group.win_probs, group.rewards), (padded["win_probs"], padded["rewards"])):
+        assert win_probs.tolist() == [0.75, 0.9, 0.25, 0.2] and win_probs.dtype == torch.float64
+        assert rewards.tolist() == [1.5, 0.1, -0.5, 2.0]
+    assert "rewards" not in PairCollator(pad_id=0)(PAIRS)
 
 
 def test_a_pad_id_that_is_a_real_token_is_not_masked():

@@ -28,8 +28,8 @@ PAIRS = [
 
 
 def random_pairs(count: int, seed: int = 0, longest: int = 14, weights: bool = False) -> list[dict[str, Any]]:
-    """Pairs of uneven lengths with opponent's log-probs near those of a random model."""
-    draw = random.Random(seed)
+    """Pairs of uneven lengths with opponent's log-probs near those of a random model, and labels of both responses."""
+    draw, labels = random.Random(seed), random.Random(seed + 1)
     found = []
     for _ in range(count):
         pair: dict[str, Any] = {
@@ -40,6 +40,7 @@ def random_pairs(count: int, seed: int = 0, longest: int = 14, weights: bool = F
             pair[f"{half}_reference"] = [-4.2 + 0.2 * draw.random() for _ in pair[f"{half}_ids"]]
             if weights:
                 pair[f"{half}_weights"] = [2 * draw.random() for _ in pair[f"{half}_ids"]]
+            pair[f"{half}_win_prob"], pair[f"{half}_reward"] = labels.random(), labels.gauss(0, 1)
         found.append(pair)
     return found
 
@@ -129,7 +130,12 @@ def naive(model: torch.nn.Module, pairs: list[dict[str, Any]], objective) -> tup
             streams[0, row, : len(response)] = 1
             streams[1, row, : len(response)] = torch.tensor(pair[f"{half}_reference"])
             streams[2, row, : len(response)] = torch.tensor(pair.get(f"{half}_weights", [1.0] * len(response)))
-        losses.append(objective(LossInputs(torch.stack(policy), streams[1], streams[0], streams[2])))
+        win_probs, rewards = (
+            torch.tensor([pair[f"chosen_{label}"], pair[f"rejected_{label}"]], dtype=torch.float64)
+            for label in ("win_prob", "reward")
+        )
+        inputs = LossInputs(torch.stack(policy), streams[1], streams[0], streams[2], None, win_probs, rewards)
+        losses.append(objective(inputs))
     loss = torch.stack(losses).sum()
     loss.backward()
     return loss.item(), gradients(model)

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 HALVES = ("chosen", "rejected")
 Feature = Mapping[str, Any]
 
+# Feature of a response -> what the losses call it: one number for each response.
+LABELS = {"win_prob": "win_probs", "reward": "rewards"}
+
 # Logits of one group of pairs, in elements: large matmuls, and still small beside the activations.
 GROUP_ELEMENTS = 2**26
 
@@ -30,7 +33,8 @@ class PairDataset(torch.utils.data.Dataset):
     """Encoded pairs, each with the opponent's log-probs once they are attached.
 
     ``rows`` has the columns prompt_ids, chosen_ids, rejected_ids and, when tokens are weighted, chosen_weights and
-    rejected_weights.
+    rejected_weights; for a loss that reads them the labels chosen_win_prob and rejected_win_prob, or chosen_reward and
+    rejected_reward.
     """
 
     def __init__(self, rows: Dataset) -> None:
@@ -48,10 +52,14 @@ class PairDataset(torch.utils.data.Dataset):
 
 
 class PairList:
-    """The pairs of one optimiser batch of one process, as the data loader hands them over: not yet tensors."""
+    """The pairs of one optimiser batch of one process, as the data loader hands them over: not yet tensors.
 
-    def __init__(self, features: Sequence[Feature]) -> None:
+    ``stands_in``: the process has no pair of its own, and these only keep the others company.
+    """
+
+    def __init__(self, features: Sequence[Feature], stands_in: bool = False) -> None:
         self.features = list(features)
+        self.stands_in = stands_in
 
     def __len__(self) -> int:
         return len(self.features)
@@ -62,13 +70,15 @@ class PairGroup:
     """b pairs whose response tokens are neighbours in the batch: all chosen responses, then all rejected ones.
 
     ``rows`` is their slice of the N response tokens; ``completion_mask`` has shape ``(2b, R)``; ``reference_logps`` (nats)
-    and ``weights`` have it too, where the data has them.
+    and ``weights`` have it too, where the data has them; ``win_probs`` and ``rewards`` have shape ``(2b,)``.
     """
 
     rows: slice
     completion_mask: torch.Tensor
     reference_logps: torch.Tensor | None = None
     weights: torch.Tensor | None = None
+    win_probs: torch.Tensor | None = None
+    rewards: torch.Tensor | None = None
 
     @property
     def pairs(self) -> int:
@@ -78,7 +88,8 @@ class PairGroup:
         """Return the streams of the losses for log-probs of shape ``(n,)`` in the order of ``rows``."""
         assert self.reference_logps is not None
         streams = logps.new_zeros(self.completion_mask.shape).masked_scatter(self.completion_mask, logps)
-        return LossInputs(streams, self.reference_logps, self.completion_mask, self.weights)
+        labels = {name: getattr(self, name) for name in LABELS.values()}
+        return LossInputs(streams, self.reference_logps, self.completion_mask, self.weights, **labels)
 
     def responses(self, logps: torch.Tensor) -> list[torch.Tensor]:
         """Return the log-probs of each response, without padding: b chosen ones, then b rejected ones."""
@@ -87,7 +98,7 @@ class PairGroup:
     def to(self, device: torch.device) -> PairGroup:
         moved = {
             name: value.to(device, non_blocking=True)
-            for name in ("completion_mask", "reference_logps", "weights")
+            for name in ("completion_mask", "reference_logps", "weights", *LABELS.values())
             if (value := getattr(self, name)) is not None
         }
         return replace(self, **moved)
@@ -200,7 +211,7 @@ def _group(features: Sequence[Feature], rows: slice) -> PairGroup:
     width = max(map(len, responses))
     lengths = torch.tensor([len(response) for response in responses])
     mask = torch.arange(width) < lengths[:, None]
-    return PairGroup(rows, mask, **_streams(features, responses, width))
+    return PairGroup(rows, mask, **_streams(features, responses, width), **_labels(features))
 
 
 def _streams(features: Sequence[Feature], responses: Sequence[Sequence[int]], width: int) -> dict[str, torch.Tensor]:
@@ -211,6 +222,17 @@ def _streams(features: Sequence[Feature], responses: Sequence[Sequence[int]], wi
             values = [feature[f"{half}_{column}"] for half in HALVES for feature in features]
             streams[name] = pad_streams(values, responses, width)
     return streams
+
+
+def _labels(features: Sequence[Feature]) -> dict[str, torch.Tensor]:
+    """Return win_probs and rewards of shape ``(2B,)``, float64, as far as the features have them."""
+    return {
+        name: torch.tensor(
+            [feature[f"{half}_{column}"] for half in HALVES for feature in features], dtype=torch.float64
+        )
+        for column, name in LABELS.items()
+        if f"chosen_{column}" in features[0]
+    }
 
 
 @dataclass(frozen=True)
@@ -234,7 +256,8 @@ class PairCollator:
 
     def __call__(self, features: Sequence[Feature]) -> dict[str, torch.Tensor]:
         """Return input_ids, attention_mask and position_ids of shape ``(2B, P + R)`` and, of shape ``(2B, R)``,
-        completion_mask and, as far as the features have them, reference_logps (nats) and weights.
+        completion_mask and, as far as the features have them, reference_logps (nats) and weights; of shape ``(2B,)`` the
+        labels win_probs and rewards.
         """
         prompts = [feature["prompt_ids"] for _ in HALVES for feature in features]
         responses = [feature[f"{half}_ids"] for half in HALVES for feature in features]
@@ -252,6 +275,7 @@ class PairCollator:
             "position_ids": (attention_mask.cumsum(dim=1) - 1).clamp(min=0),
             "completion_mask": attention_mask[:, left:].clone(),
             **_streams(features, responses, width),
+            **_labels(features),
         }
 
 

@@ -47,6 +47,10 @@ OPTIONAL_COLUMNS = {
     "chosen_weights": pa.list_(pa.float32()),
     "rejected_weights": pa.list_(pa.float32()),
     "rejected_logprobs": pa.list_(pa.float32()),
+} | {
+    f"{half}_{label}": pa.float64()
+    for label in ("score", "win_prob", "pair_win_prob", "reward")
+    for half in ("chosen", "rejected")
 }
 
 

@@ -14,7 +14,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from spin.alignment.attention import PACKED_ATTENTION, register
-from spin.alignment.batching import PackedBatch
+from spin.alignment.batching import LABELS, PackedBatch
 from spin.alignment.head import FusedHeadLoss, LogitTransform, Objective, grouped_logps
 from spin.alignment.losses import LossInputs
 
@@ -93,7 +93,8 @@ def batch_loss(model: Any, batch: PackedBatch | dict[str, Tensor], objective: Ob
     if isinstance(batch, PackedBatch):
         return model(packed=batch, objective=objective)
     policy = response_logps(model, batch)
-    return objective(LossInputs(policy, batch["reference_logps"], batch["completion_mask"], batch.get("weights")))
+    labels = {name: batch.get(name) for name in ("weights", *LABELS.values())}
+    return objective(LossInputs(policy, batch["reference_logps"], batch["completion_mask"], **labels))
 
 
 def batch_logps(model: Any, batch: PackedBatch | dict[str, Tensor]) -> list[Tensor]:
