@@ -21,7 +21,7 @@ from spin.alignment.shards import ParquetSink
 
 LETTERS = "abcdefghijklmnop"
 LENGTH = 10
-NUM_TRAIN, NUM_TEST, NUM_PROMPTS = 400, 500, 40_000
+NUM_TRAIN, NUM_TEST, NUM_PROMPTS, NUM_PARTS = 400, 500, 40_000, 8
 SEED = 0
 
 
@@ -45,13 +45,13 @@ def row(word: str, answered: bool) -> dict[str, object]:
 
 def main(output_dir: Path) -> None:
     words = problems()
-    for name, count, answered in (
-        ("test", NUM_TEST, True),
-        ("train", NUM_TRAIN, True),
-        ("prompts/train", NUM_PROMPTS, False),
-    ):
+    parts = [
+        (f"prompts/train-{part:05d}-of-{NUM_PARTS:05d}", NUM_PROMPTS // NUM_PARTS, False) for part in range(NUM_PARTS)
+    ]
+    for name, count, answered in (("test", NUM_TEST, True), ("train", NUM_TRAIN, True), *parts):
         path = output_dir / f"{name}.parquet"
-        provenance = Provenance("prompts", split=path.stem, sampling={"task": "sorting letters", "seed": SEED})
+        split = path.stem.partition("-")[0]
+        provenance = Provenance("prompts", split=split, sampling={"task": "sorting letters", "seed": SEED})
         with ParquetSink(path, PROMPT_SCHEMA, provenance) as sink:
             sink.write([row(next(words), answered) for _ in range(count)])
     tokenizer = character_tokenizer(LETTERS)

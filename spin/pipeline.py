@@ -226,6 +226,13 @@ def check_training_settings(config: RunConfig, source: str) -> None:
             from spin.alignment.sft import SFTArguments
 
             read_settings(config.sft_values(name) | path, f"the section '{name}' of {source}", SFTArguments)
+    if config.online is not None:
+        from spin.alignment.online.config import OnlineConfig
+        from spin.run_online import check_settings
+
+        where = f"the section 'online' of {source}"
+        check_settings(read_settings(config.online_values() | path, where, OnlineConfig))
+        return
     for iteration in range(config.iterations):
         where = f"the section 'train' of {source} (iteration {iteration})"
         read_settings(config.train_values(iteration) | path, where, SPINConfig)

@@ -34,7 +34,7 @@ Trains a policy on labelled responses that it draws itself, step by step. CONFIG
   sampling  backend num_samples temperature top_p top_k max_new_tokens generation_batch_size gpu_memory_utilization
   labels    scorer scorer_model scorer_batch_size scorer_max_length base_url pairing baseline soft_mean_b
   method    loss_type beta eta label_smoothing length_normalize nll_weight updates_per_batch ref_update_freq
-  held out  eval_strategy eval_steps eval_temperatures eval_limit
+  held out  eval_prompts eval_split eval_strategy eval_steps eval_temperatures eval_limit
   output    output_dir overwrite_output_dir resume_from_checkpoint
 
 and every key of transformers.TrainingArguments (batch sizes count prompts). docs/online.md explains each."""
@@ -72,13 +72,12 @@ def check_settings(settings: Settings) -> None:
         raise InputError(
             "use_peft does not go with backend vllm online (its weights are reloaded whole): use transformers"
         )
-    held_out = any(split.startswith("test") for split in data.dataset_splits)
-    if arguments.eval_strategy != "no" and not held_out:
+    held_out = [split for split in data.dataset_splits if split.startswith("test")]
+    if held_out:
         raise InputError(
-            f"eval_strategy is {arguments.eval_strategy}, but dataset_splits names no test split: add one, or set it to no"
+            f"dataset_splits names {held_out[0]}, which would be trained on: remove it, and name held-out prompts by "
+            "eval_prompts"
         )
-    if held_out and arguments.scorer is None:
-        raise InputError("dataset_splits names held-out prompts, but no scorer is set: name one, or remove the split")
     if arguments.scorer_settings is not None:
         check_scorer(arguments.scorer_settings)
 
@@ -142,7 +141,7 @@ def save_weights(model: Any, folder: Path) -> None:
 def train(
     settings: Settings,
     splits: dict[str, PromptDataset],
-    left_out: dict[str, dict[str, int]],
+    left_out: dict[str, int],
     encoder: ChatEncoder,
     key: str,
 ) -> None:
@@ -196,7 +195,7 @@ def main(arguments: Sequence[str]) -> None:
     from spin.alignment.chat import ChatEncoder, load_tokenizer
     from spin.alignment.model_utils import model_folder
     from spin.alignment.online.config import OnlineConfig
-    from spin.alignment.online.prompts import limit, load_splits
+    from spin.alignment.online.prompts import load_splits
     from spin.alignment.provenance import hash_weights
     from spin.alignment.training_run import read_settings, report, setup_logging
 
@@ -206,11 +205,10 @@ def main(arguments: Sequence[str]) -> None:
     model = settings.model
     tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision, model.trust_remote_code)
     encoder = ChatEncoder(tokenizer, settings.data.system)
-    splits, left_out = load_splits(settings.data, encoder, settings.arguments.seed)
-    splits = limit(splits, settings.arguments.eval_limit)
+    splits, left_out = load_splits(settings.data, settings.arguments, encoder)
     for name, dataset in splits.items():
-        reasons = "".join(f", {count} left out: {reason}" for reason, count in left_out.get(name, {}).items())
-        report(settings, f"{name}: {len(dataset)} prompts{reasons}")
+        longer = f", {left_out[name]} longer than max_prompt_length left out" if left_out[name] else ""
+        report(settings, f"{name}: {len(dataset)} prompts{longer}")
     folder = model_folder(model.model_name_or_path, model.model_revision)
     check_context(settings, splits, folder)
     train(settings, splits, left_out, encoder, hash_weights(folder))

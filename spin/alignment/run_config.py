@@ -38,19 +38,33 @@ MANAGED = {
     "train": _TRAINING,
     "sft": _TRAINING,
     "control": _TRAINING,
+    "online": (*_TRAINING, "eval_prompts", "eval_split"),
     "evaluate": ("model", "revision", "input_dir", "split", "output_file", "seed"),
 }
+# What one training run of run_online.py takes the place of.
+_ITERATED = ("generate", "convert", "train", "overrides")
 
 
 @dataclass(frozen=True)
 class RunData:
-    """Where prompts with ground truth come from; ``test`` empty means that no model is scored."""
+    """Where prompts with ground truth come from; ``test`` empty means that no model is scored.
+
+    ``prompts`` (default: ``train``) are those the model answers itself: one data set, or a list with one for each iteration. They
+    need no ground truth where the pairing needs none.
+    """
 
     train: str
     test: str = ""
     train_split: str = "train"
     test_split: str = "test"
     test_pairs: bool = False
+    prompts: str | list[str] = ""
+    prompts_split: str = ""
+
+    def played(self, iteration: int = 0) -> tuple[str, str]:
+        """Return the data set and the split whose prompts the model answers in an iteration."""
+        path = self.prompts[iteration] if isinstance(self.prompts, list) else self.prompts
+        return path or self.train, self.prompts_split or self.train_split
 
 
 @dataclass(frozen=True)
@@ -82,6 +96,7 @@ class RunConfig:
     generate: dict[str, Any] = field(default_factory=dict)
     convert: dict[str, Any] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)
+    online: dict[str, Any] | None = None
     overrides: dict[Any, Any] = field(default_factory=dict)
     evaluate: dict[str, Any] = field(default_factory=dict)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
@@ -101,13 +116,28 @@ class RunConfig:
         if self.data.test_pairs and not self.data.test:
             raise InputError("data.test_pairs is true but data.test is empty: name the held-out prompts")
         # The training programs tell a held-out split by its name, as the original does.
-        if self.data.train_split.startswith("test"):
-            raise InputError(f"data.train_split is {self.data.train_split}: a split named test... is never trained on")
+        for name in ("train_split", "prompts_split"):
+            if getattr(self.data, name).startswith("test"):
+                raise InputError(
+                    f"data.{name} is {getattr(self.data, name)}: a split named test... is never trained on"
+                )
+        if isinstance(self.data.prompts, list) and len(self.data.prompts) != self.iterations:
+            raise InputError(
+                f"data.prompts names {len(self.data.prompts)} data sets for {self.iterations} iterations: name one for each, or "
+                "a single one"
+            )
+        if self.data.prompts_split and not self.data.prompts:
+            raise InputError("data.prompts_split is set, but data.prompts is not: name the prompts, or use train_split")
         if self.data.test_pairs and not self.data.test_split.startswith("test"):
             raise InputError(f"data.test_split is {self.data.test_split}: name it test... to make held-out pairs of it")
         self._check_sections()
 
     def _check_sections(self) -> None:
+        iterated = [name for name in _ITERATED if getattr(self, name)] + (["iterations"] if self.iterations > 1 else [])
+        if self.online is not None and iterated:
+            raise InputError(
+                f"the section 'online' takes the place of the iterations: remove '{iterated[0]}', or 'online'"
+            )
         sections = {name: getattr(self, name) or {} for name in MANAGED}
         for name, section in sections.items():
             managed = [key for key in MANAGED[name] if key in section]
@@ -153,7 +183,7 @@ class RunConfig:
             alone = load_config(str(self.train["config"]))
             values = merge({key: value for key, value in alone.items() if key not in _TRAINING}, values)
         values = merge(values, self.overrides.get(iteration, {}))
-        splits = [self.data.train_split, *([self.data.test_split] if self.data.test_pairs else [])]
+        splits = [self.data.played()[1], *([self.data.test_split] if self.data.test_pairs else [])]
         return (
             values
             | self._owned(self.opponent(iteration), self.iteration_dir(iteration))
@@ -173,6 +203,18 @@ class RunConfig:
                 "dataset_mixer": {self.data.train: 1.0},
                 "dataset_splits": [self.data.train_split],
             }
+        )
+
+    def online_values(self) -> dict[str, Any]:
+        """The complete settings of run_online.py."""
+        section = dict(self.online or {})
+        path, split = self.data.played()
+        held_out = self.data.test and section.get("eval_strategy", "no") != "no"
+        return (
+            section
+            | self._owned(self.start_model, Path(self.run_dir) / "online")
+            | {"dataset_mixer": {path: 1.0}, "dataset_splits": [split]}
+            | ({"eval_prompts": self.data.test, "eval_split": self.data.test_split} if held_out else {})
         )
 
     def _owned(self, model: str, folder: Path) -> dict[str, Any]:

@@ -82,6 +82,12 @@ def make_stages(config: RunConfig) -> list[Stage]:
             stages += [sft_stage(config, name), *evaluate_stages(config, name, f"{config.run_dir}/{name}/checkpoint")]
     if config.sft is None:
         stages += evaluate_stages(config, "sft", config.model)
+    if config.online is not None:
+        return [
+            *stages,
+            online_stage(config),
+            *evaluate_stages(config, "online", f"{config.run_dir}/online/checkpoint"),
+        ]
     for iteration in range(config.iterations):
         stages += [generate_stage(config, iteration), convert_stage(config, iteration), train_stage(config, iteration)]
         stages += evaluate_stages(config, f"iter{iteration}", str(config.iteration_dir(iteration) / "checkpoint"))
@@ -106,7 +112,8 @@ def _launched(config: RunConfig, program: str, arguments: list[str]) -> list[str
 def generate_stage(config: RunConfig, iteration: int) -> Stage:
     """Responses of the opponent to all training prompts (and the held-out ones with ``data.test_pairs``)."""
     data, output_dir = config.data, config.iteration_dir(iteration) / "generated"
-    splits = [data.train_split] + ([data.test_split] if data.test_pairs else [])
+    path, split = data.played(iteration)
+    splits = [split] + ([data.test_split] if data.test_pairs else [])
     managed: dict[str, Any] = {
         "model": config.opponent(iteration),
         "revision": config.model_revision if config.opponent(iteration) == config.model else None,
@@ -116,13 +123,13 @@ def generate_stage(config: RunConfig, iteration: int) -> Stage:
     }
     commands, outputs = [], []
     for split in splits:
-        held_out = split != data.train_split
-        source = {"input_dir": data.test if held_out else data.train, "split": split}
+        held_out = split != data.played(iteration)[1]
+        source = {"input_dir": data.test if held_out else path, "split": split}
         section = config.generate | ({"frac_len": 0} if held_out else {})
         commands.append(_launched(config, "generate.py", flags({**managed, **source, "data_frac": "auto", **section})))
-        for fraction in range(1 if held_out else num_train_fractions(config)):
+        for fraction in range(1 if held_out else num_train_fractions(config, iteration)):
             outputs.append(output_dir / f"{split}-{fraction:05d}.parquet")
-    sources = [model_source(managed["model"]), data_source(data.train, data.train_split)]
+    sources = [model_source(managed["model"]), data_source(*data.played(iteration))]
     sources += [data_source(data.test, data.test_split)] if data.test_pairs else []
     return Stage(
         name=f"iter{iteration}/generate",
@@ -135,7 +142,7 @@ def generate_stage(config: RunConfig, iteration: int) -> Stage:
     )
 
 
-def num_train_fractions(config: RunConfig) -> int:
+def num_train_fractions(config: RunConfig, iteration: int) -> int:
     """Return how many fractions the training prompts make; 1 when ``generate.frac_len`` is 0."""
     frac_len = config.generate.get("frac_len") or 0
     if not frac_len:
@@ -143,7 +150,7 @@ def num_train_fractions(config: RunConfig) -> int:
     from spin.alignment.data import stream_prompts
     from spin.alignment.fractions import num_fractions
 
-    count = sum(1 for _ in stream_prompts(config.data.train, config.data.train_split))
+    count = sum(1 for _ in stream_prompts(*config.data.played(iteration)))
     return num_fractions(count, int(frac_len))
 
 
@@ -178,6 +185,15 @@ def sft_stage(config: RunConfig, name: str) -> Stage:
     values = config.sft_values(name)
     sources = [data_source(config.data.train, config.data.train_split)]
     return _training_stage(config, f"{name}/train", "run_sft.py", Path(config.run_dir) / name, values, sources)
+
+
+def online_stage(config: RunConfig) -> Stage:
+    """The policy trained step by step on its own labelled responses."""
+    values, folder = config.online_values(), Path(config.run_dir) / "online"
+    sources = [data_source(*config.data.played())]
+    if "eval_prompts" in values:
+        sources.append(data_source(config.data.test, config.data.test_split))
+    return _training_stage(config, "online/train", "run_online.py", folder, values, sources)
 
 
 def _training_stage(
@@ -230,7 +246,7 @@ def missing_outputs(stage: Stage) -> list[str]:
     paths = stage.outputs()
     missing = [str(path) for path in paths if not path.is_file()]
     kind = {"evaluate_model.py": ".json", "run_spin.py": ".safetensors", "run_sft.py": ".safetensors"}.get(
-        stage.program, ".parquet"
+        stage.program, ".safetensors" if stage.program == "run_online.py" else ".parquet"
     )
     if not any(path.name.endswith(kind) for path in paths):
         missing.append(f"{stage.folders[0]}/*{kind}")
@@ -248,7 +264,10 @@ def lineage(config: RunConfig) -> list[tuple[str, str, str, str]]:
             if getattr(config, name).get("init_from_config"):
                 start += " (random weights)"
             rows.append((f"{name}/checkpoint", start, "none (SFT)", f"{config.data.train} [{config.data.train_split}]"))
-    for iteration in range(config.iterations):
+    if config.online is not None:
+        start = config.start_model
+        rows.append(("online/checkpoint", start, "its own past", " ".join(config.data.played())))
+    for iteration in range(0 if config.online is not None else config.iterations):
         opponent = config.opponent(iteration)
         rows.append((f"iter{iteration}/checkpoint", opponent, opponent, " + ".join(config.pair_folders(iteration))))
     return [tuple(_portable(cell, run_dir).replace("RUN/", "") for cell in row) for row in rows]  # type: ignore[misc]

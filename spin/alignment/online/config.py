@@ -33,7 +33,8 @@ class OnlineConfig(SPINConfig):
         soft_mean_b: b of that soft mean; 0 is the arithmetic mean.
         updates_per_batch: optimiser steps on the pairs of one batch of prompts.
         ref_update_freq: the policy becomes the reference every so many batches.
-        eval_temperatures: held-out prompts are answered at each of them.
+        eval_prompts, eval_split: held-out prompts, answered every ``eval_steps`` steps and at the end.
+        eval_temperatures: they are answered at each of them.
         eval_limit: held-out prompts to use (0: all).
 
     ``per_device_train_batch_size * gradient_accumulation_steps`` counts prompts of a process here; a step is a batch of prompts.
@@ -60,6 +61,8 @@ class OnlineConfig(SPINConfig):
     soft_mean_b: float = 1.0
     updates_per_batch: int = 1
     ref_update_freq: int = 1
+    eval_prompts: str | None = None
+    eval_split: str = "test"
     eval_temperatures: list[float] = field(default_factory=lambda: [0.0, 1.0])
     eval_limit: int = 0
 
@@ -93,6 +96,12 @@ class OnlineConfig(SPINConfig):
             seed=self.seed,
         )
         self._check_method()
+        if self.eval_prompts and not self.scorer:
+            raise InputError("eval_prompts is set, but no scorer tells how good a response is: set scorer")
+        if not self.eval_prompts and self.eval_strategy != "no":
+            raise InputError(
+                f"eval_strategy is {self.eval_strategy}, but eval_prompts names no held-out prompts: set it"
+            )
         if not self.eval_temperatures or len(set(self.eval_temperatures)) < len(self.eval_temperatures):
             raise InputError(f"eval_temperatures is {self.eval_temperatures}: name one or more, each once")
         for temperature in self.eval_temperatures:

@@ -14,8 +14,11 @@ from spin.alignment.fractions import fraction_rows
 from spin.alignment.provenance import hash_text
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+
     from spin.alignment.chat import ChatEncoder
     from spin.alignment.configs import DataConfig
+    from spin.alignment.online.config import OnlineConfig
 
 
 @dataclass(frozen=True)
@@ -47,40 +50,40 @@ class PromptDataset(torch.utils.data.Dataset):
 
 
 def load_splits(
-    data: DataConfig, encoder: ChatEncoder, seed: int
-) -> tuple[dict[str, PromptDataset], dict[str, dict[str, int]]]:
-    """Load, mix and encode the prompts; return the splits (train, and test where named) and what was left out of each.
+    data: DataConfig, arguments: OnlineConfig, encoder: ChatEncoder
+) -> tuple[dict[str, PromptDataset], dict[str, int]]:
+    """Load, mix and encode the prompts; return ``train`` (and ``test`` where held-out prompts are named) and how many prompts
+    of each are longer than ``max_prompt_length`` and left out.
 
     Raises:
-        InputError: no training split is named, a row cannot be encoded, or no prompt is short enough.
+        InputError: a fraction out of range, a row that cannot be encoded, or no prompt that is short enough.
     """
-    found: dict[str, list[OnlinePrompt]] = {}
-    keys: dict[str, list[str]] = {}
-    left_out: dict[str, dict[str, int]] = {}
-    for split in data.dataset_splits:
-        name = "test" if split.startswith("test") else "train"
-        for source, fraction in data.dataset_mixer.items():
+    sources = []
+    for source, fraction in data.dataset_mixer.items():
+        if isinstance(fraction, bool) or not 0 < fraction <= 1:
+            raise InputError(f"dataset_mixer gives {source} the fraction {fraction}: set it above 0 and at most 1")
+        for split in data.dataset_splits:
             rows = load_prompts(source, split)
-            if isinstance(fraction, bool) or not 0 < fraction <= 1:
-                raise InputError(f"dataset_mixer gives {source} the fraction {fraction}: set it above 0 and at most 1")
-            if name == "train" and fraction < 1:
-                rows = rows.shuffle(seed=seed).select(range(max(1, int(fraction * len(rows)))))
-            prompts = [encode(row, encoder, source) for row in rows]
-            short = [prompt for prompt in prompts if len(prompt.token_ids) <= data.max_prompt_length]
-            found.setdefault(name, []).extend(short)
-            keys.setdefault(name, []).append(prompts_hash(rows))
-            if len(short) < len(prompts):
-                reason = f"prompt above max_prompt_length {data.max_prompt_length}"
-                counts = left_out.setdefault(name, {})
-                counts[reason] = counts.get(reason, 0) + len(prompts) - len(short)
-    if "train" not in found:
-        raise InputError(f"dataset_splits is {list(data.dataset_splits)}: name a training split such as train")
-    for name, prompts in found.items():
-        if not prompts:
-            raise InputError(
-                f"no prompt of the {name} split has {data.max_prompt_length} tokens or fewer: raise max_prompt_length"
-            )
-    return {name: PromptDataset(prompts, hash_text(*keys[name])) for name, prompts in found.items()}, left_out
+            if fraction < 1:
+                rows = rows.shuffle(seed=arguments.seed).select(range(max(1, int(fraction * len(rows)))))
+            sources.append((source, rows))
+    splits, left_out = {}, {}
+    splits["train"], left_out["train"] = _dataset(sources, encoder, data.max_prompt_length)
+    if arguments.eval_prompts:
+        rows = load_prompts(arguments.eval_prompts, arguments.eval_split)
+        if arguments.eval_limit and arguments.eval_limit < len(rows):
+            rows = rows.select(fraction_rows(len(rows), 0, arguments.eval_limit))
+        splits["test"], left_out["test"] = _dataset([(arguments.eval_prompts, rows)], encoder, data.max_prompt_length)
+    return splits, left_out
+
+
+def _dataset(sources: Sequence[tuple[str, Dataset]], encoder: ChatEncoder, most: int) -> tuple[PromptDataset, int]:
+    prompts = [encode(row, encoder, source) for source, rows in sources for row in rows]
+    short = [prompt for prompt in prompts if len(prompt.token_ids) <= most]
+    if not short:
+        raise InputError(f"no prompt of {sources[0][0]} has {most} tokens or fewer: raise max_prompt_length")
+    key = hash_text(*(prompts_hash(rows) for _, rows in sources))
+    return PromptDataset(short, key), len(prompts) - len(short)
 
 
 def encode(row: dict[str, Any], encoder: ChatEncoder, source: str) -> OnlinePrompt:
@@ -93,12 +96,3 @@ def encode(row: dict[str, Any], encoder: ChatEncoder, source: str) -> OnlineProm
     except InputError as error:
         raise InputError(f"{source}, prompt {row['prompt_id']}: {error}") from error
     return OnlinePrompt(row["prompt_id"], tuple(ids), messages, truth)
-
-
-def limit(splits: dict[str, PromptDataset], most: int) -> dict[str, PromptDataset]:
-    """Return the splits with at most so many held-out prompts, the same ones every time; 0 keeps all."""
-    held_out = splits.get("test")
-    if held_out is None or not most or most >= len(held_out):
-        return splits
-    chosen = fraction_rows(len(held_out), 0, most)
-    return splits | {"test": PromptDataset([held_out[index] for index in chosen], f"{held_out.key}-{most}")}

@@ -32,6 +32,7 @@ def summarize(config: RunConfig) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     run_dir = Path(config.run_dir)
     folders = {"sft": run_dir / "sft", "sft_continued": run_dir / "control"}
     folders |= {f"iter{step}": config.iteration_dir(step) for step in range(config.iterations)}
+    folders |= {"online": run_dir / "online"}
     evaluations = {name: _optional(folder / "eval.json") for name, folder in folders.items()}
     rows = [
         row for name, folder in folders.items() if len(row := model_row(name, folder, evaluations[name], config)) > 1
@@ -62,7 +63,7 @@ def model_row(name: str, folder: Path, evaluation: dict[str, Any], config: RunCo
             "rejected_logp": "logps/rejected",
         }
         row |= {key: final[logged] for key, logged in names.items() if logged in final}
-    counts = _optional(folder / "pairs" / f"{config.data.train_split}_prefs.counts.json")
+    counts = _optional(folder / "pairs" / f"{config.data.played()[1]}_prefs.counts.json")
     if counts and counts["rows"]:
         row |= {"pairs": counts["written"], "generated_rows": counts["rows"]}
         row["identical_rate"] = counts["identical"] / counts["rows"]
@@ -108,7 +109,9 @@ def verdicts(rows: Sequence[dict[str, Any]]) -> list[str]:
     by_name = {row["model"]: row for row in rows}
     start = by_name.get("sft")
     lines = [line for row in rows if start and row is not start for line in _verdict(row, start, "the SFT start")]
-    last = next((row for row in reversed(rows) if row["model"].startswith("iter") and "exact_at" in row), None)
+    last = next(
+        (row for row in reversed(rows) if row["model"].startswith(("iter", "online")) and "exact_at" in row), None
+    )
     if last and "sft_continued" in by_name:
         lines += _verdict(last, by_name["sft_continued"], "continued SFT")
     if last and start and "sampled_exact" in last:
