@@ -1,13 +1,18 @@
 #!/usr/bin/env bash
-# The embedded demo: installs the project, then SFT and three SPIN iterations of a tiny model on two CPU cores.
+# The embedded demos: installs the project, then trains a tiny model with one of the methods on two CPU cores.
 set -euo pipefail
 usage() {
     cat <<'TEXT'
-usage: bash scripts/demo.sh [RUN_DIR] [--key=value ...]
+usage: bash scripts/demo.sh [spin|online|sppo|wspin] [RUN_DIR] [--key=value ...]
 
-Makes a virtual environment (SPIN_VENV, default .venv), installs the project and runs configs/demo.yaml into RUN_DIR
-(default runs/demo). Killed and started again, it goes on where it stood. Settings go through to `spin run`, for example
-    bash scripts/demo.sh runs/seed1 --seed=1
+  spin     SPIN: SFT and three iterations of self-play (the default)        configs/demo.yaml
+  online   online DPO with a checker, on prompts without an answer          configs/demo_online.yaml
+  sppo     SPPO: win rates from a checker, in iterations                    configs/demo_sppo.yaml
+  wspin    WSPIN: token weights from a forward and a reverse DPO            configs/demo_wspin.yaml
+
+Makes a virtual environment (SPIN_VENV, default .venv), installs the project and runs the demo into RUN_DIR (default
+runs/demo, runs/demo_online ...). Killed and started again, it goes on where it stood. Settings go through to `spin run`, for example
+    bash scripts/demo.sh online runs/online_seed2 --seed=2
 TEXT
 }
 case "${1:-}" in -h | --help) usage; exit 0 ;; esac
@@ -15,11 +20,18 @@ SPIN_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$SPIN_ROOT/scripts/environment.sh"
 cd "$SPIN_ROOT"
 
-run_dir=runs/demo
+method=spin
+case "${1:-}" in spin | online | sppo | wspin) method=$1; shift ;; esac
+name=demo
+[ "$method" = spin ] || name="demo_$method"
+run_dir=runs/$name
 if [ $# -gt 0 ] && [ "${1#--}" = "$1" ]; then
     run_dir=$1
     shift
 fi
 spin_environment ""
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-exec python -m spin run configs/demo.yaml --run_dir="$run_dir" "$@"
+case "$method" in
+    online | sppo) [ -f data/sorting/model/config.json ] || python scripts/make_sorting_data.py ;;
+esac
+exec python -m spin run "configs/$name.yaml" --run_dir="$run_dir" "$@"
