@@ -129,38 +129,37 @@ class ChatEncoder:
         turn's text it stands for, ``(start, end)``.
 
         With ``ended`` the end-of-turn id comes last, with an empty span. Needs a tokenizer with character offsets.
-
-        Raises:
-            InputError: the template refuses the conversation, or rewrites the text of the turn.
         """
         text = conversation[-1]["content"]
         prompt_ids = self.prompt_ids(conversation[:-1])
-        ids: list[int] = []
-        spans: list[tuple[int, int]] = []
-        if text.strip():
-            messages = self._prepare(conversation)
-            before = self._render(messages[:-1], tokenize=False, add_generation_prompt=True)
-            whole = self._render(messages, tokenize=False, add_generation_prompt=False)
-            known = len(before) if whole.startswith(before) else 0
-            said = text if text in whole[known:] else text.strip()  # some templates strip white space
-            start = whole.find(said, known) if known else whole.rfind(said)
-            if start < 0:
-                raise InputError(f"the chat template of {self.name} rewrites the response: choose another teacher")
-            prompt_ids, ids, places = self._cut(whole, start, start + len(said))
-            moved = start - text.index(said)
-            spans = [(begin - moved, end - moved) for begin, end in places]
+        ids, spans = self._tokens_in_place(conversation, prompt_ids) or self._tokens_alone(text)
         end_ids = [self.end_id] if ended else []
         return prompt_ids, [*ids, *end_ids], [*spans, *((len(text), len(text)) for _ in end_ids)]
 
-    def _cut(self, text: str, start: int, end: int) -> tuple[list[int], list[int], list[tuple[int, int]]]:
-        """Return the ids of a rendered conversation before and inside of a part of its text, and where the latter stand in it."""
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        offsets = encoded["offset_mapping"]
+    def _tokens_in_place(
+        self, conversation: Sequence[Message], prompt_ids: list[int]
+    ) -> tuple[list[int], list[tuple[int, int]]] | None:
+        """The tokens of the last turn's text as they follow the prompt; None where the template or a merge hides the border."""
+        messages, text = self._prepare(conversation), conversation[-1]["content"]
+        before = self._render(messages[:-1], tokenize=False, add_generation_prompt=True)
+        whole = self._render(messages, tokenize=False, add_generation_prompt=False)
+        said = text if text in whole[len(before) :] else text.strip()  # some templates strip white space
+        start = whole.find(said, len(before)) if said and whole.startswith(before) else -1
+        if start < 0:
+            return None
+        encoded = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
+        ids, offsets, end = list(encoded["input_ids"]), encoded["offset_mapping"], start + len(said)
         first = next(number for number, (_, until) in enumerate(offsets) if until > start)
         last = max(number for number, (begin, _) in enumerate(offsets) if begin < end)
-        ids = list(encoded["input_ids"])
-        places = [(max(begin, start), max(min(until, end), start)) for begin, until in offsets[first : last + 1]]
-        return self._one_bos(ids[:first]), ids[first : last + 1], places
+        if self._one_bos(ids[:first]) != prompt_ids:
+            return None
+        moved = start - text.index(said)
+        places = offsets[first : last + 1]
+        return ids[first : last + 1], [(begin - moved, min(until, end) - moved) for begin, until in places]
+
+    def _tokens_alone(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return list(encoded["input_ids"]), [(begin, end) for begin, end in encoded["offset_mapping"]]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the response text of sampled ids: end-of-turn and other special tokens left out."""

@@ -74,17 +74,27 @@ def settings_of_side(name: str, settings: Mapping[str, float], side: str) -> dic
 
 
 def weights_of_pair(
-    weighting: str, pair: PairTokens, transform: str = DEFAULT_TRANSFORM, settings: Mapping[str, float] | None = None
+    weighting: str,
+    pair: PairTokens,
+    transform: str = DEFAULT_TRANSFORM,
+    settings: Mapping[str, float] | None = None,
+    seeds: tuple[int, int] = (0, 1),
 ) -> tuple[list[float], list[float]]:
-    """Return the weights of both responses, one for each token; NaN where a token has no gain (it was not scored)."""
+    """Return the weights of both responses, one for each token; NaN where a token has no gain (it was not scored).
+
+    ``seeds`` are those of the chosen and the rejected response, for a transform that draws.
+    """
     numbers = WEIGHTINGS[weighting](pair)
     if not WEIGHTINGS[weighting].needs_models:
         return numbers
-    chosen, rejected = (
-        _padded(WEIGHT_TRANSFORMS[transform](values, **settings_of_side(transform, settings or {}, side)), ids)
-        for side, values, ids in zip(("chosen", "rejected"), numbers, (pair.chosen_ids, pair.rejected_ids), strict=True)
-    )
-    return chosen, rejected
+    found = []
+    for side, values, ids, seed in zip(
+        ("chosen", "rejected"), numbers, (pair.chosen_ids, pair.rejected_ids), seeds, strict=True
+    ):
+        drawn = {"seed": seed} if transform == "random" else {}
+        given = {**settings_of_side(transform, settings or {}, side), **drawn}
+        found.append(_padded(WEIGHT_TRANSFORMS[transform](values, **given), ids))
+    return found[0], found[1]
 
 
 def _padded(weights: list[float], ids: Sequence[int]) -> list[float]:
