@@ -54,28 +54,29 @@ OPTIONAL_COLUMNS = {
 }
 
 
-def stream_prompts(input_dir: str, split: str) -> Iterator[dict[str, Any]]:
+def stream_prompts(input_dir: str, split: str, truth_required: bool = True) -> Iterator[dict[str, Any]]:
     """Stream the prompts of a split with their ground truth: ``prompt_id`` and ``chosen``, ids unique; 8 bytes a prompt are held.
 
-    ``input_dir`` is a folder, a file or a Hub name in the project's own form or any form that ``readers.py`` knows.
+    ``input_dir`` is a folder, a file or a Hub name in the project's own form or any form that ``readers.py`` knows. Unless
+    ``truth_required``, a row may have no ground truth: its ``chosen`` is then the prompt and ends with the user's turn.
 
     Raises:
         InputError: a row breaks the row contract, or (after the last row) two rows share a prompt id.
     """
     seen = array("Q")
     for where, record in read_records(input_dir, split):
-        (conversation,) = to_conversations(record, where)
+        (conversation,) = to_conversations(record, where, truth_required=truth_required)
         seen.append(id_number(conversation.prompt_id))
         yield {"prompt_id": conversation.prompt_id, "chosen": conversation.messages}
     unique, counts = np.unique(np.frombuffer(seen, dtype=np.uint64), return_counts=True)
     if len(unique) < len(seen):
-        _name_repeated(input_dir, split, {int(number) for number in unique[counts > 1]})
+        _name_repeated(input_dir, split, truth_required, {int(number) for number in unique[counts > 1]})
 
 
-def _name_repeated(input_dir: str, split: str, numbers: set[int]) -> None:
+def _name_repeated(input_dir: str, split: str, truth_required: bool, numbers: set[int]) -> None:
     places: dict[str, str] = {}
     for where, record in read_records(input_dir, split):
-        (conversation,) = to_conversations(record, where)
+        (conversation,) = to_conversations(record, where, truth_required=truth_required)
         if id_number(conversation.prompt_id) not in numbers:
             continue
         earlier = places.setdefault(conversation.prompt_id, where)
@@ -87,14 +88,14 @@ def _name_repeated(input_dir: str, split: str, numbers: set[int]) -> None:
     raise RuntimeError("two prompt ids have the same 64-bit number, but no id stands twice")
 
 
-def load_prompts(input_dir: str, split: str) -> Dataset:
+def load_prompts(input_dir: str, split: str, truth_required: bool = True) -> Dataset:
     """Load the prompts of a split into memory (see :func:`stream_prompts`)."""
     from datasets import Dataset, Features, Value
 
     features = Features(
         {"prompt_id": Value("string"), "chosen": [{"role": Value("string"), "content": Value("string")}]}
     )
-    return Dataset.from_list(list(stream_prompts(input_dir, split)), features=features)
+    return Dataset.from_list(list(stream_prompts(input_dir, split, truth_required)), features=features)
 
 
 def prompt_texts(row: Mapping[str, Any]) -> Iterator[str]:
@@ -172,8 +173,10 @@ def _check_one_provenance(files: Sequence[Path]) -> None:
 def _own_table(file: Path) -> pa.Table:
     batches, row = [], 0
     for batch in read_batches(file):
-        for pair in batch.select(["chosen", "rejected"]).to_pylist():
-            check_pair(pair["chosen"], pair["rejected"], f"{file} row {row}")
+        sampled = batch.column("chosen_token_ids") if "chosen_token_ids" in batch.schema.names else None
+        own = sampled.is_valid().to_pylist() if sampled is not None else [False] * batch.num_rows
+        for pair, is_own in zip(batch.select(["chosen", "rejected"]).to_pylist(), own, strict=True):
+            check_pair(pair["chosen"], pair["rejected"], f"{file} row {row}", is_own)
             row += 1
         batches.append(batch)
     schema = open_parquet(file).schema_arrow
@@ -204,7 +207,7 @@ def _preference_row(record: Mapping[str, Any], where: str) -> dict[str, Any]:
         if name not in row:
             raise InputError(f"{where} lacks the column '{name}': convert the data with spin/convert_data.py")
     row["chosen"], row["rejected"] = (whole_conversation(row, name, where) for name in ("chosen", "rejected"))
-    check_pair(row["chosen"], row["rejected"], where)
+    check_pair(row["chosen"], row["rejected"], where, row.get("chosen_token_ids") is not None)
     row["prompt_id"] = str(row.get("prompt_id") or prompt_hash(row["chosen"][:-1]))
     return row
 
@@ -219,10 +222,11 @@ def _check_repeated(table: pa.Table, path: str) -> None:
         )
 
 
-def check_pair(chosen: Any, rejected: Any, where: str) -> None:
+def check_pair(chosen: Any, rejected: Any, where: str, own_chosen: bool = False) -> None:
     """Check one pair: two conversations that differ in their last (assistant) turn only.
 
-    An empty rejected response is allowed here: the opponent may have answered with EOS alone.
+    An empty response of the model itself (``rejected``, and ``chosen`` with ``own_chosen``) is allowed here: it may have
+    answered with EOS alone.
 
     Raises:
         InputError: naming ``where`` and what is wrong.
@@ -230,7 +234,10 @@ def check_pair(chosen: Any, rejected: Any, where: str) -> None:
     for name, messages in (("chosen", chosen), ("rejected", rejected)):
         if not isinstance(messages, list) or not all(_is_turn(turn) for turn in messages):
             raise InputError(f"{where}: '{name}' must hold turns of 'role' and 'content': convert the data again")
-    check_conversation(chosen, where)
+    if own_chosen and chosen and chosen[-1]["content"] == "":
+        check_conversation([*chosen[:-1], {**chosen[-1], "content": "EOS"}], where)
+    else:
+        check_conversation(chosen, where)
     if not rejected or rejected[-1]["role"] != "assistant" or list(chosen[:-1]) != list(rejected[:-1]):
         raise InputError(
             f"{where}: 'chosen' and 'rejected' do not share one prompt: both must differ in the last turn only"

@@ -59,7 +59,7 @@ class PromptStore:
     @staticmethod
     def create(path: Path, input_dir: str, split: str) -> None:
         """Stream the prompts of a data set into ``path`` and what is known of all of them into a JSON file beside it."""
-        rows = stream_prompts(input_dir, split)
+        rows = stream_prompts(input_dir, split, truth_required=False)
         count, total = 0, 0
 
         def texts() -> Iterator[str]:
@@ -80,7 +80,7 @@ class PromptStore:
         return self.num_rows
 
     def row(self, index: int) -> dict[str, Any]:
-        """Return one row: ``prompt_id`` and ``chosen``."""
+        """Return one row: ``prompt_id`` and ``chosen``, which ends with the user's turn where there is no ground truth."""
         batch = self._reader.get_batch(index // _ROWS)
         return batch.slice(index % _ROWS, 1).to_pylist()[0]
 

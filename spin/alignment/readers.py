@@ -25,7 +25,10 @@ _SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assista
 
 @dataclass(frozen=True)
 class Conversation:
-    """A prompt and its ground truth: ``messages`` ends with the assistant turn that is to be played."""
+    """A prompt and its ground truth: ``messages`` ends with the assistant turn that is to be played.
+
+    Where there is no ground truth, ``messages`` is the prompt alone and ends with the user's turn.
+    """
 
     prompt_id: str
     messages: list[Message]
@@ -104,26 +107,28 @@ FORMATS: dict[tuple[str, ...], Callable[[Mapping[str, Any], str], list[Message]]
 }
 
 
-def to_conversations(record: Mapping[str, Any], where: str, turns: Turns = "last") -> list[Conversation]:
+def to_conversations(
+    record: Mapping[str, Any], where: str, turns: Turns = "last", truth_required: bool = True
+) -> list[Conversation]:
     """Turn one raw row into the conversations to be played: the last assistant turn, or every one (``turns="all"``).
 
-    A user turn behind the last assistant turn has no answer to learn from and is left off.
+    A user turn behind the last assistant turn has no answer to learn from and is left off. With ``truth_required=False`` a
+    row may lack the ground truth: a conversation without assistant turn, or a column ``prompt`` alone (text, or turns of
+    which the last is the user's), whose other answer columns are absent or null.
 
     Raises:
         InputError: no known form fits, a turn is empty or no text, roles do not alternate, or no assistant turn is there.
     """
-    for columns, reader in FORMATS.items():
-        if all(column in record for column in columns):
-            messages = reader(record, where)
-            break
-    else:
-        known = ", ".join("+".join(columns) for columns in FORMATS)
-        raise InputError(f"{where} has the columns {', '.join(record) or '(none)'}: rename them to one of {known}")
-    if len(messages) > 1 and messages[-1]["role"] == "user" and messages[-2]["role"] == "assistant":
+    prompt_only = not truth_required and _is_prompt_only(record)
+    messages = _prompt_form(record, where) if prompt_only else _read_form(record, where)
+    trails = len(messages) > 1 and messages[-1]["role"] == "user" and messages[-2]["role"] == "assistant"
+    if trails and not prompt_only:
         messages = messages[:-1]
-    check_conversation(messages, where)
+    check_conversation(messages, where, truth_required)
     own_id = record.get("prompt_id", record.get("id"))
     ends = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    if messages[-1]["role"] == "user":
+        return [Conversation(prompt_hash(messages) if own_id in (None, "") else str(own_id), messages)]
     if turns == "last":
         ends = ends[-1:]
     conversations = []
@@ -135,25 +140,48 @@ def to_conversations(record: Mapping[str, Any], where: str, turns: Turns = "last
     return conversations
 
 
+def _is_prompt_only(record: Mapping[str, Any]) -> bool:
+    forms = (columns for columns in FORMATS if all(record.get(column) is not None for column in columns))
+    return record.get("prompt") is not None and next(forms, None) is None
+
+
+def _prompt_form(record: Mapping[str, Any], where: str) -> list[Message]:
+    return _message_list(record["prompt"], "user", where, "prompt")
+
+
+def _read_form(record: Mapping[str, Any], where: str) -> list[Message]:
+    for columns, reader in FORMATS.items():
+        if all(column in record for column in columns):
+            return reader(record, where)
+    known = ", ".join("+".join(columns) for columns in FORMATS)
+    raise InputError(f"{where} has the columns {', '.join(record) or '(none)'}: rename them to one of {known}")
+
+
+def prompt_turns(conversation: Sequence[Message]) -> list[Message]:
+    """Return the prompt of a prompt row's conversation: all of it where there is no ground truth, else all but the last turn."""
+    return list(conversation if conversation[-1]["role"] == "user" else conversation[:-1])
+
+
 def prompt_hash(prompt: Sequence[Message]) -> str:
     """Return the id of a prompt that has none of its own: a hash of its messages."""
     return hash_text(*(part for message in prompt for part in (message["role"], message["content"])))
 
 
-def check_conversation(messages: Sequence[Message], where: str) -> None:
-    """Check the row contract: an optional system turn, then user and assistant in turn, ending with the assistant.
+def check_conversation(messages: Sequence[Message], where: str, truth_required: bool = True) -> None:
+    """Check the row contract: an optional system turn, then user and assistant in turn, ending with the assistant (or, unless
+    ``truth_required``, with the user).
 
     Raises:
         InputError: naming ``where`` and what is wrong.
     """
     roles = [message["role"] for message in messages]
-    if "assistant" not in roles:
+    if "assistant" not in roles and truth_required:
         raise InputError(
             f"{where} has no assistant turn: there is no ground truth to learn from; remove or complete the row"
         )
     body = roles[1:] if roles[0] == "system" else roles
-    expected = ["user", "assistant"] * (len(body) // 2)
-    if len(body) % 2 or body != expected:
+    expected = (["user", "assistant"] * (len(body) // 2 + 1))[: len(body)]
+    if not body or body != expected or (truth_required and len(body) % 2):
         raise InputError(
             f"{where} has the role order {' '.join(roles)}: it must be [system] user assistant [user assistant ...]"
         )

@@ -16,6 +16,7 @@ from spin.alignment.fractions import FractionJournal, fraction_path, fraction_ro
 from spin.alignment.generation.base import PromptRequest, Response, SamplingConfig
 from spin.alignment.leases import Leases, Worker
 from spin.alignment.prompt_store import PromptStore, ids_sum
+from spin.alignment.readers import prompt_turns
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -86,7 +87,7 @@ class GenerationJob:
         return EncodedPrompts([request for _, request in kept], [index for index, _ in kept], skipped)
 
     def _request(self, row: dict[str, Any]) -> PromptRequest | str:
-        prompt = row["chosen"][:-1]
+        prompt = prompt_turns(row["chosen"])
         if reason := self.encoder.refusal(prompt):
             return reason
         try:
@@ -105,14 +106,18 @@ class GenerationJob:
         return replace(self.provenance, data_frac=number, extra=extra)
 
     def rows(self, index: int, responses: list[Response]) -> list[dict[str, Any]]:
-        """Return the generated rows of the prompt that stands at ``index`` in the store."""
+        """Return the generated rows of the prompt that stands at ``index`` in the store.
+
+        Where it has no ground truth, ``chosen`` is null.
+        """
         row = self.store.row(index)
-        *prompt, _ = row["chosen"]
+        prompt = prompt_turns(row["chosen"])
+        truth = row["chosen"] if len(prompt) < len(row["chosen"]) else None
         return [
             {
                 "prompt_id": row["prompt_id"],
                 "sample_index": sample,
-                "chosen": row["chosen"],
+                "chosen": truth,
                 "rejected": [*prompt, {"role": "assistant", "content": self._text(response)}],
                 "rejected_token_ids": response.token_ids,
                 "rejected_finish_reason": response.finish_reason,
