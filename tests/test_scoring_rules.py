@@ -31,7 +31,7 @@ def label(name: str, *responses: str, reference: str | None = "#### 5", score_re
     [
         (r"\boxed{2\sqrt{3}}", r"2\sqrt3"),
         (r"\boxed{\frac{\sqrt{3}}{2}}", r"\frac{\sqrt3}2"),
-        (r"\boxed{\text{a \textbf{b} {c}}}", r"\text{ab{c}}"),
+        (r"\fbox{\sqrt{\frac{a_{1}}{b}}}", r"\sqrt{\frac{a_1}b}"),
         (r"\boxed{\dfrac34}", Fraction(3, 4)),
         (r"\boxed{\frac{-3}{4}}", Fraction(-3, 4)),
         (r"\boxed{1\frac12}", Fraction(3, 2)),
@@ -114,6 +114,7 @@ def test_a_sum_is_weighted():
 def test_a_group_is_scored_with_its_last_user_turn_and_its_reference(tmp_path, monkeypatch):
     (tmp_path / "told.py").write_text("def told(*texts):\n    seen.append(texts)\n    return len(seen)\nseen = []\n")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
     assert label("told:told", "a", "b", reference="truth", score_reference=True) == GroupLabels(
         [1.0, 2.0], reference_score=3.0
     )
@@ -145,10 +146,10 @@ def my_rules(tmp_path, monkeypatch):
     (tmp_path / "my_rules.py").write_text(CODE)
     (tmp_path / "unfinished.py").write_text("def f(:\n")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
     yield
     for name in ("my_rules", "unfinished"):
         sys.modules.pop(name, None)
-    sys.path.remove(str(tmp_path))
 
 
 def test_a_dotted_path_is_a_function_of_the_current_folder(my_rules):
