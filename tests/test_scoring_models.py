@@ -249,8 +249,18 @@ def test_a_pair_of_texts_is_cut_at_the_start_of_the_prompt(encoder, name):
         for left in range(1, len(text))
     ]
     scores = [label.scores[1] for label in make_scorer(settings(name, encoder)).label(ends)]
+    with pytest.raises(InputError, match=r"tokens without its prompt, more than max_length 7"):
+        make_scorer(settings(name, encoder, max_length=7)).label([make_group("p", ("a" * 9, "b"))])
     near = [place for place, other in enumerate(scores) if abs(other - score) < 1e-6]
     assert near and len(near) < 5
+
+
+def test_a_prompt_may_be_cut_to_nothing(encoder):
+    """Class token, two separators and the response of three tokens: six are left for it alone."""
+    group = make_group("p", ("abc",))
+    score = make_scorer(settings("reward_model", encoder, max_length=6)).label([group])[0].scores[0]
+    empty = make_group("p", ("abc",), prompt=[{"role": "user", "content": ""}])
+    assert score == pytest.approx(make_scorer(settings("reward_model", encoder)).label([empty])[0].scores[0], abs=1e-6)
 
 
 def test_precision_is_that_of_the_setting(decoder):

@@ -6,7 +6,7 @@ import re
 
 from spin.alignment.scoring.math_answer import last_box
 
-_NUMBER_LINE = re.compile(r"####\s*\$?\s*-?\s*\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:\s*/\s*\d+)?\s*\\?%?\s*\.?")
+_NUMBER_LINE = re.compile(r"####\$?-?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?\\?%?\.?")  # without its spaces
 # What may stand behind the box: the end of its sentence, of its formula, of bold type.
 _CLOSING = re.compile(r"(?:\\\]|\\\)|\\end\{[a-z]+\*?\}|[\s$.!*])*")
 
@@ -17,7 +17,7 @@ def answer_format(prompt: str, response: str, reference: str) -> float:
     Behind the box only the end of the sentence or of the formula may stand.
     """
     text = response.strip()
-    if _NUMBER_LINE.fullmatch(text.rpartition("\n")[2].strip()):
+    if _NUMBER_LINE.fullmatch("".join(text.rpartition("\n")[2].split())):
         return 1.0
     box = last_box(text)
     return float(box is not None and bool(box.content.strip()) and _CLOSING.fullmatch(text, box.end) is not None)

@@ -195,6 +195,7 @@ class SequenceClassifier:
             if info["missing_keys"]:
                 missing = ", ".join(sorted(info["missing_keys"])[:3])
                 raise InputError(f"{self.folder} lacks the weights {missing}: give a model that was trained to score")
+            model.config.get_text_config().use_cache = False  # nothing is decoded
             self._model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         return self._model
 

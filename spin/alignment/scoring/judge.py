@@ -5,10 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
-from itertools import combinations
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from itertools import combinations, islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from spin.alignment.errors import InputError
@@ -136,20 +135,19 @@ class Judge:
 
     def _replies(self, questions: Sequence[Question]) -> Iterator[tuple[Question, Any]]:
         """Yield each question with its answer; at most ``batch_size`` of them are with the server at any moment."""
-        flying: deque[tuple[Question, Future[Any]]] = deque()
+        flying: dict[Future[Any], Question] = {}
         waiting = iter(questions)
         try:
             while True:
-                while len(flying) < self.settings.batch_size and (question := next(waiting, None)) is not None:
-                    flying.append((question, self.link.start(self._ask(question))))
+                for question in islice(waiting, self.settings.batch_size - len(flying)):
+                    flying[self.link.start(self._ask(question))] = question
                 if not flying:
                     return
-                question, future = flying[0]
-                answer = future.result()
-                flying.popleft()
-                yield question, answer
+                for future in wait(flying, return_when=FIRST_COMPLETED).done:
+                    question = flying.pop(future)
+                    yield question, future.result()
         finally:
-            for _, future in flying:
+            for future in flying:
                 future.cancel()
 
     async def _ask(self, question: Question) -> Any:

@@ -12,8 +12,10 @@ from typing import NamedTuple
 
 # A minus behind a digit, letter or bracket is a subtraction, not a sign; commas count only between groups of three digits.
 _NUMBER = re.compile(r"(?:(?<![\w)}])-)?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:\s*/\s*\d+)?|\.\d+)")
-# Both \frac{3}{4} and \frac34, with a whole number in front (1\frac12 is 3/2) or without.
-_FRACTION = re.compile(r"(?:(?<![\d.])(\d+)\s*)?\\[dtc]?frac\s*(?:\{\s*(-?\d+)\s*\}\s*\{\s*(\d+)\s*\}|(\d)\s*(\d))")
+# Both \frac{3}{4} and \frac34, with a whole number in front (1\frac12 is 3/2) or without; Python refuses very long numbers.
+_FRACTION = re.compile(
+    r"(?:(?<![\d.])(\d{1,40})\s*)?\\[dtc]?frac\s*(?:\{\s*(-?\d{1,40})\s*\}\s*\{\s*(\d{1,40})\s*\}|(\d)\s*(\d))"
+)
 _BOX = re.compile(r"\\f?boxed\s*\{|\\fbox\s*\{")
 # Words around a number ("about 0.5", "42 apples") are no part of it; one letter alone is a variable.
 _WORDS = re.compile(r"(?<![\w\\])[^\W\d_]{2,}(?![\w(\\])\.?")
@@ -32,7 +34,12 @@ class Box(NamedTuple):
 
 
 def math_answer(prompt: str, response: str, reference: str) -> float:
-    """Return 1.0 when both final answers are the same, else 0.0 (also when the response states none)."""
+    """Return 1.0 when both final answers are the same, else 0.0 (also when the response states none).
+
+    Raises:
+        InputError: the reference is empty.
+    """
+    need_reference(reference, "math_answer")
     ours, truth = final_answer(response), final_answer(reference)
     return float(ours is not None and ours == truth)
 

@@ -68,9 +68,11 @@ class RewardModel:
         length = len(encoding["input_ids"])
         if length > self.classifier.limit:
             cuttable = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
-            self.classifier.excess(length, cuttable, where)
-            tokenizer.truncation_side = "left"
-            encoding = tokenizer(prompt, response, truncation="only_first", max_length=self.classifier.limit)
+            if self.classifier.excess(length, cuttable, where) == cuttable:
+                encoding = tokenizer("", response)
+            else:
+                tokenizer.truncation_side = "left"
+                encoding = tokenizer(prompt, response, truncation="only_first", max_length=self.classifier.limit)
         if not encoding["input_ids"]:
             raise InputError(f"{where} has no token at all: leave empty rows out, or give the model a chat template")
         types = encoding.get("token_type_ids")

@@ -39,8 +39,8 @@ class RuleScorer:
         where = f"on prompt {group.prompt_id}, {which}"
         try:
             value = self.scorer(group.question(), response, group.reference or "")
-        except InputError:
-            raise
+        except InputError as error:
+            raise InputError(f"scorer {self.name} failed {where}: {error}") from error
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
             raise InputError(f"scorer {self.name} failed {where} ({reason}): mend the function") from error
