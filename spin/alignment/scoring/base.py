@@ -1,4 +1,4 @@
-"""What scorers receive and return. No I/O.
+"""What scorers receive and return. No I/O, no project imports.
 
 A rule scorer is a plain function of three texts (:class:`Scorer`). A group scorer (:class:`GroupScorer`) labels all responses to
 a prompt at once, which a model needs for its batches and a preference model because it compares them.
@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
-
-from spin.alignment.errors import InputError
 
 
 class Scorer(Protocol):
@@ -25,16 +23,6 @@ class Scorer(Protocol):
             reference: the ground truth; empty where there is none.
         """
         ...
-
-
-def need_reference(reference: str, scorer: str) -> None:
-    """Refuse an empty ground truth: every response would score 0, and nobody would know.
-
-    Raises:
-        InputError: the reference is empty.
-    """
-    if not reference.strip():
-        raise InputError(f"{scorer} compares with the ground truth, and there is none: choose another scorer, or add it")
 
 
 @dataclass(frozen=True)
