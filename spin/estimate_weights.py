@@ -130,6 +130,20 @@ def open_judges(options: Any) -> tuple[Judge | None, Judge | None, ChatEncoder]:
     return plus, minus, minus.encoder
 
 
+def make_accelerator() -> Accelerator:
+    """Return how the processes of a launch find each other. Each holds a model whole, in the precision of its weights: what a
+    launch configuration says of sharding and mixed precision is for training."""
+    import os
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"):
+        os.environ[name] = "false"
+    import torch
+    from accelerate import Accelerator
+
+    return Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
+
+
 def report(lines: Sequence[str], accelerator: Accelerator) -> None:
     """Let the main process say something."""
     for line in lines if accelerator.is_main_process else ():
@@ -140,17 +154,12 @@ def main(arguments: Sequence[str]) -> None:
     options = make_parser().parse_args(arguments)
     transform, settings = check_options(options)
     interrupt_on_sigterm()
-    import os
-
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from accelerate import Accelerator
-
     from spin.alignment.training_run import setup_logging
     from spin.alignment.weigh_data import Method, describe, open_splits, weigh_splits
 
     method = Method(options.weighting, transform, settings, options.seed, make_limits(options), options.batching)
     *judges, encoder = open_judges(options)
-    accelerator = Accelerator()
+    accelerator = make_accelerator()
     setup_logging(accelerator.is_main_process)
     input_dir, output_dir = Path(options.input_dir), Path(options.output_dir)
     splits = open_splits(input_dir, output_dir, method, judges, encoder, options.overwrite)
