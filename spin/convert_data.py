@@ -9,22 +9,26 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spin.alignment.errors import InputError, lookup
+from spin.alignment.errors import InputError
 from spin.programs import Parser, interrupt_on_sigterm, run_program
 
 if TYPE_CHECKING:
     from spin.alignment.gather import Split
-    from spin.alignment.preference_files import PreferenceFiles
+    from spin.alignment.preference_files import PreferenceFiles, Selection
     from spin.alignment.provenance import Provenance
 
 PROGRESS_SECONDS = 10.0
 
 
 def make_parser() -> Parser:
+    from spin.alignment.labelling import add_scorer_flags
+
     parser = Parser(prog="convert_data.py", description="Gather generated fractions into preference parquet files.")
     add = parser.add_argument
     add("--input_dir", required=True, help="folder of {split}-{fraction}.parquet files from generate.py")
@@ -38,6 +42,7 @@ def make_parser() -> Parser:
         help="gather while fractions are still being made; end after this many seconds without a new one (0: do not wait)",
     )
     add("--pairing", default="ground_truth", help="which response is chosen and which rejected")
+    add_scorer_flags(add)
     add("--identical", choices=("keep", "drop"), default="keep", help="pairs whose responses are equal")
     add("--truncated", choices=("keep", "drop"), default="keep", help="responses cut by length (no EOS)")
     add("--max_rows_per_file", type=int, default=100_000, help="rows in one output file")
@@ -45,15 +50,20 @@ def make_parser() -> Parser:
     return parser
 
 
-def check_options(options: Any) -> None:
-    """Check every flag and both folders before a file is opened."""
-    from spin.alignment.pairing import PAIRINGS
+def check_flags(options: Any) -> None:
+    """Check everything that the flags say, scorer and pairing included; no file of the data is looked at."""
+    from spin.alignment.labelling import scorer_settings
 
     if options.num_fracs < 0 or options.max_rows_per_file < 1:
         raise InputError("num_fracs must be 0 or more and max_rows_per_file at least 1: correct the flag")
     if not 0 <= options.wait < float("inf"):
         raise InputError(f"wait is {options.wait}: set it to 0 (do not wait) or to a number of seconds")
-    lookup(PAIRINGS, options.pairing, "pairing")
+    scorer_settings(options)
+
+
+def check_options(options: Any) -> None:
+    """Check every flag and both folders before a file is opened."""
+    check_flags(options)
     input_dir, output_dir = Path(options.input_dir), Path(options.output_dir)
     if not input_dir.is_dir():
         raise InputError(f"input_dir {input_dir} does not exist: give the output folder of spin/generate.py")
@@ -79,9 +89,10 @@ def find_splits(options: Any) -> list[Split]:
 
 def make_provenance(split: Split, options: Any) -> Provenance:
     """Return the record of the pairs: the generator's, with a hash of it and the settings of this step."""
-    from dataclasses import asdict, replace
+    from dataclasses import asdict
 
     from spin.alignment.gather import ID_SUMS
+    from spin.alignment.labelling import scorer_record, scorer_settings
     from spin.alignment.provenance import hash_json
 
     assert split.origin is not None
@@ -89,18 +100,28 @@ def make_provenance(split: Split, options: Any) -> Provenance:
     facts = {name: value for name, value in made.extra.items() if name not in ID_SUMS}
     origin = asdict(made) | {"data_frac": 0, "extra": facts}
     settings = {name: getattr(options, name) for name in ("pairing", "identical", "truncated", "max_rows_per_file")}
-    extra = {"generated_hash": hash_json(origin), "fractions": split.total, **settings}
+    scorer = scorer_settings(options)
+    scored = scorer_record(scorer) if scorer is not None else {}
+    extra = {"generated_hash": hash_json(origin), "fractions": split.total, **settings, **scored}
     return replace(made, kind="preferences", data_frac=0, extra=extra)
 
 
 def make_files(split: Split, options: Any) -> PreferenceFiles:
-    """Return the output files of a split whose fraction 0 has been seen."""
-    from spin.alignment.preference_files import PreferenceFiles
+    """Return the output files of a split whose fraction 0 has been seen.
+
+    Raises:
+        InputError: the pairing cannot work with this many responses to a prompt.
+    """
+    from spin.alignment.pairing import PAIRINGS, Labelled, check_num_samples
+    from spin.alignment.preference_files import COUNTS, SCORED_COUNTS, PreferenceFiles, pair_schema
 
     assert split.origin is not None
-    provenance = make_provenance(split, options)
-    folder = Path(options.output_dir)
-    return PreferenceFiles(folder, split.name, provenance, split.origin.schema, options.max_rows_per_file)
+    pairing = PAIRINGS[options.pairing]
+    check_num_samples(options.pairing, pairing, split.origin.num_samples)
+    schema = pair_schema(pairing, split.origin.schema)
+    counts = SCORED_COUNTS if isinstance(pairing, Labelled) else COUNTS
+    folder, provenance = Path(options.output_dir), make_provenance(split, options)
+    return PreferenceFiles(folder, split.name, provenance, schema, options.max_rows_per_file, counts)
 
 
 def check_one_run(splits: Sequence[Split]) -> None:
@@ -173,6 +194,23 @@ class Progress:
             self._said_rows, self._said = self.rows, time.monotonic()
 
 
+@contextmanager
+def make_selection(options: Any) -> Iterator[Selection]:
+    """Yield what forms the pairs; its scorer, where there is one, is closed afterwards."""
+    from spin.alignment.labelling import Labeller, scorer_settings
+    from spin.alignment.pairing import PAIRINGS
+    from spin.alignment.preference_files import Selection
+    from spin.alignment.scoring import make_scorer
+
+    settings = scorer_settings(options)
+    selection = Selection(PAIRINGS[options.pairing], options.identical == "drop", options.truncated == "drop")
+    if settings is None:
+        yield selection
+        return
+    with closing(make_scorer(settings)) as scorer:
+        yield replace(selection, labeller=Labeller(scorer))
+
+
 def write_hidden(splits: Sequence[Split], sets: dict[str, PreferenceFiles], options: Any) -> None:
     """Write the pairs of all splits under hidden names, and prove them complete; late splits are added to ``sets``.
 
@@ -180,23 +218,21 @@ def write_hidden(splits: Sequence[Split], sets: dict[str, PreferenceFiles], opti
         InputError: the proof fails, a fraction did not come in time, or no pair is left.
     """
     from spin.alignment.gather import arriving
-    from spin.alignment.pairing import PAIRINGS
-    from spin.alignment.preference_files import Selection
 
-    selection = Selection(PAIRINGS[options.pairing], options.identical == "drop", options.truncated == "drop")
     progress = Progress()
     for files in sets.values():
         files.discard()
-    for split, fraction in arriving(splits, options.wait, say):
-        if split.name not in sets:
-            sets[split.name] = make_files(split, options)
-            check_one_run(splits)
-            check_output(Path(options.output_dir), sets, splits, options.overwrite)
-            sets[split.name].discard()
-        files = sets[split.name]
-        for batch in split.read(fraction):
-            files.write(selection.apply(batch, fraction.num_samples, files.counts))
-            progress.add(split.name, batch.num_rows)
+    with make_selection(options) as selection:
+        for split, fraction in arriving(splits, options.wait, say):
+            if split.name not in sets:
+                sets[split.name] = make_files(split, options)
+                check_one_run(splits)
+                check_output(Path(options.output_dir), sets, splits, options.overwrite)
+                sets[split.name].discard()
+            files = sets[split.name]
+            for batch in split.read(fraction):
+                files.write(selection.apply(batch, fraction.num_samples, files.counts))
+                progress.add(split.name, batch.num_rows)
     for split in splits:
         split.conclude()
         finish(split, sets[split.name])
@@ -207,9 +243,11 @@ def finish(split: Split, files: PreferenceFiles) -> None:
     files.finish()
     files.counts["skipped"] = split.num_skipped
     if not files.counts["written"]:
+        counts = files.counts
+        scored = f", {counts['ties']} prompts tied, {counts['failed']} scores failed" if "ties" in counts else ""
         raise InputError(
-            f"no pair of the split '{split.name}' is left ({files.counts['identical']} identical, "
-            f"{files.counts['truncated']} cut by length): pass --identical keep or --truncated keep, or sample at a higher "
+            f"no pair of the split '{split.name}' is left ({counts['identical']} identical, "
+            f"{counts['truncated']} cut by length{scored}): pass --identical keep or --truncated keep, or sample at a higher "
             "temperature"
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import glob
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +14,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from spin.alignment.data import OPTIONAL_COLUMNS
 from spin.alignment.errors import InputError
-from spin.alignment.pairing import Pairing
+from spin.alignment.labelling import Labeller, count_failures
+from spin.alignment.pairing import PAIRINGS, Labelled, Pairing, no_truth
 from spin.alignment.provenance import Provenance
 from spin.alignment.shards import (
     ParquetSink,
@@ -25,29 +27,50 @@ from spin.alignment.shards import (
     write_json_atomic,
 )
 
+COUNTS = ("rows", "identical", "truncated", "dropped", "skipped", "written")
+# Where responses are scored: prompts without a pair, responses that the scorer failed on.
+SCORED_COUNTS = ("rows", "failed", "ties", *COUNTS[1:])
+
+
+def pair_schema(pairing: Pairing, schema: pa.Schema) -> pa.Schema:
+    """Return the columns of the pairs that a pairing makes of rows with the columns of ``schema``."""
+    added = pairing.adds if isinstance(pairing, Labelled) else ()
+    fields = (pa.field(name, OPTIONAL_COLUMNS[name]) for name in added if name not in schema.names)
+    return pa.schema([*schema, *fields])
+
 
 @dataclass(frozen=True)
 class Selection:
-    """How pairs are formed, and which are left out: those of equal responses, those whose response was cut by length."""
+    """How pairs are formed, and which are left out: those of equal responses, those whose response was cut by length.
+
+    A pairing that compares scores needs a ``labeller``.
+    """
 
     pairing: Pairing
     drop_identical: bool = False
     drop_truncated: bool = False
+    labeller: Labeller | None = None
 
     def apply(self, batch: pa.RecordBatch, num_samples: int, counts: dict[str, int]) -> pa.RecordBatch:
         """Return the pairs of a batch of whole prompts, those dropped left out, all of them counted.
 
         Raises:
-            InputError: a conversation is empty or missing.
+            InputError: a conversation is empty or missing, or the scorer cannot score a response.
             ValueError: the pairing returns columns that the rows do not have.
         """
         counts["rows"] += batch.num_rows
-        pairs = batch if getattr(self.pairing, "keeps_rows", False) else self._paired(batch, num_samples)
+        keeps_rows = getattr(self.pairing, "keeps_rows", False)
+        if keeps_rows or (isinstance(self.pairing, Labelled) and self.pairing.reads_truth):
+            self._check_truths(batch)
+        pairs = batch if keeps_rows else self._paired(batch, num_samples, counts)
         identical = pc.equal(
             *(pc.utf8_trim_whitespace(last_contents(pairs, name)) for name in ("chosen", "rejected"))
         ).to_numpy(zero_copy_only=False)
-        finish = pairs.column("rejected_finish_reason")
-        truncated = pc.fill_null(pc.equal(finish, "length"), False).to_numpy(zero_copy_only=False)
+        truncated = np.zeros(pairs.num_rows, dtype=bool)
+        for name in ("chosen_finish_reason", "rejected_finish_reason"):
+            if name in pairs.schema.names:
+                cut = pc.fill_null(pc.equal(pairs.column(name), "length"), False)
+                truncated |= cut.to_numpy(zero_copy_only=False)
         dropped = np.zeros(pairs.num_rows, dtype=bool)
         if self.drop_identical:
             dropped |= identical
@@ -57,19 +80,30 @@ class Selection:
             counts[name] += int(mask.sum())
         return pairs.filter(pa.array(~dropped)) if dropped.any() else pairs
 
-    def _paired(self, batch: pa.RecordBatch, num_samples: int) -> pa.RecordBatch:
+    def _check_truths(self, batch: pa.RecordBatch) -> None:
+        truths = batch.column("chosen")
+        if truths.null_count:
+            number = int(np.argmax(truths.is_null().to_numpy(zero_copy_only=False)))
+            name = next((name for name, found in PAIRINGS.items() if found is self.pairing), "of these rows")
+            raise no_truth(batch.column("prompt_id")[number].as_py(), name)
+
+    def _paired(self, batch: pa.RecordBatch, num_samples: int, counts: dict[str, int]) -> pa.RecordBatch:
         rows = batch.to_pylist()
-        pairs = [
-            pair
-            for start in range(0, len(rows), num_samples)
-            for pair in self.pairing(rows[start : start + num_samples])
-        ]
-        unknown = {name for pair in pairs for name in pair} - set(batch.schema.names)
+        prompts = [rows[start : start + num_samples] for start in range(0, len(rows), num_samples)]
+        if self.labeller is not None:
+            self.labeller.label(prompts)
+        found = [self.pairing(prompt) for prompt in prompts]
+        if isinstance(self.pairing, Labelled):
+            counts["ties"] += sum(not pairs for pairs in found)
+            counts["failed"] += sum(count_failures(prompt, self.pairing.reads_truth) for prompt in prompts)
+        pairs = [pair for some in found for pair in some]
+        schema = pair_schema(self.pairing, batch.schema)
+        unknown = {name for pair in pairs for name in pair} - set(schema.names)
         if unknown:
             raise ValueError(
                 f"the pairing returns the columns {', '.join(sorted(unknown))}, which the rows do not have"
             )
-        return pa.RecordBatch.from_pylist(pairs, batch.schema)
+        return pa.RecordBatch.from_pylist(pairs, schema)
 
 
 def last_contents(batch: pa.RecordBatch, name: str) -> pa.Array:
@@ -94,11 +128,19 @@ def last_contents(batch: pa.RecordBatch, name: str) -> pa.Array:
 class PreferenceFiles:
     """The numbered output files of one split: written under hidden names, and named when all of them are there."""
 
-    def __init__(self, folder: Path, split: str, provenance: Provenance, schema: pa.Schema, rows_per_file: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        split: str,
+        provenance: Provenance,
+        schema: pa.Schema,
+        rows_per_file: int,
+        count_names: Sequence[str] = COUNTS,
+    ) -> None:
         self.folder, self.split, self.provenance = folder, split, provenance
         self.schema, self.rows_per_file = schema, rows_per_file
         self.counts_path = folder / f"{split}_prefs.counts.json"
-        self.counts = dict.fromkeys(("rows", "identical", "truncated", "dropped", "skipped", "written"), 0)
+        self.counts = dict.fromkeys(count_names, 0)
         self.hidden: list[Path] = []
         self._sink: ParquetSink | None = None
 

@@ -24,5 +24,8 @@ def best_vs_ground_truth(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]
         return [pair | {"chosen_token_ids": None, "chosen_finish_reason": None}]
     ours = {"chosen": own["rejected"], "chosen_score": own_score}
     ours |= {f"chosen_{name}": own[f"rejected_{name}"] for name in ("token_ids", "finish_reason")}
-    truth = {"rejected": own["chosen"], "rejected_score": truth_score}
-    return [pair | ours | truth | {"rejected_token_ids": None, "rejected_finish_reason": None}]
+    # What was recorded of sampling belongs to the own response, which is not the rejected side any more.
+    sampled = {
+        name: None for name in pair if name in ("rejected_token_ids", "rejected_finish_reason", "rejected_logprobs")
+    }
+    return [pair | sampled | ours | {"rejected": own["chosen"], "rejected_score": truth_score}]
