@@ -219,22 +219,25 @@ def test_too_long_is_refused_unless_it_may_be_cut(decoder, tmp_path, caplog):
 
     long = make_group("long", ("short", "y" * 30), prompt=[{"role": "user", "content": "x" * 500}])
     with pytest.raises(
-        InputError, match=r"prompt long, sample 0 has 5.. tokens, but .* reads at most 512: set the scorer's"
+        InputError, match=r"prompt long, sample 0 has 5.. tokens, but .* reads at most 512: set scorer_max_length"
     ):
         make_scorer(settings("reward_model", decoder)).label([make_group(), long])
     scorer = make_scorer(settings("reward_model", decoder, max_length=100))
     with caplog.at_level(logging.WARNING):
         label = scorer.label([make_group(), long])[1]
-    assert "reward_model: 2 inputs were longer than max_length 100 and lost the start of their prompt" in caplog.text
+    assert (
+        "reward_model: 2 inputs were longer than scorer_max_length 100 and lost the start of their prompt"
+        in caplog.text
+    )
     tokenizer = AutoTokenizer.from_pretrained(decoder)
     turns = [*long.prompt, {"role": "assistant", "content": "short"}]
     ids = tokenizer.apply_chat_template(turns, return_dict=False)[-100:]
     assert label.scores[0] == pytest.approx(plain_score(decoder, input_ids=ids), abs=1e-6)
     with pytest.raises(
-        InputError, match=r"prompt p, sample 1 has .* tokens without its prompt, more than max_length 100"
+        InputError, match=r"prompt p, sample 1 has .* tokens without its prompt, more than scorer_max_length 100"
     ):
         scorer.label([make_group("p", ("a", "z" * 200))])
-    with pytest.raises(InputError, match=r"max_length is 600, but .* reads at most 512 tokens: lower it"):
+    with pytest.raises(InputError, match=r"scorer_max_length is 600, but .* reads at most 512 tokens: lower it"):
         make_scorer(settings("reward_model", decoder, max_length=600))
 
 
@@ -249,7 +252,7 @@ def test_a_pair_of_texts_is_cut_at_the_start_of_the_prompt(encoder, name):
         for left in range(1, len(text))
     ]
     scores = [label.scores[1] for label in make_scorer(settings(name, encoder)).label(ends)]
-    with pytest.raises(InputError, match=r"tokens without its prompt, more than max_length 7"):
+    with pytest.raises(InputError, match=r"tokens without its prompt, more than scorer_max_length 7"):
         make_scorer(settings(name, encoder, max_length=7)).label([make_group("p", ("a" * 9, "b"))])
     near = [place for place, other in enumerate(scores) if abs(other - score) < 1e-6]
     assert near and len(near) < 5
@@ -285,7 +288,9 @@ def test_a_score_that_is_not_finite_names_its_row(decoder, tmp_path):
         tmp_path / "m" / "model.safetensors",
         {"format": "pt"},
     )
-    with pytest.raises(InputError, match=r"returned nan for prompt p1, sample [012]: use another dtype or model"):
+    with pytest.raises(
+        InputError, match=r"returned nan for prompt p1, sample [012]: use another scorer_dtype or model"
+    ):
         make_scorer(settings("reward_model", tmp_path / "m")).label([make_group()])
 
 
@@ -330,13 +335,16 @@ def test_bad_settings_are_one_sentence_before_anything_is_loaded(decoder, tmp_pa
             settings("reward_model", decoder, base_url="http://x/v1"),
             "does not read base_url: leave it out .it is for judge",
         ),
-        (ScorerSettings("judge", base_url="http://x/v1", dtype="bfloat16"), "the scorer judge does not read dtype"),
+        (
+            ScorerSettings("judge", base_url="http://x/v1", dtype="bfloat16"),
+            "the scorer judge does not read scorer_dtype",
+        ),
         (ScorerSettings("judge"), "the scorer judge needs a running server: give its address as base_url"),
         (ScorerSettings("judge", base_url="nowhere"), "base_url nowhere is no address of a server"),
-        (settings("reward_model", decoder, batch_size=0), "batch_size is 0: set it to 1 or more"),
-        (settings("reward_model", decoder, max_length=0), "max_length is 0: set it to 1 or more"),
-        (settings("reward_model", decoder, dtype="int8"), "unknown dtype 'int8' of the scorer: choose one of auto"),
-        (settings("reward_model", decoder, cache_dir=str(tmp_path / "file" / "x")), "cache_dir .* cannot be written"),
+        (settings("reward_model", decoder, batch_size=0), "scorer_batch_size is 0: set it to 1 or more"),
+        (settings("reward_model", decoder, max_length=0), "scorer_max_length is 0: set it to 1 or more"),
+        (settings("reward_model", decoder, dtype="int8"), "unknown scorer_dtype 'int8': choose one of auto"),
+        (settings("reward_model", decoder, cache_dir=str(tmp_path / "file" / "x")), "score_cache .* cannot be written"),
     ]
     for chosen, sentence in cases:
         with pytest.raises(InputError, match=sentence) as caught:

@@ -221,6 +221,15 @@ def test_a_failing_rule_names_its_row(my_rules, name, sentence):
         label(name, "ab", "abc")
 
 
+@pytest.mark.parametrize("name", ["math_answer", "exact_match", "format + 0.5*math_answer"])
+def test_comparing_with_nothing_is_refused(name):
+    with pytest.raises(InputError, match=r"compares with the ground truth, but prompt p1 has none: choose another"):
+        label(name, "5", reference=None)
+    with pytest.raises(InputError, match=r"prompt p1 has none"):
+        label(name, "5", reference=" ")
+    assert label("format+length_penalty:max_chars=9", "#### 5", reference=None).scores == [1.0]
+
+
 def test_a_failure_on_the_ground_truth_says_so(my_rules):
     with pytest.raises(InputError, match="failed on prompt p1, the ground truth"):
         label("my_rules:broken", "ab", reference="abc", score_reference=True)

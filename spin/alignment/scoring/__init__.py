@@ -8,7 +8,7 @@ from spin.alignment.scoring.answer_format import answer_format
 from spin.alignment.scoring.base import GroupLabels, GroupScorer, PromptGroup, Scorer, ScorerSettings
 from spin.alignment.scoring.checks import check_settings
 from spin.alignment.scoring.exact_match import exact_match
-from spin.alignment.scoring.find import find_rule
+from spin.alignment.scoring.find import find_rule, functions_of
 from spin.alignment.scoring.length_penalty import length_penalty
 from spin.alignment.scoring.math_answer import math_answer
 from spin.alignment.scoring.math_verify import math_verify
@@ -21,6 +21,9 @@ SCORERS: dict[str, Scorer] = {
     "math_answer": math_answer,
     "math_verify": math_verify,
 }
+
+# Rules that say nothing without a ground truth.
+COMPARING: tuple[Scorer, ...] = (exact_match, math_answer, math_verify)
 
 
 def _reward_model(settings: ScorerSettings) -> GroupScorer:
@@ -77,7 +80,9 @@ def make_scorer(settings: ScorerSettings) -> GroupScorer:
     check_scorer(settings)
     if settings.name in GROUP_SCORERS:
         return GROUP_SCORERS[settings.name](settings)
-    return RuleScorer(settings.name, find_scorer(settings.name), settings.score_reference)
+    scorer = find_scorer(settings.name)
+    compares = any(function in COMPARING for function in functions_of(scorer))
+    return RuleScorer(settings.name, scorer, settings.score_reference, needs_reference=compares)
 
 
 __all__ = [

@@ -32,7 +32,7 @@ def check_cache_dir(cache_dir: str | None) -> None:
     folder = Path(cache_dir).absolute()
     there = next(path for path in (folder, *folder.parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise InputError(f"cache_dir {cache_dir} cannot be written: choose a folder you may write to")
+        raise InputError(f"score_cache {cache_dir} cannot be written: choose a folder you may write to")
 
 
 class ScoreCache:
@@ -81,7 +81,7 @@ class ScoreCache:
             os.fsync(self._file.fileno())
         except OSError as error:
             raise InputError(
-                f"cannot keep scores in {self._folder} ({error.strerror}): free some space or choose another cache_dir"
+                f"cannot keep scores in {self._folder} ({error.strerror}): free some space or choose another score_cache"
             ) from error
 
     def close(self) -> None:

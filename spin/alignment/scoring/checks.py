@@ -38,11 +38,11 @@ def check_settings(settings: ScorerSettings) -> None:
             readers = ", ".join(sorted(scorer for scorer, read in _READ.items() if field.name in read))
             raise InputError(f"the scorer {name} does not read {_flag(field.name)}: leave it out (it is for {readers})")
     if settings.batch_size < 1:
-        raise InputError(f"the scorer's batch_size is {settings.batch_size}: set it to 1 or more")
+        raise InputError(f"scorer_batch_size is {settings.batch_size}: set it to 1 or more")
     if settings.max_length is not None and settings.max_length < 1:
-        raise InputError(f"the scorer's max_length is {settings.max_length}: set it to 1 or more, or leave it out")
+        raise InputError(f"scorer_max_length is {settings.max_length}: set it to 1 or more, or leave it out")
     if settings.dtype not in DTYPES:
-        raise InputError(f"unknown dtype '{settings.dtype}' of the scorer: choose one of {', '.join(DTYPES)}")
+        raise InputError(f"unknown scorer_dtype '{settings.dtype}': choose one of {', '.join(DTYPES)}")
     check_cache_dir(settings.cache_dir)
     if name == "judge":
         _check_server(settings.base_url)
@@ -51,7 +51,8 @@ def check_settings(settings: ScorerSettings) -> None:
 
 
 def _flag(field: str) -> str:
-    return "scorer_model" if field == "model" else field
+    """Return the name under which the programs know a setting."""
+    return f"scorer_{field}" if field in ("model", "max_length", "dtype") else field
 
 
 def _check_server(base_url: str | None) -> None:

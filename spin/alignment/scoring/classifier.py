@@ -98,7 +98,9 @@ class SequenceClassifier:
         context = min(positions, self.tokenizer.model_max_length or _NO_LIMIT)
         wanted = self.settings.max_length
         if wanted is not None and wanted > context:
-            raise InputError(f"max_length is {wanted}, but {self.folder} reads at most {context} tokens: lower it")
+            raise InputError(
+                f"scorer_max_length is {wanted}, but {self.folder} reads at most {context} tokens: lower it"
+            )
         return context if wanted is None else wanted
 
     def excess(self, length: int, cuttable: int, where: str) -> int:
@@ -115,13 +117,13 @@ class SequenceClassifier:
             return 0
         if self.settings.max_length is None:
             raise InputError(
-                f"{where} has {length} tokens, but {self.folder} reads at most {self.limit}: set the scorer's max_length "
+                f"{where} has {length} tokens, but {self.folder} reads at most {self.limit}: set scorer_max_length "
                 "to cut the start of long prompts"
             )
         if excess > cuttable:
             raise InputError(
-                f"{where} has {length - cuttable} tokens without its prompt, more than max_length {self.limit}: raise "
-                "max_length, or generate shorter responses"
+                f"{where} has {length - cuttable} tokens without its prompt, more than scorer_max_length {self.limit}: raise "
+                "scorer_max_length, or generate shorter responses"
             )
         self.cut += 1
         return excess
@@ -130,7 +132,7 @@ class SequenceClassifier:
         """Log how many inputs lost the start of their prompt since the last report."""
         if self.cut:
             logger.warning(
-                "%s: %d inputs were longer than max_length %d and lost the start of their prompt",
+                "%s: %d inputs were longer than scorer_max_length %d and lost the start of their prompt",
                 *(self.settings.name, self.cut, self.limit),
             )
             self.cut = 0
@@ -156,7 +158,9 @@ class SequenceClassifier:
             values = self._forward([item for _, item in batch])
             for (_, item), value in zip(batch, values, strict=True):
                 if not math.isfinite(value):
-                    raise InputError(f"{self.folder} returned {value} for {item.where}: use another dtype or model")
+                    raise InputError(
+                        f"{self.folder} returned {value} for {item.where}: use another scorer_dtype or model"
+                    )
             scored = {key: value for (key, _), value in zip(batch, values, strict=True)}
             self.cache.add(scored)
             found.update(scored)

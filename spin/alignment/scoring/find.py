@@ -59,6 +59,12 @@ def find_rule(name: str, registry: Mapping[str, Scorer], models: Mapping[str, An
     return WeightedSum(tuple(terms))
 
 
+def functions_of(scorer: Scorer) -> list[Scorer]:
+    """Return the functions that a scorer of :func:`find_rule` is made of, parameters aside."""
+    terms = [term for _, term in scorer.terms] if isinstance(scorer, WeightedSum) else [scorer]
+    return [term.func if isinstance(term, functools.partial) else term for term in terms]
+
+
 def _weight(text: str, term: str) -> float:
     try:
         value = float(text)

@@ -12,21 +12,31 @@ from spin.alignment.scoring.base import GroupLabels, PromptGroup, Scorer
 
 @dataclass(frozen=True)
 class RuleScorer:
-    """Labels by a function of three texts. ``name`` is what errors call it."""
+    """Labels by a function of three texts. ``name`` is what errors call it.
+
+    ``needs_reference`` refuses prompts without a ground truth: comparing with nothing would score every response alike.
+    """
 
     name: str
     scorer: Scorer
     score_reference: bool = False
+    needs_reference: bool = False
 
     def label(self, groups: Sequence[PromptGroup]) -> list[GroupLabels]:
         """See :meth:`GroupScorer.label`; pure as far as the function is.
 
         Raises:
-            InputError: the function failed, or returned no finite number; the prompt and the sample are named.
+            InputError: the function failed, or returned no finite number, or the ground truth it compares with is not
+                there; the prompt and the sample are named.
         """
         return [self._label_one(group) for group in groups]
 
     def _label_one(self, group: PromptGroup) -> GroupLabels:
+        if self.needs_reference and not (group.reference or "").strip():
+            raise InputError(
+                f"scorer {self.name} compares with the ground truth, but prompt {group.prompt_id} has none: choose another "
+                "scorer, or leave the prompt out"
+            )
         scores: list[float | None] = [
             self._score(group, response, f"sample {index}") for index, response in enumerate(group.responses)
         ]
