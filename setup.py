@@ -40,6 +40,7 @@ EXTRAS = {
         "peft>=0.21.2,<0.22",
         "bitsandbytes>=0.50",
         "deepspeed>=0.19.8,<0.20",
+        "math-verify>=0.9,<0.10",
     ],
 }
 

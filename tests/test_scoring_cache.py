@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -63,6 +64,14 @@ def test_a_killed_writer_loses_its_last_line_only(tmp_path):
     # Who writes next starts a file of its own, so the torn line stays the last of its file.
     cache.add({"more": 1.0})
     assert ScoreCache(str(tmp_path), "reward_model", "w")["more"] == 1.0
+
+
+def test_processes_write_side_by_side(tmp_path):
+    names = ["one", "two", "three"]
+    with ThreadPoolExecutor(len(names)) as pool:
+        assert [done.returncode for done in pool.map(lambda name: write(tmp_path, name), names)] == [0, 0, 0]
+    cache = ScoreCache(str(tmp_path), "reward_model", "w")
+    assert all(cache[f"{name}-{number}"] == number / 7 for name in names for number in range(50))
 
 
 @pytest.mark.parametrize("line", ['["a"]', '["a", "b"]', "{", '["a", null]', "3"])
