@@ -195,27 +195,29 @@ def check_before_start(config: RunConfig, source: str) -> None:
         InputError: what is wrong, with the section or file it stands in.
     """
     from spin import convert_data, evaluate_model, generate
-    from spin.alignment.errors import lookup
     from spin.alignment.model_utils import check_model_path
-    from spin.alignment.pairing import PAIRINGS
+    from spin.alignment.pairing import PAIRINGS, check_num_samples
     from spin.alignment.run_config import flags
 
     managed = ["--model", config.model, "--input_dir", config.data.train, "--output_dir", config.run_dir]
     sampling = generate.make_parser().parse_args([*managed, *flags(config.generate)])
     generate.check_options(sampling)
     options = convert_data.make_parser().parse_args([*managed[2:], *flags(config.convert)])
-    lookup(PAIRINGS, options.pairing, "pairing")
+    convert_data.check_flags(options)
+    if config.online is None:
+        check_num_samples(options.pairing, PAIRINGS[options.pairing], sampling.num_samples)
     evaluation = evaluate_model.make_parser().parse_args(
         [*managed[:4], "--output_file", config.run_dir, *flags(config.evaluate)]
     )
     evaluate_model.check_options(evaluation)
     check_model_path(config.model, needs_weights=not (config.sft or {}).get("init_from_config", False))
-    check_training_settings(config, source)
-    check_data(config, sampling)
+    check_training_settings(config, source, options.pairing)
+    check_data(config, sampling, options.pairing)
 
 
-def check_training_settings(config: RunConfig, source: str) -> None:
+def check_training_settings(config: RunConfig, source: str, pairing: str = "ground_truth") -> None:
     """Build the settings of every training of the run, as its program will."""
+    from spin.alignment.labelling import check_loss
     from spin.alignment.trainer import SPINConfig
     from spin.alignment.training_run import read_settings
 
@@ -235,25 +237,48 @@ def check_training_settings(config: RunConfig, source: str) -> None:
         return
     for iteration in range(config.iterations):
         where = f"the section 'train' of {source} (iteration {iteration})"
-        read_settings(config.train_values(iteration) | path, where, SPINConfig)
+        check_loss(pairing, read_settings(config.train_values(iteration) | path, where, SPINConfig).arguments.loss_type)
 
 
-def check_data(config: RunConfig, sampling: Any) -> None:
-    """Read the prompts and encode some of them, so that an unusable template shows before hours of training."""
+def check_data(config: RunConfig, sampling: Any, pairing: str = "ground_truth") -> None:
+    """Read the prompts and encode some of them, so that an unusable template shows before hours of training.
+
+    Only SFT, the evaluation and pairings that compare with the ground truth need one.
+    """
     from spin.alignment.chat import ChatEncoder, load_tokenizer
     from spin.alignment.data import load_prompts
+    from spin.alignment.pairing import needs_truth
+    from spin.alignment.readers import prompt_turns
 
     tokenizer = load_tokenizer(config.model, config.model_revision, sampling.trust_remote_code)
     encoder = ChatEncoder(tokenizer, sampling.system)
-    splits = [(config.data.train, config.data.train_split)]
-    splits += [(config.data.test, config.data.test_split)] if config.data.test else []
-    for path, split in splits:
-        prompts = load_prompts(path, split)
+    for (path, split), truth_required in data_sources(config).items():
+        prompts = load_prompts(path, split, truth_required)
         for row in prompts.select(range(min(100, len(prompts)))):
+            answered = row["chosen"][-1]["role"] == "assistant"
             try:
-                encoder.prompt_ids(row["chosen"][:-1])
+                encoder.prompt_ids(row["chosen"][:-1] if answered else row["chosen"])
             except InputError as error:
                 raise InputError(f"{path} [{split}], prompt {row['prompt_id']}: {error}") from error
+
+
+def data_sources(config: RunConfig) -> dict[tuple[str, str], bool]:
+    """Return every data set and split of a run, and whether its rows must have their ground truth."""
+    from spin.alignment.pairing import PAIRINGS
+
+    data = config.data
+    if config.online is None:
+        name = config.convert.get("pairing", "ground_truth")
+    else:
+        name = config.online.get("pairing", "best_vs_worst")
+    pairing = PAIRINGS[name]
+    compared = getattr(pairing, "keeps_rows", False) or getattr(pairing, "reads_truth", False)
+    sources = {data.played(iteration): compared for iteration in range(config.iterations)}
+    if config.sft is not None or config.control is not None:
+        sources[data.train, data.train_split] = True
+    if data.test:
+        sources[data.test, data.test_split] = True
+    return sources
 
 
 def check_run_dir(run_dir: Path) -> None:

@@ -63,14 +63,14 @@ def load_splits(
         if isinstance(fraction, bool) or not 0 < fraction <= 1:
             raise InputError(f"dataset_mixer gives {source} the fraction {fraction}: set it above 0 and at most 1")
         for split in data.dataset_splits:
-            rows = load_prompts(source, split)
+            rows = load_prompts(source, split, truth_required=False)
             if fraction < 1:
                 rows = rows.shuffle(seed=arguments.seed).select(range(max(1, int(fraction * len(rows)))))
             sources.append((source, rows))
     splits, left_out = {}, {}
     splits["train"], left_out["train"] = _dataset(sources, encoder, data.max_prompt_length)
     if arguments.eval_prompts:
-        rows = load_prompts(arguments.eval_prompts, arguments.eval_split)
+        rows = load_prompts(arguments.eval_prompts, arguments.eval_split, truth_required=False)
         if arguments.eval_limit and arguments.eval_limit < len(rows):
             rows = rows.select(fraction_rows(len(rows), 0, arguments.eval_limit))
         splits["test"], left_out["test"] = _dataset([(arguments.eval_prompts, rows)], encoder, data.max_prompt_length)
