@@ -215,7 +215,9 @@ class VLLMBackend(GenerationBackend):
         """Take over the weights of a model folder of the same shape; keys and values of the old weights are forgotten."""
         self.engine.collective_rpc("reload_weights", kwargs={"weights_path": folder})
         if not self.engine.reset_prefix_cache():
-            raise RuntimeError("the engine still holds keys and values of requests that are running: weights cannot change")
+            raise RuntimeError(
+                "the engine still holds keys and values of requests that are running: weights cannot change"
+            )
 
     def close(self) -> None:
         """Shut the engine down and free the device memory."""
