@@ -110,6 +110,14 @@ def test_the_ground_truth_may_be_judged_too(connect):
     assert label.win_probs == [[0.5, 0.0], [1.0, 0.5]]
 
 
+def test_errors_tell_the_ground_truth_from_the_samples(server, connect):
+    server.behave = lambda handler, body: handler.say(400, {"error": {"message": "too long"}})
+    with pytest.raises(
+        InputError, match=r"prompt p1, (sample 0 and the ground truth|the ground truth and sample 0) with"
+    ):
+        connect(score_reference=True).label([make_group("p1", ("x",), reference="zz")])
+
+
 def test_unreadable_replies_are_counted_and_cost_the_score(server, connect, caplog):
     server.say = lambda body: "no idea" if "bad" in shown(body) else longer_wins(body)
     judge = connect()
@@ -173,7 +181,7 @@ def test_a_passing_failure_is_tried_again(server, connect):
 
 def test_a_refused_question_names_its_prompt(server, connect):
     server.behave = lambda handler, body: handler.say(400, {"error": {"message": "too long"}})
-    with pytest.raises(InputError, match=r"refused prompt p1, samples [01] and [01] with HTTP 400: too long"):
+    with pytest.raises(InputError, match=r"refused prompt p1, sample [01] and sample [01] with HTTP 400: too long"):
         connect().label([make_group("p1", ("x", "yy"))])
 
 

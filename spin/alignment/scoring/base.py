@@ -46,6 +46,15 @@ class PromptGroup:
         turns = [turn for turn in self.prompt if turn.get("role") == "user"] or self.prompt
         return turns[-1]["content"] if turns else ""
 
+    def texts(self, with_reference: bool) -> list[str]:
+        """Return the responses, then the ground truth when it is wanted and there."""
+        return [*self.responses, *([self.reference] if with_reference and self.reference is not None else [])]
+
+    def name(self, *places: int) -> str:
+        """Return what errors call some of :meth:`texts`: ``prompt p1, sample 0 and the ground truth``."""
+        names = ["the ground truth" if place == len(self.responses) else f"sample {place}" for place in places]
+        return f"prompt {self.prompt_id}, {' and '.join(names)}"
+
 
 @dataclass(frozen=True)
 class GroupLabels:

@@ -90,7 +90,7 @@ class Judge:
         Raises:
             InputError: the server refused a question or did not answer it after all tries; the prompt is named.
         """
-        texts = [self._texts(group) for group in groups]
+        texts = [group.texts(self.settings.score_reference) for group in groups]
         pairs = [[(i, j) for i, j in combinations(range(len(own)), 2) if own[i] != own[j]] for own in texts]
         questions = [
             self._question(group, own, *order)
@@ -105,10 +105,6 @@ class Judge:
             labels.append(labels_of(len(own), wins, with_reference=len(own) > len(group.responses)))
         return labels
 
-    def _texts(self, group: PromptGroup) -> list[str]:
-        extra = [group.reference] if self.settings.score_reference and group.reference is not None else []
-        return [*group.responses, *extra]
-
     def _question(self, group: PromptGroup, texts: Sequence[str], first: int, second: int) -> Question:
         content = (
             f"[Conversation]\n{plain_text(group.prompt)}\n[End of conversation]\n\n"
@@ -116,7 +112,7 @@ class Judge:
         )
         # One turn: not every model has a system role.
         messages = [{"role": "user", "content": f"{INSTRUCTION}\n\n{content}"}]
-        return Question(content_key(messages), messages, f"prompt {group.prompt_id}, samples {first} and {second}")
+        return Question(content_key(messages), messages, group.name(first, second))
 
     def _ask_all(self, questions: Sequence[Question]) -> list[float | None]:
         """Return the probability that the first response wins for each question, in order; equal ones are asked once."""

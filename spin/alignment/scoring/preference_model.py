@@ -39,7 +39,7 @@ class PreferenceModel:
         Raises:
             InputError: a pair is too long, or its logit is not finite; it is named.
         """
-        texts = [self._texts(group) for group in groups]
+        texts = [group.texts(self.settings.score_reference) for group in groups]
         inputs: list[Encoded] = []
         for group, own in zip(groups, texts, strict=True):
             for i, j in _different(own):
@@ -54,12 +54,8 @@ class PreferenceModel:
             labels.append(labels_of(len(own), wins, with_reference=len(own) > len(group.responses)))
         return labels
 
-    def _texts(self, group: PromptGroup) -> list[str]:
-        extra = [group.reference] if self.settings.score_reference and group.reference is not None else []
-        return [*group.responses, *extra]
-
     def _encode(self, group: PromptGroup, texts: Sequence[str], first: int, second: int) -> Encoded:
-        where = f"prompt {group.prompt_id}, samples {first} and {second}"
+        where = group.name(first, second)
         mark, source = self._ids(SOURCE), self._ids(plain_text(group.prompt))
         rest = [
             *self._separator,

@@ -28,27 +28,20 @@ class RewardModel:
         Raises:
             InputError: a conversation is too long or refused by the template, or its score is not finite; it is named.
         """
-        inputs = [self._encode(group, text, where) for group in groups for text, where in self._texts(group)]
+        texts = [group.texts(self.settings.score_reference) for group in groups]
+        inputs = [
+            self._encode(group, text, group.name(place))
+            for group, own in zip(groups, texts, strict=True)
+            for place, text in enumerate(own)
+        ]
         self.classifier.report_cuts()
-        scores = iter(self.classifier.logits(inputs))
+        logits = iter(self.classifier.logits(inputs))
         labels = []
-        for group in groups:
-            own: list[float | None] = [next(scores) for _ in group.responses]
-            labels.append(
-                GroupLabels(own, reference_score=next(scores) if self._reference(group) is not None else None)
-            )
+        for group, own in zip(groups, texts, strict=True):
+            scores: list[float | None] = [next(logits) for _ in own]
+            count = len(group.responses)
+            labels.append(GroupLabels(scores[:count], reference_score=scores[count] if len(own) > count else None))
         return labels
-
-    def _reference(self, group: PromptGroup) -> str | None:
-        return group.reference if self.settings.score_reference else None
-
-    def _texts(self, group: PromptGroup) -> list[tuple[str, str]]:
-        """Return what is scored of a prompt, with its name in errors: the responses, then the ground truth."""
-        texts = [(text, f"prompt {group.prompt_id}, sample {index}") for index, text in enumerate(group.responses)]
-        reference = self._reference(group)
-        if reference is not None:
-            texts.append((reference, f"prompt {group.prompt_id}, the ground truth"))
-        return texts
 
     def _encode(self, group: PromptGroup, response: str, where: str) -> Encoded:
         tokenizer = self.classifier.tokenizer

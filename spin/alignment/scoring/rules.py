@@ -37,29 +37,25 @@ class RuleScorer:
                 f"scorer {self.name} compares with the ground truth, but prompt {group.prompt_id} has none: choose another "
                 "scorer, or leave the prompt out"
             )
-        scores: list[float | None] = [
-            self._score(group, response, f"sample {index}") for index, response in enumerate(group.responses)
-        ]
-        of_reference = None
-        if self.score_reference and group.reference is not None:
-            of_reference = self._score(group, group.reference, "the ground truth")
-        return GroupLabels(scores, reference_score=of_reference)
+        texts = group.texts(self.score_reference)
+        scores: list[float | None] = [self._score(group, text, group.name(place)) for place, text in enumerate(texts)]
+        count = len(group.responses)
+        return GroupLabels(scores[:count], reference_score=scores[count] if len(texts) > count else None)
 
-    def _score(self, group: PromptGroup, response: str, which: str) -> float:
-        where = f"on prompt {group.prompt_id}, {which}"
+    def _score(self, group: PromptGroup, response: str, where: str) -> float:
         try:
             value = self.scorer(group.question(), response, group.reference or "")
         except InputError as error:
-            raise InputError(f"scorer {self.name} failed {where}: {error}") from error
+            raise InputError(f"scorer {self.name} failed on {where}: {error}") from error
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
-            raise InputError(f"scorer {self.name} failed {where} ({reason}): mend the function") from error
+            raise InputError(f"scorer {self.name} failed on {where} ({reason}): mend the function") from error
         try:
             score = float(value)
         except (TypeError, ValueError):
-            raise InputError(f"scorer {self.name} returned {value!r} {where}: it must return a number") from None
+            raise InputError(f"scorer {self.name} returned {value!r} on {where}: it must return a number") from None
         if not math.isfinite(score):
-            raise InputError(f"scorer {self.name} returned {score} {where}: it must return a finite number")
+            raise InputError(f"scorer {self.name} returned {score} on {where}: it must return a finite number")
         return score
 
     def close(self) -> None:
