@@ -212,7 +212,7 @@ def check_before_start(config: RunConfig, source: str) -> None:
     evaluate_model.check_options(evaluation)
     check_model_path(config.model, needs_weights=not (config.sft or {}).get("init_from_config", False))
     check_training_settings(config, source, options.pairing)
-    check_data(config, sampling, options.pairing)
+    check_data(config, sampling)
 
 
 def check_training_settings(config: RunConfig, source: str, pairing: str = "ground_truth") -> None:
@@ -240,14 +240,13 @@ def check_training_settings(config: RunConfig, source: str, pairing: str = "grou
         check_loss(pairing, read_settings(config.train_values(iteration) | path, where, SPINConfig).arguments.loss_type)
 
 
-def check_data(config: RunConfig, sampling: Any, pairing: str = "ground_truth") -> None:
+def check_data(config: RunConfig, sampling: Any) -> None:
     """Read the prompts and encode some of them, so that an unusable template shows before hours of training.
 
     Only SFT, the evaluation and pairings that compare with the ground truth need one.
     """
     from spin.alignment.chat import ChatEncoder, load_tokenizer
     from spin.alignment.data import load_prompts
-    from spin.alignment.pairing import needs_truth
     from spin.alignment.readers import prompt_turns
 
     tokenizer = load_tokenizer(config.model, config.model_revision, sampling.trust_remote_code)
@@ -255,25 +254,22 @@ def check_data(config: RunConfig, sampling: Any, pairing: str = "ground_truth") 
     for (path, split), truth_required in data_sources(config).items():
         prompts = load_prompts(path, split, truth_required)
         for row in prompts.select(range(min(100, len(prompts)))):
-            answered = row["chosen"][-1]["role"] == "assistant"
             try:
-                encoder.prompt_ids(row["chosen"][:-1] if answered else row["chosen"])
+                encoder.prompt_ids(prompt_turns(row["chosen"]))
             except InputError as error:
                 raise InputError(f"{path} [{split}], prompt {row['prompt_id']}: {error}") from error
 
 
 def data_sources(config: RunConfig) -> dict[tuple[str, str], bool]:
     """Return every data set and split of a run, and whether its rows must have their ground truth."""
-    from spin.alignment.pairing import PAIRINGS
+    from spin.alignment.pairing import needs_truth
 
     data = config.data
     if config.online is None:
         name = config.convert.get("pairing", "ground_truth")
     else:
         name = config.online.get("pairing", "best_vs_worst")
-    pairing = PAIRINGS[name]
-    compared = getattr(pairing, "keeps_rows", False) or getattr(pairing, "reads_truth", False)
-    sources = {data.played(iteration): compared for iteration in range(config.iterations)}
+    sources = {data.played(iteration): needs_truth(name) for iteration in range(config.iterations)}
     if config.sft is not None or config.control is not None:
         sources[data.train, data.train_split] = True
     if data.test:

@@ -56,8 +56,7 @@ def encode_split(
     from spin.alignment.losses import LOSS_COLUMNS, loss_feature
 
     label = LOSS_COLUMNS.get(loss_type)
-    if label is not None:
-        check_label_columns(rows, loss_type, label)
+    check_label_columns(rows, loss_type, label)
     weighted = [half for half in HALVES if f"{half}_weights" in rows.column_names]
     targets = dict(zip(HALVES, reversed(HALVES) if reverse else HALVES, strict=True))
 
@@ -94,14 +93,22 @@ def encode_split(
     return encoded.select(kept).remove_columns("dropped"), dict(dropped)
 
 
-def check_label_columns(rows: Dataset, loss_type: str, label: str) -> None:
-    """Check that the pairs have the label that a loss reads.
+def check_label_columns(rows: Dataset, loss_type: str, label: str | None) -> None:
+    """Check that the pairs have the label that a loss reads, and a preferred response where it needs one.
 
     Raises:
         InputError: naming the missing columns, and the pairing that writes them.
     """
     from spin.alignment.pairing import PAIRINGS
 
+    if "chosen_reward" in rows.column_names and label != "reward":
+        sources = ", ".join(sorted(set(rows["source"])))
+        raise InputError(
+            f"the pairs in {sources} hold rewards and prefer no response (pairing every_sample), but loss_type {loss_type} "
+            "compares two: set loss_type: sppo_reward, or convert the data with another pairing"
+        )
+    if label is None:
+        return
     missing = [name for half in HALVES if (name := f"{half}_{label}") not in rows.column_names]
     if missing:
         pairing = next(name for name, found in PAIRINGS.items() if missing[0] in getattr(found, "adds", ()))

@@ -37,13 +37,12 @@ def encode(rows, loss_type="sigmoid", reverse=False, **config):
     return encode_split(Dataset.from_list(rows), encoder, DataConfig(**{**CONFIG, **config}), loss_type, reverse)
 
 
+REWARDS = {"chosen_reward": 1.25, "rejected_reward": -3.5}
 LABELS = {
     "chosen_win_prob": 0.7,
     "rejected_win_prob": 0.2,
     "chosen_pair_win_prob": 0.9,
     "rejected_pair_win_prob": 0.1,
-    "chosen_reward": 1.25,
-    "rejected_reward": -3.5,
 }
 
 
@@ -56,7 +55,7 @@ LABELS = {
     ],
 )
 def test_each_loss_gets_its_label(loss_type, feature, values):
-    encoded, _ = encode([preference(**LABELS)], loss_type)
+    encoded, _ = encode([preference(**(REWARDS if feature == "reward" else LABELS))], loss_type)
     assert set(encoded.column_names) == {
         "prompt_ids",
         "chosen_ids",
@@ -116,6 +115,13 @@ def test_missing_columns_are_named_with_the_pairing_that_writes_them(loss_type, 
     )
     with pytest.raises(InputError, match=sentence):
         encode([preference()], loss_type)
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "sppo_hard"])
+def test_pairs_that_prefer_nothing_are_kept_from_losses_that_compare(loss_type):
+    sentence = f"some/data hold rewards and prefer no response .* loss_type {loss_type} compares two: set loss_type: sppo_reward"
+    with pytest.raises(InputError, match=sentence):
+        encode([preference(**REWARDS)], loss_type)
 
 
 @pytest.mark.parametrize(

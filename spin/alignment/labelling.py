@@ -120,6 +120,29 @@ def scorer_settings(options: Any) -> ScorerSettings | None:
     return settings
 
 
+def check_loss(pairing_name: str, loss_type: str) -> None:
+    """Check that a pairing writes what a loss reads.
+
+    Raises:
+        InputError: it does not, or the loss compares two responses of which the pairing prefers none.
+    """
+    from spin.alignment.losses import LOSS_COLUMNS
+
+    pairing, column = lookup(PAIRINGS, pairing_name, "pairing"), LOSS_COLUMNS.get(loss_type)
+    added = pairing.adds if isinstance(pairing, Labelled) else ()
+    if column is not None and f"chosen_{column}" not in added:
+        writers = ", ".join(
+            name for name, found in PAIRINGS.items() if f"chosen_{column}" in getattr(found, "adds", ())
+        )
+        raise InputError(
+            f"loss_type {loss_type} reads {column}s, which pairing {pairing_name} does not write: set pairing: {writers}"
+        )
+    if "chosen_reward" in added and column != "reward":
+        raise InputError(
+            f"pairing {pairing_name} prefers no response, but loss_type {loss_type} compares two: set loss_type: sppo_reward"
+        )
+
+
 def scorer_record(settings: ScorerSettings) -> dict[str, Any]:
     """Return what decides a scorer's labels: its name and settings, and hashes of its weights or its own module."""
     from spin.alignment.provenance import hash_file

@@ -150,7 +150,7 @@ def num_train_fractions(config: RunConfig, iteration: int) -> int:
     from spin.alignment.data import stream_prompts
     from spin.alignment.fractions import num_fractions
 
-    count = sum(1 for _ in stream_prompts(*config.data.played(iteration)))
+    count = sum(1 for _ in stream_prompts(*config.data.played(iteration), truth_required=False))
     return num_fractions(count, int(frac_len))
 
 

@@ -17,4 +17,11 @@ PAIRINGS: dict[str, Pairing] = {
     "win_rate": Labelled(win_rate, adds=WIN_COLUMNS),
 }
 
-__all__ = ["PAIRINGS", "EveryRow", "Labelled", "Pairing", "check_num_samples", "label_rows", "no_truth"]
+
+def needs_truth(name: str) -> bool:
+    """Return whether a pairing compares with the ground truth."""
+    pairing = PAIRINGS[name]
+    return not isinstance(pairing, Labelled) or pairing.reads_truth
+
+
+__all__ = ["PAIRINGS", "EveryRow", "Labelled", "Pairing", "check_num_samples", "label_rows", "needs_truth", "no_truth"]
