@@ -14,6 +14,7 @@ import pytest
 from spin.alignment.errors import InputError
 from spin.alignment.scoring import ScorerSettings, check_scorer, make_scorer
 from spin.alignment.scoring.win_rates import both_orders, failed_items, labels_of
+from tests.gather_helpers import NUM_FRACTIONS, NUM_PROMPTS, gather, own_prompts, record, row, write
 from tests.helpers import REPOSITORY, char_tokenizer, run_command, save_tiny_model
 from tests.scoring_helpers import count_forwards, make_group, save_decoder, save_encoder
 
@@ -360,3 +361,30 @@ def test_checking_loads_no_heavy_library(decoder):
     )
     done = run_command([sys.executable, "-c", code], timeout=60, PYTHONPATH=str(REPOSITORY))
     assert done.returncode == 0, done.stderr
+
+
+def test_pairs_from_the_command_line_are_those_of_the_library(encoder, tmp_path, monkeypatch):
+    """convert_data with a reward model (float64 scores in the file), and again: the kept scores need no forward pass."""
+    from spin.alignment.data import load_preferences
+    from spin.alignment.scoring.classifier import SequenceClassifier
+
+    for number in range(NUM_FRACTIONS):
+        rows = [row(prompt, sample) for prompt in own_prompts(number) for sample in range(3)]
+        write(tmp_path / "in", number, rows, record(number, 3))
+    seen = []
+    forward = SequenceClassifier._forward
+    monkeypatch.setattr(SequenceClassifier, "_forward", lambda self, batch: seen.extend(batch) or forward(self, batch))
+    flags = ("--pairing", "best_vs_worst", "--scorer", "reward_model", "--scorer_model", encoder)
+    for out in ("first", "second"):
+        code, _, errors = gather(tmp_path / "in", tmp_path / out, *flags, "--score_cache", tmp_path / "kept")
+        assert code == 0, errors
+        assert len(seen) == 3 * NUM_PROMPTS
+    pairs = load_preferences(str(tmp_path / "first"), "train").to_list()
+    assert pairs == load_preferences(str(tmp_path / "second"), "train").to_list() and len(pairs) == NUM_PROMPTS
+    scorer = make_scorer(settings("reward_model", encoder))
+    for pair in pairs:
+        group = make_group("p", ("wrong 0", "wrong 1", "wrong 2"), prompt=pair["chosen"][:-1])
+        scores = scorer.label([group])[0].scores
+        assert pair["chosen_score"] == pytest.approx(max(scores), abs=1e-6)
+        assert pair["rejected_score"] == pytest.approx(min(scores), abs=1e-6)
+        assert pair["chosen"][-1]["content"] == group.responses[scores.index(max(scores))]
