@@ -28,7 +28,7 @@ class OnlineConfig(SPINConfig):
         gpu_memory_utilization: share of the GPU for the vllm engine.
         pairing: a name in ``PAIRINGS``.
         scorer: what labels the responses: a reward function (name or module:function) or a model scorer.
-        scorer_model, scorer_batch_size, scorer_max_length, base_url: see docs/scoring.md.
+        scorer_model, scorer_batch_size, scorer_max_length, scorer_dtype, base_url, score_cache: see docs/scoring.md.
         baseline: every_sample's rewards are relative to the soft mean of their ``prompt`` or of the whole ``batch``.
         soft_mean_b: b of that soft mean; 0 is the arithmetic mean.
         updates_per_batch: optimiser steps on the pairs of one batch of prompts.
@@ -56,7 +56,9 @@ class OnlineConfig(SPINConfig):
     scorer_model: str | None = None
     scorer_batch_size: int = 16
     scorer_max_length: int | None = None
+    scorer_dtype: str = "auto"
     base_url: str | None = None
+    score_cache: str | None = None
     baseline: str = "prompt"
     soft_mean_b: float = 1.0
     updates_per_batch: int = 1
@@ -139,5 +141,7 @@ class OnlineConfig(SPINConfig):
             batch_size=self.scorer_batch_size,
             max_length=self.scorer_max_length,
             base_url=self.base_url,
+            cache_dir=self.score_cache,
+            dtype=self.scorer_dtype,
             score_reference="chosen_score" in self.needs,
         )
