@@ -19,6 +19,7 @@ import torch
 from spin.alignment.chat import ChatEncoder, load_tokenizer
 from spin.alignment.provenance import read_provenance
 from spin.alignment.shards import read_skipped
+from spin.alignment.validation import validate
 from spin.generate import main
 from tests.helpers import REPOSITORY, char_tokenizer, program_environment, run_command, run_main, tiny_llama
 
@@ -93,6 +94,16 @@ def test_several_samples_of_a_prompt_differ_and_stand_together(tiny_model, data,
         group = rows[start : start + 3]
         assert len({row["prompt_id"] for row in group}) == 1
         assert len({tuple(row["rejected_token_ids"]) for row in group}) > 1
+
+
+def test_prompts_without_an_answer_are_answered_and_the_truth_is_null(tiny_model, tmp_path):
+    rows = [make_row(0), {"prompt_id": "alone", "prompt": "What is 7+7?"}, make_row(2)]
+    assert generate(tiny_model, write_data(tmp_path / "train.jsonl", rows), tmp_path / "out", max_new_tokens=4)[0] == 0
+    found = {row["prompt_id"]: row for row in rows_of(tmp_path / "out")}
+    assert found["alone"]["chosen"] is None and found["q0"]["chosen"][-1]["content"] == "0"
+    assert found["alone"]["rejected"][0] == {"role": "user", "content": "What is 7+7?"}
+    assert [turn["role"] for turn in found["alone"]["rejected"]] == ["user", "assistant"]
+    assert validate(tmp_path / "out", None)[1] == []
 
 
 def test_finished_fraction_is_recognised_without_a_model(whole, tiny_model, data, monkeypatch):

@@ -61,6 +61,48 @@ def message(role, content):
     return {"messages": [{"role": role, "content": content}, ANSWER]}
 
 
+PROMPTS = {
+    "text": ({"prompt": "2+3?"}, [USER]),
+    "turns": ({"prompt": [SYSTEM, USER]}, [SYSTEM, USER]),
+    "later turn": ({"prompt": [USER, ANSWER, MORE[0]]}, [USER, ANSWER, MORE[0]]),
+    "null answer": ({"prompt": "2+3?", "response": None}, [USER]),
+    "null chosen": ({"prompt": "2+3?", "chosen": None, "rejected": None}, [USER]),
+    "messages": ({"messages": [SYSTEM, USER]}, [SYSTEM, USER]),
+    "own rows": ({"prompt_id": "a", "chosen": [USER]}, [USER]),
+}
+
+
+@pytest.mark.parametrize(("record", "messages"), PROMPTS.values(), ids=PROMPTS.keys())
+def test_a_prompt_may_stand_alone_where_no_truth_is_required(record, messages):
+    (conversation,) = to_conversations(record, "row", truth_required=False)
+    assert conversation.messages == readers.prompt_turns(messages) == messages
+    assert conversation.prompt_id == record.get("prompt_id", readers.prompt_hash(messages))
+    with pytest.raises(InputError, match="row"):
+        to_conversations(record, "row")
+
+
+@pytest.mark.parametrize(("record", "messages"), RECORDS.values(), ids=RECORDS.keys())
+def test_a_row_with_truth_is_read_the_same_where_none_is_required(record, messages):
+    assert to_conversations(record, "row", truth_required=False) == to_conversations(record, "row")
+    assert readers.prompt_turns(messages) == messages[:-1]
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"prompt": ""}, "empty user turn"),
+        ({"prompt": []}, "role order"),
+        ({"prompt": 5}, "'prompt' is int"),
+        ({"prompt": [USER, USER]}, "role order user user"),
+        ({"prompt": [SYSTEM]}, "role order system"),
+        ({"text": "2+3?"}, "columns text: rename them"),
+    ],
+)
+def test_a_bad_prompt_without_truth_is_named(record, message):
+    with pytest.raises(InputError, match=message):
+        to_conversations(record, "row", truth_required=False)
+
+
 BAD = {
     "no known form": ({"text": "a"}, "columns text: rename them to one of"),
     "no columns": ({}, r"\(none\)"),

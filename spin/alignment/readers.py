@@ -179,11 +179,11 @@ def check_conversation(messages: Sequence[Message], where: str, truth_required: 
         raise InputError(
             f"{where} has no assistant turn: there is no ground truth to learn from; remove or complete the row"
         )
-    body = roles[1:] if roles[0] == "system" else roles
+    body = roles[1:] if roles[:1] == ["system"] else roles
     expected = (["user", "assistant"] * (len(body) // 2 + 1))[: len(body)]
     if not body or body != expected or (truth_required and len(body) % 2):
         raise InputError(
-            f"{where} has the role order {' '.join(roles)}: it must be [system] user assistant [user assistant ...]"
+            f"{where} has the role order {' '.join(roles) or '(no turn)'}: it must be [system] user assistant [user assistant ...]"
         )
     for number, message in enumerate(messages):
         if not isinstance(message["content"], str):

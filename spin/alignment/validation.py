@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -122,19 +123,33 @@ def row_problems(row: dict[str, Any], where: str, is_pair: bool, encoder: ChatEn
 
     problems = []
     try:
-        if is_pair:
-            check_pair(row["chosen"], row["rejected"], where)
+        if is_pair and row["chosen"] is None and row["rejected"]:  # generated from a prompt without ground truth
+            check_conversation(row["rejected"][:-1], where, truth_required=False)
+        elif is_pair:
+            check_pair(row["chosen"], row["rejected"], where, row.get("chosen_token_ids") is not None)
         else:
             check_conversation(row["chosen"], where)
     except InputError as error:
         return [str(error)]
     for side in SIDES if is_pair else ():
-        problems += [f"{where}: {problem}" for problem in side_problems(row, side, encoder)]
+        problems += [
+            f"{where}: {problem}" for problem in (*side_problems(row, side, encoder), *label_problems(row, side))
+        ]
     if encoder is not None:
         try:
-            encoder.prompt_ids(row["chosen"][:-1])
+            encoder.prompt_ids(row["rejected" if is_pair else "chosen"][:-1])
         except InputError as error:
             problems.append(f"{where}: {error}")
+    return problems
+
+
+def label_problems(row: dict[str, Any], side: str) -> list[str]:
+    """Return which labels of a response are no numbers, or no probabilities where they should be."""
+    problems = []
+    for label in ("score", "win_prob", "pair_win_prob", "reward"):
+        value = row.get(f"{side}_{label}")
+        if value is not None and not (math.isfinite(value) and ("prob" not in label or 0 <= value <= 1)):
+            problems.append(f"{side}_{label} is {value}: it must be {'in [0, 1]' if 'prob' in label else 'finite'}")
     return problems
 
 
@@ -220,6 +235,8 @@ def validate_run(run_dir: Path) -> tuple[int, list[str]]:
         problems += [f"{stage.name}: {name} was changed or removed" for name in manifest.damaged_outputs(stage.name)]
         if stage.config_file is not None:
             problems += model_problems(stage.folders[0])
+        if stage.program == "estimate_weights.py":  # its ids are those of the pairs
+            problems += validate(stage.folders[0], None)[1]
         if stage.program not in ("generate.py", "convert_data.py"):
             continue
         iteration = int(stage.name.removeprefix("iter").partition("/")[0])
