@@ -130,6 +130,24 @@ def open_judges(options: Any) -> tuple[Judge | None, Judge | None, ChatEncoder]:
     return plus, minus, minus.encoder
 
 
+def check_teacher(options: Any, student: str) -> None:
+    """Check a teacher's folder and its tokenizer against that of a student, whose weights need not be there yet.
+
+    Raises:
+        InputError: no such model, or a tokenizer that cannot be aligned.
+    """
+    from spin.alignment.configs import ModelConfig
+    from spin.alignment.model_utils import check_model_path
+    from spin.alignment.token_scores import check_offsets, open_encoder
+
+    def encoder(name: str, revision: str | None) -> ChatEncoder:
+        trusted = options.trust_remote_code
+        return open_encoder(ModelConfig(name, revision, trust_remote_code=trusted), options.system)
+
+    check_model_path(options.model_plus)
+    check_offsets(encoder(options.model_plus, options.revision_plus), encoder(student, options.revision_minus))
+
+
 def make_accelerator() -> Accelerator:
     """Return how the processes of a launch find each other. Each holds a model whole, in the precision of its weights: what a
     launch configuration says of sharding and mixed precision is for training."""

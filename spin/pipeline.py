@@ -212,12 +212,14 @@ def check_before_start(config: RunConfig, source: str) -> None:
     evaluate_model.check_options(evaluation)
     check_model_path(config.model, needs_weights=not (config.sft or {}).get("init_from_config", False))
     check_training_settings(config, source, options.pairing)
+    check_weighing(config)
     check_data(config, sampling)
 
 
 def check_training_settings(config: RunConfig, source: str, pairing: str = "ground_truth") -> None:
     """Build the settings of every training of the run, as its program will."""
     from spin.alignment.labelling import check_loss
+    from spin.alignment.run_config import SCORERS_OF_RUN
     from spin.alignment.trainer import SPINConfig
     from spin.alignment.training_run import read_settings
 
@@ -238,6 +240,22 @@ def check_training_settings(config: RunConfig, source: str, pairing: str = "grou
     for iteration in range(config.iterations):
         where = f"the section 'train' of {source} (iteration {iteration})"
         check_loss(pairing, read_settings(config.train_values(iteration) | path, where, SPINConfig).arguments.loss_type)
+        for name in SCORERS_OF_RUN.values() if config.trains_scorers else ():
+            where = f"the section 'weigh.train' of {source} (iteration {iteration}, {name})"
+            read_settings(config.scorer_values(iteration, name) | path, where, SPINConfig)
+
+
+def check_weighing(config: RunConfig) -> None:
+    """Check the flags of the section ``weigh``, and the teacher as far as that goes without its weights."""
+    if config.weigh is None:
+        return
+    from spin import estimate_weights
+    from spin.alignment.run_config import flags
+
+    options = estimate_weights.make_parser().parse_args(flags(config.weigh_values(0)))
+    estimate_weights.check_options(options)
+    if options.weighting == "teacher":
+        estimate_weights.check_teacher(options, config.model)
 
 
 def check_data(config: RunConfig, sampling: Any) -> None:

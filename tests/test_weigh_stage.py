@@ -115,7 +115,7 @@ def finished(tmp_path_factory):
     root = tmp_path_factory.mktemp("weigh")
     train = {**TRAINING, "max_steps": 4, "save_strategy": "no", "learning_rate": 1e-3}
     config = write_config(root / "config.yaml", tiny_run(root, iterations=1, overrides={}, train=train, weigh=REVERSE))
-    done = run_command([sys.executable, "-m", "spin", "run", config], timeout=240)
+    done = run_command([sys.executable, "-m", "spin", "run", config], timeout=600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return root
 

@@ -39,10 +39,24 @@ MANAGED = {
     "sft": _TRAINING,
     "control": _TRAINING,
     "online": (*_TRAINING, "eval_prompts", "eval_split"),
+    "weigh": (
+        "input_dir",
+        "output_dir",
+        "model_minus",
+        "revision_minus",
+        "tokenizer",
+        "revision_tokenizer",
+        "page",
+        "seed",
+        "overwrite",
+    ),
     "evaluate": ("model", "revision", "input_dir", "split", "output_file", "seed"),
 }
+# Which models weigh the tokens when the run trains them, and where they lie in an iteration.
+SCORERS_OF_RUN = {"plus": "forward", "minus": "reverse"}
+TOKENIZER_FLAGS = ("tokenizer", "revision_tokenizer")
 # What one training run of run_online.py takes the place of.
-_ITERATED = ("generate", "convert", "train", "overrides")
+_ITERATED = ("generate", "convert", "weigh", "train", "overrides")
 
 
 @dataclass(frozen=True)
@@ -95,6 +109,7 @@ class RunConfig:
     control: dict[str, Any] | None = None
     generate: dict[str, Any] = field(default_factory=dict)
     convert: dict[str, Any] = field(default_factory=dict)
+    weigh: dict[str, Any] | None = None
     train: dict[str, Any] = field(default_factory=dict)
     online: dict[str, Any] | None = None
     overrides: dict[Any, Any] = field(default_factory=dict)
@@ -143,6 +158,7 @@ class RunConfig:
             managed = [key for key in MANAGED[name] if key in section]
             if managed:
                 raise InputError(f"'{managed[0]}' in the section '{name}' is set by the pipeline itself: remove it")
+        self._check_weigh(self.weigh)
         for iteration, values in self.overrides.items():
             if not isinstance(iteration, int) or not 0 <= iteration < self.iterations:
                 raise InputError(
@@ -153,6 +169,26 @@ class RunConfig:
             managed = [key for key in MANAGED["train"] if key in values]
             if managed:
                 raise InputError(f"'{managed[0]}' in overrides.{iteration} is set by the pipeline itself: remove it")
+
+    def _check_weigh(self, section: Mapping[str, Any] | None) -> None:
+        if section is None:
+            return
+        if "weighting" not in section:
+            raise InputError(
+                "the section 'weigh' lacks the key 'weighting': write reverse_dpo, teacher, drift or uniform"
+            )
+        train = section.get("train")
+        if train is not None and not isinstance(train, Mapping):
+            raise InputError("weigh.train is not a mapping: write 'key: value' lines under it")
+        if train and not self.trains_scorers:
+            raise InputError(f"weigh.train is for reverse_dpo, but the weighting is {section['weighting']}: remove it")
+        managed = [key for key in (*MANAGED["train"], "reverse") if key in (train or {})]
+        if managed:
+            raise InputError(f"'{managed[0]}' in weigh.train is set by the pipeline itself: remove it")
+        if self.trains_scorers and ("model_plus" in section or "revision_plus" in section):
+            raise InputError("weigh.model_plus is for teacher: reverse_dpo trains its models itself, remove it")
+        if "reverse" in self.train or any("reverse" in (item or {}) for item in self.overrides.values()):
+            raise InputError("'reverse' in the section 'train' would unlearn what is weighed: remove it")
 
     @property
     def start_model(self) -> str:
@@ -166,10 +202,19 @@ class RunConfig:
     def iteration_dir(self, iteration: int) -> Path:
         return Path(self.run_dir) / f"iter{iteration}"
 
-    def pair_folders(self, iteration: int) -> list[str]:
-        """The pairs an iteration trains on: its own and those of the ``history`` iterations before it."""
+    def pair_folders(self, iteration: int, kind: str = "pairs") -> list[str]:
+        """The pairs of an iteration: its own and those of the ``history`` iterations before it."""
         first = max(0, iteration - self.history)
-        return [str(self.iteration_dir(step) / "pairs") for step in range(iteration, first - 1, -1)]
+        return [str(self.iteration_dir(step) / kind) for step in range(iteration, first - 1, -1)]
+
+    def train_folders(self, iteration: int) -> list[str]:
+        """What an iteration trains on: its pairs, with weights where the run has the section ``weigh``."""
+        return self.pair_folders(iteration, "pairs" if self.weigh is None else "weights")
+
+    @property
+    def trains_scorers(self) -> bool:
+        """Whether the models that weigh the tokens are trained by the run itself."""
+        return self.weigh is not None and self.weigh.get("weighting") == "reverse_dpo"
 
     def generation_seed(self, iteration: int) -> int:
         """Seeds of different iterations are far apart: the same seed would repeat each prompt's random numbers."""
@@ -188,10 +233,42 @@ class RunConfig:
             values
             | self._owned(self.opponent(iteration), self.iteration_dir(iteration))
             | {
-                "dataset_mixer": dict.fromkeys(self.pair_folders(iteration), 1.0),
+                "dataset_mixer": dict.fromkeys(self.train_folders(iteration), 1.0),
                 "dataset_splits": [f"{split}_prefs" for split in splits],
             }
         )
+
+    def scorer_values(self, iteration: int, name: str) -> dict[str, Any]:
+        """The complete settings of run_spin.py for a model that weighs tokens: ``forward`` (plain SPIN) or ``reverse``."""
+        values = {key: value for key, value in self.train_values(iteration).items() if key != "alpha"}
+        values |= (self.weigh or {}).get("train") or {}
+        values["dataset_mixer"] = dict.fromkeys(self.pair_folders(iteration), 1.0)
+        values["output_dir"] = str(self.iteration_dir(iteration) / name / "checkpoint")
+        return values | ({"reverse": True} if name == "reverse" else {})
+
+    def weigh_values(self, iteration: int) -> dict[str, Any]:
+        """The complete flags of estimate_weights.py for an iteration; sequences are cut as in its training."""
+        section = {key: value for key, value in (self.weigh or {}).items() if key != "train"}
+        folder, trained, opponent = (
+            self.iteration_dir(iteration),
+            self.train_values(iteration),
+            self.opponent(iteration),
+        )
+        params = section.get("transform_params") or {}
+        if isinstance(params, Mapping):
+            section["transform_params"] = [f"{key}={value}" for key, value in params.items()] or None
+        models: dict[str, Any]
+        if self.trains_scorers:
+            models = {f"model_{sign}": str(folder / name / "checkpoint") for sign, name in SCORERS_OF_RUN.items()}
+        else:
+            role = ("model_minus", "revision_minus") if section.get("weighting") == "teacher" else TOKENIZER_FLAGS
+            revision = self.model_revision if opponent == self.model else None
+            models = {role[0]: opponent, role[1]: revision}
+        shared: dict[str, Any] = {
+            key: trained[key] for key in ("max_length", "max_prompt_length", "system") if key in trained
+        }
+        output = {"output_dir": str(folder / "weights"), "page": str(folder / "weights.html"), "seed": self.seed}
+        return {**shared, **section, **models, "input_dir": str(folder / "pairs"), **output}
 
     def sft_values(self, name: str) -> dict[str, Any]:
         """The complete settings of run_sft.py for the start (``sft``) or the continued-SFT control (``control``)."""

@@ -11,7 +11,7 @@ from typing import Any
 from spin.alignment.errors import InputError
 from spin.alignment.manifest import RunManifest, model_files
 from spin.alignment.processes import accelerate_command, python_command
-from spin.alignment.run_config import RunConfig, flags
+from spin.alignment.run_config import SCORERS_OF_RUN, RunConfig, flags
 
 PROGRAMS = Path(__file__).resolve().parent.parent
 
@@ -89,7 +89,8 @@ def make_stages(config: RunConfig) -> list[Stage]:
             *evaluate_stages(config, "online", f"{config.run_dir}/online/checkpoint"),
         ]
     for iteration in range(config.iterations):
-        stages += [generate_stage(config, iteration), convert_stage(config, iteration), train_stage(config, iteration)]
+        stages += [generate_stage(config, iteration), convert_stage(config, iteration)]
+        stages += [*weigh_stages(config, iteration), train_stage(config, iteration)]
         stages += evaluate_stages(config, f"iter{iteration}", str(config.iteration_dir(iteration) / "checkpoint"))
     return stages
 
@@ -173,11 +174,46 @@ def convert_stage(config: RunConfig, iteration: int) -> Stage:
 def train_stage(config: RunConfig, iteration: int) -> Stage:
     """The policy of the next iteration."""
     folder, values = config.iteration_dir(iteration), config.train_values(iteration)
-    pairs = [
+    sources = pair_sources(config.train_folders(iteration))
+    return _training_stage(config, f"iter{iteration}/train", "run_spin.py", folder, values, sources)
+
+
+def pair_sources(folders: list[str]) -> list[Source]:
+    return [
         Source(path, lambda path=path: sorted(Path(path).glob("*_prefs-*.parquet")))  # type: ignore[misc]
-        for path in config.pair_folders(iteration)
+        for path in folders
     ]
-    return _training_stage(config, f"iter{iteration}/train", "run_spin.py", folder, values, pairs)
+
+
+def weigh_stages(config: RunConfig, iteration: int) -> list[Stage]:
+    """Token weights: the two models that find them where the run trains them, the weights, and the forward model's scores.
+
+    The forward model is plain SPIN on the same data: the row beside the one that learns from weighted tokens.
+    """
+    if config.weigh is None:
+        return []
+    stages, folder = [], config.iteration_dir(iteration)
+    for name in SCORERS_OF_RUN.values() if config.trains_scorers else ():
+        values, sources = config.scorer_values(iteration, name), pair_sources(config.pair_folders(iteration))
+        stages.append(_training_stage(config, f"iter{iteration}/{name}", "run_spin.py", folder / name, values, sources))
+    values = config.weigh_values(iteration)
+    models = [values[key] for key in ("model_plus", "model_minus", "tokenizer") if values.get(key)]
+    weights, page = Path(values["output_dir"]), Path(values["page"])
+    stages.append(
+        Stage(
+            name=f"iter{iteration}/weigh",
+            commands=[_launched(config, "estimate_weights.py", flags(values))],
+            settings=values,
+            sources=[*map(model_source, models), *pair_sources([values["input_dir"]])],
+            outputs=lambda: [*sorted(weights.glob("*_prefs-*.parquet")), *sorted(weights.glob("*.weights.json")), page],
+            folders=[weights],
+            program="estimate_weights.py",
+        )
+    )
+    if config.trains_scorers:
+        name = SCORERS_OF_RUN["plus"]
+        stages += evaluate_stages(config, f"iter{iteration}/{name}", str(folder / name / "checkpoint"))
+    return stages
 
 
 def sft_stage(config: RunConfig, name: str) -> Stage:
@@ -269,7 +305,11 @@ def lineage(config: RunConfig) -> list[tuple[str, str, str, str]]:
         rows.append(("online/checkpoint", start, "its own past", " ".join(config.data.played())))
     for iteration in range(0 if config.online is not None else config.iterations):
         opponent = config.opponent(iteration)
-        rows.append((f"iter{iteration}/checkpoint", opponent, opponent, " + ".join(config.pair_folders(iteration))))
+        pairs = " + ".join(config.pair_folders(iteration))
+        for name in SCORERS_OF_RUN.values() if config.trains_scorers else ():
+            data = f"{pairs} (reversed)" if name == "reverse" else pairs
+            rows.append((f"iter{iteration}/{name}/checkpoint", opponent, opponent, data))
+        rows.append((f"iter{iteration}/checkpoint", opponent, opponent, " + ".join(config.train_folders(iteration))))
     return [tuple(_portable(cell, run_dir).replace("RUN/", "") for cell in row) for row in rows]  # type: ignore[misc]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spin.alignment.errors import InputError
+from spin.alignment.run_config import SCORERS_OF_RUN
 from spin.alignment.shards import read_json
 
 if TYPE_CHECKING:
@@ -31,7 +32,10 @@ def summarize(config: RunConfig) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """
     run_dir = Path(config.run_dir)
     folders = {"sft": run_dir / "sft", "sft_continued": run_dir / "control"}
-    folders |= {f"iter{step}": config.iteration_dir(step) for step in range(config.iterations)}
+    for step in range(config.iterations):
+        if config.trains_scorers:  # plain SPIN on the same data, beside the model trained on weighted tokens
+            folders[f"iter{step}_spin"] = config.iteration_dir(step) / SCORERS_OF_RUN["plus"]
+        folders[f"iter{step}"] = config.iteration_dir(step)
     folders |= {"online": run_dir / "online"}
     evaluations = {name: _optional(folder / "eval.json") for name, folder in folders.items()}
     rows = [
@@ -109,6 +113,9 @@ def verdicts(rows: Sequence[dict[str, Any]]) -> list[str]:
     by_name = {row["model"]: row for row in rows}
     start = by_name.get("sft")
     lines = [line for row in rows if start and row is not start for line in _verdict(row, start, "the SFT start")]
+    for name, row in by_name.items():
+        if f"{name}_spin" in by_name:
+            lines += _verdict(row, by_name[f"{name}_spin"], f"SPIN without weights ({name}_spin)")
     last = next(
         (row for row in reversed(rows) if row["model"].startswith(("iter", "online")) and "exact_at" in row), None
     )
