@@ -6,9 +6,14 @@ import re
 import pytest
 import torch
 
+from spin import convert_data, generate
 from spin.alignment.errors import InputError
+from spin.alignment.labelling import check_loss
 from spin.alignment.losses import LOSS_COLUMNS, LOSSES, LossInputs, LossOutputs, loss_settings, soft_mean
+from spin.alignment.pairing import PAIRINGS, check_num_samples
+from spin.alignment.run_config import flags, load_run_config
 from spin.alignment.trainer import SPINConfig, per_pair
+from spin.alignment.training_run import read_settings
 
 
 def doubles(*values):
@@ -220,3 +225,46 @@ def test_a_pair_costs_the_mean_of_its_responses():
     two = LossOutputs(doubles(1, 2, 3, 6), doubles(0, 0), doubles(0, 0))
     assert per_pair(two).tolist() == [2.0, 4.0]
     assert per_pair(LossOutputs(doubles(1, 2), doubles(0, 0), doubles(0, 0))).tolist() == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("name", ["sppo_mistral_7b", "sppo_llama3_8b", "sppo_gemma2_9b"])
+def test_the_configurations_of_the_paper_fit_together(name, tmp_path):
+    """Everything that can be checked without the models: sections, flags, settings, and pairing against loss and samples."""
+    config = load_run_config(f"configs/{name}.yaml", [])
+    convert = convert_data.make_parser().parse_args(["--input_dir", "a", "--output_dir", "b", *flags(config.convert)])
+    sampling = generate.make_parser().parse_args(
+        ["--model", "m", "--input_dir", "a", "--output_dir", "b", *flags(config.generate)]
+    )
+    check_num_samples(convert.pairing, PAIRINGS[convert.pairing], generate.check_options(sampling).num_samples)
+    for iteration in range(config.iterations):
+        here = {"model_name_or_path": "opponent", "output_dir": str(tmp_path), "use_cpu": True}
+        settings = read_settings(config.train_values(iteration) | here, name, SPINConfig).arguments
+        check_loss(convert.pairing, settings.loss_type)
+        assert (settings.loss_settings["beta"], settings.learning_rate, settings.num_train_epochs) == (0.001, 5e-7, 1)
+        assert settings.pairs_per_micro_batch * config.launch.num_processes == 64
+        assert config.data.played(iteration)[0].endswith(f"sppo-iter{iteration + 1}")
+    assert (sampling.num_samples, sampling.temperature, sampling.top_p, config.iterations) == (5, 0.7, 0.9, 3)
+
+
+@pytest.mark.parametrize(
+    ("pairing", "loss_type", "sentence"),
+    [
+        (
+            "best_vs_worst",
+            "sppo",
+            "loss_type sppo reads win_probs, which pairing best_vs_worst does not write: set pairing: win_rate",
+        ),
+        ("ground_truth", "sppo_reward", "which pairing ground_truth does not write: set pairing: every_sample"),
+        ("every_sample", "sigmoid", "pairing every_sample prefers no response, but loss_type sigmoid compares two"),
+    ],
+)
+def test_a_pairing_and_a_loss_that_do_not_fit(pairing, loss_type, sentence):
+    with pytest.raises(InputError, match=sentence):
+        check_loss(pairing, loss_type)
+
+
+@pytest.mark.parametrize(
+    ("pairing", "loss_type"), [("win_rate", "sppo_single"), ("win_rate", "sigmoid"), ("ground_truth", "space")]
+)
+def test_a_pairing_and_a_loss_that_fit(pairing, loss_type):
+    check_loss(pairing, loss_type)

@@ -183,7 +183,8 @@ def check_conversation(messages: Sequence[Message], where: str, truth_required: 
     expected = (["user", "assistant"] * (len(body) // 2 + 1))[: len(body)]
     if not body or body != expected or (truth_required and len(body) % 2):
         raise InputError(
-            f"{where} has the role order {' '.join(roles) or '(no turn)'}: it must be [system] user assistant [user assistant ...]"
+            f"{where} has the role order {' '.join(roles) or '(no turn)'}: it must be [system] user assistant [user "
+            "assistant ...]"
         )
     for number, message in enumerate(messages):
         if not isinstance(message["content"], str):
