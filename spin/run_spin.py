@@ -58,6 +58,8 @@ def encode_split(
     label = LOSS_COLUMNS.get(loss_type)
     check_label_columns(rows, loss_type, label)
     weighted = [half for half in HALVES if f"{half}_weights" in rows.column_names]
+    if len(weighted) == 1:
+        raise InputError(f"the pairs have the column {weighted[0]}_weights alone: weigh them again, or remove it")
     targets = dict(zip(HALVES, reversed(HALVES) if reverse else HALVES, strict=True))
 
     def encode(row: dict[str, Any], index: int) -> dict[str, Any]:
@@ -121,11 +123,18 @@ def check_label_columns(rows: Dataset, loss_type: str, label: str | None) -> Non
 
 def weights_of(row: dict[str, Any], half: str, count: int) -> list[float]:
     """Return the weights of the ``count`` tokens of a response that are left after truncation."""
-    weights = row[f"{half}_weights"]
-    if weights is None or len(weights) < count:
+    weights, ids = row[f"{half}_weights"], row.get(f"{half}_token_ids")
+    if weights is None or len(weights) < count or (ids is not None and len(weights) != len(ids)):
         found = "none" if weights is None else len(weights)
         raise InputError(
-            f"{half}_weights must hold a weight for each token ({count}), but there are {found}: weigh it again"
+            f"{half}_weights must hold a weight for each token ({max(count, len(ids or ()))}), but there are {found}: weigh it "
+            "again with spin/estimate_weights.py"
+        )
+    if not all(map(math.isfinite, weights[:count])):
+        place = next(place for place, weight in enumerate(weights[:count]) if not math.isfinite(weight))
+        raise InputError(
+            f"{half}_weights is {weights[place]} at token {place}: weigh it again with a max_length as large as that of the "
+            "training"
         )
     return list(weights[:count])
 

@@ -425,3 +425,38 @@ def test_help_is_light():
     code = "import sys, spin.estimate_weights as e; e.make_parser().format_help(); "
     code += "sys.exit(bool({'torch', 'transformers', 'datasets', 'pyarrow'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
+
+
+# --- weights in training ----------------------------------------------------------------------------------------------------
+
+
+def train_on(tmp_path: Path, world: Path, change) -> tuple[int, str]:
+    """Weigh with drift, change the rows, and start a training on them; return its exit code and last sentence."""
+    from spin import run_spin
+    from tests.training_helpers import write_config
+
+    out = tmp_path / "out-of-weigh"
+    assert weigh(world, out, "--weighting", "drift", "--tokenizer", world / "minus")[0] == 0
+    for file in out.glob("*.parquet"):
+        table = pq.read_table(file)
+        rows = table.to_pylist()
+        change(rows)
+        pq.write_table(pa.Table.from_pylist(rows, table.schema), file)
+    config = write_config(tmp_path / "c.yaml", world / "minus", out)
+    code, _, err = run_main(run_spin.main, config)
+    return code, err.strip().splitlines()[-1]
+
+
+def test_weights_of_the_wrong_length_are_refused(world, tmp_path):
+    code, said = train_on(tmp_path, world, lambda rows: rows[3]["chosen_weights"].append(1.0))
+    assert code == 2 and "chosen_weights must hold a weight for each token" in said and "(prompt p" in said
+
+
+def test_weights_that_are_no_numbers_are_refused(world, tmp_path):
+    code, said = train_on(tmp_path, world, lambda rows: rows[0]["rejected_weights"].__setitem__(1, math.nan))
+    assert code == 2 and "rejected_weights is nan at token 1: weigh it again" in said
+
+
+def test_rows_without_weights_are_refused(world, tmp_path):
+    code, said = train_on(tmp_path, world, lambda rows: rows[2].update(chosen_weights=None))
+    assert code == 2 and "but there are none" in said

@@ -12,10 +12,10 @@ import pytest
 from spin import cli
 from spin.alignment.manifest import RunManifest
 from spin.alignment.report.summary import verdicts
-from spin.alignment.run_config import load_run_config
+from spin.alignment.run_config import flags, load_run_config
 from spin.alignment.shards import read_rows
 from spin.alignment.stages import lineage, make_stages
-from tests.helpers import run_command, run_main
+from tests.helpers import REPOSITORY, run_command, run_main
 from tests.run_helpers import TRAINING, tiny_run, write_config
 
 REVERSE = {"weighting": "reverse_dpo", "transform": "exponential", "transform_params": {"mu": 0.5}}
@@ -155,3 +155,29 @@ def test_a_second_run_has_nothing_to_do_and_a_change_is_noticed(finished):
 def test_help_of_the_run_is_light():
     code = "import sys, spin.alignment.run_config; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
+
+
+def test_shipped_runs_differ_in_the_weights_alone(monkeypatch):
+    from spin.alignment.trainer import SPINConfig
+    from spin.alignment.training_run import read_settings
+    from spin.estimate_weights import check_options, make_parser
+
+    monkeypatch.chdir(REPOSITORY)
+    plain, weighted = (load_run_config(f"configs/{name}_qwen1.5_1.8b.yaml") for name in ("spin", "wspin"))
+    names = [[stage.name for stage in make_stages(config)] for config in (plain, weighted)]
+    assert set(names[1]) - set(names[0]) == {f"iter{t}/weigh" for t in range(4)}
+    for iteration in range(4):
+        settings = [config.train_values(iteration) for config in (plain, weighted)]
+        here = {"bf16": False, "use_cpu": True, "model_name_or_path": "opponent"}
+        for values in settings:  # the published settings
+            arguments = read_settings(values | here, "the configuration", SPINConfig).arguments
+            assert (arguments.beta, arguments.learning_rate, arguments.optim) == (0.1, 5e-7, "rmsprop")
+            assert (arguments.warmup_steps, arguments.max_grad_norm) == (150, 10.0)
+            assert (values["max_length"], values["max_prompt_length"]) == (512, 256)
+        places = ("dataset_mixer", "output_dir", "model_name_or_path")
+        same = [{key: item for key, item in values.items() if key not in places} for values in settings]
+        assert same[0] == same[1]
+        assert len(settings[1]["dataset_mixer"]) == min(2, iteration + 1)
+    options = make_parser().parse_args(flags(weighted.weigh_values(1)))
+    assert check_options(options) == ("exponential", {"k": 1.0, "mu": 1.0, "lower": -0.5, "upper": 1.5})
+    assert (options.max_length, options.max_prompt_length) == (512, 256)
