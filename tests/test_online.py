@@ -240,7 +240,7 @@ REFUSED = [
     ({"scorer": None}, "pairing best_vs_worst compares scores, but scorer is not set"),
     ({"scorer": "no_such_module:f"}, "no_such_module"),
     ({"scorer": "nonsense"}, "nonsense"),
-    ({"loss_type": "sppo_reward"}, "loss_type sppo_reward reads rewards, which pairing best_vs_worst does not make"),
+    ({"loss_type": "sppo_reward"}, "loss_type sppo_reward reads rewards, which pairing best_vs_worst does not write"),
     ({"pairing": "every_sample"}, "prefers no response, but loss_type sigmoid compares two"),
     ({"baseline": "batch"}, "baseline is batch, but pairing best_vs_worst uses no baseline"),
     ({"baseline": "mean"}, "unknown baseline 'mean'"),

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from spin.alignment.errors import InputError, lookup
 from spin.alignment.generation.base import SamplingConfig
-from spin.alignment.losses import LOSS_COLUMNS
+from spin.alignment.labelling import check_loss
 from spin.alignment.pairing import PAIRINGS
 from spin.alignment.pairing.base import check_num_samples
 from spin.alignment.scoring.base import ScorerSettings
@@ -87,6 +87,10 @@ class OnlineConfig(SPINConfig):
         lookup({name: name for name in SAMPLERS}, self.backend, "online generation backend")
         if self.reference_dir:
             raise InputError("reference_dir is set, but the reference of an online step is never stored: remove it")
+        if self.alpha:
+            raise InputError(
+                f"alpha is {self.alpha}, but its KL needs an opponent that stays, and the online reference moves: set alpha to 0"
+            )
         if self.reverse:
             raise InputError("reverse is true, but online pairs are made by their labels: remove it")
         self.sampling = SamplingConfig(
@@ -117,16 +121,7 @@ class OnlineConfig(SPINConfig):
         check_num_samples(self.pairing, pairing, self.num_samples)
         if self.needs and not self.scorer:
             raise InputError(f"pairing {self.pairing} compares scores, but scorer is not set: name a scorer")
-        column = LOSS_COLUMNS.get(self.loss_type)
-        if column is not None and f"chosen_{column}" not in getattr(pairing, "adds", ()):
-            raise InputError(
-                f"loss_type {self.loss_type} reads {column}s, which pairing {self.pairing} does not make: choose another pairing"
-            )
-        if self.pairing == "every_sample" and self.loss_type != "sppo_reward":
-            raise InputError(
-                f"pairing every_sample prefers no response, but loss_type {self.loss_type} compares two: set loss_type to "
-                "sppo_reward"
-            )
+        check_loss(self.pairing, self.loss_type)
         if self.baseline == "batch" and self.pairing != "every_sample":
             raise InputError(f"baseline is batch, but pairing {self.pairing} uses no baseline: remove it")
 

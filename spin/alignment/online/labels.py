@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from spin.alignment.labelling import Labeller
 from spin.alignment.losses import LOSS_COLUMNS, loss_feature, soft_mean
 from spin.alignment.pairing import PAIRINGS
-from spin.alignment.pairing.base import label_rows
-from spin.alignment.scoring.base import GroupLabels, PromptGroup
 
 if TYPE_CHECKING:
     from spin.alignment.chat import ChatEncoder
@@ -36,12 +35,12 @@ class StepCounts:
     pairs: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
 
-    def add(self, rows: Sequence[dict[str, Any]], label: GroupLabels | None) -> None:
+    def add(self, rows: Sequence[dict[str, Any]]) -> None:
         """Count the responses to one prompt and their scores."""
         self.responses += len(rows)
         self.tokens += sum(len(row["rejected_token_ids"]) for row in rows)
         self.truncated += sum(row["rejected_finish_reason"] == "length" for row in rows)
-        scores = [] if label is None else label.scores
+        scores = [row["rejected_score"] for row in rows if "rejected_score" in row]
         known = [score for score in scores if score is not None]
         self.scored += len(known)
         self.score_sum += sum(known)
@@ -52,7 +51,8 @@ class PairMaker:
     """Turns the responses of some prompts into pairs, as the settings of the method say."""
 
     def __init__(self, config: OnlineConfig, encoder: ChatEncoder, scorer: GroupScorer | None) -> None:
-        self.config, self.encoder, self.scorer = config, encoder, scorer
+        self.config, self.encoder = config, encoder
+        self.labeller = None if scorer is None else Labeller(scorer)
 
     def make(
         self, prompts: Sequence[OnlinePrompt], responses: Sequence[Sequence[Response]], counts: StepCounts
@@ -62,27 +62,30 @@ class PairMaker:
         Raises:
             InputError: the scorer or the pairing cannot use a row; it is named.
         """
-        rows = [self._rows(prompt, some) for prompt, some in zip(prompts, responses, strict=True)]
-        labels = self._labels(prompts, rows)
         features: list[dict[str, Any]] = []
-        for prompt, group, label in zip(prompts, rows, labels, strict=True):
-            counts.add(group, label)
-            if label is not None:
-                label_rows(group, label.scores, label.win_probs, label.reference_score)
-            pairs = PAIRINGS[self.config.pairing](group)
+        for prompt, rows in zip(prompts, self.label(prompts, responses, counts), strict=True):
+            pairs = PAIRINGS[self.config.pairing](rows)
             counts.without_pair += not pairs
-            features += [self._feature(prompt, pair, label) for pair in pairs]
+            made = [self._feature(prompt, pair) for pair in pairs]
+            if self.config.loss_type == "sppo_reward" and self.config.baseline == "prompt":
+                self.subtract_baseline(
+                    made, [row["rejected_score"] for row in rows if row["rejected_score"] is not None]
+                )
+            features += made
         counts.prompts += len(prompts)
         counts.pairs += len(features)
         return features
 
-    def score_only(
+    def label(
         self, prompts: Sequence[OnlinePrompt], responses: Sequence[Sequence[Response]], counts: StepCounts
-    ) -> None:
-        """Count the responses to held-out prompts and their scores; no pair is made."""
+    ) -> list[list[dict[str, Any]]]:
+        """Return the rows of each prompt with their labels; ``counts`` grows."""
         rows = [self._rows(prompt, some) for prompt, some in zip(prompts, responses, strict=True)]
-        for group, label in zip(rows, self._labels(prompts, rows), strict=True):
-            counts.add(group, label)
+        if self.labeller is not None:
+            self.labeller.label(rows)
+        for group in rows:
+            counts.add(group)
+        return rows
 
     def _rows(self, prompt: OnlinePrompt, responses: Sequence[Response]) -> list[dict[str, Any]]:
         return [
@@ -100,24 +103,7 @@ class PairMaker:
             for sample, response in enumerate(responses)
         ]
 
-    def _labels(
-        self, prompts: Sequence[OnlinePrompt], rows: Sequence[list[dict[str, Any]]]
-    ) -> Sequence[GroupLabels | None]:
-        if self.scorer is None:
-            return [None] * len(rows)
-        return self.scorer.label(
-            [
-                PromptGroup(
-                    prompt.prompt_id,
-                    prompt.messages,
-                    [row["rejected"][-1]["content"] for row in group],
-                    prompt.reference,
-                )
-                for prompt, group in zip(prompts, rows, strict=True)
-            ]
-        )
-
-    def _feature(self, prompt: OnlinePrompt, pair: dict[str, Any], label: GroupLabels | None) -> dict[str, Any]:
+    def _feature(self, prompt: OnlinePrompt, pair: dict[str, Any]) -> dict[str, Any]:
         feature: dict[str, Any] = {"prompt_ids": list(prompt.token_ids)}
         column = LOSS_COLUMNS.get(self.config.loss_type)
         for half in HALVES:
@@ -127,8 +113,6 @@ class PairMaker:
                 feature[f"{half}_reward"] = pair[f"{half}_score"]
             elif column is not None:
                 feature[f"{half}_{loss_feature(column)}"] = pair[f"{half}_{column}"]
-        if column == "reward" and self.config.baseline == "prompt" and label is not None:
-            self.subtract_baseline([feature], [score for score in label.scores if score is not None])
         return feature
 
     def subtract_baseline(self, features: Sequence[dict[str, Any]], scores: Sequence[float]) -> None:

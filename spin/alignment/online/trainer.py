@@ -215,7 +215,7 @@ class OnlineTrainer(SPINTrainer):
             sampling = SamplingConfig(
                 temperature=temperature, max_new_tokens=self.args.max_new_tokens, seed=self.args.seed
             )
-            self.pair_maker.score_only(own, self._respond(own, sampling), counts)
+            self.pair_maker.label(own, self._respond(own, sampling), counts)
             total = self._reduced(counts)
             prefix = f"{metric_key_prefix}_t{temperature:g}"
             metrics[f"{prefix}_score"] = total["score_sum"] / max(1.0, total["scored"])
