@@ -10,11 +10,15 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from spin.alignment.data import load_preferences
+from spin.alignment.chat import ChatEncoder
+from spin.alignment.configs import DataConfig
+from spin.alignment.data import load_preferences, mix_preferences
 from spin.alignment.provenance import read_provenance
 from spin.alignment.scoring import GROUP_SCORERS, GroupLabels
 from spin.alignment.shards import open_parquet
+from spin.run_spin import encode_split
 from tests.gather_helpers import gather, own_prompts, record, refusal, row, write
+from tests.helpers import char_tokenizer
 
 SAMPLES = 4
 SCORER = "tests.test_convert_scored:quality"
@@ -132,6 +136,17 @@ def test_win_rates_of_scores(generated, tmp_path):
     for pair in pairs:
         assert (pair["chosen_win_prob"], pair["rejected_win_prob"]) == pytest.approx((wanted, 1 - wanted), rel=1e-14)
         assert pair["chosen_pair_win_prob"] == pytest.approx(1 / (1 + math.exp(-3)), rel=1e-14)
+
+
+def test_written_labels_reach_the_encoded_pairs(generated, tmp_path):
+    pairs, _ = convert(generated, tmp_path / "out", "--pairing", "win_rate", "--scorer", SCORER)
+    mixed = mix_preferences({str(tmp_path / "out"): 1.0}, ["train_prefs"], seed=0)["train"]
+    config = DataConfig(dataset_mixer={"x": 1.0}, max_length=64, max_prompt_length=32)
+    for loss, column in (("sppo", "win_prob"), ("sppo_single", "pair_win_prob")):
+        encoded, dropped = encode_split(mixed, ChatEncoder(char_tokenizer()), config, loss)
+        assert len(encoded) == 5 and not dropped
+        assert encoded[0]["chosen_win_prob"] == pairs[0][f"chosen_{column}"] > 0.5
+        assert (encoded[0]["chosen_ids"], encoded[0]["rejected_ids"]) == ([3, 2], [0, 2])
 
 
 def test_a_preference_model_and_its_failures(generated, tmp_path, models):

@@ -140,7 +140,8 @@ def test_a_label_that_is_no_probability_is_named(value, sentence):
 
 @pytest.mark.parametrize(("weights", "found"), [(None, "none"), ([1.0, 1.0], "2")])
 def test_weights_that_do_not_fit_are_named(weights, found):
-    rows = [preference(0, chosen_weights=[1.0] * 3), preference(1, chosen_weights=weights)]
+    fits = {"chosen_weights": [1.0] * 3, "rejected_weights": [1.0] * 4}
+    rows = [preference(0, **fits), preference(1, **fits | {"chosen_weights": weights})]
     with pytest.raises(
         InputError, match=rf"row 1 \(prompt p1\): chosen_weights must hold a weight for each token \(3\), .* {found}"
     ):
