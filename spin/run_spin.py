@@ -270,6 +270,7 @@ def main(arguments: Sequence[str]) -> None:
     values = load_config(arguments[0], arguments[1:])
     from spin.alignment.chat import ChatEncoder, load_tokenizer
     from spin.alignment.model_utils import check_fits, model_folder
+    from spin.alignment.position_kl import check_can_keep_opponent
     from spin.alignment.provenance import hash_weights
     from spin.alignment.trainer import SPINConfig
     from spin.alignment.training_run import read_settings, report, setup_logging
@@ -285,6 +286,7 @@ def main(arguments: Sequence[str]) -> None:
         raise InputError(
             f"eval_strategy is {settings.arguments.eval_strategy}, but dataset_splits names no test split: add test_prefs to it"
         )
+    check_can_keep_opponent(settings.arguments)
     setup_logging(settings.arguments.process_index == 0)
     model = settings.model
     tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision, model.trust_remote_code)

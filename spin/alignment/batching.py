@@ -84,12 +84,18 @@ class PairGroup:
     def pairs(self) -> int:
         return len(self.completion_mask) // 2
 
-    def loss_inputs(self, logps: torch.Tensor) -> LossInputs:
-        """Return the streams of the losses for log-probs of shape ``(n,)`` in the order of ``rows``."""
+    def loss_inputs(self, logps: torch.Tensor, kl: torch.Tensor | None = None) -> LossInputs:
+        """Return the streams of the losses for log-probs, and KL where it is known, ``(n,)`` in the order of ``rows``."""
         assert self.reference_logps is not None
-        streams = logps.new_zeros(self.completion_mask.shape).masked_scatter(self.completion_mask, logps)
+        policy, position_kl = (
+            None
+            if flat is None
+            else flat.new_zeros(self.completion_mask.shape).masked_scatter(self.completion_mask, flat)
+            for flat in (logps, kl)
+        )
+        assert policy is not None
         labels = {name: getattr(self, name) for name in LABELS.values()}
-        return LossInputs(streams, self.reference_logps, self.completion_mask, self.weights, **labels)
+        return LossInputs(policy, self.reference_logps, self.completion_mask, self.weights, position_kl, **labels)
 
     def responses(self, logps: torch.Tensor) -> list[torch.Tensor]:
         """Return the log-probs of each response, without padding: b chosen ones, then b rejected ones."""

@@ -17,6 +17,7 @@ from spin.alignment.attention import PACKED_ATTENTION, register
 from spin.alignment.batching import LABELS, PackedBatch
 from spin.alignment.head import FusedHeadLoss, LogitTransform, Objective, grouped_logps
 from spin.alignment.losses import LossInputs
+from spin.alignment.position_kl import OpponentStates, grouped_logps_and_kl, padded_kl
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,10 +40,18 @@ def install_packed_forward(model: Any, fused_head: bool = True) -> bool:
 
     # The head computes inside its own call: hooks of ZeRO-3 and FSDP have gathered its weight there.
     def head_forward(
-        module: Any, hidden: Tensor, packed: PackedBatch | None = None, objective: Objective | None = None
+        module: Any,
+        hidden: Tensor,
+        packed: PackedBatch | None = None,
+        objective: Objective | None = None,
+        opponent: OpponentStates | None = None,
     ) -> Tensor:
         if packed is None:
             return plain_head(hidden)
+        if objective is not None and opponent is not None:
+            found = grouped_logps_and_kl(plain_head, hidden, opponent, packed.targets, packed.groups, transform)
+            inputs = [group.loss_inputs(*streams) for group, streams in zip(packed.groups, found, strict=True)]
+            return torch.stack([objective(item).double() for item in inputs]).sum()
         if objective is not None and fused_head:
             arguments = (packed.targets, packed.groups, objective, transform)
             hidden = hidden.to(_compute_dtype(hidden, module.weight))
@@ -54,18 +63,30 @@ def install_packed_forward(model: Any, fused_head: bool = True) -> bool:
         return torch.stack([objective(group.loss_inputs(logps[group.rows])).double() for group in packed.groups]).sum()
 
     def forward(
-        _: Any, *args: Any, packed: PackedBatch | None = None, objective: Objective | None = None, **kwargs: Any
+        _: Any,
+        *args: Any,
+        packed: PackedBatch | None = None,
+        objective: Objective | None = None,
+        opponent: OpponentStates | None = None,
+        **kwargs: Any,
     ) -> Any:
         if packed is None:
             return plain_forward(*args, **kwargs)
-        rows = {"input_ids": packed.input_ids, "position_ids": packed.position_ids}
-        hidden = decoder(**rows, use_cache=False, layout=packed.layout).last_hidden_state
-        return head(hidden[0].index_select(0, packed.predictors), packed=packed, objective=objective)
+        states = packed_states(decoder, packed)
+        extra = {} if opponent is None else {"opponent": opponent}
+        return head(states, packed=packed, objective=objective, **extra)
 
     head.forward = MethodType(head_forward, head)
     model.forward = MethodType(forward, model)
     use_attention(model, PACKED_ATTENTION)
     return fused_head
+
+
+def packed_states(decoder: Any, packed: PackedBatch) -> Tensor:
+    """Return a decoder's hidden states ``(N, d)`` that predict the response tokens of a packed row."""
+    rows = {"input_ids": packed.input_ids, "position_ids": packed.position_ids}
+    hidden = decoder(**rows, use_cache=False, layout=packed.layout).last_hidden_state
+    return hidden[0].index_select(0, packed.predictors)
 
 
 def use_attention(model: Any, name: str) -> str:
@@ -88,13 +109,30 @@ def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
-def batch_loss(model: Any, batch: PackedBatch | dict[str, Tensor], objective: Objective) -> Tensor:
-    """Return the sum of the objective over a micro-batch, with gradient where the model is trained."""
+def batch_loss(
+    model: Any, batch: PackedBatch | dict[str, Tensor], objective: Objective, opponent: Any | None = None
+) -> Tensor:
+    """Return the sum of the objective over a micro-batch, with gradient where the model is trained.
+
+    With an ``opponent`` (a frozen model, switched to packed attention where rows are packed) the objective gets the KL at each
+    response position too.
+    """
     if isinstance(batch, PackedBatch):
-        return model(packed=batch, objective=objective)
-    policy = response_logps(model, batch)
+        if opponent is None:
+            return model(packed=batch, objective=objective)
+        causal = causal_model(opponent)
+        with torch.no_grad():
+            states = OpponentStates(packed_states(causal.get_decoder(), batch), causal.get_output_embeddings())
+        return model(packed=batch, objective=objective, opponent=states)
     labels = {name: batch.get(name) for name in ("weights", *LABELS.values())}
-    return objective(LossInputs(policy, batch["reference_logps"], batch["completion_mask"], **labels))
+    mask, width = batch["completion_mask"], batch["completion_mask"].shape[1]
+    logits = response_logits(model, batch)
+    policy = token_logps(logits, batch["input_ids"][:, -width:], mask)
+    if opponent is not None:
+        with torch.no_grad():
+            theirs = response_logits(opponent, batch)
+        labels["position_kl"] = padded_kl(logits, theirs, mask)
+    return objective(LossInputs(policy, batch["reference_logps"], mask, **labels))
 
 
 def batch_logps(model: Any, batch: PackedBatch | dict[str, Tensor]) -> list[Tensor]:
@@ -113,19 +151,23 @@ def batch_logps(model: Any, batch: PackedBatch | dict[str, Tensor]) -> list[Tens
 
 
 def response_logps(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """Return ``log pi(y_t | x, y_<t)`` in nats, float32, of shape ``(2B, R)``; 0 behind the end of a response.
+    """Return ``log pi(y_t | x, y_<t)`` in nats, float32, of shape ``(2B, R)``; 0 behind the end of a response."""
+    mask = batch["completion_mask"]
+    return token_logps(response_logits(model, batch), batch["input_ids"][:, -mask.shape[1] :], mask)
+
+
+def response_logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """Return the logits that predict each response position of padded rows, ``(2B, R, V)``.
 
     ``logits_to_keep`` keeps the head inside the model's own forward, so parameters that ZeRO-3 or FSDP hold in pieces are
     gathered as usual and no model code is patched.
     """
-    mask = batch["completion_mask"]
-    width = mask.shape[1]
+    width = batch["completion_mask"].shape[1]
     known = inspect.signature(type(causal_model(model)).forward).parameters
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in known}
     if "logits_to_keep" in known:
         inputs["logits_to_keep"] = width + 1
-    logits = model(**inputs, use_cache=False).logits[:, -width - 1 : -1]
-    return token_logps(logits, batch["input_ids"][:, -width:], mask)
+    return model(**inputs, use_cache=False).logits[:, -width - 1 : -1]
 
 
 def token_logps(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:

@@ -15,11 +15,11 @@ import torch
 from accelerate.utils import DistributedType
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from spin.alignment.attention import check_architecture, choose_kernel
+from spin.alignment.attention import PACKED_ATTENTION, check_architecture, choose_kernel
 from spin.alignment.batching import Collator, PackedCollator, PairCollator, PairDataset, PairList
 from spin.alignment.errors import InputError
 from spin.alignment.head import Objective
-from spin.alignment.logps import batch_loss, causal_model, install_packed_forward
+from spin.alignment.logps import batch_loss, causal_model, install_packed_forward, use_attention
 from spin.alignment.losses import LOSSES, LossInputs, LossOutputs
 from spin.alignment.memory import advice_for_out_of_memory
 from spin.alignment.memory_plan import plan_token_budget
@@ -27,6 +27,7 @@ from spin.alignment.micro_batches import MicroBatch, MicroBatcher
 from spin.alignment.optimizers import optimizer_class_and_kwargs
 from spin.alignment.packing_check import check_packed_forward
 from spin.alignment.pair_metrics import PairMetrics
+from spin.alignment.position_kl import check_can_keep_opponent, frozen_copy
 from spin.alignment.reference import ReferenceKey, ReferenceLogps, compute_reference, hash_tokens, store_path
 from spin.alignment.shards import write_json_atomic
 from spin.alignment.training_config import SPINConfig
@@ -67,6 +68,9 @@ class SPINTrainer(Trainer):
         self.reference_seconds = 0.0
         self.tokens_seen = 0
         self.metrics = {"train": PairMetrics(), "eval": PairMetrics()}
+        # A copy of the start, made before anything is installed or resumed: alpha needs the opponent's whole distributions.
+        check_can_keep_opponent(args)
+        self.opponent = frozen_copy(model, args.device) if args.alpha else None
         super().__init__(
             model=model,
             args=args,
@@ -90,7 +94,13 @@ class SPINTrainer(Trainer):
         causal = causal_model(model)
         check_architecture(causal)
         kernel = choose_kernel(causal, self.args.device, self.compute_dtype, self.args.packed_attention)
-        self.fused_head = install_packed_forward(model, self.args.fused_head)
+        fused = self.args.fused_head and self.opponent is None
+        self.fused_head = install_packed_forward(model, fused)
+        if self.opponent is not None:
+            use_attention(self.opponent, PACKED_ATTENTION)
+            logger.info(
+                "alpha is %g: a copy of the opponent stands beside the policy, fused_head is off", self.args.alpha
+            )
         head = "fused head" if self.fused_head else "head recomputed in the backward pass"
         logger.info("packed rows: attention kernel %s, %s", kernel, head)
         return PackedCollator(kernel, causal.config.get_text_config().vocab_size, self.args.share_prompts)
@@ -117,12 +127,16 @@ class SPINTrainer(Trainer):
         try:
             return super().train(*arguments, **settings)
         except (RuntimeError, MemoryError) as error:
-            longest = max((self.batcher.collator.tokens(row) for row in self.train_dataset.rows), default=0)
+            longest = self.longest_pair()
             budget = self.batcher.token_budget or longest
             advice = advice_for_out_of_memory(error, budget, longest, self.args.gradient_checkpointing)
             if advice is None:
                 raise
             raise InputError(advice) from error
+
+    def longest_pair(self) -> int:
+        """Return the tokens that the longest training pair takes in a row."""
+        return max((self.batcher.collator.tokens(row) for row in self.train_dataset.rows), default=0)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -145,7 +159,7 @@ class SPINTrainer(Trainer):
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
         total = torch.zeros((), device=self.args.device)
-        micro_batches = self.batcher.micro_batches(inputs.features, self.accelerator)
+        micro_batches = self.batcher.micro_batches(inputs.features, self.accelerator, counted=not inputs.stands_in)
         for number, micro_batch in enumerate(micro_batches, start=1):
             with self._gradient_sync(model, is_last=number == len(micro_batches)):
                 with self.compute_loss_context_manager():
@@ -182,7 +196,7 @@ class SPINTrainer(Trainer):
         share: Any = 1 / max(1, inputs.pairs)
         if num_items_in_batch is not None and model.training:
             share = self.accelerator.num_processes / num_items_in_batch
-        loss = batch_loss(model, inputs.batch, self._objective(model.training, inputs.counted, share))
+        loss = batch_loss(model, inputs.batch, self._objective(model.training, inputs.counted, share), self.opponent)
         if not torch.isfinite(loss):
             raise FloatingPointError(
                 f"the loss is {loss.item()} at step {self.state.global_step}: lower the learning rate, or train in bfloat16 or "
@@ -264,9 +278,7 @@ class SPINTrainer(Trainer):
         Raises:
             InputError: a resumed run has lost its store; the weights in memory are no longer the opponent's.
         """
-        if self.args.batching == "packed":
-            check_packed_forward(self)
-            self.batcher = replace(self.batcher, token_budget=plan_token_budget(self, resumed))
+        self.prepare_batching(self.train_dataset, resumed)
         folder = Path(self.args.reference_dir or Path(self.args.output_dir) / "reference")
         for split, dataset in (("train", self.train_dataset), ("test", self.eval_dataset)):
             if dataset is None:
@@ -282,6 +294,12 @@ class SPINTrainer(Trainer):
                     )
                 self._compute(dataset, path, key, split)
             dataset.reference = ReferenceLogps(path, key, dataset.rows)
+
+    def prepare_batching(self, pairs: PairDataset, resumed: bool) -> None:
+        """Check that packed rows give this model's log-probs, and choose the token budget for pairs like these."""
+        if self.args.batching == "packed":
+            check_packed_forward(self, pairs)
+            self.batcher = replace(self.batcher, token_budget=plan_token_budget(self, pairs, resumed))
 
     def _compute(self, dataset: PairDataset, path: Path, key: ReferenceKey, split: str) -> None:
         def progress(done: int, total: int) -> None:
