@@ -130,13 +130,11 @@ def make_sampler(settings: Settings, trainer: OnlineTrainer, encoder: ChatEncode
 
 
 def save_weights(model: Any, folder: Path) -> None:
-    """Write a module's weights into a folder in the precision the engine serves."""
-    from transformers import AutoConfig
+    """Write a module's weights into a folder as a model, in the precision that its configuration names."""
+    import torch
 
-    dtype = model.config.dtype
-    state = {name: weight.detach().to(dtype) for name, weight in model.state_dict().items()}
-    model.save_pretrained(folder, state_dict=state)
-    AutoConfig.for_model(**model.config.to_dict()).save_pretrained(folder)
+    dtype = getattr(torch, str(model.config.dtype or torch.float32).removeprefix("torch."))
+    model.save_pretrained(folder, state_dict={name: weight.to(dtype) for name, weight in model.state_dict().items()})
 
 
 def train(

@@ -43,7 +43,7 @@ def pair_tokens(dataset: PairDataset, collator: PackedCollator) -> tuple[np.ndar
 
 
 def plan_token_budget(trainer: SPINTrainer, pairs: PairDataset, resumed: bool) -> int:
-    """Return the tokens of a micro-batch of such ``pairs``: those asked for, else the most that the free memory of every process allows.
+    """Return the tokens of a micro-batch of such ``pairs``: those asked for, else the most that every process has memory for.
 
     A resumed training keeps the budget it began with: another packing would round differently. The estimate is logged.
     Every process must call it, with the model prepared and in place.

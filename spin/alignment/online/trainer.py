@@ -67,13 +67,9 @@ class OnlineTrainer(SPINTrainer):
         )
 
     def train(self, resume_from_checkpoint: Any = None, **settings: Any) -> Any:
-        """Train; the sampler is made by :meth:`attach_references` and closed here."""
+        """Train; see ``transformers.Trainer.train``. The sampler must have been set."""
         self._resumed_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
-        try:
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **settings)
-        finally:
-            if self.sampler is not None and self.eval_dataset is None:
-                self.sampler.close()
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **settings)
 
     def attach_references(self, resumed: bool) -> None:
         """Check packed rows and plan the token budget on stand-ins of the longest pairs; take up the stored reference.
