@@ -277,13 +277,18 @@ def test_a_row_that_training_leaves_out_is_kept_without_weights(world, tmp_path)
     rejected = [chosen[0], {"role": "assistant", "content": "red"}]
     write_pairs(tmp_path / "pairs", 3, 1)
     rows = rows_of(tmp_path / "pairs")
-    rows[1] |= {"chosen": chosen, "rejected": rejected, "rejected_token_ids": None, "rejected_finish_reason": None}
+    ids = rows[1]["rejected_token_ids"]
+    rows[0]["rejected_finish_reason"] = "length"  # what is stored is kept, also where it surprises
+    rows[1] |= {"chosen": chosen, "rejected": rejected}
     file = tmp_path / "pairs" / "train_prefs-00000-of-00001.parquet"
     pq.write_table(pa.Table.from_pylist(rows, pq.read_schema(file)), file)
     code, out, err = weigh(tmp_path, tmp_path / "out", "--weighting", "drift", "--tokenizer", world / "minus")
     assert code == 0, err
     assert "1 without weights" in out and "control token" in out
-    assert [row["chosen_weights"] is None for row in rows_of(tmp_path / "out")] == [False, True, False]
+    after = rows_of(tmp_path / "out")
+    assert [row["chosen_weights"] is None for row in after] == [False, True, False]
+    assert after[1]["rejected_token_ids"] == ids and after[1]["chosen_token_ids"] is None
+    assert [row["rejected_finish_reason"] for row in after] == ["length", "stop", "length"]
 
 
 # --- the page -------------------------------------------------------------------------------------------------------------

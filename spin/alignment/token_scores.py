@@ -174,9 +174,13 @@ def cut_rows(encoded: Dataset, encoder: ChatEncoder, limits: DataConfig) -> Data
 
 def check_rows_fit(judge: Judge, splits: Mapping[str, Dataset]) -> None:
     """Check the longest sequence and the largest id against a model's configuration."""
+    import pyarrow.compute as pc
+
     for rows in splits.values():
-        longest = max(len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows)
-        check_fits(judge.folder, longest, max(max(row[name], default=0) for row in rows for name in ID_COLUMNS))
+        table = rows.with_format("arrow")[:]
+        prompt, *responses = (pc.list_value_length(table[name]) for name in ID_COLUMNS)
+        longest = max(pc.max(pc.add(prompt, response)).as_py() for response in responses)
+        check_fits(judge.folder, longest, max(pc.max(pc.list_flatten(table[name])).as_py() for name in ID_COLUMNS))
 
 
 def score_splits(

@@ -85,24 +85,32 @@ class Split:
 
     def __post_init__(self) -> None:
         self.usable = [index for index, reason in enumerate(self.reasons) if not reason]
+        stored = [f"{side}_{name}" for side in SIDES for name in ("token_ids", "finish_reason")]
+        kept = ["prompt_id", "sample_index", *(name for name in stored if name in self.rows.column_names)]
+        self.facts_of_rows = self.rows.select_columns(kept)
 
     def weighed(self, method: Method, gains: Callable[[int], Gains] | None) -> Iterator[WeighedRow]:
         """Yield the weights of every row; ``gains`` is called with the position among the usable rows."""
         position = 0
         for index, reason in enumerate(self.reasons):
-            if reason:
-                yield WeighedRow(reason=reason)
+            stored, row = self.facts_of_rows[index], self.encoded[index]
+            if reason:  # what the row has stays as it is
+                ids, ends = (
+                    [stored.get(f"{side}_{name}") for side in SIDES] for name in ("token_ids", "finish_reason")
+                )
+                yield WeighedRow(ids, ends, (None, None), reason)
                 continue
-            row, found = self.encoded[index], gains(position) if gains else ([], [])
+            ids = [row[f"{side}_ids"] for side in SIDES]
+            pair = PairTokens(ids[0], ids[1], *(gains(position) if gains else ([], [])))
             position += 1
-            key = self.rows[index]
-            seeds = [
-                int(hash_text(str(method.seed), key["prompt_id"], str(key["sample_index"]), side), 16) for side in SIDES
+            name = (str(method.seed), stored["prompt_id"], str(stored["sample_index"]))
+            seeds = (int(hash_text(*name, "chosen"), 16), int(hash_text(*name, "rejected"), 16))
+            weights = weights_of_pair(method.weighting, pair, method.transform, method.settings, seeds)
+            ends = [
+                stored.get(f"{side}_finish_reason") or ("stop" if some[-1] in self.encoder.stop_ids else "length")
+                for side, some in zip(SIDES, ids, strict=True)
             ]
-            pair = PairTokens(row["chosen_ids"], row["rejected_ids"], *found)
-            weights = weights_of_pair(method.weighting, pair, method.transform, method.settings, (seeds[0], seeds[1]))
-            ends = ["stop" if row[f"{side}_ids"][-1] in self.encoder.stop_ids else "length" for side in SIDES]
-            yield WeighedRow((row["chosen_ids"], row["rejected_ids"]), (ends[0], ends[1]), weights)
+            yield WeighedRow(ids, ends, weights)
 
 
 def open_splits(

@@ -72,11 +72,11 @@ class WeightStatistics:
 
 @dataclass(frozen=True)
 class WeighedRow:
-    """The ids and weights of one pair, chosen and rejected; ``reason`` says why a row has none."""
+    """What is written of one pair, chosen then rejected; ``reason`` says why a row has no weights."""
 
-    ids: tuple[Sequence[int], Sequence[int]] = ((), ())
-    finish_reasons: tuple[str, str] = ("", "")
-    weights: tuple[Sequence[float], Sequence[float]] = ((), ())
+    ids: Sequence[Sequence[int] | None]
+    finish_reasons: Sequence[str | None]
+    weights: Sequence[Sequence[float] | None]
     reason: str = ""
 
 
@@ -121,14 +121,16 @@ def _columns(rows: Sequence[WeighedRow], statistics: WeightStatistics) -> dict[s
         if row.reason:
             statistics.left_out[row.reason] = statistics.left_out.get(row.reason, 0) + 1
         for number, side in enumerate(SIDES):
-            weights = np.asarray(row.weights[number], dtype=np.float32)
-            getattr(statistics, side).add(weights)
+            found = row.weights[number]
+            weights = None if found is None else np.asarray(found, dtype=np.float32)
+            if weights is not None:
+                getattr(statistics, side).add(weights)
             for name, value in (
-                ("token_ids", list(row.ids[number])),
+                ("token_ids", row.ids[number]),
                 ("finish_reason", row.finish_reasons[number]),
                 ("weights", weights),
             ):
-                columns[f"{side}_{name}"].append(None if row.reason else value)
+                columns[f"{side}_{name}"].append(value)
     return columns
 
 
