@@ -253,6 +253,7 @@ REFUSED = [
     ({"max_prompt_length": 3}, "has 3 tokens or fewer: raise max_prompt_length"),
     ({"max_length": 1024, "max_new_tokens": 500}, "but the model takes 512"),
     ({"reference_dir": "somewhere"}, "the reference of an online step is never stored"),
+    ({"alpha": 0.5}, "an online reference moves"),
     ({"reverse": True}, "online pairs are made by their labels"),
     ({"init_from_config": True}, "init_from_config has no meaning here"),
     ({"load_in_8bit": True, "use_peft": True}, "do not work online"),

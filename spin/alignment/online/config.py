@@ -91,6 +91,11 @@ class OnlineConfig(SPINConfig):
             raise InputError(
                 f"alpha is {self.alpha}, but its KL needs an opponent that stays, and the online reference moves: set alpha to 0"
             )
+        if self.alpha:
+            raise InputError(
+                f"alpha is {self.alpha}, but its KL term needs an opponent that stays the same, and an online reference moves: "
+                "remove it"
+            )
         if self.reverse:
             raise InputError("reverse is true, but online pairs are made by their labels: remove it")
         self.sampling = SamplingConfig(
