@@ -4,6 +4,7 @@
 
 The task is sorting ten letters out of sixteen: ``cab...`` -> ``abc...``. Few rows have the answer written out (400 in ``train``,
 500 in ``test``). The 40,000 prompts of ``prompts/`` have none: ``scripts/sorting_checker.py`` tells whether a response is right.
+``plenty/`` has 6,000 answered rows, for the regime in which supervised fine-tuning is the better choice.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from spin.alignment.shards import ParquetSink
 
 LETTERS = "abcdefghijklmnop"
 LENGTH = 10
-NUM_TRAIN, NUM_TEST, NUM_PROMPTS, NUM_PARTS = 400, 500, 40_000, 8
+NUM_TRAIN, NUM_TEST, NUM_PLENTY, NUM_PROMPTS, NUM_PARTS = 400, 500, 6_000, 40_000, 8
 SEED = 0
 
 
@@ -48,7 +49,8 @@ def main(output_dir: Path) -> None:
     parts = [
         (f"prompts/train-{part:05d}-of-{NUM_PARTS:05d}", NUM_PROMPTS // NUM_PARTS, False) for part in range(NUM_PARTS)
     ]
-    for name, count, answered in (("test", NUM_TEST, True), ("train", NUM_TRAIN, True), *parts):
+    files = [("test", NUM_TEST, True), ("train", NUM_TRAIN, True), *parts, ("plenty/train", NUM_PLENTY, True)]
+    for name, count, answered in files:
         path = output_dir / f"{name}.parquet"
         split = path.stem.partition("-")[0]
         provenance = Provenance("prompts", split=split, sampling={"task": "sorting letters", "seed": SEED})
@@ -58,7 +60,7 @@ def main(output_dir: Path) -> None:
     tokenizer.save_pretrained(output_dir / "model")
     tiny_llama(len(SPECIAL) + len(LETTERS), hidden=96, feed_forward=256).save_pretrained(output_dir / "model")
     print(
-        f"wrote {NUM_TRAIN} answered training rows, {NUM_TEST} test rows, {NUM_PROMPTS} prompts without an answer and the model "
+        f"wrote {NUM_TRAIN} (and {NUM_PLENTY}) answered training rows, {NUM_TEST} test rows, {NUM_PROMPTS} prompts without an answer and the model "
         f"configuration to {output_dir}"
     )
 
