@@ -60,8 +60,8 @@ def main(output_dir: Path) -> None:
     tokenizer.save_pretrained(output_dir / "model")
     tiny_llama(len(SPECIAL) + len(LETTERS), hidden=96, feed_forward=256).save_pretrained(output_dir / "model")
     print(
-        f"wrote {NUM_TRAIN} (and {NUM_PLENTY}) answered training rows, {NUM_TEST} test rows, {NUM_PROMPTS} prompts without an answer and the model "
-        f"configuration to {output_dir}"
+        f"wrote {NUM_TRAIN} (and {NUM_PLENTY}) answered training rows, {NUM_TEST} test rows, {NUM_PROMPTS} prompts without an "
+        f"answer and the model configuration to {output_dir}"
     )
 
 
