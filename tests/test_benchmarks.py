@@ -7,12 +7,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from benchmarks.report import add_ratios, loss_differences, rates, ratios
+from benchmarks.finetune import schedule
+from benchmarks.report import add_ratios, loss_differences, pool, rates, ratios
 from benchmarks.shapes import EOS_ID, SHAPES, ModelSize, as_text, distinct_tokens, flops_per_pair, make_plan
 from tests.helpers import REPOSITORY
 
@@ -45,6 +47,40 @@ def test_ratios_are_ours_over_the_peers_turn_by_turn() -> None:
     assert result["ratios"] == {"naive": 3.0} and result["ratio_spread"] == {"naive": [3.0, 3.0]}
     assert result["peak_memory_ratio"] == {"naive": 0.25}
     assert result["peak_above_baseline_ratio"] == {"naive": 0.2}
+
+
+def test_a_paired_run_compares_neighbouring_turns_and_pools_ours() -> None:
+    def facts(speeds: list[float], peak: int) -> dict[str, Any]:
+        return {
+            "label": "x",
+            "pairs_per_second": float(np.median(speeds)),
+            "reference_tokens_per_second": 4.0,
+            "peak_bytes": peak,
+            "peak_above_baseline_bytes": peak - 1,
+            "processor_share": 1.0,
+            "turns": [{}] * len(speeds),
+            "reps": {"pairs_per_second": speeds},
+        }
+
+    beside_naive, beside_trl = facts([6.0, 8.0], 2), facts([3.0, 3.0], 3)
+    naive, trl = facts([2.0, 2.0], 8), facts([1.0, 1.5], 9)
+    naive["ours_beside"], trl["ours_beside"] = beside_naive, beside_trl
+    ours = pool([beside_naive, beside_trl])
+    assert ours["pairs_per_second"] == 4.5 and ours["peak_bytes"] == 3 and len(ours["turns"]) == 4
+    result: dict[str, Any] = {"contenders": {"ours": ours, "naive": naive, "trl_best": trl}}
+    add_ratios(result)
+    assert result["ratios"] == {"naive": 3.5, "trl_best": 2.5}
+    assert result["ratio_spread"] == {"naive": [3.0, 4.0], "trl_best": [2.0, 3.0]}
+    assert result["peak_memory_ratio"] == {"naive": 0.25, "trl_best": 3 / 9}
+
+
+def test_the_schedules_say_who_takes_turns_with_whom() -> None:
+    def groups(schedule_name: str) -> list[list[str]]:
+        return schedule(SimpleNamespace(contenders=["ours", "naive", "trl_best"], schedule=schedule_name))
+
+    assert groups("interleaved") == [["matmul", "ours", "naive", "trl_best"]]
+    assert groups("paired") == [["matmul", "ours", "naive"], ["matmul", "ours", "trl_best"]]
+    assert groups("sequential") == [["matmul"], ["ours"], ["naive"], ["trl_best"]]
 
 
 def test_other_work_shows_in_the_losses() -> None:
