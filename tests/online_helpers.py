@@ -14,6 +14,11 @@ def share_of_letters(prompt: str, response: str, reference: str) -> float:
     return sum(character.isalpha() for character in response) / max(1, len(response))
 
 
+def letters_of_some(prompt: str, response: str, reference: str) -> float:
+    """A reward that prefers something for one prompt in six."""
+    return share_of_letters(prompt, response, reference) if int(prompt.split()[1]) % 6 == 0 else 1.0
+
+
 def always_same(prompt: str, response: str, reference: str) -> float:
     """A reward that prefers nothing."""
     return 1.0

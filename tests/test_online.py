@@ -181,6 +181,27 @@ def test_two_processes_equal_one(tmp_path, tiny_model, prompts):
     assert apart < 1e-3 * moved
 
 
+def test_a_process_may_have_neither_pair_nor_held_out_prompt(tmp_path, tiny_model, prompts):
+    """One pair a step and one held-out prompt for two processes: every reduction still finds both."""
+    settings = {
+        "scorer": "tests.online_helpers:letters_of_some",
+        "max_steps": 3,
+        "eval_prompts": str(prompts),
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "eval_limit": 1,
+    }
+    train(write_online(tmp_path / "one", tiny_model, prompts, **settings))
+    two = write_online(tmp_path / "two", tiny_model, prompts, **settings, per_device_train_batch_size=3)
+    train(two, launch=tuple(launcher("cpu.yaml")))
+    first, second = (metrics(tmp_path / name / "out")["history"] for name in ("one", "two"))
+    assert [entry["pairs_per_prompt"] for entry in second if "score" in entry] == pytest.approx([1 / 6] * 3)
+    for name in ("rewards/margins", "logps/chosen", "eval_t0_score", "eval_t1_length"):
+        values = [[entry[name] for entry in history if name in entry] for history in (first, second)]
+        assert len(values[0]) >= 3
+        assert values[1] == pytest.approx(values[0], abs=1e-4), name
+
+
 def test_no_pair_means_no_update(tmp_path, tiny_model, prompts):
     config = write_online(tmp_path, tiny_model, prompts, scorer="tests.online_helpers:always_same", max_steps=2)
     code, _, error = run_main(run_online.main, config)

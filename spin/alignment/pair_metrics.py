@@ -15,6 +15,21 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+_NAMES = (
+    "loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+    "drift/chosen",
+    "drift/chosen_per_token",
+    "pairs",
+    "tokens",
+)
+
+
 @dataclass(frozen=True)
 class PairAverages:
     """Averages over pairs under their standard names, and how many pairs and completion tokens they come from."""
@@ -51,21 +66,23 @@ class PairMetrics:
             "pairs": torch.ones_like(margins),
             "tokens": mask.sum().double(),
         }
-        for name, value in values.items():
-            self._sums[name].append(value.double().sum())
+        for name in _NAMES:
+            self._sums[name].append(values[name].double().sum())
 
     def take(self, accelerator: Accelerator) -> PairAverages | None:
-        """Return the averages over all processes and start anew; None when nothing was added.
+        """Return the averages over all processes and start anew; None when nothing was added in any of them.
 
-        Every process must call it.
+        Every process must call it, one that added nothing too: the others wait for it in the reduction.
         """
-        if not self._sums:
-            return None
-        names = sorted(self._sums)
-        # float64 sums would not cross every backend (MPS); float32 is enough for a mean of pairs.
-        local = torch.stack([torch.stack(self._sums[name]).sum() for name in names]).float()
+        if self._sums:
+            # float64 sums would not cross every backend (MPS); float32 is enough for a mean of pairs.
+            local = torch.stack([torch.stack(self._sums[name]).sum() for name in _NAMES]).float()
+        else:
+            local = torch.zeros(len(_NAMES), device=accelerator.device)
         self._sums.clear()
         totals = accelerator.reduce(local, reduction="sum").double()
-        total = dict(zip(names, totals.tolist(), strict=True))
+        total = dict(zip(_NAMES, totals.tolist(), strict=True))
         pairs, tokens = total.pop("pairs"), total.pop("tokens")
+        if not pairs:
+            return None
         return PairAverages({name: value / pairs for name, value in total.items()}, int(pairs), int(tokens))
