@@ -242,7 +242,8 @@ def check_training_settings(config: RunConfig, source: str, pairing: str = "grou
         check_loss(pairing, read_settings(config.train_values(iteration) | path, where, SPINConfig).arguments.loss_type)
         for name in SCORERS_OF_RUN.values() if config.trains_scorers else ():
             where = f"the section 'weigh.train' of {source} (iteration {iteration}, {name})"
-            read_settings(config.scorer_values(iteration, name) | path, where, SPINConfig)
+            scorer = read_settings(config.scorer_values(iteration, name) | path, where, SPINConfig)
+            check_loss(pairing, scorer.arguments.loss_type)
 
 
 def check_weighing(config: RunConfig) -> None:
@@ -267,8 +268,11 @@ def check_data(config: RunConfig, sampling: Any) -> None:
     from spin.alignment.data import load_prompts
     from spin.alignment.readers import prompt_turns
 
-    tokenizer = load_tokenizer(config.model, config.model_revision, sampling.trust_remote_code)
-    encoder = ChatEncoder(tokenizer, sampling.system)
+    # What the program that reads the prompts is told: run_online.py where it takes the place of generate.py.
+    told = {"trust_remote_code": sampling.trust_remote_code, "system": sampling.system}
+    told = {name: (config.online or {}).get(name, value) for name, value in told.items()}
+    tokenizer = load_tokenizer(config.model, config.model_revision, told["trust_remote_code"])
+    encoder = ChatEncoder(tokenizer, told["system"])
     for (path, split), truth_required in data_sources(config).items():
         prompts = load_prompts(path, split, truth_required)
         for row in prompts.select(range(min(100, len(prompts)))):
@@ -281,13 +285,15 @@ def check_data(config: RunConfig, sampling: Any) -> None:
 def data_sources(config: RunConfig) -> dict[tuple[str, str], bool]:
     """Return every data set and split of a run, and whether its rows must have their ground truth."""
     from spin.alignment.pairing import needs_truth
+    from spin.alignment.scoring import needs_reference
 
     data = config.data
     if config.online is None:
-        name = config.convert.get("pairing", "ground_truth")
+        name, scorer = config.convert.get("pairing", "ground_truth"), config.convert.get("scorer")
     else:
-        name = config.online.get("pairing", "best_vs_worst")
-    sources = {data.played(iteration): needs_truth(name) for iteration in range(config.iterations)}
+        name, scorer = config.online.get("pairing", "best_vs_worst"), config.online.get("scorer")
+    required = needs_truth(name) or (scorer is not None and needs_reference(scorer))
+    sources = {data.played(iteration): required for iteration in range(config.iterations)}
     if config.sft is not None or config.control is not None:
         sources[data.train, data.train_split] = True
     if data.test:

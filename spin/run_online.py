@@ -102,6 +102,30 @@ def check_context(settings: Settings, splits: dict[str, PromptDataset], folder: 
                 f"prompt {longest.prompt_id} of the {name} split and max_new_tokens need {needed} tokens, but the model takes "
                 f"{context}: lower max_new_tokens or max_prompt_length"
             )
+        longest = max(dataset.prompts, key=lambda prompt: len(prompt.token_ids) + len(prompt.truth_ids))
+        needed = len(longest.token_ids) + len(longest.truth_ids)
+        if context is not None and needed > context:
+            raise InputError(
+                f"prompt {longest.prompt_id} of the {name} split and its ground truth have {needed} tokens, but the model takes "
+                f"{context}: lower max_length, to which it is cut"
+            )
+
+
+def check_references(settings: Settings, splits: dict[str, PromptDataset]) -> None:
+    """Check that every prompt has the ground truth that the scorer compares with.
+
+    Raises:
+        InputError: naming the prompt.
+    """
+    from spin.alignment.scoring import needs_reference, no_reference
+
+    scorer = settings.arguments.scorer
+    if scorer is None or not needs_reference(scorer):
+        return
+    for dataset in splits.values():
+        for prompt in dataset.prompts:
+            if not (prompt.reference or "").strip():
+                raise no_reference(scorer, prompt.prompt_id)
 
 
 def make_sampler(settings: Settings, trainer: OnlineTrainer, encoder: ChatEncoder) -> PolicySampler:
@@ -145,6 +169,7 @@ def train(
     key: str,
 ) -> None:
     """Train, save the policy, and write metrics.json last."""
+    from spin.alignment.labelling import scorer_record
     from spin.alignment.online.labels import PairMaker
     from spin.alignment.online.trainer import OnlineTrainer
     from spin.alignment.provenance import hash_text
@@ -153,7 +178,10 @@ def train(
 
     arguments = settings.arguments
     data = hash_text(*(f"{name}={dataset.key}" for name, dataset in sorted(splits.items())), encoder.fingerprint)
-    folder = OutputFolder(settings, inputs_record(settings, key, data))
+    inputs = inputs_record(settings, key, data)
+    if arguments.scorer_settings is not None:
+        inputs |= scorer_record(arguments.scorer_settings)
+    folder = OutputFolder(settings, inputs)
     if folder.is_complete():
         report(settings, f"{folder.path} is complete already")
         push_policy(settings)
@@ -205,6 +233,7 @@ def main(arguments: Sequence[str]) -> None:
     tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision, model.trust_remote_code)
     encoder = ChatEncoder(tokenizer, settings.data.system)
     splits, left_out = load_splits(settings.data, settings.arguments, encoder)
+    check_references(settings, splits)
     for name, dataset in splits.items():
         longer = f", {left_out[name]} longer than max_prompt_length left out" if left_out[name] else ""
         report(settings, f"{name}: {len(dataset)} prompts{longer}")

@@ -14,6 +14,7 @@ import torch
 
 from spin import run_online
 from spin.alignment.chat import ChatEncoder, load_tokenizer
+from spin.alignment.errors import InputError
 from spin.alignment.generation import BackendSettings, PromptRequest, SamplingConfig, sample_seed
 from spin.alignment.generation.transformers_backend import TransformersBackend
 from tests.helpers import run_command, run_main
@@ -170,6 +171,18 @@ def test_a_lost_reference_ends_the_resume(tmp_path, tiny_model, prompts):
     assert "reference.safetensors is gone, so the run cannot go on exactly" in error
 
 
+def test_another_reward_is_another_training(tmp_path, tiny_model, prompts, monkeypatch):
+    module = tmp_path / "reward_of_this_test.py"
+    module.write_text("def score(prompt, response, reference):\n    return float(len(response))\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    config = write_online(tmp_path, tiny_model, prompts, scorer="reward_of_this_test:score", max_steps=1)
+    assert run_main(run_online.main, config)[0] == 0
+    module.write_text(module.read_text().replace("float(", "-float("))
+    code, _, error = run_main(run_online.main, config)
+    assert code == 2
+    assert "belongs to another training (scorer_module_reward_of_this_test differ)" in error
+
+
 def test_two_processes_equal_one(tmp_path, tiny_model, prompts):
     one = write_online(tmp_path / "one", tiny_model, prompts, ref_update_freq=2)
     train(one)
@@ -252,6 +265,38 @@ def test_online_spin_trains_on_the_ground_truth(tmp_path, tiny_model):
     assert history[8]["logps/chosen"] > history[0]["logps/chosen"] + 0.3  # the same prompts, two epochs later
 
 
+def test_a_long_ground_truth_is_cut_and_planned_for(tmp_path, tiny_model):
+    """As offline: prompt and response have at most max_length tokens, and memory is planned for the longest."""
+    from types import SimpleNamespace
+
+    from spin.alignment.configs import DataConfig
+    from spin.alignment.online.prompts import load_splits
+    from spin.alignment.online.trainer import OnlineTrainer
+
+    folder = tmp_path / "long"
+    folder.mkdir()
+    turns = [{"role": "user", "content": "say"}, {"role": "assistant", "content": "yes " * 40}]
+    (folder / "train.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    encoder = ChatEncoder(load_tokenizer(tiny_model))
+    settings = SimpleNamespace(pairing="ground_truth", eval_prompts=None, seed=0, max_new_tokens=8)
+    data = DataConfig(dataset_mixer={str(folder): 1.0}, dataset_splits=["train"], max_length=96, max_prompt_length=64)
+    (prompt,) = load_splits(data, settings, encoder)[0]["train"].prompts
+    whole = encoder.response_ids(turns)
+    assert list(prompt.truth_ids) == whole[: 96 - len(prompt.token_ids)] != whole
+    trainer = SimpleNamespace(
+        train_dataset=SimpleNamespace(prompts=[prompt]), args=settings, processing_class=encoder.tokenizer
+    )
+    (planned,) = OnlineTrainer.stand_ins(trainer).rows
+    assert len(planned["chosen_ids"]) == len(prompt.truth_ids)
+    (own,) = load_splits(data, SimpleNamespace(**vars(settings) | {"pairing": "best_vs_worst"}), encoder)[0][
+        "train"
+    ].prompts
+    assert own.truth_ids == ()  # nothing is trained on it
+    broken = DataConfig(dataset_mixer={str(folder): "1"}, dataset_splits=["train"], max_length=96, max_prompt_length=64)
+    with pytest.raises(InputError, match="the fraction 1: set it above 0 and at most 1"):
+        load_splits(broken, settings, encoder)
+
+
 REFUSED = [
     ({"ref_update_freq": 0}, "ref_update_freq is 0: set it to 1 or more"),
     ({"ref_update_freq": -2}, "ref_update_freq is -2: set it to 1 or more"),
@@ -281,6 +326,17 @@ REFUSED = [
     ({"backend": "vllm", "use_peft": True}, "use_peft does not go with backend vllm online"),
     ({"gpu_memory_utilization": 1.5}, "set it to a share in (0, 1]"),
     ({"soft_mean_b": -1.0}, "soft_mean_b is -1.0: set it to 0 or more"),
+    ({"soft_mean_b": 2.0}, "soft_mean_b is 2.0, but pairing best_vs_worst uses no baseline"),
+    (
+        {"pairing": "ground_truth", "scorer": None, "num_samples": 1, "score_cache": "kept"},
+        "score_cache is kept, but no scorer is set",
+    ),
+    (
+        {"scorer": "judge", "base_url": "http://127.0.0.1:1/v1", "eval_prompts": "some/data", "eval_strategy": "steps"},
+        "the one response to a held-out prompt has nothing beside it",
+    ),
+    ({"pairing": "ground_truth", "scorer": None, "num_samples": 1}, "has no ground truth, which pairing ground_truth"),
+    ({"scorer": "math_answer"}, "scorer math_answer compares with the ground truth, but prompt p0 has none"),
     ({"scorer_model": "somewhere"}, "scorer_model"),
 ]
 
@@ -320,11 +376,12 @@ def test_the_shipped_configurations_are_valid(name, tiny_model):
 
 
 @pytest.mark.parametrize("name", ["demo_online", "demo_sppo", "demo_wspin", "gsm8k_small_online", "gsm8k_small_sppo"])
-def test_the_shipped_runs_are_valid(name):
+def test_the_shipped_runs_are_valid(name, monkeypatch):
     from spin.alignment.run_config import load_run_config
     from spin.alignment.stages import make_stages
     from spin.pipeline import check_training_settings
 
+    monkeypatch.setattr("spin.alignment.stages.num_train_fractions", lambda *_: 1)  # the data may not be there
     config = load_run_config(f"configs/{name}.yaml")
     check_training_settings(config, name, config.convert.get("pairing", "ground_truth"))
     assert make_stages(config)[-1].program == "evaluate_model.py"

@@ -151,11 +151,18 @@ def scorer_record(settings: ScorerSettings) -> dict[str, Any]:
     record |= {"scorer_max_length": settings.max_length, "scorer_dtype": settings.dtype}
     if settings.name in ("reward_model", "preference_model") and settings.model:
         record["scorer_weights"] = _weights_hash(settings.model)
-    for term in settings.name.split("+"):
+    record |= {f"scorer_module_{name}": hash_file(path) for name, path in rule_files(settings.name).items()}
+    return {name: value for name, value in record.items() if value is not None}
+
+
+def rule_files(scorer: str) -> dict[str, Path]:
+    """Return the module files of a scorer's terms ``module:function``, by module; :func:`scorer_settings` has imported them."""
+    found = {}
+    for term in scorer.split("+"):
         module = sys.modules.get(term.rpartition("*")[2].strip().partition(":")[0]) if ":" in term else None
         if module is not None and module.__file__:
-            record[f"scorer_module_{module.__name__}"] = hash_file(Path(module.__file__))
-    return {name: value for name, value in record.items() if value is not None}
+            found[module.__name__] = Path(module.__file__)
+    return found
 
 
 @functools.cache

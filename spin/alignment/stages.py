@@ -164,11 +164,20 @@ def convert_stage(config: RunConfig, iteration: int) -> Stage:
         name=f"iter{iteration}/convert",
         commands=[python_command(PROGRAMS / "convert_data.py", arguments)],
         settings=dict(config.convert),
-        sources=[Source(str(generated), lambda: sorted(generated.glob("*.parquet")))],
+        sources=[Source(str(generated), lambda: sorted(generated.glob("*.parquet"))), *scorer_sources(config.convert)],
         outputs=lambda: sorted(pairs.glob("*_prefs-*.parquet")) + sorted(pairs.glob("*.counts.json")),
         folders=[pairs],
         program="convert_data.py",
     )
+
+
+def scorer_sources(section: Mapping[str, Any]) -> list[Source]:
+    """What the scores of a section depend on beside its settings: the scoring model, or the modules of its own rules."""
+    from spin.alignment.labelling import rule_files
+
+    name, model = str(section.get("scorer") or ""), section.get("scorer_model")
+    sources = [model_source(str(model))] if model and name != "judge" else []
+    return sources + ([Source(f"scorer {name}", lambda: list(rule_files(name).values()))] if ":" in name else [])
 
 
 def train_stage(config: RunConfig, iteration: int) -> Stage:
@@ -226,7 +235,7 @@ def sft_stage(config: RunConfig, name: str) -> Stage:
 def online_stage(config: RunConfig) -> Stage:
     """The policy trained step by step on its own labelled responses."""
     values, folder = config.online_values(), Path(config.run_dir) / "online"
-    sources = [data_source(*config.data.played())]
+    sources = [data_source(*config.data.played()), *scorer_sources(values)]
     if "eval_prompts" in values:
         sources.append(data_source(config.data.test, config.data.test_split))
     return _training_stage(config, "online/train", "run_online.py", folder, values, sources)

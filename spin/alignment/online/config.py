@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from spin.alignment.errors import InputError, lookup
 from spin.alignment.generation.base import SamplingConfig
-from spin.alignment.labelling import check_loss
+from spin.alignment.labelling import SCORER_FLAGS, check_loss
 from spin.alignment.pairing import PAIRINGS
 from spin.alignment.pairing.base import check_num_samples
 from spin.alignment.scoring.base import ScorerSettings
@@ -14,6 +14,8 @@ from spin.alignment.training_config import SPINConfig
 
 BASELINES = ("prompt", "batch")
 SAMPLERS = ("transformers", "vllm")
+# Scorers that say how a response does against the others to its prompt.
+COMPARATIVE = ("judge", "preference_model")
 
 
 @dataclass
@@ -89,10 +91,6 @@ class OnlineConfig(SPINConfig):
             raise InputError("reference_dir is set, but the reference of an online step is never stored: remove it")
         if self.alpha:
             raise InputError(
-                f"alpha is {self.alpha}, but its KL needs an opponent that stays, and the online reference moves: set alpha to 0"
-            )
-        if self.alpha:
-            raise InputError(
                 f"alpha is {self.alpha}, but its KL term needs an opponent that stays the same, and an online reference moves: "
                 "remove it"
             )
@@ -127,8 +125,19 @@ class OnlineConfig(SPINConfig):
         if self.needs and not self.scorer:
             raise InputError(f"pairing {self.pairing} compares scores, but scorer is not set: name a scorer")
         check_loss(self.pairing, self.loss_type)
-        if self.baseline == "batch" and self.pairing != "every_sample":
-            raise InputError(f"baseline is batch, but pairing {self.pairing} uses no baseline: remove it")
+        for name, default in (("baseline", "prompt"), ("soft_mean_b", 1.0)):
+            if getattr(self, name) != default and self.pairing != "every_sample":
+                raise InputError(
+                    f"{name} is {getattr(self, name)}, but pairing {self.pairing} uses no baseline: remove it"
+                )
+        given = [name for name, default in SCORER_FLAGS.items() if getattr(self, name, default) != default]
+        if given and not self.scorer:
+            raise InputError(f"{given[0]} is {getattr(self, given[0])}, but no scorer is set: set scorer, or remove it")
+        if self.eval_prompts and self.scorer in COMPARATIVE and "chosen_score" not in self.needs:
+            raise InputError(
+                f"eval_prompts is set, but the scorer {self.scorer} compares responses, and the one response to a "
+                "held-out prompt has nothing beside it: remove eval_prompts, or score with a rule or a reward model"
+            )
 
     @property
     def scorer_settings(self) -> ScorerSettings | None:

@@ -108,7 +108,7 @@ class PairMaker:
         column = LOSS_COLUMNS.get(self.config.loss_type)
         for half in HALVES:
             ids = pair.get(f"{half}_token_ids")
-            feature[f"{half}_ids"] = list(ids) if ids else self.encoder.response_ids(pair[half], prompt_ids=None)
+            feature[f"{half}_ids"] = list(ids or prompt.truth_ids)
             if column == "reward":  # the baseline, of this prompt or of all, is taken off here
                 feature[f"{half}_reward"] = pair[f"{half}_score"]
             elif column is not None:

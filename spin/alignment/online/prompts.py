@@ -11,6 +11,7 @@ import torch
 from spin.alignment.data import load_prompts, prompts_hash
 from spin.alignment.errors import InputError
 from spin.alignment.fractions import fraction_rows
+from spin.alignment.pairing import needs_truth, no_truth
 from spin.alignment.provenance import hash_text
 
 if TYPE_CHECKING:
@@ -23,12 +24,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class OnlinePrompt:
-    """One prompt: its ids (generation prompt included), its turns, and the ground truth's conversation where there is one."""
+    """One prompt: its ids (generation prompt included), its turns, and the ground truth's conversation where there is one.
+
+    ``truth_ids`` are those of the ground truth, cut to ``max_length`` as in training offline; empty where none is trained on.
+    """
 
     prompt_id: str
     token_ids: tuple[int, ...]
     messages: list[dict[str, str]]
     truth: list[dict[str, str]] | None
+    truth_ids: tuple[int, ...] = ()
 
     @property
     def reference(self) -> str | None:
@@ -56,11 +61,12 @@ def load_splits(
     of each are longer than ``max_prompt_length`` and left out.
 
     Raises:
-        InputError: a fraction out of range, a row that cannot be encoded, or no prompt that is short enough.
+        InputError: a fraction out of range, a row that cannot be encoded or lacks the ground truth that the method compares
+            with, or no prompt that is short enough.
     """
     sources = []
     for source, fraction in data.dataset_mixer.items():
-        if isinstance(fraction, bool) or not 0 < fraction <= 1:
+        if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction <= 1:
             raise InputError(f"dataset_mixer gives {source} the fraction {fraction}: set it above 0 and at most 1")
         for split in data.dataset_splits:
             rows = load_prompts(source, split, truth_required=False)
@@ -68,17 +74,21 @@ def load_splits(
                 rows = rows.shuffle(seed=arguments.seed).select(range(max(1, int(fraction * len(rows)))))
             sources.append((source, rows))
     splits, left_out = {}, {}
-    splits["train"], left_out["train"] = _dataset(sources, encoder, data.max_prompt_length)
+    trained_on = arguments.pairing if needs_truth(arguments.pairing) else None
+    prompts = [encode(row, encoder, source, trained_on, data) for source, rows in sources for row in rows]
+    splits["train"], left_out["train"] = _dataset(sources, prompts, data.max_prompt_length)
     if arguments.eval_prompts:
         rows = load_prompts(arguments.eval_prompts, arguments.eval_split, truth_required=False)
         if arguments.eval_limit and arguments.eval_limit < len(rows):
             rows = rows.select(fraction_rows(len(rows), 0, arguments.eval_limit))
-        splits["test"], left_out["test"] = _dataset([(arguments.eval_prompts, rows)], encoder, data.max_prompt_length)
+        prompts = [encode(row, encoder, arguments.eval_prompts) for row in rows]
+        splits["test"], left_out["test"] = _dataset([(arguments.eval_prompts, rows)], prompts, data.max_prompt_length)
     return splits, left_out
 
 
-def _dataset(sources: Sequence[tuple[str, Dataset]], encoder: ChatEncoder, most: int) -> tuple[PromptDataset, int]:
-    prompts = [encode(row, encoder, source) for source, rows in sources for row in rows]
+def _dataset(
+    sources: Sequence[tuple[str, Dataset]], prompts: Sequence[OnlinePrompt], most: int
+) -> tuple[PromptDataset, int]:
     short = [prompt for prompt in prompts if len(prompt.token_ids) <= most]
     if not short:
         raise InputError(f"no prompt of {sources[0][0]} has {most} tokens or fewer: raise max_prompt_length")
@@ -86,13 +96,31 @@ def _dataset(sources: Sequence[tuple[str, Dataset]], encoder: ChatEncoder, most:
     return PromptDataset(short, key), len(prompts) - len(short)
 
 
-def encode(row: dict[str, Any], encoder: ChatEncoder, source: str) -> OnlinePrompt:
-    """Encode one prompt row; a row without ground truth ends with the user's turn."""
+def encode(
+    row: dict[str, Any],
+    encoder: ChatEncoder,
+    source: str,
+    pairing: str | None = None,
+    limits: DataConfig | None = None,
+) -> OnlinePrompt:
+    """Encode one prompt row, its ground truth too where a ``pairing`` that trains on it is named; a row without ground truth
+    ends with the user's turn.
+
+    Raises:
+        InputError: the row cannot be encoded, or lacks its ground truth.
+    """
     conversation = [dict(turn) for turn in row["chosen"]]
     truth = conversation if conversation[-1]["role"] == "assistant" else None
     messages = conversation if truth is None else conversation[:-1]
+    if pairing is not None and truth is None:
+        raise no_truth(row["prompt_id"], pairing)
+    truth_ids: list[int] = []
     try:
+        if reason := encoder.refusal(messages):
+            raise InputError(reason)
         ids = encoder.prompt_ids(messages)
+        if pairing is not None and truth is not None and limits is not None and len(ids) <= limits.max_prompt_length:
+            truth_ids = encoder.response_ids(truth, ids)[: limits.max_length - len(ids)]
     except InputError as error:
         raise InputError(f"{source}, prompt {row['prompt_id']}: {error}") from error
-    return OnlinePrompt(row["prompt_id"], tuple(ids), messages, truth)
+    return OnlinePrompt(row["prompt_id"], tuple(ids), messages, truth, tuple(truth_ids))

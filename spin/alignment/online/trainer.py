@@ -89,8 +89,10 @@ class OnlineTrainer(SPINTrainer):
 
     def stand_ins(self) -> PairDataset:
         """Return pairs as long as any step can make them: what memory is planned for."""
-        longest = sorted((prompt.token_ids for prompt in self.train_dataset.prompts), key=len)[-64:]
-        end = [self.processing_class.eos_token_id] * self.args.max_new_tokens
+        prompts = self.train_dataset.prompts
+        longest = sorted((prompt.token_ids for prompt in prompts), key=len)[-64:]
+        response = max(self.args.max_new_tokens, *(len(prompt.truth_ids) for prompt in prompts))
+        end = [self.processing_class.eos_token_id] * response
         rows = [{"prompt_ids": list(ids), "chosen_ids": end, "rejected_ids": end} for ids in longest]
         return PairDataset(Dataset.from_list(rows))
 

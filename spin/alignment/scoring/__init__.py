@@ -12,7 +12,7 @@ from spin.alignment.scoring.find import find_rule, functions_of
 from spin.alignment.scoring.length_penalty import length_penalty
 from spin.alignment.scoring.math_answer import math_answer
 from spin.alignment.scoring.math_verify import math_verify
-from spin.alignment.scoring.rules import RuleScorer
+from spin.alignment.scoring.rules import RuleScorer, no_reference
 
 SCORERS: dict[str, Scorer] = {
     "exact_match": exact_match,
@@ -81,8 +81,12 @@ def make_scorer(settings: ScorerSettings) -> GroupScorer:
     if settings.name in GROUP_SCORERS:
         return GROUP_SCORERS[settings.name](settings)
     scorer = find_scorer(settings.name)
-    compares = any(function in COMPARING for function in functions_of(scorer))
-    return RuleScorer(settings.name, scorer, settings.score_reference, needs_reference=compares)
+    return RuleScorer(settings.name, scorer, settings.score_reference, needs_reference(settings.name))
+
+
+def needs_reference(name: str) -> bool:
+    """Return whether a scorer says nothing about a prompt without ground truth."""
+    return name not in GROUP_SCORERS and any(function in COMPARING for function in functions_of(find_scorer(name)))
 
 
 __all__ = [
@@ -96,4 +100,6 @@ __all__ = [
     "check_scorer",
     "find_scorer",
     "make_scorer",
+    "needs_reference",
+    "no_reference",
 ]

@@ -10,6 +10,14 @@ from spin.alignment.errors import InputError
 from spin.alignment.scoring.base import GroupLabels, PromptGroup, Scorer
 
 
+def no_reference(scorer: str, prompt_id: str) -> InputError:
+    """Return the refusal of a prompt without the ground truth that a rule compares with."""
+    return InputError(
+        f"scorer {scorer} compares with the ground truth, but prompt {prompt_id} has none: choose another scorer, or leave the "
+        "prompt out"
+    )
+
+
 @dataclass(frozen=True)
 class RuleScorer:
     """Labels by a function of three texts. ``name`` is what errors call it.
@@ -33,10 +41,7 @@ class RuleScorer:
 
     def _label_one(self, group: PromptGroup) -> GroupLabels:
         if self.needs_reference and not (group.reference or "").strip():
-            raise InputError(
-                f"scorer {self.name} compares with the ground truth, but prompt {group.prompt_id} has none: choose another "
-                "scorer, or leave the prompt out"
-            )
+            raise no_reference(self.name, group.prompt_id)
         texts = group.texts(self.score_reference)
         scores: list[float | None] = [self._score(group, text, group.name(place)) for place, text in enumerate(texts)]
         count = len(group.responses)
