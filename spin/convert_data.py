@@ -113,13 +113,15 @@ def make_files(split: Split, options: Any) -> PreferenceFiles:
         InputError: the pairing cannot work with this many responses to a prompt.
     """
     from spin.alignment.pairing import PAIRINGS, Labelled, check_num_samples
-    from spin.alignment.preference_files import COUNTS, SCORED_COUNTS, PreferenceFiles, pair_schema
+    from spin.alignment.preference_files import COUNTS, EVEN_COUNTS, SCORED_COUNTS, PreferenceFiles, pair_schema
 
     assert split.origin is not None
     pairing = PAIRINGS[options.pairing]
     check_num_samples(options.pairing, pairing, split.origin.num_samples)
     schema = pair_schema(pairing, split.origin.schema)
-    counts = SCORED_COUNTS if isinstance(pairing, Labelled) else COUNTS
+    counts: tuple[str, ...] = COUNTS
+    if isinstance(pairing, Labelled):
+        counts = EVEN_COUNTS if pairing.even else SCORED_COUNTS
     folder, provenance = Path(options.output_dir), make_provenance(split, options)
     return PreferenceFiles(folder, split.name, provenance, schema, options.max_rows_per_file, counts)
 

@@ -71,7 +71,8 @@ def encode_split(
                 ids = getattr(whole, f"{half}_ids") if whole else []
                 found[f"{other}_ids"] = ids
                 if half in weighted:
-                    found[f"{other}_weights"] = weights_of(row, half, len(ids)) if whole else []
+                    is_cut = whole is not None and len(whole.prompt_ids) + len(ids) >= config.max_length
+                    found[f"{other}_weights"] = weights_of(row, half, len(ids), is_cut) if whole else []
                 if label is not None:
                     found[f"{other}_{loss_feature(label)}"] = label_of(row, f"{half}_{label}")
         except InputError as error:
@@ -121,10 +122,11 @@ def check_label_columns(rows: Dataset, loss_type: str, label: str | None) -> Non
         )
 
 
-def weights_of(row: dict[str, Any], half: str, count: int) -> list[float]:
-    """Return the weights of the ``count`` tokens of a response that are left after truncation."""
+def weights_of(row: dict[str, Any], half: str, count: int, is_cut: bool = True) -> list[float]:
+    """Return the weights of the ``count`` tokens of a response that are left after truncation (unless it was not cut)."""
     weights, ids = row[f"{half}_weights"], row.get(f"{half}_token_ids")
-    if weights is None or len(weights) < count or (ids is not None and len(weights) != len(ids)):
+    whole = len(ids) if ids is not None else None if is_cut else count
+    if weights is None or len(weights) < count or (whole is not None and len(weights) != whole):
         found = "none" if weights is None else len(weights)
         raise InputError(
             f"{half}_weights must hold a weight for each token ({max(count, len(ids or ()))}), but there are {found}: weigh it "

@@ -173,6 +173,14 @@ def test_every_sample(generated, tmp_path):
     assert [(pair["chosen_reward"], pair["rejected_reward"]) for pair in tied] == [(0.0, 0.0)] * 2
 
 
+def test_responses_without_a_partner_are_counted(generated, tmp_path, models):
+    flags = ("--pairing", "every_sample", "--scorer", "preferences")
+    pairs, counts = convert(generated, tmp_path / "out", *flags)
+    # The scorer fails on one response to prompt 1: of the three others, the last is left over.
+    assert (counts["failed"], counts["unpaired"], counts["written"]) == (1, 1, 11)
+    assert [pair["sample_index"] for pair in pairs if pair["prompt_id"] == "p1"] == [1]
+
+
 def test_the_best_against_the_truth(tmp_path):
     generated = write_samples(tmp_path / "in", 2)
     pairs, _ = convert(generated, tmp_path / "out", "--pairing", "best_vs_ground_truth", "--scorer", SCORER)

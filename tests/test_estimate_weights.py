@@ -178,6 +178,8 @@ def test_finished_weights_are_left_alone_and_changed_ones_refused(world, weighed
     assert (weighed / "train_prefs-00000-of-00002.parquet").stat().st_mtime_ns == stamp
     code, _, err = weigh(world, weighed, "--weighting", "reverse_dpo", *models(world), "--transform", "binary")
     assert code == 2 and "transform differ" in err and "--overwrite" in err
+    code, _, err = weigh(world, weighed, "--weighting", "reverse_dpo", *models(world), "--dtype", "bfloat16")
+    assert code == 2 and "model_plus, model_minus differ" in err
 
 
 def test_scores_serve_another_transform_without_loading_a_model(world, weighed, tmp_path, monkeypatch):

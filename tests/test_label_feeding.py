@@ -138,7 +138,7 @@ def test_a_label_that_is_no_probability_is_named(value, sentence):
         encode(rows, "sppo")
 
 
-@pytest.mark.parametrize(("weights", "found"), [(None, "none"), ([1.0, 1.0], "2")])
+@pytest.mark.parametrize(("weights", "found"), [(None, "none"), ([1.0, 1.0], "2"), ([1.0] * 4, "4")])
 def test_weights_that_do_not_fit_are_named(weights, found):
     fits = {"chosen_weights": [1.0] * 3, "rejected_weights": [1.0] * 4}
     rows = [preference(0, **fits), preference(1, **fits | {"chosen_weights": weights})]

@@ -14,7 +14,6 @@ import torch
 
 from spin import run_online
 from spin.alignment.chat import ChatEncoder, load_tokenizer
-from spin.alignment.errors import InputError
 from spin.alignment.generation import BackendSettings, PromptRequest, SamplingConfig, sample_seed
 from spin.alignment.generation.transformers_backend import TransformersBackend
 from tests.helpers import run_command, run_main
@@ -263,38 +262,6 @@ def test_online_spin_trains_on_the_ground_truth(tmp_path, tiny_model):
     assert code == 0, error
     history = [entry for entry in metrics(tmp_path / "out")["history"] if "logps/chosen" in entry]
     assert history[8]["logps/chosen"] > history[0]["logps/chosen"] + 0.3  # the same prompts, two epochs later
-
-
-def test_a_long_ground_truth_is_cut_and_planned_for(tmp_path, tiny_model):
-    """As offline: prompt and response have at most max_length tokens, and memory is planned for the longest."""
-    from types import SimpleNamespace
-
-    from spin.alignment.configs import DataConfig
-    from spin.alignment.online.prompts import load_splits
-    from spin.alignment.online.trainer import OnlineTrainer
-
-    folder = tmp_path / "long"
-    folder.mkdir()
-    turns = [{"role": "user", "content": "say"}, {"role": "assistant", "content": "yes " * 40}]
-    (folder / "train.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
-    encoder = ChatEncoder(load_tokenizer(tiny_model))
-    settings = SimpleNamespace(pairing="ground_truth", eval_prompts=None, seed=0, max_new_tokens=8)
-    data = DataConfig(dataset_mixer={str(folder): 1.0}, dataset_splits=["train"], max_length=96, max_prompt_length=64)
-    (prompt,) = load_splits(data, settings, encoder)[0]["train"].prompts
-    whole = encoder.response_ids(turns)
-    assert list(prompt.truth_ids) == whole[: 96 - len(prompt.token_ids)] != whole
-    trainer = SimpleNamespace(
-        train_dataset=SimpleNamespace(prompts=[prompt]), args=settings, processing_class=encoder.tokenizer
-    )
-    (planned,) = OnlineTrainer.stand_ins(trainer).rows
-    assert len(planned["chosen_ids"]) == len(prompt.truth_ids)
-    (own,) = load_splits(data, SimpleNamespace(**vars(settings) | {"pairing": "best_vs_worst"}), encoder)[0][
-        "train"
-    ].prompts
-    assert own.truth_ids == ()  # nothing is trained on it
-    broken = DataConfig(dataset_mixer={str(folder): "1"}, dataset_splits=["train"], max_length=96, max_prompt_length=64)
-    with pytest.raises(InputError, match="the fraction 1: set it above 0 and at most 1"):
-        load_splits(broken, settings, encoder)
 
 
 REFUSED = [

@@ -196,6 +196,7 @@ def test_missing_sources_are_named(tmp_path):
         (["train.parquet", "test.parquet", "notes.txt"], "train", ["train.parquet"]),
         (["train-00000.parquet", "train-00001.parquet", "train2.json"], "train", ["train-00000.parquet", "train-00001.parquet"]),
         (["train_prefs-00000-of-00001.parquet", "train_prefs.counts.json"], "train", ["train_prefs-00000-of-00001.parquet"]),
+        (["train_prefs-00000-of-00001.parquet", "train_prefs.weights.json"], None, ["train_prefs-00000-of-00001.parquet"]),
         (["train_sft-00000-of-00001-0123456789abcdef.parquet"], "train", ["train_sft-00000-of-00001-0123456789abcdef.parquet"]),
         (["data/test-00000-of-00001.parquet", "README.md"], "test", ["data/test-00000-of-00001.parquet"]),
         (["anything.jsonl"], "train", ["anything.jsonl"]),

@@ -67,6 +67,7 @@ def connect(server):
         ("Response A", 1.0),
         ("<think>[[A]] or not</think>\n\n[[B]]", 0.0),
         ("<think>surely [[A]]</think>", None),
+        ("<think>I must end with [[A]] or [[B]]", None),
         ("A is better", None),
         ("", None),
         (None, None),

@@ -30,6 +30,8 @@ from spin.alignment.shards import (
 COUNTS = ("rows", "identical", "truncated", "dropped", "skipped", "written")
 # Where responses are scored: prompts without a pair, responses that the scorer failed on.
 SCORED_COUNTS = ("rows", "failed", "ties", *COUNTS[1:])
+# Where pairs take two responses each: also those left over when the scorer failed on some.
+EVEN_COUNTS = (*SCORED_COUNTS[:3], "unpaired", *COUNTS[1:])
 
 
 def pair_schema(pairing: Pairing, schema: pa.Schema) -> pa.Schema:
@@ -96,6 +98,8 @@ class Selection:
         if isinstance(self.pairing, Labelled):
             counts["ties"] += sum(not pairs for pairs in found)
             counts["failed"] += sum(count_failures(prompt, self.pairing.reads_truth) for prompt in prompts)
+            if self.pairing.even:
+                counts["unpaired"] += sum(map(self.pairing.unpaired, prompts))
         pairs = [pair for some in found for pair in some]
         schema = pair_schema(self.pairing, batch.schema)
         unknown = {name for pair in pairs for name in pair} - set(schema.names)

@@ -285,7 +285,8 @@ def _data_files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     files = (file for file in folder.iterdir() if file.suffix in SUFFIXES and file.is_file())
-    return sorted(file for file in files if not file.name.startswith(".") and not file.name.endswith(".counts.json"))
+    records = (".counts.json", ".weights.json")  # what is known of the files beside them
+    return sorted(file for file in files if not file.name.startswith(".") and not file.name.endswith(records))
 
 
 def _check_numbered(folder: Path, files: list[Path]) -> None:

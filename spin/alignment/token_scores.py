@@ -58,8 +58,13 @@ class Judge:
         return cls(config, folder, encoder, hash_weights(folder))
 
     def record(self) -> dict[str, str]:
-        """What a file says about a model that it was made with."""
-        return {"model": self.config.model_name_or_path.rstrip("/"), "weights_hash": self.weights_hash}
+        """What a file says about a model that it was made with: all that decides its log-probs."""
+        return {
+            "model": self.config.model_name_or_path.rstrip("/"),
+            "weights_hash": self.weights_hash,
+            "tokenizer": self.encoder.fingerprint,
+            "dtype": self.config.dtype,
+        }
 
 
 def open_encoder(config: ModelConfig, system: Any) -> ChatEncoder:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from spin.alignment.labelling import Labeller
 from spin.alignment.losses import LOSS_COLUMNS, loss_feature, soft_mean
-from spin.alignment.pairing import PAIRINGS
+from spin.alignment.pairing import PAIRINGS, Labelled
 
 if TYPE_CHECKING:
     from spin.alignment.chat import ChatEncoder
@@ -32,6 +32,7 @@ class StepCounts:
     score_sum: float = 0.0
     failed: int = 0
     without_pair: int = 0
+    unpaired: int = 0
     pairs: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -64,8 +65,10 @@ class PairMaker:
         """
         features: list[dict[str, Any]] = []
         for prompt, rows in zip(prompts, self.label(prompts, responses, counts), strict=True):
-            pairs = PAIRINGS[self.config.pairing](rows)
+            pairing = PAIRINGS[self.config.pairing]
+            pairs = pairing(rows)
             counts.without_pair += not pairs
+            counts.unpaired += pairing.unpaired(rows) if isinstance(pairing, Labelled) else 0
             made = [self._feature(prompt, pair) for pair in pairs]
             if self.config.loss_type == "sppo_reward" and self.config.baseline == "prompt":
                 self.subtract_baseline(

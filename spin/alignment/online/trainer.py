@@ -26,7 +26,10 @@ from spin.alignment.online.samplers import PolicySampler
 from spin.alignment.trainer import SPINTrainer
 
 REFERENCE_FILE = "reference.safetensors"
-_SUMMED = ("prompts", "responses", "tokens", "truncated", "scored", "score_sum", "failed", "without_pair", "pairs")
+_SUMMED = (
+    *("prompts", "responses", "tokens", "truncated", "scored", "score_sum", "failed", "without_pair", "unpaired"),
+    "pairs",
+)
 _TIMED = ("generate", "label", "reference", "update")
 
 
@@ -241,6 +244,7 @@ class OnlineTrainer(SPINTrainer):
                     "pairs_per_prompt": total["pairs"] / total["prompts"],
                     "without_pair": total["without_pair"] / total["prompts"],
                     "failed_scores": total["failed"],
+                    "unpaired": total["unpaired"],
                     "response_length": total["tokens"] / total["responses"],
                     "truncated": total["truncated"] / total["responses"],
                     **{f"seconds/{name}": total[f"{name}_seconds"] for name in _TIMED},

@@ -74,6 +74,10 @@ class Labelled:
         )
         return self.pair(known) if len(known) >= self.min_samples else []
 
+    def unpaired(self, rows: Sequence[Row]) -> int:
+        """Return how many scored responses to one prompt (0 or 1) are left over where pairs take two each."""
+        return sum(row["rejected_score"] is not None for row in rows) % 2 if self.even else 0
+
     @property
     def reads_truth(self) -> bool:
         """Whether the score of the ground truth is needed."""

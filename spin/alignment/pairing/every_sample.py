@@ -15,7 +15,8 @@ def every_sample(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the responses two by two: the first and second, the third and fourth, ...; rewards are scores minus their
     soft-mean over the prompt.
 
-    Where the scorer failed on an odd number of responses, the last of the others has no partner and is left out.
+    Where the scorer failed on an odd number of responses, the last of the others has no partner and is left out (counted by
+    :meth:`Labelled.unpaired`).
     """
     baseline = soft_mean([float(row["rejected_score"]) for row in rows])
     pairs = []

@@ -167,7 +167,7 @@ def read_verdict(answer: Any) -> float | None:
     """Return the probability that response A is better (1, 0 or 1/2) from a chat completion; ``None`` when it says neither.
 
     The last ``[[A]]``, ``[[B]]`` or ``[[tie]]`` counts, or a reply that is nothing but A, B or tie. What a model thought before
-    ``</think>`` is not its reply.
+    ``</think>`` is not its reply; a thought that was cut before it is none either.
     """
     try:
         text = answer["choices"][0]["message"]["content"]
@@ -176,6 +176,8 @@ def read_verdict(answer: Any) -> float | None:
     if not isinstance(text, str):
         return None
     text = _THOUGHTS.sub("", text)
+    if "<think>" in text:
+        return None
     found = _VERDICT.findall(text)
     if found:
         return _FIRST_WINS[found[-1].lower()]
