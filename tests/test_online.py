@@ -280,7 +280,7 @@ REFUSED = [
     ({"backend": "openai"}, "unknown online generation backend 'openai'"),
     ({"temperature": 0.0}, "temperature 0 draws the same response every time"),
     ({"eval_strategy": "steps"}, "eval_prompts names no held-out prompts"),
-    ({"eval_temperatures": [1.0, 1.0]}, "name one or more, each once"),
+    ({"eval_temperatures": [1.0, 1.0], "eval_prompts": "some/data"}, "name one or more, each once"),
     ({"dataset_splits": ["train", "test"]}, "name held-out prompts by eval_prompts"),
     ({"max_new_tokens": 60}, "exceed max_length 96"),
     ({"max_prompt_length": 3}, "has 3 tokens or fewer: raise max_prompt_length"),
@@ -293,6 +293,8 @@ REFUSED = [
     ({"backend": "vllm", "use_peft": True}, "use_peft does not go with backend vllm online"),
     ({"gpu_memory_utilization": 1.5}, "set it to a share in (0, 1]"),
     ({"soft_mean_b": -1.0}, "soft_mean_b is -1.0: set it to 0 or more"),
+    ({"soft_mean_b": math.nan}, "soft_mean_b is nan: set it to 0 or more"),
+    ({"eval_limit": 5}, "eval_limit is 5, but no held-out prompts are answered"),
     ({"soft_mean_b": 2.0}, "soft_mean_b is 2.0, but pairing best_vs_worst uses no baseline"),
     (
         {"pairing": "ground_truth", "scorer": None, "num_samples": 1, "score_cache": "kept"},

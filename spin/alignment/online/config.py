@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from spin.alignment.errors import InputError, lookup
@@ -79,7 +80,7 @@ class OnlineConfig(SPINConfig):
             ("eval_limit", 0),
             ("soft_mean_b", 0),
         ):
-            if getattr(self, name) < lowest:
+            if not lowest <= getattr(self, name) < math.inf:
                 raise InputError(f"{name} is {getattr(self, name)}: set it to {lowest} or more")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise InputError(f"gpu_memory_utilization is {self.gpu_memory_utilization}: set it to a share in (0, 1]")
@@ -111,6 +112,12 @@ class OnlineConfig(SPINConfig):
             raise InputError(
                 f"eval_strategy is {self.eval_strategy}, but eval_prompts names no held-out prompts: set it"
             )
+        for name, default in (("eval_limit", 0), ("eval_split", "test"), ("eval_temperatures", [0.0, 1.0])):
+            if not self.eval_prompts and getattr(self, name) != default:
+                raise InputError(
+                    f"{name} is {getattr(self, name)}, but no held-out prompts are answered: name them by eval_prompts (in "
+                    f"a run: set eval_strategy), or remove {name}"
+                )
         if not self.eval_temperatures or len(set(self.eval_temperatures)) < len(self.eval_temperatures):
             raise InputError(f"eval_temperatures is {self.eval_temperatures}: name one or more, each once")
         for temperature in self.eval_temperatures:
