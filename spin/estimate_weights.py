@@ -181,6 +181,7 @@ def main(arguments: Sequence[str]) -> None:
     setup_logging(accelerator.is_main_process)
     input_dir, output_dir = Path(options.input_dir), Path(options.output_dir)
     splits = open_splits(input_dir, output_dir, method, judges, encoder, options.overwrite)
+    accelerator.wait_for_everyone()  # all have looked at the output before the main process replaces it
     if not splits:
         report([f"{output_dir} is complete already"], accelerator)
     weigh_splits(splits, output_dir, method, judges, accelerator)

@@ -11,8 +11,10 @@ import pytest
 
 from spin import pipeline
 from spin.alignment.errors import InputError
+from spin.alignment.labelling import scorer_record
 from spin.alignment.manifest import RunManifest
 from spin.alignment.run_config import load_run_config
+from spin.alignment.scoring import ScorerSettings
 from spin.alignment.stages import make_stages
 from tests.chat_templates import GEMMA
 from tests.helpers import char_tokenizer, save_tiny_model
@@ -90,3 +92,19 @@ def test_models_that_weigh_are_checked_against_the_pairing(tmp_path):
     weigh = {"weighting": "reverse_dpo", "train": {"loss_type": "sppo"}}
     with pytest.raises(InputError, match="loss_type sppo reads win_probs, which pairing ground_truth does not write"):
         pipeline.check_training_settings(make_config(tmp_path, **OFFLINE, weigh=weigh), "config.yaml")
+
+
+def test_the_record_of_a_scorer_knows_all_that_decides_its_scores(tmp_path):
+    def record(name, **settings):
+        return scorer_record(ScorerSettings("reward_model", model=str(save_tiny_model(tmp_path / name)), **settings))
+
+    first = record("first")
+    assert record("same") | {"scorer_model": first["scorer_model"]} == first
+    folder = save_tiny_model(tmp_path / "other_template")
+    char_tokenizer(template=GEMMA).save_pretrained(folder)
+    other = scorer_record(ScorerSettings("reward_model", model=str(folder)))
+    assert {key for key in first if first[key] != other[key]} == {"scorer_model", "scorer_tokenizer"}
+    served = [scorer_record(ScorerSettings("judge", base_url=f"http://{host}/v1")) for host in ("a", "b")]
+    assert served[0] != served[1]  # without a name, the judge is what that server serves
+    named = [scorer_record(ScorerSettings("judge", "big", base_url=f"http://{host}/v1")) for host in ("a", "b")]
+    assert named[0] == named[1]

@@ -151,6 +151,9 @@ def scorer_record(settings: ScorerSettings) -> dict[str, Any]:
     record |= {"scorer_max_length": settings.max_length, "scorer_dtype": settings.dtype}
     if settings.name in ("reward_model", "preference_model") and settings.model:
         record["scorer_weights"] = _weights_hash(settings.model)
+        record["scorer_tokenizer"] = _tokenizer_hash(settings.model)
+    if settings.name == "judge" and settings.model is None:  # whatever that server serves
+        record["base_url"] = settings.base_url
     record |= {f"scorer_module_{name}": hash_file(path) for name, path in rule_files(settings.name).items()}
     return {name: value for name, value in record.items() if value is not None}
 
@@ -171,3 +174,14 @@ def _weights_hash(model: str) -> str:
     from spin.alignment.provenance import hash_weights
 
     return hash_weights(model_folder(model))
+
+
+@functools.cache
+def _tokenizer_hash(model: str) -> str:
+    """Return a hash of what a model is beside its weights: configuration, tokenizer, chat template."""
+    from spin.alignment.manifest import model_files
+    from spin.alignment.model_utils import model_folder
+    from spin.alignment.provenance import hash_file, hash_text
+
+    files = [path for path in model_files(model_folder(model)) if "safetensors" not in path.name]
+    return hash_text(*(f"{path.name}={hash_file(path)}" for path in files))
