@@ -228,6 +228,10 @@ def main(arguments: Sequence[str]) -> None:
 
     settings = read_settings(values, arguments[0], OnlineConfig)
     check_settings(settings)
+    if settings.arguments.backend == "vllm":
+        from spin.alignment.generation.vllm_backend import check_installed
+
+        check_installed()
     setup_logging(settings.arguments.process_index == 0)
     model = settings.model
     tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision, model.trust_remote_code)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import math
 import sys
@@ -320,6 +321,15 @@ def test_bad_settings_end_before_a_model_is_loaded(tmp_path, tiny_model, prompts
     assert code == 2, error
     assert sentence in error
     assert len(error.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_engine_shows_before_a_model_is_loaded(tmp_path, tiny_model, prompts, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *more: None if name == "vllm" else find(name, *more))
+    monkeypatch.delattr("spin.alignment.training_run.load_policy")
+    code, _, error = run_main(run_online.main, write_online(tmp_path, tiny_model, prompts, backend="vllm"))
+    assert code == 2 and "vLLM is not installed" in error
     assert not (tmp_path / "out").exists()
 
 

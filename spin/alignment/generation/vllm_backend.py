@@ -26,6 +26,12 @@ LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
 
+def check_installed() -> None:
+    """Raise :class:`InputError` when vLLM is not there."""
+    if importlib.util.find_spec("vllm") is None:
+        raise InputError(f"vLLM is not installed: {INSTALL_HINT}")
+
+
 def _engine_dtype(dtype: str, stored: Any) -> str:
     """The precision for the engine: its own ``auto`` would turn float32 weights into half precision."""
     return "float32" if dtype == "auto" and str(stored).removeprefix("torch.") == "float32" else dtype
@@ -55,8 +61,7 @@ class VLLMBackend(GenerationBackend):
     """One engine, from construction to :meth:`close`; several processes make several independent engines."""
 
     def __init__(self, settings: BackendSettings) -> None:
-        if importlib.util.find_spec("vllm") is None:
-            raise InputError(f"vLLM is not installed: {INSTALL_HINT}")
+        check_installed()
         self._set_environment(settings)
         try:
             from vllm import LLM
