@@ -16,6 +16,7 @@ from spin.alignment.manifest import RunManifest
 from spin.alignment.run_config import load_run_config
 from spin.alignment.scoring import ScorerSettings
 from spin.alignment.stages import make_stages
+from spin.alignment.training_run import inputs_record
 from tests.chat_templates import GEMMA
 from tests.helpers import char_tokenizer, save_tiny_model
 from tests.run_helpers import tiny_run, write_config
@@ -108,3 +109,10 @@ def test_the_record_of_a_scorer_knows_all_that_decides_its_scores(tmp_path):
     assert served[0] != served[1]  # without a name, the judge is what that server serves
     named = [scorer_record(ScorerSettings("judge", "big", base_url=f"http://{host}/v1")) for host in ("a", "b")]
     assert named[0] == named[1]
+
+
+def test_kept_scores_change_no_training():
+    settings = SimpleNamespace(
+        values={"score_cache": "kept", "scorer": "reward_model"}, arguments=SimpleNamespace(world_size=1)
+    )
+    assert inputs_record(settings, "hash", "data") == {"model": "hash", "data": "data", "scorer": "reward_model"}

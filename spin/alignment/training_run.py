@@ -37,6 +37,7 @@ _WITHOUT_EFFECT = (
     "overwrite_output_dir",
     "resume_from_checkpoint",
     "reference_dir",
+    "score_cache",
     "max_tokens_per_batch",
     "log_level",
     "logging_steps",
