@@ -221,9 +221,9 @@ def test_a_full_memory_ends_with_advice_and_the_run_goes_on_with_a_smaller_budge
     undisturbed = run(tmp_path / "undisturbed", **settings)
     original, passed = trainer_module.batch_loss, []
 
-    def full(model, batch, objective):
+    def full(model, batch, *rest):
         passed.append(batch)
-        return original(model, batch, objective) if len(passed) < 8 else torch.empty(2**55).sum()
+        return original(model, batch, *rest) if len(passed) < 8 else torch.empty(2**55).sum()
 
     monkeypatch.setattr(trainer_module, "batch_loss", full)
     with pytest.raises(
