@@ -88,6 +88,13 @@ class OnlineDPO:
         return -torch.nn.functional.logsigmoid(0.1 * (ratios[0] - ratios[1]))
 
 
+class OnlineIPO(OnlineDPO):
+    """The same pairs; (margin - 1/(2 beta))^2 with beta 0.1 (methods: online DPO)."""
+
+    def __call__(self, ratios, rewards):
+        return (ratios[0] - ratios[1] - 5.0) ** 2
+
+
 class SoftMeanSPPO:
     """Every sample; (sum of log-ratios - eta (r - log mean exp r))^2 with eta 1 (methods: SPPO online)."""
 
@@ -106,9 +113,10 @@ class SoftMeanSPPO:
         (OnlineDPO(), 1, 1, {}),
         (OnlineDPO(), 2, 3, {"updates_per_batch": 2, "ref_update_freq": 3, "max_tokens_per_batch": 90}),
         (OnlineDPO(), 2, 1, {"updates_per_batch": 2, "batching": "padded"}),
+        (OnlineIPO(), 1, 2, {"loss_type": "ipo", "ref_update_freq": 2}),
         (SoftMeanSPPO(), 2, 2, {"pairing": "every_sample", "loss_type": "sppo_reward", "ref_update_freq": 2}),
     ],
-    ids=["online DPO", "two updates, reference of three steps", "padded", "SPPO with rewards"],
+    ids=["online DPO", "two updates, reference of three steps", "padded", "online IPO", "SPPO with rewards"],
 )
 def test_equals_a_plain_loop(tmp_path, tiny_model, prompts, method, updates, freq, changes):
     if isinstance(method, SoftMeanSPPO):
