@@ -301,6 +301,7 @@ REFUSED = [
     ({"load_in_8bit": True, "use_peft": True}, "do not work online"),
     ({"backend": "vllm", "use_peft": True}, "use_peft does not go with backend vllm online"),
     ({"gpu_memory_utilization": 1.5}, "set it to a share in (0, 1]"),
+    ({"gpu_memory_utilization": 0.5}, "backend transformers does not use it"),
     ({"soft_mean_b": -1.0}, "soft_mean_b is -1.0: set it to 0 or more"),
     ({"soft_mean_b": math.nan}, "soft_mean_b is nan: set it to 0 or more"),
     ({"eval_limit": 5}, "eval_limit is 5, but no held-out prompts are answered"),

@@ -84,6 +84,10 @@ class OnlineConfig(SPINConfig):
                 raise InputError(f"{name} is {getattr(self, name)}: set it to {lowest} or more")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise InputError(f"gpu_memory_utilization is {self.gpu_memory_utilization}: set it to a share in (0, 1]")
+        if self.backend != "vllm" and self.gpu_memory_utilization != type(self).gpu_memory_utilization:
+            raise InputError(
+                f"gpu_memory_utilization is {self.gpu_memory_utilization}, but backend {self.backend} does not use it: remove it"
+            )
         if self.generation_batch_size is not None and self.generation_batch_size < 1:
             raise InputError(f"generation_batch_size is {self.generation_batch_size}: set it to 1 or more")
         lookup({name: name for name in BASELINES}, self.baseline, "baseline")
