@@ -68,6 +68,10 @@ def check_options(options: Any) -> tuple[str, dict[str, float]]:
     for name in ("tokenizer", "revision_tokenizer") if weighting.needs_models else models:
         if getattr(options, name):
             raise InputError(f"the weighting {options.weighting} does not use --{name}: remove it")
+    defaults = vars(make_parser().parse_args(["--input_dir", "", "--output_dir", "", "--weighting", ""]))
+    for name in () if weighting.needs_models else ("max_length", "max_prompt_length", "batching", "dtype"):
+        if getattr(options, name) != defaults[name]:
+            raise InputError(f"the weighting {options.weighting} scores nothing and does not use --{name}: remove it")
     if not weighting.needs_models and not options.tokenizer:
         raise InputError(f"the weighting {options.weighting} needs the data's tokenizer: give --tokenizer")
     if options.page_rows < 1:

@@ -29,7 +29,11 @@ def make_parser() -> Parser:
     add("--input_dir", required=True, help="prompts with ground truth: folder, file or Hub name")
     add("--split", default="test", help="split of the data")
     add("--output_file", required=True, help="JSON file to write")
-    add("--metric", default="exact_match", help="scorer: exact_match or math_answer")
+    add(
+        "--metric",
+        default="exact_match",
+        help="a rule: exact_match, math_answer, module:function, or a sum (docs/scoring.md)",
+    )
     add("--temperatures", type=float, nargs="+", default=[0.0, 1.0, 0.5], help="0 is greedy")
     add("--limit", type=int, default=0, help="held-out prompts to use, drawn with a fixed seed (0: all)")
     add("--max_new_tokens", type=int, default=256, help="longest response in tokens")
@@ -50,8 +54,9 @@ def check_options(options: Any) -> SamplingConfig:
     from spin.alignment.scoring import SCORERS, find_scorer
 
     lookup(BACKENDS, options.backend, "generation backend")
-    lookup(SCORERS, options.metric, "metric")
-    find_scorer(options.metric)  # its library is installed
+    if options.metric.isidentifier():
+        lookup(SCORERS, options.metric, "metric")
+    find_scorer(options.metric)
     for name, lowest in (("limit", 0), ("batch_size", 1), ("samples", 0), ("tensor_parallel_size", 1)):
         if getattr(options, name) < lowest:
             raise InputError(f"{name} is {getattr(options, name)}: set it to {lowest} or more")
@@ -84,7 +89,7 @@ def score(options: Any, sampling: SamplingConfig, held_out: list[HeldOut], encod
     from spin.alignment.evaluation import evaluate_responses, truth_nll
     from spin.alignment.generation import BackendSettings, make_backend
     from spin.alignment.model_utils import load_model
-    from spin.alignment.scoring import SCORERS
+    from spin.alignment.scoring import find_scorer
 
     longest = max(len(item.request.token_ids) for item in held_out) + options.max_new_tokens
     settings = BackendSettings(
@@ -105,7 +110,7 @@ def score(options: Any, sampling: SamplingConfig, held_out: list[HeldOut], encod
             backend,
             held_out,
             encoder,
-            SCORERS[options.metric],
+            find_scorer(options.metric),
             sampling,
             options.temperatures,
             options.samples,

@@ -16,7 +16,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from spin.alignment.errors import InputError
-from spin.programs import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAULT, EXIT_INTERRUPTED
+from spin.programs import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAULT, EXIT_INTERRUPTED, is_help
 
 if TYPE_CHECKING:
     from spin.alignment.manifest import StageRecord
@@ -355,10 +355,7 @@ def explain(failure: StageFailed) -> int:
 
 
 def main(arguments: Sequence[str]) -> int:
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE)
-        if not arguments:
-            raise InputError("the configuration file is missing: give it as the first argument")
+    if is_help(arguments, USAGE):
         return EXIT_DONE
     from spin.alignment.run_config import load_run_config
 

@@ -30,6 +30,20 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (see --help)")
 
 
+def is_help(arguments: Sequence[str], usage: str) -> bool:
+    """Print the usage of a program that takes a configuration file, where it is asked for or nothing is given.
+
+    Raises:
+        InputError: no configuration file is given.
+    """
+    if arguments and arguments[0] not in ("-h", "--help"):
+        return False
+    print(usage)
+    if not arguments:
+        raise InputError("the configuration file is missing: give it as the first argument")
+    return True
+
+
 def interrupt_on_sigterm() -> None:
     """Let SIGTERM (launchers, schedulers) end the program as Ctrl-C does.
 

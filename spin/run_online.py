@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spin.alignment.errors import InputError
-from spin.programs import run_program
+from spin.programs import is_help, run_program
 
 if TYPE_CHECKING:
     from spin.alignment.chat import ChatEncoder
@@ -209,22 +209,18 @@ def train(
 
 
 def main(arguments: Sequence[str]) -> None:
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE)
-        if not arguments:
-            raise InputError("the configuration file is missing: give it as the first argument")
+    if is_help(arguments, USAGE):
         return
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from spin.alignment.configs import load_config
 
     values = load_config(arguments[0], arguments[1:])
     values.setdefault("dataset_splits", ["train"])
-    from spin.alignment.chat import ChatEncoder, load_tokenizer
     from spin.alignment.model_utils import model_folder
     from spin.alignment.online.config import OnlineConfig
     from spin.alignment.online.prompts import load_splits
     from spin.alignment.provenance import hash_weights
-    from spin.alignment.training_run import read_settings, report, setup_logging
+    from spin.alignment.training_run import make_encoder, read_settings, report, setup_logging
 
     settings = read_settings(values, arguments[0], OnlineConfig)
     check_settings(settings)
@@ -234,8 +230,7 @@ def main(arguments: Sequence[str]) -> None:
         check_installed()
     setup_logging(settings.arguments.process_index == 0)
     model = settings.model
-    tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision, model.trust_remote_code)
-    encoder = ChatEncoder(tokenizer, settings.data.system)
+    encoder = make_encoder(settings)
     splits, left_out = load_splits(settings.data, settings.arguments, encoder)
     check_references(settings, splits)
     for name, dataset in splits.items():

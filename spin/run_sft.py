@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from spin.alignment.errors import InputError
-from spin.programs import run_program
+from spin.programs import is_help, run_program
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -113,34 +113,30 @@ def train(settings: Settings, data: dict[str, Dataset], dropped: dict[str, int],
 
 
 def main(arguments: Sequence[str]) -> None:
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE)
-        if not arguments:
-            raise InputError("the configuration file is missing: give it as the first argument")
+    if is_help(arguments, USAGE):
         return
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from spin.alignment.configs import load_config
 
     values = load_config(arguments[0], arguments[1:])
-    from spin.alignment.chat import ChatEncoder, load_tokenizer
     from spin.alignment.model_utils import model_folder
     from spin.alignment.provenance import hash_file, hash_weights
     from spin.alignment.sft import SFTArguments
-    from spin.alignment.training_run import read_settings, report, setup_logging
+    from spin.alignment.training_run import make_encoder, read_settings, report, setup_logging
 
     values.setdefault("dataset_splits", ["train"])
     settings = read_settings(values, arguments[0], SFTArguments)
     setup_logging(settings.arguments.process_index == 0)
     model = settings.model
-    tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision, model.trust_remote_code)
-    data, dropped = load_truth(settings, ChatEncoder(tokenizer, settings.data.system))
+    encoder = make_encoder(settings)
+    data, dropped = load_truth(settings, encoder)
     for split, rows in data.items():
         report(
             settings, f"{split}: {len(rows)} rows" + (f", dropped {dropped}" if dropped and split == "train" else "")
         )
     source = model_folder(model.model_name_or_path, model.model_revision)
     key = hash_file(source / "config.json") if model.init_from_config else hash_weights(source)
-    train(settings, data, dropped, tokenizer, key)
+    train(settings, data, dropped, encoder.tokenizer, key)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from spin.alignment.errors import InputError
-from spin.programs import run_program
+from spin.programs import is_help, run_program
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -261,21 +261,17 @@ def check_budget(pairs: dict[str, Dataset], settings: Settings) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE)
-        if not arguments:
-            raise InputError("the configuration file is missing: give it as the first argument")
+    if is_help(arguments, USAGE):
         return
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from spin.alignment.configs import load_config
 
     values = load_config(arguments[0], arguments[1:])
-    from spin.alignment.chat import ChatEncoder, load_tokenizer
     from spin.alignment.model_utils import check_fits, model_folder
     from spin.alignment.position_kl import check_can_keep_opponent
     from spin.alignment.provenance import hash_weights
     from spin.alignment.trainer import SPINConfig
-    from spin.alignment.training_run import read_settings, report, setup_logging
+    from spin.alignment.training_run import make_encoder, read_settings, report, setup_logging
 
     settings = read_settings(values, arguments[0], SPINConfig)
     if settings.model.init_from_config:
@@ -291,8 +287,8 @@ def main(arguments: Sequence[str]) -> None:
     check_can_keep_opponent(settings.arguments)
     setup_logging(settings.arguments.process_index == 0)
     model = settings.model
-    tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision, model.trust_remote_code)
-    pairs, dropped = load_pairs(settings, ChatEncoder(tokenizer, settings.data.system))
+    encoder = make_encoder(settings)
+    pairs, dropped = load_pairs(settings, encoder)
     for split, rows in pairs.items():
         reasons = "".join(f", {count} dropped: {reason}" for reason, count in dropped[split].items())
         report(settings, f"{split}: {len(rows)} pairs{reasons}")
@@ -302,7 +298,7 @@ def main(arguments: Sequence[str]) -> None:
     key = hash_weights(folder)
     if model.load_in_4bit or model.load_in_8bit:
         key += "-4bit" if model.load_in_4bit else "-8bit"
-    train(settings, pairs, dropped, tokenizer, key)
+    train(settings, pairs, dropped, encoder.tokenizer, key)
 
 
 if __name__ == "__main__":

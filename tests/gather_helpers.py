@@ -16,6 +16,7 @@ from spin.alignment.shards import ParquetSink
 from tests.helpers import run_main
 
 NUM_PROMPTS, FRAC_LEN = 6, 2
+LOGPROBS = pa.field("rejected_logprobs", pa.list_(pa.float32()))
 NUM_FRACTIONS = NUM_PROMPTS // FRAC_LEN
 Key = tuple[int, int]
 

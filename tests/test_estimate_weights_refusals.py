@@ -23,6 +23,8 @@ BAD = {
     "model missing": (["reverse_dpo", "--model_plus", "W/plus"], "compares two models: give --model_minus"),
     "models unused": (["drift", "--tokenizer", "W/plus", "--model_plus", "W/plus"], "drift does not use --model_plus"),
     "no tokenizer": (["drift"], "needs the data's tokenizer: give --tokenizer"),
+    "lengths unused": (["drift", "--tokenizer", "W/plus", "--max_length", "9"], "does not use --max_length: remove it"),
+    "precision unused": (["uniform", "--tokenizer", "W/plus", "--dtype", "float32"], "does not use --dtype: remove it"),
     "transform unused": (["uniform", "--tokenizer", "W/plus", "--transform", "binary"], "does not use --transform"),
     "no such model": (["teacher", "--model_plus", "./none", "--model_minus", "W/minus"], "./none does not exist"),
     "one model": (["teacher", "--model_plus", "W/plus", "--model_minus", "W/plus"], "hold the same weights"),
@@ -42,7 +44,10 @@ BAD = {
         ["teacher", "--model_plus", "W/plus", "--model_minus", "W/minus", "--transform_params", "seed=1"],
         "give --seed",
     ),
-    "lengths": (["drift", "--tokenizer", "W/plus", "--max_length", "9"], "max_prompt_length is 512 and max_length 9"),
+    "lengths": (
+        ["reverse_dpo", "--model_plus", "W/plus", "--model_minus", "W/minus", "--max_length", "9"],
+        "max_prompt_length is 512 and max_length 9",
+    ),
     "page rows": (["drift", "--tokenizer", "W/plus", "--page_rows", "0"], "page_rows is 0"),
 }
 

@@ -105,9 +105,21 @@ def test_program_writes_one_json_and_repeats_itself(tiny_model, tmp_path):
     assert first["nll"] == pytest.approx(second["nll"], rel=1e-5)
 
 
+def test_a_metric_by_dotted_path_and_a_sum(tiny_model, tmp_path):
+    data, output = write_sums(tmp_path / "data"), tmp_path / "eval.json"
+    for metric, expected in (("tests.online_helpers:always_same", 1.0), ("0.5*tests.online_helpers:always_same", 0.5)):
+        code, _, err = run_main(
+            *(evaluate_model.main, "--model", tiny_model, "--input_dir", data, "--output_file", output),
+            *("--max_new_tokens", 2, "--limit", 3, "--temperatures", 0, "--metric", metric),
+        )
+        assert code == 0, err
+        assert json.loads(output.read_text())["temperatures"]["0"]["exact"] == expected
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
+        (["--metric", "no_such_module:f"], "no_such_module"),
         (["--metric", "bleu"], "unknown metric 'bleu'"),
         (["--temperatures", "-1"], "temperature is -1"),
         (["--temperatures", "1", "1"], "names one value twice"),

@@ -20,6 +20,7 @@ from spin.alignment.fractions import fraction_path
 from spin.alignment.pairing import PAIRINGS, EveryRow
 from spin.alignment.preference_files import Selection, last_contents, sole_writer
 from tests.gather_helpers import (
+    LOGPROBS,
     NUM_FRACTIONS,
     content,
     gather,
@@ -32,8 +33,6 @@ from tests.gather_helpers import (
     write_whole,
 )
 from tests.helpers import REPOSITORY, hear_ctrl_c, program_environment
-
-LOGPROBS = pa.field("rejected_logprobs", pa.list_(pa.float32()))
 
 
 def plain(rows):

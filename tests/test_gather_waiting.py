@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import pyarrow as pa
 import pytest
 
 from spin.alignment.fractions import fraction_path
@@ -24,8 +23,6 @@ from tests.gather_helpers import (
     write,
     write_whole,
 )
-
-LOGPROBS = pa.field("rejected_logprobs", pa.list_(pa.float32()))
 
 
 class Later:

@@ -273,6 +273,12 @@ def test_online_spin_trains_on_the_ground_truth(tmp_path, tiny_model):
     assert history[8]["logps/chosen"] > history[0]["logps/chosen"] + 0.3  # the same prompts, two epochs later
 
 
+def test_remote_code_of_the_policy_does_not_disturb_a_rule(tmp_path, tiny_model, prompts):
+    config = write_online(tmp_path, tiny_model, prompts, trust_remote_code=True, max_steps=1)
+    code, _, error = run_main(run_online.main, config)
+    assert code == 0, error
+
+
 REFUSED = [
     ({"ref_update_freq": 0}, "ref_update_freq is 0: set it to 1 or more"),
     ({"ref_update_freq": -2}, "ref_update_freq is -2: set it to 1 or more"),

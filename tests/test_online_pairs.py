@@ -48,7 +48,9 @@ def test_a_long_ground_truth_is_cut_and_planned_for(tmp_path, tiny_model):
 def test_a_response_without_a_partner_is_counted(tiny_model):
 
     encoder = ChatEncoder(load_tokenizer(tiny_model))
-    settings = SimpleNamespace(pairing="every_sample", loss_type="sppo_reward", baseline="prompt", soft_mean_b=1.0)
+    settings = SimpleNamespace(
+        pairing="every_sample", loss_type="sppo_reward", baseline="prompt", soft_mean_b=1.0, needs=()
+    )
     scorer = SimpleNamespace(label=lambda groups: [GroupLabels([0.0, None, 1.0, 3.0]) for _ in groups])
     turns = [{"role": "user", "content": "say"}]
     prompt = OnlinePrompt("p", tuple(encoder.prompt_ids(turns)), turns, None)
@@ -59,3 +61,14 @@ def test_a_response_without_a_partner_is_counted(tiny_model):
     assert (pair["chosen_ids"][0], pair["rejected_ids"][0]) == (4, 6)
     baseline = math.log((1 + math.e + math.e**3) / 3)  # the soft mean is over all three that have a score
     assert [pair["chosen_reward"], pair["rejected_reward"]] == pytest.approx([-baseline, 1 - baseline], rel=1e-12)
+
+
+def test_a_ground_truth_that_could_not_be_scored_is_counted():
+    from spin.alignment.online.labels import StepCounts
+
+    row = {"rejected_token_ids": [1], "rejected_finish_reason": "stop", "rejected_score": 1.0, "chosen_score": None}
+    read, unread = StepCounts(), StepCounts()
+    read.add([row, row | {"rejected_score": None}], reads_truth=True)
+    unread.add([row], reads_truth=False)
+    assert (read.scored, read.failed) == (1, 2)
+    assert (unread.scored, unread.failed) == (1, 0)

@@ -108,8 +108,7 @@ def weigh(scoring_models: Path, output: Path, *arguments: object, pairs: str = "
         scoring_models / pairs,
         "--output_dir",
         output,
-        "--dtype",
-        "float32",
+        *(["--dtype", "float32"] if {"reverse_dpo", "teacher"} & set(arguments) else []),
         *arguments,
     )
 

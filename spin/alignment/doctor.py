@@ -21,16 +21,7 @@ OPTIONAL = {
     "bitsandbytes": (("bitsandbytes",), "import bitsandbytes", "load_in_4bit: pip install '.[qlora]'"),
     "flash_attn": (("flash-attn",), "import flash_attn", "attn_implementation: flash_attention_2"),
 }
-_DEVICES = """
-import torch
-print(f"{torch.get_num_threads()} CPU threads")
-for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-    facts = torch.cuda.get_device_properties(index)
-    bf16 = "" if torch.cuda.is_bf16_supported() else ", no bfloat16"
-    print(f"cuda:{index} {facts.name}, {facts.total_memory / 2**30:.0f} GiB{bf16}")
-if getattr(torch.backends, "mps", None) and torch.backends.mps.is_available():
-    print("mps")
-"""
+_DEVICES = "import sys; from spin.alignment.doctor import devices; sys.stdout.write(devices())"
 
 
 @dataclass(frozen=True)
@@ -53,6 +44,20 @@ def run_python(code: str, timeout: float = 120.0) -> tuple[bool, str]:
         return False, f"no answer within {timeout:.0f} s"
     said = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()
     return done.returncode == 0, "; ".join(said) if done.returncode == 0 else (said[-1] if said else "no message")
+
+
+def devices() -> str:
+    """Return what torch can compute on, one line a device."""
+    import torch
+
+    lines = [f"{torch.get_num_threads()} CPU threads"]
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        facts = torch.cuda.get_device_properties(index)
+        bf16 = "" if torch.cuda.is_bf16_supported() else ", no bfloat16"
+        lines.append(f"cuda:{index} {facts.name}, {facts.total_memory / 2**30:.0f} GiB{bf16}")
+    if torch.backends.mps.is_available():
+        lines.append("mps")
+    return "\n".join(lines)
 
 
 def pins() -> dict[str, str]:
@@ -116,8 +121,8 @@ def machine_findings() -> list[Finding]:
     ]
     for what, code in (
         ("transformers backend", "import spin.alignment.generation.transformers_backend"),
-        ("training", "import spin.alignment.trainer; print('import works')"),
-        ("accelerate launch", "import accelerate.commands.launch; print('import works')"),
+        ("training", "import spin.alignment.trainer"),
+        ("accelerate launch", "import accelerate.commands.launch"),
         ("devices", _DEVICES),
     ):
         works, said = run_python(code)

@@ -264,9 +264,9 @@ class RunConfig:
             role = ("model_minus", "revision_minus") if section.get("weighting") == "teacher" else TOKENIZER_FLAGS
             revision = self.model_revision if opponent == self.model else None
             models = {role[0]: opponent, role[1]: revision}
-        shared: dict[str, Any] = {
-            key: trained[key] for key in ("max_length", "max_prompt_length", "system") if key in trained
-        }
+        scored = section.get("weighting") in ("reverse_dpo", "teacher")  # what compares no models cuts nothing
+        inherited = ("max_length", "max_prompt_length", "system") if scored else ("system",)
+        shared: dict[str, Any] = {key: trained[key] for key in inherited if key in trained}
         output = {"output_dir": str(folder / "weights"), "page": str(folder / "weights.html"), "seed": self.seed}
         return {**shared, **section, **models, "input_dir": str(folder / "pairs"), **output}
 

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from spin.alignment.chat import ChatEncoder
+
 # Settings that change neither the weights nor the numbers reported.
 _WITHOUT_EFFECT = (
     "output_dir",
@@ -128,6 +130,19 @@ def skip_unused_deepspeed_build() -> None:
 
     if get_accelerator().device_name() == "cpu":
         ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def make_encoder(settings: Settings) -> ChatEncoder:
+    """Return the encoder of the model to train.
+
+    Raises:
+        InputError: there is no tokenizer, or it has no usable chat template.
+    """
+    from spin.alignment.chat import ChatEncoder, load_tokenizer
+
+    model = settings.model
+    tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision, model.trust_remote_code)
+    return ChatEncoder(tokenizer, settings.data.system)
 
 
 def inputs_record(settings: Settings, opponent: str, data: str) -> dict[str, Any]:

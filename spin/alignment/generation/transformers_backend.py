@@ -71,7 +71,7 @@ class TransformersBackend(GenerationBackend):
         try:
             token, mask = place + self.settings.pad_id, place + 1
             self.model(input_ids=token, attention_mask=mask, position_ids=place, past_key_values=cache, use_cache=True)
-        except (AttributeError, TypeError, KeyError, IndexError, ValueError, NotImplementedError) as error:
+        except (AttributeError, TypeError, KeyError, IndexError, ValueError) as error:
             fault = error
         if fault is not None or any(layer.width != 1 for layer in cache.layers):
             raise InputError(

@@ -32,6 +32,7 @@ class OnlineConfig(SPINConfig):
         pairing: a name in ``PAIRINGS``.
         scorer: what labels the responses: a reward function (name or module:function) or a model scorer.
         scorer_model, scorer_batch_size, scorer_max_length, scorer_dtype, base_url, score_cache: see docs/scoring.md.
+        trust_remote_code: run code that comes with the policy or the scoring model.
         baseline: every_sample's rewards are relative to the soft mean of their ``prompt`` or of the whole ``batch``.
         soft_mean_b: b of that soft mean; 0 is the arithmetic mean.
         updates_per_batch: optimiser steps on the pairs of one batch of prompts.
@@ -62,6 +63,7 @@ class OnlineConfig(SPINConfig):
     scorer_dtype: str = "auto"
     base_url: str | None = None
     score_cache: str | None = None
+    trust_remote_code: bool = False
     baseline: str = "prompt"
     soft_mean_b: float = 1.0
     updates_per_batch: int = 1
@@ -141,7 +143,8 @@ class OnlineConfig(SPINConfig):
                 raise InputError(
                     f"{name} is {getattr(self, name)}, but pairing {self.pairing} uses no baseline: remove it"
                 )
-        given = [name for name, default in SCORER_FLAGS.items() if getattr(self, name, default) != default]
+        own = {name: default for name, default in SCORER_FLAGS.items() if name != "trust_remote_code"}
+        given = [name for name, default in own.items() if getattr(self, name) != default]
         if given and not self.scorer:
             raise InputError(f"{given[0]} is {getattr(self, given[0])}, but no scorer is set: set scorer, or remove it")
         if self.eval_prompts and self.scorer in COMPARATIVE and "chosen_score" not in self.needs:
@@ -163,5 +166,7 @@ class OnlineConfig(SPINConfig):
             base_url=self.base_url,
             cache_dir=self.score_cache,
             dtype=self.scorer_dtype,
+            # The key is the policy's as well; rules and judges run no such code and would refuse it.
+            trust_remote_code=self.trust_remote_code and self.scorer in ("reward_model", "preference_model"),
             score_reference="chosen_score" in self.needs,
         )

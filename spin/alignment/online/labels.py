@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from spin.alignment.labelling import Labeller
+from spin.alignment.labelling import Labeller, count_failures
 from spin.alignment.losses import LOSS_COLUMNS, loss_feature, soft_mean
 from spin.alignment.pairing import PAIRINGS, Labelled
 
@@ -36,8 +36,8 @@ class StepCounts:
     pairs: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
 
-    def add(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Count the responses to one prompt and their scores."""
+    def add(self, rows: Sequence[dict[str, Any]], reads_truth: bool) -> None:
+        """Count the responses to one prompt and their scores, that of the ground truth too where the pairing reads it."""
         self.responses += len(rows)
         self.tokens += sum(len(row["rejected_token_ids"]) for row in rows)
         self.truncated += sum(row["rejected_finish_reason"] == "length" for row in rows)
@@ -45,7 +45,7 @@ class StepCounts:
         known = [score for score in scores if score is not None]
         self.scored += len(known)
         self.score_sum += sum(known)
-        self.failed += len(scores) - len(known)
+        self.failed += count_failures(rows, reads_truth) if scores else 0
 
 
 class PairMaker:
@@ -87,7 +87,7 @@ class PairMaker:
         if self.labeller is not None:
             self.labeller.label(rows)
         for group in rows:
-            counts.add(group)
+            counts.add(group, "chosen_score" in self.config.needs)
         return rows
 
     def _rows(self, prompt: OnlinePrompt, responses: Sequence[Response]) -> list[dict[str, Any]]:
