@@ -27,9 +27,9 @@ from benchmarks.matmul import NAME as MATMUL
 from benchmarks.matmul import rates as matmul_rates
 from benchmarks.report import OURS, add_ratios, loss_differences, plot, pool, rates, table
 from benchmarks.shapes import MODELS, SHAPES, distinct_tokens, mean_flops, padded_tokens
-from spin.alignment.errors import InputError, lookup
-from spin.alignment.shards import atomic_file, write_json_atomic
-from spin.programs import Parser, interrupt_on_sigterm, run_program
+from spin.alignment.core.errors import InputError, lookup
+from spin.alignment.core.files import atomic_file, write_json_atomic
+from spin.alignment.core.program import Parser, interrupt_on_sigterm, run_program
 
 if TYPE_CHECKING:
     from benchmarks.shapes import ModelSize, Plan

@@ -26,10 +26,10 @@ from benchmarks.generation_data import make_prompts, save_model, save_prompts
 from benchmarks.generation_process import Seat, Task
 from benchmarks.generation_report import add_goals, add_ratios, add_scale, plot, same_responses, summarize, table
 from benchmarks.generation_scale import FRACTION_ROWS, measure_scale
-from spin.alignment.errors import InputError, lookup
-from spin.alignment.provenance import package_versions
-from spin.alignment.shards import atomic_file, write_json_atomic
-from spin.programs import Parser, interrupt_on_sigterm, run_program
+from spin.alignment.core.errors import InputError, lookup
+from spin.alignment.core.files import atomic_file, write_json_atomic
+from spin.alignment.core.program import Parser, interrupt_on_sigterm, run_program
+from spin.alignment.core.provenance import package_versions
 
 SAME_RESPONSES = 0.95  # below this both uses of vLLM have not done the same work
 

@@ -12,8 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.generation_data import MAX_NEW_TOKENS, PROMPT_TOKENS, SPLIT
 from benchmarks.shapes import EOS_ID, PAD_ID
-from spin.alignment.generation import BackendSettings, make_backend
-from spin.alignment.generation.base import GenerationBackend, PromptRequest, Response, SamplingConfig, sample_seed
+from spin.alignment.generation import make_backend
+from spin.alignment.generation.base import (
+    BackendSettings,
+    GenerationBackend,
+    PromptRequest,
+    Response,
+    SamplingConfig,
+    sample_seed,
+)
 
 if TYPE_CHECKING:
     from benchmarks.generation_process import Task
@@ -107,7 +114,7 @@ class OurStep(Contender):
     """All that spin/generate.py does with a loaded model: encode, claim, generate, decode, write parts, merge the fraction."""
 
     def __init__(self, task: Task, backend: str) -> None:
-        from spin.alignment.chat import ChatEncoder, load_tokenizer
+        from spin.alignment.data.chat_encoder import ChatEncoder, load_tokenizer
 
         self.task, self.backend_name = task, backend
         encoder = ChatEncoder(load_tokenizer(task.model_folder))
@@ -115,11 +122,11 @@ class OurStep(Contender):
         self._backend = _Lasting(make_backend(backend, settings))
 
     def prepare(self, turn: int) -> None:
-        from spin import generate
-        from spin.alignment.fractions import PARTS_FOLDER
+        from spin.alignment.data.fractions import PARTS_FOLDER
+        from spin.alignment.generation import generate
+        from spin.alignment.generation.leases import Worker
         from spin.alignment.generation.progress import GenerationProgress
-        from spin.alignment.generation.run import GenerationRun
-        from spin.alignment.leases import Worker
+        from spin.alignment.generation.worker import GenerationRun
 
         self._output = Path(self.task.folder) / f"turn-{turn}"
         flags = {
@@ -146,7 +153,8 @@ class OurStep(Contender):
     def responses(self) -> dict[str, list[int]]:
         import pyarrow.parquet as pq
 
-        from spin.alignment.fractions import clear_parts, fraction_path
+        from spin.alignment.data.fractions import fraction_path
+        from spin.alignment.generation.fraction_journal import clear_parts
 
         self._open.close()
         clear_parts(self._output, SPLIT, len(self._job.store), 0)

@@ -18,7 +18,7 @@ from zlib import crc32
 
 from benchmarks.generation_data import Prompt, make_prompts
 from benchmarks.harness import REPOSITORY, TUNED_ALLOCATOR, Worker, WorkerError
-from spin.programs import run_program
+from spin.alignment.core.program import run_program
 
 if TYPE_CHECKING:
     from benchmarks.generation_contenders import Contender

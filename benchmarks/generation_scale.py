@@ -22,9 +22,16 @@ import psutil
 from benchmarks.generation_data import SPLIT, VOCAB_SIZE
 from benchmarks.harness import REPOSITORY, peak_bytes
 from benchmarks.shapes import FIRST_WORD_ID, as_text
-from spin.alignment.generation import BACKENDS, BackendSettings
-from spin.alignment.generation.base import GenerationBackend, PromptRequest, Response, SamplingConfig, sample_seed
-from spin.programs import run_program
+from spin.alignment.core.program import run_program
+from spin.alignment.generation import BACKENDS
+from spin.alignment.generation.base import (
+    BackendSettings,
+    GenerationBackend,
+    PromptRequest,
+    Response,
+    SamplingConfig,
+    sample_seed,
+)
 
 PROMPT_CHARACTERS, TRUTH_CHARACTERS = 100, 500
 FRACTION_ROWS = 20_000

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 def run(job: Job, turns: Turns, **settings: Any) -> None:
     """Train with SPINTrainer; ``settings`` are keys of SPINConfig that differ from the defaults."""
-    from spin.alignment.trainer import SPINTrainer
+    from spin.alignment.training.trainer import SPINTrainer
 
     _train(SPINTrainer, job, turns, settings)
 
@@ -24,8 +24,8 @@ def run_uncached(job: Job, turns: Turns) -> None:
     import torch
 
     from benchmarks.shapes import load_model
-    from spin.alignment.logps import batch_logps, install_packed_forward
-    from spin.alignment.trainer import SPINTrainer
+    from spin.alignment.logprobs.forward import batch_logps, install_packed_forward
+    from spin.alignment.training.trainer import SPINTrainer
 
     class UncachedTrainer(SPINTrainer):
         def __init__(self, **settings: Any) -> None:
@@ -46,8 +46,8 @@ def _train(trainer_class: Any, job: Job, turns: Turns, settings: dict[str, Any])
 
     from benchmarks.shapes import load_model, make_tokenizer
     from benchmarks.training import TurnCallback, common_arguments
-    from spin.alignment.batching import PairDataset
-    from spin.alignment.trainer import SPINConfig
+    from spin.alignment.logprobs.batch import PairDataset
+    from spin.alignment.training.trainer import SPINConfig
 
     unknown = set(settings) - {field.name for field in fields(SPINConfig)}
     if unknown:

@@ -15,9 +15,9 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from spin.alignment.data import PROMPT_SCHEMA
-from spin.alignment.provenance import Provenance
-from spin.alignment.shards import ParquetSink
+from spin.alignment.core.parquet import ParquetSink
+from spin.alignment.core.provenance import Provenance
+from spin.alignment.data.rows import PROMPT_SCHEMA
 
 NUM_TEST = 500
 SEED = 0

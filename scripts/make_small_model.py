@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from spin.alignment.data import stream_prompts
-from spin.alignment.errors import InputError
-from spin.programs import Parser, run_program
+from spin.alignment.core.errors import InputError
+from spin.alignment.core.program import Parser, run_program
+from spin.alignment.data.rows import stream_prompts
 
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from make_demo_data import SPECIAL, character_tokenizer, tiny_llama
 
-from spin.alignment.data import PROMPT_SCHEMA
-from spin.alignment.provenance import Provenance
-from spin.alignment.shards import ParquetSink
+from spin.alignment.core.parquet import ParquetSink
+from spin.alignment.core.provenance import Provenance
+from spin.alignment.data.rows import PROMPT_SCHEMA
 
 LETTERS = "abcdefghijklmnop"
 LENGTH = 10

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
+import signal
 from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
 from typing import NoReturn
 
 from spin import __version__
-from spin.alignment.errors import InputError, lookup
-from spin.programs import Parser, run_program
+from spin.alignment.core.console import say
+from spin.alignment.core.errors import InputError, lookup
+from spin.alignment.core.program import EXIT_BAD_INPUT, EXIT_DONE, Parser, is_help, run_program
 
 USAGE = """usage: spin COMMAND ...
 
@@ -21,14 +24,43 @@ USAGE = """usage: spin COMMAND ...
 
 `spin COMMAND --help` tells more. Exit codes: 0 done, 2 bad input, 130 interrupted, 1 a fault of ours."""
 
-COMMANDS = {
-    "run": "spin.pipeline",
-    "status": "spin.alignment.status",
-    "report": "spin.cli",
-    "validate": "spin.validate_path",
-    "doctor": "spin.doctor",
-    "diff": "spin.cli",
-}
+RUN_USAGE = """usage: spin run CONFIG.yaml [--key=value ...] [--rerun_changed]
+
+Runs SFT (when asked for), then generate, convert, train and evaluate for every iteration. Run it again to go on after an
+interruption. Dots reach into sections: --train.beta=0.5. With --rerun_changed, finished stages whose settings or
+input files have changed are made again, and their old output is kept under RUN/replaced/. See docs/pipeline.md."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """``spin run CONFIG.yaml``."""
+    if is_help(arguments, RUN_USAGE):
+        return EXIT_DONE
+    from spin.alignment.pipeline.config import load_run_config
+
+    rerun_changed = "--rerun_changed" in arguments
+    config = load_run_config(arguments[0], [item for item in arguments[1:] if item != "--rerun_changed"])
+    signal.signal(signal.SIGTERM, _interrupt)
+    from spin.alignment.pipeline.preflight import check_before_start, check_run_dir
+    from spin.alignment.pipeline.runner import run_stages
+    from spin.alignment.report import show_lineage, write_report
+
+    check_run_dir(Path(config.run_dir))
+    check_before_start(config, arguments[0])
+    return run_stages(config, rerun_changed, begin=show_lineage, finish=write_report)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def status(arguments: Sequence[str]) -> None:
+    """``spin status RUN``."""
+    parser = Parser(prog="spin status", description="Show where a run, or a folder of fractions, stands.")
+    parser.add_argument("run_dir", help="folder of a run, or the output_dir of generate.py")
+    options = parser.parse_args(arguments)
+    from spin.alignment.pipeline.status import show_status
+
+    show_status(options.run_dir)
 
 
 def report(arguments: Sequence[str]) -> None:
@@ -36,10 +68,41 @@ def report(arguments: Sequence[str]) -> None:
     parser = Parser(prog="spin report", description="Write summary.json, report.png and report.html of a run.")
     parser.add_argument("run_dir", help="folder of a run")
     options = parser.parse_args(arguments)
+    from spin.alignment.pipeline.config import open_run
     from spin.alignment.report import write_report
-    from spin.alignment.run_config import open_run
 
     write_report(open_run(options.run_dir))
+
+
+def validate(arguments: Sequence[str]) -> int:
+    """``spin validate PATH``: print every problem of a data set, a model folder or a run."""
+    parser = Parser(prog="spin validate", description="Check a data set, a model folder or a run against the contract.")
+    parser.add_argument("path", help="parquet file, folder of them, model folder or run directory")
+    parser.add_argument("--tokenizer", default=None, help="model whose tokenizer made the ids: check them too")
+    parser.add_argument("--system", default="keep", choices=("keep", "fold"), help="as given to generate.py")
+    options = parser.parse_args(arguments)
+    from spin.alignment.pipeline.validate import validate as problems_of
+
+    encoder = None
+    if options.tokenizer is not None:
+        from spin.alignment.data.chat_encoder import ChatEncoder, load_tokenizer
+
+        encoder = ChatEncoder(load_tokenizer(options.tokenizer), options.system)
+    checked, problems = problems_of(Path(options.path), encoder)
+    for problem in problems:
+        say(problem)
+    what = "stages" if (Path(options.path) / "run.yaml").is_file() else "rows or models"
+    say(f"{checked} {what} checked, {len(problems)} problems")
+    return EXIT_BAD_INPUT if problems else EXIT_DONE
+
+
+def doctor(arguments: Sequence[str]) -> int:
+    """``spin doctor``: say what works on this machine and what does not."""
+    parser = Parser(prog="spin doctor", description="Say which packages, devices and backends work here, and why not.")
+    parser.parse_args(arguments)
+    from spin.alignment.pipeline.doctor import show_findings
+
+    return EXIT_DONE if show_findings() else EXIT_BAD_INPUT
 
 
 def diff(arguments: Sequence[str]) -> None:
@@ -48,37 +111,24 @@ def diff(arguments: Sequence[str]) -> None:
     parser.add_argument("left", help="folder of a run")
     parser.add_argument("right", help="folder of another run")
     options = parser.parse_args(arguments)
-    from rich.console import Console
-    from rich.table import Table
+    from spin.alignment.pipeline.diff import show_differences
 
-    from spin.alignment.manifest import RunManifest, differences
-    from spin.alignment.run_config import open_run
+    show_differences(options.left, options.right)
 
-    for run_dir in (options.left, options.right):
-        open_run(run_dir)
-    rows = differences(RunManifest(options.left), RunManifest(options.right))
-    if not rows:
-        print("no difference: packages, settings, inputs and outputs are equal")
-        return
-    table = Table("where", "what", options.left, options.right)
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
+
+COMMANDS = {"run": run, "status": status, "report": report, "validate": validate, "doctor": doctor, "diff": diff}
 
 
 def main(arguments: Sequence[str]) -> int | None:
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE)
+        say(USAGE)
         if not arguments:
             raise InputError("the command is missing: give one of " + ", ".join(COMMANDS))
         return None
     if arguments[0] == "--version":
-        print(__version__)
+        say(__version__)
         return None
-    module = lookup(COMMANDS, arguments[0], "command")
-    here = {"report": report, "diff": diff}
-    command = here.get(arguments[0]) or importlib.import_module(module).main
-    return command(arguments[1:])
+    return lookup(COMMANDS, arguments[0], "command")(arguments[1:])
 
 
 def entry_point() -> NoReturn:

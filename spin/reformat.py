@@ -13,185 +13,24 @@ held in memory, some 70 while they are sorted.
 
 from __future__ import annotations
 
-import hashlib
-import sys
-from array import array
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from spin.alignment.errors import InputError
-from spin.programs import Parser, run_program
+from spin.alignment.core.errors import InputError
+from spin.alignment.core.program import run_program
+from spin.alignment.data.reformat import (
+    Source,
+    already_there,
+    make_parser,
+    select,
+    source_hash,
+    stale_test_split,
+    write,
+)
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    from spin.alignment.provenance import Provenance
-    from spin.alignment.readers import Conversation
-
-
-def make_parser() -> Parser:
-    parser = Parser(prog="reformat.py", description="Turn foreign SFT data into prompts with their ground truth.")
-    parser.add_argument("--data", required=True, help="Hub name, folder, or parquet, json or jsonl file")
-    parser.add_argument("--output_dir", required=True, help="folder for {split}.parquet and test.parquet")
-    parser.add_argument("--split", default="train", help="split of the source to read, and name of the file written")
-    parser.add_argument("--test_size", type=float, default=0.0, help="rows held out (a number, or a share below 1)")
-    parser.add_argument("--subset", type=int, default=0, help="random subset of this many training rows (0: all)")
-    parser.add_argument("--seed", type=int, default=42, help="seed of the subset and of the test split")
-    parser.add_argument("--turns", choices=("last", "all"), default="last", help="assistant turns to play")
-    parser.add_argument(
-        "--skip_invalid", action="store_true", help="leave out rows that break the contract, and say so"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace another data set in the output folder")
-    return parser
-
-
-@dataclass
-class Source:
-    """The conversations of the input, read anew at each pass, and the rows that had to be left out."""
-
-    data: str
-    split: str
-    turns: str
-    skip_invalid: bool
-
-    def __post_init__(self) -> None:
-        self.invalid: list[str] = []
-
-    def conversations(self) -> Iterator[tuple[str, Conversation]]:
-        from spin.alignment.readers import read_records, to_conversations
-
-        self.invalid = []
-        for where, record in read_records(self.data, self.split):
-            try:
-                found = to_conversations(record, where, self.turns)  # type: ignore[arg-type]
-            except InputError as error:
-                if not self.skip_invalid:
-                    raise
-                self.invalid.append(str(error))
-                continue
-            for conversation in found:
-                yield where, conversation
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Which distinct prompts go where: sorted by opening, the first ``num_test`` are held out, the next are training."""
-
-    prompts: np.ndarray
-    places: np.ndarray
-    num_test: int
-    num_train: int
-    num_rows: int
-
-    def place(self, prompt: int) -> int:
-        """Return where the prompt with this hash stands in the order of the openings."""
-        import numpy as np
-
-        return int(self.places[np.searchsorted(self.prompts, np.uint64(prompt))])
-
-
-def keyed_hash(seed: int, text: str) -> int:
-    """Return a 64-bit hash of a text, another one for each seed."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}\x00{text}".encode(), digest_size=8).digest(), "big")
-
-
-def prompt_key(seed: int, conversation: Conversation) -> int:
-    """Return the hash by which repeated prompts are found."""
-    from spin.alignment.readers import prompt_hash
-
-    return keyed_hash(seed, prompt_hash(conversation.messages[:-1]))
-
-
-def opening_key(seed: int, conversation: Conversation) -> int:
-    """Return the hash of everything before the first answer; it decides subset and test split."""
-    from spin.alignment.readers import prompt_hash
-
-    roles = [message["role"] for message in conversation.messages]
-    return keyed_hash(seed, prompt_hash(conversation.messages[: roles.index("assistant")]))
-
-
-def select(source: Source, seed: int, test_size: float, subset: int) -> Selection:
-    """First pass: rank every prompt, check that ids are unique, and draw the test split and the subset."""
-    import numpy as np
-
-    prompts, openings, ids = array("Q"), array("Q"), array("Q")
-    for _, conversation in source.conversations():
-        prompts.append(prompt_key(seed, conversation))
-        openings.append(opening_key(seed, conversation))
-        ids.append(keyed_hash(seed, conversation.prompt_id))
-    if not prompts:
-        raise InputError(
-            f"no usable row is left in {source.data}: {source.invalid[0] if source.invalid else 'it is empty'}"
-        )
-    unique, first = np.unique(np.frombuffer(prompts, dtype=np.uint64), return_index=True)
-    kept_ids, counts = np.unique(np.frombuffer(ids, dtype=np.uint64)[first], return_counts=True)
-    if (counts > 1).any():
-        _name_shared_id(source, seed, {int(value) for value in kept_ids[counts > 1]})
-    kept_openings = np.frombuffer(openings, dtype=np.uint64)[first]
-    order = np.lexsort((unique, kept_openings))
-    num_test = round(test_size * len(unique)) if test_size < 1 else int(test_size)
-    if 0 < num_test < len(unique):  # the last opening of the test split goes there with all its prompts
-        last = kept_openings[order[num_test - 1]]
-        num_test = int(np.searchsorted(kept_openings[order], last, side="right"))
-    num_train = min(subset, len(unique) - num_test) if subset else len(unique) - num_test
-    if num_train < 1 or (test_size and num_test < 1):
-        raise InputError(
-            f"test_size {test_size:g} of {len(unique)} distinct prompts leaves {max(num_train, 0)} for training and "
-            f"{num_test} for the test split: choose another size"
-        )
-    places = np.empty(len(unique), dtype=np.uint64)
-    places[order] = np.arange(len(unique), dtype=np.uint64)
-    return Selection(unique, places, num_test, num_train, len(prompts))
-
-
-def _name_shared_id(source: Source, seed: int, shared: set[int]) -> None:
-    for where, conversation in source.conversations():
-        if keyed_hash(seed, conversation.prompt_id) in shared:
-            raise InputError(
-                f"{where}: the id '{conversation.prompt_id}' belongs to several different prompts: make the ids unique "
-                "or remove the column"
-            )
-
-
-def write(
-    source: Source, selection: Selection, seed: int, paths: dict[str, Path], provenance: dict[str, Provenance]
-) -> None:
-    """Second pass: stream the selected conversations into their files; the training file appears last."""
-    import numpy as np
-    from rich.console import Console
-    from rich.progress import track
-
-    from spin.alignment.data import PROMPT_SCHEMA
-    from spin.alignment.shards import ParquetSink, remove_leftovers
-
-    remove_leftovers(*paths.values())
-    written = np.zeros(len(selection.prompts), dtype=bool)
-    with ExitStack() as stack:
-        # Left in reverse order: entering the training file first makes it the last to appear, the proof of completion.
-        sinks = {
-            name: stack.enter_context(ParquetSink(paths[name], PROMPT_SCHEMA, provenance[name]))
-            for name in sorted(paths, key="test".__eq__)
-        }
-        batches: dict[str, list[dict[str, Any]]] = {name: [] for name in sinks}
-        bar = {"console": Console(stderr=True), "transient": True, "disable": not sys.stderr.isatty()}
-        rows = track(source.conversations(), "reformat", total=selection.num_rows, **bar)  # type: ignore[arg-type]
-        for _, conversation in rows:
-            place = selection.place(prompt_key(seed, conversation))
-            if written[place] or place >= selection.num_test + selection.num_train:
-                continue
-            written[place] = True
-            name = "test" if place < selection.num_test else "train"
-            batches[name].append({"prompt_id": conversation.prompt_id, "chosen": conversation.messages})
-            if len(batches[name]) == 1000:
-                sinks[name].write(batches[name])
-                batches[name] = []
-        for name, batch in batches.items():
-            sinks[name].write(batch)
-        # From here to its renewal there is no training file: an old one never stands beside a new test split.
-        paths["train"].unlink(missing_ok=True)
+    pass
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -202,9 +41,9 @@ def main(arguments: Sequence[str]) -> None:
         raise InputError(f"test_size is {options.test_size:g}: give a whole number of rows, or a share below 1")
     if options.test_size and options.split == "test":
         raise InputError("split 'test' cannot hold out a test split of its own: set test_size to 0")
-    from spin.alignment.provenance import Provenance, hash_text
-    from spin.alignment.readers import split_files
-    from spin.alignment.shards import open_parquet
+    from spin.alignment.core.parquet import open_parquet
+    from spin.alignment.core.provenance import Provenance, hash_text
+    from spin.alignment.data.source_files import split_files
 
     source = Source(options.data, options.split, options.turns, options.skip_invalid)
     local, folder = Path(options.data), Path(options.output_dir)
@@ -242,44 +81,6 @@ def main(arguments: Sequence[str]) -> None:
     )
     for reason in source.invalid[:5]:
         print(f"  skipped: {reason}")
-
-
-def stale_test_split(folder: Path, split: str) -> Path | None:
-    """Return the test file that an earlier run held out of this split, if there is one: its rows may be trained on now."""
-    from spin.alignment.provenance import read_provenance
-    from spin.alignment.shards import open_parquet
-
-    path = folder / "test.parquet"
-    if split == "test" or not path.exists():
-        return None
-    settings = read_provenance(open_parquet(path).schema_arrow, path).sampling
-    return path if settings.get("test_size") and settings.get("split") == split else None
-
-
-def source_hash(files: list[Path]) -> str:
-    """Return one hash of the input files' contents."""
-    from spin.alignment.provenance import hash_file, hash_text
-
-    return hash_text(*(hash_file(file) for file in files))
-
-
-def already_there(paths: dict[str, Path], provenance: dict[str, Provenance]) -> bool:
-    """Return whether every output exists and was made from the same input and settings.
-
-    Raises:
-        InputError: an output exists but was made from something else.
-    """
-    from spin.alignment.provenance import read_provenance
-    from spin.alignment.shards import open_parquet
-
-    for name, path in paths.items():
-        if path.exists():
-            differences = provenance[name].differences(read_provenance(open_parquet(path).schema_arrow, path))
-            if differences:
-                raise InputError(
-                    f"{path} holds another data set ({'; '.join(differences)}): choose another output_dir or pass --overwrite"
-                )
-    return all(path.exists() for path in paths.values())
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from tests.helpers import SHARED_DATA, save_tiny_model
-from tests.openai_helpers import connect, server  # noqa: F401  (fixtures of several files)
-from tests.training_helpers import pairs, reference_run  # noqa: F401  (fixtures of several files)
-from tests.weights_helpers import scoring_models, weighed  # noqa: F401  (fixtures of several files)
+from tests.helpers.openai_backend import connect, server  # noqa: F401  (fixtures of several files)
+from tests.helpers.training import pairs, reference_run  # noqa: F401  (fixtures of several files)
+from tests.helpers.weights import scoring_models, weighed  # noqa: F401  (fixtures of several files)
 
 
 @pytest.fixture(scope="session")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from spin.alignment.errors import InputError
+from spin.alignment.core.errors import InputError
+from spin.alignment.models.config import Dtype
 
 FinishReason = Literal["stop", "length"]
 
@@ -126,3 +127,34 @@ def sample_seed(seed: int, prompt_id: str, sample_index: int) -> int:
     """Return the 63-bit seed of one response: it depends on nothing but (seed, prompt id, sample index)."""
     digest = hashlib.sha256(f"{seed}\x00{prompt_id}\x00{sample_index}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
+
+
+@dataclass(frozen=True)
+class BackendSettings:
+    """What a backend needs to load a model.
+
+    Attributes:
+        adapter: folder of LoRA adapters to serve on top of the model.
+        dtype: auto (that of the checkpoint), float32, bfloat16 or float16.
+        batch_size: responses in flight; None leaves it to the backend.
+        max_model_len: the longest prompt plus response, in tokens.
+        stop_ids: the ids that end a response.
+        decode: sampled ids -> text; stop texts are looked for in it.
+        batch_invariant: let the engine compute every response the same in any batch (vllm on an H100 or newer; slower).
+        base_url: address of an OpenAI-compatible server (openai).
+    """
+
+    model: str
+    revision: str | None = None
+    adapter: str | None = None
+    dtype: Dtype = "auto"
+    batch_size: int | None = None
+    tensor_parallel_size: int = 1
+    max_model_len: int | None = None
+    gpu_memory_utilization: float = 0.9
+    trust_remote_code: bool = False
+    stop_ids: list[int] = field(default_factory=list)
+    pad_id: int = 0
+    decode: Callable[[Sequence[int]], str] | None = None
+    batch_invariant: bool = False
+    base_url: str | None = None

@@ -11,18 +11,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spin.alignment.errors import InputError
-from spin.alignment.fractions import FractionJournal, fraction_path, fraction_rows
+from spin.alignment.core.errors import InputError
+from spin.alignment.data.formats import prompt_turns
+from spin.alignment.data.fractions import fraction_path, fraction_rows
+from spin.alignment.data.prompt_store import PromptStore, ids_sum
 from spin.alignment.generation.base import PromptRequest, Response, SamplingConfig
-from spin.alignment.leases import Leases, Worker
-from spin.alignment.prompt_store import PromptStore, ids_sum
-from spin.alignment.readers import prompt_turns
+from spin.alignment.generation.fraction_journal import FractionJournal
+from spin.alignment.generation.leases import Leases, Worker
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from spin.alignment.chat import ChatEncoder
-    from spin.alignment.provenance import Provenance
+    from spin.alignment.core.provenance import Provenance
+    from spin.alignment.data.chat_encoder import ChatEncoder
 
 # Blocks are what workers claim: small enough that no worker idles for long at the end, large enough that claims cost nothing.
 _BLOCKS_PER_FRACTION = 64

@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from spin.alignment.run_config import RunConfig
+    from spin.alignment.pipeline.config import RunConfig
 
 
 def show_lineage(config: RunConfig) -> None:
     """Print which model starts, which is the opponent and which data trains, for every model of the run."""
     from rich.console import Console
 
+    from spin.alignment.pipeline.lineage import lineage
     from spin.alignment.report.table import lineage_table
-    from spin.alignment.stages import lineage
 
     Console().print(lineage_table(lineage(config)))
 
@@ -28,12 +28,12 @@ def write_report(config: RunConfig) -> Path:
     """
     from rich.console import Console
 
+    from spin.alignment.core.files import atomic_file, write_json_atomic, write_text_atomic
+    from spin.alignment.pipeline.lineage import lineage
     from spin.alignment.report.page import render_page
     from spin.alignment.report.plots import plot
     from spin.alignment.report.summary import summarize
     from spin.alignment.report.table import results_table
-    from spin.alignment.shards import atomic_file, write_json_atomic, write_text_atomic
-    from spin.alignment.stages import lineage
 
     run_dir = Path(config.run_dir)
     summary, samples = summarize(config)

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spin.alignment.errors import InputError
-from spin.alignment.run_config import SCORERS_OF_RUN
-from spin.alignment.shards import read_json
+from spin.alignment.core.errors import InputError
+from spin.alignment.core.files import read_json
+from spin.alignment.pipeline.config import SCORERS_OF_RUN
 
 if TYPE_CHECKING:
-    from spin.alignment.run_config import RunConfig
+    from spin.alignment.pipeline.config import RunConfig
 
 # Above these a reader is warned; each is explained in docs/pipeline.md.
 IDENTICAL_RATE, TRUNCATION_RATE, LENGTH_DRIFT, SATURATED_ACCURACY, CHOSEN_DRIFT_NATS = 0.5, 0.05, 0.2, 0.99, 0.5

@@ -10,10 +10,11 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spin.alignment.shards import read_rows, write_text_atomic
+from spin.alignment.core.files import write_text_atomic
+from spin.alignment.core.parquet import read_rows
 
 if TYPE_CHECKING:
-    from spin.alignment.chat import ChatEncoder
+    from spin.alignment.data.chat_encoder import ChatEncoder
 
 SIDES = ("chosen", "rejected")
 _CSS = """
@@ -91,7 +92,7 @@ def _weighed_rows(folder: Path) -> Iterator[dict]:
 
 def tokens_of(ids: Sequence[int], weights: Sequence[float], encoder: ChatEncoder) -> list[Token]:
     """Return the tokens of a response with the text that each stands for."""
-    from spin.alignment.token_scores import student_text
+    from spin.alignment.token_weights.model_scores import student_text
 
     text, spans = student_text(encoder, ids)
     names = encoder.tokenizer.convert_ids_to_tokens(list(ids))

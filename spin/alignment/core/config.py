@@ -1,0 +1,168 @@
+"""YAML files with overlays, ``--key=value`` overrides, and the dataclasses they become.
+
+A configuration is a flat mapping. ``extends: other.yaml`` (relative to the file) starts from another one, so a later
+iteration is a few lines, not a copy. Everything is checked here, before a model or a data set is opened.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from spin.alignment.core.errors import InputError, suggestion
+
+C = TypeVar("C")
+
+
+def load_yaml(path: str | Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Read a YAML mapping, resolving ``extends`` first; nested mappings are merged key by key.
+
+    Raises:
+        InputError: the file is missing, is not valid YAML, is not a mapping, or extends itself.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"configuration file {path} does not exist: give the path of a YAML file")
+    if path.resolve() in _seen:
+        raise InputError(f"{path} extends itself: remove the circular 'extends'")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path} is not valid YAML ({reason}): mend the file") from error
+    content = {} if content is None else content
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise InputError(f"{path} does not hold 'key: value' lines: write one setting a line")
+    parent = content.pop("extends", None)
+    if parent is None:
+        return content
+    return merge(load_yaml(path.parent / str(parent), (*_seen, path.resolve())), content)
+
+
+def merge(base: Mapping[str, Any], overlay: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``base`` with the keys of ``overlay`` on top; mappings merge, save ``dataset_mixer``."""
+    merged = dict(base)
+    for key, value in overlay.items():
+        nested = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping) and key != "dataset_mixer"
+        merged[key] = merge(merged[key], value) if nested else value
+    return merged
+
+
+def parse_overrides(arguments: Iterable[str]) -> dict[str, Any]:
+    """Turn ``--key=value`` arguments into a mapping; values are YAML, dots reach into nested mappings.
+
+    Raises:
+        InputError: an argument has another form.
+    """
+    overrides: dict[str, Any] = {}
+    for argument in arguments:
+        key, separator, text = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--") or not separator or not key:
+            raise InputError(f"cannot read the argument '{argument}': write settings as --key=value")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise InputError(f"cannot read the value of --{key} ('{text}') as YAML: quote it") from error
+        for part in reversed(key.split(".")[1:]):
+            value = {part: value}
+        overrides = merge(overrides, {key.split(".")[0]: value})
+    return overrides
+
+
+def load_config(path: str | Path, arguments: Sequence[str] = ()) -> dict[str, Any]:
+    """Read a configuration file and put the command-line overrides on top."""
+    return merge(load_yaml(path), parse_overrides(arguments))
+
+
+def build(config_class: type[C], values: Mapping[str, Any], source: str) -> C:
+    """Make a settings dataclass out of a mapping, converting each value to the annotated type.
+
+    Raises:
+        InputError: an unknown key (the closest valid one is named), a value of the wrong type, or a missing key.
+    """
+    fields = {field.name: field for field in dataclasses.fields(config_class) if field.init}  # type: ignore[arg-type]
+    for key in values:
+        if key not in fields:
+            raise InputError(f"unknown key '{key}' in {source}{suggestion(key, fields)}")
+    hints = typing.get_type_hints(config_class)
+    converted = {key: convert(value, hints[key], f"'{key}' in {source}") for key, value in values.items()}
+    for name, field in fields.items():
+        no_default = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if no_default and name not in converted:
+            raise InputError(f"{source} lacks the key '{name}': add it")
+    return config_class(**converted)
+
+
+def convert(value: Any, hint: Any, where: str) -> Any:
+    """Convert a YAML value to a type hint: ``1e-5`` (a string in YAML) to float, an int to float, unions by trying.
+
+    Raises:
+        InputError: the value does not fit; ``where`` names the key and the file.
+    """
+    origin = typing.get_origin(hint)
+    if hint is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        return _convert_union(value, typing.get_args(hint), where)
+    if origin is typing.Literal:
+        if value in typing.get_args(hint):
+            return value
+        raise InputError(f"{where} is {value!r}: choose one of {', '.join(map(str, typing.get_args(hint)))}")
+    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+        return build(typing.cast(type, hint), value, where)
+    plain = origin or hint
+    if plain is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    elif plain is bool and isinstance(value, bool):
+        return value
+    elif plain is int and isinstance(value, int | float) and not isinstance(value, bool) and int(value) == value:
+        return int(value)
+    elif plain is str and isinstance(value, str | int | float) and not isinstance(value, bool):
+        return str(value)
+    elif isinstance(plain, type) and plain not in (bool, int, str) and isinstance(value, plain):
+        return value
+    raise InputError(f"{where} is {value!r}, which is not {_describe(hint)}: correct the value")
+
+
+def _convert_union(value: Any, choices: tuple[Any, ...], where: str) -> Any:
+    if value is None and type(None) in choices:
+        return None
+    exact = [choice for choice in choices if isinstance(choice, type) and type(value) is choice]
+    for choice in exact + [choice for choice in choices if choice is not type(None)]:
+        try:
+            return convert(value, choice, where)
+        except InputError:
+            continue
+    wanted = " or ".join(_describe(choice) for choice in choices)
+    raise InputError(f"{where} is {value!r}, which is not {wanted}: correct the value")
+
+
+def _describe(hint: Any) -> str:
+    names = {float: "a number", int: "a whole number", bool: "true or false", str: "text", type(None): "empty"}
+    return names.get(hint, str(getattr(hint, "__name__", hint)))
+
+
+def split_config(values: Mapping[str, Any], classes: Sequence[type], source: str) -> list[dict[str, Any]]:
+    """Distribute a flat mapping over settings dataclasses by their field names.
+
+    Raises:
+        InputError: a key that none of them has (the closest one is named).
+    """
+    names = [{field.name for field in dataclasses.fields(item) if field.init} for item in classes]
+    parts: list[dict[str, Any]] = [{} for _ in classes]
+    for key, value in values.items():
+        owners = [index for index, known in enumerate(names) if key in known]
+        if not owners:
+            raise InputError(f"unknown key '{key}' in {source}{suggestion(key, set().union(*names))}")
+        for index in owners:
+            parts[index][key] = value
+    return parts

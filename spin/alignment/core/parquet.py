@@ -1,0 +1,118 @@
+"""Parquet written and read row group by row group, in constant memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from spin.alignment.core.errors import InputError
+from spin.alignment.core.files import atomic_file
+from spin.alignment.core.provenance import Provenance
+
+SKIPPED_KEY = b"spin.skipped"
+ROW_GROUP_BYTES = 64 * 2**20
+
+
+class ParquetSink:
+    """A parquet file written row group by row group that appears only when it is complete (a context manager)."""
+
+    def __init__(
+        self,
+        path: str | Path,
+        schema: pa.Schema,
+        provenance: Provenance,
+        skipped: Sequence[dict[str, str]] = (),
+        metadata: Mapping[bytes, bytes] | None = None,
+    ) -> None:
+        """``skipped`` names the prompts left out, with reasons; ``metadata`` is further schema metadata."""
+        self.path = Path(path)
+        record = {SKIPPED_KEY: json.dumps(list(skipped), ensure_ascii=False).encode()} if skipped else {}
+        attached = provenance.attach(schema)
+        self.schema = attached.with_metadata({**attached.metadata, **record, **(metadata or {})})
+        self.num_rows = 0
+
+    def __enter__(self) -> ParquetSink:
+        self._file_context = atomic_file(self.path)
+        self._writer = pq.ParquetWriter(self._file_context.__enter__(), self.schema, compression="zstd")
+        self._buffer: list[pa.Table] = []
+        return self
+
+    def write(self, rows: Sequence[dict[str, Any]] | pa.Table) -> None:
+        """Append rows (in the schema's columns)."""
+        table = rows.cast(self.schema) if isinstance(rows, pa.Table) else pa.Table.from_pylist(list(rows), self.schema)
+        self.num_rows += table.num_rows
+        self._buffer.append(table)
+        if sum(item.nbytes for item in self._buffer) >= ROW_GROUP_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._buffer:
+            self._writer.write_table(pa.concat_tables(self._buffer))
+            self._buffer = []
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool | None:
+        if kind is not None:
+            self._writer.is_open = False  # else its destructor writes a footer into the removed file
+            return self._file_context.__exit__(kind, error, trace)
+        try:
+            self._flush()
+            self._writer.close()
+        except BaseException as failure:
+            self._writer.is_open = False
+            if not self._file_context.__exit__(type(failure), failure, failure.__traceback__):
+                raise
+        return self._file_context.__exit__(None, None, None)
+
+
+def open_parquet(path: str | Path) -> pq.ParquetFile:
+    """Open a parquet file; raise :class:`InputError` when it is missing, torn or not parquet."""
+    try:
+        # Pre-buffering keeps every chunk ever read: memory would grow with the file.
+        return pq.ParquetFile(path, pre_buffer=False, buffer_size=2**20)
+    except FileNotFoundError as error:
+        raise InputError(f"{path} does not exist: check the path") from error
+    except (pa.ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path} is not a readable parquet file ({reason}): restore it or write it again") from error
+
+
+def read_batches(
+    path: str | Path, batch_size: int = 1024, columns: Sequence[str] | None = None
+) -> Iterator[pa.RecordBatch]:
+    """Stream a parquet file, a record batch in memory at a time.
+
+    Raises:
+        InputError: the file is missing or damaged.
+    """
+    batches = open_parquet(path).iter_batches(batch_size=batch_size, columns=columns)
+    while True:
+        try:
+            batch = next(batches, None)
+        except (pa.ArrowException, OSError) as error:
+            reason = " ".join(str(error).split())
+            raise InputError(f"{path} is damaged ({reason}): restore it or write it again") from error
+        if batch is None:
+            return
+        yield batch
+
+
+def read_rows(
+    path: str | Path, batch_size: int = 1024, columns: Sequence[str] | None = None
+) -> Iterator[dict[str, Any]]:
+    """Stream the rows of a parquet file, a record batch in memory at a time."""
+    for batch in read_batches(path, batch_size, columns):
+        yield from batch.to_pylist()
+
+
+def read_skipped(path: str | Path) -> list[dict[str, str]]:
+    """Return the prompts that generation left out of this file, each with ``prompt_id`` and ``reason``."""
+    record = (open_parquet(path).schema_arrow.metadata or {}).get(SKIPPED_KEY)
+    return json.loads(record) if record else []

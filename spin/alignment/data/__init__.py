@@ -1,0 +1,1 @@
+"""Rows: foreign forms read, our own format written, conversations encoded to token ids."""

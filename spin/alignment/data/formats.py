@@ -1,0 +1,214 @@
+"""Foreign rows of several forms, read as conversations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from spin.alignment.core.errors import InputError
+from spin.alignment.core.provenance import hash_text
+
+Message = dict[str, str]
+Turns = Literal["last", "all"]
+_SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A prompt and its ground truth: ``messages`` ends with the assistant turn that is to be played.
+
+    Where there is no ground truth, ``messages`` is the prompt alone and ends with the user's turn.
+    """
+
+    prompt_id: str
+    messages: list[Message]
+
+
+def _messages_form(record: Mapping[str, Any], where: str) -> list[Message]:
+    return _as_messages(record["messages"], where, "messages")
+
+
+def _real_form(record: Mapping[str, Any], where: str) -> list[Message]:
+    return _as_messages(record["real"], where, "real")
+
+
+def _chosen_form(record: Mapping[str, Any], where: str) -> list[Message]:
+    return whole_conversation(record, "chosen", where)
+
+
+def whole_conversation(record: Mapping[str, Any], column: str, where: str) -> list[Message]:
+    """Return the conversation of ``column``: whole as it stands, or a bare response behind the column ``prompt``."""
+    response, prompt = record[column], record.get("prompt")
+    tail = _message_list(response, "assistant", where, column)
+    if prompt is None or (tail and tail[0]["role"] != "assistant"):
+        return tail
+    return _message_list(prompt, "user", where, "prompt") + tail
+
+
+def _message_list(value: Any, role: str, where: str, column: str) -> list[Message]:
+    return [_message(role, value)] if isinstance(value, str) else _as_messages(value, where, column)
+
+
+def _prompt_response_form(record: Mapping[str, Any], where: str) -> list[Message]:
+    column = "response" if "response" in record else "completion"
+    head = _message_list(record["prompt"], "user", where, "prompt")
+    return head + _message_list(record[column], "assistant", where, column)
+
+
+def _alpaca_form(record: Mapping[str, Any], where: str) -> list[Message]:
+    for column in ("instruction", "input"):
+        if not isinstance(record.get(column, ""), str | None):
+            raise InputError(f"{where}: '{column}' is {type(record[column]).__name__}, not text: correct the row")
+    messages = [_message("system", record["system"])] if record.get("system") else []
+    for turn in record.get("history") or []:
+        if not isinstance(turn, list | tuple) or len(turn) != 2:
+            raise InputError(f"{where}: 'history' must hold [question, answer] pairs: correct the row")
+        messages += [_message("user", turn[0]), _message("assistant", turn[1])]
+    question = "\n\n".join(part for part in (record["instruction"], record.get("input")) if part)
+    return [*messages, _message("user", question), _message("assistant", record["output"])]
+
+
+def _sharegpt_form(record: Mapping[str, Any], where: str) -> list[Message]:
+    messages = []
+    for turn in _as_list(record["conversations"], where, "conversations"):
+        if not isinstance(turn, Mapping) or "from" not in turn or "value" not in turn:
+            raise InputError(f"{where}: 'conversations' must hold turns of 'from' and 'value': correct the row")
+        speaker = str(turn["from"])
+        if speaker not in _SHAREGPT_ROLES:
+            raise InputError(f"{where}: unknown speaker '{speaker}': use one of {', '.join(sorted(_SHAREGPT_ROLES))}")
+        messages.append(_message(_SHAREGPT_ROLES[speaker], turn["value"]))
+    return messages
+
+
+def _question_answer_form(record: Mapping[str, Any], where: str) -> list[Message]:
+    return [_message("user", record["question"]), _message("assistant", record["answer"])]
+
+
+# Columns that mark a form -> its reader; the first form whose columns are all there is used.
+FORMATS: dict[tuple[str, ...], Callable[[Mapping[str, Any], str], list[Message]]] = {
+    ("real",): _real_form,
+    ("chosen",): _chosen_form,
+    ("messages",): _messages_form,
+    ("conversations",): _sharegpt_form,
+    ("instruction", "output"): _alpaca_form,
+    ("question", "answer"): _question_answer_form,
+    ("prompt", "response"): _prompt_response_form,
+    ("prompt", "completion"): _prompt_response_form,
+}
+
+
+def to_conversations(
+    record: Mapping[str, Any], where: str, turns: Turns = "last", truth_required: bool = True
+) -> list[Conversation]:
+    """Turn one raw row into the conversations to be played: the last assistant turn, or every one (``turns="all"``).
+
+    A user turn behind the last assistant turn has no answer to learn from and is left off. With ``truth_required=False`` a
+    row may lack the ground truth: a conversation without assistant turn, or a column ``prompt`` alone (text, or turns of
+    which the last is the user's), whose other answer columns are absent or null.
+
+    Raises:
+        InputError: no known form fits, a turn is empty or no text, roles do not alternate, or no assistant turn is there.
+    """
+    prompt_only = not truth_required and _is_prompt_only(record)
+    messages = _prompt_form(record, where) if prompt_only else _read_form(record, where)
+    trails = len(messages) > 1 and messages[-1]["role"] == "user" and messages[-2]["role"] == "assistant"
+    if trails and not prompt_only:
+        messages = messages[:-1]
+    check_conversation(messages, where, truth_required)
+    own_id = record.get("prompt_id", record.get("id"))
+    ends = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    if messages[-1]["role"] == "user":
+        return [Conversation(prompt_hash(messages) if own_id in (None, "") else str(own_id), messages)]
+    if turns == "last":
+        ends = ends[-1:]
+    conversations = []
+    for number, end in enumerate(ends):
+        played = messages[: end + 1]
+        name = prompt_hash(played[:-1]) if own_id in (None, "") else str(own_id)
+        suffix = f"#{number}" if turns == "all" and own_id not in (None, "") and len(ends) > 1 else ""
+        conversations.append(Conversation(name + suffix, played))
+    return conversations
+
+
+def _is_prompt_only(record: Mapping[str, Any]) -> bool:
+    forms = (columns for columns in FORMATS if all(record.get(column) is not None for column in columns))
+    return record.get("prompt") is not None and next(forms, None) is None
+
+
+def _prompt_form(record: Mapping[str, Any], where: str) -> list[Message]:
+    return _message_list(record["prompt"], "user", where, "prompt")
+
+
+def _read_form(record: Mapping[str, Any], where: str) -> list[Message]:
+    for columns, reader in FORMATS.items():
+        if all(column in record for column in columns):
+            return reader(record, where)
+    known = ", ".join("+".join(columns) for columns in FORMATS)
+    raise InputError(f"{where} has the columns {', '.join(record) or '(none)'}: rename them to one of {known}")
+
+
+def prompt_turns(conversation: Sequence[Message]) -> list[Message]:
+    """Return the prompt of a prompt row's conversation: all of it where there is no ground truth, else all but the last turn."""
+    return list(conversation if conversation[-1]["role"] == "user" else conversation[:-1])
+
+
+def prompt_hash(prompt: Sequence[Message]) -> str:
+    """Return the id of a prompt that has none of its own: a hash of its messages."""
+    return hash_text(*(part for message in prompt for part in (message["role"], message["content"])))
+
+
+def check_conversation(messages: Sequence[Message], where: str, truth_required: bool = True) -> None:
+    """Check the row contract: an optional system turn, then user and assistant in turn, ending with the assistant (or, unless
+    ``truth_required``, with the user).
+
+    Raises:
+        InputError: naming ``where`` and what is wrong.
+    """
+    roles = [message["role"] for message in messages]
+    if "assistant" not in roles and truth_required:
+        raise InputError(
+            f"{where} has no assistant turn: there is no ground truth to learn from; remove or complete the row"
+        )
+    body = roles[1:] if roles[:1] == ["system"] else roles
+    expected = (["user", "assistant"] * (len(body) // 2 + 1))[: len(body)]
+    if not body or body != expected or (truth_required and len(body) % 2):
+        raise InputError(
+            f"{where} has the role order {' '.join(roles) or '(no turn)'}: it must be [system] user assistant [user "
+            "assistant ...]"
+        )
+    for number, message in enumerate(messages):
+        if not isinstance(message["content"], str):
+            kind = type(message["content"]).__name__
+            raise InputError(f"{where} holds {kind} where the text of turn {number} should be: correct the row")
+        if not message["content"].strip() and message["role"] != "system":
+            raise InputError(f"{where} has an empty {message['role']} turn (turn {number}): remove or complete the row")
+        if not _is_unicode(message["content"]):
+            raise InputError(f"{where} holds half a character (a lone surrogate) in turn {number}: correct the row")
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _message(role: str, content: Any) -> Message:
+    return {"role": role, "content": content}
+
+
+def _as_list(value: Any, where: str, column: str) -> list[Any]:
+    if not isinstance(value, list | tuple):
+        raise InputError(f"{where}: '{column}' is {type(value).__name__}, not a list of turns: correct the column")
+    return list(value)
+
+
+def _as_messages(value: Any, where: str, column: str) -> list[Message]:
+    messages = []
+    for turn in _as_list(value, where, column):
+        if not isinstance(turn, Mapping) or "role" not in turn or "content" not in turn:
+            raise InputError(f"{where}: '{column}' must hold turns of 'role' and 'content': correct the row")
+        messages.append(_message(str(turn["role"]), turn["content"]))
+    return messages

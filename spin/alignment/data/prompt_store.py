@@ -1,0 +1,90 @@
+"""The prompts of a split on disk, memory-mapped: any row at once, in constant memory, shared by all processes of a machine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from spin.alignment.core.errors import InputError
+from spin.alignment.core.files import atomic_file
+from spin.alignment.core.provenance import hash_texts, id_number
+from spin.alignment.data.rows import PROMPT_SCHEMA, prompt_texts, stream_prompts
+
+_ROWS = 1024
+ID_MODULUS = 2**64
+
+
+def ids_sum(prompt_ids: Iterator[str]) -> str:
+    """Return the sum of the ids' numbers modulo 2**64 in 16 hex digits: equal for the same ids in any order."""
+    return f"{sum(map(id_number, prompt_ids)) % ID_MODULUS:016x}"
+
+
+class PromptStore:
+    """The prompts of one split as an Arrow file of equal record batches.
+
+    Attributes:
+        num_rows: how many prompts there are.
+        prompts_hash: the hash of all rows in order (:func:`spin.alignment.data.prompts_hash`).
+        all_ids: the sum of all prompt ids (:func:`ids_sum`).
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open a file that :meth:`create` wrote."""
+        self.path = path
+        self._reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        facts = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        self.num_rows: int = facts["num_rows"]
+        self.prompts_hash: str = facts["prompts_hash"]
+        self.all_ids: str = facts["all_ids"]
+
+    @classmethod
+    def open(cls, path: Path, input_dir: str, split: str) -> PromptStore:
+        """Open ``path``, made from the data set first where it is not there yet. Any number of processes may do this.
+
+        Raises:
+            InputError: a row breaks the row contract, or two share an id.
+        """
+        if not path.with_suffix(".json").exists() or not path.exists():
+            cls.create(path, input_dir, split)
+        try:
+            return cls(path)
+        except (pa.ArrowException, ValueError, KeyError) as error:
+            raise InputError(f"{path} is damaged ({error}): remove it and run the same command again") from error
+
+    @staticmethod
+    def create(path: Path, input_dir: str, split: str) -> None:
+        """Stream the prompts of a data set into ``path`` and what is known of all of them into a JSON file beside it."""
+        rows = stream_prompts(input_dir, split, truth_required=False)
+        count, total = 0, 0
+
+        def texts() -> Iterator[str]:
+            nonlocal count, total
+            while batch := list(islice(rows, _ROWS)):
+                writer.write_batch(pa.RecordBatch.from_pylist(batch, PROMPT_SCHEMA))
+                for row in batch:
+                    count, total = count + 1, total + id_number(row["prompt_id"])
+                    yield from prompt_texts(row)
+
+        with atomic_file(path) as file, pa.ipc.new_file(file, PROMPT_SCHEMA) as writer:
+            digest = hash_texts(texts())
+        facts = {"num_rows": count, "prompts_hash": digest, "all_ids": f"{total % ID_MODULUS:016x}"}
+        with atomic_file(path.with_suffix(".json")) as file:
+            file.write(json.dumps(facts).encode())
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def row(self, index: int) -> dict[str, Any]:
+        """Return one row: ``prompt_id`` and ``chosen``, which ends with the user's turn where there is no ground truth."""
+        batch = self._reader.get_batch(index // _ROWS)
+        return batch.slice(index % _ROWS, 1).to_pylist()[0]
+
+    def remove(self) -> None:
+        """Remove the files; processes that have them open read on."""
+        self.path.with_suffix(".json").unlink(missing_ok=True)
+        self.path.unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""Models scored on held-out prompts."""

@@ -1,0 +1,226 @@
+"""The parts of a fraction while it is generated, and their merge into one file."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import shutil
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from spin.alignment.core.errors import InputError
+from spin.alignment.core.files import remove_files
+from spin.alignment.core.parquet import ParquetSink, open_parquet, read_batches
+from spin.alignment.core.provenance import Provenance, hash_json, read_provenance
+from spin.alignment.data.fractions import PARTS_FOLDER, fraction_path, num_fractions
+
+POSITIONS_KEY = b"spin.positions"
+_MERGE_PROMPTS = 256
+_CACHED_BYTES = 128 * 2**20
+
+
+def clear_parts(output_dir: Path, split: str, num_rows: int, frac_len: int) -> None:
+    """Remove what the workers on a split left behind, once every fraction of it is there; keep what another split needs."""
+    parts = output_dir / PARTS_FOLDER
+    numbers = range(num_fractions(num_rows, frac_len))
+    if not all(fraction_path(output_dir, split, number).exists() for number in numbers):
+        return
+    # A worker killed between merging and cleaning leaves parts of fractions that are whole.
+    for left in [*parts.glob(f"{split}-[0-9][0-9][0-9][0-9][0-9]*"), *parts.glob(f"*prompts-{split}-*")]:
+        remove_folder(left) if left.is_dir() else left.unlink(missing_ok=True)
+    if not any(parts.glob("*-*")):
+        remove_files((parts / "workers").glob("*"))
+        for folder in (parts / "workers", parts):
+            # Not empty: a worker that ends a moment later has the last word.
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder to which others may add a last file, or which they may be removing too."""
+
+    def raise_unless_racing(_: Any, path: str, failure: Any) -> None:
+        if failure[1].errno not in (errno.ENOENT, errno.ENOTEMPTY):
+            raise failure[1]
+
+    while folder.exists():
+        shutil.rmtree(folder, onerror=raise_unless_racing)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One file of finished rows: which prompts of the fraction it holds, in the order of its rows."""
+
+    path: Path
+    positions: list[int]
+
+
+class FractionJournal:
+    """The finished rows of one fraction while it is made, in parts that any number of workers add to.
+
+    A prompt is named by its *position* among the prompts of the fraction. A part holds all samples of some prompts, whichever
+    were finished; it is complete or absent. The parts lie in a hidden folder beside the result, named after the provenance,
+    so parts of another run are never taken for these.
+    """
+
+    def __init__(
+        self, path: Path, schema: pa.Schema, provenance: Provenance, num_prompts: int, num_samples: int = 1
+    ) -> None:
+        self.path, self.schema, self.provenance = path, schema, provenance
+        self.num_samples = num_samples
+        self.folder = path.parent / PARTS_FOLDER / f"{path.stem}-{hash_json(asdict(provenance))}"
+        self.finished = np.zeros(num_prompts, dtype=bool)
+        self.torn: list[Path] = []
+        self._parts: dict[str, _Part] = {}
+        self._written = 0
+
+    def open(self) -> None:
+        """Make the folder, and see what is there already.
+
+        Raises:
+            InputError: the output folder, which was there at the start, has vanished.
+        """
+        try:
+            self.folder.parent.mkdir(exist_ok=True)
+            self.folder.mkdir(exist_ok=True)
+        except FileNotFoundError:
+            raise self._vanished(self.path.parent) from None
+        self.scan()
+
+    def scan(self) -> None:
+        """Take note of parts that were written since the last look, by whomever.
+
+        A part that cannot be read is moved aside and listed in ``torn``: its prompts are made again.
+        """
+        for path in sorted(self.folder.glob("part-*.parquet")):
+            if path.name in self._parts:
+                continue
+            try:
+                metadata = open_parquet(path).schema_arrow.metadata or {}
+                positions = json.loads(metadata[POSITIONS_KEY])
+            except (InputError, KeyError, ValueError):
+                if path.exists():
+                    path.rename(path.with_suffix(".torn"))
+                    self.torn.append(path)
+                continue
+            self._note(path, positions)
+
+    def _note(self, path: Path, positions: list[int]) -> None:
+        self._parts[path.name] = _Part(path, positions)
+        self.finished[positions] = True
+
+    def write(self, worker: str, rows: dict[int, list[dict[str, Any]]]) -> None:
+        """Write the rows of some prompts, keyed by position, as one part.
+
+        Raises:
+            InputError: the folder is full, read-only or gone.
+        """
+        if not self.accepts_parts():
+            return
+        positions = sorted(rows)
+        path = self.folder / f"part-{worker}-{self._written:06d}.parquet"
+        record = {POSITIONS_KEY: json.dumps(positions).encode()}
+        with ParquetSink(path, self.schema, self.provenance, metadata=record) as sink:
+            sink.write([row for position in positions for row in rows[position]])
+        self._written += 1
+        self._note(path, positions)
+
+    def accepts_parts(self) -> bool:
+        """Return whether the folder of the parts is there; False when others have merged the fraction meanwhile.
+
+        Raises:
+            InputError: the folder has vanished for another reason. It is not made again: below a lost mount there may be another
+                disk, which nobody would look at.
+        """
+        if self.folder.is_dir():
+            return True
+        if self.is_merged():
+            return False
+        raise self._vanished(self.folder)
+
+    @staticmethod
+    def _vanished(folder: Path) -> InputError:
+        return InputError(
+            f"{folder} has vanished while rows were made: see whether its disk is still mounted, then run the same command again"
+        )
+
+    def is_complete(self) -> bool:
+        """Return whether every prompt is in a part that this process knows of."""
+        return bool(self.finished.all())
+
+    def is_merged(self) -> bool:
+        """Return whether the fraction's file is there and made from the same things."""
+        if not self.path.exists():
+            return False
+        found = read_provenance(open_parquet(self.path).schema_arrow, self.path)
+        return not self.provenance.differences(found, ignore=("extra",))
+
+    def merge(self, skipped: Sequence[dict[str, str]] = ()) -> None:
+        """Stream the rows of all parts, by position, into the fraction's file, then remove the parts.
+
+        The file depends on the rows alone: not on who made them, nor in which order. A prompt that stands in two parts (its
+        worker was thought dead) is taken from the first of them.
+        """
+        with ParquetSink(self.path, self.schema, self.provenance, skipped) as sink:
+            for table in self._in_order():
+                sink.write(table)
+        self.remove_parts()
+
+    def remove_parts(self) -> None:
+        """Remove the parts of this fraction, those of other runs of it included."""
+        for folder in self.folder.parent.glob(f"{self.path.stem}-*"):
+            remove_folder(folder)
+
+    def _in_order(self) -> Iterator[pa.Table]:
+        """Yield the rows by position, a few hundred prompts at a time."""
+        place: dict[int, tuple[str, int]] = {}
+        for name in sorted(self._parts):
+            for rank, position in enumerate(self._parts[name].positions):
+                place.setdefault(position, (name, rank))
+        tables = _TableCache(_CACHED_BYTES)
+        for start in range(0, len(self.finished), _MERGE_PROMPTS):
+            positions = range(start, min(start + _MERGE_PROMPTS, len(self.finished)))
+            wanted: dict[str, list[int]] = {}
+            for position in positions:
+                name, rank = place[position]
+                wanted.setdefault(name, []).append(rank)
+            pieces, order = [], []
+            for name, ranks in wanted.items():
+                rows = [rank * self.num_samples + sample for rank in ranks for sample in range(self.num_samples)]
+                pieces.append(tables.read(self._parts[name].path).take(pa.array(rows, pa.int64())))
+                order += [self._parts[name].positions[rank] for rank in ranks]
+            # Stable, so the samples of a prompt keep their order.
+            rows_of = np.repeat(np.array(order), self.num_samples).argsort(kind="stable")
+            yield pa.concat_tables(pieces).take(pa.array(rows_of)).replace_schema_metadata(None)
+
+
+def finished_prompts(folder: Path) -> int:
+    """Return how many prompts the parts in a journal's folder hold; those being written or removed do not count."""
+    positions: set[int] = set()
+    for path in folder.glob("part-*.parquet"):
+        with contextlib.suppress(InputError, KeyError, ValueError):
+            positions.update(json.loads((open_parquet(path).schema_arrow.metadata or {})[POSITIONS_KEY]))
+    return len(positions)
+
+
+class _TableCache:
+    """The tables read last, up to a number of bytes: neighbouring positions lie in few parts."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._tables: OrderedDict[Path, pa.Table] = OrderedDict()
+
+    def read(self, path: Path) -> pa.Table:
+        if path not in self._tables:
+            self._tables[path] = pa.Table.from_batches(list(read_batches(path))).combine_chunks()
+        self._tables.move_to_end(path)
+        while len(self._tables) > 1 and sum(table.nbytes for table in self._tables.values()) > self.limit:
+            self._tables.popitem(last=False)
+        return self._tables[path]

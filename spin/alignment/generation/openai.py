@@ -1,0 +1,1 @@
+"""The backend of an OpenAI-compatible server that is already running."""

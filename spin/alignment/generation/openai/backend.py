@@ -1,0 +1,268 @@
+"""Generation by an OpenAI-compatible server that is running already: token ids in, token ids out, one request per response."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from itertools import islice
+from pathlib import Path
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any
+
+from spin.alignment.core.errors import InputError
+from spin.alignment.core.server_link import RetryPolicy, ServerLink, TryAgain
+from spin.alignment.generation.base import GenerationBackend, PromptRequest, Response, SamplingConfig, sample_seed
+
+if TYPE_CHECKING:
+    from spin.alignment.generation.base import BackendSettings
+
+Card = dict[str, Any]
+
+DEFAULT_BATCH_SIZE = 64
+# Whether a server is there at all is found out at once: waiting for one that was never started helps nobody.
+FIRST_CONTACT = RetryPolicy(attempts=3, timeout=30.0)
+RIGHT_SERVER = (
+    "this backend needs a server that takes and returns token ids (vLLM 0.10.2 or newer: `vllm serve MODEL "
+    "--generation-config vllm`), because text is never turned into ids a second time"
+)
+
+
+class OpenAIBackend(GenerationBackend):
+    """The client of one server; it holds no model."""
+
+    def __init__(
+        self, settings: BackendSettings, policy: RetryPolicy | None = None, first_contact: RetryPolicy = FIRST_CONTACT
+    ) -> None:
+        """Ask the server what it serves.
+
+        Raises:
+            InputError: no server is there, or it serves another model or too short a context.
+        """
+        _check_settings(settings)
+        self.settings = settings
+        self.policy = policy or RetryPolicy()
+        self.batch_size = settings.batch_size or DEFAULT_BATCH_SIZE
+        key = os.environ.get("OPENAI_API_KEY", "").strip()
+        self.link = ServerLink(settings.base_url, self.batch_size, key)
+        try:
+            self.model_name = find_model(self._cards(first_contact), settings, str(self.link.url))
+        except BaseException:
+            self.link.close()
+            raise
+
+    def _cards(self, policy: RetryPolicy) -> list[Card]:
+        answer = self.link.start(self.link.send("/models", "the question for its models", policy)).result()
+        cards = answer.get("data") if isinstance(answer, dict) else None
+        if not isinstance(cards, list) or not all(isinstance(card, dict) and card.get("id") for card in cards):
+            raise InputError(f"{self.link.url}/models lists no models: {RIGHT_SERVER}")
+        return cards
+
+    def stream(
+        self, requests: Iterable[PromptRequest], sampling: SamplingConfig
+    ) -> Iterator[tuple[int, list[Response]]]:
+        """See :meth:`GenerationBackend.stream`; at most ``batch_size`` requests are with the server at any moment."""
+        waiting = ((n, request, sample) for n, request in enumerate(requests) for sample in range(sampling.num_samples))
+        flying: dict[Future[Card], tuple[int, PromptRequest, int]] = {}
+        landed: SimpleQueue[Future[Card]] = SimpleQueue()
+        rows: dict[int, dict[int, Response]] = {}
+
+        def fill() -> None:
+            for n, request, sample in islice(waiting, self.batch_size - len(flying)):
+                future = self.link.start(self._ask(request, self._body(request, sample, sampling)))
+                flying[future] = (n, request, sample)
+                future.add_done_callback(landed.put)
+
+        try:
+            fill()
+            while flying:
+                future = landed.get()
+                n, request, sample = flying.pop(future)
+                row = rows.setdefault(n, {})
+                row[sample] = self._response(future.result(), request, sampling)
+                # The server gets new work before the caller gets the old: what the caller does with it may take a while.
+                fill()
+                if len(row) == sampling.num_samples:
+                    del rows[n]
+                    yield n, [row[sample] for sample in sorted(row)]
+        finally:
+            for future in flying:
+                future.cancel()
+
+    def _body(self, request: PromptRequest, sample: int, sampling: SamplingConfig) -> dict[str, Any]:
+        """One request. Everything is said, so that no default of the server's has a say in what is drawn."""
+        return {
+            "model": self.model_name,
+            "prompt": [int(token) for token in request.token_ids],
+            "n": 1,
+            "stream": False,
+            "max_tokens": sampling.longest(request),
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+            "min_p": sampling.min_p,
+            "repetition_penalty": sampling.repetition_penalty,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
+            # 63 bits, which fit the signed 64 that vLLM takes.
+            "seed": sample_seed(sampling.seed, request.prompt_id, sample),
+            # The stop ids are the whole specification: an EOS in the model's configuration must not add to it.
+            "stop_token_ids": list(self.settings.stop_ids),
+            "ignore_eos": True,
+            "stop": list(sampling.stop),
+            # Stop texts are looked for in the text this project decodes, which has no special tokens.
+            "skip_special_tokens": True,
+            "return_token_ids": True,
+            # 0: the log-prob of the sampled token and of no other.
+            **({"logprobs": 0} if sampling.logprobs else {}),
+        }
+
+    async def _ask(self, request: PromptRequest, body: dict[str, Any]) -> Card:
+        """Return the one choice of the answer; it is not looked at here, in a thread that is not the caller's."""
+        purpose = f"prompt {request.prompt_id}"
+        answer = await self.link.send("/completions", purpose, self.policy, body, body["max_tokens"], _check_aborted)
+        choice = _only_choice(answer)
+        if choice is None:
+            raise InputError(f"the answer of {self.link.url} to {purpose} holds no completion: {RIGHT_SERVER}")
+        return choice
+
+    def _response(self, choice: Card, request: PromptRequest, sampling: SamplingConfig) -> Response:
+        """Return what was sampled; raise :class:`InputError` unless the server did exactly what it was asked."""
+        ids, server, prompt = choice.get("token_ids"), f"the server at {self.link.url}", f"prompt {request.prompt_id}"
+        if not isinstance(ids, list):
+            raise InputError(f"{server} returned text but no token ids: {RIGHT_SERVER}")
+        if choice.get("prompt_token_ids") not in (None, list(request.token_ids)):
+            raise InputError(f"{server} changed the token ids of {prompt} before it answered: {RIGHT_SERVER}")
+        logprobs = self._logprobs(choice, ids, prompt) if sampling.logprobs else None
+        reason, limit = choice.get("finish_reason"), sampling.longest(request)
+        if reason not in ("stop", "length"):
+            raise InputError(f"{server} did not finish {prompt}: its reason is {reason!r}, not stop or length")
+        if ids and ids[-1] in self.settings.stop_ids:
+            return Response(ids, "stop", logprobs)
+        if ids and reason == "stop" and sampling.stop and choice.get("stop_reason") in sampling.stop:
+            length = _completing_length(ids, sampling.stop, self.settings.decode)
+            return Response(ids[:length], "stop", logprobs[:length] if logprobs else None)
+        if reason == "length" and len(ids) == limit:
+            return Response(ids, "length", logprobs)
+        last = f", the last is {ids[-1]}" if ids else ""
+        raise InputError(
+            f"{server} ended {prompt} ({reason}) after {len(ids)} of {limit} tokens{last}, for no reason it was given: "
+            "start it with --generation-config vllm and without limits of its own"
+        )
+
+    def _logprobs(self, choice: Card, ids: list[int], prompt: str) -> list[float]:
+        values = (choice.get("logprobs") or {}).get("token_logprobs")
+        if not isinstance(values, list) or len(values) != len(ids) or None in values:
+            raise InputError(
+                f"the server at {self.link.url} returned no log-prob for each token of {prompt}: leave --logprobs out, or "
+                "use a server that gives them (vLLM)"
+            )
+        return [float(value) for value in values]
+
+    def close(self) -> None:
+        """Give up what is in flight and close the connections; the server goes on running."""
+        self.link.close()
+
+
+def _check_settings(settings: BackendSettings) -> None:
+    """Refuse what only the one who starts the server can decide."""
+    if settings.dtype != "auto":
+        raise InputError(
+            f"dtype is {settings.dtype}, but a running server has its precision already: leave dtype at auto and start the "
+            f"server with --dtype {settings.dtype}"
+        )
+    if settings.batch_invariant:
+        raise InputError("batch_invariant is for vllm: leave it out and start the server with VLLM_BATCH_INVARIANT=1")
+    if settings.tensor_parallel_size != 1:
+        raise InputError("tensor_parallel_size belongs to the command that starts the server: leave it at 1 here")
+
+
+def _only_choice(answer: Any) -> Card | None:
+    choices = answer.get("choices") if isinstance(answer, dict) else None
+    return choices[0] if isinstance(choices, list) and len(choices) == 1 and isinstance(choices[0], dict) else None
+
+
+def _check_aborted(answer: Any) -> None:
+    """Try again when a server that is being stopped gives up what it has begun: vLLM says so with status 200."""
+    choice = _only_choice(answer)
+    if choice is not None and choice.get("finish_reason") == "abort":
+        raise TryAgain("it gave the request up (abort)")
+
+
+def _completing_length(ids: Sequence[int], stop: Sequence[str], decode: Callable[[Sequence[int]], str] | None) -> int:
+    """Return how many ids there are up to the one that completes a stop text.
+
+    A server that samples several tokens in a step (speculative decoding) may return some that came behind it.
+    """
+    length = len(ids)
+    while decode is not None and length > 1:
+        text = decode(ids[: length - 1])
+        if not any(end in text for end in stop):
+            break
+        length -= 1
+    return length
+
+
+def find_model(cards: Sequence[Card], settings: BackendSettings, url: str) -> str:
+    """Return the name under which the server offers the model, or the adapter on top of it.
+
+    A model is known by its id, by the folder it was loaded from, or by the name of its folder, which may be mounted elsewhere.
+
+    Raises:
+        InputError: the server offers something else, or too short a context.
+    """
+    models = [card for card in cards if not card.get("parent")]
+    card = _matching(models, settings.model)
+    if card is None:
+        name = Path(settings.model).resolve().name
+        raise InputError(
+            f"the server at {url} serves {_listed(models)}, not {settings.model}: start one with `vllm serve "
+            f"{settings.model} --served-model-name {name} --generation-config vllm`"
+        )
+    context, needed = card.get("max_model_len"), settings.max_model_len
+    if context is not None and needed is not None and context < needed:
+        raise InputError(
+            f"the server at {url} takes at most {context} tokens, but a prompt and its response may take {needed}: start it "
+            f"with --max-model-len {needed}, or set a lower max_prompt_length or max_new_tokens"
+        )
+    if settings.adapter is None:
+        return str(card["id"])
+    adapter = Path(settings.adapter).resolve()
+    for other in cards:
+        if other["id"] == adapter.name and other is not card and not _is_another(other, settings.adapter):
+            return adapter.name
+    raise InputError(
+        f"the server at {url} serves {_listed(cards)}, but no adapter {settings.adapter}: start it with --enable-lora "
+        f"--lora-modules {adapter.name}={adapter}"
+    )
+
+
+def _matching(cards: Sequence[Card], model: str) -> Card | None:
+    """Return the first card of the surest kind: the same words, else (for a folder) the same folder name."""
+    cards = [card for card in cards if not _is_another(card, model)]
+    words = {model, str(Path(model).resolve())} if Path(model).is_dir() else {model}
+    folder_names = {Path(word).name for word in words} if Path(model).is_dir() else set()
+    kinds: tuple[Callable[[Card], bool], ...] = (
+        lambda card: card["id"] in words,
+        lambda card: card.get("root") in words,
+        lambda card: Path(card["id"]).name in folder_names,
+        lambda card: Path(card.get("root") or "").name in folder_names,
+    )
+    return next((card for known in kinds for card in cards if known(card)), None)
+
+
+def _is_another(card: Card, model: str) -> bool:
+    """Return whether the server loaded a folder that this machine sees too, and that is not the one asked for."""
+    root = Path(card.get("root") or "")
+    return root.is_absolute() and root.is_dir() and Path(model).is_dir() and not root.samefile(model)
+
+
+def _listed(cards: Sequence[Card]) -> str:
+    """Return the names of the models, and where they were loaded from if that says more."""
+    shown = [
+        card["id"] + (f" (from {card['root']})" if card.get("root") not in (None, card["id"]) else "") for card in cards
+    ]
+    return ", ".join(shown) or "nothing"
+
+
+__all__ = ["OpenAIBackend", "RetryPolicy", "find_model"]

@@ -1,0 +1,1 @@
+"""The transformers backend: a running batch that stays full."""

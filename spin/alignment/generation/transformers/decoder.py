@@ -1,0 +1,214 @@
+"""A batch of responses that is written together, one token for each in every step; rows join and leave between steps."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spin.alignment.generation.base import SamplingConfig
+from spin.alignment.generation.transformers.decode_attention import RaggedRows, own_attention, takes_own_attention
+from spin.alignment.generation.transformers.jobs import Job
+from spin.alignment.generation.transformers.kv_cache import RowCache
+from spin.alignment.generation.transformers.sampling import NOT_FINITE, draw_tokens, penalise, token_logprobs
+
+# Tokens of one prefill, padding included (more leave a CPU's cache), and how many of them may be padding before another forward
+# is the cheaper way.
+_PREFILL_TOKENS = {"cuda": 16_384, "cpu": 2048}
+_PREFILL_PADDING = {"cuda": 1024, "cpu": 128}
+
+
+class Decoder:
+    """The running batch of one model: ``jobs[b]`` is written in row b of the cache."""
+
+    def __init__(
+        self, model: Any, windows: list[int | None], sampling: SamplingConfig, pad_id: int, most: int, ragged: bool
+    ) -> None:
+        """Start empty; there will never be more than ``most`` rows. ``ragged`` is what :func:`takes_ragged_rows` says."""
+        self.model, self.windows, self.sampling, self.pad_id, self.most = model, windows, sampling, pad_id, most
+        self._takes_ragged = ragged
+        self.device: torch.device = model.device
+        self.jobs: list[Job] = []
+        self.cache = RowCache(windows)
+        self._keep_one = (
+            {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(type(model).forward).parameters else {}
+        )
+        self._tokens = torch.zeros(0, 1, dtype=torch.long, device=self.device)
+        self._padding = torch.zeros(0, 1, dtype=torch.long, device=self.device)
+        self._padded = False
+        self._ragged: RaggedRows | None = None
+        self._seen: Tensor | None = None
+
+    @torch.inference_mode()
+    def add(self, jobs: Sequence[Job]) -> list[Job]:
+        """Prefill jobs and let them join, the samples of one request from one prefill; return those that ended at once."""
+        ended = []
+        distinct = [
+            list(same) for _, same in groupby(jobs, key=lambda job: (id(job.request), len(job.ids) and id(job)))
+        ]
+        kind = "cpu" if self.device.type == "cpu" else "cuda"
+        for group in _prefill_groups(distinct, _PREFILL_PADDING[kind], _PREFILL_TOKENS[kind]):
+            ended += self._prefill(group)
+        self._settle()
+        return ended
+
+    @torch.inference_mode()
+    def step(self) -> list[Job]:
+        """Draw a token for every row; return the jobs that ended, which have left."""
+        width, mask = self.cache.width, None
+        if self._ragged is not None:
+            self._ragged.begin(width + 1)
+        elif self._padded:
+            mask = torch.arange(width + 1, device=self.device) >= self._padding
+        logits = self._forward(self._tokens, mask, width - self._padding, self.cache, self._ragged)
+        self._tokens, alive = self._draw(logits, self.jobs, self._seen)
+        if len(alive) == len(self.jobs):
+            return []
+        return self._leave(alive)
+
+    @torch.inference_mode()
+    def evict(self) -> Job:
+        """Take the shortest response out of the batch, to be taken up again later."""
+        least = min(range(len(self.jobs)), key=lambda row: len(self.jobs[row].ids))
+        return self._leave([row for row in range(len(self.jobs)) if row != least])[0]
+
+    def _prefill(self, group: list[list[Job]]) -> list[Job]:
+        """Run the prompts of a group through the model; ``group[g]`` are the jobs that share prompt g."""
+        ids = [same[0].token_ids() for same in group]
+        width = max(map(len, ids))
+        rows = torch.tensor([[self.pad_id] * (width - len(row)) + list(row) for row in ids], device=self.device)
+        padding = torch.tensor([[width - len(row)] for row in ids], device=self.device)
+        columns = torch.arange(width, device=self.device)
+        mask = columns >= padding if any(len(row) < width for row in ids) else None
+        cache = RowCache(self.windows)
+        logits = self._forward(rows, mask, (columns - padding).clamp_(min=0), cache)
+        jobs = [job for same in group for job in same]
+        sources = [row for row, same in enumerate(group) for _ in same]
+        seen = self._seen_tokens(jobs, logits.shape[1]) if self.sampling.repetition_penalty != 1.0 else None
+        if len(jobs) > len(group):
+            logits = logits[torch.tensor(sources, device=self.device)]
+        tokens, alive = self._draw(logits, jobs, seen)
+        if alive:
+            index = torch.tensor(alive, device=self.device)
+            self.cache.join(cache, [sources[row] for row in alive], self.most)
+            self.jobs += [jobs[row] for row in alive]
+            self._tokens = torch.cat([self._tokens, tokens[index]])
+            if seen is not None:
+                self._seen = seen[index] if self._seen is None else torch.cat([self._seen, seen[index]])
+        kept = set(alive)
+        return [job for row, job in enumerate(jobs) if row not in kept]
+
+    def _forward(
+        self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: RowCache, ragged: RaggedRows | None = None
+    ) -> Tensor:
+        """Return the logits behind the last token of each row, float32, shape ``(B, V)``."""
+        rows = {} if ragged is None else {"ragged_rows": ragged}
+        with own_attention(self.model):
+            output = self.model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                **self._keep_one,
+                **rows,
+            )
+        return output.logits[:, -1].float()
+
+    def _draw(self, logits: Tensor, jobs: Sequence[Job], seen: Tensor | None) -> tuple[Tensor, list[int]]:
+        """Draw a token for each job; return the tokens, ``(B, 1)``, and the rows that go on."""
+        penalised = logits if seen is None else penalise(logits, seen, self.sampling.repetition_penalty)
+        uniforms = None
+        if self.sampling.temperature:
+            uniforms = torch.tensor([job.next_number() for job in jobs], dtype=torch.float64).to(self.device)
+        drawn = draw_tokens(penalised, uniforms, self.sampling)
+        logprobs: list[float | None] = [None] * len(jobs)
+        if self.sampling.logprobs:
+            # One transfer for both: every id is exact in float64.
+            both = torch.stack([drawn.double(), token_logprobs(logits, drawn).double()]).tolist()
+            tokens, logprobs = [int(token) for token in both[0]], both[1]
+        else:
+            tokens = drawn.tolist()
+        if NOT_FINITE in tokens:
+            prompt_id = jobs[tokens.index(NOT_FINITE)].request.prompt.prompt_id
+            raise FloatingPointError(
+                f"the logits of the model are not finite behind prompt {prompt_id}: check its weights"
+            )
+        drawn = drawn[:, None]
+        if seen is not None:
+            seen.scatter_(1, drawn, True)
+        pairs = zip(jobs, tokens, logprobs, strict=True)
+        return drawn, [row for row, (job, token, logprob) in enumerate(pairs) if not job.take(token, logprob)]
+
+    def _seen_tokens(self, jobs: Sequence[Job], vocabulary: int) -> Tensor:
+        """Return which tokens each job has in prompt and response, shape ``(B, V)``."""
+        seen = torch.zeros(len(jobs), vocabulary, dtype=torch.bool)
+        for row, job in enumerate(jobs):
+            seen[row, torch.tensor(job.token_ids())] = True
+        return seen.to(self.device)
+
+    def _leave(self, alive: list[int]) -> list[Job]:
+        """Hold the rows that go on; return the jobs of the others."""
+        kept = set(alive)
+        left = [job for row, job in enumerate(self.jobs) if row not in kept]
+        order = self.cache.keep(alive)
+        index = torch.tensor(order, dtype=torch.long, device=self.device)
+        self.jobs = [self.jobs[row] for row in order]
+        self._tokens = self._tokens[index]
+        self._seen = None if self._seen is None else self._seen[index]
+        self._settle()
+        return left
+
+    def _settle(self) -> None:
+        """After rows came or went: drop columns that all rows pad, and count each row's padding anew.
+
+        The token drawn last is not in the cache yet.
+        """
+        if not self.jobs:
+            return
+        lengths = [job.length - 1 for job in self.jobs]
+        longest = max(lengths)
+        self.cache.trim(self.cache.width - longest)
+        padding = [longest - length for length in lengths]
+        self._padding = torch.tensor(padding, device=self.device)[:, None]
+        self._padded = any(padding)
+        if self._takes_ragged:
+            self._ragged = RaggedRows(padding, self.device, self.cache.column_bytes)
+
+
+def takes_ragged_rows(model: Any, windows: list[int | None]) -> bool:
+    """Return whether all layers of a model hand ``ragged_rows`` to its attention; else its rows are masked by the library."""
+    if not takes_own_attention(model):
+        return False
+    rows, token = RaggedRows([0], model.device, 1), torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    rows.begin(1)
+    given = {
+        "input_ids": token,
+        "attention_mask": token + 1,
+        "position_ids": token,
+        "past_key_values": RowCache(windows),
+    }
+    try:
+        with own_attention(model):
+            model(**given, use_cache=True, ragged_rows=rows)
+    except TypeError:
+        return False
+    return rows.uses == len(windows)
+
+
+def _prefill_groups(prompts: list[list[Job]], padding: int, tokens: int) -> list[list[list[Job]]]:
+    """Sort prompts by length, longest first, into groups of at most that much padding and so many tokens."""
+    groups: list[list[list[Job]]] = []
+    wasted = width = 0
+    for same in sorted(prompts, key=lambda same: -same[0].length):
+        length = same[0].length
+        wasted += width - length
+        if not groups or wasted > padding or (len(groups[-1]) + 1) * width > tokens:
+            groups.append([])
+            wasted, width = 0, length
+        groups[-1].append(same)
+    return groups

@@ -1,0 +1,1 @@
+"""The vLLM backend: an engine in its own process."""

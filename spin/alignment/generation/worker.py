@@ -1,0 +1,278 @@
+"""The loop of a generation step: claim prompts, stream them through the backend, write what is finished, merge fractions.
+
+Any number of workers run it on one folder, each a process of its own with an engine of its own. They meet in the lease files
+only, so uneven work cannot hang anybody.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
+
+from spin.alignment.core.console import say_error
+from spin.alignment.core.errors import InputError
+from spin.alignment.core.parquet import open_parquet
+from spin.alignment.core.provenance import read_provenance
+from spin.alignment.data.fractions import PARTS_FOLDER, fraction_path, fraction_size
+from spin.alignment.generation.base import GenerationBackend, PromptRequest
+from spin.alignment.generation.fraction_work import EncodedPrompts, FractionWork, GenerationJob
+from spin.alignment.generation.leases import Leases, Worker
+from spin.alignment.generation.progress import GenerationProgress
+
+FLUSH_SECONDS = 60.0
+POLL_SECONDS = 1.0
+_TELL_SECONDS = 15.0
+_SKIPPED_SHOWN = 5
+
+
+@dataclass
+class _Unwritten:
+    """Finished rows of one fraction that are not in a file yet, by position."""
+
+    work: FractionWork
+    rows: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
+
+
+class GenerationRun:
+    """One worker's part in making some fractions."""
+
+    def __init__(
+        self,
+        job: GenerationJob,
+        fractions: Sequence[int],
+        worker: Worker,
+        load_backend: Callable[[Sequence[PromptRequest]], GenerationBackend],
+        flush_every: int,
+        progress: GenerationProgress,
+    ) -> None:
+        """``load_backend`` is called once, with the prompts of the first fraction, when there is something to generate."""
+        self.job, self.worker, self.progress = job, worker, progress
+        self.flush_every, self._load_backend = flush_every, load_backend
+        self._unmerged = list(fractions)
+        self._total = sum(self._size(number) for number in fractions)
+        self._works: dict[int, FractionWork] = {}
+        self._leases = Leases(job.output_dir / PARTS_FOLDER, worker, job.patience)
+        self._backend: GenerationBackend | None = None
+        self._unwritten: dict[int, _Unwritten] = {}
+        self._flushed = time.monotonic()
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="writer")
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="reader")
+        self._write: Future[None] | None = None
+        self._ahead: dict[int, Future[EncodedPrompts]] = {}
+        self._streaming = self.stopping = False
+
+    def stop(self) -> None:
+        """Finish what is in flight, write it, and end with KeyboardInterrupt; called twice, or before the start, end at once."""
+        if self.stopping or not self._streaming:
+            raise KeyboardInterrupt
+        self.stopping = True
+        say_error("asked to end: finishing the responses in flight")
+
+    def run(self) -> None:
+        """Work until every fraction asked for is merged, by whomever.
+
+        Raises:
+            InputError: what the user has to mend; everything flushed stays.
+            KeyboardInterrupt: after :meth:`stop`.
+        """
+        try:
+            waited_since = time.monotonic()
+            while True:
+                made = self._stream_claims()
+                self._settle()
+                if self.stopping:
+                    raise KeyboardInterrupt
+                self._merge_complete()
+                if not self._unmerged:
+                    return
+                if not made:
+                    waited_since = self._wait(waited_since)
+                for work in self._works.values():
+                    work.look_again()
+        finally:
+            self._close()
+
+    def _close(self) -> None:
+        """Write what is finished, also when an error or an interrupt ends the run."""
+        try:
+            self._settle()
+        finally:
+            self._writer.shutdown()
+            self._reader.shutdown(cancel_futures=True)
+            if self._backend is not None:
+                self.progress.close(self._finished())
+                self._backend.close()
+
+    def _stream_claims(self) -> bool:
+        """Generate everything that can be claimed now; return whether there was anything."""
+        drawn: dict[int, tuple[FractionWork, int]] = {}
+        requests = self._claimed_requests(drawn)
+        first = next(requests, None)
+        if first is None:
+            return False
+        if self._backend is None:
+            self._backend = self._load_backend(drawn[0][0].prompts.requests)
+            self.progress.start(self._finished(), self._total)
+        self._streaming = True
+        stream = self._backend.stream(chain([first], requests), self.job.sampling)
+        try:
+            for index, responses in stream:
+                self._take(*drawn.pop(index), responses)
+        except Exception as error:
+            # An engine that the same signal reached may break off; what it has finished is written all the same.
+            if not self.stopping or isinstance(error, InputError):
+                raise
+            say_error(f"the engine broke off ({type(error).__name__})")
+        finally:
+            self._streaming = False
+        return True
+
+    def _take(self, work: FractionWork, position: int, responses: list[Any]) -> None:
+        rows = self.job.rows(work.prompts.rows[position], responses)
+        self._unwritten.setdefault(work.number, _Unwritten(work)).rows[position] = rows
+        self.progress.add(rows)
+        count = sum(len(item.rows) for item in self._unwritten.values())
+        if count >= self.flush_every or time.monotonic() - self._flushed > FLUSH_SECONDS:
+            self._flush()
+        if self.progress.show(lambda: self._finished() + count):
+            self._tell_others()
+
+    def _claimed_requests(self, drawn: dict[int, tuple[FractionWork, int]]) -> Iterator[PromptRequest]:
+        """Claim blocks and yield their requests one by one, noting in ``drawn`` what each of them is."""
+        count = 0
+        for work in self._open_fractions():
+            for position in chain.from_iterable(work.claims()):
+                if self.stopping:
+                    return
+                drawn[count] = work, position
+                count += 1
+                yield work.prompts.requests[position]
+
+    def _open_fractions(self) -> Iterator[FractionWork]:
+        """Yield fractions nobody is working on, then those that others are working on: few are left then, so they are shared."""
+        others = []
+        for number in list(self._unmerged):
+            if number in self._works or len(self._unmerged) == 1 or self._leases.claim(self._lease(number)):
+                if work := self._open(number):
+                    yield work
+            else:
+                others.append(number)
+        for number in others:
+            if work := self._open(number):
+                yield work
+
+    def _lease(self, number: int) -> str:
+        return f"{self.job.split}-{number:05d}"
+
+    def _open(self, number: int) -> FractionWork | None:
+        """Open a fraction and begin to encode the next; None when it is merged already."""
+        # What is merged goes at once: memory must not grow with the number of fractions.
+        for done in [work.number for work in self._works.values() if work.merged]:
+            self._forget(done)
+        if number not in self._unmerged:
+            return None
+        if number not in self._works:
+            if self._is_merged_by_others(number):
+                self._forget(number)
+                return None
+            ahead = self._ahead.pop(number, None)
+            prompts = ahead.result() if ahead is not None else None
+            work = self._works[number] = FractionWork(self.job, number, self.worker, prompts)
+            for path in work.journal.torn:
+                say_error(f"{path} is torn: set aside, its prompts are made again")
+            if work.merged:
+                self._forget(number)
+                return None
+        self._encode_ahead(number)
+        return self._works[number]
+
+    def _is_merged_by_others(self, number: int) -> bool:
+        """Return whether a fraction that is not open here has been merged."""
+        path = fraction_path(self.job.output_dir, self.job.split, number)
+        if not path.exists():
+            return False
+        return not self.job.provenance.differences(read_provenance(open_parquet(path).schema_arrow, path))
+
+    def _forget(self, number: int) -> None:
+        self._unmerged.remove(number)
+        self._works.pop(number, None)
+        self._leases.release(self._lease(number))
+
+    def _encode_ahead(self, number: int) -> None:
+        """Encode the fraction this worker would take next while this one is generated."""
+        for other in self._unmerged:
+            owner = self._leases.owner(self._lease(other))
+            if other > number and other not in self._works and (owner is None or not self._leases.is_alive(owner)):
+                if other not in self._ahead:
+                    self._ahead = {other: self._reader.submit(self.job.for_another_thread().encode, other)}
+                return
+
+    def _finished(self) -> int:
+        """Return how many of the prompts asked for are in files, by whomever, as far as this worker knows."""
+        unmerged = sum(self._size(number) for number in self._unmerged)
+        opened = sum(int(work.journal.finished.sum()) + len(work.prompts.skipped) for work in self._works.values())
+        return self._total - unmerged + opened
+
+    def _size(self, number: int) -> int:
+        return fraction_size(len(self.job.store), number, self.job.frac_len)
+
+    def _flush(self) -> None:
+        """Hand the finished rows to the writer; wait for what it had before, so at most one part is in its hands."""
+        self._wait_for_writer()
+        batch, self._unwritten = self._unwritten, {}
+        self._flushed = time.monotonic()
+        self._tell_others()
+        if batch:
+            self._write = self._writer.submit(self._write_parts, list(batch.values()))
+
+    def _tell_others(self) -> None:
+        self.worker.tell(split=self.job.split, fractions=sorted(self._works), **self.progress.facts())
+
+    def _write_parts(self, batch: list[_Unwritten]) -> None:
+        for item in batch:
+            item.work.journal.write(self.worker.name, item.rows)
+            self._merge(item.work)
+
+    def _merge(self, work: FractionWork) -> None:
+        if not work.merge_if_complete():
+            return
+        skipped = work.prompts.skipped
+        for item in skipped[:_SKIPPED_SHOWN]:
+            say_error(f"left out prompt {item['prompt_id']}: {item['reason']}")
+        if skipped[_SKIPPED_SHOWN:]:
+            say_error(f"left out {len(skipped)} prompts in all; the file's metadata names them")
+        say_error(f"wrote {work.journal.path}")
+
+    def _wait_for_writer(self) -> None:
+        write, self._write = self._write, None
+        if write is not None:
+            write.result()
+
+    def _settle(self) -> None:
+        """Have everything finished in files."""
+        if self._unwritten:
+            self._flush()
+        self._wait_for_writer()
+
+    def _merge_complete(self) -> None:
+        """Merge what is complete and forget what is merged."""
+        for number in list(self._unmerged):
+            work = self._works.get(number)
+            if work is not None and not work.merged and work.journal.accepts_parts():
+                work.journal.scan()
+                self._merge(work)
+            if (work is not None and work.merged) or self._is_merged_by_others(number):
+                self._forget(number)
+
+    def _wait(self, since: float) -> float:
+        """Let time pass while living workers hold all that is left; say so now and then."""
+        if time.monotonic() - since > _TELL_SECONDS:
+            since = time.monotonic()
+            numbers = ", ".join(map(str, self._unmerged[:5]))
+            say_error(f"other workers hold the rest of fraction {numbers}: waiting for them")
+        time.sleep(POLL_SECONDS)
+        return since

@@ -1,0 +1,321 @@
+"""Attention over packed rows, plugged into transformers' attention interface: no model code is patched.
+
+A packed row holds several *trees* one behind the other. A tree is a prompt P and its branches B1, B2 ... (the responses): P
+and B1 follow each other as in any sequence, every further branch attends to P and to itself, never to another branch. No
+``T x T`` mask is built on the paths used for training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from spin.alignment.core.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PACKED_ATTENTION = "spin_packed"
+PADDED_MEND = "set batching: padded (slower, the same loss)"
+_KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Lengths in tokens of a prompt and of the branches that continue it."""
+
+    prompt: int
+    branches: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        return self.prompt + sum(self.branches)
+
+
+@dataclass
+class PackedLayout:
+    """Where the trees of one packed row lie; the kernels' index tensors are made once per row and shared by its layers."""
+
+    trees: Sequence[Tree]
+    device: torch.device
+    kernel: str = "sdpa"
+    _masks: dict[tuple[int, int, int | None, torch.dtype], Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def query_lengths(self) -> list[int]:
+        """Lengths of the query segments: prompt with first branch, then each further branch."""
+        return [n for tree in self.trees for n in (tree.prompt + tree.branches[0], *tree.branches[1:])]
+
+    @cached_property
+    def segment_lengths(self) -> list[int]:
+        """Lengths of the row's pieces: prompt, first branch, further branches, next prompt ..."""
+        return [n for tree in self.trees for n in (tree.prompt, *tree.branches)]
+
+    @cached_property
+    def key_lengths(self) -> list[int]:
+        """Number of keys that each query segment attends to: the prompt's and its own branch's."""
+        return [tree.prompt + branch for tree in self.trees for branch in tree.branches]
+
+    @cached_property
+    def key_index(self) -> Tensor:
+        """Positions in the row of the keys of all query segments, of shape ``(sum of key_lengths,)``."""
+        pieces, start = [], 0
+        for tree in self.trees:
+            branch_start = start + tree.prompt
+            for branch in tree.branches:
+                pieces += [torch.arange(start, start + tree.prompt), torch.arange(branch_start, branch_start + branch)]
+                branch_start += branch
+            start += tree.tokens
+        return torch.cat(pieces).to(self.device)
+
+    @cached_property
+    def cumulative_lengths(self) -> tuple[Tensor, Tensor]:
+        """Cumulative query and key lengths, int32 with a leading 0, as variable-length kernels take them."""
+        both = (self.query_lengths, self.key_lengths)
+        first, second = (torch.tensor([0, *accumulate(n)], dtype=torch.int32, device=self.device) for n in both)
+        return first, second
+
+    @cached_property
+    def token_marks(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The tree, branch (0: the prompt) and position of every token, int32 of shape ``(T,)``."""
+        marks = [
+            (number, branch, offset + (tree.prompt if branch else 0))
+            for number, tree in enumerate(self.trees)
+            for branch, length in enumerate((tree.prompt, *tree.branches))
+            for offset in range(length)
+        ]
+        trees, branches, positions = torch.tensor(marks, dtype=torch.int32, device=self.device).unbind(dim=1)
+        return trees, branches, positions
+
+    def causal_mask(self, queries: int, keys: int, window: int | None, dtype: torch.dtype) -> Tensor:
+        """Return the additive mask of queries that are the last of the keys, of shape ``(queries, keys)``.
+
+        A query sees itself and what is before it, with a window the last ``window`` keys only.
+        """
+        name = (queries, keys, window, dtype)
+        if name not in self._masks:
+            distance = torch.arange(keys - queries, keys, device=self.device)[:, None] - torch.arange(
+                keys, device=self.device
+            )
+            hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
+            self._masks[name] = torch.zeros(queries, keys, dtype=dtype, device=self.device).masked_fill_(
+                hidden, float("-inf")
+            )
+        return self._masks[name]
+
+    @cached_property
+    def _block_masks(self) -> dict[int | None, Any]:
+        return {}
+
+    def block_mask(self, window: int | None) -> Any:
+        """Return FlexAttention's block mask of the row."""
+        if window not in self._block_masks:
+            from torch.nn.attention.flex_attention import create_block_mask
+
+            trees, branches, positions = self.token_marks
+
+            def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+                same = (trees[query] == trees[key]) & ((branches[key] == 0) | (branches[key] == branches[query]))
+                distance = positions[query] - positions[key]
+                seen = same & (distance >= 0)
+                return seen if window is None else seen & (distance < window)
+
+            tokens = len(positions)
+            self._block_masks[window] = create_block_mask(visible, None, None, tokens, tokens, device=str(self.device))
+        return self._block_masks[window]
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """What one layer asks for: the scale of the scores, its window (keys) and its soft cap, as far as it has them."""
+
+    scaling: float | None
+    window: int | None
+    softcap: float | None
+
+
+# A kernel gets query (1, H, T, D), key and value (1, KV, T, D) and returns the attended values as (1, T, H, D).
+Kernel = Callable[["Tensor", "Tensor", "Tensor", PackedLayout, AttentionCall], "Tensor"]
+
+
+def sdpa_kernel(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, call: AttentionCall) -> Tensor:
+    """Attend segment by segment with PyTorch's scaled dot-product attention; soft-capped scores are computed in full."""
+    # split and cat have cheap gradients; slicing would fill a whole row of zeros for each slice.
+    keys, values = (piece.split(layout.segment_lengths, dim=2) for piece in (key, value))
+    grouped = query.shape[1] != key.shape[1]
+    outputs, segment, piece = [], iter(query.split(layout.query_lengths, dim=2)), 0
+    for tree in layout.trees:
+        for branch in range(1, len(tree.branches) + 1):
+            part = next(segment)
+            k = torch.cat([keys[piece], keys[piece + branch]], dim=2)
+            v = torch.cat([values[piece], values[piece + branch]], dim=2)
+            outputs.append(_attend(part, k, v, layout, call, grouped))
+        piece += 1 + len(tree.branches)
+    return torch.cat(outputs, dim=2).transpose(1, 2)
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, call: AttentionCall, grouped: bool
+) -> Tensor:
+    queries, keys = query.shape[2], key.shape[2]
+    window = None if call.window is None or call.window >= keys else call.window
+    if call.softcap is not None:
+        mask = layout.causal_mask(queries, keys, window, torch.float32)
+        return _softcapped(query, key, value, mask, call)
+    settings: dict[str, Any] = {"scale": call.scaling, "enable_gqa": grouped}
+    if queries == keys and window is None:
+        return scaled_dot_product_attention(query, key, value, is_causal=True, **settings)
+    mask = layout.causal_mask(queries, keys, window, query.dtype)
+    return scaled_dot_product_attention(query, key, value, attn_mask=mask, **settings)
+
+
+def _softcapped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, call: AttentionCall) -> Tensor:
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = query @ key.transpose(2, 3) * (call.scaling if call.scaling is not None else query.shape[-1] ** -0.5)
+    assert call.softcap is not None
+    scores = torch.tanh(scores / call.softcap) * call.softcap + mask
+    wide = scores.dtype if scores.dtype == torch.float64 else torch.float32
+    return torch.softmax(scores, dim=-1, dtype=wide).to(value.dtype) @ value
+
+
+def varlen_kernel(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, call: AttentionCall) -> Tensor:
+    """Attend with one variable-length flash-attention call; the prompt's keys are gathered once for each branch.
+
+    Raises:
+        InputError: the layer caps its scores, which the kernel cannot.
+    """
+    if call.softcap is not None:
+        raise InputError("packed_attention varlen cannot cap attention scores: set packed_attention: flex")
+    from torch.nn.attention.varlen import varlen_attn
+
+    # The causal diagonal of the kernel is aligned to the last key: queries are the last tokens of their keys.
+    index, (queries, keys) = layout.key_index, layout.cumulative_lengths
+    attended = varlen_attn(
+        query[0].transpose(0, 1),
+        key[0].index_select(1, index).transpose(0, 1),
+        value[0].index_select(1, index).transpose(0, 1),
+        queries,
+        keys,
+        max(layout.query_lengths),
+        max(layout.key_lengths),
+        scale=call.scaling,
+        window_size=(-1 if call.window is None else call.window - 1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return attended.unsqueeze(0)
+
+
+def flex_kernel(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, call: AttentionCall) -> Tensor:
+    """Attend with FlexAttention: blocks that nobody sees are skipped, soft caps are applied inside the kernel."""
+    cap = call.softcap
+
+    def score(value: Tensor, batch: Tensor, head: Tensor, query_index: Tensor, key_index: Tensor) -> Tensor:
+        assert cap is not None
+        return torch.tanh(value / cap) * cap
+
+    attended = _flex_attention(query.device.type)(
+        query,
+        key,
+        value,
+        score_mod=None if cap is None else score,
+        block_mask=layout.block_mask(call.window),
+        scale=call.scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return attended.transpose(1, 2)
+
+
+@cache
+def _flex_attention(device: str) -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    # Uncompiled it materialises the scores, which is good enough to test the mask on a CPU.
+    return flex_attention if device == "cpu" else torch.compile(flex_attention, dynamic=True)
+
+
+KERNELS: dict[str, Kernel] = {
+    "flex": flex_kernel,
+    "sdpa": sdpa_kernel,
+    "varlen": varlen_kernel,
+}
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    layout: PackedLayout,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """The function registered with transformers: query ``(1, H, T, D)`` -> ``(1, T, H, D)``.
+
+    ``layout`` reaches it as a keyword argument of the model's forward.
+
+    Raises:
+        InputError: the layer has attention sinks, which no packed kernel computes.
+    """
+    if s_aux is not None:
+        raise InputError(f"{type(module).__name__} uses attention sinks, which packed rows lack: {PADDED_MEND}")
+    call = AttentionCall(scaling, sliding_window, softcap)
+    return KERNELS[layout.kernel](query, key, value, layout, call), None
+
+
+def register() -> None:
+    """Make ``PACKED_ATTENTION`` known to transformers."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+
+
+def check_architecture(model: Any) -> None:
+    """Check what a configuration tells about packed rows; what it does not tell is found by comparing log-probs.
+
+    Raises:
+        InputError: the model's attention cannot be replaced, or a layer is not plain attention.
+    """
+    config = model.config.get_text_config()
+    name = type(model).__name__
+    unknown = sorted(set(getattr(config, "layer_types", None) or ()) - _KNOWN_LAYERS)
+    if unknown:
+        raise InputError(
+            f"{name} has layers of type {', '.join(unknown)}, which packed rows cannot pass: {PADDED_MEND}"
+        )
+    if config.is_encoder_decoder or not getattr(model, "_supports_attention_backend", False):
+        raise InputError(f"{name} does not let its attention be chosen, so rows cannot be packed: {PADDED_MEND}")
+
+
+def choose_kernel(model: Any, device: torch.device, dtype: torch.dtype, wanted: str = "auto") -> str:
+    """Return the name of the kernel for a device and a compute dtype: the fastest that can do what the model asks for.
+
+    Raises:
+        InputError: the kernel asked for does not work here.
+    """
+    config = model.config.get_text_config()
+    softcap = getattr(config, "attn_logit_softcapping", None) is not None
+    half = dtype in (torch.bfloat16, torch.float16)
+    reasons = {
+        "varlen": None
+        if device.type == "cuda" and half and not softcap
+        else "it needs a GPU, 16-bit precision and scores without a soft cap",
+        "flex": None if device.type == "cuda" else "it has no gradient on a CPU",
+        "sdpa": None,
+    }
+    if wanted != "auto":
+        if reasons[wanted]:
+            raise InputError(f"packed_attention is {wanted}, but {reasons[wanted]}: set packed_attention: auto")
+        return wanted
+    return next(name for name, reason in reasons.items() if reason is None)

@@ -1,0 +1,129 @@
+"""Preference pairs as the trainer holds them, and the tensors of a packed micro-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from spin.alignment.logprobs.attention import PackedLayout
+from spin.alignment.methods.losses import LossInputs
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from spin.alignment.logprobs.reference_store import ReferenceLogps
+
+HALVES = ("chosen", "rejected")
+Feature = Mapping[str, Any]
+
+# Feature of a response -> what the losses call it: one number for each response.
+LABELS = {"win_prob": "win_probs", "reward": "rewards"}
+
+# Logits of one group of pairs, in elements: large matmuls, and still small beside the activations.
+GROUP_ELEMENTS = 2**26
+
+
+class PairDataset(torch.utils.data.Dataset):
+    """Encoded pairs, each with the opponent's log-probs once they are attached.
+
+    ``rows`` has the columns prompt_ids, chosen_ids, rejected_ids and, when tokens are weighted, chosen_weights and
+    rejected_weights; for a loss that reads them the labels chosen_win_prob and rejected_win_prob, or chosen_reward and
+    rejected_reward.
+    """
+
+    def __init__(self, rows: Dataset) -> None:
+        self.rows = rows
+        self.reference: ReferenceLogps | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        feature = dict(self.rows[index])
+        if self.reference is not None:
+            feature["chosen_reference"], feature["rejected_reference"] = self.reference[index]
+        return feature
+
+
+class PairList:
+    """The pairs of one optimiser batch of one process, as the data loader hands them over: not yet tensors.
+
+    ``stands_in``: the process has no pair of its own, and these only keep the others company.
+    """
+
+    def __init__(self, features: Sequence[Feature], stands_in: bool = False) -> None:
+        self.features = list(features)
+        self.stands_in = stands_in
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+
+@dataclass(frozen=True)
+class PairGroup:
+    """b pairs whose response tokens are neighbours in the batch: all chosen responses, then all rejected ones.
+
+    ``rows`` is their slice of the N response tokens; ``completion_mask`` has shape ``(2b, R)``; ``reference_logps`` (nats)
+    and ``weights`` have it too, where the data has them; ``win_probs`` and ``rewards`` have shape ``(2b,)``.
+    """
+
+    rows: slice
+    completion_mask: torch.Tensor
+    reference_logps: torch.Tensor | None = None
+    weights: torch.Tensor | None = None
+    win_probs: torch.Tensor | None = None
+    rewards: torch.Tensor | None = None
+
+    @property
+    def pairs(self) -> int:
+        return len(self.completion_mask) // 2
+
+    def loss_inputs(self, logps: torch.Tensor, kl: torch.Tensor | None = None) -> LossInputs:
+        """Return the streams of the losses for log-probs, and KL where it is known, ``(n,)`` in the order of ``rows``."""
+        assert self.reference_logps is not None
+        policy, position_kl = (
+            None
+            if flat is None
+            else flat.new_zeros(self.completion_mask.shape).masked_scatter(self.completion_mask, flat)
+            for flat in (logps, kl)
+        )
+        assert policy is not None
+        labels = {name: getattr(self, name) for name in LABELS.values()}
+        return LossInputs(policy, self.reference_logps, self.completion_mask, self.weights, position_kl, **labels)
+
+    def responses(self, logps: torch.Tensor) -> list[torch.Tensor]:
+        """Return the log-probs of each response, without padding: b chosen ones, then b rejected ones."""
+        return list(logps.split(self.completion_mask.sum(dim=1).tolist()))
+
+    def to(self, device: torch.device) -> PairGroup:
+        moved = {
+            name: value.to(device, non_blocking=True)
+            for name in ("completion_mask", "reference_logps", "weights", *LABELS.values())
+            if (value := getattr(self, name)) is not None
+        }
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Pairs in one row of T tokens without padding.
+
+    ``input_ids`` and ``position_ids`` have shape ``(1, T)``; ``predictors`` (N,) gives the position in the row whose hidden
+    state predicts each response token, ``targets`` (N,) the token. ``groups`` cut the N tokens into groups of whole pairs.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    layout: PackedLayout
+    predictors: torch.Tensor
+    targets: torch.Tensor
+    groups: tuple[PairGroup, ...]
+
+    def to(self, device: torch.device) -> PackedBatch:
+        names = ("input_ids", "position_ids", "predictors", "targets")
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        layout = PackedLayout(self.layout.trees, device, self.layout.kernel)
+        return replace(self, **moved, layout=layout, groups=tuple(group.to(device) for group in self.groups))

@@ -1,0 +1,169 @@
+"""Pairs to tensors: packed into one row that shares prompts, or padded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from spin.alignment.logprobs.attention import PackedLayout, Tree
+from spin.alignment.logprobs.batch import GROUP_ELEMENTS, HALVES, LABELS, Feature, PackedBatch, PairGroup
+from spin.alignment.logprobs.plans import consecutive
+
+
+@dataclass(frozen=True)
+class PackedCollator:
+    """Packs B pairs into one row. With the pairs ``[1 2 | 3 | 4 5]`` and ``[6 | 7 8 | 9]`` (prompt | chosen | rejected)::
+
+        input_ids      1 2 3 4 5 6 7 8 9
+        position_ids   0 1 2 2 3 0 1 2 1
+        targets        3 7 8 4 5 9          (chosen of both pairs, rejected of both pairs)
+        predictors     1 5 6 1 3 5
+
+    ``share_prompts=False`` writes the prompt in front of the rejected response once more. ``vocab_size`` sets how many pairs
+    a group of logits holds.
+    """
+
+    kernel: str = "sdpa"
+    vocab_size: int = 32_000
+    share_prompts: bool = True
+
+    def tokens(self, feature: Feature) -> int:
+        """Return how many tokens of a row a pair takes."""
+        prompt, chosen, rejected = (len(feature[f"{name}_ids"]) for name in ("prompt", *HALVES))
+        return prompt + chosen + rejected + (0 if self.share_prompts else prompt)
+
+    def __call__(self, features: Sequence[Feature]) -> PackedBatch:
+        """Return the packed row of some pairs, in their order."""
+        ids: list[int] = []
+        positions: list[int] = []
+        trees: list[Tree] = []
+        starts: list[tuple[list[int], list[int]]] = []  # of each pair: the predictors of its two responses
+        for feature in features:
+            prompt, *responses = (list(feature[f"{name}_ids"]) for name in ("prompt", *HALVES))
+            predictors: list[list[int]] = []
+            for number, response in enumerate(responses):
+                if number == 0 or not self.share_prompts:
+                    last_of_prompt = len(ids) + len(prompt) - 1
+                    ids += prompt
+                    positions += range(len(prompt))
+                predictors.append([last_of_prompt, *range(len(ids), len(ids) + len(response) - 1)])
+                ids += response
+                positions += range(len(prompt), len(prompt) + len(response))
+            lengths = tuple(map(len, responses))
+            shared = (lengths,) if self.share_prompts else tuple((length,) for length in lengths)
+            trees += [Tree(len(prompt), branches) for branches in shared]
+            starts.append((predictors[0], predictors[1]))
+        groups, order = self._groups(features)
+        picked = [position for number, half in order for position in starts[number][half]]
+        labels = [token for number, half in order for token in features[number][f"{HALVES[half]}_ids"]]
+        return PackedBatch(
+            input_ids=torch.tensor([ids]),
+            position_ids=torch.tensor([positions]),
+            layout=PackedLayout(tuple(trees), torch.device("cpu"), self.kernel),
+            predictors=torch.tensor(picked),
+            targets=torch.tensor(labels),
+            groups=groups,
+        )
+
+    def _groups(self, features: Sequence[Feature]) -> tuple[tuple[PairGroup, ...], list[tuple[int, int]]]:
+        """Cut the pairs into groups; return them and the order (pair, half) of the responses."""
+        limit = max(1, GROUP_ELEMENTS // self.vocab_size)
+        lengths = [len(feature["chosen_ids"]) + len(feature["rejected_ids"]) for feature in features]
+        groups, order, start = [], [], 0
+        for numbers in consecutive(lengths, limit):
+            rows = slice(start, start := start + sum(lengths[number] for number in numbers))
+            groups.append(_group([features[number] for number in numbers], rows))
+            order += [(number, half) for half in (0, 1) for number in numbers]
+        return tuple(groups), order
+
+
+def _group(features: Sequence[Feature], rows: slice) -> PairGroup:
+    responses = [feature[f"{half}_ids"] for half in HALVES for feature in features]
+    width = max(map(len, responses))
+    lengths = torch.tensor([len(response) for response in responses])
+    mask = torch.arange(width) < lengths[:, None]
+    return PairGroup(rows, mask, **_streams(features, responses, width), **_labels(features))
+
+
+def _streams(features: Sequence[Feature], responses: Sequence[Sequence[int]], width: int) -> dict[str, torch.Tensor]:
+    """Return reference_logps and weights of shape ``(2B, width)``, as far as the features have them."""
+    streams = {}
+    for name, column in (("reference_logps", "reference"), ("weights", "weights")):
+        if f"chosen_{column}" in features[0]:
+            values = [feature[f"{half}_{column}"] for half in HALVES for feature in features]
+            streams[name] = pad_streams(values, responses, width)
+    return streams
+
+
+def _labels(features: Sequence[Feature]) -> dict[str, torch.Tensor]:
+    """Return win_probs and rewards of shape ``(2B,)``, float64, as far as the features have them."""
+    return {
+        name: torch.tensor(
+            [feature[f"{half}_{column}"] for half in HALVES for feature in features], dtype=torch.float64
+        )
+        for column, name in LABELS.items()
+        if f"chosen_{column}" in features[0]
+    }
+
+
+@dataclass(frozen=True)
+class PairCollator:
+    """Stacks B pairs into tensors of 2B padded rows: the chosen half, then the rejected half, in the same order.
+
+    Prompts are padded on the left and responses on the right, so every response starts in one column. With the pairs
+    ``[1 2 | 3 | 4 5]`` and ``[6 | 7 8 | 9]`` (prompt | chosen | rejected) and pad id 0::
+
+        input_ids        1 2 3 0      completion_mask  1 0
+                         0 6 7 8                       1 1
+                         1 2 4 5                       1 1
+                         0 6 9 0                       1 0
+    """
+
+    pad_id: int
+
+    def tokens(self, feature: Feature) -> int:
+        """Return how many distinct tokens a pair has; padding is left out."""
+        return sum(len(feature[f"{name}_ids"]) for name in ("prompt", *HALVES))
+
+    def __call__(self, features: Sequence[Feature]) -> dict[str, torch.Tensor]:
+        """Return input_ids, attention_mask and position_ids of shape ``(2B, P + R)`` and, of shape ``(2B, R)``,
+        completion_mask and, as far as the features have them, reference_logps (nats) and weights; of shape ``(2B,)`` the
+        labels win_probs and rewards.
+        """
+        prompts = [feature["prompt_ids"] for _ in HALVES for feature in features]
+        responses = [feature[f"{half}_ids"] for half in HALVES for feature in features]
+        width, height = max(map(len, responses)), len(prompts)
+        left = max(map(len, prompts))
+        input_ids = torch.full((height, left + width), self.pad_id, dtype=torch.long)
+        attention_mask = torch.zeros_like(input_ids)
+        for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+            start, end = left - len(prompt), left + len(response)
+            input_ids[row, start:end] = torch.tensor([*prompt, *response])
+            attention_mask[row, start:end] = 1
+        return {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": (attention_mask.cumsum(dim=1) - 1).clamp(min=0),
+            "completion_mask": attention_mask[:, left:].clone(),
+            **_streams(features, responses, width),
+            **_labels(features),
+        }
+
+
+Collator = PackedCollator | PairCollator
+
+
+def pad_streams(streams: Sequence[Sequence[float]], responses: Sequence[Sequence[int]], width: int) -> torch.Tensor:
+    """Return float32 streams of shape ``(2B, width)``, zero behind the end of each response.
+
+    Raises:
+        ValueError: a stream is not as long as its response.
+    """
+    padded = torch.zeros(len(streams), width)
+    for row, (stream, response) in enumerate(zip(streams, responses, strict=True)):
+        if len(stream) != len(response):
+            raise ValueError(f"a stream of {len(stream)} values does not fit a response of {len(response)} tokens")
+        padded[row, : len(stream)] = torch.tensor(stream, dtype=torch.float32)
+    return padded

@@ -1,0 +1,190 @@
+"""Token log-probabilities at response positions: the head never runs over the prompt.
+
+Both ways of batching end here: packed rows through the decoder with the fused head, padded rows through the model's own
+forward. Either passes the wrapped model (DDP, DeepSpeed, FSDP), so gathering and reducing weights work as usual.
+"""
+
+from __future__ import annotations
+
+import inspect
+from types import MethodType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from spin.alignment.logprobs.attention import PACKED_ATTENTION, register
+from spin.alignment.logprobs.batch import LABELS, PackedBatch
+from spin.alignment.logprobs.head import FusedHeadLoss, LogitTransform, Objective, grouped_logps
+from spin.alignment.logprobs.position_kl import OpponentStates, grouped_logps_and_kl, padded_kl
+from spin.alignment.methods.losses import LossInputs
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_FLOAT32_ELEMENTS = 2**24
+
+
+def install_packed_forward(model: Any, fused_head: bool = True) -> bool:
+    """Teach a model object ``model(packed=batch)`` and ``model(packed=batch, objective=f)``; return whether the head is fused.
+
+    The first returns the log-probs (N,) of the response tokens, the second the sum of the objective over the groups. The
+    head is fused when it is one weight matrix. Any other call is the model's own forward.
+    """
+    register()
+    causal = causal_model(model)
+    decoder, head = causal.get_decoder(), causal.get_output_embeddings()
+    transform = LogitTransform.of(causal.config.get_text_config())
+    fused_head = fused_head and type(head) is torch.nn.Linear
+    plain_forward, plain_head = model.forward, head.forward
+
+    # The head computes inside its own call: hooks of ZeRO-3 and FSDP have gathered its weight there.
+    def head_forward(
+        module: Any,
+        hidden: Tensor,
+        packed: PackedBatch | None = None,
+        objective: Objective | None = None,
+        opponent: OpponentStates | None = None,
+    ) -> Tensor:
+        if packed is None:
+            return plain_head(hidden)
+        if objective is not None and opponent is not None:
+            found = grouped_logps_and_kl(plain_head, hidden, opponent, packed.targets, packed.groups, transform)
+            inputs = [group.loss_inputs(*streams) for group, streams in zip(packed.groups, found, strict=True)]
+            return torch.stack([objective(item).double() for item in inputs]).sum()
+        if objective is not None and fused_head:
+            arguments = (packed.targets, packed.groups, objective, transform)
+            hidden = hidden.to(_compute_dtype(hidden, module.weight))
+            with torch.autocast(hidden.device.type, enabled=False):
+                return FusedHeadLoss.apply(hidden, module.weight, module.bias, *arguments)
+        logps = grouped_logps(plain_head, hidden, packed.targets, packed.groups, transform)
+        if objective is None:
+            return logps
+        return torch.stack([objective(group.loss_inputs(logps[group.rows])).double() for group in packed.groups]).sum()
+
+    def forward(
+        _: Any,
+        *args: Any,
+        packed: PackedBatch | None = None,
+        objective: Objective | None = None,
+        opponent: OpponentStates | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if packed is None:
+            return plain_forward(*args, **kwargs)
+        states = packed_states(decoder, packed)
+        extra = {} if opponent is None else {"opponent": opponent}
+        return head(states, packed=packed, objective=objective, **extra)
+
+    head.forward = MethodType(head_forward, head)
+    model.forward = MethodType(forward, model)
+    use_attention(model, PACKED_ATTENTION)
+    return fused_head
+
+
+def packed_states(decoder: Any, packed: PackedBatch) -> Tensor:
+    """Return a decoder's hidden states ``(N, d)`` that predict the response tokens of a packed row."""
+    rows = {"input_ids": packed.input_ids, "position_ids": packed.position_ids}
+    hidden = decoder(**rows, use_cache=False, layout=packed.layout).last_hidden_state
+    return hidden[0].index_select(0, packed.predictors)
+
+
+def use_attention(model: Any, name: str) -> str:
+    """Switch the attention of a model; return the name of the one it had."""
+    causal = causal_model(model)
+    before = causal.config._attn_implementation
+    causal.set_attn_implementation(name)
+    return str(before)
+
+
+def causal_model(model: Any) -> Any:
+    """Return the causal language model inside wrappers (DDP, DeepSpeed, PEFT)."""
+    while hasattr(model, "module"):
+        model = model.module
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
+def batch_loss(
+    model: Any, batch: PackedBatch | dict[str, Tensor], objective: Objective, opponent: Any | None = None
+) -> Tensor:
+    """Return the sum of the objective over a micro-batch, with gradient where the model is trained.
+
+    With an ``opponent`` (a frozen model, switched to packed attention where rows are packed) the objective gets the KL at each
+    response position too.
+    """
+    if isinstance(batch, PackedBatch):
+        if opponent is None:
+            return model(packed=batch, objective=objective)
+        causal = causal_model(opponent)
+        with torch.no_grad():
+            states = OpponentStates(packed_states(causal.get_decoder(), batch), causal.get_output_embeddings())
+        return model(packed=batch, objective=objective, opponent=states)
+    labels = {name: batch.get(name) for name in ("weights", *LABELS.values())}
+    mask, width = batch["completion_mask"], batch["completion_mask"].shape[1]
+    logits = response_logits(model, batch)
+    policy = token_logps(logits, batch["input_ids"][:, -width:], mask)
+    if opponent is not None:
+        with torch.no_grad():
+            theirs = response_logits(opponent, batch)
+        labels["position_kl"] = padded_kl(logits, theirs, mask)
+    return objective(LossInputs(policy, batch["reference_logps"], mask, **labels))
+
+
+def batch_logps(model: Any, batch: PackedBatch | dict[str, Tensor]) -> list[Tensor]:
+    """Return the log-probs of each response, float32 on the CPU, without padding: chosen ones, then rejected ones."""
+    if not isinstance(batch, PackedBatch):
+        logps = response_logps(model, batch).float().cpu()
+        lengths = batch["completion_mask"].sum(dim=1).tolist()
+        return [row[:length] for row, length in zip(logps, lengths, strict=True)]
+    flat = model(packed=batch).float().cpu()
+    halves: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for group in batch.groups:
+        responses = group.responses(flat[group.rows])
+        halves[0].extend(responses[: group.pairs])
+        halves[1].extend(responses[group.pairs :])
+    return [*halves[0], *halves[1]]
+
+
+def response_logps(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """Return ``log pi(y_t | x, y_<t)`` in nats, float32, of shape ``(2B, R)``; 0 behind the end of a response."""
+    mask = batch["completion_mask"]
+    return token_logps(response_logits(model, batch), batch["input_ids"][:, -mask.shape[1] :], mask)
+
+
+def response_logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """Return the logits that predict each response position of padded rows, ``(2B, R, V)``.
+
+    ``logits_to_keep`` keeps the head inside the model's own forward, so parameters that ZeRO-3 or FSDP hold in pieces are
+    gathered as usual and no model code is patched.
+    """
+    width = batch["completion_mask"].shape[1]
+    known = inspect.signature(type(causal_model(model)).forward).parameters
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in known}
+    if "logits_to_keep" in known:
+        inputs["logits_to_keep"] = width + 1
+    return model(**inputs, use_cache=False).logits[:, -width - 1 : -1]
+
+
+def token_logps(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+    """Return the log-probs of ``labels`` ``(N, R)`` under ``logits`` ``(N, R, V)``, in float32; 0 where the mask is 0.
+
+    A few rows are turned to float32 at a time, and again in the backward pass: the log-softmax of the full block would be
+    the largest tensor of the step.
+    """
+    rows = max(1, _FLOAT32_ELEMENTS // max(1, logits[0].numel()))
+    pieces = list(zip(logits.split(rows), labels.split(rows), strict=True))
+    if logits.requires_grad and len(pieces) > 1:
+        settings = {"use_reentrant": False, "preserve_rng_state": False}
+        found = [checkpoint(_piece_logps, some, targets, **settings) for some, targets in pieces]
+    else:
+        found = [_piece_logps(some, targets) for some, targets in pieces]
+    return torch.cat(found).view(labels.shape).masked_fill(mask == 0, 0.0)
+
+
+def _piece_logps(logits: Tensor, labels: Tensor) -> Tensor:
+    return -torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none")

@@ -1,0 +1,114 @@
+"""KL(policy || opponent) at each response position, for losses with ``alpha`` (TIS-DPO, arXiv 2410.04350).
+
+It needs the opponent's whole distribution, which cannot be stored, so a frozen copy of the model stands beside the policy and
+passes the same rows. The gradient runs through the policy's distribution; logits exist for one group of pairs at a time and are
+made again in the backward pass.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from spin.alignment.core.errors import InputError
+from spin.alignment.logprobs.head import LogitTransform, logps_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from spin.alignment.logprobs.batch import PairGroup
+
+_WITHOUT_RECOMPUTED_STATE = {"use_reentrant": False, "preserve_rng_state": False}
+_TILE_ELEMENTS = 2**22
+
+
+@dataclass(frozen=True)
+class OpponentStates:
+    """The opponent's hidden states ``(N, d)`` at the predictors of a packed batch, and its head."""
+
+    hidden: Tensor
+    head: Callable[[Tensor], Tensor]
+
+
+def check_can_keep_opponent(arguments: Any) -> None:
+    """Refuse ``alpha`` where no process holds the model whole.
+
+    Raises:
+        InputError: ZeRO-3 or FSDP is on.
+    """
+    if not arguments.alpha:
+        return
+    plugin = getattr(arguments, "deepspeed_plugin", None)
+    sharded = "FSDP" if getattr(arguments, "fsdp", None) or os.environ.get("ACCELERATE_USE_FSDP") == "true" else None
+    if plugin is not None and plugin.zero_stage == 3:
+        sharded = "DeepSpeed ZeRO-3"
+    if sharded:
+        raise InputError(
+            f"alpha is {arguments.alpha}, which keeps a whole copy of the opponent beside the policy, but {sharded} holds "
+            "models in pieces: set alpha to 0, or use configs/multi_gpu.yaml or deepspeed_zero2.yaml"
+        )
+
+
+def frozen_copy(model: Any, device: torch.device) -> Any:
+    """Return a copy of a model before it is trained, without gradients, on a device."""
+    return copy.deepcopy(model).requires_grad_(False).eval().to(device)
+
+
+def position_kl(logits: Tensor, opponent_logits: Tensor, transform: LogitTransform | None = None) -> Tensor:
+    """Return ``sum_v pi(v) (log pi(v) - log pi_ref(v))`` in nats, ``(n,)``, for logits ``(n, V)``.
+
+    Computed in float32 (float64 for float64 input), some rows at a time.
+    """
+    rows = max(1, _TILE_ELEMENTS // logits.shape[-1])
+    found = []
+    for ours, theirs in zip(logits.split(rows), opponent_logits.split(rows), strict=True):
+        wide = torch.float64 if ours.dtype == torch.float64 else torch.float32
+        values = [item.to(wide) for item in (ours, theirs)]
+        if transform is not None:
+            values = [transform.apply(item) for item in values]
+        policy, opponent = (torch.log_softmax(item, dim=-1) for item in values)
+        found.append((policy.exp() * (policy - opponent)).sum(dim=-1))
+    return torch.cat(found)
+
+
+def grouped_logps_and_kl(
+    head: Callable[[Tensor], Tensor],
+    hidden: Tensor,
+    opponent: OpponentStates,
+    targets: Tensor,
+    groups: Sequence[PairGroup],
+    transform: LogitTransform,
+) -> list[tuple[Tensor, Tensor]]:
+    """Return for each group the log-probs of its targets and the KL at their positions, ``(n,)`` each."""
+
+    def of_group(states: Tensor, theirs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            opponent_logits = opponent.head(theirs)
+        logits = head(states)
+        return logps_of(logits, labels, transform), position_kl(logits, opponent_logits, transform)
+
+    found = []
+    for group in groups:
+        given = (hidden[group.rows], opponent.hidden[group.rows], targets[group.rows])
+        if torch.is_grad_enabled():
+            found.append(checkpoint(of_group, *given, **_WITHOUT_RECOMPUTED_STATE))
+        else:
+            found.append(of_group(*given))
+    return found
+
+
+def padded_kl(logits: Tensor, opponent_logits: Tensor, mask: Tensor) -> Tensor:
+    """Return the KL at each response position, of shape ``(2B, R)``, 0 where the mask is 0; one row's logits at a time."""
+    found = []
+    for ours, theirs in zip(logits, opponent_logits, strict=True):
+        if logits.requires_grad:
+            found.append(checkpoint(position_kl, ours, theirs, **_WITHOUT_RECOMPUTED_STATE))
+        else:
+            found.append(position_kl(ours, theirs))
+    return torch.stack(found).masked_fill(mask == 0, 0.0)

@@ -1,0 +1,120 @@
+"""The reference model's log-probs, computed once for a split before training."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from accelerate.utils import broadcast_object_list
+
+from spin.alignment.core.files import atomic_file, remove_files
+from spin.alignment.logprobs.batch import PairDataset
+from spin.alignment.logprobs.collators import PackedCollator
+from spin.alignment.logprobs.forward import batch_logps
+from spin.alignment.logprobs.micro_batches import MicroBatcher
+from spin.alignment.logprobs.plans import consecutive, plan_by_pairs
+from spin.alignment.logprobs.reference_store import _KEY, ReferenceKey
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from datasets import Dataset
+_PART_PAIRS = 512
+_SCHEMA = pa.schema([("index", pa.int64()), ("chosen", pa.list_(pa.float32())), ("rejected", pa.list_(pa.float32()))])
+
+
+def compute_reference(
+    model: Any,
+    dataset: PairDataset,
+    path: Path,
+    key: ReferenceKey,
+    batcher: MicroBatcher,
+    accelerator: Accelerator,
+    progress: Callable[[int, int], None],
+) -> None:
+    """Compute and store the log-probs of all pairs with the prepared policy, each process a share of the micro-batches.
+
+    Finished pairs are written in parts on the way; a run that was killed computes the missing ones only. Every process runs
+    the same number of forwards, as ZeRO-3 and FSDP need; the surplus ones repeat the last micro-batch.
+    """
+    missing = _missing(path, key, len(dataset), accelerator)
+    batches = longest_first(dataset.rows, missing, batcher)
+    count, rank = accelerator.num_processes, accelerator.process_index
+    rounds = -(-len(batches) // count)
+    results: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    was_training = model.training
+    model.eval()
+    for turn in range(rounds):
+        indices = batches[min(turn * count + rank, len(batches) - 1)]
+        features = [dataset.rows[index] for index in indices]
+        batch = batcher.collate(features, range(len(features)), accelerator.device).batch
+        with torch.no_grad(), accelerator.autocast():
+            logps = [response.numpy() for response in batch_logps(model, batch)]
+        results |= zip(indices, zip(logps[: len(indices)], logps[len(indices) :], strict=True), strict=True)
+        if len(results) >= _PART_PAIRS or turn + 1 == rounds:
+            _write(path.with_name(f".{path.name}.part-{uuid.uuid4().hex[:12]}"), results, key)
+            results = {}
+        progress(turn + 1, rounds)
+    model.train(was_training)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        _merge(path, key, len(dataset))
+    accelerator.wait_for_everyone()
+
+
+def _missing(path: Path, key: ReferenceKey, num_rows: int, accelerator: Accelerator) -> list[int]:
+    """Return the pairs that no part holds, as the main process sees the folder."""
+    found: list[Any] = [None]
+    if accelerator.is_main_process:
+        parts = _parts(path, key)
+        done = set().union(*(table.column("index").to_pylist() for table in parts))
+        found = [[index for index in range(num_rows) if index not in done]]
+    return broadcast_object_list(found)[0]
+
+
+def longest_first(rows: Dataset, indices: Sequence[int], batcher: MicroBatcher) -> list[list[int]]:
+    """Return micro-batches of row indices, longest pairs first, so that running out of memory happens at once."""
+    features = rows.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
+    sizes = {index: batcher.collator.tokens(features[index]) for index in indices}
+    order = sorted(indices, key=lambda index: -sizes[index])
+    if not isinstance(batcher.collator, PackedCollator):
+        return [[order[number] for number in batch] for batch in plan_by_pairs(len(order), batcher.pairs)]
+    runs = consecutive([sizes[index] for index in order], batcher.token_budget)
+    return [[order[number] for number in run] for run in runs]
+
+
+def _write(path: Path, results: dict[int, tuple[np.ndarray, np.ndarray]], key: ReferenceKey) -> None:
+    order = sorted(results)
+    columns = [order, *([results[index][half] for index in order] for half in (0, 1))]
+    arrays = [pa.array(column, field.type) for column, field in zip(columns, _SCHEMA, strict=True)]
+    _write_table(path, pa.table(arrays, schema=_SCHEMA), key)
+
+
+def _write_table(path: Path, table: pa.Table, key: ReferenceKey) -> None:
+    schema = _SCHEMA.with_metadata({_KEY: json.dumps(asdict(key)).encode()})
+    with atomic_file(path) as file, pa.ipc.new_file(file, schema) as writer:
+        writer.write_table(table.combine_chunks().cast(schema))
+
+
+def _parts(path: Path, key: ReferenceKey) -> list[pa.Table]:
+    tables = []
+    for part in sorted(path.parent.glob(f".{path.name}.part-*")):
+        table = pa.ipc.open_file(pa.memory_map(str(part))).read_all()
+        if json.loads(table.schema.metadata[_KEY]) == asdict(key):
+            tables.append(table)
+    return tables
+
+
+def _merge(path: Path, key: ReferenceKey, num_rows: int) -> None:
+    table = pa.concat_tables(_parts(path, key))
+    indices, first = np.unique(table.column("index").to_numpy(), return_index=True)  # surplus batches come twice
+    if len(indices) != num_rows:
+        raise RuntimeError(f"{len(indices)} of {num_rows} pairs have reference log-probs; a process lost its share")
+    _write_table(path, table.take(first), key)
+    remove_files(path.parent.glob(f".{path.name}.part-*"))

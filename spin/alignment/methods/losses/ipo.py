@@ -1,0 +1,15 @@
+"""The squared loss of IPO (arXiv 2310.12036, eq. 17): the margin is pulled to 1 / (2 beta), not to infinity."""
+
+from __future__ import annotations
+
+from spin.alignment.methods.losses.base import LossInputs, LossOutputs, kl_penalty, outputs, sequence_logratios
+
+
+def ipo(inputs: LossInputs, beta: float = 0.1, length_normalize: bool = False, alpha: float = 0.0) -> LossOutputs:
+    """Return ``(m - 1 / (2 beta))^2`` for the margin ``m`` of log-ratios (nats, summed unless length-normalised), less the
+    KL term of weight ``alpha``.
+    """
+    chosen, rejected = sequence_logratios(inputs, length_normalize)
+    margin = chosen - rejected - kl_penalty(inputs, alpha, length_normalize)
+    losses = (margin - 1 / (2 * beta)) ** 2
+    return outputs(losses, chosen, rejected, beta)

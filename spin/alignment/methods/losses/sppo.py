@@ -1,0 +1,87 @@
+"""SPPO (arXiv 2405.00675, eq. 3.6): each response's log-ratio is pulled to a target of its own, not only the gap of a pair.
+
+Also its variants, the form for single rewards, and the soft-mean that is their baseline.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from spin.alignment.methods.losses.base import LossInputs, LossOutputs, outputs, sequence_logratios
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def sppo(inputs: LossInputs, beta: float = 0.1, eta: float | None = None) -> LossOutputs:
+    """Return ``1/2 [(r_w - eta (P_w - 1/2))^2 + (r_l - eta (P_l - 1/2))^2]``: eq. 3.6 for the two responses kept.
+
+    ``r`` are log-ratios (nats), ``P`` the win rates against the opponent's samples (``inputs.win_probs``), and
+    ``eta = 1 / beta`` unless it is given.
+
+    Raises:
+        ValueError: the inputs have no win rates.
+    """
+    chosen_wins, rejected_wins = _labels(inputs.win_probs, "sppo", "win_probs").chunk(2)
+    return _squares(inputs, chosen_wins - 0.5, rejected_wins - 0.5, beta, eta)
+
+
+def sppo_single(inputs: LossInputs, beta: float = 0.1, eta: float | None = None) -> LossOutputs:
+    """Return :func:`sppo` with ``p = P(chosen beats rejected)`` in place of both win rates: targets ``+-eta (p - 1/2)``.
+
+    Raises:
+        ValueError: the inputs have no win probabilities.
+    """
+    wins, _ = _labels(inputs.win_probs, "sppo_single", "win_probs").chunk(2)
+    return _squares(inputs, wins - 0.5, 0.5 - wins, beta, eta)
+
+
+def sppo_hard(inputs: LossInputs, beta: float = 0.1, eta: float | None = None) -> LossOutputs:
+    """Return :func:`sppo` with the hard labels P_w = 1 and P_l = 0: targets ``+-eta / 2``. It needs no scorer."""
+    import torch
+
+    half = torch.tensor(0.5, dtype=torch.double, device=inputs.policy_logps.device)
+    return _squares(inputs, half, -half, beta, eta)
+
+
+def sppo_reward(inputs: LossInputs, beta: float = 0.1, eta: float | None = None) -> LossOutputs:
+    """Return ``(r_i - eta reward_i)^2`` for every response on its own, of shape ``(2B,)``; ``eta`` is 1 unless it is given.
+
+    SPPO's online form (eq. 3.6 with a reward in place of the win rate): ``inputs.rewards`` are already minus their
+    baseline, the soft-mean. ``beta`` scales only the logged rewards.
+
+    Raises:
+        ValueError: the inputs have no rewards.
+    """
+    import torch
+
+    rewards = _labels(inputs.rewards, "sppo_reward", "rewards")
+    chosen, rejected = sequence_logratios(inputs)
+    losses = (torch.cat((chosen, rejected)) - (1.0 if eta is None else eta) * rewards) ** 2
+    return outputs(losses, chosen, rejected, beta)
+
+
+def soft_mean(rewards: Tensor, b: float = 1.0, dim: int = -1) -> Tensor:
+    """Return ``(1/b) log mean exp(b r)`` along a dimension; at ``b = 0`` its limit, the arithmetic mean.
+
+    It is the log-partition that eq. 3.5 subtracts (eta = 1), estimated from the samples; a larger ``b`` moves it to the maximum.
+    """
+    if b == 0:
+        return rewards.mean(dim=dim)
+    return ((b * rewards).logsumexp(dim=dim) - math.log(rewards.shape[dim])) / b
+
+
+def _squares(
+    inputs: LossInputs, chosen_target: Tensor, rejected_target: Tensor, beta: float, eta: float | None
+) -> LossOutputs:
+    scale = 1 / beta if eta is None else eta
+    chosen, rejected = sequence_logratios(inputs)
+    losses = ((chosen - scale * chosen_target) ** 2 + (rejected - scale * rejected_target) ** 2) / 2
+    return outputs(losses, chosen, rejected, beta)
+
+
+def _labels(values: Tensor | None, loss: str, name: str) -> Tensor:
+    if values is None:
+        raise ValueError(f"the loss {loss} needs {name}, which these pairs do not have")
+    return values.double()

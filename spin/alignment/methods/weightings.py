@@ -1,0 +1,116 @@
+"""How much each response token counts. One file and one line here for each weighting; the transforms stand in one file."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+
+from spin.alignment.core.errors import InputError, lookup, suggestion
+from spin.alignment.methods.weightings.base import PairTokens, Transform, Weighting
+from spin.alignment.methods.weightings.drift import drift
+from spin.alignment.methods.weightings.reverse_dpo import reverse_dpo
+from spin.alignment.methods.weightings.teacher import teacher
+from spin.alignment.methods.weightings.transforms import (
+    binary,
+    exponential,
+    origin,
+    random,
+    rank_based,
+    threshold,
+    threshold_and_scale,
+)
+from spin.alignment.methods.weightings.uniform import uniform
+
+WEIGHTINGS: dict[str, Weighting] = {
+    "drift": Weighting(drift),
+    "reverse_dpo": Weighting(reverse_dpo, needs_models=True),
+    "teacher": Weighting(teacher, needs_models=True, same_tokenizer=False),
+    "uniform": Weighting(uniform),
+}
+WEIGHT_TRANSFORMS: dict[str, Transform] = {
+    "binary": binary,
+    "exponential": exponential,
+    "origin": origin,
+    "random": random,
+    "rank_based": rank_based,
+    "threshold": threshold,
+    "threshold_and_scale": threshold_and_scale,
+}
+DEFAULT_TRANSFORM = "exponential"
+
+
+def check_transform(name: str, settings: Mapping[str, object]) -> dict[str, float]:
+    """Return the settings of a transform as numbers.
+
+    Raises:
+        InputError: an unknown transform or setting, a value that is no finite number, or one out of range.
+    """
+    known = list(inspect.signature(lookup(WEIGHT_TRANSFORMS, name, "transform")).parameters)[1:]
+    numbers: dict[str, float] = {}
+    for key, value in settings.items():
+        if key not in known:
+            choice = f"it takes {', '.join(known)}{suggestion(key, known)}" if known else "it takes none"
+            raise InputError(f"transform_params names '{key}', which the transform {name} does not know: {choice}")
+        try:
+            number = float(str(value))
+        except ValueError:
+            number = math.nan
+        if not math.isfinite(number) or (key == "seed" and number != int(number)):
+            kind = "a whole number" if key == "seed" else "a number"
+            raise InputError(f"transform_params gives {key} the value '{value}': set it to {kind}")
+        numbers[key] = int(number) if key == "seed" else number
+    WEIGHT_TRANSFORMS[name]([0.0], **numbers)  # looks at the ranges
+    return numbers
+
+
+def settings_of_side(name: str, settings: Mapping[str, float], side: str) -> dict[str, float]:
+    """Return a transform's settings for a side. TIS-DPO clamps before the sign is turned, so the rejected bounds are mirrored."""
+    if name != "exponential" or side == "chosen":
+        return dict(settings)
+    defaults = {key: item.default for key, item in inspect.signature(exponential).parameters.items()}
+    both = {**{key: defaults[key] for key in ("lower", "upper")}, **settings}
+    return {**settings, "lower": -both["upper"], "upper": -both["lower"]}
+
+
+def weights_of_pair(
+    weighting: str,
+    pair: PairTokens,
+    transform: str = DEFAULT_TRANSFORM,
+    settings: Mapping[str, float] | None = None,
+    seeds: tuple[int, int] = (0, 1),
+) -> tuple[list[float], list[float]]:
+    """Return the weights of both responses, one for each token; NaN where a token has no gain (it was not scored).
+
+    ``seeds`` are those of the chosen and the rejected response, for a transform that draws.
+    """
+    numbers = WEIGHTINGS[weighting](pair)
+    if not WEIGHTINGS[weighting].needs_models:
+        return numbers
+    found = []
+    for side, values, ids, seed in zip(
+        ("chosen", "rejected"), numbers, (pair.chosen_ids, pair.rejected_ids), seeds, strict=True
+    ):
+        drawn = {"seed": seed} if transform == "random" else {}
+        given = {**settings_of_side(transform, settings or {}, side), **drawn}
+        found.append(_padded(WEIGHT_TRANSFORMS[transform](values, **given), ids))
+    return found[0], found[1]
+
+
+def _padded(weights: list[float], ids: Sequence[int]) -> list[float]:
+    if len(weights) > len(ids):
+        raise ValueError(f"{len(weights)} gains for a response of {len(ids)} tokens")
+    return weights + [math.nan] * (len(ids) - len(weights))
+
+
+__all__ = [
+    "DEFAULT_TRANSFORM",
+    "WEIGHTINGS",
+    "WEIGHT_TRANSFORMS",
+    "PairTokens",
+    "Transform",
+    "Weighting",
+    "check_transform",
+    "settings_of_side",
+    "weights_of_pair",
+]

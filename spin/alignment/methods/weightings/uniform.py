@@ -1,0 +1,10 @@
+"""Every token counts the same: SPIN is WSPIN with weight 1."""
+
+from __future__ import annotations
+
+from spin.alignment.methods.weightings.base import PairTokens
+
+
+def uniform(pair: PairTokens) -> tuple[list[float], list[float]]:
+    """Return 1.0 for each token of both responses."""
+    return [1.0] * len(pair.chosen_ids), [1.0] * len(pair.rejected_ids)

@@ -1,0 +1,1 @@
+"""Models: their folder, loading, precision, adapters, saving."""

@@ -1,0 +1,106 @@
+"""A model folder, as far as it can be checked before its weights are loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from spin.alignment.core.errors import InputError
+
+
+def check_model_path(name: str, needs_weights: bool = True) -> None:
+    """Check what can be known of a model before it is loaded; Hub names are checked when they are resolved.
+
+    Raises:
+        InputError: no name, a missing folder, no config, no weights, or weights as pickles only.
+    """
+    if not name:
+        raise InputError("model_name_or_path is missing: name a model folder or a Hub model")
+    folder = Path(name)
+    if not folder.is_dir():
+        if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+            raise InputError(f"model folder {name} does not exist: check the path")
+        return
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{name} holds no config.json: give the folder of a saved model")
+    if needs_weights and not any(folder.glob("*.safetensors")):
+        found = "only pickled weights" if any(folder.glob("*.bin")) else "no weights"
+        raise InputError(f"{name} holds {found}: save the model as safetensors (save_pretrained) first")
+
+
+def model_folder(name: str, revision: str | None = None) -> Path:
+    """Return the local folder of a model: itself, or the Hub snapshot of a revision (fetched unless offline).
+
+    Raises:
+        InputError: the Hub model is neither cached nor reachable.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"model '{name}' is neither a folder here nor a Hub model that is cached or reachable ({reason}): "
+            "check the name, or unset HF_HUB_OFFLINE"
+        ) from error
+
+
+def check_fits(folder: Path, longest: int, max_token_id: int) -> None:
+    """Check sequences against a model's configuration before its weights are loaded.
+
+    Raises:
+        InputError: sequences are longer than the model's context, or hold ids outside its vocabulary.
+    """
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = config.get("text_config", config)
+    context, vocabulary = config.get("max_position_embeddings"), config.get("vocab_size")
+    if context and longest > context:
+        raise InputError(
+            f"the longest pair has {longest} tokens, but {folder} can attend to {context} tokens: lower max_length"
+        )
+    if vocabulary and max_token_id >= vocabulary:
+        raise InputError(
+            f"the data holds token id {max_token_id}, but the vocabulary of {folder} has {vocabulary} entries: give the model "
+            "whose tokenizer made the data"
+        )
+
+
+def is_complete_checkpoint(path: str | Path) -> bool:
+    """Return whether a folder holds a model that :func:`save_checkpoint` finished."""
+    folder = Path(path)
+    return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+
+
+def context_length(model_config: Any) -> int | None:
+    """Return the number of tokens a model can attend to, from its configuration; None when it sets no limit."""
+    text_config = getattr(model_config, "text_config", None) or model_config
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+        value = getattr(text_config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
+
+
+# What makes a saved model: a checkpoint folder also holds logs and trainer state, which say nothing about the next stage.
+MODEL_PATTERNS = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "chat_template*",
+    "special_tokens_map.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+)
+
+
+def model_files(folder: str | Path) -> list[Path]:
+    """Return the files that make a saved model, in order of their names."""
+    return sorted({path for pattern in MODEL_PATTERNS for path in Path(folder).glob(pattern) if path.is_file()})

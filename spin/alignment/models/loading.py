@@ -1,0 +1,91 @@
+"""Loading a causal language model: precision, quantisation, dropout off."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from spin.alignment.core.errors import InputError
+from spin.alignment.models.config import ModelConfig
+from spin.alignment.models.folder import check_model_path, model_folder
+from spin.alignment.models.precision import resolve_dtype
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+
+def load_model(config: ModelConfig, seed: int = 42) -> PreTrainedModel:
+    """Load a causal language model with dropout off, without adapters (see :func:`add_adapters`).
+
+    ``init_from_config`` starts from random weights drawn with ``seed`` instead.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    check_model_path(config.model_name_or_path, needs_weights=not config.init_from_config)
+    common: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    if config.attn_implementation:
+        common["attn_implementation"] = config.attn_implementation
+    name, revision, dtype = config.model_name_or_path, config.model_revision, resolve_dtype(config.dtype)
+    if config.init_from_config:
+        model_config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=config.trust_remote_code)
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(
+            model_config, dtype=torch.float32 if dtype == "auto" else dtype, **common
+        )
+    else:
+        quantisation = _quantisation(config)
+        if quantisation is not None:
+            common["quantization_config"] = quantisation
+        model = AutoModelForCausalLM.from_pretrained(
+            model_folder(name, revision), dtype=dtype, use_safetensors=True, **common
+        )
+    disable_dropout(model)
+    _mend_generation_config(model)
+    return model
+
+
+def _mend_generation_config(model: PreTrainedModel) -> None:
+    """Let a generation config with sampling values but ``do_sample: false`` sample: transformers refuses to save it as it is."""
+    settings = getattr(model, "generation_config", None)
+    if settings is None:
+        return
+    try:
+        settings.validate(strict=True)
+    except ValueError:
+        settings.do_sample = True
+        settings.validate(strict=True)
+
+
+def _quantisation(config: ModelConfig) -> Any:
+    if not (config.load_in_4bit or config.load_in_8bit):
+        return None
+    import importlib.util
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError("load_in_4bit and load_in_8bit need bitsandbytes: pip install 'selfplay-spin[qlora]'")
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    if config.load_in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+
+
+def disable_dropout(model: torch.nn.Module) -> None:
+    """Set every dropout to 0: the policy must equal its opponent at step 0, and log-probs must be those of generation."""
+    import torch
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        # Functional dropout reads its rate from the module (attention_dropout, dropout, layerdrop) or from the config.
+        for holder in (module, getattr(module, "config", None)):
+            for name, value in list(vars(holder).items()) if holder is not None else ():
+                if isinstance(value, float) and ("drop" in name or name == "router_jitter_noise"):
+                    setattr(holder, name, 0.0)

@@ -1,0 +1,68 @@
+"""Saving a checkpoint that is complete or absent."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+def save_checkpoint(
+    model: Any,
+    tokenizer: Any,
+    output_dir: str | Path,
+    state_dict: dict[str, Any] | None = None,
+    dtypes: Mapping[str, torch.dtype] | None = None,
+) -> Path:
+    """Save a model that loads by itself: weights, config, generation config, tokenizer and template.
+
+    Everything is written into a hidden folder, fsynced and moved in place, ``config.json`` last: its existence proves
+    completion. Other files of ``output_dir`` (trainer checkpoints, metrics) stay. ``dtypes`` gives the precision of each
+    weight where it is not that of the model in memory.
+
+    Raises:
+        FloatingPointError: a weight is not finite; nothing is written.
+    """
+    state_dict = dict(model.state_dict() if state_dict is None else state_dict)
+    for copy in getattr(model, "all_tied_weights_keys", None) or {}:
+        state_dict.pop(copy, None)  # gathering shards gives tied weights twice
+    for name, weight in state_dict.items():
+        if weight.is_floating_point() and not weight.isfinite().all():
+            raise FloatingPointError(
+                f"the trained weight {name} is not finite: lower the learning rate and train again"
+            )
+        if dtypes and name in dtypes:
+            state_dict[name] = weight.to(dtypes[name])
+    output_dir = Path(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    hidden = output_dir / f".saving-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    for stale in output_dir.glob(".saving-*"):
+        shutil.rmtree(stale)
+    model.save_pretrained(hidden, state_dict=state_dict)
+    if dtypes:
+        _write_dtype(hidden / "config.json", Counter(dtypes.values()).most_common(1)[0][0])
+    tokenizer.save_pretrained(hidden)
+    files = sorted((path for path in hidden.iterdir()), key=lambda path: path.name == "config.json")
+    for path in files:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    for stale in [output_dir / "config.json", *output_dir.glob("*.safetensors*")]:
+        stale.unlink(missing_ok=True)
+    for path in files:
+        path.replace(output_dir / path.name)
+    hidden.rmdir()
+    return output_dir
+
+
+def _write_dtype(config_file: Path, dtype: torch.dtype) -> None:
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,220 @@
+"""Preference rows of a split: the pairs of a batch, which of them are dropped, and the numbered files they are written to."""
+
+from __future__ import annotations
+
+import fcntl
+import glob
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from spin.alignment.data.rows import OPTIONAL_COLUMNS
+from spin.alignment.core.errors import InputError
+from spin.alignment.pairs.annotate import Labeller, count_failures
+from spin.alignment.methods.pairings import (PAIRINGS, Labelled, Pairing, no_truth)
+from spin.alignment.core.provenance import Provenance
+from spin.alignment.core.parquet import ParquetSink
+from spin.alignment.core.files import (fsync_folder, remove_files, remove_leftovers, write_json_atomic)
+
+COUNTS = ("rows", "identical", "truncated", "dropped", "skipped", "written")
+# Where responses are scored: prompts without a pair, responses that the scorer failed on.
+SCORED_COUNTS = ("rows", "failed", "ties", *COUNTS[1:])
+# Where pairs take two responses each: also those left over when the scorer failed on some.
+EVEN_COUNTS = (*SCORED_COUNTS[:3], "unpaired", *COUNTS[1:])
+
+
+def pair_schema(pairing: Pairing, schema: pa.Schema) -> pa.Schema:
+    """Return the columns of the pairs that a pairing makes of rows with the columns of ``schema``."""
+    added = pairing.adds if isinstance(pairing, Labelled) else ()
+    fields = (pa.field(name, OPTIONAL_COLUMNS[name]) for name in added if name not in schema.names)
+    return pa.schema([*schema, *fields])
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How pairs are formed, and which are left out: those of equal responses, those whose response was cut by length.
+
+    A pairing that compares scores needs a ``labeller``.
+    """
+
+    pairing: Pairing
+    drop_identical: bool = False
+    drop_truncated: bool = False
+    labeller: Labeller | None = None
+
+    def apply(self, batch: pa.RecordBatch, num_samples: int, counts: dict[str, int]) -> pa.RecordBatch:
+        """Return the pairs of a batch of whole prompts, those dropped left out, all of them counted.
+
+        Raises:
+            InputError: a conversation is empty or missing, or the scorer cannot score a response.
+            ValueError: the pairing returns columns that the rows do not have.
+        """
+        counts["rows"] += batch.num_rows
+        keeps_rows = getattr(self.pairing, "keeps_rows", False)
+        if keeps_rows or (isinstance(self.pairing, Labelled) and self.pairing.reads_truth):
+            self._check_truths(batch)
+        pairs = batch if keeps_rows else self._paired(batch, num_samples, counts)
+        identical = pc.equal(
+            *(pc.utf8_trim_whitespace(last_contents(pairs, name)) for name in ("chosen", "rejected"))
+        ).to_numpy(zero_copy_only=False)
+        truncated = np.zeros(pairs.num_rows, dtype=bool)
+        for name in ("chosen_finish_reason", "rejected_finish_reason"):
+            if name in pairs.schema.names:
+                cut = pc.fill_null(pc.equal(pairs.column(name), "length"), False)
+                truncated |= cut.to_numpy(zero_copy_only=False)
+        dropped = np.zeros(pairs.num_rows, dtype=bool)
+        if self.drop_identical:
+            dropped |= identical
+        if self.drop_truncated:
+            dropped |= truncated
+        for name, mask in (("identical", identical), ("truncated", truncated), ("dropped", dropped)):
+            counts[name] += int(mask.sum())
+        return pairs.filter(pa.array(~dropped)) if dropped.any() else pairs
+
+    def _check_truths(self, batch: pa.RecordBatch) -> None:
+        truths = batch.column("chosen")
+        if truths.null_count:
+            number = int(np.argmax(truths.is_null().to_numpy(zero_copy_only=False)))
+            name = next((name for name, found in PAIRINGS.items() if found is self.pairing), "of these rows")
+            raise no_truth(batch.column("prompt_id")[number].as_py(), name)
+
+    def _paired(self, batch: pa.RecordBatch, num_samples: int, counts: dict[str, int]) -> pa.RecordBatch:
+        rows = batch.to_pylist()
+        prompts = [rows[start : start + num_samples] for start in range(0, len(rows), num_samples)]
+        if self.labeller is not None:
+            self.labeller.label(prompts)
+        found = [self.pairing(prompt) for prompt in prompts]
+        if isinstance(self.pairing, Labelled):
+            counts["ties"] += sum(not pairs for pairs in found)
+            counts["failed"] += sum(count_failures(prompt, self.pairing.reads_truth) for prompt in prompts)
+            if self.pairing.even:
+                counts["unpaired"] += sum(map(self.pairing.unpaired, prompts))
+        pairs = [pair for some in found for pair in some]
+        schema = pair_schema(self.pairing, batch.schema)
+        unknown = {name for pair in pairs for name in pair} - set(schema.names)
+        if unknown:
+            raise ValueError(
+                f"the pairing returns the columns {', '.join(sorted(unknown))}, which the rows do not have"
+            )
+        return pa.RecordBatch.from_pylist(pairs, schema)
+
+
+def last_contents(batch: pa.RecordBatch, name: str) -> pa.Array:
+    """Return the text of the last turn of each conversation in a column.
+
+    Raises:
+        InputError: a conversation has no last turn, or that has no text.
+    """
+    column = batch.column(name)
+    ends = column.offsets.to_numpy()
+    if column.null_count or (np.diff(ends) < 1).any():
+        number = int(np.argmax((np.diff(ends) < 1) | column.is_null().to_numpy(zero_copy_only=False)))
+    else:
+        contents = pc.struct_field(column.values, "content").take(pa.array(ends[1:] - 1))
+        if not contents.null_count:
+            return contents
+        number = int(np.argmax(contents.is_null().to_numpy(zero_copy_only=False)))
+    prompt_id = batch.column("prompt_id")[number]
+    raise InputError(f"'{name}' of prompt {prompt_id} does not end with a turn that has content: generate it again")
+
+
+class PreferenceFiles:
+    """The numbered output files of one split: written under hidden names, and named when all of them are there."""
+
+    def __init__(
+        self,
+        folder: Path,
+        split: str,
+        provenance: Provenance,
+        schema: pa.Schema,
+        rows_per_file: int,
+        count_names: Sequence[str] = COUNTS,
+    ) -> None:
+        self.folder, self.split, self.provenance = folder, split, provenance
+        self.schema, self.rows_per_file = schema, rows_per_file
+        self.counts_path = folder / f"{split}_prefs.counts.json"
+        self.counts = dict.fromkeys(count_names, 0)
+        self.hidden: list[Path] = []
+        self._sink: ParquetSink | None = None
+
+    def discard(self) -> None:
+        """Give up the files being written; remove hidden files, also those of a killed run."""
+        if self._sink is not None:
+            sink, self._sink = self._sink, None
+            sink.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+        remove_leftovers(self.counts_path)
+        name = f".{glob.escape(self.split)}_prefs-*.part"
+        remove_files([*self.folder.glob(name), *self.folder.glob(f".{name}.*.tmp")])
+        self.hidden = []
+
+    def write(self, rows: pa.RecordBatch) -> None:
+        """Append rows; a full file is closed under its hidden name and another begun."""
+        table = pa.Table.from_batches([rows])
+        self.counts["written"] += table.num_rows
+        while table.num_rows:
+            if self._sink is None:
+                path = self.folder / f".{self.split}_prefs-{len(self.hidden):05d}.part"
+                self._sink = ParquetSink(path, self.schema, self.provenance).__enter__()
+            room = self.rows_per_file - self._sink.num_rows
+            self._sink.write(table.slice(0, room))
+            table = table.slice(room)
+            if self._sink.num_rows == self.rows_per_file:
+                self.finish()
+
+    def finish(self) -> None:
+        """Close the file being written."""
+        if self._sink is not None:
+            sink, self._sink = self._sink, None
+            sink.__exit__(None, None, None)
+            self.hidden.append(sink.path)
+
+    def withdraw(self) -> None:
+        """Remove the set of an earlier conversion, its proof of completion first."""
+        remove_files([self.counts_path, *self._named()])
+
+    def publish(self) -> None:
+        """Give the hidden files their names. A crash in between leaves a set that readers refuse and a rerun replaces."""
+        for number, path in enumerate(self.hidden):
+            path.rename(self.folder / f"{self.split}_prefs-{number:05d}-of-{len(self.hidden):05d}.parquet")
+        fsync_folder(self.folder)
+        write_json_atomic(self.counts_path, self.counts)
+
+    def is_whole(self) -> bool:
+        """Return whether the set is there with its proof of completion."""
+        files = self._named()
+        return self.counts_path.exists() and bool(files) and len(files) == int(files[0].stem[-5:])
+
+    def _named(self) -> list[Path]:
+        return list(self.folder.glob(f"{glob.escape(self.split)}_prefs-*.parquet"))
+
+
+@contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """Make a folder and keep other gatherings out of it; the kernel drops the lock of a dead holder.
+
+    Raises:
+        InputError: another gathering writes there, or the folder cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise InputError(f"cannot write {folder} ({error.strerror}): choose a folder you may write to") from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(
+                f"another convert_data.py writes to {folder}: let it end or choose another output_dir"
+            ) from error
+        except OSError:
+            pass  # a file system that locks no folders (NFS): then it is up to the user, as everywhere
+        yield
+    finally:
+        os.close(descriptor)

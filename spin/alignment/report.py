@@ -1,0 +1,58 @@
+"""What came out of a run: the summary for machines, and the table, the plot and the page for people."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from spin.alignment.pipeline.config import RunConfig
+
+
+def show_lineage(config: RunConfig) -> None:
+    """Print which model starts, which is the opponent and which data trains, for every model of the run."""
+    from rich.console import Console
+
+    from spin.alignment.pipeline.lineage import lineage
+    from spin.alignment.report.table import lineage_table
+
+    Console().print(lineage_table(lineage(config)))
+
+
+def write_report(config: RunConfig) -> Path:
+    """Write summary.json, report.png and report.html into the run directory and print the table; return the page.
+
+    Raises:
+        InputError: no stage of the run has left anything to report yet.
+    """
+    from rich.console import Console
+
+    from spin.alignment.core.files import atomic_file, write_json_atomic, write_text_atomic
+    from spin.alignment.pipeline.lineage import lineage
+    from spin.alignment.report.page import render_page
+    from spin.alignment.report.plots import plot
+    from spin.alignment.report.summary import summarize
+    from spin.alignment.report.table import results_table
+
+    run_dir = Path(config.run_dir)
+    summary, samples = summarize(config)
+    write_json_atomic(run_dir / "summary.json", summary)
+    image = plot(summary)
+    with atomic_file(run_dir / "report.png") as file:
+        file.write(image)
+    page = run_dir / "report.html"
+    write_text_atomic(page, render_page(run_dir.name, summary, samples, lineage(config), image))
+    # Without a terminal rich assumes 80 columns, too few for the table.
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(results_table(summary))
+    for line in ["", *summary["verdicts"], "", *(f"warning: {line}" for line in summary["warnings"])]:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    for sample in samples:
+        console.print(
+            f"\n{sample['prompt']}  (truth: {sample['truth']})", markup=False, highlight=False, soft_wrap=True
+        )
+        for model, response in sample["responses"].items():
+            console.print(f"  {model}: {response}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"\nreport: {page}", markup=False, highlight=False, soft_wrap=True)
+    return page

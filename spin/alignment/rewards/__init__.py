@@ -1,0 +1,105 @@
+"""How good a response is. One file and one line here for each scorer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from spin.alignment.rewards.answer_format import answer_format
+from spin.alignment.rewards.base import GroupLabels, GroupScorer, PromptGroup, Scorer, ScorerSettings
+from spin.alignment.rewards.checks import check_settings
+from spin.alignment.rewards.exact_match import exact_match
+from spin.alignment.rewards.find import find_rule, functions_of
+from spin.alignment.rewards.length_penalty import length_penalty
+from spin.alignment.rewards.math_answer import math_answer
+from spin.alignment.rewards.math_verify import math_verify
+from spin.alignment.rewards.rules import RuleScorer, no_reference
+
+SCORERS: dict[str, Scorer] = {
+    "exact_match": exact_match,
+    "format": answer_format,
+    "length_penalty": length_penalty,
+    "math_answer": math_answer,
+    "math_verify": math_verify,
+}
+
+# Rules that say nothing without a ground truth.
+COMPARING: tuple[Scorer, ...] = (exact_match, math_answer, math_verify)
+
+
+def _reward_model(settings: ScorerSettings) -> GroupScorer:
+    from spin.alignment.rewards.reward_model import RewardModel
+
+    return RewardModel(settings)
+
+
+def _preference_model(settings: ScorerSettings) -> GroupScorer:
+    from spin.alignment.rewards.preference_model import PreferenceModel
+
+    return PreferenceModel(settings)
+
+
+def _judge(settings: ScorerSettings) -> GroupScorer:
+    from spin.alignment.rewards.judge import Judge
+
+    return Judge(settings)
+
+
+GROUP_SCORERS: dict[str, Callable[[ScorerSettings], GroupScorer]] = {
+    "judge": _judge,
+    "preference_model": _preference_model,
+    "reward_model": _reward_model,
+}
+
+
+def find_scorer(name: str) -> Scorer:
+    """Return a rule function: a name in :data:`SCORERS`, ``module:function``, or a weighted sum (see ``find.py``).
+
+    Raises:
+        InputError: there is no such function, or it does not take (prompt, response, reference).
+    """
+    return find_rule(name, SCORERS, GROUP_SCORERS)
+
+
+def check_scorer(settings: ScorerSettings) -> None:
+    """Check everything that can be known before a model is loaded or a server is asked.
+
+    Raises:
+        InputError: naming the setting and the mend.
+    """
+    if settings.name not in GROUP_SCORERS:
+        find_scorer(settings.name)
+    check_settings(settings)
+
+
+def make_scorer(settings: ScorerSettings) -> GroupScorer:
+    """Return the scorer, checked; close it after use. A model is loaded when the first response without a kept score comes.
+
+    Raises:
+        InputError: as :func:`check_scorer`, or the model or server is not what it must be.
+    """
+    check_scorer(settings)
+    if settings.name in GROUP_SCORERS:
+        return GROUP_SCORERS[settings.name](settings)
+    scorer = find_scorer(settings.name)
+    return RuleScorer(settings.name, scorer, settings.score_reference, needs_reference(settings.name))
+
+
+def needs_reference(name: str) -> bool:
+    """Return whether a scorer says nothing about a prompt without ground truth."""
+    return name not in GROUP_SCORERS and any(function in COMPARING for function in functions_of(find_scorer(name)))
+
+
+__all__ = [
+    "GROUP_SCORERS",
+    "SCORERS",
+    "GroupLabels",
+    "GroupScorer",
+    "PromptGroup",
+    "Scorer",
+    "ScorerSettings",
+    "check_scorer",
+    "find_scorer",
+    "make_scorer",
+    "needs_reference",
+    "no_reference",
+]

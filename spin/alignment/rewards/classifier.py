@@ -1,0 +1,239 @@
+"""A sequence classifier with one output: token ids in, one logit out, each input computed once."""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spin.alignment.core.errors import InputError
+from spin.alignment.rewards.base import ScorerSettings
+from spin.alignment.rewards.cache import ScoreCache, content_key
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+logger = logging.getLogger(__name__)
+_NO_LIMIT = 10**9  # tokenizers write a number near 1e30 for none
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One input of a classifier.
+
+    Attributes:
+        ids: token ids, special tokens included.
+        types: token type ids, for models that read a pair of texts with them.
+        where: names the input in errors ("prompt p1, sample 2"); no part of its content.
+    """
+
+    ids: tuple[int, ...]
+    types: tuple[int, ...] | None
+    where: str
+
+    @property
+    def key(self) -> str:
+        return content_key(self.ids, self.types)
+
+
+def check_classifier_folder(folder: Path, kind: str) -> dict[str, Any]:
+    """Return the configuration of a classifier with one output, read without loading anything.
+
+    Raises:
+        InputError: the model is of another kind, or has another number of outputs.
+    """
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    architectures = config.get("architectures") or []
+    known = any("SequenceClassification" in name for name in architectures)
+    if not known and "AutoModelForSequenceClassification" not in (config.get("auto_map") or {}):
+        found = ", ".join(architectures) or "of no named architecture"
+        raise InputError(
+            f"{folder} is {found}, not a sequence classifier: give a {kind} saved as AutoModelForSequenceClassification"
+        )
+    # A configuration that names no labels has the two of transformers' default.
+    labels = len(config["id2label"]) if "id2label" in config else config.get("num_labels", 2)
+    if labels != 1:
+        raise InputError(
+            f"{folder} has {labels} outputs (num_labels), but a {kind} has one: give a model with num_labels 1"
+        )
+    return config
+
+
+class SequenceClassifier:
+    """A model folder and its scores. The weights are loaded when the first unknown input comes: a rerun needs none."""
+
+    def __init__(self, settings: ScorerSettings) -> None:
+        """Check the model and load its tokenizer.
+
+        Raises:
+            InputError: wrong kind of model, no tokenizer, a max_length it cannot read.
+        """
+        from spin.alignment.core.provenance import hash_weights
+        from spin.alignment.data.chat_encoder import load_tokenizer
+        from spin.alignment.models.folder import model_folder
+        from spin.alignment.models.precision import resolve_dtype
+
+        assert settings.model is not None
+        self.settings = settings
+        self.folder = model_folder(settings.model)
+        self.config = check_classifier_folder(self.folder, settings.name.replace("_", " "))
+        self.dtype = resolve_dtype(settings.dtype)
+        self.tokenizer = load_tokenizer(self.folder, trust_remote_code=settings.trust_remote_code)
+        self.limit = self._limit()
+        self.cut = 0
+        weights = hash_weights(self.folder) if settings.cache_dir else ""
+        self.cache = ScoreCache(settings.cache_dir, settings.name, weights, settings.dtype)
+        self._model: Any = None
+
+    def _limit(self) -> int:
+        """Return the longest input in tokens; raise :class:`InputError` when max_length is beyond what the model reads."""
+        config = self.config.get("text_config", self.config)
+        positions = config.get("max_position_embeddings") or config.get("n_positions") or _NO_LIMIT
+        if config.get("relative_attention") and not config.get("position_biased_input", True):
+            positions = _NO_LIMIT  # DeBERTa-v2 has no absolute positions to run out of
+        context = min(positions, self.tokenizer.model_max_length or _NO_LIMIT)
+        wanted = self.settings.max_length
+        if wanted is not None and wanted > context:
+            raise InputError(
+                f"scorer_max_length is {wanted}, but {self.folder} reads at most {context} tokens: lower it"
+            )
+        return context if wanted is None else wanted
+
+    def excess(self, length: int, cuttable: int, where: str) -> int:
+        """Return how many tokens of a prompt must go for an input of ``length`` tokens, and count it.
+
+        Args:
+            cuttable: tokens of the prompt that may go.
+
+        Raises:
+            InputError: the input is too long and max_length is not set, or even an empty prompt leaves it too long.
+        """
+        excess = length - self.limit
+        if excess <= 0:
+            return 0
+        if self.settings.max_length is None:
+            raise InputError(
+                f"{where} has {length} tokens, but {self.folder} reads at most {self.limit}: set scorer_max_length "
+                "to cut the start of long prompts"
+            )
+        if excess > cuttable:
+            raise InputError(
+                f"{where} has {length - cuttable} tokens without its prompt, more than scorer_max_length {self.limit}: raise "
+                "scorer_max_length, or generate shorter responses"
+            )
+        self.cut += 1
+        return excess
+
+    def report_cuts(self) -> None:
+        """Log how many inputs lost the start of their prompt since the last report."""
+        if self.cut:
+            logger.warning(
+                "%s: %d inputs were longer than scorer_max_length %d and lost the start of their prompt",
+                *(self.settings.name, self.cut, self.limit),
+            )
+            self.cut = 0
+
+    def logits(self, inputs: Sequence[Encoded]) -> list[float]:
+        """Return one logit for each input, in order; float64 of what the model computes in its own precision.
+
+        Raises:
+            InputError: the model returned no finite number; the input is named.
+        """
+        found: dict[str, float] = {}
+        new: dict[str, Encoded] = {}
+        keys = [item.key for item in inputs]
+        for key, item in zip(keys, inputs, strict=True):
+            if key in self.cache:
+                found[key] = self.cache[key]
+            else:
+                new[key] = item
+        # Inputs of like length together: little padding, and the longest first shows at once whether memory suffices.
+        order = sorted(new.items(), key=lambda entry: -len(entry[1].ids))
+        for start in range(0, len(order), self.settings.batch_size):
+            batch = order[start : start + self.settings.batch_size]
+            values = self._forward([item for _, item in batch])
+            for (_, item), value in zip(batch, values, strict=True):
+                if not math.isfinite(value):
+                    raise InputError(
+                        f"{self.folder} returned {value} for {item.where}: use another scorer_dtype or model"
+                    )
+            scored = {key: value for (key, _), value in zip(batch, values, strict=True)}
+            self.cache.add(scored)
+            found.update(scored)
+        return [found[key] for key in keys]
+
+    def _forward(self, batch: Sequence[Encoded]) -> list[float]:
+        import torch
+
+        model = self._loaded()
+        # Decoders look for their last token by the pad id. Where the model names none, it is one that no input holds.
+        config = model.config.get_text_config()
+        named = config.pad_token_id
+        config.pad_token_id = pad = _unused_id(batch) if named is None else named
+        tensors = pad_batch(batch, pad)
+        device = next(model.parameters()).device
+        try:
+            with torch.inference_mode():
+                logits = model(**{name: value.to(device) for name, value in tensors.items()}).logits
+        finally:
+            config.pad_token_id = named
+        values: list[float] = logits.double().reshape(len(batch)).tolist()
+        return values
+
+    def _loaded(self) -> Any:
+        if self._model is None:
+            import torch
+            from transformers import AutoModelForSequenceClassification
+
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                self.folder,
+                dtype=self.dtype,
+                use_safetensors=True,
+                trust_remote_code=self.settings.trust_remote_code,
+                output_loading_info=True,
+            )
+            if info["missing_keys"]:
+                missing = ", ".join(sorted(info["missing_keys"])[:3])
+                raise InputError(f"{self.folder} lacks the weights {missing}: give a model that was trained to score")
+            model.config.get_text_config().use_cache = False  # nothing is decoded
+            self._model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        return self._model
+
+    def close(self) -> None:
+        """Give the memory of the weights back. May be called twice; a later input loads them again."""
+        self.cache.close()
+        if self._model is not None:
+            import torch
+
+            self._model = None
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+
+def _unused_id(batch: Sequence[Encoded]) -> int:
+    used = {token for item in batch for token in item.ids}
+    return next(token for token in range(len(used) + 1) if token not in used)
+
+
+def pad_batch(batch: Sequence[Encoded], pad: int) -> dict[str, Tensor]:
+    """Return ``input_ids``, ``attention_mask`` and, where there are any, ``token_type_ids``, (B, T) each, padded on the right."""
+    import torch
+
+    longest = max(len(item.ids) for item in batch)
+
+    def stack(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
+        return torch.tensor([[*row, *[fill] * (longest - len(row))] for row in rows])
+
+    tensors = {
+        "input_ids": stack([item.ids for item in batch], pad),
+        "attention_mask": stack([[1] * len(item.ids) for item in batch], 0),
+    }
+    if all(item.types is not None for item in batch):
+        tensors["token_type_ids"] = stack([item.types or () for item in batch], 0)
+    return tensors

@@ -1,0 +1,158 @@
+"""From the name of a rule to a function: a registered name, ``module:function``, parameters, a weighted sum."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import math
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spin.alignment.core.errors import InputError
+from spin.alignment.rewards.base import Scorer
+from spin.alignment.rewards.math_verify import check_math_verify
+
+
+@dataclass(frozen=True)
+class WeightedSum:
+    """A scorer made of several: the sum of ``weight * scorer``."""
+
+    terms: tuple[tuple[float, Scorer], ...]
+
+    def __call__(self, prompt: str, response: str, reference: str) -> float:
+        return math.fsum(weight * scorer(prompt, response, reference) for weight, scorer in self.terms)
+
+
+def find_rule(name: str, registry: Mapping[str, Scorer], models: Mapping[str, Any]) -> Scorer:
+    """Return the function of a rule's name.
+
+    ``name`` is a term, or terms joined by ``+``: ``[weight*]rule[:parameter=value,...]``. A rule is a name in ``registry`` or
+    ``module:function``, imported with the current folder on the path.
+
+    Args:
+        models: names of scorers that are no functions, for the error about them.
+
+    Raises:
+        InputError: unknown, not importable, not callable, not a function of three texts, a bad weight or parameter.
+    """
+    parts = [part.strip() for part in name.split("+")]
+    terms = []
+    for part in parts:
+        weight, star, rule = part.rpartition("*")
+        if not rule:
+            raise InputError(f"scorer '{name}' has an empty term: join rules as in math_answer+0.1*format")
+        if rule in models and rule == name:
+            raise InputError(
+                f"{rule} is a model, and only a rule function will do here: choose one of {', '.join(registry)}"
+            )
+        if rule in models:
+            raise InputError(
+                f"{rule} is a model and cannot be part of the sum '{name}': only rule functions can be added"
+            )
+        terms.append((_weight(weight, part) if star else 1.0, _find_one(rule.strip(), registry, models)))
+    if len(terms) == 1 and terms[0][0] == 1.0:
+        return terms[0][1]
+    return WeightedSum(tuple(terms))
+
+
+def functions_of(scorer: Scorer) -> list[Scorer]:
+    """Return the functions that a scorer of :func:`find_rule` is made of, parameters aside."""
+    terms = [term for _, term in scorer.terms] if isinstance(scorer, WeightedSum) else [scorer]
+    return [term.func if isinstance(term, functools.partial) else term for term in terms]
+
+
+def _weight(text: str, term: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value) or value == 0:
+        raise InputError(
+            f"'{text}' in the scorer's term '{term}' is no weight: write a number other than 0, as in 0.1*format"
+        )
+    return value
+
+
+def _find_one(rule: str, registry: Mapping[str, Scorer], models: Mapping[str, Any]) -> Scorer:
+    head, _, tail = rule.rpartition(":")
+    path, parameters = (head, tail) if "=" in tail else (rule, "")
+    if path in registry:
+        function: Any = registry[path]
+        if path == "math_verify":
+            check_math_verify()
+    elif ":" in path:
+        function = _import(path)
+    else:
+        names = ", ".join(sorted([*registry, *models]))
+        raise InputError(f"unknown scorer '{path}': choose one of {names}, or write module:function")
+    if parameters:
+        function = _with_parameters(function, path, parameters)
+    return function
+
+
+def _import(path: str) -> Callable[..., Any]:
+    """Return ``function`` of ``module:function``, which may be an attribute of an attribute."""
+    module_name, _, function_name = path.partition(":")
+    if not module_name or not function_name:
+        raise InputError(f"scorer '{path}' names no function: write module:function")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        # It stays there: the function may import its neighbours when it is called.
+        sys.path.insert(0, here)
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(
+            f"module {module_name} of scorer '{path}' cannot be imported ({reason}): mend it, or run where it can be found"
+        ) from error
+    function: Any = module
+    for part in function_name.split("."):
+        if not hasattr(function, part):
+            raise InputError(f"module {module_name} has no {function_name}: correct the scorer '{path}'")
+        function = getattr(function, part)
+    if not callable(function):
+        raise InputError(
+            f"{function_name} of scorer '{path}' is not callable: name a function of (prompt, response, reference)"
+        )
+    if not _takes_three(function):
+        raise InputError(
+            f"scorer '{path}' does not take three positional arguments: define it as "
+            f"{function_name}(prompt, response, reference)"
+        )
+    return function
+
+
+def _takes_three(function: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(function).bind("", "", "")
+    except TypeError:
+        return False
+    except ValueError:  # some functions written in C tell nothing; their first call will
+        return True
+    return True
+
+
+def _with_parameters(function: Callable[..., Any], path: str, text: str) -> Scorer:
+    """Return the function with ``key=value,...`` set; keys are its keyword-only parameters with a number as default."""
+    known = {
+        item.name: item.default
+        for item in inspect.signature(function).parameters.values()
+        if item.kind is item.KEYWORD_ONLY and isinstance(item.default, (int, float))
+    }
+    values = {}
+    for assignment in text.split(","):
+        key, _, value = (part.strip() for part in assignment.partition("="))
+        if key not in known:
+            raise InputError(f"scorer {path} has no parameter '{key}': it knows {', '.join(known) or 'none'}")
+        try:
+            values[key] = type(known[key])(value)
+        except ValueError:
+            values[key] = math.nan
+        if not values[key] > 0 or math.isinf(values[key]):
+            raise InputError(f"{key} of scorer {path} is '{value}': write a number above 0, such as {known[key]}")
+    return functools.partial(function, **values)

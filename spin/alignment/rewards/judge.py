@@ -1,0 +1,185 @@
+"""A judge: a language model behind an OpenAI-compatible server that is asked which of two responses is better."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from itertools import combinations, islice
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from spin.alignment.core.errors import InputError
+from spin.alignment.rewards.base import GroupLabels, PromptGroup, ScorerSettings
+from spin.alignment.rewards.cache import ScoreCache, content_key
+from spin.alignment.rewards.conversation import plain_text
+from spin.alignment.rewards.win_rates import Pair, both_orders, labels_of
+
+if TYPE_CHECKING:
+    from spin.alignment.core.server_link import RetryPolicy
+
+logger = logging.getLogger(__name__)
+
+REPLY_TOKENS = 512
+INSTRUCTION = (
+    "You compare two responses to the same conversation. Judge how helpful, correct and complete each is; neither its length nor "
+    "its position counts. End with your verdict on a line of its own: [[A]] when response A is better, [[B]] when response B is "
+    "better, [[tie]] when neither is."
+)
+_VERDICT = re.compile(r"\[\[\s*(A|B|tie)\s*\]\]", re.IGNORECASE)
+_BARE = re.compile(r"[\s*\"'.]*(?:response\s+)?(A|B|tie)[\s*\"'.]*", re.IGNORECASE)
+_THOUGHTS = re.compile(r".*</think>", re.DOTALL)
+_FIRST_WINS = {"a": 1.0, "b": 0.0, "tie": 0.5}
+
+
+class Question(NamedTuple):
+    """One pair in one order: ``key`` stands for its content, ``where`` names it in errors."""
+
+    key: str
+    messages: list[dict[str, str]]
+    where: str
+
+
+class Judge:
+    """Labels by a judge's verdicts: every pair in both orders, at temperature 0.
+
+    A reply that cannot be read counts for nothing; it is counted and logged. A pair without any readable reply leaves a response
+    without a score.
+    """
+
+    def __init__(self, settings: ScorerSettings, policy: RetryPolicy | None = None) -> None:
+        """Ask the server what it serves.
+
+        Raises:
+            InputError: no server is there, or it does not serve the judge.
+        """
+        from spin.alignment.core.server_link import RetryPolicy, ServerLink
+
+        self.settings = settings
+        self.policy = policy or RetryPolicy()
+        self.reply_tokens = settings.max_length or REPLY_TOKENS
+        self.unreadable = 0
+        key = os.environ.get("OPENAI_API_KEY", "").strip()
+        self.link = ServerLink(settings.base_url, settings.batch_size, key)
+        try:
+            self.model = self._find_model(policy or RetryPolicy(attempts=3, timeout=30.0))
+            self.cache = ScoreCache(
+                *(settings.cache_dir, "judge", str(self.link.url), self.model, INSTRUCTION, self.reply_tokens)
+            )
+        except BaseException:
+            self.link.close()
+            raise
+
+    def _find_model(self, policy: RetryPolicy) -> str:
+        answer = self.link.start(self.link.send("/models", "the question for its models", policy)).result()
+        cards = answer.get("data") if isinstance(answer, dict) else None
+        names = [str(card["id"]) for card in cards or [] if isinstance(card, dict) and card.get("id")]
+        wanted = self.settings.model
+        if wanted in names or (wanted is None and len(names) == 1):
+            return wanted or names[0]
+        served = ", ".join(names) or "no model"
+        raise InputError(
+            f"the server at {self.link.url} serves {served}: name one of them as the judge's scorer_model"
+            + (f", not {wanted}" if wanted else "")
+        )
+
+    def label(self, groups: Sequence[PromptGroup]) -> list[GroupLabels]:
+        """See :meth:`GroupScorer.label`. With ``score_reference`` the ground truth is one more that all are compared with.
+
+        Raises:
+            InputError: the server refused a question or did not answer it after all tries; the prompt is named.
+        """
+        texts = [group.texts(self.settings.score_reference) for group in groups]
+        pairs = [[(i, j) for i, j in combinations(range(len(own)), 2) if own[i] != own[j]] for own in texts]
+        questions = [
+            self._question(group, own, *order)
+            for group, own, of_group in zip(groups, texts, pairs, strict=True)
+            for i, j in of_group
+            for order in ((i, j), (j, i))
+        ]
+        verdicts = iter(self._ask_all(questions))
+        labels = []
+        for group, own, of_group in zip(groups, texts, pairs, strict=True):
+            wins: dict[Pair, float | None] = {pair: both_orders(next(verdicts), next(verdicts)) for pair in of_group}
+            labels.append(labels_of(len(own), wins, with_reference=len(own) > len(group.responses)))
+        return labels
+
+    def _question(self, group: PromptGroup, texts: Sequence[str], first: int, second: int) -> Question:
+        content = (
+            f"[Conversation]\n{plain_text(group.prompt)}\n[End of conversation]\n\n"
+            f"[Response A]\n{texts[first]}\n[End of response A]\n\n[Response B]\n{texts[second]}\n[End of response B]"
+        )
+        # One turn: not every model has a system role.
+        messages = [{"role": "user", "content": f"{INSTRUCTION}\n\n{content}"}]
+        return Question(content_key(messages), messages, group.name(first, second))
+
+    def _ask_all(self, questions: Sequence[Question]) -> list[float | None]:
+        """Return the probability that the first response wins for each question, in order; equal ones are asked once."""
+        new = {question.key: question for question in questions if question.key not in self.cache}
+        found: dict[str, float | None] = {}
+        for question, reply in self._replies(list(new.values())):
+            verdict = read_verdict(reply)
+            found[question.key] = verdict
+            if verdict is not None:
+                self.cache.add({question.key: verdict})
+        failures = sum(verdict is None for verdict in found.values())
+        if failures:
+            self.unreadable += failures
+            logger.warning("judge: %d of %d replies could not be read", failures, len(found))
+        return [found[item.key] if item.key in found else self.cache[item.key] for item in questions]
+
+    def _replies(self, questions: Sequence[Question]) -> Iterator[tuple[Question, Any]]:
+        """Yield each question with its answer; at most ``batch_size`` of them are with the server at any moment."""
+        flying: dict[Future[Any], Question] = {}
+        waiting = iter(questions)
+        try:
+            while True:
+                for question in islice(waiting, self.settings.batch_size - len(flying)):
+                    flying[self.link.start(self._ask(question))] = question
+                if not flying:
+                    return
+                for future in wait(flying, return_when=FIRST_COMPLETED).done:
+                    question = flying.pop(future)
+                    yield question, future.result()
+        finally:
+            for future in flying:
+                future.cancel()
+
+    async def _ask(self, question: Question) -> Any:
+        body = {
+            "model": self.model,
+            "messages": question.messages,
+            "temperature": 0.0,
+            "max_tokens": self.reply_tokens,
+            "n": 1,
+            "stream": False,
+        }
+        return await self.link.send("/chat/completions", question.where, self.policy, body, self.reply_tokens)
+
+    def close(self) -> None:
+        """Close the connections; the server goes on running. May be called twice."""
+        self.cache.close()
+        self.link.close()
+
+
+def read_verdict(answer: Any) -> float | None:
+    """Return the probability that response A is better (1, 0 or 1/2) from a chat completion; ``None`` when it says neither.
+
+    The last ``[[A]]``, ``[[B]]`` or ``[[tie]]`` counts, or a reply that is nothing but A, B or tie. What a model thought before
+    ``</think>`` is not its reply; a thought that was cut before it is none either.
+    """
+    try:
+        text = answer["choices"][0]["message"]["content"]
+    except (KeyError, IndexError, TypeError):
+        return None
+    if not isinstance(text, str):
+        return None
+    text = _THOUGHTS.sub("", text)
+    if "<think>" in text:
+        return None
+    found = _VERDICT.findall(text)
+    if found:
+        return _FIRST_WINS[found[-1].lower()]
+    bare = _BARE.fullmatch(text)
+    return _FIRST_WINS[bare[1].lower()] if bare else None

@@ -1,0 +1,67 @@
+"""A rule function as a group scorer: every response by itself, and no failure without the name of its row."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from spin.alignment.core.errors import InputError
+from spin.alignment.rewards.base import GroupLabels, PromptGroup, Scorer
+
+
+def no_reference(scorer: str, prompt_id: str) -> InputError:
+    """Return the refusal of a prompt without the ground truth that a rule compares with."""
+    return InputError(
+        f"scorer {scorer} compares with the ground truth, but prompt {prompt_id} has none: choose another scorer, or leave the "
+        "prompt out"
+    )
+
+
+@dataclass(frozen=True)
+class RuleScorer:
+    """Labels by a function of three texts. ``name`` is what errors call it.
+
+    ``needs_reference`` refuses prompts without a ground truth: comparing with nothing would score every response alike.
+    """
+
+    name: str
+    scorer: Scorer
+    score_reference: bool = False
+    needs_reference: bool = False
+
+    def label(self, groups: Sequence[PromptGroup]) -> list[GroupLabels]:
+        """See :meth:`GroupScorer.label`; pure as far as the function is.
+
+        Raises:
+            InputError: the function failed, or returned no finite number, or the ground truth it compares with is not
+                there; the prompt and the sample are named.
+        """
+        return [self._label_one(group) for group in groups]
+
+    def _label_one(self, group: PromptGroup) -> GroupLabels:
+        if self.needs_reference and not (group.reference or "").strip():
+            raise no_reference(self.name, group.prompt_id)
+        texts = group.texts(self.score_reference)
+        scores: list[float | None] = [self._score(group, text, group.name(place)) for place, text in enumerate(texts)]
+        count = len(group.responses)
+        return GroupLabels(scores[:count], reference_score=scores[count] if len(texts) > count else None)
+
+    def _score(self, group: PromptGroup, response: str, where: str) -> float:
+        try:
+            value = self.scorer(group.question(), response, group.reference or "")
+        except InputError as error:
+            raise InputError(f"scorer {self.name} failed on {where}: {error}") from error
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise InputError(f"scorer {self.name} failed on {where} ({reason}): mend the function") from error
+        try:
+            score = float(value)
+        except (TypeError, ValueError):
+            raise InputError(f"scorer {self.name} returned {value!r} on {where}: it must return a number") from None
+        if not math.isfinite(score):
+            raise InputError(f"scorer {self.name} returned {score} on {where}: it must return a finite number")
+        return score
+
+    def close(self) -> None:
+        """Nothing is held."""

@@ -1,0 +1,1 @@
+"""Token weights: scored under frozen models, aligned, weighted, written."""

@@ -1,0 +1,252 @@
+"""The course of weighing a folder of preference files: read, score with one model after the other, weigh, write."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spin.alignment.core.errors import InputError
+from spin.alignment.core.provenance import hash_file, hash_text
+from spin.alignment.data.chat_encoder import ChatEncoder
+from spin.alignment.data.config import DataConfig
+from spin.alignment.data.preferences import load_preferences
+from spin.alignment.methods.weightings import WEIGHTINGS, PairTokens, weights_of_pair
+from spin.alignment.token_weights.files import SIDES, WeighedRow, find_splits, is_done, read_statistics, write_weighed
+from spin.alignment.token_weights.model_scores import (
+    Judge,
+    align_rows,
+    check_rows_fit,
+    cut_rows,
+    encode_rows,
+    exact_gains,
+    score_splits,
+    teacher_gains,
+    with_prompts,
+)
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from datasets import Dataset
+
+SCORES_FOLDER = ".scores"
+Gains = tuple[list[float], list[float]]
+
+
+@dataclass(frozen=True)
+class Method:
+    """How weights are made."""
+
+    weighting: str
+    transform: str
+    settings: dict[str, float]
+    seed: int
+    limits: DataConfig
+    batching: str
+
+    @property
+    def needs_models(self) -> bool:
+        return WEIGHTINGS[self.weighting].needs_models
+
+    def record(self) -> dict[str, Any]:
+        """What decides the weights, beside models and rows."""
+        if not self.needs_models:
+            return {"weighting": self.weighting}
+        lengths = {"max_length": self.limits.max_length, "max_prompt_length": self.limits.max_prompt_length}
+        drawn = {"seed": self.seed} if self.transform == "random" else {}
+        return {
+            "weighting": self.weighting,
+            "transform": self.transform,
+            "params": self.settings,
+            **lengths,
+            **drawn,
+        }
+
+
+@dataclass
+class Split:
+    """The rows of a split, their uncut ids, and why a row has none ("" where it has)."""
+
+    name: str
+    files: list[Path]
+    rows: Dataset
+    encoded: Dataset
+    reasons: list[str]
+    facts: dict[str, Any]
+    encoder: ChatEncoder
+
+    def __post_init__(self) -> None:
+        self.usable = [index for index, reason in enumerate(self.reasons) if not reason]
+        stored = [f"{side}_{name}" for side in SIDES for name in ("token_ids", "finish_reason")]
+        kept = ["prompt_id", "sample_index", *(name for name in stored if name in self.rows.column_names)]
+        self.facts_of_rows = self.rows.select_columns(kept)
+
+    def weighed(self, method: Method, gains: Callable[[int], Gains] | None) -> Iterator[WeighedRow]:
+        """Yield the weights of every row; ``gains`` is called with the position among the usable rows."""
+        position = 0
+        for index, reason in enumerate(self.reasons):
+            stored, row = self.facts_of_rows[index], self.encoded[index]
+            if reason:  # what the row has stays as it is
+                ids, ends = (
+                    [stored.get(f"{side}_{name}") for side in SIDES] for name in ("token_ids", "finish_reason")
+                )
+                yield WeighedRow(ids, ends, (None, None), reason)
+                continue
+            ids = [row[f"{side}_ids"] for side in SIDES]
+            pair = PairTokens(ids[0], ids[1], *(gains(position) if gains else ([], [])))
+            position += 1
+            name = (str(method.seed), stored["prompt_id"], str(stored["sample_index"]))
+            seeds = (int(hash_text(*name, "chosen"), 16), int(hash_text(*name, "rejected"), 16))
+            weights = weights_of_pair(method.weighting, pair, method.transform, method.settings, seeds)
+            ends = [
+                stored.get(f"{side}_finish_reason") or ("stop" if some[-1] in self.encoder.stop_ids else "length")
+                for side, some in zip(SIDES, ids, strict=True)
+            ]
+            yield WeighedRow(ids, ends, weights)
+
+
+def open_splits(
+    input_dir: Path,
+    output_dir: Path,
+    method: Method,
+    judges: Sequence[Judge | None],
+    encoder: ChatEncoder,
+    overwrite: bool,
+) -> list[Split]:
+    """Read and encode every split of the input folder that is not weighed already.
+
+    Raises:
+        InputError: no preference files, a row breaks the contract, or the output was made from something else.
+    """
+    models = {name: judge.record() for name, judge in zip(("model_plus", "model_minus"), judges, strict=True) if judge}
+    common = {**method.record(), **models, "tokenizer": encoder.fingerprint}
+    splits = []
+    for name, files in find_splits(input_dir).items():
+        facts = {**common, "pairs": hash_text(*(f"{file.name}={hash_file(file)}" for file in files))}
+        if is_done(output_dir, name, files, facts, overwrite):
+            continue
+        rows = load_preferences(str(input_dir), name)
+        encoded, reasons = encode_rows(rows, encoder, f"{input_dir} [{name}]")
+        split = Split(name, files, rows, encoded, reasons, facts, encoder)
+        if not split.usable:
+            raise InputError(f"{input_dir} [{name}] holds no pair that can be weighed ({reasons[0]}): check the data")
+        splits.append(split)
+    return splits
+
+
+def gains_of_splits(
+    splits: Sequence[Split], folder: Path, method: Method, plus: Judge, minus: Judge, accelerator: Accelerator
+) -> dict[str, Callable[[int], Gains]]:
+    """Score all usable rows with one model after the other; return for each split the gains by position.
+
+    Every process must call it.
+
+    Raises:
+        InputError: a sequence does not fit a model.
+    """
+    aligned = plus.encoder.tokenizer_hash != minus.encoder.tokenizer_hash
+    theirs, ours = {}, {}
+    for split in splits:
+        rows, encoded = split.rows.select(split.usable), split.encoded.select(split.usable)
+        ours[split.name] = encoded
+        if aligned:
+            theirs[split.name] = align_rows(rows, encoded, minus.encoder, plus.encoder)
+        elif plus.encoder.template_hash != minus.encoder.template_hash:
+            theirs[split.name] = with_prompts(rows, encoded, plus.encoder)
+        else:
+            theirs[split.name] = encoded
+    passed = [
+        {name: cut_rows(rows, judge.encoder, method.limits) for name, rows in given.items()}
+        for judge, given in ((plus, theirs), (minus, ours))
+    ]
+    for judge, given in zip((plus, minus), passed, strict=True):
+        check_rows_fit(judge, given)
+    teacher, student = (
+        score_splits(judge, given, folder, method.batching, accelerator)
+        for judge, given in zip((plus, minus), passed, strict=True)
+    )
+
+    def of_split(name: str) -> Callable[[int], Gains]:
+        def gains(position: int) -> Gains:
+            scored = zip(SIDES, teacher[name][position], student[name][position], strict=True)
+            if aligned:
+                row = theirs[name][position]
+                found = [teacher_gains(row, side, high, low) for side, high, low in scored]
+            else:
+                found = [exact_gains(high, low) for _, high, low in scored]
+            return found[0], found[1]
+
+        return gains
+
+    return {split.name: of_split(split.name) for split in splits}
+
+
+def weigh_splits(
+    splits: Sequence[Split],
+    output_dir: Path,
+    method: Method,
+    judges: Sequence[Judge | None],
+    accelerator: Accelerator,
+) -> None:
+    """Weigh and write splits; the main process writes. Every process must call it."""
+    plus, minus = judges
+    gains: dict[str, Callable[[int], Gains]] = {}
+    if splits and plus is not None and minus is not None:
+        gains = gains_of_splits(splits, output_dir / SCORES_FOLDER, method, plus, minus, accelerator)
+    if accelerator.is_main_process:
+        for split in splits:
+            rows = split.weighed(method, gains.get(split.name))
+            write_weighed(split.files, output_dir, split.name, split.facts, rows)
+    accelerator.wait_for_everyone()
+
+
+def describe(output_dir: Path, method: Method) -> list[str]:
+    """Return what a person should know about the weights in a folder: a line for each split, and warnings."""
+    lines = []
+    for path in sorted(output_dir.glob("*_prefs.weights.json")):
+        split = path.name.partition("_prefs")[0]
+        found = read_statistics(output_dir, split)
+        lines.append(
+            f"{split}: {found['rows']} rows weighed by {method.weighting}{_side(found, 'chosen')}{_side(found, 'rejected')}"
+        )
+        lines += [
+            f"  {count} without weights (training leaves them out as well): {why}"
+            for why, count in found["left_out"].items()
+        ]
+        lines += [f"warning: {line}" for line in warnings(found, method)]
+    return lines
+
+
+def _side(found: dict[str, Any], side: str) -> str:
+    values = found[side]
+    if not values["tokens"]:
+        return f"; {side}: none"
+    return f"; {side}: mean {values['mean']:.3f}, {values['min']:.3f} to {values['max']:.3f}"
+
+
+def warnings(found: dict[str, Any], method: Method) -> list[str]:
+    """Return what is unusual about the weights of a split, given its statistics."""
+    sides = [found[side] for side in SIDES if found[side]["tokens"]]
+    tokens = sum(side["tokens"] for side in sides)
+    lines = []
+    values = {side[key] for side in sides for key in ("min", "max")}
+    how = f"transform {method.transform}" if method.needs_models else f"weighting {method.weighting}"
+    if len(values) == 1 and method.weighting != "uniform":
+        lines.append(
+            f"every weight is {values.pop():g} ({how}): training on them is training without weights, up to that factor; "
+            "choose another transform or other models"
+        )
+    negative = sum(side["negative"] for side in sides)
+    if negative:
+        lines.append(
+            f"{negative / tokens:.1%} of the weights are below 0 ({how}): such tokens are pushed the other way; choose "
+            "exponential, rank_based or threshold_and_scale to avoid that"
+        )
+    unscored = sum(found[side]["unscored"] for side in SIDES)
+    if unscored:
+        lines.append(
+            f"{unscored} tokens lie beyond max_length {method.limits.max_length} and have no weight (NaN): train with at most "
+            "this max_length, or weigh again with a larger one"
+        )
+    return lines

@@ -1,0 +1,186 @@
+"""Preference files with token weights: the same rows under the same names, and what the weights look like as a whole."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from spin.alignment.core.errors import InputError
+from spin.alignment.core.files import read_json, remove_files, write_json_atomic
+from spin.alignment.core.parquet import ParquetSink, open_parquet, read_batches
+from spin.alignment.core.provenance import METADATA_KEY, Provenance, read_provenance
+from spin.alignment.data.rows import OPTIONAL_COLUMNS
+
+SIDES = ("chosen", "rejected")
+_COLUMNS = tuple(f"{side}_{name}" for side in SIDES for name in ("token_ids", "finish_reason", "weights"))
+
+
+@dataclass
+class SideStatistics:
+    """Count, mean, least and largest of the weights of one side, and how many are 0, below 0, or not known."""
+
+    count: int = 0
+    total: float = 0.0
+    least: float = math.inf
+    largest: float = -math.inf
+    zero: int = 0
+    negative: int = 0
+    unscored: int = 0
+
+    def add(self, weights: np.ndarray) -> None:
+        known = weights[~np.isnan(weights)]
+        self.unscored += len(weights) - len(known)
+        if len(known):
+            self.count += len(known)
+            self.total += float(known.sum(dtype=np.float64))
+            self.least, self.largest = min(self.least, float(known.min())), max(self.largest, float(known.max()))
+            self.zero += int((known == 0).sum())
+            self.negative += int((known < 0).sum())
+
+    def record(self) -> dict[str, Any]:
+        if not self.count:
+            return {"tokens": 0, "unscored": self.unscored}
+        return {
+            "tokens": self.count,
+            "mean": self.total / self.count,
+            "min": self.least,
+            "max": self.largest,
+            "zero": self.zero,
+            "negative": self.negative,
+            "unscored": self.unscored,
+        }
+
+
+@dataclass
+class WeightStatistics:
+    """The weights of a split."""
+
+    rows: int = 0
+    left_out: dict[str, int] = field(default_factory=dict)
+    chosen: SideStatistics = field(default_factory=SideStatistics)
+    rejected: SideStatistics = field(default_factory=SideStatistics)
+
+    def record(self) -> dict[str, Any]:
+        sides = {side: getattr(self, side).record() for side in SIDES}
+        return {"rows": self.rows, "left_out": self.left_out, **sides}
+
+
+@dataclass(frozen=True)
+class WeighedRow:
+    """What is written of one pair, chosen then rejected; ``reason`` says why a row has no weights."""
+
+    ids: Sequence[Sequence[int] | None]
+    finish_reasons: Sequence[str | None]
+    weights: Sequence[Sequence[float] | None]
+    reason: str = ""
+
+
+def write_weighed(
+    files: Sequence[Path],
+    output_dir: Path,
+    split: str,
+    facts: dict[str, Any],
+    rows: Iterator[WeighedRow],
+) -> WeightStatistics:
+    """Write the rows of ``files`` with their weights, file by file, then ``{split}_prefs.weights.json``, which proves the set.
+
+    ``facts`` says in the provenance of every file what the weights were made with; ``rows`` gives them in the files' order.
+    """
+    statistics = WeightStatistics()
+    proof = weights_file(output_dir, split)
+    remove_files([proof, *(output_dir / file.name for file in files)])
+    for file in files:
+        schema = open_parquet(file).schema_arrow
+        provenance = _provenance(schema, file, split)
+        fields = [item for item in schema if item.name not in _COLUMNS]
+        kinds = {**{item.name: item.type for item in schema}, **OPTIONAL_COLUMNS}
+        added = [pa.field(name, kinds[name]) for name in _COLUMNS]
+        with ParquetSink(
+            output_dir / file.name,
+            pa.schema([*fields, *added]),
+            replace(provenance, extra={**provenance.extra, "weights": facts}),
+        ) as sink:
+            for batch in read_batches(file):
+                columns = _columns([next(rows) for _ in range(batch.num_rows)], statistics)
+                kept = [batch.column(item.name) for item in fields]
+                arrays = [pa.array(columns[item.name], item.type) for item in added]
+                sink.write(pa.Table.from_arrays([*kept, *arrays], schema=pa.schema([*fields, *added])))
+    write_json_atomic(proof, statistics.record())
+    return statistics
+
+
+def _columns(rows: Sequence[WeighedRow], statistics: WeightStatistics) -> dict[str, list[Any]]:
+    columns: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
+    for row in rows:
+        statistics.rows += 1
+        if row.reason:
+            statistics.left_out[row.reason] = statistics.left_out.get(row.reason, 0) + 1
+        for number, side in enumerate(SIDES):
+            found = row.weights[number]
+            weights = None if found is None else np.asarray(found, dtype=np.float32)
+            if weights is not None:
+                getattr(statistics, side).add(weights)
+            for name, value in (
+                ("token_ids", row.ids[number]),
+                ("finish_reason", row.finish_reasons[number]),
+                ("weights", weights),
+            ):
+                columns[f"{side}_{name}"].append(value)
+    return columns
+
+
+def _provenance(schema: pa.Schema, file: Path, split: str) -> Provenance:
+    if METADATA_KEY in (schema.metadata or {}):
+        return read_provenance(schema, file)
+    return Provenance(kind="preferences", split=split)
+
+
+def weights_file(output_dir: Path, split: str) -> Path:
+    """Return the file that appears last: statistics of a split's weights, and the proof that its files are whole."""
+    return output_dir / f"{split}_prefs.weights.json"
+
+
+def find_splits(input_dir: Path) -> dict[str, list[Path]]:
+    """Return the preference files of each split in a folder, by name.
+
+    Raises:
+        InputError: there are none, or a numbered set has a file missing.
+    """
+    from spin.alignment.data.source_files import split_files
+
+    names = sorted({file.name.partition("_prefs")[0] for file in input_dir.glob("*_prefs*.parquet")})
+    if not names:
+        raise InputError(f"{input_dir} holds no files such as train_prefs-*.parquet: run spin/convert_data.py first")
+    return {name: split_files(input_dir, name) for name in names}
+
+
+def is_done(output_dir: Path, split: str, files: Sequence[Path], facts: dict[str, Any], overwrite: bool) -> bool:
+    """Return whether a split is whole in the output folder, made from the same files with the same settings.
+
+    Raises:
+        InputError: it was made otherwise, and is not to be replaced.
+    """
+    made = [output_dir / file.name for file in files]
+    if not weights_file(output_dir, split).exists() or not all(path.exists() for path in made):
+        return False
+    found = [read_provenance(open_parquet(path).schema_arrow, path).extra.get("weights") for path in made]
+    if all(item == facts for item in found):
+        return True
+    if overwrite:
+        return False
+    other = next(item or {} for item in found if item != facts)
+    differing = ", ".join(key for key in {**facts, **other} if facts.get(key) != other.get(key))
+    raise InputError(
+        f"{made[0]} was made from something else ({differing} differ): pass --overwrite or another output_dir"
+    )
+
+
+def read_statistics(output_dir: Path, split: str) -> dict[str, Any]:
+    """Return what was written about a split's weights."""
+    return dict(read_json(weights_file(output_dir, split)))

@@ -1,0 +1,286 @@
+"""Log-probs of the stored response tokens under frozen models, and what a token gains from one model to the other."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from spin.alignment.core.errors import InputError
+from spin.alignment.core.provenance import hash_weights
+from spin.alignment.data.chat_encoder import ChatEncoder, load_tokenizer
+from spin.alignment.data.config import DataConfig
+from spin.alignment.data.encode_pairs import EncodedPair, encode_pair, truncate_pair
+from spin.alignment.models.config import ModelConfig
+from spin.alignment.models.folder import check_fits, check_model_path, model_folder
+from spin.alignment.models.loading import load_model
+from spin.alignment.token_weights.align_tokens import aligned_gains, character_logps, token_spans
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from datasets import Dataset
+
+    from spin.alignment.logprobs.reference_store import ReferenceLogps
+
+logger = logging.getLogger(__name__)
+
+SIDES = ("chosen", "rejected")
+ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+# Tokens of a packed row while nothing is kept for a backward pass, and pairs of a padded batch.
+_ROW_TOKENS, _PADDED_PAIRS = {"cpu": 2048}, 4
+_GPU_ROW_TOKENS = 32_768
+_UNCUT = 2**62
+_CHECKED_ROWS = 32
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A frozen model that scores tokens, with its tokenizer, as known before its weights are loaded."""
+
+    config: ModelConfig
+    folder: Path
+    encoder: ChatEncoder
+    weights_hash: str
+
+    @classmethod
+    def open(cls, config: ModelConfig, system: Any) -> Judge:
+        """Check a model's folder and load its tokenizer.
+
+        Raises:
+            InputError: no such model, no weights, or a tokenizer without a usable chat template.
+        """
+        check_model_path(config.model_name_or_path)
+        encoder = open_encoder(config, system)
+        folder = model_folder(config.model_name_or_path, config.model_revision)
+        return cls(config, folder, encoder, hash_weights(folder))
+
+    def record(self) -> dict[str, str]:
+        """What a file says about a model that it was made with: all that decides its log-probs."""
+        return {
+            "model": self.config.model_name_or_path.rstrip("/"),
+            "weights_hash": self.weights_hash,
+            "tokenizer": self.encoder.fingerprint,
+            "dtype": self.config.dtype,
+        }
+
+
+def open_encoder(config: ModelConfig, system: Any) -> ChatEncoder:
+    """Return the encoder of a model's tokenizer."""
+    name, revision = config.model_name_or_path, config.model_revision
+    return ChatEncoder(load_tokenizer(name, revision, config.trust_remote_code), system)
+
+
+def check_offsets(teacher: ChatEncoder, student: ChatEncoder) -> bool:
+    """Return whether teacher and student share a tokenizer, so that ids need no alignment.
+
+    Raises:
+        InputError: they do not, and the teacher's tokenizer does not tell which characters a token stands for.
+    """
+    if teacher.tokenizer_hash == student.tokenizer_hash:
+        return True
+    if not getattr(teacher.tokenizer, "is_fast", False):
+        raise InputError(
+            f"the tokenizer of the teacher {teacher.name} gives no character offsets, which aligning it with {student.name} "
+            "needs: give a teacher with a fast tokenizer (tokenizer.json), or one that shares the student's tokenizer"
+        )
+    return False
+
+
+def encode_rows(rows: Dataset, encoder: ChatEncoder, where: str) -> tuple[Dataset, list[str]]:
+    """Return the uncut ids of preference rows, row by row, and why a row has none ("" where it has).
+
+    They are the ids that training uses: the stored ones where there are any, else those of the text.
+
+    Raises:
+        InputError: stored ids are not this tokenizer's; the row is named.
+    """
+
+    def encode(row: dict[str, Any], index: int) -> dict[str, Any]:
+        pair = encode_pair(row, encoder, _UNCUT, _UNCUT)
+        if isinstance(pair, str):
+            return {name: [] for name in ID_COLUMNS} | {"reason": pair}
+        found = {name: getattr(pair, name) for name in ID_COLUMNS}
+        for side in SIDES if index < _CHECKED_ROWS else ():
+            text = row[side][-1]["content"]
+            if (
+                row.get(f"{side}_token_ids") is not None
+                and encoder.decode(found[f"{side}_ids"]).strip() != text.strip()
+            ):
+                raise InputError(
+                    f"{where} row {index}: {side}_token_ids do not decode to the {side} text with the tokenizer of "
+                    f"{encoder.name}: give the models whose tokenizer made the data"
+                )
+        return found | {"reason": ""}
+
+    encoded = rows.map(
+        encode, with_indices=True, remove_columns=rows.column_names, load_from_cache_file=False, desc="encode pairs"
+    )
+    return encoded.remove_columns("reason"), list(encoded["reason"])
+
+
+def align_rows(rows: Dataset, encoded: Dataset, student: ChatEncoder, teacher: ChatEncoder) -> Dataset:
+    """Return the same responses in a teacher's ids, with its own chat template, and where both tokenizers' tokens stand.
+
+    The text is that of the student's ids; its columns ``{side}_places`` are the spans of the student's tokens, ``{side}_spans``
+    those of the teacher's. Where the student's response ends with an end-of-turn id so does the teacher's.
+    """
+
+    def encode(row: dict[str, Any], index: int) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for side in SIDES:
+            ids = encoded[index][f"{side}_ids"]
+            ended = ids[-1] in student.stop_ids
+            text, places = student_text(student, ids[:-1] if ended else ids)
+            conversation = [*row[side][:-1], {"role": "assistant", "content": text}]
+            prompt_ids, teacher_ids, spans = teacher.aligned_ids(conversation, ended)
+            found["prompt_ids"] = prompt_ids
+            # A response without text or end has nothing to score; one id stands in.
+            found |= {f"{side}_ids": teacher_ids or [teacher.end_id], f"{side}_spans": spans, f"{side}_places": places}
+            found |= {f"{side}_length": len(text), f"{side}_ended": ended}
+        return found
+
+    return rows.map(
+        encode, with_indices=True, remove_columns=rows.column_names, load_from_cache_file=False, desc="align tokens"
+    )
+
+
+def with_prompts(rows: Dataset, encoded: Dataset, encoder: ChatEncoder) -> Dataset:
+    """Return the same response ids behind the prompts of another chat template of the same tokenizer."""
+
+    def prompt(row: dict[str, Any], index: int) -> dict[str, Any]:
+        return {"prompt_ids": encoder.prompt_ids(rows[index]["chosen"][:-1])}
+
+    return encoded.map(prompt, with_indices=True, load_from_cache_file=False, desc="teacher's prompts")
+
+
+def student_text(encoder: ChatEncoder, ids: Sequence[int]) -> tuple[str, list[tuple[int, int]]]:
+    """Return the text of response ids and the span of each, the template's own opening of a response left out."""
+
+    def decode(some: list[int]) -> str:
+        return encoder.tokenizer.decode(some, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    text, spans = token_spans(decode, ids)
+    opening = len(encoder.response_prefix) if text.startswith(encoder.response_prefix) else 0
+    return text[opening:], [(max(start - opening, 0), max(end - opening, 0)) for start, end in spans]
+
+
+def cut_rows(encoded: Dataset, encoder: ChatEncoder, limits: DataConfig) -> Dataset:
+    """Return the rows as training cuts them: what is passed through a model."""
+
+    def cut(row: dict[str, Any]) -> dict[str, Any]:
+        pair = EncodedPair(*(row[name] for name in ID_COLUMNS))
+        return asdict(truncate_pair(pair, limits.max_length, limits.max_prompt_length, encoder.tokenizer.bos_token_id))
+
+    return encoded.select_columns(list(ID_COLUMNS)).map(cut, load_from_cache_file=False, desc="cut pairs")
+
+
+def check_rows_fit(judge: Judge, splits: Mapping[str, Dataset]) -> None:
+    """Check the longest sequence and the largest id against a model's configuration."""
+    import pyarrow.compute as pc
+
+    for rows in splits.values():
+        table = rows.with_format("arrow")[:]
+        prompt, *responses = (pc.list_value_length(table[name]) for name in ID_COLUMNS)
+        longest = max(pc.max(pc.add(prompt, response)).as_py() for response in responses)
+        check_fits(judge.folder, longest, max(pc.max(pc.list_flatten(table[name])).as_py() for name in ID_COLUMNS))
+
+
+def score_splits(
+    judge: Judge, splits: Mapping[str, Dataset], folder: Path, batching: str, accelerator: Accelerator
+) -> dict[str, ReferenceLogps]:
+    """Return the log-probs (nats) of all rows of all splits under one model, computing and storing those not stored yet.
+
+    Each process passes a share of the rows; a pass that was killed goes on with the missing ones. The model is loaded only when
+    something is missing, and freed afterwards. Every process must call it.
+    """
+    import torch
+
+    from spin.alignment.logprobs.batch import PairDataset
+    from spin.alignment.logprobs.reference import compute_reference
+    from spin.alignment.logprobs.reference_store import ReferenceKey, ReferenceLogps, hash_tokens, store_path
+
+    accelerator.wait_for_everyone()
+    precision = f"{judge.config.dtype}, {batching}, {accelerator.device.type}"
+    keys = {name: ReferenceKey(judge.weights_hash, hash_tokens(rows), precision) for name, rows in splits.items()}
+    paths = {name: store_path(folder, name, key) for name, key in keys.items()}
+    missing = [name for name, path in paths.items() if not path.exists()]
+    accelerator.wait_for_everyone()
+    if missing:
+        folder.mkdir(parents=True, exist_ok=True)
+        model = load_model(judge.config).to(accelerator.device).eval()
+        batcher = make_batcher(model, judge, PairDataset(splits[missing[0]]), batching, accelerator)
+        for name in missing:
+
+            def progress(done: int, total: int, name: str = name) -> None:
+                if done == total or done % max(1, total // 10) == 0:
+                    logger.info("%s, %s split: %d of %d batches", judge.config.model_name_or_path, name, done, total)
+
+            compute_reference(model, PairDataset(splits[name]), paths[name], keys[name], batcher, accelerator, progress)
+        del model, batcher
+        gc.collect()
+        if accelerator.device.type == "cuda":
+            torch.cuda.empty_cache()
+    return {name: ReferenceLogps(path, keys[name], splits[name]) for name, path in paths.items()}
+
+
+def make_batcher(model: Any, judge: Judge, dataset: Any, batching: str, accelerator: Accelerator) -> Any:
+    """Return how the rows of a model are batched; packed rows are compared with padded ones first, as before training.
+
+    Raises:
+        InputError: rows cannot be packed for this architecture.
+    """
+    from contextlib import nullcontext
+
+    from spin.alignment.logprobs.attention import check_architecture, choose_kernel
+    from spin.alignment.logprobs.collators import PackedCollator, PairCollator
+    from spin.alignment.logprobs.forward import install_packed_forward
+    from spin.alignment.logprobs.micro_batches import MicroBatcher
+    from spin.alignment.logprobs.packing_check import check_packed_forward
+
+    padded = PairCollator(judge.encoder.pad_id)
+    if batching == "padded":
+        return MicroBatcher(padded, 0, _PADDED_PAIRS)
+    check_architecture(model)
+    kernel = choose_kernel(model, accelerator.device, model.dtype)
+    own_attention = str(model.config._attn_implementation)
+    install_packed_forward(model, fused_head=False)
+    packed = PackedCollator(kernel, model.config.get_text_config().vocab_size)
+    batcher = MicroBatcher(packed, _ROW_TOKENS.get(accelerator.device.type, _GPU_ROW_TOKENS), _PADDED_PAIRS)
+    checked: Any = SimpleNamespace(
+        model_wrapped=model,
+        args=SimpleNamespace(device=accelerator.device),
+        batcher=batcher,
+        padded_collator=padded,
+        own_attention=own_attention,
+        compute_dtype=model.dtype,
+        compute_loss_context_manager=nullcontext,
+    )
+    check_packed_forward(checked, dataset)
+    return batcher
+
+
+def exact_gains(plus: np.ndarray, minus: np.ndarray) -> list[float]:
+    """Return the gains of tokens that both models scored under the same ids."""
+    count = min(len(plus), len(minus))
+    return (plus[:count].astype(np.float64) - minus[:count].astype(np.float64)).tolist()
+
+
+def teacher_gains(row: Mapping[str, Any], side: str, teacher: np.ndarray, student: np.ndarray) -> list[float]:
+    """Return the gains of a student's tokens from a row of :func:`align_rows` and both models' log-probs.
+
+    The end-of-turn ids are compared with each other, all other tokens by their characters.
+    """
+    spans, places = ([(int(a), int(b)) for a, b in row[f"{side}_{name}"]] for name in ("spans", "places"))
+    ended = row[f"{side}_ended"]
+    words = spans[:-1] if ended else spans
+    shares = character_logps(teacher[: len(words)].tolist(), words, row[f"{side}_length"])
+    gains = aligned_gains(shares, student[: len(places)].astype(np.float64).tolist(), places)
+    if ended and len(teacher) == len(spans) and len(student) == len(places) + 1:
+        gains.append(float(teacher[-1]) - float(student[-1]))
+    return gains

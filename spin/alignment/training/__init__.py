@@ -1,0 +1,1 @@
+"""Training: preference, SFT and online."""

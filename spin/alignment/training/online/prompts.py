@@ -1,0 +1,126 @@
+"""The prompts of online training: encoded once, those that are too long counted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from spin.alignment.core.errors import InputError
+from spin.alignment.core.provenance import hash_text
+from spin.alignment.data.fractions import fraction_rows
+from spin.alignment.data.rows import load_prompts, prompts_hash
+from spin.alignment.methods.pairings import needs_truth, no_truth
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from spin.alignment.data.chat_encoder import ChatEncoder
+    from spin.alignment.data.config import DataConfig
+    from spin.alignment.training.online.config import OnlineConfig
+
+
+@dataclass(frozen=True)
+class OnlinePrompt:
+    """One prompt: its ids (generation prompt included), its turns, and the ground truth's conversation where there is one.
+
+    ``truth_ids`` are those of the ground truth, cut to ``max_length`` as in training offline; empty where none is trained on.
+    """
+
+    prompt_id: str
+    token_ids: tuple[int, ...]
+    messages: list[dict[str, str]]
+    truth: list[dict[str, str]] | None
+    truth_ids: tuple[int, ...] = ()
+
+    @property
+    def reference(self) -> str | None:
+        """The text of the ground truth."""
+        return None if self.truth is None else self.truth[-1]["content"]
+
+
+class PromptDataset(torch.utils.data.Dataset):
+    """The prompts of a split, in order; ``key`` is a hash of what they say."""
+
+    def __init__(self, prompts: Sequence[OnlinePrompt], key: str) -> None:
+        self.prompts, self.key = list(prompts), key
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, index: int) -> OnlinePrompt:
+        return self.prompts[index]
+
+
+def load_splits(
+    data: DataConfig, arguments: OnlineConfig, encoder: ChatEncoder
+) -> tuple[dict[str, PromptDataset], dict[str, int]]:
+    """Load, mix and encode the prompts; return ``train`` (and ``test`` where held-out prompts are named) and how many prompts
+    of each are longer than ``max_prompt_length`` and left out.
+
+    Raises:
+        InputError: a fraction out of range, a row that cannot be encoded or lacks the ground truth that the method compares
+            with, or no prompt that is short enough.
+    """
+    sources = []
+    for source, fraction in data.dataset_mixer.items():
+        if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction <= 1:
+            raise InputError(f"dataset_mixer gives {source} the fraction {fraction}: set it above 0 and at most 1")
+        for split in data.dataset_splits:
+            rows = load_prompts(source, split, truth_required=False)
+            if fraction < 1:
+                rows = rows.shuffle(seed=arguments.seed).select(range(max(1, int(fraction * len(rows)))))
+            sources.append((source, rows))
+    splits, left_out = {}, {}
+    trained_on = arguments.pairing if needs_truth(arguments.pairing) else None
+    prompts = [encode(row, encoder, source, trained_on, data) for source, rows in sources for row in rows]
+    splits["train"], left_out["train"] = _dataset(sources, prompts, data.max_prompt_length)
+    if arguments.eval_prompts:
+        rows = load_prompts(arguments.eval_prompts, arguments.eval_split, truth_required=False)
+        if arguments.eval_limit and arguments.eval_limit < len(rows):
+            rows = rows.select(fraction_rows(len(rows), 0, arguments.eval_limit))
+        prompts = [encode(row, encoder, arguments.eval_prompts) for row in rows]
+        splits["test"], left_out["test"] = _dataset([(arguments.eval_prompts, rows)], prompts, data.max_prompt_length)
+    return splits, left_out
+
+
+def _dataset(
+    sources: Sequence[tuple[str, Dataset]], prompts: Sequence[OnlinePrompt], most: int
+) -> tuple[PromptDataset, int]:
+    short = [prompt for prompt in prompts if len(prompt.token_ids) <= most]
+    if not short:
+        raise InputError(f"no prompt of {sources[0][0]} has {most} tokens or fewer: raise max_prompt_length")
+    key = hash_text(*(prompts_hash(rows) for _, rows in sources))
+    return PromptDataset(short, key), len(prompts) - len(short)
+
+
+def encode(
+    row: dict[str, Any],
+    encoder: ChatEncoder,
+    source: str,
+    pairing: str | None = None,
+    limits: DataConfig | None = None,
+) -> OnlinePrompt:
+    """Encode one prompt row, its ground truth too where a ``pairing`` that trains on it is named; a row without ground truth
+    ends with the user's turn.
+
+    Raises:
+        InputError: the row cannot be encoded, or lacks its ground truth.
+    """
+    conversation = [dict(turn) for turn in row["chosen"]]
+    truth = conversation if conversation[-1]["role"] == "assistant" else None
+    messages = conversation if truth is None else conversation[:-1]
+    if pairing is not None and truth is None:
+        raise no_truth(row["prompt_id"], pairing)
+    truth_ids: list[int] = []
+    try:
+        if reason := encoder.refusal(messages):
+            raise InputError(reason)
+        ids = encoder.prompt_ids(messages)
+        if pairing is not None and truth is not None and limits is not None and len(ids) <= limits.max_prompt_length:
+            truth_ids = encoder.response_ids(truth, ids)[: limits.max_length - len(ids)]
+    except InputError as error:
+        raise InputError(f"{source}, prompt {row['prompt_id']}: {error}") from error
+    return OnlinePrompt(row["prompt_id"], tuple(ids), messages, truth, tuple(truth_ids))

@@ -1,0 +1,139 @@
+"""The settings of a training program: read, checked, and what of them decides the result."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spin.alignment.core.config import build, split_config
+from spin.alignment.core.errors import InputError
+from spin.alignment.data.config import DataConfig
+from spin.alignment.models.config import ModelConfig
+from spin.alignment.models.folder import check_model_path
+from spin.alignment.training.renamed_keys import rename_keys
+
+if TYPE_CHECKING:
+    from spin.alignment.data.chat_encoder import ChatEncoder
+
+# Settings that change neither the weights nor the numbers reported.
+_WITHOUT_EFFECT = (
+    "output_dir",
+    "overwrite_output_dir",
+    "resume_from_checkpoint",
+    "reference_dir",
+    "score_cache",
+    "max_tokens_per_batch",
+    "log_level",
+    "logging_steps",
+    "report_to",
+    "disable_tqdm",
+    "save_strategy",
+    "save_steps",
+    "save_total_limit",
+    "preprocessing_num_workers",
+    "push_to_hub",
+    "hub_model_id",
+    "hub_private_repo",
+    "hub_strategy",
+    "hub_token",
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of one training program, checked."""
+
+    values: dict[str, Any]
+    model: ModelConfig
+    data: DataConfig
+    arguments: Any
+    overwrite: bool
+    push: bool = False
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.arguments.output_dir)
+
+
+def read_settings(values: Mapping[str, Any], source: str, arguments_class: type) -> Settings:
+    """Distribute a flat mapping over ModelConfig, DataConfig and a TrainingArguments class.
+
+    Raises:
+        InputError: an unknown key, a value of the wrong type or out of range, incompatible values, or a missing model.
+    """
+    values = rename_keys(values, source)
+    rest = {key: value for key, value in values.items() if key != "overwrite_output_dir"}
+    model_values, data_values, training_values = split_config(rest, (ModelConfig, DataConfig, arguments_class), source)
+    if not values.get("output_dir"):
+        raise InputError(f"{source} lacks the key 'output_dir': name the folder of the new checkpoint")
+    model = build(ModelConfig, model_values, source)
+    data = build(DataConfig, data_values, source)
+    if not data.dataset_mixer:
+        raise InputError(f"{source} lacks the key 'dataset_mixer': write at least one 'path: fraction' line under it")
+    check_model_path(model.model_name_or_path, needs_weights=not model.init_from_config)
+    skip_unused_deepspeed_build()
+    try:
+        arguments: Any = build(arguments_class, {"report_to": "none", **training_values}, source)
+    except InputError:
+        raise
+    except (ValueError, ImportError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"the training settings in {source} do not fit together or this machine: {reason}") from error
+    import huggingface_hub
+    import torch
+
+    if arguments.fp16 and not torch.cuda.is_available():
+        raise InputError("fp16 is true, but there is no GPU here: set bf16 to true, or neither")
+    if model.load_in_4bit and arguments.fsdp:
+        raise InputError("load_in_4bit does not work with FSDP here: use DeepSpeed ZeRO-2 or a single process")
+    push = arguments.push_to_hub
+    if push and values.get("hub_strategy", "end") != "end":
+        raise InputError(
+            f"hub_strategy is {values['hub_strategy']}, but the finished model alone is pushed: set it to end"
+        )
+    if push and huggingface_hub.constants.HF_HUB_OFFLINE:
+        raise InputError("push_to_hub is true, but HF_HUB_OFFLINE is set: unset one of them")
+    arguments.push_to_hub = (
+        False  # the Trainer would mix its checkpoints into output_dir; push_policy does it at the end
+    )
+    return Settings(values, model, data, arguments, bool(values.get("overwrite_output_dir", False)), push)
+
+
+def skip_unused_deepspeed_build() -> None:
+    """Keep DeepSpeed on a CPU from compiling its shared-memory all-reduce as the process group is made.
+
+    Only its inference engine calls it. The build is guarded by a lock file in the user's cache that a killed process leaves
+    behind, and every later start waits for that file to vanish, for ever.
+    """
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
+        return
+    from deepspeed import ops
+    from deepspeed.accelerator import get_accelerator
+
+    if get_accelerator().device_name() == "cpu":
+        ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def make_encoder(settings: Settings) -> ChatEncoder:
+    """Return the encoder of the model to train.
+
+    Raises:
+        InputError: there is no tokenizer, or it has no usable chat template.
+    """
+    from spin.alignment.data.chat_encoder import ChatEncoder, load_tokenizer
+
+    model = settings.model
+    tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision, model.trust_remote_code)
+    return ChatEncoder(tokenizer, settings.data.system)
+
+
+def inputs_record(settings: Settings, opponent: str, data: str) -> dict[str, Any]:
+    """Return what decides the result of a training: weights, data and settings, by hash or value."""
+    kept = {key: value for key, value in settings.values.items() if key not in _WITHOUT_EFFECT}
+    processes = {"processes": settings.arguments.world_size} if settings.arguments.world_size > 1 else {}
+    record = {"model": opponent, "data": data, **processes, **kept}
+    return json.loads(json.dumps(record, default=str, sort_keys=True))

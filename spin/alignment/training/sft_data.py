@@ -1,0 +1,67 @@
+"""Prompts with ground truth to the encoded rows of SFT."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from spin.alignment.core.errors import InputError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from spin.alignment.data.chat_encoder import ChatEncoder
+    from spin.alignment.training.settings import Settings
+
+
+def encode_truth(
+    prompts: Dataset, encoder: ChatEncoder, settings: Settings, source: str
+) -> tuple[Dataset, Counter[str]]:
+    """Encode prompts with their ground truth; return input_ids and labels (-100 on the prompt), and what was dropped."""
+    from datasets import Dataset
+
+    from spin.alignment.data.encode_pairs import encode_pair
+
+    rows, dropped = [], Counter[str]()
+    for index, row in enumerate(prompts):
+        # A pair whose rejected side is one token: the truncation is then that of preference training.
+        stub = {"rejected": row["chosen"], "rejected_token_ids": [encoder.end_id]}
+        pair_row = {"prompt_id": row["prompt_id"], "chosen": row["chosen"], **stub}
+        try:
+            pair = encode_pair(pair_row, encoder, settings.data.max_length, settings.data.max_prompt_length)
+        except InputError as error:
+            raise InputError(f"{source} row {index} (prompt {row['prompt_id']}): {error}") from error
+        if isinstance(pair, str):
+            dropped[pair] += 1
+            continue
+        ids = [*pair.prompt_ids, *pair.chosen_ids]
+        rows.append({"input_ids": ids, "labels": [-100] * len(pair.prompt_ids) + pair.chosen_ids})
+    if not rows:
+        raise InputError(f"{source}: no row is left to train on ({dict(dropped)}): check the data, or raise max_length")
+    return Dataset.from_list(rows), dropped
+
+
+def load_truth(settings: Settings, encoder: ChatEncoder) -> tuple[dict[str, Dataset], dict[str, int]]:
+    """Load and mix the prompts of every data set; return the encoded splits and the counts of dropped rows by reason."""
+    from datasets import concatenate_datasets
+
+    from spin.alignment.data.rows import load_prompts
+
+    pieces: dict[str, list[Dataset]] = {}
+    dropped: Counter[str] = Counter()
+    for split in settings.data.dataset_splits:
+        name = "test" if split.startswith("test") else "train"
+        for source, fraction in settings.data.dataset_mixer.items():
+            if not 0 < fraction <= 1:
+                raise InputError(f"dataset_mixer gives {source} the fraction {fraction}: set it above 0 and at most 1")
+            prompts = load_prompts(source, split.removesuffix("_prefs"))
+            if name == "train" and fraction < 1:
+                prompts = prompts.shuffle(seed=settings.arguments.seed).select(
+                    range(max(1, int(fraction * len(prompts))))
+                )
+            encoded, lost = encode_truth(prompts, encoder, settings, source)
+            pieces.setdefault(name, []).append(encoded)
+            dropped += lost
+    if "train" not in pieces:
+        raise InputError(f"dataset_splits is {settings.data.dataset_splits}: name a training split such as train")
+    return {name: concatenate_datasets(parts) for name, parts in pieces.items()}, dict(dropped)

@@ -1,0 +1,50 @@
+"""An engine's processes end with the program that started them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from spin.alignment.generation.vllm.engine_guard import MARK, EngineGuard, marked_processes
+from tests.helpers import program_environment
+
+SLEEP = [sys.executable, "-c", "import time; time.sleep(120)"]
+OWNER = (
+    "import subprocess, sys, time\n"
+    "from spin.alignment.generation.vllm.engine_guard import EngineGuard\n"
+    "guard = EngineGuard()\n"
+    f"subprocess.Popen({SLEEP!r}, start_new_session=True)\n"
+    "print(guard.mark, flush=True)\n"
+    "time.sleep(120)\n"
+)
+
+
+def test_processes_of_a_killed_program_are_ended():
+    environment = program_environment(PYTHONPATH=str(Path(__file__).resolve().parents[2]))
+    owner = subprocess.Popen([sys.executable, "-c", OWNER], stdout=subprocess.PIPE, text=True, env=environment)
+    assert owner.stdout is not None
+    mark = owner.stdout.readline().strip()
+    assert len(marked_processes(mark)) == 1
+    owner.kill()
+    owner.wait()
+    deadline = time.monotonic() + 20
+    while marked_processes(mark):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_closing_ends_what_is_left_and_nothing_else(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv(MARK, raising=False)
+    before = subprocess.Popen(SLEEP)
+    guard = EngineGuard()
+    engine = subprocess.Popen(SLEEP)
+    guard.close()
+    assert engine.wait(20) == -9 and before.poll() is None
+    before.kill()
+    before.wait()
+    assert MARK not in os.environ

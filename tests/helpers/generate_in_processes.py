@@ -1,0 +1,70 @@
+"""Many generate.py processes on one folder, some of them killed: python tests/helpers/generate_in_processes.py SETTINGS_JSON.
+
+The processes are forked from this one, which has imported everything: a start costs milliseconds, so dozens of kills cost
+seconds. Prints one JSON line with what happened.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+
+import transformers
+
+import spin.alignment.data.chat_encoder
+import spin.alignment.generation.worker  # noqa: F401
+from spin import generate
+from spin.alignment.core.program import run_program
+from spin.alignment.generation import BACKENDS
+from tests.helpers.generate_with_fake import FakeBackend
+
+transformers.AutoConfig, transformers.AutoTokenizer  # noqa: B018  (lazy: loaded by the mention)
+BACKENDS["fake"] = FakeBackend
+
+
+def start(arguments: list[str]) -> int:
+    """Fork a process that runs generate.py; return its number."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115
+        run_program(generate.main, arguments)
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    finally:
+        os._exit(code)
+
+
+def storm(arguments: list[str], processes: int, kills: int, seed: int) -> dict[str, object]:
+    """Keep some processes at work, kill -9 one of them at random moments, and let the last ones end in peace."""
+    chance = random.Random(seed)
+    alive = {start(arguments) for _ in range(processes)}
+    codes: list[int] = []
+    killed = 0
+    while alive:
+        time.sleep(chance.uniform(0.01, 0.25))
+        if killed < kills and chance.random() < 0.8:
+            os.kill(chance.choice(sorted(alive)), signal.SIGKILL)
+        for pid in list(alive):
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if not done:
+                continue
+            alive.remove(pid)
+            was_killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+            killed += was_killed
+            if not was_killed:
+                codes.append(os.waitstatus_to_exitcode(status))
+            if was_killed or killed < kills:
+                alive.add(start(arguments))
+    return {"kills": killed, "codes": codes}
+
+
+if __name__ == "__main__":
+    settings = json.loads(sys.argv[1])
+    print(json.dumps(storm(**settings)))

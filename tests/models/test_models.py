@@ -1,0 +1,79 @@
+"""Models on disk: what is loaded, what is saved, what is refused before loading."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
+
+from spin.alignment.core.errors import InputError
+from spin.alignment.models.config import ModelConfig
+from spin.alignment.models.folder import check_fits, is_complete_checkpoint
+from spin.alignment.models.loading import disable_dropout, load_model
+from spin.alignment.models.saving import save_checkpoint
+from tests.helpers import char_tokenizer, tiny_llama
+
+
+def test_a_generation_config_that_transformers_would_not_save(tiny_model, tmp_path):
+    start = shutil.copytree(tiny_model, tmp_path / "start")
+    settings = json.loads((start / "generation_config.json").read_text())
+    (start / "generation_config.json").write_text(json.dumps(settings | {"do_sample": False, "temperature": 0.6}))
+    save_checkpoint(load_model(ModelConfig(model_name_or_path=str(start))), char_tokenizer(), tmp_path / "out")
+    saved = GenerationConfig.from_pretrained(tmp_path / "out")
+    assert (saved.do_sample, saved.temperature) == (True, 0.6)
+
+
+def test_a_weight_that_is_not_finite_is_never_saved(tmp_path):
+    model = tiny_llama(20)
+    model.model.norm.weight.data[3] = math.nan
+    with pytest.raises(FloatingPointError, match="weight is not finite"):
+        save_checkpoint(model, char_tokenizer(), tmp_path / "out")
+    assert not is_complete_checkpoint(tmp_path / "out")
+
+
+def test_weights_are_saved_in_the_precision_they_came_in(tmp_path):
+    model = tiny_llama(20)
+    dtypes = {name: torch.bfloat16 for name, _ in model.named_parameters()} | {"model.norm.weight": torch.float32}
+    save_checkpoint(model, char_tokenizer(), tmp_path, dtypes=dtypes)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    assert loaded.dtype == torch.bfloat16
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight.bfloat16())
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=20, n_positions=16)),
+        OPTForCausalLM(
+            OPTConfig(
+                hidden_size=16,
+                ffn_dim=16,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                vocab_size=20,
+                word_embed_proj_dim=16,
+                max_position_embeddings=16,
+                attention_dropout=0.5,
+                layerdrop=0.5,
+            )
+        ),
+    ],
+    ids=["GPT-2", "OPT"],
+)
+def test_no_dropout_is_left(model):
+    ids = torch.arange(10)[None]
+    model.train()
+    assert not torch.equal(model(ids).logits, model(ids).logits)
+    disable_dropout(model)
+    assert torch.equal(model(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize(
+    "length, token, message",
+    [(513, 1, "can attend to 512 tokens: lower max_length"), (5, 10_000, "the data holds token id 10000")],
+)
+def test_data_that_does_not_fit_the_model(tiny_model, length, token, message):
+    with pytest.raises(InputError, match=message):
+        check_fits(tiny_model, length, token)

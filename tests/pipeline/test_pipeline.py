@@ -1,0 +1,348 @@
+"""The plan of a run, its checks before the start, and the runner, with programs that take no time."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from spin import cli
+from spin.alignment.core.errors import InputError
+from spin.alignment.pipeline.config import flags, load_run_config
+from spin.alignment.pipeline.lineage import lineage
+from spin.alignment.pipeline.runner import Pipeline, StageFailed, explain
+from spin.alignment.pipeline.stages import Source, Stage, make_stages
+from tests.helpers import REPOSITORY, char_tokenizer, run_main
+from tests.helpers.runs import TRAINING, tiny_run, write_config
+
+FAST = {"max_steps": 1, "use_cpu": True}
+
+
+def make_config(tmp_path, **changes):
+    return load_run_config(write_config(tmp_path / "config.yaml", tiny_run(tmp_path, **changes)))
+
+
+# --- the plan ---------------------------------------------------------------------------------------------------------
+
+
+def test_plan_of_two_iterations_with_start_and_control(tmp_path):
+    config = make_config(tmp_path, sft=FAST, control=FAST)
+    names = [stage.name for stage in make_stages(config)]
+    steps = ["generate", "convert", "train", "evaluate"]
+    assert names == [
+        *("sft/train", "sft/evaluate", "control/train", "control/evaluate"),
+        *(f"iter{t}/{step}" for t in (0, 1) for step in steps),
+    ]
+
+
+def test_lineage_says_who_plays_whom_and_on_which_data(tmp_path):
+    rows = lineage(make_config(tmp_path, sft=FAST, iterations=3, history=1))
+    assert rows[1:] == [
+        ("iter0/checkpoint", "sft/checkpoint", "sft/checkpoint", "iter0/pairs"),
+        ("iter1/checkpoint", "iter0/checkpoint", "iter0/checkpoint", "iter1/pairs + iter0/pairs"),
+        ("iter2/checkpoint", "iter1/checkpoint", "iter1/checkpoint", "iter2/pairs + iter1/pairs"),
+    ]
+
+
+def test_each_iteration_trains_from_its_opponent_with_its_overrides(tmp_path):
+    config = make_config(tmp_path, history=0)
+    first, second = config.train_values(0), config.train_values(1)
+    assert first["model_name_or_path"] == str(tmp_path / "model") and "beta" not in first
+    assert second["model_name_or_path"] == str(tmp_path / "run" / "iter0" / "checkpoint") and second["beta"] == 1.0
+    assert list(second["dataset_mixer"]) == [str(tmp_path / "run" / "iter1" / "pairs")]
+
+
+def test_one_command_makes_all_fractions_and_iterations_differ_in_their_seed(tmp_path):
+    stages = {stage.name: stage for stage in make_stages(make_config(tmp_path))}
+    (command,) = stages["iter0/generate"].commands  # the model is loaded once
+    assert command[command.index("--data_frac") + 1] == "auto"
+    assert [path.name for path in stages["iter0/generate"].outputs()] == ["train-00000.parquet", "train-00001.parquet"]
+    seeds = {stages[f"iter{t}/generate"].settings["seed"] for t in (0, 1)}
+    assert len(seeds) == 2
+
+
+def test_train_section_may_extend_a_configuration_file(tmp_path):
+    base = write_config(tmp_path / "base.yaml", {"beta": 0.3, "max_steps": 9})
+    values = make_config(tmp_path, train={"config": str(base), "max_steps": 2}).train_values(0)
+    assert values["beta"] == 0.3 and values["max_steps"] == 2 and "config" not in values
+
+
+@pytest.mark.parametrize("name", ["demo.yaml", "zephyr_7b.yaml"])
+def test_shipped_runs_are_read_and_planned(name, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    config = load_run_config(f"configs/{name}")
+    assert make_stages(config) and lineage(config)
+
+
+def test_paper_run_has_the_settings_of_its_later_iterations(monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    config = load_run_config("configs/zephyr_7b.yaml")
+    rates = [(values["learning_rate"], values["beta"]) for values in map(config.train_values, range(4))]
+    assert rates == [(5e-7, 0.1), (5e-7, 0.1), (1e-7, 0.1), (1e-7, 5.0)]
+    revisions = [values.get("model_revision") for values in map(config.train_values, range(2))]
+    assert revisions == [config.model_revision, None]
+    assert config.train_values(1)["dataset_splits"] == ["train_sft_prefs"]
+
+
+def test_flags_of_a_section():
+    assert flags({"a": 1, "b": True, "c": False, "d": None, "e": [0, 0.5]}) == ["--a", "1", "--b", "--e", "0", "0.5"]
+
+
+# --- bad configurations: one sentence, exit code 2, nothing written -----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"iteration": 3}, "unknown key 'iteration'.*did you mean 'iterations'"),
+        ({"iterations": 0}, "iterations is 0: set it to 1 or more"),
+        ({"history": -1}, "history is -1"),
+        ({"model": None}, "lacks the key 'model'"),
+        ({"model": "./nowhere"}, "nowhere does not exist"),
+        ({"data": {"train": "./no-data"}}, "no-data"),
+        ({"generate": {"temprature": 1}}, "unknown argument --temprature.*--temperature"),
+        ({"generate": {"temperature": -1}}, "temperature is -1"),
+        (
+            {"generate": {"backend": "jax"}},
+            "unknown generation backend 'jax': choose one of openai, transformers, vllm",
+        ),
+        ({"generate": {"frac_len": -5}}, "frac_len is -5"),
+        ({"generate": {"model": "x"}}, "'model' in the section 'generate' is set by the pipeline itself"),
+        ({"convert": {"identical": "maybe"}}, "maybe"),
+        ({"train": {**TRAINING, "learning_rat": 1}}, "unknown key 'learning_rat'.*did you mean 'learning_rate'"),
+        ({"train": {**TRAINING, "loss_type": "sigmoidal"}}, "sigmoidal"),
+        ({"train": {**TRAINING, "config": "configs/none.yaml"}}, "none.yaml does not exist"),
+        ({"overrides": {1: {"betta": 1}}}, "unknown key 'betta'.*iteration 1"),
+        ({"overrides": {7: {"beta": 1}}}, "overrides names the iteration 7, but the run has 0 to 1"),
+        ({"sft": {"optimizer": "x"}}, "unknown key 'optimizer'.*section 'sft'"),
+        ({"evaluate": {"metric": "bleu"}}, "unknown metric 'bleu': choose one of exact_match, format"),
+        ({"data": {"train": "data", "train_split": "test"}}, "data.train_split is test"),
+        ({"launch": {"num_processes": 0}}, "num_processes is 0"),
+        ({"launch": {"config_file": "no.yaml"}}, "no.yaml does not exist"),
+        ({"launch": {"num_processes": 2, "parallel": True}}, "launch.parallel"),
+    ],
+)
+def test_bad_configuration_is_one_sentence(tmp_path, changes, sentence):
+    path = write_config(tmp_path / "config.yaml", tiny_run(tmp_path, **changes))
+    code, _, err = run_main(cli.main, "run", path)
+    assert code == 2 and err.startswith("error: ") and len(err.strip().splitlines()) == 1
+    assert re.search(sentence, err), err
+    assert not (tmp_path / "run").exists()
+
+
+def test_template_is_tried_before_anything_starts(tmp_path):
+    values = tiny_run(tmp_path)
+    char_tokenizer(template=None).save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").unlink(missing_ok=True)
+    code, _, err = run_main(cli.main, "run", write_config(tmp_path / "config.yaml", values))
+    assert code == 2 and "no chat template" in err
+
+
+def test_a_folder_that_is_no_run_is_left_alone(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").touch()
+    code, _, err = run_main(cli.main, "run", write_config(tmp_path / "config.yaml", tiny_run(tmp_path)))
+    assert code == 2 and "thesis.tex" in err
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        ([], "command is missing"),
+        (["rum"], "unknown command 'rum'"),
+        (["status", "nowhere"], "holds no run"),
+        (["report", "nowhere"], "holds no run"),
+        (["diff", "nowhere", "elsewhere"], "holds no run"),
+        (["validate", "nowhere"], "does not exist"),
+        (["run"], "configuration file is missing"),
+        (["run", "nowhere.yaml"], "does not exist"),
+        (["run", "nowhere.yaml", "beta=1"], "does not exist"),
+    ],
+)
+def test_bad_command_lines(arguments, word):
+    code, _, err = run_main(cli.main, *arguments)
+    assert code == 2 and word in err
+
+
+def test_help_is_light():
+    code = "import sys, spin.cli; sys.exit(bool({'torch', 'transformers', 'datasets', 'pyarrow'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# --- the runner -------------------------------------------------------------------------------------------------------
+
+
+def stage(run_dir: Path, name: str, code: str, program: str = "convert_data.py", **settings: object) -> Stage:
+    """A stage whose program is ``code``, given its output file as ``sys.argv[1]``; it reads input.txt."""
+    output = run_dir / name.replace("/", "-") / "out.parquet"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    return Stage(
+        name=name,
+        commands=[[sys.executable, "-c", code, str(output)]],
+        settings=dict(settings),
+        sources=[Source("input", lambda: [run_dir.parent / "input.txt"])],
+        outputs=lambda: [output],
+        folders=[output.parent],
+        program=program,
+    )
+
+
+WRITE = "import sys; from pathlib import Path; path = Path(sys.argv[1]); path.parent.mkdir(exist_ok=True); "
+WRITE += "path.write_text('rows'); Path(sys.argv[1] + '.count').open('a').write('x')"
+
+
+@pytest.fixture
+def runner(tmp_path):
+    """Returns a function that makes a Pipeline of stages in tmp_path/run."""
+    (tmp_path / "input.txt").write_text("data")
+    config = make_config(tmp_path)
+
+    def make(*stages: Stage, rerun_changed: bool = False, parallel: bool = False) -> Pipeline:
+        launch = dataclasses.replace(config.launch, parallel=parallel)
+        return Pipeline(dataclasses.replace(config, launch=launch), list(stages), rerun_changed)
+
+    return make
+
+
+def count(run_dir: Path, name: str) -> int:
+    return len((run_dir / name.replace("/", "-") / "out.parquet.count").read_text())
+
+
+def test_second_run_skips_what_is_done(tmp_path, runner, capfd):
+    step = stage(tmp_path / "run", "a/b", WRITE)
+    runner(step).run()
+    runner(step).run()
+    assert count(tmp_path / "run", "a/b") == 1
+    assert "a/b: done already" in capfd.readouterr().out
+
+
+def test_changed_settings_are_refused_with_their_names_and_done_again_on_request(tmp_path, runner):
+    run_dir = tmp_path / "run"
+    runner(stage(run_dir, "a/b", WRITE, beta=0.1)).run()
+    changed = stage(run_dir, "a/b", WRITE, beta=0.5)
+    with pytest.raises(InputError, match=r"a/b: beta: 0\.1 -> 0\.5.*--rerun_changed"):
+        runner(changed).refuse_changes()
+    again = runner(changed, rerun_changed=True)
+    again.refuse_changes()
+    again.run()
+    kept = list((run_dir / "replaced").glob("*/a-b/out.parquet"))
+    assert len(kept) == 1 and (run_dir / "a-b" / "out.parquet").read_text() == "rows"
+
+
+def test_changed_input_file_is_refused_as_well(tmp_path, runner):
+    runner(stage(tmp_path / "run", "a/b", WRITE)).run()
+    (tmp_path / "input.txt").write_text("other data")
+    with pytest.raises(InputError, match="content of input"):
+        runner(stage(tmp_path / "run", "a/b", WRITE)).refuse_changes()
+
+
+def test_damaged_output_is_moved_aside_and_made_again(tmp_path, runner):
+    step = stage(tmp_path / "run", "a/b", WRITE)
+    runner(step).run()
+    (tmp_path / "run" / "a-b" / "out.parquet").write_text("spoilt")
+    runner(step).run()
+    (kept,) = (tmp_path / "run" / "replaced").glob("*/a-b/out.parquet")
+    assert kept.read_text() == "spoilt" and count(tmp_path / "run", "a/b") == 2
+
+
+@pytest.mark.parametrize(("code", "expected"), [(2, 2), (130, 130), (1, 1), (77, 1)])
+def test_exit_codes_of_programs_come_through(tmp_path, runner, capfd, code, expected):
+    line = runner(stage(tmp_path / "run", "a/b", f"print('error: no such row'); raise SystemExit({code})"))
+    if code not in (2, 130):
+        line = runner(stage(tmp_path / "run", "a/b", f"raise SystemExit({code})"))
+    with pytest.raises(StageFailed) as failure:
+        line.run()
+    assert explain(failure.value) == expected
+    captured = capfd.readouterr()
+    assert "a/b stopped" in captured.err and str(failure.value.log) in captured.err
+    assert code != 2 or "error: no such row" in captured.out
+    assert line.manifest.stages["a/b"].state == "failed"
+
+
+def test_sentence_of_a_program_under_accelerate_decides_its_exit_code(tmp_path, runner):
+    """accelerate launch ends with 1 whatever its processes end with."""
+    line = runner(stage(tmp_path / "run", "a/b", "print('error: bad row'); raise SystemExit(1)"))
+    with pytest.raises(StageFailed) as failure:
+        line.run()
+    assert failure.value.code == 2
+
+
+def test_program_that_ends_well_without_output_is_not_recorded_as_done(tmp_path, runner):
+    line = runner(stage(tmp_path / "run", "a/b", "pass"))
+    with pytest.raises(RuntimeError, match="did not write"):
+        line.run()
+    assert not line.manifest.is_done("a/b")
+
+
+def test_output_is_logged(tmp_path, runner):
+    runner(stage(tmp_path / "run", "a/b", "print('half\\rwhole'); " + WRITE)).run()
+    log = (tmp_path / "run" / "logs" / "a-b.log").read_text().splitlines()
+    assert log[0].startswith("$ ") and log[1:] == ["whole"]
+
+
+def test_scoring_runs_beside_self_play_and_waits_for_its_model(tmp_path, runner):
+    run_dir = tmp_path / "run"
+    slow = "import time; time.sleep(0.5); "
+    wait = "import sys; from pathlib import Path; assert Path(sys.argv[1]).parent.with_name('iter0-train')"
+    wait += ".joinpath('out.parquet').exists(); "
+    stages = [
+        stage(run_dir, "iter0/train", slow + WRITE),
+        stage(run_dir, "iter0/evaluate", wait + WRITE.replace("out.parquet", "out.json"), program="evaluate_model.py"),
+        stage(run_dir, "iter1/generate", WRITE),
+    ]
+    stages[1] = dataclasses.replace(stages[1], outputs=lambda: [_as_json(run_dir / "iter0-evaluate" / "out.parquet")])
+    line = runner(*stages, parallel=True)
+    line.run()
+    assert all(line.manifest.is_done(item.name) for item in stages)
+
+
+def _as_json(path: Path) -> Path:
+    copy = path.with_suffix(".json")
+    if path.exists():
+        copy.write_text("{}")
+    return copy
+
+
+def test_failure_beside_stops_the_other_chain(tmp_path, runner):
+    run_dir = tmp_path / "run"
+    line = runner(
+        stage(run_dir, "iter0/train", "import time; time.sleep(60)"),
+        stage(run_dir, "control/train", "raise SystemExit(2)"),
+        parallel=True,
+    )
+    started = time.monotonic()
+    with pytest.raises(StageFailed):
+        line.run()
+    assert time.monotonic() - started < 30
+
+
+def test_termination_ends_the_children(tmp_path, runner):
+    """SIGTERM reaches `spin run` as a KeyboardInterrupt; the program it runs ends, and the stage is not done."""
+    marker = tmp_path / "started"
+    code = f"import os, time; open({str(marker)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    line = runner(stage(tmp_path / "run", "a/b", code))
+
+    def terminate() -> None:
+        while not (marker.exists() and marker.read_text()):
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, cli._interrupt)
+    threading.Thread(target=terminate).start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            line.run()
+        line.interrupt()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert line.manifest.stages["a/b"].state == "failed"
+    assert not Path("/proc", marker.read_text()).exists()

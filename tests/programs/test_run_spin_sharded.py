@@ -1,0 +1,124 @@
+"""The training program with two processes and with adapters: the weights of one process."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+
+from tests.helpers.training import (
+    TWO_PROCESSES,
+    difference,
+    late_margin,
+    launcher,
+    metrics,
+    train,
+    weights,
+    write_config,
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", TWO_PROCESSES)
+def test_two_processes_give_the_same_weights_as_one(reference_run, tiny_model, pairs, tmp_path, kind):
+    config = write_config(tmp_path / "c.yaml", tiny_model, pairs, num_train_epochs=2, per_device_train_batch_size=2)
+    # What a killed build of DeepSpeed's inference kernels leaves in the user's cache must stop nobody.
+    lock = tmp_path / "extensions" / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    environment = {"DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
+    # One or two pairs fit: the processes have different numbers of micro-batches and must wait for each other.
+    train(config, "--max_tokens_per_batch=90", launch=launcher(*TWO_PROCESSES[kind]), **environment)
+    ours, theirs = metrics(tmp_path / "out"), metrics(reference_run)
+    losses, expected = ([entry["loss"] for entry in record["history"] if "loss" in entry] for record in (ours, theirs))
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert losses == pytest.approx(expected, abs=2e-5)
+    assert difference(tmp_path / "out", reference_run) < 1e-4
+
+
+@pytest.fixture(scope="module")
+def adapter_run(tiny_model, pairs, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapters")
+    train(write_config(folder / "c.yaml", tiny_model, pairs, use_peft=True, lora_r=4, learning_rate=1e-2))
+    return folder / "out"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ZeRO-3", "FSDP2"])
+def test_sharded_adapters_are_merged_as_in_one_process(adapter_run, tiny_model, pairs, tmp_path, kind):
+    lora = {"use_peft": True, "lora_r": 4, "learning_rate": 1e-2, "per_device_train_batch_size": 2}
+    train(
+        write_config(tmp_path / "c.yaml", tiny_model, pairs, **lora),
+        launch=launcher(*TWO_PROCESSES[kind]),
+        DS_ACCELERATOR="cpu",
+    )
+    assert difference(tmp_path / "out", adapter_run) < 1e-3
+    assert difference(tmp_path / "out", tiny_model) > 1e-1
+
+
+@pytest.mark.slow
+def test_small_steps_on_bfloat16_weights_are_not_rounded_away(tiny_model, pairs, tmp_path):
+    """A norm weight of 1.0 in bfloat16 cannot take a step of 1e-4; sixty of them add up in the float32 copy."""
+    from transformers import AutoModelForCausalLM
+
+    start = shutil.copytree(tiny_model, tmp_path / "start")
+    AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16).save_pretrained(start)
+    settings = {"learning_rate": 1e-4, "max_steps": 60, "lr_scheduler_type": "constant", "warmup_steps": 0}
+    train(write_config(tmp_path / "c.yaml", start, pairs, bf16=True, **settings))
+    warned = train(write_config(tmp_path / "p.yaml", start, pairs, output_dir=str(tmp_path / "pure"), **settings))
+    assert "warning: the trained weights have 16 bits" in warned
+    name = "model.norm.weight"
+    assert weights(tmp_path / "out")[name].dtype == torch.bfloat16  # saved as it was loaded
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert weights(tmp_path / "out")[name].ne(1).any()
+    assert weights(tmp_path / "pure")[name].eq(1).all()
+
+
+@pytest.mark.slow
+def test_adapters_are_merged_and_the_next_iteration_starts_at_ln_2(tiny_model, pairs, tmp_path):
+    lora = {"use_peft": True, "lora_r": 4, "learning_rate": 1e-2, "num_train_epochs": 3}
+    train(write_config(tmp_path / "c0.yaml", tiny_model, pairs, output_dir=str(tmp_path / "iter0"), **lora))
+    assert difference(tmp_path / "iter0", tiny_model) > 1e-3
+    assert not (tmp_path / "iter0" / "adapter_config.json").exists()
+    train(write_config(tmp_path / "c1.yaml", tmp_path / "iter0", pairs, output_dir=str(tmp_path / "iter1"), **lora))
+    for folder in ("iter0", "iter1"):
+        record = metrics(tmp_path / folder)
+        assert record["first_loss"] == pytest.approx(math.log(2), abs=1e-6)
+        assert late_margin(record) > 0
+
+
+@pytest.mark.slow
+def test_a_quantised_base_is_trained_and_saved_whole(tiny_model, pairs, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="QLoRA needs bitsandbytes: pip install -e '.[qlora]'")
+    settings = {"use_peft": True, "lora_r": 4, "learning_rate": 1e-2, "num_train_epochs": 3}
+    train(write_config(tmp_path / "c.yaml", tiny_model, pairs, load_in_4bit=True, **settings))
+    record = metrics(tmp_path / "out")
+    assert record["first_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert late_margin(record) > 0
+    assert weights(tmp_path / "out").keys() == weights(tiny_model).keys()  # no trace of 4-bit storage or adapters
+    assert difference(tmp_path / "out", tiny_model) > 1e-3
+
+
+@pytest.mark.slow
+def test_the_merged_checkpoint_says_what_the_adapted_model_said(tiny_model, tmp_path):
+    from spin.alignment.models.adapters import add_adapters, merge_adapters
+    from spin.alignment.models.config import ModelConfig
+    from spin.alignment.models.loading import load_model
+    from spin.alignment.models.saving import save_checkpoint
+    from tests.helpers import char_tokenizer
+
+    config = ModelConfig(model_name_or_path=str(tiny_model), use_peft=True, lora_r=4)
+    model = add_adapters(load_model(config), config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.1)
+    ids = torch.arange(5, 25)[None]
+    adapted = model(ids).logits
+    save_checkpoint(merge_adapters(model, model.state_dict(), config), char_tokenizer(), tmp_path / "merged")
+    merged = load_model(ModelConfig(model_name_or_path=str(tmp_path / "merged")))
+    assert torch.allclose(merged(ids).logits, adapted, atol=1e-4)
+    assert not torch.allclose(load_model(config)(ids).logits, adapted, atol=1e-2)

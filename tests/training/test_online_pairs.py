@@ -1,0 +1,74 @@
+"""From prompts and responses to the pairs of an online step, without training."""
+
+from __future__ import annotations
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+
+from spin.alignment.core.errors import InputError
+from spin.alignment.data.chat_encoder import ChatEncoder, load_tokenizer
+from spin.alignment.data.config import DataConfig
+from spin.alignment.generation.base import Response
+from spin.alignment.rewards import GroupLabels
+from spin.alignment.training.online.labels import PairMaker, StepCounts
+from spin.alignment.training.online.prompts import OnlinePrompt, load_splits
+from spin.alignment.training.online.trainer import OnlineTrainer
+
+
+def test_a_long_ground_truth_is_cut_and_planned_for(tmp_path, tiny_model):
+    """As offline: prompt and response have at most max_length tokens, and memory is planned for the longest."""
+
+    folder = tmp_path / "long"
+    folder.mkdir()
+    turns = [{"role": "user", "content": "say"}, {"role": "assistant", "content": "yes " * 40}]
+    (folder / "train.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    encoder = ChatEncoder(load_tokenizer(tiny_model))
+    settings = SimpleNamespace(pairing="ground_truth", eval_prompts=None, seed=0, max_new_tokens=8)
+    data = DataConfig(dataset_mixer={str(folder): 1.0}, dataset_splits=["train"], max_length=96, max_prompt_length=64)
+    (prompt,) = load_splits(data, settings, encoder)[0]["train"].prompts
+    whole = encoder.response_ids(turns)
+    assert list(prompt.truth_ids) == whole[: 96 - len(prompt.token_ids)] != whole
+    trainer = SimpleNamespace(
+        train_dataset=SimpleNamespace(prompts=[prompt]), args=settings, processing_class=encoder.tokenizer
+    )
+    (planned,) = OnlineTrainer.stand_ins(trainer).rows
+    assert len(planned["chosen_ids"]) == len(prompt.truth_ids)
+    (own,) = load_splits(data, SimpleNamespace(**vars(settings) | {"pairing": "best_vs_worst"}), encoder)[0][
+        "train"
+    ].prompts
+    assert own.truth_ids == ()  # nothing is trained on it
+    broken = DataConfig(dataset_mixer={str(folder): "1"}, dataset_splits=["train"], max_length=96, max_prompt_length=64)
+    with pytest.raises(InputError, match="the fraction 1: set it above 0 and at most 1"):
+        load_splits(broken, settings, encoder)
+
+
+def test_a_response_without_a_partner_is_counted(tiny_model):
+
+    encoder = ChatEncoder(load_tokenizer(tiny_model))
+    settings = SimpleNamespace(
+        pairing="every_sample", loss_type="sppo_reward", baseline="prompt", soft_mean_b=1.0, needs=()
+    )
+    scorer = SimpleNamespace(label=lambda groups: [GroupLabels([0.0, None, 1.0, 3.0]) for _ in groups])
+    turns = [{"role": "user", "content": "say"}]
+    prompt = OnlinePrompt("p", tuple(encoder.prompt_ids(turns)), turns, None)
+    responses = [Response([number, encoder.end_id], "stop", None) for number in range(4, 8)]
+    counts = StepCounts()
+    (pair,) = PairMaker(settings, encoder, scorer).make([prompt], [responses], counts)
+    assert (counts.failed, counts.unpaired, counts.pairs, counts.without_pair) == (1, 1, 1, 0)
+    assert (pair["chosen_ids"][0], pair["rejected_ids"][0]) == (4, 6)
+    baseline = math.log((1 + math.e + math.e**3) / 3)  # the soft mean is over all three that have a score
+    assert [pair["chosen_reward"], pair["rejected_reward"]] == pytest.approx([-baseline, 1 - baseline], rel=1e-12)
+
+
+def test_a_ground_truth_that_could_not_be_scored_is_counted():
+    from spin.alignment.training.online.labels import StepCounts
+
+    row = {"rejected_token_ids": [1], "rejected_finish_reason": "stop", "rejected_score": 1.0, "chosen_score": None}
+    read, unread = StepCounts(), StepCounts()
+    read.add([row, row | {"rejected_score": None}], reads_truth=True)
+    unread.add([row], reads_truth=False)
+    assert (read.scored, read.failed) == (1, 2)
+    assert (unread.scored, unread.failed) == (1, 0)
