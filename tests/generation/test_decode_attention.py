@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from spin.alignment.generation import decode_attention as own
+from spin.alignment.generation.transformers import decode_attention as own
 from spin.alignment.generation.transformers.decode_attention import RaggedRows, decode_attention
 
 PADDING = [0, 3, 3, 19, 18, 0, 7, 11]

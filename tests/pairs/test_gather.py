@@ -20,6 +20,7 @@ from spin.alignment.data.preferences import load_preferences
 from spin.alignment.data.rows import GENERATED_SCHEMA
 from spin.alignment.methods.pairings import PAIRINGS, EveryRow
 from spin.alignment.pairs.preference_files import Selection, last_contents, sole_writer
+from tests.helpers import REPOSITORY, hear_ctrl_c, program_environment
 from tests.helpers.gathering import (
     LOGPROBS,
     NUM_FRACTIONS,
@@ -33,7 +34,6 @@ from tests.helpers.gathering import (
     write,
     write_whole,
 )
-from tests.helpers import REPOSITORY, hear_ctrl_c, program_environment
 
 
 def plain(rows):

@@ -13,8 +13,8 @@ from spin.alignment.core.provenance import Provenance
 from spin.alignment.data.fractions import fraction_path
 from spin.alignment.data.rows import GENERATED_SCHEMA, MESSAGES
 from spin.alignment.methods.pairings import PAIRINGS
-from tests.helpers.gathering import gather, id_sum
 from tests.helpers import run_command
+from tests.helpers.gathering import gather, id_sum
 
 NUM_SAMPLES, FRACTIONS, CHUNK = 2, 4, 5000
 FILLER = "and so on " * 10

@@ -98,7 +98,7 @@ def scorer_settings(options: Any) -> ScorerSettings | None:
                 f"choose one of {readers}"
             )
         return None
-    from spin.alignment.rewards import (GROUP_SCORERS, SCORERS, ScorerSettings, check_scorer)
+    from spin.alignment.rewards import GROUP_SCORERS, SCORERS, ScorerSettings, check_scorer
 
     if not options.scorer:
         names = ", ".join(sorted([*SCORERS, *GROUP_SCORERS]))
@@ -170,8 +170,8 @@ def rule_files(scorer: str) -> dict[str, Path]:
 
 @functools.cache
 def _weights_hash(model: str) -> str:
-    from spin.alignment.models.folder import model_folder
     from spin.alignment.core.provenance import hash_weights
+    from spin.alignment.models.folder import model_folder
 
     return hash_weights(model_folder(model))
 
@@ -179,9 +179,8 @@ def _weights_hash(model: str) -> str:
 @functools.cache
 def _tokenizer_hash(model: str) -> str:
     """Return a hash of what a model is beside its weights: configuration, tokenizer, chat template."""
-    from spin.alignment.models.folder import model_files
-    from spin.alignment.models.folder import model_folder
     from spin.alignment.core.provenance import hash_file, hash_text
+    from spin.alignment.models.folder import model_files, model_folder
 
     files = [path for path in model_files(model_folder(model)) if "safetensors" not in path.name]
     return hash_text(*(f"{path.name}={hash_file(path)}" for path in files))

@@ -1,22 +1,22 @@
 """Generated fractions to preference files: pairing, selection, progress."""
 
 from __future__ import annotations
-import sys
+
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
 from spin.alignment.core.console import say, say_error
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.program import Parser
-from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from spin.alignment.core.provenance import Provenance
     from spin.alignment.pairs.gather import Split
     from spin.alignment.pairs.preference_files import PreferenceFiles, Selection
-    from spin.alignment.core.provenance import Provenance
 
 PROGRESS_SECONDS = 10.0
 
@@ -86,9 +86,9 @@ def make_provenance(split: Split, options: Any) -> Provenance:
     """Return the record of the pairs: the generator's, with a hash of it and the settings of this step."""
     from dataclasses import asdict
 
-    from spin.alignment.pairs.fraction_file import ID_SUMS
-    from spin.alignment.pairs.annotate import scorer_record, scorer_settings
     from spin.alignment.core.provenance import hash_json
+    from spin.alignment.pairs.annotate import scorer_record, scorer_settings
+    from spin.alignment.pairs.fraction_file import ID_SUMS
 
     assert split.origin is not None
     made = split.origin.provenance
@@ -108,7 +108,7 @@ def make_files(split: Split, options: Any) -> PreferenceFiles:
         InputError: the pairing cannot work with this many responses to a prompt.
     """
     from spin.alignment.methods.pairings import PAIRINGS, Labelled, check_num_samples
-    from spin.alignment.pairs.preference_files import (COUNTS, EVEN_COUNTS, SCORED_COUNTS, PreferenceFiles, pair_schema)
+    from spin.alignment.pairs.preference_files import COUNTS, EVEN_COUNTS, SCORED_COUNTS, PreferenceFiles, pair_schema
 
     assert split.origin is not None
     pairing = PAIRINGS[options.pairing]
@@ -143,9 +143,9 @@ def check_output(folder: Path, sets: dict[str, PreferenceFiles], splits: Sequenc
     Raises:
         InputError: naming the file and what differs.
     """
-    from spin.alignment.pairs.gather import OF_ONE_SPLIT
-    from spin.alignment.core.provenance import read_provenance
     from spin.alignment.core.parquet import open_parquet
+    from spin.alignment.core.provenance import read_provenance
+    from spin.alignment.pairs.gather import OF_ONE_SPLIT
 
     later = {split.name for split in splits} - sets.keys()
     for path in sorted(folder.glob("*_prefs-*.parquet")) if sets else ():
@@ -189,8 +189,8 @@ class Progress:
 @contextmanager
 def make_selection(options: Any) -> Iterator[Selection]:
     """Yield what forms the pairs; its scorer, where there is one, is closed afterwards."""
-    from spin.alignment.pairs.annotate import Labeller, scorer_settings
     from spin.alignment.methods.pairings import PAIRINGS
+    from spin.alignment.pairs.annotate import Labeller, scorer_settings
     from spin.alignment.pairs.preference_files import Selection
     from spin.alignment.rewards import make_scorer
 

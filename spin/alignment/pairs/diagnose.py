@@ -16,8 +16,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from spin.alignment.core.errors import InputError
+from spin.alignment.core.parquet import open_parquet, read_batches, read_rows, read_skipped
 from spin.alignment.core.provenance import id_number
-from spin.alignment.core.parquet import (open_parquet, read_batches, read_rows, read_skipped)
 
 if TYPE_CHECKING:
     from spin.alignment.pairs.fraction_file import Fraction

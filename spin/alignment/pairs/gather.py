@@ -1,17 +1,20 @@
 """Fractions of a split gathered: read once, proven complete, in constant memory."""
 
 from __future__ import annotations
+
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
 import pyarrow as pa
+
 from spin.alignment.core.errors import InputError
+from spin.alignment.core.parquet import open_parquet
+from spin.alignment.core.provenance import id_number
 from spin.alignment.data.fractions import fraction_path, num_fractions
 from spin.alignment.pairs.diagnose import name_fault, repeated_prompt
-from spin.alignment.core.provenance import id_number
-from spin.alignment.core.parquet import open_parquet
 from spin.alignment.pairs.fraction_file import Fraction, prompt_ids
 
 FRACTION_NAME = re.compile(r"(?P<split>.+)-(?P<number>\d{5,})\.parquet")

@@ -14,13 +14,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from spin.alignment.data.rows import OPTIONAL_COLUMNS
 from spin.alignment.core.errors import InputError
-from spin.alignment.pairs.annotate import Labeller, count_failures
-from spin.alignment.methods.pairings import (PAIRINGS, Labelled, Pairing, no_truth)
-from spin.alignment.core.provenance import Provenance
+from spin.alignment.core.files import fsync_folder, remove_files, remove_leftovers, write_json_atomic
 from spin.alignment.core.parquet import ParquetSink
-from spin.alignment.core.files import (fsync_folder, remove_files, remove_leftovers, write_json_atomic)
+from spin.alignment.core.provenance import Provenance
+from spin.alignment.data.rows import OPTIONAL_COLUMNS
+from spin.alignment.methods.pairings import PAIRINGS, Labelled, Pairing, no_truth
+from spin.alignment.pairs.annotate import Labeller, count_failures
 
 COUNTS = ("rows", "identical", "truncated", "dropped", "skipped", "written")
 # Where responses are scored: prompts without a pair, responses that the scorer failed on.

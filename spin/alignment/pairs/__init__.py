@@ -1,0 +1,1 @@
+"""Generated rows to preference pairs: gathered, labelled, paired, written."""
