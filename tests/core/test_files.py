@@ -10,7 +10,6 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from spin.alignment.core import files as shards
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.files import atomic_file, read_json, remove_leftovers, write_json_atomic
 from spin.alignment.core.parquet import ParquetSink, open_parquet, read_rows, read_skipped
@@ -62,7 +61,7 @@ def test_full_disk_and_unwritable_folder_are_named_and_leave_nothing(tmp_path, m
 
 
 def test_streaming_holds_one_row_group_however_long_the_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "ROW_GROUP_BYTES", 2**20)
+    monkeypatch.setattr("spin.alignment.core.parquet.ROW_GROUP_BYTES", 2**20)
     noise = random.Random(0)
     with ParquetSink(tmp_path / "a.parquet", SCHEMA, MADE) as sink:
         for _ in range(40):

@@ -14,7 +14,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from spin import convert_data
 from spin.alignment.data.fractions import fraction_path
 from spin.alignment.data.preferences import load_preferences
 from spin.alignment.data.rows import GENERATED_SCHEMA
@@ -189,7 +188,7 @@ def test_one_gathering_at_a_time_writes_a_folder(tmp_path):
 
 
 def test_progress_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(convert_data, "PROGRESS_SECONDS", 0.0)
+    monkeypatch.setattr("spin.alignment.pairs.convert.PROGRESS_SECONDS", 0.0)
     code, _, errors = gather(write_whole(tmp_path / "in"), tmp_path / "out")
     assert code == 0 and [line.split(" rows, ")[0] for line in errors.splitlines()] == ["2", "4", "6"]
     assert errors.splitlines()[0].endswith("rows/s (now train)")

@@ -116,7 +116,7 @@ def test_lock_of_a_killed_run_is_taken_over_and_its_children_are_ended(tmp_path)
     code = (
         "import os, subprocess, sys, time\n"
         "from pathlib import Path\n"
-        "from spin.alignment.pipeline.manifest import RunLock\n"
+        "from spin.alignment.pipeline.lock import RunLock\n"
         "with RunLock(sys.argv[1]):\n"
         "    subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
         "    Path(sys.argv[1], 'ready').touch()\n"

@@ -215,7 +215,7 @@ def write_hidden(splits: Sequence[Split], sets: dict[str, PreferenceFiles], opti
     for files in sets.values():
         files.discard()
     with make_selection(options) as selection:
-        for split, fraction in arriving(splits, options.wait, say):
+        for split, fraction in arriving(splits, options.wait, say_error):
             if split.name not in sets:
                 sets[split.name] = make_files(split, options)
                 check_one_run(splits)
