@@ -12,10 +12,10 @@ import pytest
 from spin import estimate_weights
 from spin.alignment.core.parquet import read_rows
 from spin.alignment.core.provenance import Provenance
+from spin.alignment.core.sides import SIDES
 from spin.alignment.data.chat_encoder import ChatEncoder
 from tests.helpers import char_tokenizer, run_main, save_tiny_model, tiny_llama
 
-SIDES = ("chosen", "rejected")
 ANSWERS = ["red", "green tea", "7", "eleven!", "a longer answer here", " blue "]
 
 

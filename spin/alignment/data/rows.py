@@ -36,11 +36,9 @@ OPTIONAL_COLUMNS = {
     "chosen_weights": pa.list_(pa.float32()),
     "rejected_weights": pa.list_(pa.float32()),
     "rejected_logprobs": pa.list_(pa.float32()),
-} | {
-    f"{half}_{label}": pa.float64()
-    for label in ("score", "win_prob", "pair_win_prob", "reward")
-    for half in ("chosen", "rejected")
 }
+# A label of a response, such as chosen_score and rejected_score.
+LABEL_TYPE = pa.float64()
 
 
 def stream_prompts(input_dir: str, split: str, truth_required: bool = True) -> Iterator[dict[str, Any]]:

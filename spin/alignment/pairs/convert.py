@@ -36,7 +36,11 @@ def make_parser() -> Parser:
         default=0.0,
         help="gather while fractions are still being made; end after this many seconds without a new one (0: do not wait)",
     )
-    add("--pairing", default="ground_truth", help="which response is chosen and which rejected")
+    add(
+        "--pairing",
+        default="ground_truth",
+        help="which response is chosen and which rejected: a name, or module:function",
+    )
     add_scorer_flags(add)
     add("--identical", choices=("keep", "drop"), default="keep", help="pairs whose responses are equal")
     add("--truncated", choices=("keep", "drop"), default="keep", help="responses cut by length (no EOS)")
@@ -87,6 +91,7 @@ def make_provenance(split: Split, options: Any) -> Provenance:
     from dataclasses import asdict
 
     from spin.alignment.core.provenance import hash_json
+    from spin.alignment.core.resolve import module_record
     from spin.alignment.pairs.annotate import scorer_record, scorer_settings
     from spin.alignment.pairs.fraction_file import ID_SUMS
 
@@ -97,7 +102,8 @@ def make_provenance(split: Split, options: Any) -> Provenance:
     settings = {name: getattr(options, name) for name in ("pairing", "identical", "truncated", "max_rows_per_file")}
     scorer = scorer_settings(options)
     scored = scorer_record(scorer) if scorer is not None else {}
-    extra = {"generated_hash": hash_json(origin), "fractions": split.total, **settings, **scored}
+    own = module_record("pairing", options.pairing)
+    extra = {"generated_hash": hash_json(origin), "fractions": split.total, **settings, **own, **scored}
     return replace(made, kind="preferences", data_frac=0, extra=extra)
 
 
@@ -107,15 +113,15 @@ def make_files(split: Split, options: Any) -> PreferenceFiles:
     Raises:
         InputError: the pairing cannot work with this many responses to a prompt.
     """
-    from spin.alignment.methods.pairings import PAIRINGS, Labelled, check_num_samples
+    from spin.alignment.methods.pairings import check_num_samples, find_pairing
     from spin.alignment.pairs.preference_files import COUNTS, EVEN_COUNTS, SCORED_COUNTS, PreferenceFiles, pair_schema
 
     assert split.origin is not None
-    pairing = PAIRINGS[options.pairing]
+    pairing = find_pairing(options.pairing)
     check_num_samples(options.pairing, pairing, split.origin.num_samples)
     schema = pair_schema(pairing, split.origin.schema)
     counts: tuple[str, ...] = COUNTS
-    if isinstance(pairing, Labelled):
+    if pairing.needs:
         counts = EVEN_COUNTS if pairing.even else SCORED_COUNTS
     folder, provenance = Path(options.output_dir), make_provenance(split, options)
     return PreferenceFiles(folder, split.name, provenance, schema, options.max_rows_per_file, counts)
@@ -189,13 +195,13 @@ class Progress:
 @contextmanager
 def make_selection(options: Any) -> Iterator[Selection]:
     """Yield what forms the pairs; its scorer, where there is one, is closed afterwards."""
-    from spin.alignment.methods.pairings import PAIRINGS
+    from spin.alignment.methods.pairings import find_pairing
     from spin.alignment.pairs.annotate import Labeller, scorer_settings
     from spin.alignment.pairs.preference_files import Selection
     from spin.alignment.rewards import make_scorer
 
     settings = scorer_settings(options)
-    selection = Selection(PAIRINGS[options.pairing], options.identical == "drop", options.truncated == "drop")
+    selection = Selection(find_pairing(options.pairing), options.identical == "drop", options.truncated == "drop")
     if settings is None:
         yield selection
         return

@@ -19,7 +19,7 @@ def check_before_start(config: RunConfig, source: str) -> None:
     """
     from spin.alignment.evaluation import evaluate
     from spin.alignment.generation import generate
-    from spin.alignment.methods.pairings import PAIRINGS, check_num_samples
+    from spin.alignment.methods.pairings import check_num_samples, find_pairing
     from spin.alignment.models.folder import check_model_path
     from spin.alignment.pairs import convert
     from spin.alignment.pipeline.config import flags
@@ -30,7 +30,7 @@ def check_before_start(config: RunConfig, source: str) -> None:
     options = convert.make_parser().parse_args([*managed[2:], *flags(config.convert)])
     convert.check_flags(options)
     if config.online is None:
-        check_num_samples(options.pairing, PAIRINGS[options.pairing], sampling.num_samples)
+        check_num_samples(options.pairing, find_pairing(options.pairing), sampling.num_samples)
     evaluation = evaluate.make_parser().parse_args(
         [*managed[:4], "--output_file", config.run_dir, *flags(config.evaluate)]
     )
@@ -109,7 +109,7 @@ def check_data(config: RunConfig, sampling: Any) -> None:
 
 def data_sources(config: RunConfig) -> dict[tuple[str, str], bool]:
     """Return every data set and split of a run, and whether its rows must have their ground truth."""
-    from spin.alignment.methods.pairings import needs_truth
+    from spin.alignment.methods.pairings import find_pairing
     from spin.alignment.rewards import needs_reference
 
     data = config.data
@@ -117,7 +117,7 @@ def data_sources(config: RunConfig) -> dict[tuple[str, str], bool]:
         name, scorer = config.convert.get("pairing", "ground_truth"), config.convert.get("scorer")
     else:
         name, scorer = config.online.get("pairing", "best_vs_worst"), config.online.get("scorer")
-    required = needs_truth(name) or (scorer is not None and needs_reference(scorer))
+    required = find_pairing(name).needs_ground_truth or (scorer is not None and needs_reference(scorer))
     sources = {data.played(iteration): required for iteration in range(config.iterations)}
     if config.sft is not None or config.control is not None:
         sources[data.train, data.train_split] = True

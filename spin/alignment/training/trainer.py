@@ -27,7 +27,7 @@ from spin.alignment.logprobs.packing_check import check_packed_forward
 from spin.alignment.logprobs.position_kl import check_can_keep_opponent, frozen_copy
 from spin.alignment.logprobs.reference import compute_reference
 from spin.alignment.logprobs.reference_store import ReferenceKey, ReferenceLogps, hash_tokens, store_path
-from spin.alignment.methods.losses import LOSSES, LossInputs, LossOutputs
+from spin.alignment.methods.losses import LossInputs, LossOutputs
 from spin.alignment.training.config import SPINConfig
 from spin.alignment.training.memory.estimate import advice_for_out_of_memory
 from spin.alignment.training.memory.plan import plan_token_budget
@@ -69,7 +69,7 @@ class SPINTrainer(Trainer):
         self._first_losses: list[torch.Tensor] = []
         self.reference_seconds = 0.0
         self.tokens_seen = 0
-        self.metrics = {"train": PairMetrics(), "eval": PairMetrics()}
+        self.metrics = {mode: PairMetrics(args.loss) for mode in ("train", "eval")}
         # A copy of the start, made before anything is installed or resumed: alpha needs the opponent's whole distributions.
         check_can_keep_opponent(args)
         self.opponent = frozen_copy(model, args.device) if args.alpha else None
@@ -86,7 +86,8 @@ class SPINTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self.own_attention = str(causal_model(model).config._attn_implementation)
         pad_id = processing_class.pad_token_id
-        self.padded_collator = PairCollator(pad_id if pad_id is not None else processing_class.eos_token_id)
+        pad_id = pad_id if pad_id is not None else processing_class.eos_token_id
+        self.padded_collator = PairCollator(pad_id, args.loss.responses)
         self.fused_head = False
         collator = self._install_packing(model) if args.batching == "packed" else self.padded_collator
         self.batcher = MicroBatcher(collator, args.max_tokens_per_batch or 0, args.pairs_per_micro_batch)
@@ -105,7 +106,8 @@ class SPINTrainer(Trainer):
             )
         head = "fused head" if self.fused_head else "head recomputed in the backward pass"
         logger.info("packed rows: attention kernel %s, %s", kernel, head)
-        return PackedCollator(kernel, causal.config.get_text_config().vocab_size, self.args.share_prompts)
+        vocab_size = causal.config.get_text_config().vocab_size
+        return PackedCollator(kernel, vocab_size, self.args.share_prompts, self.args.loss.responses)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -198,7 +200,8 @@ class SPINTrainer(Trainer):
         share: Any = 1 / max(1, inputs.pairs)
         if num_items_in_batch is not None and model.training:
             share = self.accelerator.num_processes / num_items_in_batch
-        loss = batch_loss(model, inputs.batch, self._objective(model.training, inputs.counted, share), self.opponent)
+        objective = self._objective(model.training, inputs.counted, share)
+        loss = batch_loss(model, inputs.batch, objective, self.opponent, self.args.loss.responses)
         if not torch.isfinite(loss):
             raise FloatingPointError(
                 f"the loss is {loss.item()} at step {self.state.global_step}: lower the learning rate, or train in bfloat16 or "
@@ -209,7 +212,7 @@ class SPINTrainer(Trainer):
 
     def _objective(self, training: bool, counted: bool, share: Any) -> Objective:
         def objective(inputs: LossInputs) -> torch.Tensor:
-            outputs = LOSSES[self.args.loss_type](inputs, **self.args.loss_settings)
+            outputs = self.args.loss(inputs, **self.args.loss_arguments)
             losses = per_pair(outputs)
             if self.args.nll_weight:
                 losses = losses + self.args.nll_weight * chosen_nll(inputs)
@@ -224,8 +227,8 @@ class SPINTrainer(Trainer):
         return objective
 
     def _check_opponent(self, inputs: LossInputs) -> None:
-        """Guard: at step 0 the policy is the opponent, so the preference loss is ln 2 for sigmoid."""
-        if self.state.global_step > 0:
+        """Guard: at step 0 the policy is the reference, so the preference loss is ln 2 for sigmoid."""
+        if self.state.global_step > 0 or inputs.reference_logps is None:
             return
         mask = inputs.completion_mask.bool()
         difference = (inputs.policy_logps.detach() - inputs.reference_logps).abs()[mask].mean().item()
@@ -275,12 +278,15 @@ class SPINTrainer(Trainer):
         return self.state.global_step - self._initial_global_step
 
     def attach_references(self, resumed: bool) -> None:
-        """Attach the opponent's log-probs to every data set, computing those that are not stored yet.
+        """Attach the reference log-probs to every data set, computing those that are not stored yet; a loss that needs no
+        reference gets none.
 
         Raises:
             InputError: a resumed run has lost its store; the weights in memory are no longer the opponent's.
         """
         self.prepare_batching(self.train_dataset, resumed)
+        if not self.args.loss.needs_reference:
+            return
         folder = Path(self.args.reference_dir or Path(self.args.output_dir) / "reference")
         for split, dataset in (("train", self.train_dataset), ("test", self.eval_dataset)):
             if dataset is None:
@@ -331,13 +337,13 @@ class ReferenceCallback(TrainerCallback):
 def per_pair(outputs: LossOutputs) -> torch.Tensor:
     """Return the losses ``(B,)`` of pairs; where a loss has one for each response (``(2B,)``), the mean of a pair's two."""
     pairs = len(outputs.chosen_rewards)
-    return outputs.losses if len(outputs.losses) == pairs else outputs.losses.view(2, pairs).mean(dim=0)
+    return outputs.losses if len(outputs.losses) == pairs else outputs.losses.view(-1, pairs).mean(dim=0)
 
 
 def chosen_nll(inputs: LossInputs) -> torch.Tensor:
     """Return the negative log-likelihood of each chosen response in nats per token, of shape ``(B,)``."""
-    logps, _ = inputs.policy_logps.chunk(2)
-    mask, _ = inputs.completion_mask.chunk(2)
+    logps, *_ = inputs.split(inputs.policy_logps)
+    mask, *_ = inputs.split(inputs.completion_mask)
     return -(logps * mask).sum(dim=-1) / mask.sum(dim=-1)
 
 

@@ -20,7 +20,7 @@ from spin.alignment.generation.base import PromptRequest, SamplingConfig, sample
 from spin.alignment.logprobs.batch import PairDataset, PairList
 from spin.alignment.logprobs.forward import batch_logps
 from spin.alignment.training.online.config import OnlineConfig
-from spin.alignment.training.online.labels import HALVES, PairMaker, StepCounts
+from spin.alignment.training.online.labels import PairMaker, StepCounts
 from spin.alignment.training.online.prompts import OnlinePrompt, PromptDataset
 from spin.alignment.training.online.samplers import PolicySampler
 from spin.alignment.training.trainer import SPINTrainer
@@ -148,8 +148,9 @@ class OnlineTrainer(SPINTrainer):
         self._attach_reference_logps(features)
         self._time("reference", started)
         pairs = gather_object(features) if self.accelerator.num_processes > 1 else features
-        if config.baseline == "batch" and config.pairing == "every_sample":
-            self.pair_maker.subtract_baseline(pairs, [pair[f"{half}_reward"] for half in HALVES for pair in pairs])
+        if config.baseline == "batch":
+            columns = self.pair_maker.relative_columns()
+            self.pair_maker.subtract_baseline(pairs, [pair[column] for column in columns for pair in pairs])
         return pairs
 
     def _respond(self, prompts: Sequence[OnlinePrompt], sampling: SamplingConfig) -> Any:
@@ -186,6 +187,8 @@ class OnlineTrainer(SPINTrainer):
     @torch.no_grad()
     def _attach_reference_logps(self, features: list[dict[str, Any]]) -> None:
         """Put the reference's token log-probs (nats) on this process's pairs, before any update of the step."""
+        if not self.args.loss.needs_reference:
+            return
         model = self.accelerator.unwrap_model(self.model_wrapped)
         model.eval()
         with self._reference_weights(), self.compute_loss_context_manager():
