@@ -40,6 +40,7 @@ def main(arguments: Sequence[str]) -> None:
     values = load_config(arguments[0], arguments[1:])
     values.setdefault("dataset_splits", ["train"])
     from spin.alignment.core.provenance import hash_weights
+    from spin.alignment.generation import find_backend
     from spin.alignment.models.folder import model_folder
     from spin.alignment.training.online.config import OnlineConfig
     from spin.alignment.training.online.prompts import load_splits
@@ -48,10 +49,7 @@ def main(arguments: Sequence[str]) -> None:
 
     settings = read_settings(values, arguments[0], OnlineConfig)
     check_settings(settings)
-    if settings.arguments.backend == "vllm":
-        from spin.alignment.generation.vllm.backend import check_installed
-
-        check_installed()
+    find_backend(settings.arguments.backend).check_installed()
     setup_logging(settings.arguments.process_index == 0)
     model = settings.model
     encoder = make_encoder(settings)

@@ -12,7 +12,6 @@ import pytest
 from spin import estimate_weights
 from spin.alignment.core.parquet import read_rows
 from spin.alignment.core.provenance import Provenance
-from spin.alignment.core.sides import SIDES
 from spin.alignment.data.chat_encoder import ChatEncoder
 from tests.helpers import char_tokenizer, run_main, save_tiny_model, tiny_llama
 

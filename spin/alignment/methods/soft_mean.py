@@ -11,9 +11,9 @@ if TYPE_CHECKING:
 
 
 def soft_mean(rewards: Tensor | Sequence[float], b: float = 1.0, dim: int = -1) -> Any:
-    """Return ``(1/b) log mean exp(b r)`` of numbers, or along a dimension of a tensor; at ``b = 0`` its limit, the arithmetic mean.
+    """Return ``(1/b) log mean exp(b r)`` of numbers, or along a dimension of a tensor.
 
-    eq. 3.5 has ``b = 1`` (eta = 1); a larger ``b`` moves it to the maximum.
+    At ``b = 0`` it is the limit, the arithmetic mean. eq. 3.5 has ``b = 1`` (eta = 1); a larger ``b`` moves it to the maximum.
     """
     if isinstance(rewards, Sequence):
         if b == 0:

@@ -75,12 +75,13 @@ def check_weighing(config: RunConfig) -> None:
     """Check the flags of the section ``weigh``, and the teacher as far as that goes without its weights."""
     if config.weigh is None:
         return
+    from spin.alignment.methods.weightings import Compares, find_weighting
     from spin.alignment.pipeline.config import flags
     from spin.alignment.token_weights import options as weights
 
     options = weights.make_parser().parse_args(flags(config.weigh_values(0)))
     weights.check_options(options)
-    if options.weighting == "teacher":
+    if find_weighting(options.weighting).compares is Compares.TEACHER:
         weights.check_teacher(options, config.model)
 
 

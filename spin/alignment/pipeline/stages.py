@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from spin.alignment.core.resolve import module_files
 from spin.alignment.models.folder import model_files
 from spin.alignment.pipeline.config import SCORERS_OF_RUN, RunConfig, flags
 from spin.alignment.pipeline.manifest import RunManifest
@@ -164,7 +165,11 @@ def convert_stage(config: RunConfig, iteration: int) -> Stage:
         name=f"iter{iteration}/convert",
         commands=[python_command(PROGRAMS / "convert_data.py", arguments)],
         settings=dict(config.convert),
-        sources=[Source(str(generated), lambda: sorted(generated.glob("*.parquet"))), *scorer_sources(config.convert)],
+        sources=[
+            Source(str(generated), lambda: sorted(generated.glob("*.parquet"))),
+            *scorer_sources(config.convert),
+            *function_sources(config.convert),
+        ],
         outputs=lambda: sorted(pairs.glob("*_prefs-*.parquet")) + sorted(pairs.glob("*.counts.json")),
         folders=[pairs],
         program="convert_data.py",
@@ -178,6 +183,20 @@ def scorer_sources(section: Mapping[str, Any]) -> list[Source]:
     name, model = str(section.get("scorer") or ""), section.get("scorer_model")
     sources = [model_source(str(model))] if model and name != "judge" else []
     return sources + ([Source(f"scorer {name}", lambda: list(rule_files(name).values()))] if ":" in name else [])
+
+
+# The keys that may name a function of the user's own as module:function.
+METHOD_KEYS = ("pairing", "weighting", "loss_type")
+
+
+def function_sources(section: Mapping[str, Any]) -> list[Source]:
+    """The files of the pairing, weighting and loss of a section that are the user's own; the checks have imported them."""
+    names = {key: str(section.get(key) or "") for key in METHOD_KEYS}
+    return [
+        Source(f"{key} {name}", lambda name=name: list(module_files(name).values()))  # type: ignore[misc]
+        for key, name in names.items()
+        if ":" in name
+    ]
 
 
 def train_stage(config: RunConfig, iteration: int) -> Stage:
@@ -213,7 +232,7 @@ def weigh_stages(config: RunConfig, iteration: int) -> list[Stage]:
             name=f"iter{iteration}/weigh",
             commands=[_launched(config, "estimate_weights.py", flags(values))],
             settings=values,
-            sources=[*map(model_source, models), *pair_sources([values["input_dir"]])],
+            sources=[*map(model_source, models), *pair_sources([values["input_dir"]]), *function_sources(values)],
             outputs=lambda: [*sorted(weights.glob("*_prefs-*.parquet")), *sorted(weights.glob("*.weights.json")), page],
             folders=[weights],
             program="estimate_weights.py",
@@ -251,7 +270,7 @@ def _training_stage(
         name=name,
         commands=[_launched(config, program, [str(config_file)])],
         settings=values | {"launch": launch},
-        sources=[model_source(values["model_name_or_path"]), *sources],
+        sources=[model_source(values["model_name_or_path"]), *sources, *function_sources(values)],
         outputs=lambda: [*model_files(checkpoint), checkpoint / "metrics.json"],
         folders=[checkpoint],
         program=program,

@@ -6,15 +6,15 @@ import math
 from dataclasses import dataclass, field
 
 from spin.alignment.core.errors import InputError, lookup
-from spin.alignment.generation.base import SamplingConfig
 from spin.alignment.core.sides import SIDES
+from spin.alignment.generation import BACKENDS, find_backend
+from spin.alignment.generation.base import SamplingConfig
 from spin.alignment.methods.pairings import check_num_samples, find_pairing
 from spin.alignment.pairs.annotate import SCORER_FLAGS, check_loss
 from spin.alignment.rewards.base import ScorerSettings
 from spin.alignment.training.config import SPINConfig
 
 BASELINES = ("prompt", "batch")
-SAMPLERS = ("transformers", "vllm")
 # Scorers that say how a response does against the others to its prompt.
 COMPARATIVE = ("judge", "preference_model")
 
@@ -86,14 +86,17 @@ class OnlineConfig(SPINConfig):
                 raise InputError(f"{name} is {getattr(self, name)}: set it to {lowest} or more")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise InputError(f"gpu_memory_utilization is {self.gpu_memory_utilization}: set it to a share in (0, 1]")
-        if self.backend != "vllm" and self.gpu_memory_utilization != type(self).gpu_memory_utilization:
+        lookup(
+            {name: name for name in BACKENDS if find_backend(name).online}, self.backend, "online generation backend"
+        )
+        unused = "gpu_memory_utilization" not in find_backend(self.backend).takes
+        if unused and self.gpu_memory_utilization != type(self).gpu_memory_utilization:
             raise InputError(
                 f"gpu_memory_utilization is {self.gpu_memory_utilization}, but backend {self.backend} does not use it: remove it"
             )
         if self.generation_batch_size is not None and self.generation_batch_size < 1:
             raise InputError(f"generation_batch_size is {self.generation_batch_size}: set it to 1 or more")
         lookup({name: name for name in BASELINES}, self.baseline, "baseline")
-        lookup({name: name for name in SAMPLERS}, self.backend, "online generation backend")
         if self.reference_dir:
             raise InputError("reference_dir is set, but the reference of an online step is never stored: remove it")
         if self.alpha:

@@ -21,6 +21,7 @@ def check_settings(settings: Settings) -> None:
     Raises:
         InputError: naming the key and the mend.
     """
+    from spin.alignment.generation import BACKENDS, find_backend
     from spin.alignment.rewards import check_scorer
 
     arguments, model, data = settings.arguments, settings.model, settings.data
@@ -43,9 +44,10 @@ def check_settings(settings: Settings) -> None:
             f"max_prompt_length {data.max_prompt_length} and max_new_tokens {arguments.max_new_tokens} exceed max_length "
             f"{data.max_length}: lower one, or raise max_length"
         )
-    if model.use_peft and arguments.backend == "vllm":
+    if model.use_peft and find_backend(arguments.backend).online == "engine":
+        others = " or ".join(name for name in BACKENDS if find_backend(name).online == "own_module")
         raise InputError(
-            "use_peft does not go with backend vllm online (its weights are reloaded whole): use transformers"
+            f"use_peft does not go with backend {arguments.backend} online (its weights are reloaded whole): use {others}"
         )
     held_out = [split for split in data.dataset_splits if split.startswith("test")]
     if held_out:
@@ -104,6 +106,7 @@ def check_references(settings: Settings, splits: dict[str, PromptDataset]) -> No
 
 def make_sampler(settings: Settings, trainer: OnlineTrainer, encoder: ChatEncoder) -> PolicySampler:
     """Return what draws the responses of this process."""
+    from spin.alignment.generation import find_backend, make_backend
     from spin.alignment.generation.base import BackendSettings
     from spin.alignment.logprobs.forward import causal_model
     from spin.alignment.training.online.samplers import EngineSampler, InPlaceSampler
@@ -122,8 +125,9 @@ def make_sampler(settings: Settings, trainer: OnlineTrainer, encoder: ChatEncode
         pad_id=encoder.pad_id,
         decode=encoder.decode,
     )
-    if arguments.backend == "vllm":
-        return EngineSampler(backend, lambda folder: save_weights(model, folder))
+    if find_backend(arguments.backend).online == "engine":
+        engine = make_backend(arguments.backend, backend)
+        return EngineSampler(engine, lambda folder: save_weights(model, folder))
     return InPlaceSampler(model, backend, trainer.own_attention, trainer.compute_loss_context_manager)
 
 
