@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.provenance import hash_texts, id_number
+from spin.alignment.core.sides import INITIAL
 from spin.alignment.data.formats import to_conversations
 from spin.alignment.data.source_files import read_records
 
@@ -36,6 +37,9 @@ OPTIONAL_COLUMNS = {
     "chosen_weights": pa.list_(pa.float32()),
     "rejected_weights": pa.list_(pa.float32()),
     "rejected_logprobs": pa.list_(pa.float32()),
+    INITIAL: MESSAGES,
+    f"{INITIAL}_token_ids": pa.list_(pa.int32()),
+    f"{INITIAL}_finish_reason": pa.string(),
 }
 # A label of a response, such as chosen_score and rejected_score.
 LABEL_TYPE = pa.float64()

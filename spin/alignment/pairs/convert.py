@@ -41,6 +41,11 @@ def make_parser() -> Parser:
         default="ground_truth",
         help="which response is chosen and which rejected: a name, or module:function",
     )
+    add(
+        "--initial",
+        default=None,
+        help="folder of the initial model's responses to the same prompts: a third response, for the losses that read one",
+    )
     add_scorer_flags(add)
     add("--identical", choices=("keep", "drop"), default="keep", help="pairs whose responses are equal")
     add("--truncated", choices=("keep", "drop"), default="keep", help="responses cut by length (no EOS)")
@@ -68,6 +73,10 @@ def check_options(options: Any) -> None:
         raise InputError(f"input_dir {input_dir} does not exist: give the output folder of spin/generate.py")
     if input_dir.resolve() == output_dir.resolve():
         raise InputError(f"output_dir is the input_dir {input_dir}: choose another folder")
+    if options.initial is not None and not Path(options.initial).is_dir():
+        raise InputError(
+            f"initial is {options.initial}, which is no folder: give the output folder of spin/generate.py"
+        )
 
 
 def find_splits(options: Any) -> list[Split]:
@@ -94,6 +103,7 @@ def make_provenance(split: Split, options: Any) -> Provenance:
     from spin.alignment.core.resolve import module_record
     from spin.alignment.pairs.annotate import scorer_record, scorer_settings
     from spin.alignment.pairs.fraction_file import ID_SUMS
+    from spin.alignment.pairs.initial import initial_record
 
     assert split.origin is not None
     made = split.origin.provenance
@@ -103,6 +113,8 @@ def make_provenance(split: Split, options: Any) -> Provenance:
     scorer = scorer_settings(options)
     scored = scorer_record(scorer) if scorer is not None else {}
     own = module_record("pairing", options.pairing)
+    if options.initial is not None:
+        own |= initial_record(Path(options.initial), split.name, made)
     extra = {"generated_hash": hash_json(origin), "fractions": split.total, **settings, **own, **scored}
     return replace(made, kind="preferences", data_frac=0, extra=extra)
 
@@ -114,12 +126,14 @@ def make_files(split: Split, options: Any) -> PreferenceFiles:
         InputError: the pairing cannot work with this many responses to a prompt.
     """
     from spin.alignment.methods.pairings import check_num_samples, find_pairing
+    from spin.alignment.pairs.initial import with_initial
     from spin.alignment.pairs.preference_files import COUNTS, EVEN_COUNTS, SCORED_COUNTS, PreferenceFiles, pair_schema
 
     assert split.origin is not None
     pairing = find_pairing(options.pairing)
     check_num_samples(options.pairing, pairing, split.origin.num_samples)
     schema = pair_schema(pairing, split.origin.schema)
+    schema = schema if options.initial is None else with_initial(schema)
     counts: tuple[str, ...] = COUNTS
     if pairing.needs:
         counts = EVEN_COUNTS if pairing.even else SCORED_COUNTS
@@ -216,7 +230,9 @@ def write_hidden(splits: Sequence[Split], sets: dict[str, PreferenceFiles], opti
         InputError: the proof fails, a fraction did not come in time, or no pair is left.
     """
     from spin.alignment.pairs.gather import arriving
+    from spin.alignment.pairs.initial import InitialResponses
 
+    initial: dict[str, InitialResponses] = {}
     progress = Progress()
     for files in sets.values():
         files.discard()
@@ -228,8 +244,11 @@ def write_hidden(splits: Sequence[Split], sets: dict[str, PreferenceFiles], opti
                 check_output(Path(options.output_dir), sets, splits, options.overwrite)
                 sets[split.name].discard()
             files = sets[split.name]
+            if options.initial is not None and split.name not in initial:
+                initial[split.name] = InitialResponses(Path(options.initial), split.name)
+            forming = replace(selection, initial=initial.get(split.name))
             for batch in split.read(fraction):
-                files.write(selection.apply(batch, fraction.num_samples, files.counts))
+                files.write(forming.apply(batch, fraction.num_samples, files.counts))
                 progress.add(split.name, batch.num_rows)
     for split in splits:
         split.conclude()

@@ -21,6 +21,7 @@ from spin.alignment.core.provenance import Provenance
 from spin.alignment.data.rows import LABEL_TYPE, OPTIONAL_COLUMNS
 from spin.alignment.methods.pairings import Pairing, no_truth
 from spin.alignment.pairs.annotate import Labeller, count_failures
+from spin.alignment.pairs.initial import InitialResponses
 
 COUNTS = ("rows", "identical", "truncated", "dropped", "skipped", "written")
 # Where responses are scored: prompts without a pair, responses that the scorer failed on.
@@ -41,13 +42,14 @@ def pair_schema(pairing: Pairing, schema: pa.Schema) -> pa.Schema:
 class Selection:
     """How pairs are formed, and which are left out: those of equal responses, those whose response was cut by length.
 
-    A pairing that compares scores needs a ``labeller``.
+    A pairing that compares scores needs a ``labeller``. With ``initial`` every pair gets the initial model's response too.
     """
 
     pairing: Pairing
     drop_identical: bool = False
     drop_truncated: bool = False
     labeller: Labeller | None = None
+    initial: InitialResponses | None = None
 
     def apply(self, batch: pa.RecordBatch, num_samples: int, counts: dict[str, int]) -> pa.RecordBatch:
         """Return the pairs of a batch of whole prompts, those dropped left out, all of them counted.
@@ -60,12 +62,14 @@ class Selection:
         if self.pairing.keeps_rows or self.pairing.reads_truth:
             self._check_truths(batch)
         pairs = batch if self.pairing.keeps_rows else self._paired(batch, num_samples, counts)
+        if self.initial is not None:
+            pairs = self.initial.join(pairs)
         identical = pc.equal(
             *(pc.utf8_trim_whitespace(last_contents(pairs, name)) for name in ("chosen", "rejected"))
         ).to_numpy(zero_copy_only=False)
         truncated = np.zeros(pairs.num_rows, dtype=bool)
-        for name in ("chosen_finish_reason", "rejected_finish_reason"):
-            if name in pairs.schema.names:
+        for name in pairs.schema.names:
+            if name.endswith("_finish_reason"):
                 cut = pc.fill_null(pc.equal(pairs.column(name), "length"), False)
                 truncated |= cut.to_numpy(zero_copy_only=False)
         dropped = np.zeros(pairs.num_rows, dtype=bool)

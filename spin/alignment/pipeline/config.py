@@ -10,6 +10,8 @@ from typing import Any
 
 from spin.alignment.core.config import build, load_config, merge
 from spin.alignment.core.errors import InputError
+from spin.alignment.core.sides import INITIAL
+from spin.alignment.methods.losses import find_loss
 from spin.alignment.methods.weightings import WEIGHTINGS, Compares, Weighting, find_weighting
 
 # What the pipeline itself decides, section by section: these keys may not be written there.
@@ -35,7 +37,7 @@ MANAGED = {
         "seed",
         "overwrite",
     ),
-    "convert": ("input_dir", "output_dir", "num_fracs", "splits", "wait"),
+    "convert": ("input_dir", "output_dir", "num_fracs", "splits", "wait", "initial"),
     "train": _TRAINING,
     "sft": _TRAINING,
     "control": _TRAINING,
@@ -227,9 +229,25 @@ class RunConfig:
     def _weighting(self) -> Weighting:
         return find_weighting(str((self.weigh or {})["weighting"]))
 
+    @property
+    def initial_dir(self) -> Path:
+        """Where the initial model's responses are, for the losses that read them."""
+        return Path(self.run_dir) / INITIAL / "generated"
+
+    @property
+    def reads_initial(self) -> bool:
+        """Whether a loss of the run reads a response of the model that the first iteration starts from."""
+        names = {str(self.train_values(step).get("loss_type", "sigmoid")) for step in range(self.iterations)}
+        return self.online is None and any(INITIAL in find_loss(name).responses for name in names)
+
     def generation_seed(self, iteration: int) -> int:
         """Seeds of different iterations are far apart: the same seed would repeat each prompt's random numbers."""
         return self.seed * 1000 + iteration
+
+    @property
+    def initial_seed(self) -> int:
+        """The seed of the initial model's responses: not that of the first iteration, whose opponent is the same model."""
+        return self.generation_seed(999)
 
     def train_values(self, iteration: int) -> dict[str, Any]:
         """The complete settings of run_spin.py for an iteration."""

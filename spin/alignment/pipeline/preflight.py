@@ -64,11 +64,40 @@ def check_training_settings(config: RunConfig, source: str, pairing: str = "grou
         return
     for iteration in range(config.iterations):
         where = f"the section 'train' of {source} (iteration {iteration})"
-        check_loss(pairing, read_settings(config.train_values(iteration) | path, where, SPINConfig).arguments.loss_type)
+        arguments = read_settings(config.train_values(iteration) | path, where, SPINConfig).arguments
+        check_loss(pairing, arguments.loss_type)
+        check_responses(config, arguments.loss_type)
         for name in SCORERS_OF_RUN.values() if config.trains_scorers else ():
             where = f"the section 'weigh.train' of {source} (iteration {iteration}, {name})"
             scorer = read_settings(config.scorer_values(iteration, name) | path, where, SPINConfig)
             check_loss(pairing, scorer.arguments.loss_type)
+
+
+def check_responses(config: RunConfig, loss_type: str) -> None:
+    """Check that the run can make every response that a loss reads.
+
+    Raises:
+        InputError: a response that nothing makes, one set of prompts for each iteration, or token weights, which only chosen and
+            rejected have.
+    """
+    from spin.alignment.core.sides import INITIAL, SIDES
+    from spin.alignment.methods.losses import find_loss
+
+    further = [name for name in find_loss(loss_type).responses if name not in SIDES]
+    unknown = [name for name in further if name != INITIAL]
+    if unknown:
+        raise InputError(
+            f"loss_type {loss_type} reads a response '{unknown[0]}', which no stage of a run makes: use run_spin.py"
+        )
+    if further and isinstance(config.data.prompts, list):
+        raise InputError(
+            f"loss_type {loss_type} reads the initial model's responses, which are made once for all iterations: name a single "
+            "data set as data.prompts"
+        )
+    if further and config.weigh is not None:
+        raise InputError(
+            f"loss_type {loss_type} reads the initial model's responses, which get no token weights: remove the section 'weigh'"
+        )
 
 
 def check_weighing(config: RunConfig) -> None:

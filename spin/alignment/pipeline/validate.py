@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spin.alignment.core.errors import InputError
-from spin.alignment.core.sides import SIDES
+from spin.alignment.core.sides import INITIAL, SIDES
 
 if TYPE_CHECKING:
     from spin.alignment.data.chat_encoder import ChatEncoder
@@ -242,7 +242,7 @@ def validate_run(run_dir: Path) -> tuple[int, list[str]]:
             problems += validate(stage.folders[0], None)[1]
         if stage.program not in ("generate.py", "convert_data.py"):
             continue
-        iteration = int(stage.name.removeprefix("iter").partition("/")[0])
+        iteration = 0 if stage.name == f"{INITIAL}/generate" else int(stage.name.removeprefix("iter").partition("/")[0])
         try:
             if stage.program == "convert_data.py":
                 check_lineage(config, iteration)

@@ -124,6 +124,8 @@ class SPINConfig(TrainingArguments):
         self.loss_arguments = loss_arguments(
             self.loss_type, {name: getattr(self, name) for name in sorted(shared)}, self.loss_settings
         )
+        if self.reference_dir and not self.loss.needs_reference:
+            raise InputError(f"reference_dir is set, but loss_type {self.loss_type} needs no reference: remove it")
         self.pairs_per_micro_batch = self.per_device_train_batch_size
         self.per_device_train_batch_size *= self.gradient_accumulation_steps
         self.gradient_accumulation_steps = 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from spin.alignment.core.resolve import resolve
+from spin.alignment.core.sides import INITIAL, SIDES
 from spin.alignment.methods.labels import PAIR_WIN_PROB, REWARD, WIN_PROB, Label
 from spin.alignment.methods.losses.base import Loss, LossInputs, LossOutputs
 from spin.alignment.methods.losses.hinge import hinge
@@ -10,6 +11,7 @@ from spin.alignment.methods.losses.ipo import ipo
 from spin.alignment.methods.losses.sigmoid import sigmoid
 from spin.alignment.methods.losses.space import space
 from spin.alignment.methods.losses.sppo import sppo, sppo_hard, sppo_reward, sppo_single
+from spin.alignment.methods.losses.tspin import tspin
 from spin.alignment.methods.soft_mean import soft_mean
 
 LOSSES: dict[str, Loss] = {
@@ -21,6 +23,7 @@ LOSSES: dict[str, Loss] = {
     "sppo_hard": Loss(sppo_hard),
     "sppo_reward": Loss(sppo_reward, reads=(REWARD,), compares=False),
     "sppo_single": Loss(sppo_single, reads=(PAIR_WIN_PROB,)),
+    "tspin": Loss(tspin, responses=(*SIDES, INITIAL), needs_reference=False, least={"historical_weight": 0}),
 }
 
 
