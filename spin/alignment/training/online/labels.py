@@ -71,7 +71,7 @@ class PairMaker:
             counts.without_pair += not pairs
             counts.unpaired += self.pairing.unpaired(rows)
             made = [self._feature(prompt, pair) for pair in pairs]
-            if self.config.baseline == "prompt":
+            if self.config.baseline == "prompt" and self.relative_columns():
                 self.subtract_baseline(
                     made, [row["rejected_score"] for row in rows if row["rejected_score"] is not None]
                 )
