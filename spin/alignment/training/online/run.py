@@ -29,6 +29,7 @@ def check_settings(settings: Settings) -> None:
     Raises:
         InputError: naming the key and the fix.
     """
+    from spin.alignment.generation import BACKENDS, find_backend
     from spin.alignment.rewards import check_scorer
 
     arguments, model, data = settings.arguments, settings.model, settings.data
@@ -51,9 +52,10 @@ def check_settings(settings: Settings) -> None:
             f"max_prompt_length {data.max_prompt_length} and max_new_tokens {arguments.max_new_tokens} exceed max_length "
             f"{data.max_length}: lower one, or raise max_length"
         )
-    if model.use_peft and arguments.backend == "vllm":
+    if model.use_peft and find_backend(arguments.backend).online == "engine":
+        others = " or ".join(name for name in BACKENDS if find_backend(name).online == "own_module")
         raise InputError(
-            "use_peft does not go with backend vllm online (its weights are reloaded whole): use transformers"
+            f"use_peft does not go with backend {arguments.backend} online (its weights are reloaded whole): use {others}"
         )
     held_out = [split for split in data.dataset_splits if split.startswith("test")]
     if held_out:
@@ -112,6 +114,7 @@ def check_references(settings: Settings, splits: dict[str, PromptDataset]) -> No
 
 def make_sampler(settings: Settings, trainer: OnlineTrainer, encoder: ChatEncoder) -> PolicySampler:
     """Return what draws the responses of this process."""
+    from spin.alignment.generation import find_backend, make_backend
     from spin.alignment.generation.base import BackendSettings
     from spin.alignment.logprobs.forward import causal_model
     from spin.alignment.training.online.samplers import EngineSampler, InPlaceSampler
@@ -130,8 +133,9 @@ def make_sampler(settings: Settings, trainer: OnlineTrainer, encoder: ChatEncode
         pad_id=encoder.pad_id,
         decode=encoder.decode,
     )
-    if arguments.backend == "vllm":
-        return EngineSampler(backend, lambda folder: save_weights(model, folder))
+    if find_backend(arguments.backend).online == "engine":
+        engine = make_backend(arguments.backend, backend)
+        return EngineSampler(engine, lambda folder: save_weights(model, folder))
     return InPlaceSampler(model, backend, trainer.pair_forward.own_attention, trainer.compute_loss_context_manager)
 
 
@@ -156,10 +160,9 @@ class OnlineTraining(TrainingProgram):
     def check_settings(self, settings: Settings) -> None:
         """Check what needs no model, and that the engine that draws responses is installed."""
         check_settings(settings)
-        if settings.arguments.backend == "vllm":
-            from spin.alignment.generation.vllm.backend import check_installed
+        from spin.alignment.generation import find_backend
 
-            check_installed()
+        find_backend(settings.arguments.backend).check_installed()
 
     def load_data(self, settings: Settings, encoder: ChatEncoder) -> TrainingData:
         """Load, mix and encode the prompts; those that are too long are left out and counted by split."""
