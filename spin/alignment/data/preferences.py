@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.parquet import open_parquet, read_batches
 from spin.alignment.core.provenance import METADATA_KEY, Provenance, read_provenance
-from spin.alignment.core.sides import SIDES
+from spin.alignment.core.sides import INITIAL, SIDES
 from spin.alignment.data.formats import Message, check_conversation, prompt_hash, whole_conversation
 from spin.alignment.data.rows import LABEL_TYPE, OPTIONAL_COLUMNS, PREFERENCE_SCHEMA
 from spin.alignment.data.source_files import read_records, split_files
@@ -127,10 +127,11 @@ def _preference_row(record: Mapping[str, Any], where: str) -> dict[str, Any]:
     row = {name: value for name, value in record.items() if value is not None}
     if {"real", "generated"} <= row.keys():
         row["chosen"], row["rejected"] = row.pop("real"), row.pop("generated")
-    for name in ("chosen", "rejected"):
+    for name in SIDES:
         if name not in row:
             raise InputError(f"{where} lacks the column '{name}': convert the data with spin/convert_data.py")
-    row["chosen"], row["rejected"] = (whole_conversation(row, name, where) for name in ("chosen", "rejected"))
+    conversations = {name: whole_conversation(row, name, where) for name in (*SIDES, INITIAL) if name in row}
+    row |= conversations
     check_pair(row["chosen"], row["rejected"], where, row.get("chosen_token_ids") is not None)
     row["prompt_id"] = str(row.get("prompt_id") or prompt_hash(row["chosen"][:-1]))
     return row

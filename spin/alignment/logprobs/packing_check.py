@@ -39,7 +39,7 @@ def check_packed_forward(forward: PairForward, pairs: PairDataset) -> None:
     Raises:
         InputError: they differ: something in this architecture reads the row as one sequence.
     """
-    features = short_pairs(pairs, forward.padded.responses)
+    features = short_pairs(pairs, forward.batcher.collator.responses)
     with forward.evaluation():
         packed, padded = forward.logps(features), forward.padded_logps(features)
     difference = (torch.cat(packed) - torch.cat(padded)).abs().mean().item()

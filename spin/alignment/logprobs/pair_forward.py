@@ -67,7 +67,7 @@ class PairForward:
     ) -> PairForward:
         """Return how a model passes padded rows, ``pairs_per_batch`` pairs at a time. The model is left as it is.
 
-        ``responses`` names those of a pair that are passed, in the order of the loss's streams.
+        ``responses`` are those of a row, in the order of the loss's streams.
         """
         padded = PairCollator(pad_id, responses)
         own_attention = str(causal_model(model).config._attn_implementation)
@@ -87,9 +87,8 @@ class PairForward:
         check_architecture(causal)
         kernel = choose_kernel(causal, self.device, self.dtype, attention)
         fused_head = install_packed_forward(self.model, fused_head)
-        collator = PackedCollator(
-            kernel, causal.config.get_text_config().vocab_size, share_prompts, self.padded.responses
-        )
+        vocab_size = causal.config.get_text_config().vocab_size
+        collator = PackedCollator(kernel, vocab_size, share_prompts, self.padded.responses)
         batcher = MicroBatcher(collator, token_budget, self.batcher.pairs)
         return replace(self, batcher=batcher, fused_head=fused_head)
 

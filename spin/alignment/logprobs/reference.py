@@ -62,13 +62,12 @@ def compute_reference(
     batches = longest_first(dataset.rows, missing, forward.batcher)
     count, rank = accelerator.num_processes, accelerator.process_index
     rounds = -(-len(batches) // count)
-    schema = _schema(forward.padded.responses)
+    schema = _schema(forward.batcher.collator.responses)
     results: dict[int, list[np.ndarray]] = {}
     with forward.evaluation():
         for turn in range(rounds):
             indices = batches[min(turn * count + rank, len(batches) - 1)]
             logps = [response.numpy() for response in forward.logps([dataset.rows[index] for index in indices])]
-            # Chosen responses of all pairs come first, then the rejected ones: every len(indices)-th is of one pair.
             results |= {index: logps[place :: len(indices)] for place, index in enumerate(indices)}
             if len(results) >= _PART_PAIRS or turn + 1 == rounds:
                 _write(path.with_name(f".{path.name}.part-{uuid.uuid4().hex[:12]}"), results, key, schema)

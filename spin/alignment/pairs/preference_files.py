@@ -18,6 +18,7 @@ from spin.alignment.core.errors import InputError
 from spin.alignment.core.files import fsync_folder, remove_files, remove_leftovers, write_json_atomic
 from spin.alignment.core.parquet import ParquetSink
 from spin.alignment.core.provenance import Provenance
+from spin.alignment.core.sides import SIDES
 from spin.alignment.data.rows import LABEL_TYPE, OPTIONAL_COLUMNS
 from spin.alignment.methods.pairings import Pairing, no_truth
 from spin.alignment.pairs.annotate import Labeller, count_failures
@@ -64,9 +65,9 @@ class Selection:
         pairs = batch if self.pairing.keeps_rows else self._paired(batch, num_samples, counts)
         if self.initial is not None:
             pairs = self.initial.join(pairs)
-        identical = pc.equal(
-            *(pc.utf8_trim_whitespace(last_contents(pairs, name)) for name in ("chosen", "rejected"))
-        ).to_numpy(zero_copy_only=False)
+        identical = pc.equal(*(pc.utf8_trim_whitespace(last_contents(pairs, name)) for name in SIDES)).to_numpy(
+            zero_copy_only=False
+        )
         truncated = np.zeros(pairs.num_rows, dtype=bool)
         for name in pairs.schema.names:
             if name.endswith("_finish_reason"):

@@ -130,7 +130,8 @@ def row_problems(row: dict[str, Any], where: str, is_pair: bool, encoder: ChatEn
             check_conversation(row["chosen"], where)
     except InputError as error:
         return [str(error)]
-    for side in SIDES if is_pair else ():
+    responses = (*SIDES, *([INITIAL] if row.get(INITIAL) else []))
+    for side in responses if is_pair else ():
         problems += [
             f"{where}: {problem}" for problem in (*side_problems(row, side, encoder), *label_problems(row, side))
         ]

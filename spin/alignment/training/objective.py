@@ -17,7 +17,7 @@ class PairObjective:
 
     def __init__(self, args: SPINConfig, first_loss: FirstLoss) -> None:
         self.args, self.first_loss = args, first_loss
-        self.metrics = {mode: PairMetrics(args.loss) for mode in ("train", "eval")}
+        self.metrics = {"train": PairMetrics(args.loss), "eval": PairMetrics(args.loss)}
 
     def __call__(
         self, inputs: LossInputs, share: float | torch.Tensor, training: bool, counted: bool, step: int
@@ -52,7 +52,7 @@ class PairObjective:
 
 
 def per_pair(outputs: LossOutputs) -> torch.Tensor:
-    """Return the losses ``(B,)`` of pairs; where a loss has one for each response (``(2B,)``), their mean over a pair."""
+    """Return the losses ``(B,)`` of pairs; where a loss has one for each response (``(2B,)``), the mean of a pair's two."""
     pairs = len(outputs.chosen_rewards)
     return outputs.losses if len(outputs.losses) == pairs else outputs.losses.view(-1, pairs).mean(dim=0)
 

@@ -110,7 +110,7 @@ def _pass_one_pair(forward: PairForward, tokens: int) -> torch.Tensor:
 
     Without an objective: the fused head takes gradients on the way, and a measured pass has none.
     """
-    names = forward.padded.responses
+    names = forward.batcher.collator.responses
     share = tokens // (1 + len(names))
     pair = {"prompt_ids": [0] * (tokens - len(names) * share)} | {f"{name}_ids": [0] * share for name in names}
     forward.model.train()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.provenance import hash_text
+from spin.alignment.generation import BACKENDS, find_backend, make_backend
 from spin.alignment.pairs.annotate import scorer_record
 from spin.alignment.rewards import make_scorer
 from spin.alignment.training.online.config import OnlineConfig
@@ -29,7 +30,6 @@ def check_settings(settings: Settings) -> None:
     Raises:
         InputError: naming the key and the fix.
     """
-    from spin.alignment.generation import BACKENDS, find_backend
     from spin.alignment.rewards import check_scorer
 
     arguments, model, data = settings.arguments, settings.model, settings.data
@@ -114,7 +114,6 @@ def check_references(settings: Settings, splits: dict[str, PromptDataset]) -> No
 
 def make_sampler(settings: Settings, trainer: OnlineTrainer, encoder: ChatEncoder) -> PolicySampler:
     """Return what draws the responses of this process."""
-    from spin.alignment.generation import find_backend, make_backend
     from spin.alignment.generation.base import BackendSettings
     from spin.alignment.logprobs.forward import causal_model
     from spin.alignment.training.online.samplers import EngineSampler, InPlaceSampler
@@ -160,8 +159,6 @@ class OnlineTraining(TrainingProgram):
     def check_settings(self, settings: Settings) -> None:
         """Check what needs no model, and that the engine that draws responses is installed."""
         check_settings(settings)
-        from spin.alignment.generation import find_backend
-
         find_backend(settings.arguments.backend).check_installed()
 
     def load_data(self, settings: Settings, encoder: ChatEncoder) -> TrainingData:
