@@ -27,7 +27,7 @@ def main(arguments: Sequence[str]) -> None:
     check_options(options)
     interrupt_on_sigterm()
     from spin.alignment.core.files import read_json
-    from spin.alignment.pairs.preference_files import sole_writer
+    from spin.alignment.core.lock import folder_lock
 
     output_dir = Path(options.output_dir)
     splits = find_splits(options)
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str]) -> None:
         print(f"{output_dir} is complete already")
         show_counts({split: read_json(files.counts_path) for split, files in sets.items()})
         return
-    with sole_writer(output_dir):
+    with folder_lock(output_dir, setting="output_dir"):
         write_sets(splits, sets, options)
     show_counts({split.name: sets[split.name].counts for split in splits})
     for item in (skipped for split in splits for skipped in split.skipped):

@@ -195,6 +195,11 @@ class RunConfig:
         """The model that iteration 0 starts from and plays against."""
         return self.model if self.sft is None else str(Path(self.run_dir) / "sft" / "checkpoint")
 
+    @property
+    def self_play_iterations(self) -> range:
+        """The iterations of generation and training: none where online training takes their place."""
+        return range(self.iterations if self.online is None else 0)
+
     def opponent(self, iteration: int) -> str:
         """The model that generates for an iteration: also what its training starts from."""
         return self.start_model if iteration == 0 else str(self.iteration_dir(iteration - 1) / "checkpoint")

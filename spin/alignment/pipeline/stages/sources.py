@@ -1,0 +1,45 @@
+"""What stages are made from: models, data sets, pairs, and the scorers of responses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from spin.alignment.models.folder import model_files
+from spin.alignment.pipeline.stages.base import Source
+
+
+def model_source(model: str) -> Source:
+    return Source(model, lambda: model_files(model))
+
+
+def data_source(path: str, split: str) -> Source:
+    from spin.alignment.data.source_files import split_files
+
+    return Source(f"{path} {split}", lambda: split_files(Path(path), split) if Path(path).exists() else [])
+
+
+def pair_sources(folders: Sequence[str]) -> list[Source]:
+    return [
+        Source(path, lambda path=path: sorted(Path(path).glob("*_prefs-*.parquet")))  # type: ignore[misc]
+        for path in folders
+    ]
+
+
+def scorer_sources(section: Mapping[str, Any]) -> list[Source]:
+    """What the scores of a section depend on beside its settings: the scoring model, or the modules of its own rules."""
+    from spin.alignment.pairs.annotate import rule_files
+
+    name, model = str(section.get("scorer") or ""), section.get("scorer_model")
+    sources = [model_source(str(model))] if model and name != "judge" else []
+    return sources + ([Source(f"scorer {name}", lambda: list(rule_files(name).values()))] if ":" in name else [])
+
+
+def needs_ground_truth(section: Mapping[str, Any], default_pairing: str) -> bool:
+    """Return whether the pairing or the scorer of a section compares responses with the ground truth."""
+    from spin.alignment.methods.pairings import needs_truth
+    from spin.alignment.rewards import needs_reference
+
+    scorer = section.get("scorer")
+    return needs_truth(section.get("pairing", default_pairing)) or (scorer is not None and needs_reference(scorer))

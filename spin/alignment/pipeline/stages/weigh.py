@@ -1,0 +1,55 @@
+"""``iterT/weigh``: token weights for the pairs of an iteration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from spin.alignment.pipeline.config import RunConfig, flags
+from spin.alignment.pipeline.stages.base import Stage, StageKind
+from spin.alignment.pipeline.stages.sources import model_source, pair_sources
+
+
+class Weigh(StageKind):
+    program = "estimate_weights.py"
+
+    def in_iteration(self, config: RunConfig, iteration: int) -> list[Stage]:
+        if config.weigh is None:
+            return []
+        values = config.weigh_values(iteration)
+        models = [values[key] for key in ("model_plus", "model_minus", "tokenizer") if values.get(key)]
+        weights, page = Path(values["output_dir"]), Path(values["page"])
+        return [
+            Stage(
+                kind=self,
+                name=f"iter{iteration}/weigh",
+                configs=[values],
+                settings=values,
+                sources=[*map(model_source, models), *pair_sources([values["input_dir"]])],
+                outputs=lambda: [
+                    *sorted(weights.glob("*_prefs-*.parquet")),
+                    *sorted(weights.glob("*.weights.json")),
+                    page,
+                ],
+                folder=weights,
+                launch=config.launch,
+                iteration=iteration,
+            )
+        ]
+
+    def check_settings(self, config: RunConfig, source: str) -> None:
+        """Check the flags, and the teacher as far as that goes without its weights."""
+        if config.weigh is None:
+            return
+        from spin.alignment.token_weights.options import check_options, check_teacher, make_parser
+
+        options = make_parser().parse_args(flags(config.weigh_values(0)))
+        check_options(options)
+        if options.weighting == "teacher":
+            check_teacher(options, config.model)
+
+    def problems(self, stage: Stage, config: RunConfig) -> list[str]:
+        """Token ids are not decoded again: they are those of the pairs."""
+        from spin.alignment.pipeline.data_checks import data_problems
+
+        assert stage.folder is not None
+        return data_problems(stage.folder, None)[1]
