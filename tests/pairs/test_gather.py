@@ -185,8 +185,10 @@ def test_columns_must_agree_in_all_but_their_order(tmp_path):
 def test_one_gathering_at_a_time_writes_a_folder(tmp_path):
     folder = write_whole(tmp_path / "in")
     with folder_lock(tmp_path / "out", setting="output_dir"):
-        said = refusal(folder, tmp_path / "out")
-    assert f"out is in use by process {os.getpid()}: wait for it, or choose another output_dir" in said
+        code, _, errors = gather(folder, tmp_path / "out")
+        assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
+    assert code == 2
+    assert f"out is in use by process {os.getpid()}: wait for it, or choose another output_dir" in errors
     assert gather(folder, tmp_path / "out")[0] == 0
     assert not (tmp_path / "out" / ".lock").exists()
 
