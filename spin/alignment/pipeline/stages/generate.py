@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,22 @@ class Generate(StageKind):
     program = "generate.py"
 
     def in_iteration(self, config: RunConfig, iteration: int) -> list[Stage]:
-        """All training prompts, and the held-out ones with ``data.test_pairs``; the model is loaded once for each split."""
-        data, output_dir = config.data, config.iteration_dir(iteration) / "generated"
+        output_dir, seed = config.iteration_dir(iteration) / "generated", config.generation_seed(iteration)
+        return [self.stage(config, f"iter{iteration}/generate", iteration, output_dir, seed)]
+
+    def stage(self, config: RunConfig, name: str, iteration: int, output_dir: Path, seed: int) -> Stage:
+        """Return the stage that lets the opponent of an iteration answer its prompts.
+
+        All training prompts, and the held-out ones with ``data.test_pairs``; the model is loaded once for each split.
+        """
+        data, opponent = config.data, config.opponent(iteration)
         path, split = data.played(iteration)
-        opponent = config.opponent(iteration)
         managed: dict[str, Any] = {
             "model": opponent,
             "revision": config.model_revision if opponent == config.model else None,
             "output_dir": str(output_dir),
             "iteration": iteration,
-            "seed": config.generation_seed(iteration),
+            "seed": seed,
         }
         shared = managed | {"data_frac": "auto"} | config.generate
         configs = [shared | {"input_dir": path, "split": split}]
@@ -33,19 +40,17 @@ class Generate(StageKind):
         if data.test_pairs:
             configs.append(shared | {"input_dir": data.test, "split": data.test_split, "frac_len": 0})
             sources.append(data_source(data.test, data.test_split))
-        return [
-            Stage(
-                kind=self,
-                name=f"iter{iteration}/generate",
-                configs=configs,
-                settings=managed | config.generate | {"splits": [item["split"] for item in configs]},
-                sources=sources,
-                outputs=functools.partial(fraction_files, config, iteration),
-                folder=output_dir,
-                launch=config.launch,
-                iteration=iteration,
-            )
-        ]
+        return Stage(
+            kind=self,
+            name=name,
+            configs=configs,
+            settings=managed | config.generate | {"splits": [item["split"] for item in configs]},
+            sources=sources,
+            outputs=functools.partial(fraction_files, configs),
+            folder=output_dir,
+            launch=config.launch,
+            iteration=iteration,
+        )
 
     def check_settings(self, config: RunConfig, source: str) -> None:
         from spin.alignment.generation.generate import check_options
@@ -78,14 +83,13 @@ def sampling_options(config: RunConfig) -> Any:
     return make_parser().parse_args([*managed, *flags(config.generate)])
 
 
-def fraction_files(config: RunConfig, iteration: int) -> list[Path]:
-    """Return the fractions of an iteration: those of its training prompts, and one of the held-out prompts."""
-    data, folder = config.data, config.iteration_dir(iteration) / "generated"
-    path, split = data.played(iteration)
-    counts = {split: _num_fractions(path, split, int(config.generate.get("frac_len") or 0))}
-    if data.test_pairs:
-        counts[data.test_split] = 1
-    return [folder / f"{split}-{number:05d}.parquet" for split, count in counts.items() for number in range(count)]
+def fraction_files(configs: Sequence[Mapping[str, Any]]) -> list[Path]:
+    """Return the files that generations write, every fraction of each."""
+    return [
+        Path(config["output_dir"]) / f"{config['split']}-{number:05d}.parquet"
+        for config in configs
+        for number in range(_num_fractions(config["input_dir"], config["split"], int(config.get("frac_len") or 0)))
+    ]
 
 
 @functools.lru_cache(maxsize=16)
