@@ -1,0 +1,73 @@
+"""The settings of a program for people: the key tables of the docs, and the usage of programs that take a configuration file."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import textwrap
+import typing
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from spin.alignment.core.settings import MISSING, declaration_of, default_of, grouped, hints_of
+
+WIDTH = 110
+
+
+def default_text(field: dataclasses.Field[Any]) -> str:
+    """Return the default of a field in words: ``0.1``, ``false``, ``none``, or what ``None`` stands for."""
+    default = default_of(field)
+    if default is MISSING:
+        return ""
+    if default is None or default in ("", [], {}, ()):
+        return declaration_of(field).unset or "none"
+    return _text(default)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return re.sub(r"e([+-])0", r"e\1", f"{value:g}")
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_text, value))
+    return str(value)
+
+
+def key_table(fields: Iterable[dataclasses.Field[Any]], config_class: type, flags: bool = False) -> str:
+    """Return a markdown table of settings: name, default, meaning. ``flags`` writes the names with two dashes."""
+    rows = [f"| {'flag' if flags else 'key'} | default | meaning |", "| --- | --- | --- |"]
+    for field in fields:
+        hint = hints_of(config_class)[field.name]
+        choices = typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
+        named = ", ".join(f"`{choice}`" for choice in choices)
+        meaning = f"{named}: {declaration_of(field).help}" if named else declaration_of(field).help
+        name = f"--{field.name}" if flags else field.name
+        default = default_text(field) or "(required)"
+        rows.append(f"| `{name}` | {default} | {meaning} |".replace("  ", " "))
+    return "\n".join(rows)
+
+
+def usage(command: str, summary: str, config_classes: Sequence[type], rest: str) -> str:
+    """Return the ``--help`` of a program that takes a configuration file: every key with its sentence and default.
+
+    Args:
+        command: the command line up to the configuration file.
+        rest: what else the file may hold, and where to read on.
+    """
+    lines = [f"usage: {command} CONFIG.yaml [--key=value ...]", "", *textwrap.wrap(summary, WIDTH)]
+    seen: set[str] = set()
+    for config_class in config_classes:
+        for heading, fields in grouped(config_class).items():
+            new = [field for field in fields if field.name not in seen]
+            seen |= {field.name for field in new}
+            if new:
+                lines += ["", f"{heading or 'settings'}:", *(line for field in new for line in _usage_lines(field))]
+    return "\n".join([*lines, "", *textwrap.wrap(rest, WIDTH)])
+
+
+def _usage_lines(field: dataclasses.Field[Any]) -> list[str]:
+    default = default_text(field)
+    text = declaration_of(field).help + (f" (default: {default})" if default else "")
+    first = f"  {field.name}".ljust(30) + " "
+    return textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=" " * 31)
