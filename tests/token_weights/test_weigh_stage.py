@@ -11,7 +11,7 @@ import pytest
 
 from spin import cli
 from spin.alignment.core.parquet import read_rows
-from spin.alignment.pipeline.config import flags, load_run_config
+from spin.alignment.pipeline.config import load_run_config
 from spin.alignment.pipeline.lineage import lineage
 from spin.alignment.pipeline.manifest import RunManifest
 from spin.alignment.pipeline.stages import make_stages
@@ -159,7 +159,6 @@ def test_help_of_the_run_is_light():
 
 
 def test_shipped_runs_differ_in_the_weights_alone(monkeypatch):
-    from spin.alignment.token_weights.options import check_options, make_parser
     from spin.alignment.training.settings import read_settings
     from spin.alignment.training.trainer import SPINConfig
 
@@ -179,6 +178,7 @@ def test_shipped_runs_differ_in_the_weights_alone(monkeypatch):
         same = [{key: item for key, item in values.items() if key not in places} for values in settings]
         assert same[0] == same[1]
         assert len(settings[1]["dataset_mixer"]) == min(2, iteration + 1)
-    options = make_parser().parse_args(flags(weighted.weigh_values(1)))
-    assert check_options(options) == ("exponential", {"k": 1.0, "mu": 1.0, "lower": -0.5, "upper": 1.5})
-    assert (options.max_length, options.max_prompt_length) == (512, 256)
+    weights = weighted.weights_config(1)
+    assert weights.transform_name == "exponential"
+    assert weights.transform_settings == {"k": 1.0, "mu": 1.0, "lower": -0.5, "upper": 1.5}
+    assert (weights.max_length, weights.max_prompt_length) == (512, 256)

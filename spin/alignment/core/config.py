@@ -23,11 +23,23 @@ from spin.alignment.core.errors import InputError, suggestion
 C = TypeVar("C")
 
 
-def load_yaml(path: str | Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+def load_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML mapping, resolving ``extends`` first; nested mappings are merged key by key.
 
     Raises:
         InputError: the file is missing, is not valid YAML, is not a mapping, or extends itself.
+    """
+    values: dict[str, Any] = {}
+    for _, content in load_chain(path):
+        values = merge(values, content)
+    return values
+
+
+def load_chain(path: str | Path, _seen: tuple[Path, ...] = ()) -> list[tuple[Path, dict[str, Any]]]:
+    """Read a YAML file and those it extends; return each with its own content, the file that extends nothing first.
+
+    Raises:
+        InputError: as :func:`load_yaml`.
     """
     path = Path(path)
     if not path.is_file():
@@ -38,14 +50,13 @@ def load_yaml(path: str | Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
-        raise InputError(f"{path} is not valid YAML ({reason}): mend the file") from error
+        raise InputError(f"{path} is not valid YAML ({reason}): correct the file") from error
     content = {} if content is None else content
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise InputError(f"{path} does not hold 'key: value' lines: write one setting a line")
     parent = content.pop("extends", None)
-    if parent is None:
-        return content
-    return merge(load_yaml(path.parent / str(parent), (*_seen, path.resolve())), content)
+    below = [] if parent is None else load_chain(path.parent / str(parent), (*_seen, path.resolve()))
+    return [*below, (path, content)]
 
 
 def merge(base: Mapping[str, Any], overlay: Mapping[str, Any]) -> dict[str, Any]:

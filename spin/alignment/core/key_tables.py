@@ -43,7 +43,7 @@ def key_table(fields: Iterable[dataclasses.Field[Any]], config_class: type, flag
         named = ", ".join(f"`{choice}`" for choice in choices)
         meaning = f"{named}: {declaration_of(field).help}" if named else declaration_of(field).help
         name = f"--{field.name}" if flags else field.name
-        default = default_text(field) or "(required)"
+        default = default_text(field) or "must be given"
         rows.append(f"| `{name}` | {default} | {meaning} |".replace("  ", " "))
     return "\n".join(rows)
 
@@ -68,6 +68,6 @@ def usage(command: str, summary: str, config_classes: Sequence[type], rest: str)
 
 def _usage_lines(field: dataclasses.Field[Any]) -> list[str]:
     default = default_text(field)
-    text = declaration_of(field).help + (f" (default: {default})" if default else "")
+    text = declaration_of(field).help + f" ({f'default: {default}' if default else 'must be given'})"
     first = f"  {field.name}".ljust(30) + " "
-    return textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=" " * 31)
+    return textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=" " * 31, break_on_hyphens=False)

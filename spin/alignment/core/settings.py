@@ -19,7 +19,7 @@ import dataclasses
 import functools
 import math
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass
 from typing import Any, TypeVar
 
@@ -132,28 +132,38 @@ def grouped(config_class: type) -> dict[str, list[dataclasses.Field[Any]]]:
     return groups
 
 
-@functools.cache
 def hints_of(config_class: type) -> dict[str, Any]:
     """Return the type of every field of a class."""
     return typing.get_type_hints(config_class)
 
 
-def check_settings(config: Any) -> None:
+def check_settings(config: Any, name_of: Callable[[str], str] = str) -> None:
     """Check every declared setting of an instance: right type, known choice, finite, in range; for ``__post_init__``.
 
-    Values of a like type (a path for a text, a tuple for a list) are converted in place.
+    Values of a like type (a path for a text, a tuple for a list) are converted in place. ``name_of`` gives the name under
+    which a user knows a field.
 
     Raises:
         InputError: naming the setting, its value and what it may be.
     """
     hints = hints_of(type(config))
     for name, field in settings_of(type(config)).items():
-        value = convert(getattr(config, name), hints[name], name)
+        value = checked_value(field, hints[name], getattr(config, name), name_of(name))
         object.__setattr__(config, name, value)  # a frozen class as well
-        declaration = declaration_of(field)
-        for number in numbers_in(value):
-            if not declaration.allows(number):
-                raise InputError(f"{name} is {number}: set it to {declaration.range()}")
+
+
+def checked_value(field: dataclasses.Field[Any], hint: Any, value: Any, where: str) -> Any:
+    """Return a value converted to the type of its field; ``where`` names it in errors.
+
+    Raises:
+        InputError: another type, an unknown choice, a number that is not finite or out of range.
+    """
+    value = convert(value, hint, where)
+    declaration = declaration_of(field)
+    for number in numbers_in(value) if _KEY in field.metadata else ():
+        if not declaration.allows(number):
+            raise InputError(f"{where} is {number}: set it to {declaration.range()}")
+    return value
 
 
 def numbers_in(value: Any) -> list[float]:
@@ -172,6 +182,13 @@ def part_of(config: Any, config_class: type[C], **more: Any) -> C:
         if origin is not None and origin[0] is config_class:
             values[origin[1]] = getattr(config, name)
     return config_class(**{**values, **more})
+
+
+def changed_of(config: Any, config_class: type) -> list[str]:
+    """Return the names of the fields that are declared :func:`same_as` one of ``config_class`` and differ from their default."""
+    fields = settings_of(type(config)).items()
+    own = {name: field for name, field in fields if (declaration_of(field).origin or (None,))[0] is config_class}
+    return [name for name, field in own.items() if getattr(config, name) != default_of(field)]
 
 
 def recorded(config: Any) -> dict[str, Any]:

@@ -17,13 +17,15 @@ class DataConfig:
 
     dataset_mixer: dict[str, float] = setting(
         {},
-        "'path: fraction' lines: folders of preference parquet (run_sft.py, run_online.py: prompts) (required)",
+        "'path: fraction' lines: folders of preference parquet (run_sft.py, run_online.py: prompts)",
         group="data",
-        unset="-",
+        unset="must be given",
         set_by_run=True,
     )
     dataset_splits: list[str] = setting(
-        ["train_prefs"], "splits to load (run_sft.py, run_online.py: train); add test_prefs to evaluate", set_by_run=True
+        ["train_prefs"],
+        "splits to load (run_sft.py, run_online.py: train); add test_prefs to evaluate",
+        set_by_run=True,
     )
     preprocessing_num_workers: int = setting(1, "processes that encode the data", ge=1, recorded=False)
     max_length: int = setting(1024, "longest prompt plus response, in tokens", ge=1)

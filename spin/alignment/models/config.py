@@ -17,9 +17,9 @@ class ModelConfig:
 
     model_name_or_path: str = setting(
         "",
-        "folder or Hub name of the model that training starts from; in self-play it is the opponent (required)",
+        "folder or Hub name of the model that training starts from; in self-play it is the opponent",
         group="model",
-        unset="-",
+        unset="must be given",
         set_by_run=True,
     )
     model_revision: str | None = setting(None, "revision of a Hub model", set_by_run=True)

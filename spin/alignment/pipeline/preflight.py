@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from spin.alignment.core.errors import InputError
 
 if TYPE_CHECKING:
+    from spin.alignment.generation.config import GenerateConfig
     from spin.alignment.pipeline.config import RunConfig
 
 
@@ -17,28 +18,20 @@ def check_before_start(config: RunConfig, source: str) -> None:
     Raises:
         InputError: what is wrong, with the section or file it stands in.
     """
-    from spin.alignment.evaluation import evaluate
-    from spin.alignment.generation import generate
     from spin.alignment.methods.pairings import PAIRINGS, check_num_samples
     from spin.alignment.models.folder import check_model_path
-    from spin.alignment.pairs import convert
-    from spin.alignment.pipeline.config import flags
+    from spin.alignment.pairs.annotate import scorer_settings
 
-    managed = ["--model", config.model, "--input_dir", config.data.train, "--output_dir", config.run_dir]
-    sampling = generate.make_parser().parse_args([*managed, *flags(config.generate)])
-    generate.check_options(sampling)
-    options = convert.make_parser().parse_args([*managed[2:], *flags(config.convert)])
-    convert.check_flags(options)
+    generation, conversion = config.generate_config(0), config.convert_config(0)
+    generation.check_files()
+    scorer_settings(conversion)
     if config.online is None:
-        check_num_samples(options.pairing, PAIRINGS[options.pairing], sampling.num_samples)
-    evaluation = evaluate.make_parser().parse_args(
-        [*managed[:4], "--output_file", config.run_dir, *flags(config.evaluate)]
-    )
-    evaluate.check_options(evaluation)
+        check_num_samples(conversion.pairing, PAIRINGS[conversion.pairing], generation.num_samples)
+    config.evaluate_config("start", config.start_model).check_metric()
     check_model_path(config.model, needs_weights=not (config.sft or {}).get("init_from_config", False))
-    check_training_settings(config, source, options.pairing)
+    check_training_settings(config, source, conversion.pairing)
     check_weighing(config)
-    check_data(config, sampling)
+    check_data(config, generation)
 
 
 def check_training_settings(config: RunConfig, source: str, pairing: str = "ground_truth") -> None:
@@ -75,16 +68,14 @@ def check_weighing(config: RunConfig) -> None:
     """Check the flags of the section ``weigh``, and the teacher as far as that goes without its weights."""
     if config.weigh is None:
         return
-    from spin.alignment.pipeline.config import flags
-    from spin.alignment.token_weights import options as weights
+    from spin.alignment.token_weights.judges import check_teacher
 
-    options = weights.make_parser().parse_args(flags(config.weigh_values(0)))
-    weights.check_options(options)
-    if options.weighting == "teacher":
-        weights.check_teacher(options, config.model)
+    weights = config.weights_config(0)
+    if weights.weighting == "teacher":
+        check_teacher(weights, config.model)
 
 
-def check_data(config: RunConfig, sampling: Any) -> None:
+def check_data(config: RunConfig, generation: GenerateConfig) -> None:
     """Read the prompts and encode some of them, so that an unusable template shows before hours of training.
 
     Only SFT, the evaluation and pairings that compare with the ground truth need one.
@@ -94,7 +85,7 @@ def check_data(config: RunConfig, sampling: Any) -> None:
     from spin.alignment.data.rows import load_prompts
 
     # What the program that reads the prompts is told: run_online.py where it takes the place of generate.py.
-    told = {"trust_remote_code": sampling.trust_remote_code, "system": sampling.system}
+    told: dict[str, Any] = {"trust_remote_code": generation.trust_remote_code, "system": generation.system}
     told = {name: (config.online or {}).get(name, value) for name, value in told.items()}
     tokenizer = load_tokenizer(config.model, config.model_revision, told["trust_remote_code"])
     encoder = ChatEncoder(tokenizer, told["system"])

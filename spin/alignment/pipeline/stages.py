@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from spin.alignment.core.flags import to_arguments
 from spin.alignment.models.folder import model_files
-from spin.alignment.pipeline.config import SCORERS_OF_RUN, RunConfig, flags
+from spin.alignment.pipeline.config import SCORERS_OF_RUN, RunConfig
 from spin.alignment.pipeline.manifest import RunManifest
 from spin.alignment.pipeline.processes import accelerate_command, python_command
 
@@ -112,30 +113,20 @@ def _launched(config: RunConfig, program: str, arguments: list[str]) -> list[str
 
 def generate_stage(config: RunConfig, iteration: int) -> Stage:
     """Responses of the opponent to all training prompts (and the held-out ones with ``data.test_pairs``)."""
-    data, output_dir = config.data, config.iteration_dir(iteration) / "generated"
-    path, split = data.played(iteration)
-    splits = [split] + ([data.test_split] if data.test_pairs else [])
-    managed: dict[str, Any] = {
-        "model": config.opponent(iteration),
-        "revision": config.model_revision if config.opponent(iteration) == config.model else None,
-        "output_dir": str(output_dir),
-        "iteration": iteration,
-        "seed": config.generation_seed(iteration),
-    }
-    commands, outputs = [], []
-    for split in splits:
-        held_out = split != data.played(iteration)[1]
-        source = {"input_dir": data.test if held_out else path, "split": split}
-        section = config.generate | ({"frac_len": 0} if held_out else {})
-        commands.append(_launched(config, "generate.py", flags({**managed, **source, "data_frac": "auto", **section})))
-        for fraction in range(1 if held_out else num_train_fractions(config, iteration)):
-            outputs.append(output_dir / f"{split}-{fraction:05d}.parquet")
+    data = config.data
+    configs = [config.generate_config(iteration)]
+    configs += [config.generate_config(iteration, held_out=True)] if data.test_pairs else []
+    output_dir, outputs = Path(configs[0].output_dir), []
+    for number, generation in enumerate(configs):
+        for fraction in range(num_train_fractions(config, iteration) if number == 0 else 1):
+            outputs.append(output_dir / f"{generation.split}-{fraction:05d}.parquet")
+    managed = {name: getattr(configs[0], name) for name in ("model", "revision", "output_dir", "iteration", "seed")}
     sources = [model_source(managed["model"]), data_source(*data.played(iteration))]
     sources += [data_source(data.test, data.test_split)] if data.test_pairs else []
     return Stage(
         name=f"iter{iteration}/generate",
-        commands=commands,
-        settings=managed | config.generate | {"splits": splits},
+        commands=[_launched(config, "generate.py", to_arguments(generation)) for generation in configs],
+        settings=managed | config.generate | {"splits": [generation.split for generation in configs]},
         sources=sources,
         outputs=lambda: outputs,
         folders=[output_dir],
@@ -159,7 +150,7 @@ def convert_stage(config: RunConfig, iteration: int) -> Stage:
     """Preference rows from the responses."""
     folder = config.iteration_dir(iteration)
     generated, pairs = folder / "generated", folder / "pairs"
-    arguments = flags({"input_dir": str(generated), "output_dir": str(pairs), **config.convert})
+    arguments = to_arguments(config.convert_config(iteration))
     return Stage(
         name=f"iter{iteration}/convert",
         commands=[python_command(PROGRAMS / "convert_data.py", arguments)],
@@ -211,7 +202,7 @@ def weigh_stages(config: RunConfig, iteration: int) -> list[Stage]:
     stages.append(
         Stage(
             name=f"iter{iteration}/weigh",
-            commands=[_launched(config, "estimate_weights.py", flags(values))],
+            commands=[_launched(config, "estimate_weights.py", to_arguments(config.weights_config(iteration)))],
             settings=values,
             sources=[*map(model_source, models), *pair_sources([values["input_dir"]])],
             outputs=lambda: [*sorted(weights.glob("*_prefs-*.parquet")), *sorted(weights.glob("*.weights.json")), page],
@@ -264,15 +255,10 @@ def evaluate_stages(config: RunConfig, name: str, model: str) -> list[Stage]:
     """The scores of one model on the held-out prompts; nothing when ``data.test`` is empty."""
     if not config.data.test:
         return []
-    output_file = Path(config.run_dir) / name / "eval.json"
-    managed = {
-        "model": model,
-        "revision": config.model_revision if model == config.model else None,
-        "input_dir": config.data.test,
-        "split": config.data.test_split,
-        "seed": config.seed,
-    }
-    arguments = flags({**managed, "output_file": str(output_file), **config.evaluate})
+    evaluation = config.evaluate_config(name, model)
+    output_file = Path(evaluation.output_file)
+    managed = {name: getattr(evaluation, name) for name in ("model", "revision", "input_dir", "split", "seed")}
+    arguments = to_arguments(evaluation)
     return [
         Stage(
             name=f"{name}/evaluate",

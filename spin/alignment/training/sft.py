@@ -9,20 +9,19 @@ import torch
 from trl import SFTConfig, SFTTrainer
 
 from spin.alignment.core.errors import InputError
+from spin.alignment.core.settings import check_settings
+from spin.alignment.training.keys import SFTKeys
 
 
 @dataclass
-class SFTArguments(SFTConfig):
-    """Every key of TRL's SFTConfig; nothing is switched on unasked."""
+class SFTArguments(SFTKeys, SFTConfig):
+    """Every key of TRL's SFTConfig, with the defaults of :class:`SFTKeys`."""
 
-    learning_rate: float = 2e-5
-    bf16: bool = False
-    gradient_checkpointing: bool = False
-    save_strategy: str = "epoch"
     dataset_kwargs: dict[str, Any] | None = None
     max_length: int | None = 1024
 
     def __post_init__(self) -> None:
+        check_settings(self)
         if self.packing or self.completion_only_loss is False or self.assistant_only_loss:
             raise InputError(
                 "packing, completion_only_loss and assistant_only_loss are set by run_sft.py: remove the key"
