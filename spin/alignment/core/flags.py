@@ -58,7 +58,8 @@ def _metavar(hint: Any) -> str:
         return "KEY=VALUE"
     if typing.get_origin(kinds[0]) in (list, tuple):
         kinds = members_of(typing.get_args(kinds[0])[0])
-    return {int: "N", float: "X"}.get(kinds[0], "TEXT")
+    names = [{int: "N", float: "X"}.get(kind, "TEXT") for kind in kinds if not choices_of(kind)]
+    return "|".join([*names, *(str(choice) for kind in kinds for choice in choices_of(kind))])
 
 
 def members_of(hint: Any) -> tuple[Any, ...]:

@@ -21,7 +21,7 @@ def default_text(field: dataclasses.Field[Any]) -> str:
         return ""
     if default is None or default in ("", [], {}, ()):
         return declaration_of(field).unset or "none"
-    return _text(default)
+    return "its own defaults" if dataclasses.is_dataclass(default) else _text(default)
 
 
 def _text(value: Any) -> str:
@@ -34,17 +34,15 @@ def _text(value: Any) -> str:
     return str(value)
 
 
-def key_table(fields: Iterable[dataclasses.Field[Any]], config_class: type, flags: bool = False) -> str:
-    """Return a markdown table of settings: name, default, meaning. ``flags`` writes the names with two dashes."""
-    rows = [f"| {'flag' if flags else 'key'} | default | meaning |", "| --- | --- | --- |"]
+def key_table(fields: Iterable[dataclasses.Field[Any]], config_class: type, prefix: str = "") -> str:
+    """Return a markdown table of settings: name (behind ``prefix``), default, meaning."""
+    rows = [f"| {'flag' if prefix == '--' else 'key'} | default | meaning |", "| --- | --- | --- |"]
+    hints = hints_of(config_class)
     for field in fields:
-        hint = hints_of(config_class)[field.name]
-        choices = typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
+        choices = typing.get_args(hints[field.name]) if typing.get_origin(hints[field.name]) is typing.Literal else ()
         named = ", ".join(f"`{choice}`" for choice in choices)
-        meaning = f"{named}: {declaration_of(field).help}" if named else declaration_of(field).help
-        name = f"--{field.name}" if flags else field.name
-        default = default_text(field) or "must be given"
-        rows.append(f"| `{name}` | {default} | {meaning} |".replace("  ", " "))
+        meaning = f"{named}; {declaration_of(field).help}" if named else declaration_of(field).help
+        rows.append(f"| `{prefix}{field.name}` | {default_text(field) or 'must be given'} | {meaning} |")
     return "\n".join(rows)
 
 
