@@ -11,8 +11,9 @@ from spin.alignment.methods.losses import LOSS_COLUMNS, LOSSES, LossInputs, Loss
 from spin.alignment.methods.pairings import PAIRINGS, check_num_samples
 from spin.alignment.pairs.annotate import check_loss
 from spin.alignment.pipeline.config import load_run_config
+from spin.alignment.training.objective import per_pair
 from spin.alignment.training.settings import read_settings
-from spin.alignment.training.trainer import SPINConfig, per_pair
+from spin.alignment.training.trainer import SPINConfig
 
 
 def doubles(*values):
