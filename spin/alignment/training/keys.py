@@ -115,4 +115,5 @@ class SFTKeys:
     bf16: bool = setting(False, "mixed precision in bfloat16", group="course")
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, slower")
     seed: int = setting(42, "seed of the data order and of everything random", ge=0, set_by_run=True)
+    logging_steps: float = setting(10, "steps between two log lines", recorded=False)
     save_strategy: str = setting("epoch", "when a checkpoint is saved: no, steps, epoch", recorded=False)
