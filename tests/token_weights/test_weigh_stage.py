@@ -88,7 +88,10 @@ def test_verdict_against_spin_without_weights():
         ({"weighting": "attention"}, "unknown weighting 'attention': choose one of drift"),
         ({**REVERSE, "transform": "exp"}, "unknown transform 'exp'"),
         ({**REVERSE, "transform_params": {"nu": 1}}, "names 'nu', which the transform exponential does not know"),
-        ({**REVERSE, "transfrom": "binary"}, "unknown key 'transfrom' in the section 'weigh'; did you mean 'transform'"),
+        (
+            {**REVERSE, "transfrom": "binary"},
+            "unknown key 'transfrom' in the section 'weigh'; did you mean 'transform'",
+        ),
         ({**REVERSE, "model_plus": "x"}, "weigh.model_plus is for teacher"),
         ({**REVERSE, "output_dir": "x"}, "'output_dir' in the section 'weigh' is set by the pipeline itself"),
         ({**REVERSE, "train": {"reverse": True}}, "'reverse' in weigh.train is set by the pipeline itself"),
