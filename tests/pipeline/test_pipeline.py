@@ -16,7 +16,7 @@ import pytest
 
 from spin import cli
 from spin.alignment.core.errors import InputError
-from spin.alignment.pipeline.config import flags, load_run_config
+from spin.alignment.pipeline.config import load_run_config
 from spin.alignment.pipeline.lineage import lineage
 from spin.alignment.pipeline.runner import Pipeline, explain
 from spin.alignment.pipeline.stage_runner import StageFailed
@@ -64,7 +64,7 @@ def test_each_iteration_trains_from_its_opponent_with_its_overrides(tmp_path):
 def test_one_command_makes_all_fractions_and_iterations_differ_in_their_seed(tmp_path):
     stages = {stage.name: stage for stage in make_stages(make_config(tmp_path))}
     (command,) = stages["iter0/generate"].commands  # the model is loaded once
-    assert command[command.index("--data_frac") + 1] == "auto"
+    assert "--data_frac=auto" in command
     assert [path.name for path in stages["iter0/generate"].outputs()] == ["train-00000.parquet", "train-00001.parquet"]
     seeds = {stages[f"iter{t}/generate"].settings["seed"] for t in (0, 1)}
     assert len(seeds) == 2
@@ -93,10 +93,6 @@ def test_paper_run_has_the_settings_of_its_later_iterations(monkeypatch):
     assert config.train_values(1)["dataset_splits"] == ["train_sft_prefs"]
 
 
-def test_flags_of_a_section():
-    assert flags({"a": 1, "b": True, "c": False, "d": None, "e": [0, 0.5]}) == ["--a", "1", "--b", "--e", "0", "0.5"]
-
-
 # --- bad configurations: one sentence, exit code 2, nothing written -----------------------------------------------------
 
 
@@ -109,8 +105,11 @@ def test_flags_of_a_section():
         ({"model": None}, "lacks the key 'model'"),
         ({"model": "./nowhere"}, "nowhere does not exist"),
         ({"data": {"train": "./no-data"}}, "no-data"),
-        ({"generate": {"temprature": 1}}, "unknown argument --temprature.*--temperature"),
-        ({"generate": {"temperature": -1}}, "temperature is -1"),
+        (
+            {"generate": {"temprature": 1}},
+            "unknown key 'temprature' in the section 'generate'; did you mean 'temperature'",
+        ),
+        ({"generate": {"temperature": -1}}, "temperature is -1.*in the section 'generate'"),
         (
             {"generate": {"backend": "jax"}},
             "unknown generation backend 'jax': choose one of openai, transformers, vllm",

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from spin.alignment.pipeline.config import LaunchConfig, RunConfig, flags
+from spin.alignment.core.flags import to_arguments
+from spin.alignment.pipeline.config import LaunchConfig, RunConfig
 from spin.alignment.pipeline.manifest import RunManifest
 from spin.alignment.pipeline.processes import accelerate_command
 
@@ -52,14 +53,15 @@ class Model:
 class Stage:
     """One skippable step of a run: programs that turn sources into outputs.
 
-    ``configs`` holds the settings of each program that is run, one after the other; ``settings`` is what the manifest
-    records of them. ``folder`` holds partial results, and is moved aside when the inputs have changed. ``needs`` names the
-    stages whose outputs it reads. ``makes`` is the model that it trains, ``scores`` the one that it evaluates.
+    ``configs`` holds the settings of each program that is run, one after the other: the dataclass that its command line is
+    made of, or the mapping that it reads as YAML. ``settings`` is what the manifest records of them. ``folder`` holds partial
+    results, and is moved aside when the inputs have changed. ``needs`` names the stages whose outputs it reads. ``makes`` is
+    the model that it trains, ``scores`` the one that it evaluates.
     """
 
     kind: StageKind
     name: str
-    configs: Sequence[Mapping[str, Any]]
+    configs: Sequence[Any]
     settings: Mapping[str, Any]
     sources: Sequence[Source]
     outputs: Callable[[], list[Path]]
@@ -130,9 +132,9 @@ class StageKind:
 
     # Around a program.
 
-    def command(self, stage: Stage, config: Mapping[str, Any]) -> list[str]:
+    def command(self, stage: Stage, config: Any) -> list[str]:
         """Return the command of the program with one of the stage's configs."""
-        return self.launched(stage, flags(config))
+        return self.launched(stage, to_arguments(config))
 
     def launched(self, stage: Stage, arguments: Sequence[str]) -> list[str]:
         launch = stage.launch

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from spin.alignment.core.errors import InputError
-from spin.alignment.pipeline.config import RunConfig, flags
+from spin.alignment.pipeline.config import RunConfig
 from spin.alignment.pipeline.stages.base import Source, Stage, StageKind
-from spin.alignment.pipeline.stages.generate import decoded_problems, sampling_options
+from spin.alignment.pipeline.stages.generate import decoded_problems
 from spin.alignment.pipeline.stages.sources import scorer_sources
 
 
@@ -15,13 +15,13 @@ class Convert(StageKind):
     program = "convert_data.py"
 
     def in_iteration(self, config: RunConfig, iteration: int) -> list[Stage]:
-        folder = config.iteration_dir(iteration)
-        generated, pairs = folder / "generated", folder / "pairs"
+        conversion = config.convert_config(iteration)
+        generated, pairs = Path(conversion.input_dir), Path(conversion.output_dir)
         return [
             Stage(
                 kind=self,
                 name=f"iter{iteration}/convert",
-                configs=[{"input_dir": str(generated), "output_dir": str(pairs), **config.convert}],
+                configs=[conversion],
                 settings=config.convert,
                 sources=[
                     Source(str(generated), lambda: sorted(generated.glob("*.parquet"))),
@@ -35,12 +35,12 @@ class Convert(StageKind):
 
     def check_settings(self, config: RunConfig, source: str) -> None:
         from spin.alignment.methods.pairings import PAIRINGS, check_num_samples
-        from spin.alignment.pairs.convert import check_flags, make_parser
+        from spin.alignment.pairs.annotate import scorer_settings
 
-        managed = ["--input_dir", config.data.train, "--output_dir", config.run_dir]
-        options = make_parser().parse_args([*managed, *flags(config.convert)])
-        check_flags(options)
-        check_num_samples(options.pairing, PAIRINGS[options.pairing], sampling_options(config).num_samples)
+        conversion = config.convert_config(0)
+        scorer_settings(conversion)
+        pairing = PAIRINGS[conversion.pairing]
+        check_num_samples(conversion.pairing, pairing, config.generate_config(0).num_samples)
 
     def finish(self, stage: Stage, config: RunConfig) -> None:
         assert stage.iteration is not None

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from spin.alignment.pipeline.config import RunConfig, flags
+from spin.alignment.pipeline.config import RunConfig
 from spin.alignment.pipeline.stages.base import Model, Stage, StageKind
 from spin.alignment.pipeline.stages.sources import data_source, model_source
 from spin.alignment.pipeline.stages.training import checkpoint_of
@@ -28,24 +27,19 @@ class Evaluate(StageKind):
         return self._stages(config, stage.makes, str(checkpoint_of(stage)), (stage.name,))
 
     def _stages(self, config: RunConfig, model: Model, path: str, needs: tuple[str, ...]) -> list[Stage]:
-        data, output_file = config.data, model.folder / "eval.json"
+        data, name = config.data, str(model.folder.relative_to(config.run_dir))
         if not data.test:
             return []
-        managed: dict[str, Any] = {
-            "model": path,
-            "revision": config.model_revision if path == config.model else None,
-            "input_dir": data.test,
-            "split": data.test_split,
-            "seed": config.seed,
-        }
+        evaluation = config.evaluate_config(name, path)
+        managed = {key: getattr(evaluation, key) for key in ("model", "revision", "input_dir", "split", "seed")}
         return [
             Stage(
                 kind=self,
-                name=f"{model.folder.relative_to(config.run_dir)}/evaluate",
-                configs=[{**managed, "output_file": str(output_file), **config.evaluate}],
+                name=f"{name}/evaluate",
+                configs=[evaluation],
                 settings=managed | config.evaluate,
                 sources=[model_source(path), data_source(data.test, data.test_split)],
-                outputs=lambda: [output_file],
+                outputs=lambda: [Path(evaluation.output_file)],
                 iteration=model.iteration,
                 needs=needs,
                 scores=model,
@@ -53,10 +47,7 @@ class Evaluate(StageKind):
         ]
 
     def check_settings(self, config: RunConfig, source: str) -> None:
-        from spin.alignment.evaluation.evaluate import check_options, make_parser
-
-        managed = ["--model", config.model, "--input_dir", config.data.train, "--output_file", config.run_dir]
-        check_options(make_parser().parse_args([*managed, *flags(config.evaluate)]))
+        config.evaluate_config("start", config.start_model).check_metric()
 
     def prompts(self, config: RunConfig) -> dict[tuple[str, str], bool]:
         return {(config.data.test, config.data.test_split): True} if config.data.test else {}

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from spin.alignment.core.errors import InputError
-from spin.alignment.pipeline.config import RunConfig, flags
+from spin.alignment.generation.config import GenerateConfig
+from spin.alignment.pipeline.config import RunConfig
 from spin.alignment.pipeline.stages.base import Stage, StageKind
 from spin.alignment.pipeline.stages.sources import data_source, model_source, needs_ground_truth
 
@@ -17,45 +17,26 @@ class Generate(StageKind):
     program = "generate.py"
 
     def in_iteration(self, config: RunConfig, iteration: int) -> list[Stage]:
-        output_dir, seed = config.iteration_dir(iteration) / "generated", config.generation_seed(iteration)
-        return [self.stage(config, f"iter{iteration}/generate", iteration, output_dir, seed)]
+        return [self.stage(config, f"iter{iteration}/generate", generations(config, iteration))]
 
-    def stage(self, config: RunConfig, name: str, iteration: int, output_dir: Path, seed: int) -> Stage:
-        """Return the stage that lets the opponent of an iteration answer its prompts.
-
-        All training prompts, and the held-out ones with ``data.test_pairs``; the model is loaded once for each split.
-        """
-        data, opponent = config.data, config.opponent(iteration)
-        path, split = data.played(iteration)
-        managed: dict[str, Any] = {
-            "model": opponent,
-            "revision": config.model_revision if opponent == config.model else None,
-            "output_dir": str(output_dir),
-            "iteration": iteration,
-            "seed": seed,
-        }
-        shared = managed | {"data_frac": "auto"} | config.generate
-        configs = [shared | {"input_dir": path, "split": split}]
-        sources = [model_source(opponent), data_source(path, split)]
-        if data.test_pairs:
-            configs.append(shared | {"input_dir": data.test, "split": data.test_split, "frac_len": 0})
-            sources.append(data_source(data.test, data.test_split))
+    def stage(self, config: RunConfig, name: str, configs: Sequence[GenerateConfig]) -> Stage:
+        """Return the stage of some generations by one model into one folder; the model is loaded once for each."""
+        first = configs[0]
+        managed = {key: getattr(first, key) for key in ("model", "revision", "output_dir", "iteration", "seed")}
         return Stage(
             kind=self,
             name=name,
             configs=configs,
-            settings=managed | config.generate | {"splits": [item["split"] for item in configs]},
-            sources=sources,
+            settings=managed | config.generate | {"splits": [item.split for item in configs]},
+            sources=[model_source(first.model), *(data_source(item.input_dir, item.split) for item in configs)],
             outputs=functools.partial(fraction_files, configs),
-            folder=output_dir,
+            folder=Path(first.output_dir),
             launch=config.launch,
-            iteration=iteration,
+            iteration=first.iteration,
         )
 
     def check_settings(self, config: RunConfig, source: str) -> None:
-        from spin.alignment.generation.generate import check_options
-
-        check_options(sampling_options(config))
+        config.generate_config(0).check_files()
 
     def prompts(self, config: RunConfig) -> dict[tuple[str, str], bool]:
         required = needs_ground_truth(config.convert, "ground_truth")
@@ -75,20 +56,18 @@ class Generate(StageKind):
         return decoded_problems(config, stage.iteration, stage.folder)
 
 
-def sampling_options(config: RunConfig) -> Any:
-    """Return the options of generate.py as its parser reads them."""
-    from spin.alignment.generation.generate import make_parser
-
-    managed = ["--model", config.model, "--input_dir", config.data.train, "--output_dir", config.run_dir]
-    return make_parser().parse_args([*managed, *flags(config.generate)])
+def generations(config: RunConfig, iteration: int) -> list[GenerateConfig]:
+    """Return the generations of an iteration: its training prompts, and the held-out ones with ``data.test_pairs``."""
+    held_out = [config.generate_config(iteration, held_out=True)] if config.data.test_pairs else []
+    return [config.generate_config(iteration), *held_out]
 
 
-def fraction_files(configs: Sequence[Mapping[str, Any]]) -> list[Path]:
+def fraction_files(configs: Sequence[GenerateConfig]) -> list[Path]:
     """Return the files that generations write, every fraction of each."""
     return [
-        Path(config["output_dir"]) / f"{config['split']}-{number:05d}.parquet"
+        Path(config.output_dir) / f"{config.split}-{number:05d}.parquet"
         for config in configs
-        for number in range(_num_fractions(config["input_dir"], config["split"], int(config.get("frac_len") or 0)))
+        for number in range(_num_fractions(config.input_dir, config.split, config.frac_len))
     ]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ class TrainingKind(StageKind):
             makes=model,
         )
 
-    def command(self, stage: Stage, config: Mapping[str, Any]) -> list[str]:
+    def command(self, stage: Stage, config: Any) -> list[str]:
         return self.launched(stage, [str(config_file(stage))])
 
     def prepare(self, stage: Stage) -> None:

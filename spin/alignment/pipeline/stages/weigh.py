@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from spin.alignment.pipeline.config import RunConfig, flags
+from spin.alignment.pipeline.config import RunConfig
 from spin.alignment.pipeline.stages.base import Stage, StageKind
 from spin.alignment.pipeline.stages.sources import model_source, pair_sources
 
@@ -22,7 +22,7 @@ class Weigh(StageKind):
             Stage(
                 kind=self,
                 name=f"iter{iteration}/weigh",
-                configs=[values],
+                configs=[config.weights_config(iteration)],
                 settings=values,
                 sources=[*map(model_source, models), *pair_sources([values["input_dir"]])],
                 outputs=lambda: [
@@ -40,12 +40,11 @@ class Weigh(StageKind):
         """Check the flags, and the teacher as far as that goes without its weights."""
         if config.weigh is None:
             return
-        from spin.alignment.token_weights.options import check_options, check_teacher, make_parser
+        from spin.alignment.token_weights.judges import check_teacher
 
-        options = make_parser().parse_args(flags(config.weigh_values(0)))
-        check_options(options)
-        if options.weighting == "teacher":
-            check_teacher(options, config.model)
+        weights = config.weights_config(0)
+        if weights.weighting == "teacher":
+            check_teacher(weights, config.model)
 
     def problems(self, stage: Stage, config: RunConfig) -> list[str]:
         """Token ids are not decoded again: they are those of the pairs."""
