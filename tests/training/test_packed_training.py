@@ -134,7 +134,7 @@ def test_a_model_that_reads_the_row_as_one_sequence_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"batching": "pakced"}, "unknown batching 'pakced'"),
+        ({"batching": "pakced"}, "batching is 'pakced': choose one of packed, padded"),
         ({"packed_attention": "flash"}, "unknown packed_attention 'flash'"),
         ({"max_tokens_per_batch": 0}, "max_tokens_per_batch is 0"),
         ({"batching": "padded", "max_tokens_per_batch": 512}, "but batching is padded"),
