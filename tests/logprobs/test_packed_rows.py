@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from spin.alignment.core.sides import INITIAL, SIDES
 from spin.alignment.logprobs import collators as batching
 from spin.alignment.logprobs.attention import Tree, check_architecture
 from spin.alignment.logprobs.collators import PackedCollator, PairCollator
@@ -25,16 +26,18 @@ PAIRS = [
 ]
 
 
-def random_pairs(count: int, seed: int = 0, longest: int = 14, weights: bool = False) -> list[dict[str, Any]]:
-    """Pairs of uneven lengths with opponent's log-probs near those of a random model, and labels of both responses."""
+def random_pairs(
+    count: int, seed: int = 0, longest: int = 14, weights: bool = False, responses: tuple[str, ...] = SIDES
+) -> list[dict[str, Any]]:
+    """Pairs of uneven lengths with reference log-probs near those of a random model, and labels of all responses."""
     draw, labels = random.Random(seed), random.Random(seed + 1)
     found = []
     for _ in range(count):
         pair: dict[str, Any] = {
             f"{name}_ids": [draw.randrange(VOCAB) for _ in range(draw.randint(1, longest))]
-            for name in ("prompt", "chosen", "rejected")
+            for name in ("prompt", *responses)
         }
-        for half in ("chosen", "rejected"):
+        for half in responses:
             pair[f"{half}_reference"] = [-4.2 + 0.2 * draw.random() for _ in pair[f"{half}_ids"]]
             if weights:
                 pair[f"{half}_weights"] = [2 * draw.random() for _ in pair[f"{half}_ids"]]
@@ -118,10 +121,11 @@ def naive(model: torch.nn.Module, pairs: list[dict[str, Any]], objective) -> tup
     """Loss and gradient with one plain forward for each response: no batching, no padding, no sharing."""
     losses = []
     for pair in pairs:
-        width = max(len(pair["chosen_ids"]), len(pair["rejected_ids"]))
-        streams = torch.zeros(3, 2, width, dtype=torch.float64)
+        names = tuple(name for name in (*SIDES, INITIAL) if f"{name}_ids" in pair)
+        width = max(len(pair[f"{name}_ids"]) for name in names)
+        streams = torch.zeros(3, len(names), width, dtype=torch.float64)
         policy = []
-        for row, half in enumerate(("chosen", "rejected")):
+        for row, half in enumerate(names):
             prompt, response = pair["prompt_ids"], pair[f"{half}_ids"]
             logits = model(torch.tensor([[*prompt, *response]]), use_cache=False).logits[0, len(prompt) - 1 : -1]
             logps = logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None])[:, 0]
@@ -130,10 +134,10 @@ def naive(model: torch.nn.Module, pairs: list[dict[str, Any]], objective) -> tup
             streams[1, row, : len(response)] = torch.tensor(pair[f"{half}_reference"])
             streams[2, row, : len(response)] = torch.tensor(pair.get(f"{half}_weights", [1.0] * len(response)))
         labels = {
-            label: torch.tensor([pair[f"chosen_{label}"], pair[f"rejected_{label}"]], dtype=torch.float64)
+            label: torch.tensor([pair[f"{name}_{label}"] for name in names], dtype=torch.float64)
             for label in ("win_prob", "pair_win_prob", "reward")
         }
-        inputs = LossInputs(torch.stack(policy), streams[1], streams[0], streams[2], None, labels)
+        inputs = LossInputs(torch.stack(policy), streams[1], streams[0], streams[2], None, labels, names)
         losses.append(objective(inputs))
     loss = torch.stack(losses).sum()
     loss.backward()
@@ -179,11 +183,12 @@ def test_logps_and_gradients_of_every_architecture_equal_the_naive_ones(name):
 @pytest.mark.parametrize("fused", [True, False], ids=["fused head", "recomputed head"])
 def test_float32_stays_within_1e_5_of_float64_for_every_loss(loss, fused, monkeypatch):
     monkeypatch.setattr(batching, "GROUP_ELEMENTS", 20 * VOCAB)  # several groups
-    pairs = random_pairs(6, weights=True)
+    responses = LOSSES[loss].responses
+    pairs = random_pairs(6, weights=True, responses=responses)
     wanted_loss, wanted = naive(tiny("llama").double(), pairs, objective_of(loss))
     model = tiny("llama")
     assert install_packed_forward(model, fused) == fused
-    batch = PackedCollator(vocab_size=VOCAB)(pairs)
+    batch = PackedCollator(vocab_size=VOCAB, responses=responses)(pairs)
     assert len(batch.groups) > 2
     found = batch_loss(model, batch, objective_of(loss))
     found.backward()

@@ -12,6 +12,7 @@ from datasets import Dataset
 
 from spin import run_spin
 from spin.alignment.core.errors import InputError
+from spin.alignment.core.sides import SIDES
 from spin.alignment.logprobs import reference
 from spin.alignment.logprobs.batch import PairDataset
 from spin.alignment.logprobs.micro_batches import MicroBatcher
@@ -26,8 +27,8 @@ from tests.logprobs.test_packed_rows import VOCAB, random_pairs, tiny
 STEPS = 20
 
 
-def dataset(count: int = 40, weights: bool = False) -> PairDataset:
-    pairs = random_pairs(count, weights=weights)
+def dataset(count: int = 40, weights: bool = False, responses: tuple[str, ...] = SIDES) -> PairDataset:
+    pairs = random_pairs(count, weights=weights, responses=responses)
     return PairDataset(Dataset.from_list([{k: v for k, v in pair.items() if "reference" not in k} for pair in pairs]))
 
 
@@ -48,7 +49,8 @@ def run(folder, model=None, weights: bool = False, resume: str | None = None, **
         "seed": 1,
     }
     arguments = SPINConfig(output_dir=str(folder), **{**values, **settings})
-    trainer = SPINTrainer(model or tiny("llama"), arguments, dataset(weights=weights), char_tokenizer(), "opponent")
+    pairs = dataset(weights=weights, responses=arguments.loss.responses)
+    trainer = SPINTrainer(model or tiny("llama"), arguments, pairs, char_tokenizer(), "opponent")
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 

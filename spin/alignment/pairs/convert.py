@@ -101,6 +101,7 @@ def make_provenance(split: Split, options: Any) -> Provenance:
 
     from spin.alignment.core.provenance import hash_json
     from spin.alignment.core.resolve import module_record
+    from spin.alignment.methods.pairings import find_pairing
     from spin.alignment.pairs.annotate import scorer_record, scorer_settings
     from spin.alignment.pairs.fraction_file import ID_SUMS
     from spin.alignment.pairs.initial import initial_record
@@ -112,7 +113,9 @@ def make_provenance(split: Split, options: Any) -> Provenance:
     settings = {name: getattr(options, name) for name in ("pairing", "identical", "truncated", "max_rows_per_file")}
     scorer = scorer_settings(options)
     scored = scorer_record(scorer) if scorer is not None else {}
-    own = module_record("pairing", options.pairing)
+    own: dict[str, Any] = module_record("pairing", options.pairing)
+    if not find_pairing(options.pairing).prefers:
+        own["prefers"] = False
     if options.initial is not None:
         own |= initial_record(Path(options.initial), split.name, made)
     extra = {"generated_hash": hash_json(origin), "fractions": split.total, **settings, **own, **scored}
