@@ -82,6 +82,16 @@ def _check_one_provenance(files: Sequence[Path]) -> None:
             )
 
 
+def conversion_record(path: str, split: str) -> dict[str, Any]:
+    """Return what the files of a split say of their conversion (``extra`` of the provenance); empty for files from elsewhere."""
+    files = split_files(Path(path), split.removesuffix("_prefs")) if Path(path).exists() else []
+    for file in files:
+        schema = open_parquet(file).schema_arrow if file.suffix == ".parquet" else pa.schema([])
+        if METADATA_KEY in (schema.metadata or {}):
+            return read_provenance(schema, file).extra
+    return {}
+
+
 def _own_table(file: Path) -> pa.Table:
     batches, row = [], 0
     for batch in read_batches(file):

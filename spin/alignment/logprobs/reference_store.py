@@ -65,7 +65,8 @@ class ReferenceLogps:
             raise InputError(
                 f"{path} belongs to another opponent or data set ({what} differs): remove it to compute it anew"
             )
-        self._columns = {name: table.column(name).combine_chunks() for name in responses_of(rows.column_names)}
+        responses = [name for name in table.column_names if name != "index"]
+        self._columns = {name: table.column(name).combine_chunks() for name in responses}
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         return {name: column[index].values.to_numpy(zero_copy_only=False) for name, column in self._columns.items()}

@@ -53,8 +53,8 @@ class Selection:
         """Return the pairs of a batch of whole prompts, those dropped left out, all of them counted.
 
         Raises:
-            InputError: a conversation is empty or missing, or the scorer cannot score a response.
-            ValueError: the pairing returns columns that the rows do not have.
+            InputError: a conversation is empty or missing, the scorer cannot score a response, or the pairing returns columns
+                that the rows do not have.
         """
         counts["rows"] += batch.num_rows
         if self.pairing.keeps_rows or self.pairing.reads_truth:
@@ -100,8 +100,9 @@ class Selection:
         schema = pair_schema(self.pairing, batch.schema)
         unknown = {name for pair in pairs for name in pair} - set(schema.names)
         if unknown:
-            raise ValueError(
-                f"the pairing returns the columns {', '.join(sorted(unknown))}, which the rows do not have"
+            raise InputError(
+                f"the pairing returns the columns {', '.join(sorted(unknown))}, which the rows do not have: name chosen_X and "
+                "rejected_X as a label X of the pairing"
             )
         return pa.RecordBatch.from_pylist(pairs, schema)
 

@@ -161,6 +161,7 @@ def load_pairs(settings: Settings, encoder: ChatEncoder) -> tuple[dict[str, Data
     """Load, mix and encode the data; return the encoded splits and what was dropped from each."""
     from spin.alignment.data.preferences import mix_preferences
 
+    check_preference(settings)
     mixed = mix_preferences(settings.data.dataset_mixer, settings.data.dataset_splits, settings.arguments.seed)
     encoded, dropped = {}, {}
     arguments = settings.arguments
@@ -169,6 +170,25 @@ def load_pairs(settings: Settings, encoder: ChatEncoder) -> tuple[dict[str, Data
             rows, encoder, settings.data, arguments.loss_type, arguments.reverse
         )
     return encoded, dropped
+
+
+def check_preference(settings: Settings) -> None:
+    """Check that the pairing of every data set prefers a response, where the loss compares two.
+
+    Raises:
+        InputError: naming the data set and its pairing.
+    """
+    from spin.alignment.data.preferences import conversion_record
+
+    loss_type = settings.arguments.loss_type
+    for path in settings.data.dataset_mixer if settings.arguments.loss.compares else ():
+        for split in settings.data.dataset_splits:
+            record = conversion_record(path, split)
+            if record.get("prefers") is False:
+                raise InputError(
+                    f"the pairs in {path} prefer no response (pairing {record['pairing']}), but loss_type {loss_type} compares "
+                    "two: choose a loss that takes each response by itself, or convert the data with another pairing"
+                )
 
 
 def data_key(pairs: dict[str, Dataset]) -> str:
