@@ -34,9 +34,9 @@ def flag(command: list[str], name: str) -> list[str]:
 def test_plan_of_reverse_dpo(tmp_path):
     config = make_config(tmp_path, weigh={**REVERSE, "train": {"max_steps": 3}}, train={**TRAINING, "alpha": 0.5})
     stages = {stage.name: stage for stage in make_stages(config)}
-    steps = ["generate", "convert", "forward", "reverse", "weigh", "forward/evaluate", "train", "evaluate"]
+    steps = ["generate", "convert", "forward", "reverse", "forward/evaluate", "weigh", "train", "evaluate"]
     assert [name for name in stages if name.startswith("iter0/")] == [f"iter0/{step}" for step in steps]
-    forward, reverse, train = (stages[f"iter1/{name}"].config for name in ("forward", "reverse", "train"))
+    forward, reverse, train = (stages[f"iter1/{name}"].configs[0] for name in ("forward", "reverse", "train"))
     assert forward["max_steps"] == reverse["max_steps"] == 3 and train["max_steps"] == 10
     assert reverse["reverse"] is True and "reverse" not in forward and "alpha" not in forward and train["alpha"] == 0.5
     # all start from the opponent; the scorers read the pairs, the policy reads the weights, of this iteration and the last
@@ -74,10 +74,13 @@ def test_without_the_section_nothing_changes(tmp_path):
 
 
 def test_verdict_against_spin_without_weights():
-    def row(name, exact):
-        return {"model": name, "greedy_exact": exact, "greedy_exact_se": 0.01, "exact_at": {}}
+    def row(name, role, iteration, exact):
+        identity = {"model": name, "role": role, "iteration": iteration}
+        return {**identity, "greedy_exact": exact, "greedy_exact_se": 0.01, "exact_at": {}}
 
-    lines = verdicts([row("sft", 0.5), row("iter0_spin", 0.6), row("iter0", 0.7)])
+    rows = [row("sft", "start", None, 0.5), row("iter0_spin", "unweighted", 0, 0.6), row("iter0", "policy", 0, 0.7)]
+    lines = verdicts([*rows, row("iter1", "policy", 1, 0.8)])
+    assert not any(line.startswith("iter1 against SPIN") for line in lines)
     assert "iter0 against SPIN without weights (iter0_spin): greedy exact match 0.600 -> 0.700 (better)" in lines
 
 
@@ -97,7 +100,10 @@ def test_verdict_against_spin_without_weights():
         ({**REVERSE, "train": {"reverse": True}}, "'reverse' in weigh.train is set by the pipeline itself"),
         ({**REVERSE, "train": {"betta": 1}}, "unknown key 'betta'.*weigh.train.*forward"),
         ({**REVERSE, "train": 3}, "weigh.train is not a mapping"),
-        ({"weighting": "drift", "train": {"beta": 1}}, "weigh.train is for reverse_dpo"),
+        (
+            {"weighting": "drift", "train": {"beta": 1}},
+            "weigh.train is for weightings whose models the run trains .reverse_dpo.",
+        ),
         ({"weighting": "drift", "transform": "binary"}, "drift does not use --transform"),
         ({"weighting": "teacher"}, "compares two models: give --model_plus"),
         ({"weighting": "teacher", "model_plus": "./none"}, "./none does not exist"),

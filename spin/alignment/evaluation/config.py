@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from spin.alignment.core.errors import InputError, lookup
 from spin.alignment.core.settings import check_settings, part_of, same_as, setting
 from spin.alignment.data.config import DataConfig, System
-from spin.alignment.generation import BACKENDS
+from spin.alignment.generation import BACKENDS, check_backend_settings, find_backend
 from spin.alignment.generation.base import BackendSettings, SamplingConfig
 from spin.alignment.models.config import Dtype, ModelConfig
 
@@ -45,7 +45,12 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         check_settings(self)
-        lookup(BACKENDS, self.backend, "generation backend")
+        if find_backend(self.backend).needs_server:
+            others = " or ".join(name for name in BACKENDS if not find_backend(name).needs_server)
+            raise InputError(
+                f"backend {self.backend} asks a running server, and an evaluation loads its model itself: choose {others}"
+            )
+        check_backend_settings(self.backend, vars(self))
         if not self.temperatures or len(set(self.temperatures)) < len(self.temperatures):
             raise InputError(f"temperatures is {self.temperatures}: name one or more, each once")
 

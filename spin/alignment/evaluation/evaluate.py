@@ -65,7 +65,7 @@ def score(config: EvaluateConfig, held_out: list[HeldOut], encoder: ChatEncoder)
     import torch
 
     from spin.alignment.evaluation.held_out import evaluate_responses, truth_nll
-    from spin.alignment.generation import make_backend
+    from spin.alignment.generation import find_backend, make_backend
     from spin.alignment.generation.base import BackendSettings
     from spin.alignment.models.config import ModelConfig
     from spin.alignment.models.loading import load_model
@@ -83,7 +83,7 @@ def score(config: EvaluateConfig, held_out: list[HeldOut], encoder: ChatEncoder)
         stop_ids=encoder.stop_ids,
         pad_id=encoder.pad_id,
     )
-    chunk = config.batch_size * 16 if config.backend == "transformers" else len(held_out)
+    chunk = config.batch_size * 16 if find_backend(config.backend).holds_batch else len(held_out)
     backend = make_backend(config.backend, settings)
     try:
         scores = evaluate_responses(

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from spin.alignment.core.errors import InputError, lookup
+from spin.alignment.core.errors import InputError
 from spin.alignment.core.settings import check_settings, part_of, same_as, setting
 from spin.alignment.data.config import DataConfig, System
-from spin.alignment.generation import BACKENDS
+from spin.alignment.generation import BACKENDS, check_backend_settings, find_backend
 from spin.alignment.generation.base import BackendSettings, SamplingConfig
 from spin.alignment.models.config import Dtype, ModelConfig
 
@@ -69,14 +69,10 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         check_settings(self)
-        lookup(BACKENDS, self.backend, "generation backend")
-        # A flag that the backend would have to ignore.
-        if self.tensor_parallel_size > 1 and self.backend != "vllm":
-            raise InputError("tensor_parallel_size is for vllm: set it to 1 or pass --backend vllm")
-        if self.batch_invariant and self.backend != "vllm":
-            raise InputError("batch_invariant is for vllm: leave it out or pass --backend vllm")
-        if (self.base_url is None) == (self.backend == "openai"):
-            raise InputError("base_url and --backend openai belong together: give both or neither")
+        check_backend_settings(self.backend, vars(self))
+        if (self.base_url is not None) != find_backend(self.backend).needs_server:
+            serving = ", ".join(name for name in BACKENDS if find_backend(name).needs_server)
+            raise InputError(f"base_url and --backend {serving} belong together: give both or neither")
         part_of(self, SamplingConfig)  # its checks
 
     @property
@@ -87,7 +83,7 @@ class GenerateConfig:
     @property
     def prompts_in_part(self) -> int:
         """The number of finished prompts that are written together."""
-        return self.flush_every or (64 if self.backend == "transformers" else 512)
+        return self.flush_every or find_backend(self.backend).flush_every
 
     def check_files(self) -> None:
         """Check the folders that are named, before a model is looked for.

@@ -34,11 +34,12 @@ def stated_provenance(config: GenerateConfig, model_dir: Path) -> Provenance:
     """
     from spin.alignment.core.provenance import Provenance, hash_file, hash_text, hash_weights, package_versions
     from spin.alignment.data.source_files import split_files
+    from spin.alignment.generation import find_backend
 
     data = Path(config.input_dir)
     data_files = split_files(data, config.split) if data.exists() else []
     # What a server has loaded is its own affair; the folder here may hold the tokenizer alone.
-    has_weights = config.backend != "openai" or any(model_dir.glob("*.safetensors"))
+    has_weights = not find_backend(config.backend).needs_server or any(model_dir.glob("*.safetensors"))
     weights_hash = hash_weights(model_dir) if has_weights else ""
     settings: dict[str, Any] = recorded(config)
     if config.adapter:
@@ -222,12 +223,13 @@ def generate(config: GenerateConfig) -> None:
     Raises:
         InputError: the model, the prompts or the output folder cannot be used, before a model is loaded.
     """
+    from spin.alignment.generation import find_backend
     from spin.alignment.generation.fraction_journal import clear_parts
     from spin.alignment.models.folder import check_model_path, model_folder
 
     config.check_files()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    check_model_path(config.model, needs_weights=config.backend != "openai")
+    check_model_path(config.model, needs_weights=not find_backend(config.backend).needs_server)
     model_dir = model_folder(config.model, config.revision)
     stated = stated_provenance(config, model_dir)
     num_prompts = known_complete(config, stated)

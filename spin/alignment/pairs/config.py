@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from spin.alignment.core.errors import InputError, lookup
+from spin.alignment.core.errors import InputError
 from spin.alignment.core.settings import check_settings, same_as, setting
-from spin.alignment.methods.pairings import PAIRINGS
+from spin.alignment.methods.pairings import find_pairing
 from spin.alignment.models.config import Dtype
 from spin.alignment.rewards.base import ScorerSettings
 
@@ -29,7 +29,14 @@ class ConvertConfig:
         ge=0,
         set_by_run=True,
     )
-    pairing: str = setting("ground_truth", "which response is chosen and which rejected", recorded=True)
+    pairing: str = setting(
+        "ground_truth", "which response is chosen and which rejected: a name, or module:function", recorded=True
+    )
+    initial: str | None = setting(
+        None,
+        "folder of the initial model's responses to the same prompts: a third response, for the losses that read one",
+        set_by_run=True,
+    )
     identical: Literal["keep", "drop"] = setting("keep", "pairs whose responses are equal", recorded=True)
     truncated: Literal["keep", "drop"] = setting("keep", "responses cut by length (no EOS)", recorded=True)
     max_rows_per_file: int = setting(100_000, "rows in one output file", ge=1, recorded=True)
@@ -46,16 +53,20 @@ class ConvertConfig:
 
     def __post_init__(self) -> None:
         check_settings(self)
-        lookup(PAIRINGS, self.pairing, "pairing")
+        find_pairing(self.pairing)
 
     def check_files(self) -> None:
         """Check the folders that are named.
 
         Raises:
-            InputError: there is no input folder, or it is the output folder as well.
+            InputError: there is no input folder, or it is the output folder as well, or there is no folder of initial responses.
         """
         input_dir = Path(self.input_dir)
         if not input_dir.is_dir():
             raise InputError(f"input_dir {input_dir} does not exist: give the output folder of spin/generate.py")
         if input_dir.resolve() == Path(self.output_dir).resolve():
             raise InputError(f"output_dir is the input_dir {input_dir}: choose another folder")
+        if self.initial is not None and not Path(self.initial).is_dir():
+            raise InputError(
+                f"initial is {self.initial}, which is no folder: give the output folder of spin/generate.py"
+            )

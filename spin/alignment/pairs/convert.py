@@ -29,8 +29,8 @@ def convert(config: ConvertConfig) -> dict[str, dict[str, int]]:
         InputError: a setting, a folder or a fraction cannot be used; nothing is written then.
     """
     from spin.alignment.core.files import read_json
+    from spin.alignment.core.lock import folder_lock
     from spin.alignment.pairs.annotate import scorer_settings
-    from spin.alignment.pairs.preference_files import sole_writer
 
     scorer_settings(config)
     config.check_files()
@@ -43,7 +43,7 @@ def convert(config: ConvertConfig) -> dict[str, dict[str, int]]:
         counts = {split: read_json(files.counts_path) for split, files in sets.items()}
         show_counts(counts)
         return counts
-    with sole_writer(output_dir):
+    with folder_lock(output_dir, setting="output_dir"):
         write_sets(splits, sets, config)
     counts = {split.name: sets[split.name].counts for split in splits}
     show_counts(counts)
@@ -73,8 +73,10 @@ def make_provenance(split: Split, config: ConvertConfig) -> Provenance:
     from dataclasses import asdict
 
     from spin.alignment.core.provenance import hash_json
+    from spin.alignment.core.resolve import module_record
     from spin.alignment.pairs.annotate import scorer_record, scorer_settings
     from spin.alignment.pairs.fraction_file import ID_SUMS
+    from spin.alignment.pairs.initial import initial_record
 
     assert split.origin is not None
     made = split.origin.provenance
@@ -82,7 +84,10 @@ def make_provenance(split: Split, config: ConvertConfig) -> Provenance:
     origin = asdict(made) | {"data_frac": 0, "extra": facts}
     scorer = scorer_settings(config)
     scored = scorer_record(scorer) if scorer is not None else {}
-    extra = {"generated_hash": hash_json(origin), "fractions": split.total, **recorded(config), **scored}
+    own = module_record("pairing", config.pairing)
+    if config.initial is not None:
+        own |= initial_record(Path(config.initial), split.name, made)
+    extra = {"generated_hash": hash_json(origin), "fractions": split.total, **recorded(config), **own, **scored}
     return replace(made, kind="preferences", data_frac=0, extra=extra)
 
 
@@ -92,15 +97,17 @@ def make_files(split: Split, config: ConvertConfig) -> PreferenceFiles:
     Raises:
         InputError: the pairing cannot work with this many responses to a prompt.
     """
-    from spin.alignment.methods.pairings import PAIRINGS, Labelled, check_num_samples
+    from spin.alignment.methods.pairings import check_num_samples, find_pairing
+    from spin.alignment.pairs.initial import with_initial
     from spin.alignment.pairs.preference_files import COUNTS, EVEN_COUNTS, SCORED_COUNTS, PreferenceFiles, pair_schema
 
     assert split.origin is not None
-    pairing = PAIRINGS[config.pairing]
+    pairing = find_pairing(config.pairing)
     check_num_samples(config.pairing, pairing, split.origin.num_samples)
     schema = pair_schema(pairing, split.origin.schema)
+    schema = schema if config.initial is None else with_initial(schema)
     counts: tuple[str, ...] = COUNTS
-    if isinstance(pairing, Labelled):
+    if pairing.needs:
         counts = EVEN_COUNTS if pairing.even else SCORED_COUNTS
     folder, provenance = Path(config.output_dir), make_provenance(split, config)
     return PreferenceFiles(folder, split.name, provenance, schema, config.max_rows_per_file, counts)
@@ -174,13 +181,13 @@ class Progress:
 @contextmanager
 def make_selection(config: ConvertConfig) -> Iterator[Selection]:
     """Yield what forms the pairs; its scorer, where there is one, is closed afterwards."""
-    from spin.alignment.methods.pairings import PAIRINGS
+    from spin.alignment.methods.pairings import find_pairing
     from spin.alignment.pairs.annotate import Labeller, scorer_settings
     from spin.alignment.pairs.preference_files import Selection
     from spin.alignment.rewards import make_scorer
 
     settings = scorer_settings(config)
-    selection = Selection(PAIRINGS[config.pairing], config.identical == "drop", config.truncated == "drop")
+    selection = Selection(find_pairing(config.pairing), config.identical == "drop", config.truncated == "drop")
     if settings is None:
         yield selection
         return
@@ -195,7 +202,9 @@ def write_hidden(splits: Sequence[Split], sets: dict[str, PreferenceFiles], conf
         InputError: the proof fails, a fraction did not come in time, or no pair is left.
     """
     from spin.alignment.pairs.gather import arriving
+    from spin.alignment.pairs.initial import InitialResponses
 
+    initial: dict[str, InitialResponses] = {}
     progress = Progress()
     for files in sets.values():
         files.discard()
@@ -207,8 +216,11 @@ def write_hidden(splits: Sequence[Split], sets: dict[str, PreferenceFiles], conf
                 check_output(Path(config.output_dir), sets, splits, config.overwrite)
                 sets[split.name].discard()
             files = sets[split.name]
+            if config.initial is not None and split.name not in initial:
+                initial[split.name] = InitialResponses(Path(config.initial), split.name)
+            forming = replace(selection, initial=initial.get(split.name))
             for batch in split.read(fraction):
-                files.write(selection.apply(batch, fraction.num_samples, files.counts))
+                files.write(forming.apply(batch, fraction.num_samples, files.counts))
                 progress.add(split.name, batch.num_rows)
     for split in splits:
         split.conclude()

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from spin.alignment.core.errors import InputError, lookup
+from spin.alignment.core.errors import InputError
 from spin.alignment.core.settings import check_settings, default_of, part_of, same_as, setting, settings_of
 from spin.alignment.data.config import DataConfig, System
-from spin.alignment.methods.weightings import DEFAULT_TRANSFORM, WEIGHTINGS, check_transform
+from spin.alignment.methods.weightings import DEFAULT_TRANSFORM, check_transform, find_weighting
 from spin.alignment.models.config import Dtype, ModelConfig
 
 # The settings that a weighting reads when it compares two models, and when it does not.
@@ -30,7 +30,7 @@ class WeightsConfig:
     page_rows: int = setting(8, "pairs on the page", ge=1)
     overwrite: bool = setting(False, "replace weights that were made from something else", set_by_run=True)
 
-    weighting: str = setting(help="reverse_dpo, teacher, drift or uniform", group="weights")
+    weighting: str = setting(help="reverse_dpo, teacher, drift or uniform, or module:function", group="weights")
     transform: str | None = setting(
         None,
         "from gain to weight: exponential, origin, binary, threshold, threshold_and_scale, rank_based or random",
@@ -61,7 +61,7 @@ class WeightsConfig:
 
     def __post_init__(self) -> None:
         check_settings(self)
-        weighting = lookup(WEIGHTINGS, self.weighting, "weighting")
+        weighting = find_weighting(self.weighting)
         for name in ("model_plus", "model_minus"):
             if weighting.needs_models and not getattr(self, name):
                 raise InputError(f"the weighting {self.weighting} compares two models: give --{name}")

@@ -18,7 +18,7 @@ def open_judges(config: WeightsConfig) -> tuple[Judge | None, Judge | None, Chat
     Raises:
         InputError: a model is not there, or the models do not go together.
     """
-    from spin.alignment.methods.weightings import WEIGHTINGS
+    from spin.alignment.methods.weightings import WEIGHTINGS, Compares, find_weighting
     from spin.alignment.models.config import ModelConfig
     from spin.alignment.token_weights.model_scores import Judge, check_offsets, open_encoder
 
@@ -30,7 +30,8 @@ def open_judges(config: WeightsConfig) -> tuple[Judge | None, Judge | None, Chat
             trust_remote_code=config.trust_remote_code,
         )
 
-    if not WEIGHTINGS[config.weighting].needs_models:
+    weighting = find_weighting(config.weighting)
+    if not weighting.needs_models:
         return None, None, open_encoder(model(config.tokenizer, config.revision_tokenizer), config.system)
     plus = Judge.open(model(config.model_plus, config.revision_plus), config.system)
     minus = Judge.open(model(config.model_minus, config.revision_minus), config.system)
@@ -39,11 +40,13 @@ def open_judges(config: WeightsConfig) -> tuple[Judge | None, Judge | None, Chat
             f"model_plus {config.model_plus} and model_minus {config.model_minus} hold the same weights, so no token gains "
             "anything: give two models"
         )
-    same = check_offsets(plus.encoder, minus.encoder) if config.weighting == "teacher" else None
-    if same is None and plus.encoder.tokenizer_hash != minus.encoder.tokenizer_hash:
+    if weighting.compares is Compares.TEACHER:
+        check_offsets(plus.encoder, minus.encoder)
+    elif plus.encoder.tokenizer_hash != minus.encoder.tokenizer_hash:
+        aligning = ", ".join(name for name in WEIGHTINGS if find_weighting(name).compares is Compares.TEACHER)
         raise InputError(
             f"model_plus {config.model_plus} and model_minus {config.model_minus} have different tokenizers, which "
-            f"{config.weighting} cannot align: give two models of one tokenizer, or --weighting teacher"
+            f"{config.weighting} cannot align: give two models of one tokenizer, or --weighting {aligning}"
         )
     return plus, minus, minus.encoder
 

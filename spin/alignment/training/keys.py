@@ -7,7 +7,7 @@ neither transformers nor torch.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from spin.alignment.core.settings import check_settings, setting
 
@@ -39,10 +39,14 @@ class SPINKeys:
 
     loss_type: str = setting(
         "sigmoid",
-        "what a pair costs: sigmoid, hinge, ipo, sppo, sppo_single, sppo_hard, sppo_reward or space (docs/training.md)",
+        "what a pair costs: sigmoid, hinge, ipo, sppo, sppo_single, sppo_hard, sppo_reward, space or tspin, or module:function "
+        "(docs/training.md)",
         group="method",
     )
     beta: float = setting(0.1, "strength of the implicit KL constraint (lambda in the paper)", gt=0)
+    loss_settings: dict[str, Any] = setting(
+        {}, "settings that this loss alone has, by name; beta, eta and the others are keys themselves"
+    )
     eta: float | None = setting(None, "step of SPPO's targets", unset="1 / beta; sppo_reward: 1", gt=0)
     noise_ratio: float = setting(1.0, "generated responses per real one (space)", gt=0)
     alpha: float = setting(

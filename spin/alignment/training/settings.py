@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from spin.alignment.core.config import build, split_config
 from spin.alignment.core.errors import InputError
+from spin.alignment.core.resolve import module_record
 from spin.alignment.core.settings import declaration_of, settings_of
 from spin.alignment.data.config import DataConfig
 from spin.alignment.models.config import ModelConfig
@@ -141,5 +142,7 @@ def inputs_record(settings: Settings, opponent: str, data: str) -> dict[str, Any
     aside = {*_WITHOUT_EFFECT} | {name for name, field in declared.items() if declaration_of(field).recorded is False}
     kept = {key: value for key, value in settings.values.items() if key not in aside}
     processes = {"processes": settings.arguments.world_size} if settings.arguments.world_size > 1 else {}
-    record = {"model": opponent, "data": data, **processes, **kept}
+    own = {"loss": settings.values.get("loss_type", ""), "pairing": settings.values.get("pairing", "")}
+    modules = {key: value for kind, name in own.items() for key, value in module_record(kind, name).items()}
+    record = {"model": opponent, "data": data, **processes, **kept, **modules}
     return json.loads(json.dumps(record, default=str, sort_keys=True))

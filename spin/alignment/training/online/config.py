@@ -6,15 +6,15 @@ from dataclasses import dataclass
 
 from spin.alignment.core.errors import InputError, lookup
 from spin.alignment.core.settings import changed_of, check_settings, part_of
+from spin.alignment.core.sides import SIDES
+from spin.alignment.generation import BACKENDS, find_backend
 from spin.alignment.generation.base import SamplingConfig
-from spin.alignment.methods.pairings import PAIRINGS
-from spin.alignment.methods.pairings.base import check_num_samples
+from spin.alignment.methods.pairings import check_num_samples, find_pairing
 from spin.alignment.pairs.annotate import check_loss
 from spin.alignment.rewards.base import ScorerSettings
 from spin.alignment.training.config import SPINConfig
 from spin.alignment.training.online.keys import OnlineKeys
 
-SAMPLERS = ("transformers", "vllm")
 # Scorers that say how a response does against the others to its prompt.
 COMPARATIVE = ("judge", "preference_model")
 
@@ -28,11 +28,14 @@ class OnlineConfig(OnlineKeys, SPINConfig):
 
     def __post_init__(self) -> None:
         check_settings(self)
-        if self.backend != "vllm" and self.gpu_memory_utilization != type(self).gpu_memory_utilization:
+        lookup(
+            {name: name for name in BACKENDS if find_backend(name).online}, self.backend, "online generation backend"
+        )
+        unused = "gpu_memory_utilization" not in find_backend(self.backend).takes
+        if unused and self.gpu_memory_utilization != type(self).gpu_memory_utilization:
             raise InputError(
                 f"gpu_memory_utilization is {self.gpu_memory_utilization}, but backend {self.backend} does not use it: remove it"
             )
-        lookup({name: name for name in SAMPLERS}, self.backend, "online generation backend")
         if self.reference_dir:
             raise InputError("reference_dir is set, but the reference of an online step is never stored: remove it")
         if self.alpha:
@@ -62,14 +65,20 @@ class OnlineConfig(OnlineKeys, SPINConfig):
 
     def _check_method(self) -> None:
         """Check that sampling, scorer, pairing and loss fit together."""
-        pairing = lookup(PAIRINGS, self.pairing, "pairing")
-        self.needs: tuple[str, ...] = getattr(pairing, "needs", ())
+        pairing = find_pairing(self.pairing)
+        self.needs = pairing.needs
         check_num_samples(self.pairing, pairing, self.num_samples)
         if self.needs and not self.scorer:
             raise InputError(f"pairing {self.pairing} compares scores, but scorer is not set: name a scorer")
         check_loss(self.pairing, self.loss_type)
+        further = [name for name in self.loss.responses if name not in SIDES]
+        if further:
+            raise InputError(
+                f"loss_type {self.loss_type} reads a response '{further[0]}' beside chosen and rejected, which no step of online "
+                "training draws: choose another loss_type, or train on pairs with run_spin.py"
+            )
         for name, default in (("baseline", "prompt"), ("soft_mean_b", 1.0)):
-            if getattr(self, name) != default and self.pairing != "every_sample":
+            if getattr(self, name) != default and pairing.relative is None:
                 raise InputError(
                     f"{name} is {getattr(self, name)}, but pairing {self.pairing} uses no baseline: remove it"
                 )

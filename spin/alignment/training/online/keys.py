@@ -50,7 +50,9 @@ class OnlineKeys:
         ScorerSettings, "trust_remote_code", help="run code that comes with the policy or the scoring model"
     )
 
-    pairing: str = setting("best_vs_worst", "which response is chosen and which rejected", group="pairs")
+    pairing: str = setting(
+        "best_vs_worst", "which response is chosen and which rejected: a name, or module:function", group="pairs"
+    )
     baseline: Literal["prompt", "batch"] = setting(
         "prompt", "every_sample's rewards are relative to the soft mean of their prompt, or of the whole batch"
     )
