@@ -112,9 +112,9 @@ class ChildPrograms:
         with self._mutex:
             self._stopped = True
             living = list(self._living)
-        self.starter.close()
         groups = [pid for leader in living for pid in group_members(leader)]
         end_processes(groups)
+        self.starter.close()  # it reports how they ended first
 
 
 def group_members(leader: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -59,10 +60,8 @@ class ServedProgram:
 
 def kill_group(leader: int) -> None:
     """Kill what is left of a process group."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(leader, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
 class ProgramStarter:
@@ -108,14 +107,12 @@ class ProgramStarter:
         )
 
     def close(self) -> None:
-        """End the server; programs that it started go on. Later starts are plain. A thread that waits for the server goes on too."""
+        """End the server; programs that it started go on, as does a thread that waits for it. Later starts are plain."""
         self.problem = self.problem or "the server was closed"
         control = self._control
         if control is not None:
-            try:
+            with contextlib.suppress(OSError):  # it has ended already
                 control.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass
 
     def _start_server(self) -> str | None:
         """Start the server and wait until it is ready; return why it cannot serve, None when it can."""

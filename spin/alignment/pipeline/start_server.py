@@ -5,14 +5,16 @@ fork of this process, which does nothing else. A fork is safe because this proce
 has run no code of any program; where one of these does not hold, the server says so and ends, and programs start plainly.
 
 Protocol (``SOCK_SEQPACKET``, JSON): the server first sends ``{"problem": null}`` or why it cannot serve. Each request is
-``{"arguments": [program, ...], "cwd": folder}`` with three descriptors: a socket for reports on this program, its standard output
-and its standard error. On the program's socket come ``{"pid": N}`` once it leads a session of its own, and ``{"code": N}`` when it
-has ended (negative: the signal). When the client's end closes, the server ends; programs go on, as children of a killed parent do.
+``{"arguments": [program, ...], "cwd": folder}`` with three descriptors: a socket for reports on this program, its standard
+output and its standard error. On the program's socket come ``{"pid": N}`` once it leads a session of its own, and
+``{"code": N}`` when it has ended (negative: the signal). When the client's end closes, the server ends; programs go on, as
+children of a killed parent do.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import gc
 import importlib
 import json
@@ -47,7 +49,7 @@ LIBRARIES = (
     "spin.alignment.pairs.convert",
     "spin.alignment.token_weights.estimate",
 )
-# The Trainer imports peft and with it bitsandbytes, which initialises CUDA where there is a GPU: imported only where there is none.
+# The Trainer imports peft and with it bitsandbytes, which initialises CUDA where there is a GPU: for machines without one.
 TRAINING_LIBRARIES = (
     "spin.alignment.training.trainer",
     "spin.alignment.training.sft_run",
@@ -75,9 +77,9 @@ class Request:
 
 
 def import_libraries() -> None:
-    """Import what programs need, leaving no trace in the environment."""
-    added = {name: value for name, value in _WHILE_IMPORTING.items() if name not in os.environ}
-    os.environ.update(added)
+    """Import what programs need. What libraries write into the environment meanwhile is taken back: programs get it as given."""
+    given = dict(os.environ)
+    os.environ.update({**_WHILE_IMPORTING, **given})
     try:
         for name in LIBRARIES:
             importlib.import_module(name)
@@ -87,8 +89,8 @@ def import_libraries() -> None:
             for name in TRAINING_LIBRARIES:
                 importlib.import_module(name)
     finally:
-        for name in added:
-            del os.environ[name]
+        os.environ.clear()
+        os.environ.update(given)
 
 
 def fork_problem() -> str | None:
@@ -106,7 +108,7 @@ def fork_problem() -> str | None:
     if os.waitstatus_to_exitcode(os.waitpid(trial, 0)[1]):
         return "importing the libraries touched CUDA"
     try:
-        threads = len(os.listdir("/proc/self/task"))
+        threads = len(list(Path("/proc/self/task").iterdir()))
     except OSError:
         return "the threads of a process cannot be counted here"
     return None if threads == 1 else f"importing the libraries left {threads} threads"
@@ -135,6 +137,7 @@ class StartServer:
             if self.control in readable:
                 request = self._receive()
                 if request is None:
+                    self._report_ended()
                     return None
                 if self._fork(request) == 0:
                     self._leave()
@@ -177,19 +180,17 @@ class StartServer:
 
 
 def _send(connection: socket.socket, message: dict[str, object]) -> None:
-    try:
+    with contextlib.suppress(OSError):  # nobody listens any more
         connection.send(json.dumps(message).encode())
-    except OSError:
-        pass  # nobody listens any more
 
 
 def become_program(request: Request) -> str:
     """Make this forked process what ``python program arguments`` would have started; return the program's path.
 
-    Its session, folder, output, arguments, module path and random state are its own; ``random`` reseeds itself after a fork,
-    and torch's default generator starts from the same constant in every process.
+    Its session, folder, output, arguments, module path and random states are its own (``random`` reseeds itself after a fork).
     """
     import numpy
+    import torch
 
     os.setsid()
     os.chdir(request.cwd)
@@ -200,10 +201,9 @@ def become_program(request: Request) -> str:
     if not sys.flags.safe_path:
         sys.path.insert(0, str(Path(program).resolve().parent))
     numpy.random.seed()
-    try:
-        Path("/proc/self/comm").write_text(Path(program).stem, encoding="utf-8")  # what `top` shows
-    except OSError:
-        pass
+    torch.default_generator.seed()
+    with contextlib.suppress(OSError):  # what `top` shows
+        Path("/proc/self/comm").write_text(Path(program).stem, encoding="utf-8")
     _send(request.report, {"pid": os.getpid()})
     request.close()
     return program
@@ -231,10 +231,11 @@ def leave(code: int) -> NoReturn:
     """
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
+    for stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__):
         try:
-            stream.flush()
-        except (OSError, ValueError):
+            if stream is not None and not stream.closed:
+                stream.flush()
+        except OSError:
             code = code or 120  # the interpreter's own code for output that could not be written
     if code == -signal.SIGINT:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
