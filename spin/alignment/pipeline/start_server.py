@@ -51,10 +51,9 @@ LIBRARIES = (
 )
 # The Trainer imports peft and with it bitsandbytes, which initialises CUDA where there is a GPU: for machines without one.
 TRAINING_LIBRARIES = (
-    "spin.alignment.training.trainer",
-    "spin.alignment.training.sft_run",
+    "spin.alignment.training.preference",
     "spin.alignment.training.sft",
-    "spin.alignment.training.online.trainer",
+    "spin.alignment.training.online.run",
 )
 # Read by a library when it is loaded: a GPU is looked for without CUDA, and pyarrow's spare allocator starts no thread.
 _WHILE_IMPORTING = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
