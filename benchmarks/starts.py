@@ -47,6 +47,9 @@ PROGRAM_NAMES = (
 TRAINING = {
     "use_cpu": True,
     "max_steps": 1,
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "constant",
+    "warmup_steps": 0,
     "per_device_train_batch_size": 2,
     "optim": "adamw_torch",
     "max_length": 64,
