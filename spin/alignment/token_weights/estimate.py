@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spin.alignment.core.console import say
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.provenance import hash_file, hash_text
+from spin.alignment.core.resolve import module_record
+from spin.alignment.core.sides import SIDES
 from spin.alignment.data.chat_encoder import ChatEncoder
 from spin.alignment.data.config import DataConfig
 from spin.alignment.data.preferences import load_preferences
-from spin.alignment.methods.weightings import WEIGHTINGS, PairTokens, weights_of_pair
-from spin.alignment.token_weights.files import SIDES, WeighedRow, find_splits, is_done, read_statistics, write_weighed
+from spin.alignment.methods.weightings import PairTokens, draws, find_weighting, weights_of_pair
+from spin.alignment.token_weights.config import WeightsConfig
+from spin.alignment.token_weights.files import WeighedRow, find_splits, is_done, read_statistics, write_weighed
 from spin.alignment.token_weights.model_scores import (
     Judge,
     align_rows,
@@ -32,6 +37,7 @@ if TYPE_CHECKING:
 
 SCORES_FOLDER = ".scores"
 Gains = tuple[list[float], list[float]]
+WritePage = Callable[[Path, Path, ChatEncoder, list[str], int], object]
 
 
 @dataclass(frozen=True)
@@ -45,18 +51,25 @@ class Method:
     limits: DataConfig
     batching: str
 
+    @classmethod
+    def of(cls, config: WeightsConfig) -> Method:
+        """Return how a configuration makes weights."""
+        settings = config.transform_settings
+        return cls(config.weighting, config.transform_name, settings, config.seed, config.limits, config.batching)
+
     @property
     def needs_models(self) -> bool:
-        return WEIGHTINGS[self.weighting].needs_models
+        return find_weighting(self.weighting).needs_models
 
     def record(self) -> dict[str, Any]:
         """What decides the weights, beside models and rows."""
+        own = {"weighting": self.weighting, **module_record("weighting", self.weighting)}
         if not self.needs_models:
-            return {"weighting": self.weighting}
+            return own
         lengths = {"max_length": self.limits.max_length, "max_prompt_length": self.limits.max_prompt_length}
-        drawn = {"seed": self.seed} if self.transform == "random" else {}
+        drawn = {"seed": self.seed} if draws(self.transform) else {}
         return {
-            "weighting": self.weighting,
+            **own,
             "transform": self.transform,
             "params": self.settings,
             **lengths,
@@ -97,13 +110,58 @@ class Split:
             pair = PairTokens(ids[0], ids[1], *(gains(position) if gains else ([], [])))
             position += 1
             name = (str(method.seed), stored["prompt_id"], str(stored["sample_index"]))
-            seeds = (int(hash_text(*name, "chosen"), 16), int(hash_text(*name, "rejected"), 16))
+            seeds = (int(hash_text(*name, SIDES[0]), 16), int(hash_text(*name, SIDES[1]), 16))
             weights = weights_of_pair(method.weighting, pair, method.transform, method.settings, seeds)
             ends = [
                 stored.get(f"{side}_finish_reason") or ("stop" if some[-1] in self.encoder.stop_ids else "length")
                 for side, some in zip(SIDES, ids, strict=True)
             ]
             yield WeighedRow(ids, ends, weights)
+
+
+def estimate_weights(config: WeightsConfig, write_page: WritePage | None = None) -> list[str]:
+    """Weigh every split of a folder of pairs; every process of a launch must call it.
+
+    Args:
+        write_page: writes the page that ``config.page`` asks for: file, folder of the weights, encoder, lines, rows.
+
+    Returns:
+        What is said of the weights at the end: a line for each split, and warnings.
+
+    Raises:
+        InputError: a model or the rows cannot be used, before a model is loaded.
+    """
+    from spin.alignment.token_weights.judges import open_judges
+
+    config.check_files()
+    method = Method.of(config)
+    *judges, encoder = open_judges(config)
+    accelerator = make_accelerator()
+    input_dir, output_dir = Path(config.input_dir), Path(config.output_dir)
+    splits = open_splits(input_dir, output_dir, method, judges, encoder, config.overwrite)
+    accelerator.wait_for_everyone()  # all have looked at the output before the main process replaces it
+    weigh_splits(splits, output_dir, method, judges, accelerator)
+    lines = describe(output_dir, method)
+    if accelerator.is_main_process:
+        if config.page and write_page is not None:
+            write_page(Path(config.page), output_dir, encoder, lines, config.page_rows)
+        for line in lines if splits else [f"{output_dir} is complete already", *lines]:
+            say(line)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return lines
+
+
+def make_accelerator() -> Accelerator:
+    """Return how the processes of a launch find each other. Each holds a model whole, in the precision of its weights: what a
+    launch configuration says of sharding and mixed precision is for training."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"):
+        os.environ[name] = "false"
+    import torch
+    from accelerate import Accelerator
+
+    return Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
 
 
 def open_splits(
@@ -169,12 +227,12 @@ def gains_of_splits(
 
     def of_split(name: str) -> Callable[[int], Gains]:
         def gains(position: int) -> Gains:
-            scored = zip(SIDES, teacher[name][position], student[name][position], strict=True)
+            high, low = teacher[name][position], student[name][position]
             if aligned:
                 row = theirs[name][position]
-                found = [teacher_gains(row, side, high, low) for side, high, low in scored]
+                found = [teacher_gains(row, side, high[side], low[side]) for side in SIDES]
             else:
-                found = [exact_gains(high, low) for _, high, low in scored]
+                found = [exact_gains(high[side], low[side]) for side in SIDES]
             return found[0], found[1]
 
         return gains
@@ -232,7 +290,7 @@ def warnings(found: dict[str, Any], method: Method) -> list[str]:
     lines = []
     values = {side[key] for side in sides for key in ("min", "max")}
     how = f"transform {method.transform}" if method.needs_models else f"weighting {method.weighting}"
-    if len(values) == 1 and method.weighting != "uniform":
+    if len(values) == 1 and not find_weighting(method.weighting).constant:
         lines.append(
             f"every weight is {values.pop():g} ({how}): training on them is training without weights, up to that factor; "
             "choose another transform or other models"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.provenance import hash_text
+from spin.alignment.generation import BACKENDS, find_backend, make_backend
 from spin.alignment.pairs.annotate import scorer_record
 from spin.alignment.rewards import make_scorer
 from spin.alignment.training.online.config import OnlineConfig
@@ -51,9 +52,10 @@ def check_settings(settings: Settings) -> None:
             f"max_prompt_length {data.max_prompt_length} and max_new_tokens {arguments.max_new_tokens} exceed max_length "
             f"{data.max_length}: lower one, or raise max_length"
         )
-    if model.use_peft and arguments.backend == "vllm":
+    if model.use_peft and find_backend(arguments.backend).online == "engine":
+        others = " or ".join(name for name in BACKENDS if find_backend(name).online == "own_module")
         raise InputError(
-            "use_peft does not go with backend vllm online (its weights are reloaded whole): use transformers"
+            f"use_peft does not go with backend {arguments.backend} online (its weights are reloaded whole): use {others}"
         )
     held_out = [split for split in data.dataset_splits if split.startswith("test")]
     if held_out:
@@ -130,8 +132,9 @@ def make_sampler(settings: Settings, trainer: OnlineTrainer, encoder: ChatEncode
         pad_id=encoder.pad_id,
         decode=encoder.decode,
     )
-    if arguments.backend == "vllm":
-        return EngineSampler(backend, lambda folder: save_weights(model, folder))
+    if find_backend(arguments.backend).online == "engine":
+        engine = make_backend(arguments.backend, backend)
+        return EngineSampler(engine, lambda folder: save_weights(model, folder))
     return InPlaceSampler(model, backend, trainer.pair_forward.own_attention, trainer.compute_loss_context_manager)
 
 
@@ -156,10 +159,7 @@ class OnlineTraining(TrainingProgram):
     def check_settings(self, settings: Settings) -> None:
         """Check what needs no model, and that the engine that draws responses is installed."""
         check_settings(settings)
-        if settings.arguments.backend == "vllm":
-            from spin.alignment.generation.vllm.backend import check_installed
-
-            check_installed()
+        find_backend(settings.arguments.backend).check_installed()
 
     def load_data(self, settings: Settings, encoder: ChatEncoder) -> TrainingData:
         """Load, mix and encode the prompts; those that are too long are left out and counted by split."""
