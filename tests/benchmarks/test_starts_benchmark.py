@@ -7,7 +7,7 @@ import pytest
 from benchmarks import starts
 from spin.alignment.pipeline import start_programs
 from tests.helpers import run_main
-from tests.pipeline.test_start_server import LIGHT_SERVER
+from tests.helpers.starts import LIGHT_SERVER
 
 
 def test_bad_flags_are_refused_in_one_sentence(tmp_path):

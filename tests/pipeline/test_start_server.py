@@ -14,18 +14,14 @@ from pathlib import Path
 import pytest
 
 from spin.alignment.pipeline import start_programs, start_server
-from spin.alignment.pipeline.lock import RunLock
+from spin.alignment.pipeline.lock import run_lock
 from spin.alignment.pipeline.processes import RUN_VARIABLE, ChildPrograms, orphans
 from spin.alignment.pipeline.start_programs import PLAIN_STARTS_VARIABLE, ProgramStarter, ServedProgram, is_served
 from tests.helpers import REPOSITORY, program_environment, run_command, shared_starter
+from tests.helpers.starts import LIGHT_SERVER
 
 PROGRAM_NAMES = sorted(
     path.name for path in (REPOSITORY / "spin").glob("*.py") if path.stem not in ("cli", "__init__", "__main__")
-)
-
-# A server that is ready in two seconds, for tests that end it.
-LIGHT_SERVER = start_programs._SERVER.replace(
-    "main(", "import spin.alignment.pipeline.start_server as s\ns.LIBRARIES = s.TRAINING_LIBRARIES = ()\nmain("
 )
 
 FACTS = """
@@ -258,7 +254,7 @@ def test_children_of_a_killed_run_are_found_and_its_server_ends(folder, tmp_path
     parent.stdout.close()
     wait_until(lambda: not is_running(server))
     (program,) = orphans(run_dir)
-    with RunLock(run_dir):
+    with run_lock(run_dir):
         assert not is_running(program) and orphans(run_dir) == []
 
 
