@@ -11,8 +11,7 @@ from spin.alignment.core.flags import to_arguments
 from spin.alignment.pipeline.config import LaunchConfig, RunConfig
 from spin.alignment.pipeline.manifest import RunManifest
 from spin.alignment.pipeline.processes import accelerate_command
-
-PROGRAMS = Path(__file__).resolve().parents[3]
+from spin.alignment.pipeline.start_programs import PROGRAMS
 
 
 @dataclass(frozen=True)
