@@ -217,11 +217,11 @@ def test_a_restarted_server_goes_on(server, connect):
     [
         (400, {"error": {"message": "context is 64 tokens"}}, "refused prompt p0 with HTTP 400: context is 64 tokens"),
         (404, {"message": "no model tiny"}, "refused prompt p0 with HTTP 404: no model tiny"),
-        (401, {"error": "Unauthorized"}, "HTTP 401: Unauthorized: set OPENAI_API_KEY to a key the server knows"),
+        (401, {"error": "Unauthorized"}, "HTTP 401: Unauthorized: set OPENAI_API_KEY to a key that the server accepts"),
         (422, b"too hot", "refused prompt p0 with HTTP 422: too hot"),
         (501, b"", "refused prompt p0 with HTTP 501: Not Implemented"),
         (302, b"", "refused prompt p0 with HTTP 302: Found"),
-        (200, b"<html>", "answered with something that is not JSON"),
+        (200, b"<html>", "is not JSON: base_url must be"),
         (200, {"choices": []}, "to prompt p0 holds no completion"),
     ],
 )

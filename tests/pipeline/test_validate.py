@@ -89,7 +89,7 @@ def test_torn_file_and_missing_provenance_are_named(tmp_path):
     whole = write(tmp_path / "b.parquet", good_row()).read_bytes()
     (tmp_path / "b.parquet").write_bytes(whole[: len(whole) // 2])
     found = problems(tmp_path)
-    assert "a.parquet carries no provenance" in found and "b.parquet is not a readable parquet" in found
+    assert "a.parquet has no provenance" in found and "b.parquet is not a readable parquet" in found
 
 
 def test_prompt_rows(tmp_path):

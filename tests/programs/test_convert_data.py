@@ -234,7 +234,7 @@ DEFECTS = {
     "prompt lost": (lost_prompt, [], "train-00001.parquet holds 1 prompts where 2 are expected", ""),
     "prompt twice": (
         repeated_fraction, [], "stands more than once", "in train-00000.parquet and train-00001.parquet"),
-    "no provenance": (no_provenance, [], "train-00001.parquet carries no provenance", "generate it again"),
+    "no provenance": (no_provenance, [], "train-00001.parquet has no provenance", "generate it again"),
     "torn": (torn, [], "train-00001.parquet is not a readable parquet file", ""),
     "column": (no_column, [], "train-00001.parquet lacks the columns rejected", ""),
     "identical": (all_identical, ["--identical", "drop"], "no pair of the split 'train' is left (10 identical", ""),

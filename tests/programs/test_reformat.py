@@ -165,7 +165,7 @@ FLAGS = {
     "shared id": (["--data", "ids.jsonl"], "ids.jsonl row 0: the id 'x' belongs to several different prompts"),
     "all invalid": (["--data", "bad.jsonl", "--skip_invalid"], "no usable row is left in bad.jsonl"),
     "damaged parquet": (["--data", "torn.parquet"], "torn.parquet is damaged"),
-    "foreign output": (["--data", "a.jsonl", "--output_dir", "."], "train.parquet carries no provenance"),
+    "foreign output": (["--data", "a.jsonl", "--output_dir", "."], "train.parquet has no provenance"),
     "output is the input": (["--data", ".", "--output_dir", "."], "output_dir is the folder of the data"),
     "output is a file": (["--data", "a.jsonl", "--output_dir", "a.jsonl"], "choose a folder you may write to"),
 }  # fmt: skip
