@@ -72,7 +72,7 @@ def test_no_dropout_is_left(model):
 
 @pytest.mark.parametrize(
     "length, token, message",
-    [(513, 1, "can attend to 512 tokens: lower max_length"), (5, 10_000, "the data holds token id 10000")],
+    [(513, 1, "can attend to 512 tokens: lower max_length"), (5, 10_000, "the data contains token id 10000")],
 )
 def test_data_that_does_not_fit_the_model(tiny_model, length, token, message):
     with pytest.raises(InputError, match=message):

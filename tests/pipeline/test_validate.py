@@ -58,7 +58,7 @@ FAULTS = {
     "no ids": ({"rejected_token_ids": []}, "rejected_token_ids is empty"),
     "reason": ({"rejected_finish_reason": "eos"}, "it must be stop or length"),
     "vocabulary": ({"rejected_token_ids": [99999, *IDS]}, "outside of the tokenizer"),
-    "prompts": ({"rejected": [{"role": "user", "content": "other"}, said("5")[-1]]}, "do not share one prompt"),
+    "prompts": ({"rejected": [{"role": "user", "content": "other"}, said("5")[-1]]}, "do not share a prompt"),
     "roles": ({"chosen": [*PROMPT, *PROMPT]}, "row 1"),
     "twice": ({"prompt_id": "p0"}, "prompt p0 with sample 0 stands more than once"),
     "no id": ({"prompt_id": ""}, "prompt_id is empty"),

@@ -171,7 +171,7 @@ def write_file(tmp_path: Path, name: str, text: str) -> Path:
 BAD_INPUT = {
     "missing model": (lambda tmp, data: {"model": tmp / "none"}, "does not exist"),
     "model without config": (lambda tmp, data: {"model": data.parent}, "no config.json"),
-    "unreachable hub model": (lambda tmp, data: {"model": "no-such-org/none"}, "neither a folder here nor a Hub"),
+    "unreachable hub model": (lambda tmp, data: {"model": "no-such-org/none"}, "neither a local folder nor a Hub"),
     "no chat template": (
         lambda tmp, data: {"model": save(tmp / "model", char_tokenizer(template=None))},
         "has no chat template",

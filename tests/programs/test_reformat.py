@@ -161,7 +161,7 @@ FLAGS = {
     "missing file": (["--data", "b.jsonl"], "b.jsonl does not exist"),
     "missing data set": (["--data", "someone/something"], "nor a data set that can be reached"),
     "missing split": (["--data", ".", "--split", "dev"], "no file of the split 'dev'"),
-    "empty file": (["--data", "empty.jsonl"], "empty.jsonl holds no rows"),
+    "empty file": (["--data", "empty.jsonl"], "empty.jsonl contains no rows"),
     "shared id": (["--data", "ids.jsonl"], "ids.jsonl row 0: the id 'x' belongs to several different prompts"),
     "all invalid": (["--data", "bad.jsonl", "--skip_invalid"], "no usable row is left in bad.jsonl"),
     "damaged parquet": (["--data", "torn.parquet"], "torn.parquet is damaged"),

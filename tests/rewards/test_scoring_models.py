@@ -310,7 +310,7 @@ def test_a_template_that_refuses_names_the_row(tmp_path):
     folder = save_decoder(tmp_path / "m")
     char_tokenizer(template="{{ raise_exception('no system here') }}").save_pretrained(folder)
     with pytest.raises(
-        InputError, match=r"prompt p1, sample 0: the chat template of .* refuses the turns 'user, assistant'"
+        InputError, match=r"prompt p1, sample 0: the chat template of .* rejects the turns 'user, assistant'"
     ):
         make_scorer(settings("reward_model", folder)).label([make_group()])
 

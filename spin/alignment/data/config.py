@@ -1,4 +1,4 @@
-"""The settings of training data: which rows, and how they are truncated."""
+"""Settings of the training data: which rows are used, and how they are truncated."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from spin.alignment.core.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Which pairs are trained on, and how they are cut to length (in tokens)."""
+    """Which pairs are trained on, and how they are truncated. Lengths in tokens."""
 
     dataset_mixer: dict[str, float] = dataclasses.field(default_factory=dict)
     dataset_splits: list[str] = dataclasses.field(default_factory=lambda: ["train_prefs"])

@@ -1,4 +1,4 @@
-"""A preference row to the token ids of its prompt and both responses; truncation happens here."""
+"""Encoding a preference row as token ids of its prompt and both responses, with truncation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from spin.alignment.data.chat_encoder import ChatEncoder
 
 @dataclass(frozen=True)
 class EncodedPair:
-    """One preference pair as ids; both responses follow the same prompt. A response cut short carries no EOS."""
+    """One preference pair as ids; both responses follow the same prompt. A truncated response has no EOS."""
 
     prompt_ids: list[int]
     chosen_ids: list[int]
@@ -22,20 +22,18 @@ class EncodedPair:
 def encode_pair(
     row: Mapping[str, Any], encoder: ChatEncoder, max_length: int, max_prompt_length: int
 ) -> EncodedPair | str:
-    """Encode and truncate a preference row; return the reason instead when the pair has to be dropped.
+    """Encode and truncate a preference row; if the pair has to be dropped, return the reason instead.
 
-    Sampled ids (``chosen_token_ids``, ``rejected_token_ids``) are used as they are. When prompt plus the longer response
-    exceeds ``max_length`` tokens, the prompt keeps its BOS and its last tokens, ``max_prompt_length`` in all, then both
-    responses are cut to what remains.
+    Sampled ids (``chosen_token_ids``, ``rejected_token_ids``) are used as they are. If the prompt plus the longer response
+    exceeds ``max_length`` tokens, the prompt keeps its BOS and its last tokens, ``max_prompt_length`` in total, and both
+    responses are truncated to what remains.
 
     Raises:
-        InputError: the two conversations have different prompts, or the template refuses them.
+        InputError: the two conversations have different prompts, or the template rejects them.
     """
     prompt = list(row["chosen"][:-1])
     if prompt != list(row["rejected"][:-1]):
-        raise InputError(
-            f"prompt {row.get('prompt_id', '?')}: chosen and rejected have different prompts: mend the row"
-        )
+        raise InputError(f"prompt {row.get('prompt_id', '?')}: chosen and rejected have different prompts: fix the row")
     if reason := encoder.refusal(prompt):
         return reason
     prompt_ids = encoder.prompt_ids(prompt)
@@ -54,7 +52,8 @@ def encode_pair(
 
 
 def truncate_pair(pair: EncodedPair, max_length: int, max_prompt_length: int, bos_id: int | None) -> EncodedPair:
-    """Cut a pair of more than ``max_length`` tokens a side: the prompt from the left, then both responses from the right."""
+    """Truncate a pair in which either half exceeds ``max_length`` tokens: the prompt on the left, then both responses on the
+    right."""
     if len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids)) <= max_length:
         return pair
     prompt_ids = truncate_prompt(pair.prompt_ids, max_prompt_length, bos_id)
@@ -63,7 +62,7 @@ def truncate_pair(pair: EncodedPair, max_length: int, max_prompt_length: int, bo
 
 
 def truncate_prompt(ids: list[int], max_prompt_length: int, bos_id: int | None) -> list[int]:
-    """Keep the last ``max_prompt_length`` tokens, the first of them given to the BOS where the prompt begins with one."""
+    """Keep the last ``max_prompt_length`` tokens; if the prompt starts with a BOS, it replaces the first of them."""
     if len(ids) <= max_prompt_length:
         return ids
     if bos_id is not None and ids[0] == bos_id:
@@ -72,13 +71,14 @@ def truncate_prompt(ids: list[int], max_prompt_length: int, bos_id: int | None) 
 
 
 def _side_ids(row: Mapping[str, Any], side: str, encoder: ChatEncoder, prompt_ids: list[int]) -> list[int] | str:
-    """The response ids of one side, or why there are none."""
+    """The response ids of one half, or the reason why there are none."""
     sampled = row.get(f"{side}_token_ids")
     if sampled is not None:
         return [int(token) for token in sampled] or f"empty {side} response"
     if not row[side][-1]["content"]:
-        return [encoder.end_id]  # it ended at once
+        return [encoder.end_id]  # the model answered with the end of turn alone
     if reason := encoder.refusal(row[side][-1:]):
         return reason
     ids = encoder.response_ids(row[side], prompt_ids)
+    # A response that reached the length limit did not end, so the model must not learn an end of turn there.
     return ids[:-1] or f"empty {side} response" if row.get(f"{side}_finish_reason") == "length" else ids

@@ -1,4 +1,4 @@
-"""The settings of a model: where it comes from, its precision, and adapters."""
+"""Settings of a model: its source, precision and adapters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Dtype = typing.Literal["auto", "float32", "bfloat16", "float16"]
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The model to start from, its precision, and adapters."""
+    """The initial model, its precision, and adapters."""
 
     model_name_or_path: str = ""
     model_revision: str | None = None
@@ -31,6 +31,6 @@ class ModelConfig:
         if self.load_in_4bit and self.load_in_8bit:
             raise InputError("load_in_4bit and load_in_8bit are both true: choose one")
         if (self.load_in_4bit or self.load_in_8bit) and not self.use_peft:
-            raise InputError("load_in_4bit and load_in_8bit train adapters only: set use_peft to true")
+            raise InputError("load_in_4bit and load_in_8bit can only train adapters: set use_peft to true")
         if self.lora_r < 1 or self.lora_alpha < 1:
             raise InputError(f"lora_r is {self.lora_r} and lora_alpha {self.lora_alpha}: set both to 1 or more")
