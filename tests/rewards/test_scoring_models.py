@@ -227,7 +227,7 @@ def test_too_long_is_refused_unless_it_may_be_cut(decoder, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         label = scorer.label([make_group(), long])[1]
     assert (
-        "reward_model: 2 inputs were longer than scorer_max_length 100 and lost the start of their prompt"
+        "reward_model: 2 inputs were longer than scorer_max_length 100 and had the start of their prompt truncated"
         in caplog.text
     )
     tokenizer = AutoTokenizer.from_pretrained(decoder)
@@ -322,9 +322,9 @@ def test_bad_settings_are_one_sentence_before_anything_is_loaded(decoder, tmp_pa
     cases = [
         (
             ScorerSettings("reward_model"),
-            "the scorer reward_model needs a model: give the folder or Hub name of a reward model",
+            "the scorer reward_model needs a model: set scorer_model to the folder or Hub name of a reward model",
         ),
-        (ScorerSettings("preference_model"), "as scorer_model"),
+        (ScorerSettings("preference_model"), "set scorer_model to"),
         (settings("reward_model", tmp_path / "none"), "model folder .*none does not exist"),
         (settings("reward_model", two), "two has 2 outputs .num_labels., but a reward model has one"),
         (
