@@ -183,7 +183,7 @@ def test_columns_must_agree_in_all_but_their_order(tmp_path):
 def test_one_gathering_at_a_time_writes_a_folder(tmp_path):
     folder = write_whole(tmp_path / "in")
     with sole_writer(tmp_path / "out"):
-        assert "another convert_data.py writes to" in refusal(folder, tmp_path / "out")
+        assert "another convert_data.py is writing to" in refusal(folder, tmp_path / "out")
     assert gather(folder, tmp_path / "out")[0] == 0
 
 

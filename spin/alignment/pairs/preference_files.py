@@ -1,4 +1,4 @@
-"""Preference rows of a split: the pairs of a batch, which of them are dropped, and the numbered files they are written to."""
+"""Preference rows of a split: forming pairs, dropping some of them, and writing them to numbered files."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from spin.alignment.methods.pairings import PAIRINGS, Labelled, Pairing, no_trut
 from spin.alignment.pairs.annotate import Labeller, count_failures
 
 COUNTS = ("rows", "identical", "truncated", "dropped", "skipped", "written")
-# Where responses are scored: prompts without a pair, responses that the scorer failed on.
+# When responses are scored: also responses for which the scorer failed, and prompts without a pair.
 SCORED_COUNTS = ("rows", "failed", "ties", *COUNTS[1:])
-# Where pairs take two responses each: also those left over when the scorer failed on some.
+# When each pair takes two responses: also those left over after the scorer failed on some.
 EVEN_COUNTS = (*SCORED_COUNTS[:3], "unpaired", *COUNTS[1:])
 
 
 def pair_schema(pairing: Pairing, schema: pa.Schema) -> pa.Schema:
-    """Return the columns of the pairs that a pairing makes of rows with the columns of ``schema``."""
+    """Return the columns of the pairs that a pairing forms from rows with the columns of ``schema``."""
     added = pairing.adds if isinstance(pairing, Labelled) else ()
     fields = (pa.field(name, OPTIONAL_COLUMNS[name]) for name in added if name not in schema.names)
     return pa.schema([*schema, *fields])
@@ -38,7 +38,7 @@ def pair_schema(pairing: Pairing, schema: pa.Schema) -> pa.Schema:
 
 @dataclass(frozen=True)
 class Selection:
-    """How pairs are formed, and which are left out: those of equal responses, those whose response was cut by length.
+    """How pairs are formed, and which are dropped: those with equal responses, those with a response truncated by length.
 
     A pairing that compares scores needs a ``labeller``.
     """
@@ -49,7 +49,7 @@ class Selection:
     labeller: Labeller | None = None
 
     def apply(self, batch: pa.RecordBatch, num_samples: int, counts: dict[str, int]) -> pa.RecordBatch:
-        """Return the pairs of a batch of whole prompts, those dropped left out, all of them counted.
+        """Return the remaining pairs of a batch of whole prompts, and update the counts.
 
         Raises:
             InputError: a conversation is empty or missing, or the scorer cannot score a response.
@@ -59,6 +59,7 @@ class Selection:
         keeps_rows = getattr(self.pairing, "keeps_rows", False)
         if keeps_rows or (isinstance(self.pairing, Labelled) and self.pairing.reads_truth):
             self._check_truths(batch)
+        # A pairing that keeps rows as they are stays in Arrow: converting millions of rows to Python takes minutes.
         pairs = batch if keeps_rows else self._paired(batch, num_samples, counts)
         identical = pc.equal(
             *(pc.utf8_trim_whitespace(last_contents(pairs, name)) for name in ("chosen", "rejected"))
@@ -109,7 +110,7 @@ def last_contents(batch: pa.RecordBatch, name: str) -> pa.Array:
     """Return the text of the last turn of each conversation in a column.
 
     Raises:
-        InputError: a conversation has no last turn, or that has no text.
+        InputError: a conversation has no last turn, or the turn has no text.
     """
     column = batch.column(name)
     ends = column.offsets.to_numpy()
@@ -125,7 +126,7 @@ def last_contents(batch: pa.RecordBatch, name: str) -> pa.Array:
 
 
 class PreferenceFiles:
-    """The numbered output files of one split: written under hidden names, and named when all of them are there."""
+    """The numbered output files of one split: written under hidden names, and renamed once all of them are complete."""
 
     def __init__(
         self,
@@ -144,7 +145,7 @@ class PreferenceFiles:
         self._sink: ParquetSink | None = None
 
     def discard(self) -> None:
-        """Give up the files being written; remove hidden files, also those of a killed run."""
+        """Abandon the files being written; remove hidden files, including those of a killed run."""
         if self._sink is not None:
             sink, self._sink = self._sink, None
             sink.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
@@ -154,7 +155,7 @@ class PreferenceFiles:
         self.hidden = []
 
     def write(self, rows: pa.RecordBatch) -> None:
-        """Append rows; a full file is closed under its hidden name and another begun."""
+        """Append rows; a full file is closed under its hidden name and a new one is started."""
         table = pa.Table.from_batches([rows])
         self.counts["written"] += table.num_rows
         while table.num_rows:
@@ -175,18 +176,18 @@ class PreferenceFiles:
             self.hidden.append(sink.path)
 
     def withdraw(self) -> None:
-        """Remove the set of an earlier conversion, its proof of completion first."""
+        """Remove the files of an earlier conversion, the counts file (its proof of completion) first."""
         remove_files([self.counts_path, *self._named()])
 
     def publish(self) -> None:
-        """Give the hidden files their names. A crash in between leaves a set that readers refuse and a rerun replaces."""
+        """Rename the hidden files. A crash in between leaves an incomplete set, which readers refuse and a rerun replaces."""
         for number, path in enumerate(self.hidden):
             path.rename(self.folder / f"{self.split}_prefs-{number:05d}-of-{len(self.hidden):05d}.parquet")
         fsync_folder(self.folder)
         write_json_atomic(self.counts_path, self.counts)
 
     def is_whole(self) -> bool:
-        """Return whether the set is there with its proof of completion."""
+        """Return whether all files exist, with the counts file as proof of completion."""
         files = self._named()
         return self.counts_path.exists() and bool(files) and len(files) == int(files[0].stem[-5:])
 
@@ -196,10 +197,10 @@ class PreferenceFiles:
 
 @contextmanager
 def sole_writer(folder: Path) -> Iterator[None]:
-    """Make a folder and keep other gatherings out of it; the kernel drops the lock of a dead holder.
+    """Create a folder and lock it against other conversions; the kernel releases the lock when the process dies.
 
     Raises:
-        InputError: another gathering writes there, or the folder cannot be made.
+        InputError: another conversion is writing there, or the folder cannot be created.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -211,10 +212,10 @@ def sole_writer(folder: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise InputError(
-                f"another convert_data.py writes to {folder}: let it end or choose another output_dir"
+                f"another convert_data.py is writing to {folder}: let it finish or choose another output_dir"
             ) from error
         except OSError:
-            pass  # a file system that locks no folders (NFS): then it is up to the user, as everywhere
+            pass  # the file system cannot lock folders (NFS): it is then up to the user
         yield
     finally:
         os.close(descriptor)
