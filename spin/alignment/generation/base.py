@@ -1,4 +1,4 @@
-"""What every generation backend receives and returns: token ids in, token ids out, one sampling specification."""
+"""The interface of generation backends: token ids in, token ids out, one sampling specification."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How responses are drawn; the same meaning in every backend.
+    """How responses are sampled, with the same meaning in every backend.
 
     Attributes:
         temperature: 0 is greedy.
         top_k: 0 is off.
-        min_p: keeps the tokens at least this likely relative to the likeliest one; 0 is off.
-        repetition_penalty: divides (or multiplies, below 0) the logits of tokens seen in prompt or response; 1 is off.
-        max_new_tokens: 0 is what the context leaves behind each prompt.
-        stop: texts that end a response where they appear; they stay in the ids and are cut from the text.
-        logprobs: return the model's own log-prob (nats, before temperature and cut-offs) of every sampled token.
+        min_p: keep tokens at least this likely relative to the most likely one; 0 is off.
+        repetition_penalty: divides positive and multiplies negative logits of tokens seen in prompt or response; 1 is off.
+        max_new_tokens: in tokens; 0 allows as many as fit in the context after each prompt.
+        stop: texts that end a response; they are kept in the ids and removed from the text.
+        logprobs: return the model's own log-prob (nats, before temperature and truncation) of every sampled token.
     """
 
     num_samples: int = 1
@@ -47,13 +47,13 @@ class SamplingConfig:
             ("top_k", self.top_k >= 0, "0 (off) or more"),
             ("min_p", 0.0 <= self.min_p < 1.0, "in [0, 1)"),
             ("repetition_penalty", 0.0 < self.repetition_penalty < float("inf"), "above 0 (1 is off)"),
-            ("max_new_tokens", self.max_new_tokens >= 0, "0 (what the context leaves) or more"),
+            ("max_new_tokens", self.max_new_tokens >= 0, "0 (as many as fit in the context) or more"),
             ("seed", self.seed >= 0, "0 or more"),
         ):
             if not valid:
                 raise InputError(f"{name} is {getattr(self, name)}: set it to a value {range_}")
         if any(not text for text in self.stop):
-            raise InputError("stop holds an empty text, which would end every response at once: remove it")
+            raise InputError("stop contains an empty text, which would end every response immediately: remove it")
         if self.temperature == 0.0 and self.num_samples > 1:
             raise InputError(
                 "temperature 0 draws the same response every time: set num_samples to 1 or raise temperature"
@@ -64,7 +64,7 @@ class SamplingConfig:
         return asdict(self) | {"stop": list(self.stop)}
 
     def longest(self, request: PromptRequest) -> int:
-        """Return the most tokens a response to this request may have.
+        """Return the maximum number of tokens of a response to this request.
 
         Raises:
             ValueError: neither ``max_new_tokens`` nor the request sets a limit.
@@ -77,9 +77,9 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class PromptRequest:
-    """One prompt: its id and its token ids, at most one BOS, generation prompt included.
+    """One prompt: its id and its token ids, with at most one BOS and including the generation prompt.
 
-    ``room`` is the number of tokens the model's context leaves behind the prompt, None where it sets no limit.
+    ``room`` is the number of tokens that fit in the model's context after the prompt, None without a limit.
     """
 
     prompt_id: str
@@ -89,10 +89,10 @@ class PromptRequest:
 
 @dataclass(frozen=True)
 class Response:
-    """The sampled ids, prompt excluded.
+    """The sampled ids, without the prompt.
 
-    ``finish_reason`` is ``stop`` exactly when the last id is an end-of-turn id or completes a stop text. ``logprobs`` holds
-    one number (nats) for each id when the sampling asks for them.
+    ``finish_reason`` is ``stop`` if and only if the last id is an end-of-turn id or completes a stop text. ``logprobs``
+    contains one number (nats) per id if requested.
     """
 
     token_ids: list[int]
@@ -101,16 +101,16 @@ class Response:
 
 
 class GenerationBackend(ABC):
-    """Turns prompts into responses; owns the model for as long as it lives."""
+    """Generates responses to prompts; owns the model until it is closed."""
 
     @abstractmethod
     def stream(
         self, requests: Iterable[PromptRequest], sampling: SamplingConfig
     ) -> Iterator[tuple[int, list[Response]]]:
-        """Yield ``(n, responses)`` for the n-th request as soon as the last of its ``num_samples`` responses is there.
+        """Yield ``(n, responses)`` for the n-th request as soon as all of its ``num_samples`` responses are finished.
 
-        Requests are drawn from the iterable only as room for them becomes free, so the caller decides late what comes next;
-        when it ends, those in flight are finished. Closing the iterator gives up what is in flight.
+        Requests are taken from the iterable only when there is capacity for them, so the caller decides late what comes next;
+        once it is exhausted, requests in flight are finished. Closing the iterator cancels them.
         """
 
     @abstractmethod
@@ -124,9 +124,9 @@ class GenerationBackend(ABC):
 
 
 def sample_seed(seed: int, prompt_id: str, sample_index: int) -> int:
-    """Return the 63-bit seed of one response: it depends on nothing but (seed, prompt id, sample index)."""
+    """Return the 63-bit seed of one response, which depends only on (seed, prompt id, sample index)."""
     digest = hashlib.sha256(f"{seed}\x00{prompt_id}\x00{sample_index}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+    return int.from_bytes(digest[:8], "big") >> 1  # 63 bits fit a signed 64-bit integer, which vLLM requires
 
 
 @dataclass(frozen=True)
@@ -134,13 +134,13 @@ class BackendSettings:
     """What a backend needs to load a model.
 
     Attributes:
-        adapter: folder of LoRA adapters to serve on top of the model.
+        adapter: folder of LoRA adapters to apply to the model.
         dtype: auto (that of the checkpoint), float32, bfloat16 or float16.
-        batch_size: responses in flight; None leaves it to the backend.
-        max_model_len: the longest prompt plus response, in tokens.
-        stop_ids: the ids that end a response.
-        decode: sampled ids -> text; stop texts are looked for in it.
-        batch_invariant: let the engine compute every response the same in any batch (vllm on an H100 or newer; slower).
+        batch_size: maximum number of responses in flight; None leaves it to the backend.
+        max_model_len: maximum length of prompt plus response, in tokens.
+        stop_ids: ids that end a response.
+        decode: sampled ids -> text, in which stop texts are searched for.
+        batch_invariant: compute every response identically in any batch (vllm on an H100 or newer; slower).
         base_url: address of an OpenAI-compatible server (openai).
     """
 
