@@ -193,7 +193,7 @@ BAD_INPUT = {
     "empty stop": (lambda tmp, data: {"stop": ""}, "stop contains an empty text"),
     "server without backend": (lambda tmp, data: {"base_url": "http://x/v1"}, "base_url and --backend openai belong"),
     "backend without server": (lambda tmp, data: {"backend": "openai"}, "base_url and --backend openai belong"),
-    "no adapter": (lambda tmp, data: {"adapter": tmp / "none"}, "holds no adapter_config.json"),
+    "no adapter": (lambda tmp, data: {"adapter": tmp / "none"}, "contains no adapter_config.json"),
     "temperature": (lambda tmp, data: {"temperature": -1}, "temperature is -1.0"),
     "unknown backend": (lambda tmp, data: {"backend": "hf"}, "choose one of openai, transformers, vllm"),
     "tensor parallel": (lambda tmp, data: {"tensor_parallel_size": 2}, "tensor_parallel_size is for vllm"),
