@@ -1,4 +1,4 @@
-"""Pairs to tensors: packed into one row that shares prompts, or padded."""
+"""Collating pairs to tensors: packed into one row with shared prompts, or padded."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class PackedCollator:
         targets        3 7 8 4 5 9          (chosen of both pairs, rejected of both pairs)
         predictors     1 5 6 1 3 5
 
-    ``share_prompts=False`` writes the prompt in front of the rejected response once more. ``vocab_size`` sets how many pairs
-    a group of logits holds.
+    ``share_prompts=False`` repeats the prompt before the rejected response. ``vocab_size`` determines how many pairs are in
+    a group of logits.
     """
 
     kernel: str = "sdpa"
@@ -30,16 +30,16 @@ class PackedCollator:
     share_prompts: bool = True
 
     def tokens(self, feature: Feature) -> int:
-        """Return how many tokens of a row a pair takes."""
+        """Return the number of tokens that a pair takes in a row."""
         prompt, chosen, rejected = (len(feature[f"{name}_ids"]) for name in ("prompt", *HALVES))
         return prompt + chosen + rejected + (0 if self.share_prompts else prompt)
 
     def __call__(self, features: Sequence[Feature]) -> PackedBatch:
-        """Return the packed row of some pairs, in their order."""
+        """Return the packed row of some pairs, in order."""
         ids: list[int] = []
         positions: list[int] = []
         trees: list[Tree] = []
-        starts: list[tuple[list[int], list[int]]] = []  # of each pair: the predictors of its two responses
+        starts: list[tuple[list[int], list[int]]] = []  # per pair: the predictors of its two responses
         for feature in features:
             prompt, *responses = (list(feature[f"{name}_ids"]) for name in ("prompt", *HALVES))
             predictors: list[list[int]] = []
@@ -48,8 +48,10 @@ class PackedCollator:
                     last_of_prompt = len(ids) + len(prompt) - 1
                     ids += prompt
                     positions += range(len(prompt))
+                # The first response token is predicted at the end of the prompt, every other one at the token before it.
                 predictors.append([last_of_prompt, *range(len(ids), len(ids) + len(response) - 1)])
                 ids += response
+                # Both responses continue the positions of the prompt, as if each followed it directly.
                 positions += range(len(prompt), len(prompt) + len(response))
             lengths = tuple(map(len, responses))
             shared = (lengths,) if self.share_prompts else tuple((length,) for length in lengths)
@@ -59,17 +61,17 @@ class PackedCollator:
         picked = [position for number, half in order for position in starts[number][half]]
         labels = [token for number, half in order for token in features[number][f"{HALVES[half]}_ids"]]
         return PackedBatch(
-            input_ids=torch.tensor([ids]),
-            position_ids=torch.tensor([positions]),
+            input_ids=torch.tensor([ids]),  # (1, T)
+            position_ids=torch.tensor([positions]),  # (1, T)
             layout=PackedLayout(tuple(trees), torch.device("cpu"), self.kernel),
-            predictors=torch.tensor(picked),
-            targets=torch.tensor(labels),
+            predictors=torch.tensor(picked),  # (N,)
+            targets=torch.tensor(labels),  # (N,)
             groups=groups,
         )
 
     def _groups(self, features: Sequence[Feature]) -> tuple[tuple[PairGroup, ...], list[tuple[int, int]]]:
-        """Cut the pairs into groups; return them and the order (pair, half) of the responses."""
-        limit = max(1, GROUP_ELEMENTS // self.vocab_size)
+        """Divide the pairs into groups; return them and the order (pair, half) of the responses."""
+        limit = max(1, GROUP_ELEMENTS // self.vocab_size)  # response tokens per group
         lengths = [len(feature["chosen_ids"]) + len(feature["rejected_ids"]) for feature in features]
         groups, order, start = [], [], 0
         for numbers in consecutive(lengths, limit):
@@ -82,13 +84,13 @@ class PackedCollator:
 def _group(features: Sequence[Feature], rows: slice) -> PairGroup:
     responses = [feature[f"{half}_ids"] for half in HALVES for feature in features]
     width = max(map(len, responses))
-    lengths = torch.tensor([len(response) for response in responses])
-    mask = torch.arange(width) < lengths[:, None]
+    lengths = torch.tensor([len(response) for response in responses])  # (2b,)
+    mask = torch.arange(width) < lengths[:, None]  # (2b, R)
     return PairGroup(rows, mask, **_streams(features, responses, width), **_labels(features))
 
 
 def _streams(features: Sequence[Feature], responses: Sequence[Sequence[int]], width: int) -> dict[str, torch.Tensor]:
-    """Return reference_logps and weights of shape ``(2B, width)``, as far as the features have them."""
+    """Return reference_logps and weights of shape ``(2B, width)``, those that the features have."""
     streams = {}
     for name, column in (("reference_logps", "reference"), ("weights", "weights")):
         if f"chosen_{column}" in features[0]:
@@ -98,7 +100,7 @@ def _streams(features: Sequence[Feature], responses: Sequence[Sequence[int]], wi
 
 
 def _labels(features: Sequence[Feature]) -> dict[str, torch.Tensor]:
-    """Return win_probs and rewards of shape ``(2B,)``, float64, as far as the features have them."""
+    """Return win_probs and rewards of shape ``(2B,)``, float64, those that the features have."""
     return {
         name: torch.tensor(
             [feature[f"{half}_{column}"] for half in HALVES for feature in features], dtype=torch.float64
@@ -112,7 +114,7 @@ def _labels(features: Sequence[Feature]) -> dict[str, torch.Tensor]:
 class PairCollator:
     """Stacks B pairs into tensors of 2B padded rows: the chosen half, then the rejected half, in the same order.
 
-    Prompts are padded on the left and responses on the right, so every response starts in one column. With the pairs
+    Prompts are padded on the left and responses on the right, so all responses start in the same column. With the pairs
     ``[1 2 | 3 | 4 5]`` and ``[6 | 7 8 | 9]`` (prompt | chosen | rejected) and pad id 0::
 
         input_ids        1 2 3 0      completion_mask  1 0
@@ -124,20 +126,20 @@ class PairCollator:
     pad_id: int
 
     def tokens(self, feature: Feature) -> int:
-        """Return how many distinct tokens a pair has; padding is left out."""
+        """Return the number of distinct tokens in a pair, without padding."""
         return sum(len(feature[f"{name}_ids"]) for name in ("prompt", *HALVES))
 
     def __call__(self, features: Sequence[Feature]) -> dict[str, torch.Tensor]:
-        """Return input_ids, attention_mask and position_ids of shape ``(2B, P + R)`` and, of shape ``(2B, R)``,
-        completion_mask and, as far as the features have them, reference_logps (nats) and weights; of shape ``(2B,)`` the
-        labels win_probs and rewards.
+        """Return input_ids, attention_mask and position_ids of shape ``(2B, P + R)``, completion_mask of shape ``(2B, R)``
+        and, if the features have them, reference_logps (nats) and weights of shape ``(2B, R)`` and the labels win_probs and
+        rewards of shape ``(2B,)``.
         """
         prompts = [feature["prompt_ids"] for _ in HALVES for feature in features]
         responses = [feature[f"{half}_ids"] for half in HALVES for feature in features]
         width, height = max(map(len, responses)), len(prompts)
         left = max(map(len, prompts))
-        input_ids = torch.full((height, left + width), self.pad_id, dtype=torch.long)
-        attention_mask = torch.zeros_like(input_ids)
+        input_ids = torch.full((height, left + width), self.pad_id, dtype=torch.long)  # (2B, P + R)
+        attention_mask = torch.zeros_like(input_ids)  # (2B, P + R)
         for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
             start, end = left - len(prompt), left + len(response)
             input_ids[row, start:end] = torch.tensor([*prompt, *response])
@@ -145,6 +147,7 @@ class PairCollator:
         return {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
+            # Counted from the first real token, so that left padding does not shift positions.
             "position_ids": (attention_mask.cumsum(dim=1) - 1).clamp(min=0),
             "completion_mask": attention_mask[:, left:].clone(),
             **_streams(features, responses, width),
@@ -156,12 +159,12 @@ Collator = PackedCollator | PairCollator
 
 
 def pad_streams(streams: Sequence[Sequence[float]], responses: Sequence[Sequence[int]], width: int) -> torch.Tensor:
-    """Return float32 streams of shape ``(2B, width)``, zero behind the end of each response.
+    """Return float32 streams of shape ``(2B, width)``, zero after the end of each response.
 
     Raises:
         ValueError: a stream is not as long as its response.
     """
-    padded = torch.zeros(len(streams), width)
+    padded = torch.zeros(len(streams), width)  # (2B, R)
     for row, (stream, response) in enumerate(zip(streams, responses, strict=True)):
         if len(stream) != len(response):
             raise ValueError(f"a stream of {len(stream)} values does not fit a response of {len(response)} tokens")

@@ -106,7 +106,7 @@ class TransformersBackend(GenerationBackend):
             if not decoder.jobs and not ended:
                 return
             if decoder.jobs:
-                # Out of memory for the next column: an evicted response is resumed later from its tokens so far.
+                # No memory for the next column: an evicted response is resumed later from its tokens so far.
                 while len(decoder.jobs) > 1 and len(decoder.jobs) * (decoder.cache.width + 1) > columns:
                     queue.put_back(decoder.evict())
                 ended += decoder.step()

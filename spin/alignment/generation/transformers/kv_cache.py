@@ -88,7 +88,7 @@ class RowLayer(CacheLayerMixin):
             self.lazy_initialization(first, second)
         assert self.buffers is not None
         have_rows, _, columns, _ = self.buffers[0].shape
-        if not self.rows:  # empty again: reuse the buffers from the left
+        if not self.rows:  # empty again: the new rows reuse the buffers from their first column
             self.width = 0
             self.start = self.end = min(columns, other.width)
         self.width = max(self.width, other.width)
