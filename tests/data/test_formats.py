@@ -186,7 +186,9 @@ def test_bad_files_are_named(tmp_path, name):
 def test_missing_sources_are_named(tmp_path):
     with pytest.raises(InputError, match=r"nowhere\.jsonl does not exist"):
         list(read_records("nowhere.jsonl"))
-    with pytest.raises(InputError, match=r"'no-such/data-set' is neither a local file or folder nor a reachable Hub data set"):
+    with pytest.raises(
+        InputError, match=r"'no-such/data-set' is neither a local file or folder nor a reachable Hub data set"
+    ):
         list(read_records("no-such/data-set"))
     with pytest.raises(InputError, match="no data file"):
         list(read_records(str(tmp_path)))

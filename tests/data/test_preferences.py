@@ -96,7 +96,10 @@ BAD = {
     "other prompt": ({"chosen": [USER, CHOSEN], "rejected": [CHOSEN, USER, REJECTED]}, "do not share a prompt"),
     "ends with user": ({"chosen": [USER, CHOSEN], "rejected": [USER, USER]}, "do not share a prompt"),
     "rejected null": ({"chosen": [USER, CHOSEN], "rejected": [USER, {**REJECTED, "content": None}]}, "is not text"),
-    "turn without role": ({"chosen": [USER, CHOSEN], "rejected": [{"content": "x"}]}, "turns with 'role' and 'content'"),
+    "turn without role": (
+        {"chosen": [USER, CHOSEN], "rejected": [{"content": "x"}]},
+        "turns with 'role' and 'content'",
+    ),
     "token ids": ({**pair("a"), "rejected_token_ids": ["x"]}, "a value of the wrong type"),
 }
 

@@ -254,7 +254,10 @@ CHOICE = {"finish_reason": "length", "token_ids": [10] * 8, "prompt_token_ids": 
             r"ended prompt p0 \(length\) after 5 of 8 tokens, the last is 10.*--generation-config vllm",
         ),
         ({"finish_reason": "stop", "stop_reason": 10}, r"ended prompt p0 \(stop\) after 8 of 8 tokens"),
-        ({"finish_reason": "stop", "token_ids": []}, r"ended prompt p0 \(stop\) after 0 of 8 tokens, without a requested reason"),
+        (
+            {"finish_reason": "stop", "token_ids": []},
+            r"ended prompt p0 \(stop\) after 0 of 8 tokens, without a requested reason",
+        ),
         ({"logprobs": {"token_logprobs": [-1.0]}}, "did not return a log-prob for each token of prompt p0"),
         ({"logprobs": None}, "did not return a log-prob for each token of prompt p0"),
     ],

@@ -280,7 +280,11 @@ def test_killed_anywhere_a_rerun_gives_the_same_and_no_reader_takes_half(generat
         try:
             assert len(load_preferences(str(out), split)) == rows
         except ValueError as error:
-            assert "set is incomplete" in str(error) or "no file of the split" in str(error) or "no data file" in str(error)
+            assert (
+                "set is incomplete" in str(error)
+                or "no file of the split" in str(error)
+                or "no data file" in str(error)
+            )
     run(generated, out, "--max_rows_per_file", 4)
     assert content(out) == content(whole)
     assert not [name for name in os.listdir(out) if name.startswith(".")]  # noqa: PTH208
