@@ -65,7 +65,7 @@ class ParquetSink:
         try:
             self._flush()
             self._writer.close()
-        except BaseException as failure:
+        except BaseException as failure:  # the disk may be full: remove the temporary file and explain
             self._writer.is_open = False
             if not self._file_context.__exit__(type(failure), failure, failure.__traceback__):
                 raise

@@ -133,6 +133,7 @@ def hash_file(path: str | Path) -> str:
 def hash_files(paths: Iterable[Path], root: Path) -> str:
     """Return one hash of several files: their names relative to ``root`` and their contents, in any order."""
     ordered = sorted(paths)
+    # hashlib releases the GIL for large buffers, so threads read and hash in parallel.
     with ThreadPoolExecutor(max_workers=8) as pool:
         contents = list(pool.map(hash_file, ordered))
     return hash_text(*(f"{path.relative_to(root)}={content}" for path, content in zip(ordered, contents, strict=True)))

@@ -123,7 +123,7 @@ class ServerLink:
             headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
             limits=httpx2.Limits(max_connections=connections, max_keepalive_connections=connections),
             trust_env=not is_this_machine(self.url.host),
-            follow_redirects=False,
+            follow_redirects=False,  # a redirect would send the key to another address
         )
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="server-link", daemon=True)
@@ -169,6 +169,7 @@ class ServerLink:
         ) from last
 
     async def _send_once(self, path: str, purpose: str, body: dict[str, Any] | None, patience: float) -> Any:
+        # No limit on waiting for a free connection: with many requests in flight that is normal.
         timeout = httpx2.Timeout(patience, connect=CONNECT_TIMEOUT, pool=None)
         address, method = f"{self.url}{path}", "GET" if body is None else "POST"
         try:

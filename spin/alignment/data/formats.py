@@ -112,6 +112,7 @@ def to_conversations(
     """
     prompt_only = not truth_required and _is_prompt_only(record)
     messages = _prompt_form(record, where) if prompt_only else _read_form(record, where)
+    # A column ``prompt`` alone is kept as it is: its last user turn is the question.
     trails = len(messages) > 1 and messages[-1]["role"] == "user" and messages[-2]["role"] == "assistant"
     if trails and not prompt_only:
         messages = messages[:-1]
@@ -143,6 +144,7 @@ def _prompt_form(record: Mapping[str, Any], where: str) -> list[Message]:
 
 def _read_form(record: Mapping[str, Any], where: str) -> list[Message]:
     for columns, reader in FORMATS.items():
+        # Present is enough, even if null: the reader then names the row instead of guessing another format.
         if all(column in record for column in columns):
             return reader(record, where)
     known = ", ".join("+".join(columns) for columns in FORMATS)
@@ -189,6 +191,7 @@ def check_conversation(messages: Sequence[Message], where: str, truth_required: 
 
 
 def _is_unicode(text: str) -> bool:
+    # JSON can escape an unpaired surrogate ("\ud83d"), which Python accepts but parquet cannot store.
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -84,6 +84,7 @@ def _check_one_provenance(files: Sequence[Path]) -> None:
 def _own_table(file: Path) -> pa.Table:
     batches, row = [], 0
     for batch in read_batches(file):
+        # Sampled ids mark a chosen response that a model generated, which may be empty.
         sampled = batch.column("chosen_token_ids") if "chosen_token_ids" in batch.schema.names else None
         own = sampled.is_valid().to_pylist() if sampled is not None else [False] * batch.num_rows
         for pair, is_own in zip(batch.select(["chosen", "rejected"]).to_pylist(), own, strict=True):
@@ -91,6 +92,7 @@ def _own_table(file: Path) -> pa.Table:
             row += 1
         batches.append(batch)
     schema = open_parquet(file).schema_arrow
+    # Provenance is dropped here: it has been checked, and tables with different metadata cannot be concatenated.
     return pa.Table.from_batches(batches, schema).replace_schema_metadata(None)
 
 
@@ -185,6 +187,7 @@ def mix_preferences(dataset_mixer: Mapping[str, float], splits: Sequence[str], s
         for path, fraction in dataset_mixer.items():
             rows = load_preferences(path, split)
             if name == "train" and fraction < 1:
+                # A random subset, because the first rows of a data set may all be of one kind.
                 rows = rows.shuffle(seed=seed).select(range(max(1, int(fraction * len(rows)))))
             pieces.append(rows.add_column("source", [path] * len(rows)))
         joined = concatenate_datasets(_aligned(pieces))

@@ -63,6 +63,7 @@ class PromptStore:
         rows = stream_prompts(input_dir, split, truth_required=False)
         count, total = 0, 0
 
+        # Hashing, counting and writing share one pass over the data.
         def texts() -> Iterator[str]:
             nonlocal count, total
             while batch := list(islice(rows, _ROWS)):

@@ -63,6 +63,7 @@ def stream_prompts(input_dir: str, split: str, truth_required: bool = True) -> I
 
 
 def _name_repeated(input_dir: str, split: str, truth_required: bool, numbers: set[int]) -> None:
+    """Read the data a second time to find the two rows that share an id, and raise an error that names them."""
     places: dict[str, str] = {}
     for where, record in read_records(input_dir, split):
         (conversation,) = to_conversations(record, where, truth_required=truth_required)

@@ -54,6 +54,7 @@ class SamplingConfig:
                 raise InputError(f"{name} is {getattr(self, name)}: set it to a value {range_}")
         if any(not text for text in self.stop):
             raise InputError("stop contains an empty text, which would end every response immediately: remove it")
+        # Identical samples would waste the computation and give identical pairs.
         if self.temperature == 0.0 and self.num_samples > 1:
             raise InputError(
                 "temperature 0 draws the same response every time: set num_samples to 1 or raise temperature"
@@ -125,6 +126,7 @@ class GenerationBackend(ABC):
 
 def sample_seed(seed: int, prompt_id: str, sample_index: int) -> int:
     """Return the 63-bit seed of one response, which depends only on (seed, prompt id, sample index)."""
+    # NUL separates the parts, so that (1, "2") and (12, "") differ.
     digest = hashlib.sha256(f"{seed}\x00{prompt_id}\x00{sample_index}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1  # 63 bits fit a signed 64-bit integer, which vLLM requires
 

@@ -160,6 +160,7 @@ class FractionJournal:
         """Return whether the fraction's file exists and has the same provenance."""
         if not self.path.exists():
             return False
+        # ``extra`` contains sums of ids, which follow from the other fields; files of older versions lack them.
         found = read_provenance(open_parquet(self.path).schema_arrow, self.path)
         return not self.provenance.differences(found, ignore=("extra",))
 
@@ -181,6 +182,7 @@ class FractionJournal:
 
     def _in_order(self) -> Iterator[pa.Table]:
         """Yield the rows by position, a few hundred prompts at a time."""
+        # position -> the first part that contains the prompt, and its rank there; each prompt is taken once
         place: dict[int, tuple[str, int]] = {}
         for name in sorted(self._parts):
             for rank, position in enumerate(self._parts[name].positions):

@@ -53,6 +53,7 @@ class GenerationProgress:
         if time.monotonic() - self._shown < _SHOW_SECONDS:
             return False
         self._shown = time.monotonic()
+        # Never less than this worker's own count, which includes rows that are not in a file yet.
         self.done = max(count_done(), self._done_before + self.prompts)
         if self._bar is not None:
             self._bar.update(self._task, completed=self.done, description=self.summary())

@@ -55,10 +55,12 @@ class GenerationRun:
         self._unmerged = list(fractions)
         self._total = sum(self._size(number) for number in fractions)
         self._works: dict[int, FractionWork] = {}
+        # One lease per fraction, only to spread workers over fractions; blocks within a fraction have their own.
         self._leases = Leases(job.output_dir / PARTS_FOLDER, worker, job.patience)
         self._backend: GenerationBackend | None = None
         self._unwritten: dict[int, _Unwritten] = {}
         self._flushed = time.monotonic()
+        # One thread each for writing parts and for encoding the next fraction, so that the engine never waits for either.
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="writer")
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="reader")
         self._write: Future[None] | None = None
@@ -67,7 +69,7 @@ class GenerationRun:
 
     def stop(self) -> None:
         """Finish requests in flight, write them and raise KeyboardInterrupt; if called twice, or before the start, at once."""
-        if self.stopping or not self._streaming:
+        if self.stopping or not self._streaming:  # nothing in flight, or the user insists
             raise KeyboardInterrupt
         self.stopping = True
         say_error("interrupted: finishing the responses in flight")
@@ -109,11 +111,12 @@ class GenerationRun:
 
     def _stream_claims(self) -> bool:
         """Generate everything that can be claimed now; return whether anything could."""
-        drawn: dict[int, tuple[FractionWork, int]] = {}
+        drawn: dict[int, tuple[FractionWork, int]] = {}  # request in flight -> its fraction and position
         requests = self._claimed_requests(drawn)
         first = next(requests, None)
         if first is None:
             return False
+        # Loaded only once there is work: a rerun on complete fractions must not load a model.
         if self._backend is None:
             self._backend = self._load_backend(drawn[0][0].prompts.requests)
             self.progress.start(self._finished(), self._total)
@@ -136,6 +139,7 @@ class GenerationRun:
         self._unwritten.setdefault(work.number, _Unwritten(work)).rows[position] = rows
         self.progress.add(rows)
         count = sum(len(item.rows) for item in self._unwritten.values())
+        # By time as well, so that slow responses are not lost in a kill.
         if count >= self.flush_every or time.monotonic() - self._flushed > FLUSH_SECONDS:
             self._flush()
         if self.progress.show(lambda: self._finished() + count):
@@ -222,7 +226,7 @@ class GenerationRun:
 
     def _flush(self) -> None:
         """Pass the finished rows to the writer thread, after it has written the previous ones."""
-        self._wait_for_writer()
+        self._wait_for_writer()  # also raises what the writer raised, for instance a full disk
         batch, self._unwritten = self._unwritten, {}
         self._flushed = time.monotonic()
         self._tell_others()

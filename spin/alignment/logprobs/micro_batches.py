@@ -55,6 +55,7 @@ class MicroBatcher:
 
     def collate(self, features: Sequence[Feature], indices: Sequence[int], device: torch.device) -> MicroBatch:
         """Return one micro-batch; without indices it consists of the first pair and is not counted."""
+        # An uncounted batch still needs tensors, because its forward pass takes part in collectives; its loss is dropped.
         chosen = [features[index] for index in indices or [0]]
         batch = self.collator(chosen)
         moved = (

@@ -50,6 +50,7 @@ def compute_reference(
     results: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     was_training = model.training
     model.eval()
+    # The prepared model, so that rounding is the same as in training: a separately loaded one would not give ln 2.
     for turn in range(rounds):
         indices = batches[min(turn * count + rank, len(batches) - 1)]
         features = [dataset.rows[index] for index in indices]

@@ -50,6 +50,7 @@ class ReferenceLogps:
             table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
         except (pa.ArrowException, OSError) as error:
             raise InputError(f"{path} is damaged ({error}): remove it to compute it again") from error
+        # The name contains a hash of the key, but files can be renamed or copied.
         found = json.loads((table.schema.metadata or {}).get(_KEY, b"{}"))
         differing = [name for name, value in asdict(key).items() if found.get(name) != value]
         if differing or table.num_rows != len(rows):

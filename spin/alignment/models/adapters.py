@@ -29,7 +29,7 @@ def add_adapters(model: PreTrainedModel, config: ModelConfig) -> Any:
     settings = LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
-        lora_dropout=0.0,
+        lora_dropout=0.0,  # the policy must equal the reference at step 0
         target_modules=config.lora_target_modules,
         task_type="CAUSAL_LM",
     )

@@ -29,7 +29,7 @@ def load_model(config: ModelConfig, seed: int = 42) -> PreTrainedModel:
     name, revision, dtype = config.model_name_or_path, config.model_revision, resolve_dtype(config.dtype)
     if config.init_from_config:
         model_config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=config.trust_remote_code)
-        torch.manual_seed(seed)
+        torch.manual_seed(seed)  # every process must draw the same weights
         model = AutoModelForCausalLM.from_config(
             model_config, dtype=torch.float32 if dtype == "auto" else dtype, **common
         )
@@ -53,6 +53,7 @@ def _mend_generation_config(model: PreTrainedModel) -> None:
     try:
         settings.validate(strict=True)
     except ValueError:
+        # Only if that was the fault: validated again, and any other error is raised here rather than after training.
         settings.do_sample = True
         settings.validate(strict=True)
 

@@ -22,6 +22,7 @@ def resolve_dtype(name: str) -> torch.dtype | str:
         return "auto"
     if torch.cuda.is_available() and name == "bfloat16" and not torch.cuda.is_bf16_supported():
         raise InputError("dtype bfloat16 is not supported by this GPU: set dtype to float16 or float32")
+    # Many CPU kernels do not support float16.
     if name == "float16" and not torch.cuda.is_available():
         raise InputError("dtype float16 needs a GPU: set dtype to bfloat16 or float32")
     return getattr(torch, name)

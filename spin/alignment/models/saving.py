@@ -44,7 +44,7 @@ def save_checkpoint(
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     hidden = output_dir / f".saving-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    for stale in output_dir.glob(".saving-*"):
+    for stale in output_dir.glob(".saving-*"):  # left by a killed run
         shutil.rmtree(stale)
     model.save_pretrained(hidden, state_dict=state_dict)
     if dtypes:

@@ -114,6 +114,7 @@ def _stray_prompt(fraction: Fraction, files: Mapping[int, Path]) -> InputError |
     own = _numbers(fraction.path, fraction.num_samples)
     if fraction.fraction_ids is None or len(own) not in (fraction.expected, fraction.expected - 1):
         return None
+    # uint64 arithmetic wraps around, which is the sum modulo 2**64.
     lacking = np.array([fraction.fraction_ids], dtype=np.uint64) - own.sum(dtype=np.uint64)
     # If the number of prompts is right, one of them has replaced the missing one: try each.
     wanted = lacking + own if len(own) == fraction.expected else lacking

@@ -82,6 +82,7 @@ class Fraction:
         """
         rest: pa.RecordBatch | None = None
         for batch in self._raw_batches():
+            # A record batch may end with a row group, between the samples of a prompt.
             if rest is not None:
                 batch = pa.Table.from_batches([rest, batch]).combine_chunks().to_batches()[0]
             whole = batch.num_rows // self.num_samples * self.num_samples
@@ -122,6 +123,7 @@ def prompt_ids(batch: pa.RecordBatch, num_samples: int) -> list[str] | None:
             return None
     if (np.sort(samples.to_numpy().reshape(-1, num_samples), axis=1) != np.arange(num_samples)).any():
         return None
+    # The first row of each prompt gives its id.
     heads: list[str] = ids.take(pa.array(np.arange(0, len(ids), num_samples))).to_pylist()
     return heads
 

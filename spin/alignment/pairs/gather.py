@@ -42,9 +42,9 @@ class Split:
         self.origin: Fraction | None = None
         self.total = 0
         self.num_skipped, self.skipped = 0, list[dict[str, str]]()
-        self._next = 0
-        self._sum = 0
-        self._unproven = False  # a fraction without a recorded sum was read
+        self._next = 0  # number of the next fraction to take
+        self._sum = 0  # of the id numbers read so far, modulo 2**64
+        self._unproven = False  # whether a fraction without a recorded sum was read
         self._all_ids: int | None = None
         self._unreadable: dict[int, InputError] = {}
 
@@ -89,6 +89,7 @@ class Split:
     def _expected_total(self, fraction: Fraction) -> int:
         num_prompts, frac_len = fraction.provenance.num_prompts, fraction.provenance.frac_len
         recorded = num_fractions(num_prompts, frac_len)
+        # num_fracs limits training data; a test split is always gathered in full.
         expected = self.num_fracs if self.num_fracs and self.name == "train" else recorded
         if expected > recorded:
             raise InputError(
@@ -155,6 +156,7 @@ class Split:
         """
         if self.reference is None:
             any(self._open(number) for number in sorted(self.files()))
+        # A fraction that was still being copied may be readable by now.
         for number in self._unreadable.keys() - {self._next}:
             self._open(number)
         if self.is_done() or not fraction_path(self.folder, self.name, self._next).exists():
@@ -260,7 +262,7 @@ def arriving(splits: Sequence[Split], wait: float, say: Callable[[str], Any]) ->
             since = time.monotonic()
             continue
         now, stamps = time.monotonic(), _stamps(splits)
-        if stamps != seen:
+        if stamps != seen:  # a file is growing, so the wait starts again
             seen, since = stamps, now
         late = [split for split in waiting if split.missing()]
         if late and now - since >= wait:

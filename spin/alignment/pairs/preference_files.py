@@ -100,6 +100,7 @@ class Selection:
         schema = pair_schema(self.pairing, batch.schema)
         unknown = {name for pair in pairs for name in pair} - set(schema.names)
         if unknown:
+            # A ValueError, because it is an error in the pairing's code and not in the user's data.
             raise ValueError(
                 f"the pairing returns the columns {', '.join(sorted(unknown))}, which the rows do not have"
             )
@@ -113,7 +114,7 @@ def last_contents(batch: pa.RecordBatch, name: str) -> pa.Array:
         InputError: a conversation has no last turn, or the turn has no text.
     """
     column = batch.column(name)
-    ends = column.offsets.to_numpy()
+    ends = column.offsets.to_numpy()  # (rows + 1,): row i has the turns ends[i] to ends[i + 1]
     if column.null_count or (np.diff(ends) < 1).any():
         number = int(np.argmax((np.diff(ends) < 1) | column.is_null().to_numpy(zero_copy_only=False)))
     else:
@@ -148,6 +149,7 @@ class PreferenceFiles:
         """Abandon the files being written; remove hidden files, including those of a killed run."""
         if self._sink is not None:
             sink, self._sink = self._sink, None
+            # Any exception makes the sink remove its temporary file.
             sink.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
         remove_leftovers(self.counts_path)
         name = f".{glob.escape(self.split)}_prefs-*.part"
@@ -181,6 +183,7 @@ class PreferenceFiles:
 
     def publish(self) -> None:
         """Rename the hidden files. A crash in between leaves an incomplete set, which readers refuse and a rerun replaces."""
+        # Only now is the number of files known, which is part of each name.
         for number, path in enumerate(self.hidden):
             path.rename(self.folder / f"{self.split}_prefs-{number:05d}-of-{len(self.hidden):05d}.parquet")
         fsync_folder(self.folder)

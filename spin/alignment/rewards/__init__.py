@@ -26,6 +26,7 @@ SCORERS: dict[str, Scorer] = {
 COMPARING: tuple[Scorer, ...] = (exact_match, math_answer, math_verify)
 
 
+# The imports of models stay inside functions, so that rules need no torch.
 def _reward_model(settings: ScorerSettings) -> GroupScorer:
     from spin.alignment.rewards.reward_model import RewardModel
 

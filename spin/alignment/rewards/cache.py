@@ -73,7 +73,7 @@ class ScoreCache:
             return
         self._values.update(values)
         try:
-            if self._file is None:
+            if self._file is None:  # a new file per process: appending to an existing one could follow a torn line
                 self._folder.mkdir(parents=True, exist_ok=True)
                 self._file = (self._folder / f"{os.getpid()}-{uuid.uuid4().hex[:12]}.jsonl").open("x", encoding="utf-8")
             self._file.writelines(json.dumps([key, value]) + "\n" for key, value in values.items())

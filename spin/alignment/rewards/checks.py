@@ -62,7 +62,7 @@ def _check_server(base_url: str | None) -> None:
         )
     from spin.alignment.core.server_link import checked_url
 
-    checked_url(base_url)
+    checked_url(base_url)  # its form only; the server is contacted when the scorer is made
 
 
 def _check_model(settings: ScorerSettings) -> None:

@@ -86,6 +86,7 @@ class SequenceClassifier:
         self.tokenizer = load_tokenizer(self.folder, trust_remote_code=settings.trust_remote_code)
         self.limit = self._limit()
         self.cut = 0
+        # Hashing reads all weights, so only if the cache needs it.
         weights = hash_weights(self.folder) if settings.cache_dir else ""
         self.cache = ScoreCache(settings.cache_dir, settings.name, weights, settings.dtype)
         self._model: Any = None
@@ -197,6 +198,7 @@ class SequenceClassifier:
                 trust_remote_code=self.settings.trust_remote_code,
                 output_loading_info=True,
             )
+            # transformers initialises missing weights at random with only a warning: the scores would be noise.
             if info["missing_keys"]:
                 missing = ", ".join(sorted(info["missing_keys"])[:3])
                 raise InputError(f"{self.folder} lacks the weights {missing}: give a model that was trained to score")

@@ -28,6 +28,7 @@ INSTRUCTION = (
     "better, [[tie]] when neither is."
 )
 _VERDICT = re.compile(r"\[\[\s*(A|B|tie)\s*\]\]", re.IGNORECASE)
+# A reply that consists of the verdict alone, perhaps in bold or quotes.
 _BARE = re.compile(r"[\s*\"'.]*(?:response\s+)?(A|B|tie)[\s*\"'.]*", re.IGNORECASE)
 _THOUGHTS = re.compile(r".*</think>", re.DOTALL)
 _FIRST_WINS = {"a": 1.0, "b": 0.0, "tie": 0.5}
@@ -63,6 +64,7 @@ class Judge:
         key = os.environ.get("OPENAI_API_KEY", "").strip()
         self.link = ServerLink(settings.base_url, settings.batch_size, key)
         try:
+            # Fewer retries than for questions: there is no point in waiting for a server that was never started.
             self.model = self._find_model(policy or RetryPolicy(attempts=3, timeout=30.0))
             self.cache = ScoreCache(
                 *(settings.cache_dir, "judge", str(self.link.url), self.model, INSTRUCTION, self.reply_tokens)
@@ -91,6 +93,7 @@ class Judge:
             InputError: the server refused a question or did not answer after all tries; the error names the prompt.
         """
         texts = [group.texts(self.settings.score_reference) for group in groups]
+        # Equal responses are a tie without asking.
         pairs = [[(i, j) for i, j in combinations(range(len(own)), 2) if own[i] != own[j]] for own in texts]
         questions = [
             self._question(group, own, *order)

@@ -95,6 +95,7 @@ def normal_form(shown: str) -> str:
 def last_box(text: str) -> Box | None:
     r"""Return the last ``\boxed{...}`` whose braces are balanced, however deeply nested."""
     for match in reversed(list(_BOX.finditer(text))):
+        # A regular expression cannot match nested braces; escaped ones (\{) are skipped by matching \\. first.
         depth = 0
         for sign in re.finditer(r"\\.|[{}]", text[match.end() - 1 :]):
             depth += {"{": 1, "}": -1}.get(sign[0], 0)

@@ -64,6 +64,7 @@ class PreferenceModel:
             *(*self._ids(SECOND), *self._ids(texts[second]), *self._end),
         ]
         length = len(self._start) + len(mark) + len(source) + len(rest)
+        # Only the start of the prompt may be truncated, never a response.
         excess = self.classifier.excess(length, len(source), where)
         return Encoded((*self._start, *mark, *source[excess:], *rest), None, where)
 

@@ -64,7 +64,7 @@ class RewardModel:
             if self.classifier.excess(length, cuttable, where) == cuttable:
                 encoding = tokenizer("", response)
             else:
-                tokenizer.truncation_side = "left"
+                tokenizer.truncation_side = "left"  # the end of the prompt matters most
                 encoding = tokenizer(prompt, response, truncation="only_first", max_length=self.classifier.limit)
         if not encoding["input_ids"]:
             raise InputError(f"{where} has no tokens: remove empty rows, or give the model a chat template")

@@ -53,7 +53,7 @@ class RuleScorer:
             value = self.scorer(group.question(), response, group.reference or "")
         except InputError as error:
             raise InputError(f"scorer {self.name} failed on {where}: {error}") from error
-        except Exception as error:
+        except Exception as error:  # the function may be the user's own and raise anything
             reason = f"{type(error).__name__}: {error}"
             raise InputError(f"scorer {self.name} failed on {where} ({reason}): fix the function") from error
         try:

@@ -64,6 +64,7 @@ class OpenAIBackend(GenerationBackend):
         """See :meth:`GenerationBackend.stream`; keeps at most ``batch_size`` requests in flight."""
         waiting = ((n, request, sample) for n, request in enumerate(requests) for sample in range(sampling.num_samples))
         flying: dict[Future[Card], tuple[int, PromptRequest, int]] = {}
+        # Filled by callbacks in the thread of the event loop, read here.
         landed: SimpleQueue[Future[Card]] = SimpleQueue()
         rows: dict[int, dict[int, Response]] = {}
 
@@ -138,6 +139,7 @@ class OpenAIBackend(GenerationBackend):
             raise InputError(f"{server} did not finish {prompt}: the finish reason is {reason!r}, not stop or length")
         if ids and ids[-1] in self.settings.stop_ids:
             return Response(ids, "stop", logprobs)
+        # vLLM reports the stop text that ended a response as its stop_reason.
         if ids and reason == "stop" and sampling.stop and choice.get("stop_reason") in sampling.stop:
             length = _completing_length(ids, sampling.stop, self.settings.decode)
             return Response(ids[:length], "stop", logprobs[:length] if logprobs else None)

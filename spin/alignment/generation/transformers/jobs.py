@@ -66,7 +66,7 @@ class Job:
 
     def next_number(self) -> float:
         """Return the random number in [0, 1) for the next token."""
-        if not self._numbers:
+        if not self._numbers:  # reversed, because pop() takes from the end
             self._numbers = self._generator.random(_NUMBERS_AT_ONCE).tolist()[::-1]
         return self._numbers.pop()
 
@@ -76,6 +76,7 @@ class Job:
         if self.logprobs is not None and logprob is not None:
             self.logprobs.append(logprob)
         reason: FinishReason
+        # A stop at the last allowed token counts as a stop, not as truncation.
         if token in self._stop_ids or (self._watcher is not None and self._watcher.completed(self.ids)):
             reason = "stop"
         elif len(self.ids) == self.request.limit:
