@@ -160,7 +160,7 @@ class FractionJournal:
         """Return whether the fraction's file exists and has the same provenance."""
         if not self.path.exists():
             return False
-        # ``extra`` contains sums of ids, which follow from the other fields; files of older versions lack them.
+        # ``extra`` contains hashes of inputs and ids that the other fields cover already; files of older versions lack them.
         found = read_provenance(open_parquet(self.path).schema_arrow, self.path)
         return not self.provenance.differences(found, ignore=("extra",))
 
