@@ -159,7 +159,7 @@ FLAGS = {
     "none held out": (["--data", "a.jsonl", "--test_size", "0.01"], "leaves 10 for training and 0 for the test split"),
     "test of test": (["--data", "a.jsonl", "--split", "test", "--test_size", "2"], "cannot hold out a test split"),
     "missing file": (["--data", "b.jsonl"], "b.jsonl does not exist"),
-    "missing data set": (["--data", "someone/something"], "nor a data set that can be reached"),
+    "missing data set": (["--data", "someone/something"], "nor a reachable Hub data set"),
     "missing split": (["--data", ".", "--split", "dev"], "no file of the split 'dev'"),
     "empty file": (["--data", "empty.jsonl"], "empty.jsonl contains no rows"),
     "shared id": (["--data", "ids.jsonl"], "ids.jsonl row 0: the id 'x' belongs to several different prompts"),

@@ -340,7 +340,7 @@ def test_bad_settings_are_one_sentence_before_anything_is_loaded(decoder, tmp_pa
             ScorerSettings("judge", base_url="http://x/v1", dtype="bfloat16"),
             "the scorer judge does not read scorer_dtype",
         ),
-        (ScorerSettings("judge"), "the scorer judge needs a running server: give its address as base_url"),
+        (ScorerSettings("judge"), "the scorer judge needs a running server: set base_url to its address"),
         (ScorerSettings("judge", base_url="nowhere"), "base_url nowhere is not the address of a server"),
         (settings("reward_model", decoder, batch_size=0), "scorer_batch_size is 0: set it to 1 or more"),
         (settings("reward_model", decoder, max_length=0), "scorer_max_length is 0: set it to 1 or more"),
