@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import glob
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -200,29 +197,3 @@ class PreferenceFiles:
 
     def _named(self) -> list[Path]:
         return list(self.folder.glob(f"{glob.escape(self.split)}_prefs-*.parquet"))
-
-
-@contextmanager
-def sole_writer(folder: Path) -> Iterator[None]:
-    """Create a folder and lock it against other conversions; the kernel releases the lock when the process dies.
-
-    Raises:
-        InputError: another conversion is writing there, or the folder cannot be created.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise InputError(f"cannot write {folder} ({error.strerror}): choose a folder you may write to") from error
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(
-                f"another convert_data.py is writing to {folder}: let it finish or choose another output_dir"
-            ) from error
-        except OSError:
-            pass  # the file system cannot lock folders (NFS): it is then up to the user
-        yield
-    finally:
-        os.close(descriptor)

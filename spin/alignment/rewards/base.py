@@ -1,4 +1,4 @@
-"""The interface of scorers: what they receive and return. No I/O, no project imports.
+"""The interface of scorers: what they receive and return. No I/O.
 
 A rule scorer is a plain function of three texts (:class:`Scorer`). A group scorer (:class:`GroupScorer`) labels all responses to
 a prompt at once: a model needs batches, and a preference model compares the responses with each other.
@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+from spin.alignment.core.settings import setting
+from spin.alignment.models.config import Dtype
 
 
 class Scorer(Protocol):
@@ -86,28 +89,28 @@ class GroupScorer(Protocol):
 
 @dataclass(frozen=True)
 class ScorerSettings:
-    """Which scorer to use, and its settings.
+    """Which scorer to use, and its settings. Checked by :func:`spin.alignment.rewards.check_scorer`.
 
-    Attributes:
-        name: a rule (``math_answer``, ``module:function``, a weighted sum of rules), or ``reward_model``,
-            ``preference_model``, ``judge``.
-        model: folder or Hub name of the reward or preference model; the name under which the judge is served.
-        batch_size: sequences per forward pass, or requests in flight (judge).
-        max_length: tokens per sequence; longer ones lose the start of their prompt, which is counted and logged. ``None``: the
-            model's context, and a longer sequence is an error. For a judge: tokens of its reply (512).
-        base_url: address of the judge's server.
-        score_reference: score the ground truth as well.
-        cache_dir: folder in which scores of models are cached; rule functions are faster than any cache.
-        dtype: precision of the weights: auto, float32, bfloat16, float16.
-        trust_remote_code: run code that ships with the model.
+    The programs call ``name`` ``scorer`` and ``cache_dir`` ``score_cache``, and prefix model, batch_size, max_length and dtype
+    with ``scorer_``.
     """
 
-    name: str
-    model: str | None = None
-    batch_size: int = 16
-    max_length: int | None = None
-    base_url: str | None = None
-    score_reference: bool = False
-    cache_dir: str | None = None
-    dtype: str = "auto"
-    trust_remote_code: bool = False
+    name: str = setting(
+        help="what scores the responses: a rule (math_answer, module:function, a weighted sum of them) or a model: "
+        "reward_model, preference_model, judge"
+    )
+    model: str | None = setting(
+        None, "folder or Hub name of the reward or preference model; the name under which the judge is served"
+    )
+    batch_size: int = setting(16, "sequences per forward pass, or requests in flight (judge)", ge=1)
+    max_length: int | None = setting(
+        None,
+        "maximum tokens per sequence, longer prompts are truncated at the start; for a judge: tokens of its reply",
+        unset="the scoring model's context; judge: 512",
+        ge=1,
+    )
+    base_url: str | None = setting(None, "address of the judge's server")
+    score_reference: bool = setting(False, "score the ground truth as well")
+    cache_dir: str | None = setting(None, "folder in which the scores of models are cached")
+    dtype: Dtype = setting("auto", "precision of the scoring model")
+    trust_remote_code: bool = setting(False, "run code that ships with the scoring model")
