@@ -1,4 +1,4 @@
-"""The row format of prompts and generated responses, and reading prompts."""
+"""The row format of prompts and responses, and reading prompts."""
 
 from __future__ import annotations
 
@@ -46,15 +46,15 @@ LABEL_TYPE = pa.float64()
 
 
 def stream_prompts(input_dir: str, split: str, truth_required: bool = True) -> Iterator[dict[str, Any]]:
-    """Stream the prompts of a split with their ground truth: ``prompt_id`` and ``chosen``, ids unique; 8 bytes a prompt are held.
+    """Stream the prompts of a split with their ground truth: ``prompt_id`` (unique) and ``chosen``.
 
-    ``input_dir`` is a folder, a file or a Hub name in the project's own form or any form that ``readers.py`` knows. Unless
-    ``truth_required``, a row may have no ground truth: its ``chosen`` is then the prompt and ends with the user's turn.
+    ``input_dir`` is a folder, a file or a Hub name, in the project's own format or any in ``formats.py``. Unless
+    ``truth_required``, a row may have no ground truth: its ``chosen`` is then the prompt and ends with a user turn.
 
     Raises:
-        InputError: a row breaks the row contract, or (after the last row) two rows share a prompt id.
+        InputError: a row violates the row contract, or (after the last row) two rows share a prompt id.
     """
-    seen = array("Q")
+    seen = array("Q")  # 8 bytes per prompt, where a set of ids would take about 100
     for where, record in read_records(input_dir, split):
         (conversation,) = to_conversations(record, where, truth_required=truth_required)
         seen.append(id_number(conversation.prompt_id))
@@ -65,6 +65,7 @@ def stream_prompts(input_dir: str, split: str, truth_required: bool = True) -> I
 
 
 def _name_repeated(input_dir: str, split: str, truth_required: bool, numbers: set[int]) -> None:
+    """Read the data a second time to find the two rows that share an id, and raise an error that names them."""
     places: dict[str, str] = {}
     for where, record in read_records(input_dir, split):
         (conversation,) = to_conversations(record, where, truth_required=truth_required)
@@ -73,10 +74,10 @@ def _name_repeated(input_dir: str, split: str, truth_required: bool, numbers: se
         earlier = places.setdefault(conversation.prompt_id, where)
         if earlier != where:
             raise InputError(
-                f"{where} and {earlier} share the prompt id {conversation.prompt_id}: run spin/reformat.py, which "
+                f"{where} and {earlier} have the same prompt id {conversation.prompt_id}: run spin/reformat.py, which "
                 "removes repeated prompts"
             )
-    raise RuntimeError("two prompt ids have the same 64-bit number, but no id stands twice")
+    raise RuntimeError("two different prompt ids have the same 64-bit number")
 
 
 def load_prompts(input_dir: str, split: str, truth_required: bool = True) -> Dataset:
@@ -90,7 +91,7 @@ def load_prompts(input_dir: str, split: str, truth_required: bool = True) -> Dat
 
 
 def prompt_texts(row: Mapping[str, Any]) -> Iterator[str]:
-    """Yield every text of a prompt row, in order: what a hash of the prompts is made of."""
+    """Yield every text of a prompt row, in order: the input of :func:`prompts_hash`."""
     yield row["prompt_id"]
     for turn in row["chosen"]:
         yield from (turn["role"], turn["content"])

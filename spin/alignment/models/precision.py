@@ -1,4 +1,4 @@
-"""The precision of weights: in memory, while training, and when saved."""
+"""Precision of weights: in memory, during training, and when saved."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ if TYPE_CHECKING:
 
 
 def resolve_dtype(name: str) -> torch.dtype | str:
-    """Return the torch dtype of a name, ``auto`` as it is.
+    """Return the torch dtype with a name; ``auto`` is returned unchanged.
 
     Raises:
-        InputError: the device here lacks it.
+        InputError: the device does not support it.
     """
     import torch
 
@@ -22,20 +22,21 @@ def resolve_dtype(name: str) -> torch.dtype | str:
         return "auto"
     if torch.cuda.is_available() and name == "bfloat16" and not torch.cuda.is_bf16_supported():
         raise InputError("dtype bfloat16 is not supported by this GPU: set dtype to float16 or float32")
+    # Many CPU kernels do not support float16.
     if name == "float16" and not torch.cuda.is_available():
         raise InputError("dtype float16 needs a GPU: set dtype to bfloat16 or float32")
     return getattr(torch, name)
 
 
 def weight_dtypes(model: torch.nn.Module) -> dict[str, torch.dtype]:
-    """Return the dtype of every parameter by name: what the checkpoint is saved in."""
+    """Return the dtype of every parameter by name, in which the checkpoint will be saved."""
     return {name: parameter.dtype for name, parameter in model.named_parameters()}
 
 
 def keep_master_weights(model: torch.nn.Module) -> None:
-    """Turn trainable 16-bit parameters to float32; mixed precision computes in 16 bits all the same.
+    """Convert trainable 16-bit parameters to float32; with mixed precision the computation still runs in 16 bits.
 
-    A step of size 5e-7 on a weight of 0.02 is far below the spacing of bfloat16 there (1e-4): it would be rounded away.
+    A step of 5e-7 on a weight of 0.02 is far below the spacing of bfloat16 there (1e-4) and would be rounded away.
     """
     import torch
 
