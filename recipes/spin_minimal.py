@@ -49,9 +49,10 @@ model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
 end_id = tokenizer.eos_token_id
 pad_id = end_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id  # fills tensors, is never learned
 
+with Path(options.data).open(encoding="utf-8") as file:
+    rows = [json.loads(line) for line in file]
 prompts, chosen = [], []  # N lists of token ids each
-for line in Path(options.data).read_text(encoding="utf-8").splitlines():
-    row = json.loads(line)
+for row in rows:
     turns = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["response"]}]
     prompt = tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, return_dict=False)
     whole = tokenizer.apply_chat_template(turns, return_dict=False)
@@ -64,17 +65,22 @@ for line in Path(options.data).read_text(encoding="utf-8").splitlines():
 batches = torch.arange(len(prompts)).split(options.batch_size)  # row numbers, (B,) each
 
 
+def pad(rows: list[list[int]], filling: int, side: str = "right") -> torch.Tensor:
+    """Return rows of different lengths as one tensor."""
+    return pad_sequence([torch.tensor(row) for row in rows], True, filling, side).to(device)
+
+
 # -----------------------------------------------------------------------------
 # Generate: the opponent answers every prompt
 def generate(prompt_ids: list[list[int]]) -> list[list[int]]:
     """Return the ids of one response to each of B prompts, EOS included where the response came to its end."""
     # Padded on the left, all prompts end in column P and all responses begin in the next one.
-    input_ids = pad_sequence([torch.tensor(ids) for ids in prompt_ids], True, pad_id, padding_side="left")  # (B, P)
-    mask = pad_sequence([torch.ones(len(ids), dtype=torch.long) for ids in prompt_ids], True, 0, padding_side="left")
+    input_ids = pad(prompt_ids, pad_id, "left")  # (B, P)
+    mask = pad([[1] * len(ids) for ids in prompt_ids], 0, "left")  # (B, P), 0: padding
     sampled = {"do_sample": True, "temperature": options.temperature, "top_k": 0, "top_p": 1.0}
     outputs = model.generate(
-        input_ids.to(device),
-        attention_mask=mask.to(device),
+        input_ids,
+        attention_mask=mask,
         max_new_tokens=options.max_new_tokens,
         eos_token_id=end_id,
         pad_token_id=pad_id,
@@ -103,12 +109,10 @@ with (Path(options.out) / "pairs.jsonl").open("w", encoding="utf-8") as file:
 def pair_logps(numbers: torch.Tensor) -> torch.Tensor:
     """Return the log-prob of each chosen (row 0) and rejected (row 1) response of B pairs, of shape (2, B)."""
     rows = [(prompts[i], responses[i]) for responses in (chosen, rejected) for i in numbers]  # 2B
-    input_ids = pad_sequence([torch.tensor(p + r) for p, r in rows], True, pad_id).to(device)  # (2B, T)
-    is_token = pad_sequence([torch.ones(len(p + r)) for p, r in rows], True).to(device)  # (2B, T), 0: padding
-    is_response = is_token.clone()
-    for row, (prompt_ids, _) in enumerate(rows):
-        is_response[row, : len(prompt_ids)] = 0
-    logits = model(input_ids, attention_mask=is_token).logits  # (2B, T, V)
+    input_ids = pad([p + r for p, r in rows], pad_id)  # (2B, T)
+    mask = pad([[1] * len(p + r) for p, r in rows], 0)  # (2B, T), 0: padding
+    is_response = pad([[0] * len(p) + [1] * len(r) for p, r in rows], 0)  # (2B, T)
+    logits = model(input_ids, attention_mask=mask).logits  # (2B, T, V)
     # The logits at position t are about the token at t + 1.
     logps = logits[:, :-1].log_softmax(dim=-1).gather(2, input_ids[:, 1:, None]).squeeze(2)  # (2B, T - 1)
     return (logps * is_response[:, 1:]).sum(dim=1).view(2, -1)

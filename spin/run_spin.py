@@ -66,7 +66,7 @@ def main(arguments: Sequence[str]) -> None:
         report(settings, f"{split}: {len(rows)} pairs{reasons}")
     folder = model_folder(model.model_name_or_path, model.model_revision)
     check_fits(folder, *largest(pairs))
-    check_budget(pairs, settings)
+    check_budget(pairs, settings.arguments)
     key = hash_weights(folder)
     if model.load_in_4bit or model.load_in_8bit:
         key += "-4bit" if model.load_in_4bit else "-8bit"

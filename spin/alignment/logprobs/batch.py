@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from spin.alignment.core.errors import InputError
 from spin.alignment.logprobs.attention import PackedLayout
 from spin.alignment.methods.losses import LossInputs
 
@@ -83,7 +84,11 @@ class PairGroup:
 
     def loss_inputs(self, logps: torch.Tensor, kl: torch.Tensor | None = None) -> LossInputs:
         """Return the streams of the losses for log-probs, and KL where it is known, ``(n,)`` in the order of ``rows``."""
-        assert self.reference_logps is not None
+        if self.reference_logps is None:
+            raise InputError(
+                "these pairs have no reference log-probs, which train() computes for train_dataset and eval_dataset before its "
+                "first step: call train() before evaluate(), and pass evaluate() no other data set"
+            )
         policy, position_kl = (
             None
             if flat is None

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from transformers import TrainingArguments
 
 from spin.alignment.core.errors import InputError, lookup
+from spin.alignment.data.chat_encoder import SystemPolicy
+from spin.alignment.data.config import DataConfig
 from spin.alignment.logprobs.attention import KERNELS
 from spin.alignment.methods.losses import loss_settings
 from spin.alignment.training.optimizers import check_optimizer
@@ -39,6 +41,9 @@ class SPINConfig(TrainingArguments):
         label_smoothing: probability that a preference is wrong (sigmoid only).
         length_normalize: average token log-ratios instead of summing them.
         nll_weight: weight of the chosen response's negative log-likelihood (nats per token) added to the loss.
+        max_length: longest prompt plus response in tokens; longer pairs are cut.
+        max_prompt_length: what the prompt of a pair that is too long keeps, in tokens.
+        system: ``fold`` joins a system turn into the first user turn, for chat templates without a system role.
         reference_dir: where the opponent's log-probs are stored; default ``output_dir/reference``. May be shared by runs.
         batching: ``packed`` (one row per micro-batch, no padding) or ``padded`` (two padded rows per pair).
         max_tokens_per_batch: tokens of a micro-batch when packed; default: what the memory allows. Changes no result.
@@ -69,6 +74,9 @@ class SPINConfig(TrainingArguments):
     label_smoothing: float = 0.0
     length_normalize: bool = False
     nll_weight: float = 0.0
+    max_length: int = DataConfig.max_length
+    max_prompt_length: int = DataConfig.max_prompt_length
+    system: SystemPolicy = DataConfig.system
     reference_dir: str | None = None
     batching: str = "packed"
     max_tokens_per_batch: int | None = None
@@ -117,6 +125,9 @@ class SPINConfig(TrainingArguments):
             raise InputError(
                 f"train_sampling_strategy is {self.train_sampling_strategy}: set it to random or sequential"
             )
+        self.limits = DataConfig(
+            max_length=self.max_length, max_prompt_length=self.max_prompt_length, system=self.system
+        )
         self.loss_settings = loss_settings(
             self.loss_type,
             {name: getattr(self, name) for name in LOSS_SETTINGS},

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from spin.alignment.data.chat_encoder import ChatEncoder
     from spin.alignment.data.config import DataConfig
+    from spin.alignment.training.config import SPINConfig
     from spin.alignment.training.settings import Settings
 
 
@@ -169,7 +170,7 @@ def largest(pairs: dict[str, Dataset]) -> tuple[int, int]:
     return length, token
 
 
-def check_budget(pairs: dict[str, Dataset], settings: Settings) -> None:
+def check_budget(pairs: dict[str, Dataset], arguments: SPINConfig) -> None:
     """Check that every pair fits into a micro-batch.
 
     Raises:
@@ -177,8 +178,8 @@ def check_budget(pairs: dict[str, Dataset], settings: Settings) -> None:
     """
     import pyarrow.compute as pc
 
-    budget = settings.arguments.max_tokens_per_batch
-    prompts = 1 if settings.arguments.share_prompts else 2
+    budget = arguments.max_tokens_per_batch
+    prompts = 1 if arguments.share_prompts else 2
     for split, rows in pairs.items():
         if budget is None:
             continue

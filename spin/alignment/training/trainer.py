@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
+from datasets import Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from spin.alignment.core.errors import InputError
@@ -33,6 +34,8 @@ from spin.alignment.training.memory.estimate import advice_for_out_of_memory
 from spin.alignment.training.memory.plan import plan_token_budget
 from spin.alignment.training.metrics import PairMetrics
 from spin.alignment.training.optimizers import optimizer_class_and_kwargs
+from spin.alignment.training.preference_rows import to_pairs
+from spin.alignment.training.start_model import identify, start_model
 
 logger = logging.getLogger(__name__)
 
@@ -51,20 +54,28 @@ class SPINTrainer(Trainer):
 
     def __init__(
         self,
-        model: Any,
+        model: torch.nn.Module | str,
         args: SPINConfig,
-        train_dataset: PairDataset,
-        processing_class: Any,
-        opponent_hash: str,
-        eval_dataset: PairDataset | None = None,
+        train_dataset: Dataset | PairDataset,
+        eval_dataset: Dataset | PairDataset | None = None,
+        processing_class: Any = None,
+        opponent_hash: str | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
-        """``opponent_hash`` identifies the weights that ``model`` starts from: they are the opponent.
+        """
+        Args:
+            model: a causal language model, or the folder or Hub name of one. Its start is its own reference.
+            train_dataset: preference rows, in the project's columns or TRL's (see :func:`to_pairs`), or encoded pairs.
+            processing_class: the tokenizer, with a chat template; default: that of the model's folder or Hub name.
+            opponent_hash: identifies the weights that ``model`` starts from; default: a hash of them.
 
         Raises:
-            InputError: rows cannot be packed for this architecture, or the kernel asked for does not work here.
+            InputError: a row cannot be trained on, rows cannot be packed for this architecture, or the kernel asked for does
+                not work here.
         """
-        self.opponent_hash = opponent_hash
+        model, processing_class = start_model(model, args, processing_class)
+        train_dataset = to_pairs(train_dataset, args, processing_class, "train_dataset")
+        eval_dataset = to_pairs(eval_dataset, args, processing_class, "eval_dataset")
         self.first_loss: float | None = None
         self._first_losses: list[torch.Tensor] = []
         self.reference_seconds = 0.0
@@ -82,6 +93,7 @@ class SPINTrainer(Trainer):
             processing_class=processing_class,
             callbacks=callbacks,
         )
+        self.opponent_hash = opponent_hash or identify(model, self.accelerator)
         # The loss below is a mean over the pairs of the whole optimiser step, so the Trainer must not divide again.
         self.model_accepts_loss_kwargs = True
         self.own_attention = str(causal_model(model).config._attn_implementation)

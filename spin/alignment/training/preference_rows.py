@@ -1,0 +1,48 @@
+"""A data set of preference rows, as a Python user hands it to SPINTrainer, to the encoded pairs that it trains on."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import datasets
+
+from spin.alignment.core.errors import InputError
+from spin.alignment.data.chat_encoder import ChatEncoder
+from spin.alignment.data.preferences import to_preferences
+from spin.alignment.logprobs.batch import PairDataset
+from spin.alignment.training.preference_data import check_budget, encode_split
+
+if TYPE_CHECKING:
+    from spin.alignment.training.config import SPINConfig
+
+logger = logging.getLogger(__name__)
+
+
+def to_pairs(dataset: Any, args: SPINConfig, tokenizer: Any, name: str) -> Any:
+    """Return the pairs of a ``datasets.Dataset`` of preference rows, truncated as ``args`` say; anything else that the trainer
+    itself understands (encoded pairs, None) as it is.
+
+    The rows are in the project's format or in one of TRL's (see :func:`to_preferences`). Pairs that cannot be trained on, such
+    as those of an empty response, are dropped; how many and why is logged.
+
+    Args:
+        name: the parameter that the rows were given by, for messages.
+
+    Raises:
+        InputError: another kind of data set, a row that breaks the contract, or a column that the loss reads is missing.
+    """
+    if isinstance(dataset, datasets.IterableDataset | datasets.DatasetDict | list | dict):
+        raise InputError(
+            f"{name} is a {type(dataset).__name__}: give one datasets.Dataset (Dataset.from_list makes one of a list of rows)"
+        )
+    if not isinstance(dataset, datasets.Dataset):
+        return dataset
+    rows = to_preferences(dataset, name)
+    rows = rows.add_column("source", [name] * len(rows))
+    encoder = ChatEncoder(tokenizer, args.system)
+    encoded, dropped = encode_split(rows, encoder, args.limits, args.loss_type, args.reverse)
+    for reason, count in dropped.items():
+        logger.warning("%s: %d of %d pairs dropped: %s", name, count, len(rows), reason)
+    check_budget({name: encoded}, args)
+    return PairDataset(encoded)
