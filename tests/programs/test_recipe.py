@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from spin import convert_data, generate
+from spin import convert_data
+from spin.generate import main as generate
 from tests.helpers import REPOSITORY, run_main, run_script, save_tiny_model
 from tests.helpers.runs import write_sums
 from tests.helpers.training import difference, metrics, train, write_config
@@ -45,7 +46,7 @@ def converted(start) -> Path:
     source = ("--model", start / "model", "--input_dir", start / "data", "--output_dir", start / "generated")
     flags = ("--temperature", 0, "--max_new_tokens", NEW_TOKENS)
     for main, arguments in (
-        (generate.main, (*source, *flags)),
+        (generate, (*source, *flags)),
         (convert_data.main, ("--input_dir", start / "generated", "--output_dir", start / "pairs")),
     ):
         code, _, errors = run_main(main, *arguments)

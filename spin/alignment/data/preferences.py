@@ -35,7 +35,7 @@ def split_prompt(chosen: Sequence[Message], rejected: Sequence[Message]) -> list
     return prompt
 
 
-def load_preferences(path: str, split: str) -> Dataset:
+def load_preferences(path: str | Path, split: str) -> Dataset:
     """Load preference rows of a split (``train`` and ``train_prefs`` name the same) in the format of docs/data_format.md.
 
     The original's ``real``/``generated`` columns, rows with a column ``prompt``, and rows without ids or token ids are
@@ -47,6 +47,7 @@ def load_preferences(path: str, split: str) -> Dataset:
     """
     from datasets import Dataset
 
+    path = str(path)
     tables = _preference_tables(path, split)
     table = pa.concat_tables(tables, promote_options="default")
     if table.num_rows == 0:

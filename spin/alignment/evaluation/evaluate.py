@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spin.alignment.core.console import say_error
@@ -72,6 +74,34 @@ def load_held_out(options: Any, encoder: ChatEncoder, context: int) -> tuple[lis
     if options.limit and options.limit < len(prompts):
         prompts = prompts.select(fraction_rows(len(prompts), 0, options.limit))
     return encode_held_out(prompts.to_list(), encoder, context, options.max_new_tokens)
+
+
+def evaluate(options: Any, sampling: SamplingConfig) -> dict[str, Any]:
+    """Score a model, write the result into ``output_file`` and return it."""
+    from transformers import AutoConfig
+
+    from spin.alignment.core.files import write_json_atomic
+    from spin.alignment.core.provenance import hash_weights
+    from spin.alignment.data.chat_encoder import ChatEncoder, load_tokenizer
+    from spin.alignment.models.folder import check_model_path, context_length, model_folder
+
+    check_model_path(options.model)
+    encoder = ChatEncoder(load_tokenizer(options.model, options.revision, options.trust_remote_code), options.system)
+    folder = model_folder(options.model, options.revision)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
+    held_out, left_out = load_held_out(options, encoder, context_length(config) or sys.maxsize)
+    result = {
+        "model": options.model,
+        "weights_hash": hash_weights(folder),
+        "metric": options.metric,
+        "input_dir": options.input_dir,
+        "split": options.split,
+        "n": len(held_out),
+        "left_out": left_out,
+        **score(options, sampling, held_out, encoder),
+    }
+    write_json_atomic(Path(options.output_file), result)
+    return result
 
 
 def score(options: Any, sampling: SamplingConfig, held_out: list[HeldOut], encoder: ChatEncoder) -> dict[str, Any]:
