@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 # Columns that mark rows in the format of docs/data_format.md.
 OWN_COLUMNS = frozenset({"prompt_id", "sample_index", "chosen", "rejected"})
 
+# Columns of TRL's data sets that change what a template makes of a conversation.
+PROMPT_COLUMNS = ("tools", "chat_template_kwargs", "image", "images", "videos")
+
 
 def split_prompt(chosen: Sequence[Message], rejected: Sequence[Message]) -> list[Message]:
     """Return the prompt of a pair: the common prefix of both conversations, at most all but the last turn of each."""
@@ -149,6 +152,13 @@ def _preference_row(record: Mapping[str, Any], where: str) -> dict[str, Any]:
     for name in ("chosen", "rejected"):
         if name not in row:
             raise InputError(f"{where} lacks the column '{name}': convert the data with spin/convert_data.py")
+    if isinstance(row["chosen"], str) and "prompt" not in row:
+        raise InputError(f"{where} has 'chosen' as text without 'prompt': add that column, or give conversations")
+    for name in PROMPT_COLUMNS:
+        if row.get(name):
+            raise InputError(
+                f"{where} has '{name}', which would change the prompt and is not supported: remove the column"
+            )
     row["chosen"], row["rejected"] = (whole_conversation(row, name, where) for name in ("chosen", "rejected"))
     check_pair(row["chosen"], row["rejected"], where, row.get("chosen_token_ids") is not None)
     row["prompt_id"] = str(row.get("prompt_id") or prompt_hash(row["chosen"][:-1]))
