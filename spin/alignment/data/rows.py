@@ -46,7 +46,7 @@ OPTIONAL_COLUMNS = {
 def stream_prompts(input_dir: str, split: str, truth_required: bool = True) -> Iterator[dict[str, Any]]:
     """Stream the prompts of a split with their ground truth: ``prompt_id`` and ``chosen``, ids unique; 8 bytes a prompt are held.
 
-    ``input_dir`` is a folder, a file or a Hub name in the project's own form or any form that ``readers.py`` knows. Unless
+    ``input_dir`` is a folder, a file or a Hub name in the project's own form or any form that ``formats.py`` knows. Unless
     ``truth_required``, a row may have no ground truth: its ``chosen`` is then the prompt and ends with the user's turn.
 
     Raises:
