@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 def train(settings: Settings, data: dict[str, Dataset], dropped: dict[str, int], tokenizer: Any, key: str) -> None:
     """Train, save the model, and write metrics.json last."""
     from spin.alignment.core.provenance import hash_json
+    from spin.alignment.models.precision import prepare_precision
     from spin.alignment.training.output_dir import OutputFolder
     from spin.alignment.training.run import load_policy, push_policy, report, train_policy
     from spin.alignment.training.settings import inputs_record
@@ -26,6 +27,7 @@ def train(settings: Settings, data: dict[str, Dataset], dropped: dict[str, int],
         return
     folder.prepare(settings.arguments.process_index == 0)
     model, dtypes = load_policy(settings)
+    prepare_precision(model, settings.arguments)
     trainer = TruthTrainer(
         model=model,
         args=settings.arguments,

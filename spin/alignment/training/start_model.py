@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ from spin.alignment.core.errors import InputError
 from spin.alignment.data.chat_encoder import load_tokenizer
 from spin.alignment.models.config import ModelConfig
 from spin.alignment.models.loading import disable_dropout, load_model
-from spin.alignment.models.precision import keep_master_weights
+from spin.alignment.models.precision import prepare_precision
 from spin.alignment.models.weights_hash import hash_module
 
 if TYPE_CHECKING:
@@ -21,11 +20,11 @@ if TYPE_CHECKING:
 
     from spin.alignment.training.config import SPINConfig
 
-logger = logging.getLogger(__name__)
-
 
 def start_model(model: Any, args: SPINConfig, tokenizer: Any = None) -> tuple[torch.nn.Module, Any]:
-    """Return the policy and its tokenizer: a folder or Hub name is loaded, a module is taken as it is, dropout set to 0.
+    """Return the policy and its tokenizer: a folder or Hub name is loaded, of a module the dropout is set to 0.
+
+    Under ``bf16`` or ``fp16`` the trained weights become float32, and only the computation has 16 bits.
 
     Without a tokenizer, that of the model's folder or Hub name is loaded.
 
@@ -35,17 +34,10 @@ def start_model(model: Any, args: SPINConfig, tokenizer: Any = None) -> tuple[to
     if isinstance(model, str | Path):
         name = str(model)
         model = load_model(ModelConfig(model_name_or_path=name), args.seed)
-        if (args.bf16 or args.fp16) and args.deepspeed_plugin is None:
-            keep_master_weights(model)
     else:
         name = getattr(model.config, "_name_or_path", "")
         disable_dropout(model)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if args.deepspeed_plugin is None and any(parameter.dtype.itemsize < 4 for parameter in trained):
-        logger.warning(
-            "the trained weights have 16 bits and no float32 copy, so steps below about 0.4%% of a weight are lost: load the "
-            "model with dtype=torch.float32 (bf16=True then computes in 16 bits all the same)"
-        )
+    prepare_precision(model, args)
     if tokenizer is None and not name:
         raise InputError("processing_class is missing, and the model has no folder to load it from: give the tokenizer")
     return model, load_tokenizer(name) if tokenizer is None else tokenizer
