@@ -28,9 +28,8 @@ def main():
     from transformers import AutoModelForCausalLM
     from spin.alignment.data.chat_encoder import ChatEncoder, load_tokenizer
     from spin.alignment.generation import BackendSettings, PromptRequest, SamplingConfig
-    from spin.alignment.generation.transformers_backend import TransformersBackend
-    from spin.alignment.training.online.samplers import EngineSampler
-    from spin.run_online import save_weights
+    from spin.alignment.generation.transformers.backend import TransformersBackend
+    from spin.alignment.training.online.samplers import EngineSampler, save_weights
     folder = sys.argv[1]
     encoder = ChatEncoder(load_tokenizer(folder))
     settings = BackendSettings(folder, stop_ids=encoder.stop_ids, max_model_len=64, batch_size=8)

@@ -19,6 +19,19 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+def has_rows(dataset: Any, name: str) -> bool:
+    """Return whether a trainer was given rows that are yet to be encoded.
+
+    Raises:
+        InputError: they are not one ``datasets.Dataset``.
+    """
+    if isinstance(dataset, datasets.IterableDataset | datasets.DatasetDict | list | dict):
+        raise InputError(
+            f"{name} is a {type(dataset).__name__}: give one datasets.Dataset (Dataset.from_list makes one of a list of rows)"
+        )
+    return isinstance(dataset, datasets.Dataset)
+
+
 def to_pairs(dataset: Any, args: SPINConfig, tokenizer: Any, name: str) -> Any:
     """Return the pairs of a ``datasets.Dataset`` of preference rows, truncated as ``args`` say; anything else that the trainer
     itself understands (encoded pairs, None) as it is.
@@ -32,11 +45,7 @@ def to_pairs(dataset: Any, args: SPINConfig, tokenizer: Any, name: str) -> Any:
     Raises:
         InputError: another kind of data set, a row that breaks the contract, or a column that the loss reads is missing.
     """
-    if isinstance(dataset, datasets.IterableDataset | datasets.DatasetDict | list | dict):
-        raise InputError(
-            f"{name} is a {type(dataset).__name__}: give one datasets.Dataset (Dataset.from_list makes one of a list of rows)"
-        )
-    if not isinstance(dataset, datasets.Dataset):
+    if not has_rows(dataset, name):
         return dataset
     rows = to_preferences(dataset, name)
     rows = rows.add_column("source", [name] * len(rows))

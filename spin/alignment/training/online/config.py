@@ -94,6 +94,11 @@ class OnlineConfig(SPINConfig):
             raise InputError(f"generation_batch_size is {self.generation_batch_size}: set it to 1 or more")
         lookup({name: name for name in BASELINES}, self.baseline, "baseline")
         lookup({name: name for name in SAMPLERS}, self.backend, "online generation backend")
+        if self.max_prompt_length + self.max_new_tokens > self.max_length:
+            raise InputError(
+                f"max_prompt_length {self.max_prompt_length} and max_new_tokens {self.max_new_tokens} exceed max_length "
+                f"{self.max_length}: lower one, or raise max_length"
+            )
         if self.reference_dir:
             raise InputError("reference_dir is set, but the reference of an online step is never stored: remove it")
         if self.alpha:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from spin.alignment.core.errors import InputError
 
 if TYPE_CHECKING:
     from spin.alignment.data.chat_encoder import ChatEncoder
     from spin.alignment.training.online.prompts import PromptDataset
-    from spin.alignment.training.online.samplers import PolicySampler
-    from spin.alignment.training.online.trainer import OnlineTrainer
     from spin.alignment.training.settings import Settings
 
 
@@ -37,11 +35,6 @@ def check_settings(settings: Settings) -> None:
         raise InputError(
             "online training needs whole weights in every process to draw responses, which FSDP and ZeRO-3 cut into pieces: use "
             "ZeRO-2 or plain data parallelism"
-        )
-    if data.max_prompt_length + arguments.max_new_tokens > data.max_length:
-        raise InputError(
-            f"max_prompt_length {data.max_prompt_length} and max_new_tokens {arguments.max_new_tokens} exceed max_length "
-            f"{data.max_length}: lower one, or raise max_length"
         )
     if model.use_peft and arguments.backend == "vllm":
         raise InputError(
@@ -91,48 +84,10 @@ def check_references(settings: Settings, splits: dict[str, PromptDataset]) -> No
     Raises:
         InputError: naming the prompt.
     """
-    from spin.alignment.rewards import needs_reference, no_reference
+    from spin.alignment.training.online.prompts import check_ground_truth
 
-    scorer = settings.arguments.scorer
-    if scorer is None or not needs_reference(scorer):
-        return
     for dataset in splits.values():
-        for prompt in dataset.prompts:
-            if not (prompt.reference or "").strip():
-                raise no_reference(scorer, prompt.prompt_id)
-
-
-def make_sampler(settings: Settings, trainer: OnlineTrainer, encoder: ChatEncoder) -> PolicySampler:
-    """Return what draws the responses of this process."""
-    from spin.alignment.generation.base import BackendSettings
-    from spin.alignment.logprobs.forward import causal_model
-    from spin.alignment.training.online.samplers import EngineSampler, InPlaceSampler
-
-    arguments = settings.arguments
-    model = causal_model(trainer.model)
-    backend = BackendSettings(
-        model=settings.model.model_name_or_path,
-        revision=settings.model.model_revision,
-        dtype=settings.model.dtype,
-        batch_size=arguments.generation_batch_size,
-        max_model_len=settings.data.max_prompt_length + arguments.max_new_tokens,
-        gpu_memory_utilization=arguments.gpu_memory_utilization,
-        trust_remote_code=settings.model.trust_remote_code,
-        stop_ids=encoder.stop_ids,
-        pad_id=encoder.pad_id,
-        decode=encoder.decode,
-    )
-    if arguments.backend == "vllm":
-        return EngineSampler(backend, lambda folder: save_weights(model, folder))
-    return InPlaceSampler(model, backend, trainer.pair_forward.own_attention, trainer.compute_loss_context_manager)
-
-
-def save_weights(model: Any, folder: Path) -> None:
-    """Write a module's weights into a folder as a model, in the precision that its configuration names."""
-    import torch
-
-    dtype = getattr(torch, str(model.config.dtype or torch.float32).removeprefix("torch."))
-    model.save_pretrained(folder, state_dict={name: weight.to(dtype) for name, weight in model.state_dict().items()})
+        check_ground_truth(dataset, settings.arguments.scorer)
 
 
 def train(
@@ -145,8 +100,7 @@ def train(
     """Train, save the policy, and write metrics.json last."""
     from spin.alignment.core.provenance import hash_text
     from spin.alignment.pairs.annotate import scorer_record
-    from spin.alignment.rewards import make_scorer
-    from spin.alignment.training.online.labels import PairMaker
+    from spin.alignment.training.online.labels import PairMaker, scorer_of
     from spin.alignment.training.online.trainer import OnlineTrainer
     from spin.alignment.training.output_dir import OutputFolder
     from spin.alignment.training.run import load_policy, push_policy, report, train_policy
@@ -163,7 +117,7 @@ def train(
         push_policy(settings)
         return
     folder.prepare(arguments.process_index == 0)
-    scorer = None if arguments.scorer_settings is None else make_scorer(arguments.scorer_settings)
+    scorer = scorer_of(arguments)
     model, dtypes = load_policy(settings)
     trainer = OnlineTrainer(
         model=model,
@@ -173,8 +127,8 @@ def train(
         processing_class=encoder.tokenizer,
         opponent_hash=key,
         pair_maker=PairMaker(arguments, encoder, scorer),
+        source=settings.model,
     )
-    trainer.sampler = make_sampler(settings, trainer, encoder)
     counts = {"prompts": {name: len(dataset) for name, dataset in splits.items()}, "left_out": left_out}
     try:
         train_policy(trainer, folder, settings, dtypes, lambda result: counts)
