@@ -13,9 +13,11 @@ from spin.alignment.logprobs.batch import PairDataset
 from spin.alignment.training.config import SPINConfig
 from spin.alignment.training.preference_rows import to_pairs
 from spin.alignment.training.trainer import SPINTrainer
-from tests.helpers import char_tokenizer
+from tests.helpers import char_tokenizer, tiny_llama
 from tests.helpers.training import metrics, train, write_config, write_pairs
 
+TOKENIZER = char_tokenizer()
+MODEL = tiny_llama(len(TOKENIZER))
 QUESTION = {"role": "user", "content": "2+3?"}
 RIGHT, WRONG = ({"role": "assistant", "content": text} for text in ("5", "66"))
 OWN = {"prompt_id": "p", "sample_index": 0, "chosen": [QUESTION, RIGHT], "rejected": [QUESTION, WRONG]}
@@ -40,16 +42,15 @@ def settings(**changes) -> SPINConfig:
 
 
 def pairs_of(*rows: dict, **changes) -> PairDataset:
-    return to_pairs(Dataset.from_list(list(rows)), settings(**changes), char_tokenizer(), "train_dataset")
+    return to_pairs(Dataset.from_list(list(rows)), "train_dataset", settings(**changes), TOKENIZER, MODEL)
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_gives_the_same_pair(form):
-    tokenizer = char_tokenizer()
-    end = tokenizer.eos_token_id
+    end = TOKENIZER.eos_token_id
     (found,) = pairs_of(FORMS[form]).rows
-    prompt = tokenizer.apply_chat_template([QUESTION], add_generation_prompt=True, return_dict=False)
-    five, six = tokenizer("56")["input_ids"]
+    prompt = TOKENIZER.apply_chat_template([QUESTION], add_generation_prompt=True, return_dict=False)
+    five, six = TOKENIZER("56")["input_ids"]
     assert found == {"prompt_ids": prompt, "chosen_ids": [five, end], "rejected_ids": [six, six, end]}
 
 
@@ -94,7 +95,7 @@ def test_bad_rows_are_named(name):
     rows, message = BAD[name]
     rows = Dataset.from_list([rows]) if isinstance(rows, dict) and not isinstance(rows, DatasetDict) else rows
     with pytest.raises(InputError, match=message):
-        to_pairs(rows, settings(), char_tokenizer(), "train_dataset")
+        to_pairs(rows, "train_dataset", settings(), TOKENIZER, MODEL)
 
 
 def test_a_missing_label_and_a_small_budget_are_named():
@@ -102,14 +103,18 @@ def test_a_missing_label_and_a_small_budget_are_named():
         pairs_of(OWN, loss_type="sppo")
     with pytest.raises(InputError, match="max_tokens_per_batch is 20, but pair 0 of train_dataset takes"):
         pairs_of(OWN, max_tokens_per_batch=20)
+    with pytest.raises(InputError, match="the data holds token id 900, but the vocabulary of the model has"):
+        pairs_of({**OWN, "rejected_token_ids": [900]})
+    with pytest.raises(InputError, match="the longest pair has 600 tokens, but the model can attend to 512 tokens"):
+        pairs_of({**OWN, "rejected_token_ids": [9] * 600}, max_length=600)
     with pytest.raises(InputError, match="max_prompt_length is 512 and max_length 128"):
         settings(max_prompt_length=512)
 
 
 def test_encoded_pairs_pass_as_they_are():
     pairs = pairs_of(OWN)
-    assert to_pairs(pairs, settings(), None, "train_dataset") is pairs
-    assert to_pairs(None, settings(), None, "eval_dataset") is None
+    assert to_pairs(pairs, "train_dataset", settings(), None, None) is pairs
+    assert to_pairs(None, "eval_dataset", settings(), None, None) is None
 
 
 @pytest.mark.slow

@@ -11,7 +11,9 @@ from spin.alignment.core.errors import InputError
 from spin.alignment.data.chat_encoder import ChatEncoder
 from spin.alignment.data.preferences import to_preferences
 from spin.alignment.logprobs.batch import PairDataset
-from spin.alignment.training.preference_data import check_budget, encode_split
+from spin.alignment.logprobs.forward import causal_model
+from spin.alignment.models.folder import check_config_fits
+from spin.alignment.training.preference_data import check_budget, encode_split, largest
 
 if TYPE_CHECKING:
     from spin.alignment.training.config import SPINConfig
@@ -32,7 +34,7 @@ def has_rows(dataset: Any, name: str) -> bool:
     return isinstance(dataset, datasets.Dataset)
 
 
-def to_pairs(dataset: Any, args: SPINConfig, tokenizer: Any, name: str) -> Any:
+def to_pairs(dataset: Any, name: str, args: SPINConfig, tokenizer: Any, model: Any) -> Any:
     """Return the pairs of a ``datasets.Dataset`` of preference rows, truncated as ``args`` say; anything else that the trainer
     itself understands (encoded pairs, None) as it is.
 
@@ -43,7 +45,8 @@ def to_pairs(dataset: Any, args: SPINConfig, tokenizer: Any, name: str) -> Any:
         name: the parameter that the rows were given by, for messages.
 
     Raises:
-        InputError: another kind of data set, a row that breaks the contract, or a column that the loss reads is missing.
+        InputError: another kind of data set, a row that breaks the contract, a column that the loss reads is missing, or a
+            pair does not fit into the model or into ``max_tokens_per_batch``.
     """
     if not has_rows(dataset, name):
         return dataset
@@ -53,5 +56,7 @@ def to_pairs(dataset: Any, args: SPINConfig, tokenizer: Any, name: str) -> Any:
     encoded, dropped = encode_split(rows, encoder, args.limits, args.loss_type, args.reverse)
     for reason, count in dropped.items():
         logger.warning("%s: %d of %d pairs dropped: %s", name, count, len(rows), reason)
-    check_budget({name: encoded}, args)
+    pairs = {name: encoded}
+    check_config_fits(causal_model(model).config.to_dict(), "the model", *largest(pairs))
+    check_budget(pairs, args)
     return PairDataset(encoded)

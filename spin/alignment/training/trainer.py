@@ -63,8 +63,8 @@ class SPINTrainer(Trainer):
             model=model,
             args=args,
             data_collator=PairList,
-            train_dataset=to_pairs(train_dataset, args, processing_class, "train_dataset"),
-            eval_dataset=to_pairs(eval_dataset, args, processing_class, "eval_dataset"),
+            train_dataset=to_pairs(train_dataset, "train_dataset", args, processing_class, model),
+            eval_dataset=to_pairs(eval_dataset, "eval_dataset", args, processing_class, model),
             processing_class=processing_class,
             callbacks=callbacks,
         )
