@@ -1,23 +1,32 @@
-"""Online training: checks, sampler, and the training itself."""
+"""Online training: its checks, what draws responses, and its way through a training."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from spin.alignment.core.errors import InputError
+from spin.alignment.core.provenance import hash_text
+from spin.alignment.pairs.annotate import scorer_record
+from spin.alignment.training.online.config import OnlineConfig
+from spin.alignment.training.online.labels import PairMaker, scorer_of
+from spin.alignment.training.online.prompts import PromptDataset, check_ground_truth, load_splits
+from spin.alignment.training.online.trainer import OnlineTrainer
+from spin.alignment.training.program import TrainingData, TrainingJob, TrainingProgram
+from spin.alignment.training.settings import Settings
 
 if TYPE_CHECKING:
     from spin.alignment.data.chat_encoder import ChatEncoder
-    from spin.alignment.training.online.prompts import PromptDataset
-    from spin.alignment.training.settings import Settings
+    from spin.alignment.rewards.base import GroupScorer
+    from spin.alignment.training.online.samplers import PolicySampler
 
 
 def check_settings(settings: Settings) -> None:
     """Check what needs no model: the scorer, and settings that do not go together.
 
     Raises:
-        InputError: naming the key and the mend.
+        InputError: naming the key and the fix.
     """
     from spin.alignment.rewards import check_scorer
 
@@ -78,61 +87,80 @@ def check_context(settings: Settings, splits: dict[str, PromptDataset], folder: 
             )
 
 
-def check_references(settings: Settings, splits: dict[str, PromptDataset]) -> None:
-    """Check that every prompt has the ground truth that the scorer compares with.
+class OnlineTraining(TrainingProgram):
+    """Trains a policy on labelled responses that it draws itself."""
 
-    Raises:
-        InputError: naming the prompt.
-    """
-    from spin.alignment.training.online.prompts import check_ground_truth
+    arguments_class = OnlineConfig
+    defaults: ClassVar[Mapping[str, Any]] = {"dataset_splits": ["train"]}
 
-    for dataset in splits.values():
-        check_ground_truth(dataset, settings.arguments.scorer)
+    def __init__(self) -> None:
+        self.scorer: GroupScorer | None = None
+        self.sampler: PolicySampler | None = None
 
+    def check_settings(self, settings: Settings) -> None:
+        """Check what needs no model, and that the engine that draws responses is installed."""
+        check_settings(settings)
+        if settings.arguments.backend == "vllm":
+            from spin.alignment.generation.vllm.backend import check_installed
 
-def train(
-    settings: Settings,
-    splits: dict[str, PromptDataset],
-    left_out: dict[str, int],
-    encoder: ChatEncoder,
-    key: str,
-) -> None:
-    """Train, save the policy, and write metrics.json last."""
-    from spin.alignment.core.provenance import hash_text
-    from spin.alignment.pairs.annotate import scorer_record
-    from spin.alignment.training.online.labels import PairMaker, scorer_of
-    from spin.alignment.training.online.trainer import OnlineTrainer
-    from spin.alignment.training.output_dir import OutputFolder
-    from spin.alignment.training.run import load_policy, push_policy, report, train_policy
-    from spin.alignment.training.settings import inputs_record
+            check_installed()
 
-    arguments = settings.arguments
-    data = hash_text(*(f"{name}={dataset.key}" for name, dataset in sorted(splits.items())), encoder.fingerprint)
-    inputs = inputs_record(settings, key, data)
-    if arguments.scorer_settings is not None:
-        inputs |= scorer_record(arguments.scorer_settings)
-    folder = OutputFolder(settings, inputs)
-    if folder.is_complete():
-        report(settings, f"{folder.path} is complete already")
-        push_policy(settings)
-        return
-    folder.prepare(arguments.process_index == 0)
-    scorer = scorer_of(arguments)
-    model, dtypes = load_policy(settings)
-    trainer = OnlineTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=splits["train"],
-        eval_dataset=splits.get("test"),
-        processing_class=encoder.tokenizer,
-        opponent_hash=key,
-        pair_maker=PairMaker(arguments, encoder, scorer),
-        source=settings.model,
-    )
-    counts = {"prompts": {name: len(dataset) for name, dataset in splits.items()}, "left_out": left_out}
-    try:
-        train_policy(trainer, folder, settings, dtypes, lambda result: counts)
-    finally:
-        trainer.sampler.close()
-        if scorer is not None:
-            scorer.close()
+    def load_data(self, settings: Settings, encoder: ChatEncoder) -> TrainingData:
+        """Load, mix and encode the prompts; those that are too long are left out and counted by split."""
+        data = TrainingData(*load_splits(settings.data, settings.arguments, encoder))
+        for prompts in data.splits.values():
+            check_ground_truth(prompts, settings.arguments.scorer)
+        return data
+
+    def describe_data(self, data: TrainingData) -> list[str]:
+        """Return the number of prompts of each split, and of those left out."""
+        return [
+            f"{split}: {number} prompts"
+            + (f", {data.dropped[split]} longer than max_prompt_length left out" if data.dropped[split] else "")
+            for split, number in data.sizes().items()
+        ]
+
+    def check_data(self, settings: Settings, data: TrainingData, model_folder: Path) -> None:
+        """Check that prompts and responses fit into the model's context."""
+        check_context(settings, data.splits, model_folder)
+
+    def data_key(self, job: TrainingJob) -> str:
+        """Return a hash of the prompts and of what encodes them and their responses."""
+        keys = (f"{split}={dataset.key}" for split, dataset in sorted(job.data.splits.items()))
+        return hash_text(*keys, job.encoder.fingerprint)
+
+    def inputs(self, job: TrainingJob) -> dict[str, Any]:
+        """Return what decides the result; the scorer does, too."""
+        scorer = job.settings.arguments.scorer_settings
+        return super().inputs(job) | ({} if scorer is None else scorer_record(scorer))
+
+    def open(self, settings: Settings) -> None:
+        """Make the scorer of the responses."""
+        self.scorer = scorer_of(settings.arguments)
+
+    def make_trainer(self, job: TrainingJob, model: Any) -> OnlineTrainer:
+        """Return the trainer of a policy, with what draws its responses."""
+        arguments = job.settings.arguments
+        trainer = OnlineTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=job.data.splits["train"],
+            eval_dataset=job.data.splits.get("test"),
+            processing_class=job.encoder.tokenizer,
+            opponent_hash=job.model_key,
+            pair_maker=PairMaker(arguments, job.encoder, self.scorer),
+            source=job.settings.model,
+        )
+        self.sampler = trainer.sampler
+        return trainer
+
+    def metrics(self, job: TrainingJob, trainer: OnlineTrainer, result: Any) -> dict[str, Any]:
+        """Return the numbers of prompts."""
+        return {"prompts": job.data.sizes(), "left_out": job.data.dropped}
+
+    def close(self) -> None:
+        """Shut down what draws responses and what scores them."""
+        if self.sampler is not None:
+            self.sampler.close()
+        if self.scorer is not None:
+            self.scorer.close()
