@@ -48,7 +48,13 @@ def run(folder, model=None, weights: bool = False, resume: str | None = None, **
         "seed": 1,
     }
     arguments = SPINConfig(output_dir=str(folder), **{**values, **settings})
-    trainer = SPINTrainer(model or tiny("llama"), arguments, dataset(weights=weights), char_tokenizer(), "opponent")
+    trainer = SPINTrainer(
+        model=model or tiny("llama"),
+        args=arguments,
+        train_dataset=dataset(weights=weights),
+        processing_class=char_tokenizer(),
+        opponent_hash="opponent",
+    )
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
