@@ -8,12 +8,14 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
+import yaml
 
 import spin
 from tests.helpers import REPOSITORY, run_command, save_tiny_model
-from tests.helpers.runs import write_sums
+from tests.helpers.runs import tiny_run, write_sums
 
 PAGE = (REPOSITORY / "docs" / "python_api.md").read_text(encoding="utf-8")
 HEAVY = ("torch", "transformers", "datasets", "trl", "accelerate", "peft", "numpy", "pyarrow")
@@ -88,6 +90,27 @@ def test_the_functions_raise_where_the_programs_exit(tmp_path):
     with pytest.raises(spin.InputError, match=r"configuration file .*c.yaml does not exist"):
         spin.run(tmp_path / "c.yaml")
     assert not list(tmp_path.iterdir())
+
+
+def test_run_checks_as_the_command_and_raises_by_exit_code(tmp_path, monkeypatch):
+    values, seen = tiny_run(tmp_path), []
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    for code, error in ((0, None), (2, spin.InputError), (1, RuntimeError), (130, KeyboardInterrupt)):
+        monkeypatch.setattr(
+            "spin.alignment.pipeline.runner.run_stages", lambda *given, code=code, **_: (seen.append(given), code)[1]
+        )
+        for config in (values, tmp_path / "run.yaml"):
+            with nullcontext() if error is None else pytest.raises(error):
+                found = spin.run(
+                    config, rerun_changed=True, seed=7, train={"beta": 0.5}, overrides={"1": {"beta": 2.0}}
+                )
+                assert found == tmp_path / "run"
+    assert len(seen) == 8
+    for config, rerun_changed in seen:
+        assert (config.seed, config.iterations, rerun_changed) == (7, 2, True)
+        assert config.train == values["train"] | {"beta": 0.5} and config.overrides[1] == {"beta": 2.0}
+    with pytest.raises(spin.InputError, match="unknown key 'betta' in the section 'train' of the configuration"):
+        spin.run(values, train={"betta": 0.5})
 
 
 @pytest.mark.slow
