@@ -22,7 +22,7 @@ Trains a policy on labelled responses that it draws itself, step by step. CONFIG
   sampling  backend num_samples temperature top_p top_k max_new_tokens generation_batch_size gpu_memory_utilization
   labels    scorer scorer_model scorer_batch_size scorer_max_length scorer_dtype base_url score_cache
             pairing baseline soft_mean_b
-  method    loss_type beta eta label_smoothing length_normalize nll_weight updates_per_batch ref_update_freq
+  method    loss_type loss_settings beta eta label_smoothing length_normalize nll_weight updates_per_batch ref_update_freq
   held out  eval_prompts eval_split eval_strategy eval_steps eval_temperatures eval_limit
   output    output_dir overwrite_output_dir resume_from_checkpoint
 

@@ -19,7 +19,8 @@ Trains a policy against its own earlier responses. CONFIG.yaml and --key=value h
   model    model_name_or_path model_revision dtype attn_implementation trust_remote_code
            use_peft lora_r lora_alpha lora_target_modules load_in_4bit load_in_8bit
   data     dataset_mixer dataset_splits max_length max_prompt_length system preprocessing_num_workers
-  method   loss_type beta eta alpha noise_ratio label_smoothing length_normalize nll_weight reverse reference_dir
+  method   loss_type loss_settings beta eta alpha noise_ratio label_smoothing length_normalize nll_weight reverse
+           reference_dir
   batches  batching max_tokens_per_batch share_prompts fused_head packed_attention
   output   output_dir overwrite_output_dir resume_from_checkpoint
 

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 
 from spin.alignment.core.files import write_text_atomic
 from spin.alignment.core.parquet import read_rows
+from spin.alignment.core.sides import SIDES
 
 if TYPE_CHECKING:
     from spin.alignment.data.chat_encoder import ChatEncoder
 
-SIDES = ("chosen", "rejected")
 _CSS = """
 :root { color-scheme: light dark; --ink: #1f2937; --quiet: #6b7280; --paper: #ffffff; --panel: #f6f7f9; --line: #e2e5ea;
   --more: 234, 88, 12; --less: 37, 99, 235; }

@@ -15,7 +15,7 @@ from spin.alignment.core.provenance import hash_text
 from spin.alignment.data.fractions import fraction_rows
 from spin.alignment.data.rows import load_prompts, prompts_hash, to_prompt_rows
 from spin.alignment.logprobs.batch import PairDataset
-from spin.alignment.methods.pairings import needs_truth, no_truth
+from spin.alignment.methods.pairings import find_pairing, no_truth
 from spin.alignment.rewards import needs_reference, no_reference
 from spin.alignment.training.preference_rows import has_rows
 
@@ -87,7 +87,7 @@ def load_splits(
                 rows = rows.shuffle(seed=arguments.seed).select(range(max(1, int(fraction * len(rows)))))
             sources.append((source, rows))
     splits, left_out = {}, {}
-    trained_on = arguments.pairing if needs_truth(arguments.pairing) else None
+    trained_on = arguments.pairing if find_pairing(arguments.pairing).needs_ground_truth else None
     prompts = [encode(row, encoder, source, trained_on, data) for source, rows in sources for row in rows]
     splits["train"], left_out["train"] = _dataset(sources, prompts, data.max_prompt_length)
     if arguments.eval_prompts:
@@ -118,7 +118,7 @@ def to_prompts(dataset: Any, args: OnlineConfig, encoder: ChatEncoder, name: str
     if not has_rows(dataset, name):
         return dataset
     rows = to_prompt_rows(dataset, name)
-    trained_on = args.pairing if name == "train_dataset" and needs_truth(args.pairing) else None
+    trained_on = args.pairing if name == "train_dataset" and find_pairing(args.pairing).needs_ground_truth else None
     prompts = [encode(row, encoder, name, trained_on, args.limits) for row in rows]
     made, left_out = _dataset([(name, rows)], prompts, args.max_prompt_length)
     if left_out:

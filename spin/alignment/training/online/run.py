@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.provenance import hash_text
+from spin.alignment.generation import BACKENDS, find_backend
 from spin.alignment.pairs.annotate import scorer_record
 from spin.alignment.training.online.config import OnlineConfig
 from spin.alignment.training.online.labels import PairMaker, scorer_of
@@ -45,9 +46,10 @@ def check_settings(settings: Settings) -> None:
             "online training needs whole weights in every process to draw responses, which FSDP and ZeRO-3 cut into pieces: use "
             "ZeRO-2 or plain data parallelism"
         )
-    if model.use_peft and arguments.backend == "vllm":
+    if model.use_peft and find_backend(arguments.backend).online == "engine":
+        others = " or ".join(name for name in BACKENDS if find_backend(name).online == "own_module")
         raise InputError(
-            "use_peft does not go with backend vllm online (its weights are reloaded whole): use transformers"
+            f"use_peft does not go with backend {arguments.backend} online (its weights are reloaded whole): use {others}"
         )
     held_out = [split for split in data.dataset_splits if split.startswith("test")]
     if held_out:
@@ -100,10 +102,7 @@ class OnlineTraining(TrainingProgram):
     def check_settings(self, settings: Settings) -> None:
         """Check what needs no model, and that the engine that draws responses is installed."""
         check_settings(settings)
-        if settings.arguments.backend == "vllm":
-            from spin.alignment.generation.vllm.backend import check_installed
-
-            check_installed()
+        find_backend(settings.arguments.backend).check_installed()
 
     def load_data(self, settings: Settings, encoder: ChatEncoder) -> TrainingData:
         """Load, mix and encode the prompts; those that are too long are left out and counted by split."""

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spin.alignment.generation import find_backend, make_backend
 from spin.alignment.generation.base import BackendSettings, GenerationBackend, PromptRequest, Response, SamplingConfig
 from spin.alignment.logprobs.forward import use_attention
 from spin.alignment.models.config import ModelConfig
@@ -73,17 +74,11 @@ class InPlaceSampler(PolicySampler):
 
 
 class EngineSampler(PolicySampler):
-    """A vLLM engine beside the policy, in every process; its weights are reloaded in place from a folder in memory."""
+    """An engine beside the policy, in every process; its weights are reloaded in place from a folder in memory."""
 
-    def __init__(self, settings: BackendSettings, save_weights: Callable[[Path], None]) -> None:
-        """Start the engine on ``settings.model``; ``save_weights`` writes the policy into a folder as a model.
-
-        Raises:
-            InputError: vLLM is not installed, or does not serve the model.
-        """
-        from spin.alignment.generation.vllm.backend import VLLMBackend
-
-        self._backend = VLLMBackend(settings)
+    def __init__(self, engine: Any, save_weights: Callable[[Path], None]) -> None:
+        """``engine`` is a backend with ``reload(folder)``; ``save_weights`` writes the policy into a folder as a model."""
+        self._backend = engine
         self._save_weights = save_weights
 
     def refresh(self) -> None:
@@ -128,8 +123,8 @@ def make_sampler(
         pad_id=encoder.pad_id,
         decode=encoder.decode,
     )
-    if args.backend == "vllm":
-        return EngineSampler(settings, lambda folder: save_weights(model, folder))
+    if find_backend(args.backend).online == "engine":
+        return EngineSampler(make_backend(args.backend, settings), lambda folder: save_weights(model, folder))
     return InPlaceSampler(model, settings, own_attention, precision)
 
 

@@ -21,7 +21,7 @@ from spin.alignment.logprobs.batch import PairDataset, PairList
 from spin.alignment.logprobs.forward import causal_model
 from spin.alignment.models.config import ModelConfig
 from spin.alignment.training.online.config import OnlineConfig
-from spin.alignment.training.online.labels import HALVES, PairMaker, StepCounts, scorer_of
+from spin.alignment.training.online.labels import PairMaker, StepCounts, scorer_of
 from spin.alignment.training.online.moving_reference import MovingReference
 from spin.alignment.training.online.prompts import OnlinePrompt, PromptDataset, load_held_out, longest_pairs, to_prompts
 from spin.alignment.training.online.samplers import make_sampler
@@ -152,8 +152,9 @@ class OnlineTrainer(SPINTrainer):
         self._attach_reference_logps(features)
         self._time("reference", started)
         pairs = gather_object(features) if self.accelerator.num_processes > 1 else features
-        if config.baseline == "batch" and config.pairing == "every_sample":
-            self.pair_maker.subtract_baseline(pairs, [pair[f"{half}_reward"] for half in HALVES for pair in pairs])
+        if config.baseline == "batch":
+            columns = self.pair_maker.relative_columns()
+            self.pair_maker.subtract_baseline(pairs, [pair[column] for column in columns for pair in pairs])
         return pairs
 
     def _respond(self, prompts: Sequence[OnlinePrompt], sampling: SamplingConfig) -> Any:
@@ -171,6 +172,8 @@ class OnlineTrainer(SPINTrainer):
 
     def _attach_reference_logps(self, features: list[dict[str, Any]]) -> None:
         """Put the reference's token log-probs (nats) on this process's pairs, before any update of the step."""
+        if not self.args.loss.needs_reference:
+            return
         # Not through DDP's wrapper: the processes have different numbers of pairs.
         forward = replace(self.pair_forward, model=self._unwrapped())
         with forward.evaluation(), self.reference.in_place_of(forward.model):
