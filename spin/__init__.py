@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from spin.alignment.training.online.config import OnlineConfig
     from spin.alignment.training.online.trainer import OnlineTrainer
     from spin.alignment.training.trainer import SPINTrainer
-    from spin.python_api import evaluate, generate, run
+    from spin.python_api import convert, evaluate, generate, run
 
 __version__ = "0.1.0"
 
@@ -41,6 +41,7 @@ __all__ = [
     "OnlineTrainer",
     "SPINConfig",
     "SPINTrainer",
+    "convert",
     "evaluate",
     "generate",
     "load_preferences",
@@ -63,6 +64,7 @@ _DEFINED_IN = {
     "SPINTrainer": "spin.alignment.training.trainer",
     "WEIGHTINGS": "spin.alignment.methods.weightings",
     "WEIGHT_TRANSFORMS": "spin.alignment.methods.weightings",
+    "convert": "spin.python_api",
     "evaluate": "spin.python_api",
     "generate": "spin.python_api",
     "load_preferences": "spin.alignment.data.preferences",

@@ -2,24 +2,23 @@
 
 Fields: ``n``, ``metric``, ``model``, ``weights_hash``; ``temperatures`` maps each temperature to exact, exact_se, identical_rate,
 truncation_rate and mean_length (tokens); ``nll`` (nats per token of the ground truth, EOS included), ``nll_sequence`` and its
-standard error; ``samples``, the first few prompts with the truth and the responses.
+standard error; ``samples``, the first few prompts with the ground truth and the responses.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from spin.alignment.core.flags import from_arguments
 from spin.alignment.core.program import interrupt_on_sigterm, run_program
-from spin.alignment.evaluation.evaluate import check_options, evaluate, make_parser
+from spin.alignment.evaluation.config import EvaluateConfig
+from spin.alignment.evaluation.evaluate import evaluate
 
 
 def main(arguments: Sequence[str]) -> None:
-    options = make_parser().parse_args(arguments)
-    sampling = check_options(options)
+    config = from_arguments(EvaluateConfig, arguments, "evaluate_model.py")
     interrupt_on_sigterm()
-    result = evaluate(options, sampling)
-    exact = ", ".join(f"T={name} {values['exact']:.3f}" for name, values in result["temperatures"].items())
-    print(f"{options.model}: {options.metric} {exact}; NLL of the truth {result['nll']:.4f} nats per token")
+    evaluate(config)
 
 
 if __name__ == "__main__":

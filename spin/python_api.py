@@ -16,7 +16,8 @@ from spin.alignment.core.program import EXIT_BAD_INPUT, EXIT_DONE, EXIT_INTERRUP
 def generate(*, model: str | Path, input_dir: str | Path, output_dir: str | Path, **settings: Any) -> Path:
     """Let a model answer the prompts of a data set, as ``spin/generate.py``; return ``output_dir``.
 
-    ``load_preferences(output_dir, split)`` reads the result: the ground truth as chosen, the model's response as rejected.
+    ``load_preferences(output_dir, split)`` reads the result as pairs: the ground truth is chosen, the model's response rejected.
+    :func:`convert` makes other pairs of it.
     Called again, it continues where it was interrupted, and returns at once where everything is there.
 
     Args:
@@ -28,19 +29,33 @@ def generate(*, model: str | Path, input_dir: str | Path, output_dir: str | Path
     Raises:
         InputError: naming the setting, row or file that is wrong, and the fix.
     """
-    from spin.alignment.generation import generate as generation
-    from spin.alignment.models.folder import check_model_path, model_folder
-    from spin.alignment.pipeline.config import flags
+    from spin.alignment.core.config import build
+    from spin.alignment.generation.config import GenerateConfig
+    from spin.alignment.generation.generate import generate as generate_fractions
 
-    given = {"model": model, "input_dir": input_dir, "output_dir": output_dir, **settings}
-    options = generation.make_parser().parse_args(flags(given))
-    sampling = generation.check_options(options)
-    check_model_path(options.model, needs_weights=options.backend != "openai")
-    folder = model_folder(options.model, options.revision)
-    stated = generation.stated_provenance(options, sampling, folder)
-    if not generation.known_complete(options, stated):
-        generation.generate(options, sampling, stated, folder)
-    return Path(options.output_dir)
+    given = {"model": str(model), "input_dir": str(input_dir), "output_dir": str(output_dir), **settings}
+    generate_fractions(build(GenerateConfig, given, "spin.generate"))
+    return Path(output_dir)
+
+
+def convert(*, input_dir: str | Path, output_dir: str | Path, **settings: Any) -> Path:
+    """Score and pair generated responses, as ``spin/convert_data.py``; return ``output_dir``, for :func:`load_preferences`.
+
+    Args:
+        input_dir: folder of the fractions that :func:`generate` made.
+        output_dir: folder for the preference files.
+        settings: the other flags of ``spin/convert_data.py``, such as ``pairing="best_vs_worst"`` and ``scorer="math_answer"``.
+
+    Raises:
+        InputError: naming the setting, row or file that is wrong, and the fix.
+    """
+    from spin.alignment.core.config import build
+    from spin.alignment.pairs.config import ConvertConfig
+    from spin.alignment.pairs.convert import convert as convert_fractions
+
+    given = {"input_dir": str(input_dir), "output_dir": str(output_dir), **settings}
+    convert_fractions(build(ConvertConfig, given, "spin.convert"))
+    return Path(output_dir)
 
 
 def run(config: str | Path | Mapping[str, Any], *, rerun_changed: bool = False, **overrides: Any) -> Path:
@@ -94,9 +109,9 @@ def evaluate(*, model: str | Path, input_dir: str | Path, output_file: str | Pat
     Raises:
         InputError: naming the setting, row or file that is wrong, and the fix.
     """
-    from spin.alignment.evaluation import evaluate as evaluation
-    from spin.alignment.pipeline.config import flags
+    from spin.alignment.core.config import build
+    from spin.alignment.evaluation.config import EvaluateConfig
+    from spin.alignment.evaluation.evaluate import evaluate as evaluate_model
 
-    given = {"model": model, "input_dir": input_dir, "output_file": output_file, **settings}
-    options = evaluation.make_parser().parse_args(flags(given))
-    return evaluation.evaluate(options, evaluation.check_options(options))
+    given = {"model": str(model), "input_dir": str(input_dir), "output_file": str(output_file), **settings}
+    return evaluate_model(build(EvaluateConfig, given, "spin.evaluate"))

@@ -240,9 +240,9 @@ DEFECTS = {
     "identical": (all_identical, ["--identical", "drop"], "no pair of the split 'train' is left (10 identical", ""),
     "empty folder": (all_gone, [], "holds no fraction files such as train-00000.parquet", "run spin/generate.py first"),
     "pairing": (nothing, ["--pairing", "best"], "unknown pairing 'best': choose one of best_vs_ground_truth, ", ""),
-    "negative": (nothing, ["--num_fracs", -1], "num_fracs must be 0 or more", ""),
-    "no rows": (nothing, ["--max_rows_per_file", 0], "max_rows_per_file at least 1", ""),
-    "choice": (nothing, ["--identical", "maybe"], "argument --identical: invalid choice: 'maybe'", ""),
+    "negative": (nothing, ["--num_fracs", -1], "num_fracs is -1: set it to 0 or more", ""),
+    "no rows": (nothing, ["--max_rows_per_file", 0], "max_rows_per_file is 0: set it to 1 or more", ""),
+    "choice": (nothing, ["--identical", "maybe"], "--identical is 'maybe': choose one of keep, drop", ""),
     "flag": (nothing, ["--pair", "x"], "unknown argument --pair; did you mean '--pairing'?", ""),
 }  # fmt: skip
 

@@ -69,10 +69,9 @@ def test_online_prompts_are_tried_as_online_training_reads_them(tmp_path):
     turns = [{"role": role, "content": "1+1"} for role in ("system", "user", "assistant")]
     for split in ("train", "test"):
         (tmp_path / "data" / f"{split}.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
-    generation = SimpleNamespace(trust_remote_code=False, system="keep")
-    preflight.check_data(config, generation)
+    preflight.check_data(config)
     with pytest.raises(InputError, match="system"):
-        preflight.check_data(dataclasses.replace(config, online={"scorer": "length_penalty"}), generation)
+        preflight.check_data(dataclasses.replace(config, online={"scorer": "length_penalty"}))
 
 
 @pytest.mark.parametrize(
@@ -92,7 +91,7 @@ def test_rules_that_compare_need_a_ground_truth_before_anything_starts(tmp_path,
 def test_models_that_weigh_are_checked_against_the_pairing(tmp_path):
     weigh = {"weighting": "reverse_dpo", "train": {"loss_type": "sppo"}}
     with pytest.raises(InputError, match="loss_type sppo reads win_probs, which pairing ground_truth does not write"):
-        preflight.check_training_settings(make_config(tmp_path, **OFFLINE, weigh=weigh), "config.yaml")
+        preflight.check_settings(make_config(tmp_path, **OFFLINE, weigh=weigh), "config.yaml")
 
 
 def test_the_record_of_a_scorer_knows_all_that_decides_its_scores(tmp_path):

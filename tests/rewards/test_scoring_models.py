@@ -344,7 +344,7 @@ def test_bad_settings_are_one_sentence_before_anything_is_loaded(decoder, tmp_pa
         (ScorerSettings("judge", base_url="nowhere"), "base_url nowhere is no address of a server"),
         (settings("reward_model", decoder, batch_size=0), "scorer_batch_size is 0: set it to 1 or more"),
         (settings("reward_model", decoder, max_length=0), "scorer_max_length is 0: set it to 1 or more"),
-        (settings("reward_model", decoder, dtype="int8"), "unknown scorer_dtype 'int8': choose one of auto"),
+        (settings("reward_model", decoder, dtype="int8"), "scorer_dtype is 'int8': choose one of auto"),
         (settings("reward_model", decoder, cache_dir=str(tmp_path / "file" / "x")), "score_cache .* cannot be written"),
     ]
     for chosen, sentence in cases:

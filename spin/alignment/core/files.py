@@ -53,6 +53,11 @@ def remove_leftovers(*paths: Path) -> None:
         remove_files(path.parent.glob(f".{path.name}.*.tmp"))
 
 
+def is_leftover(path: Path, target: Path) -> bool:
+    """Return whether a file is a temporary one that a killed writer of ``target`` left."""
+    return path.match(f".{target.name}.*.tmp") and path.parent == target.parent
+
+
 def _explained(error: OSError, path: Path) -> InputError | None:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return InputError(f"no space left on the disk while writing {path}: free some and run the same command again")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from spin.alignment.core.errors import InputError
@@ -102,8 +102,7 @@ def evaluate_responses(
     held_out: Sequence[HeldOut],
     encoder: ChatEncoder,
     scorer: Scorer,
-    sampling: SamplingConfig,
-    temperatures: Sequence[float],
+    samplings: Sequence[SamplingConfig],
     num_samples_shown: int,
     chunk: int,
     tell: Tell,
@@ -114,12 +113,12 @@ def evaluate_responses(
         {"prompt_id": item.request.prompt_id, "prompt": item.prompt, "truth": item.truth, "responses": {}}
         for item in held_out[:num_samples_shown]
     ]
-    for temperature in temperatures:
-        responses = respond(backend, held_out, replace(sampling, temperature=temperature), chunk, tell)
+    for sampling in samplings:
+        responses = respond(backend, held_out, sampling, chunk, tell)
         texts = [encoder.decode(response.token_ids) for response in responses]
-        by_temperature[f"{temperature:g}"] = score_responses(held_out, responses, texts, scorer)
+        by_temperature[f"{sampling.temperature:g}"] = score_responses(held_out, responses, texts, scorer)
         for item, text in zip(shown, texts, strict=False):
-            item["responses"][f"{temperature:g}"] = text
+            item["responses"][f"{sampling.temperature:g}"] = text
     return {"temperatures": by_temperature, "samples": shown}
 
 

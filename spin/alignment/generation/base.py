@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from spin.alignment.core.errors import InputError
+from spin.alignment.core.settings import check_settings, setting
 from spin.alignment.models.config import Dtype
 
 FinishReason = Literal["stop", "length"]
@@ -16,42 +17,33 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How responses are drawn; the same meaning in every backend.
+    """How responses are drawn; the same meaning in every backend."""
 
-    Attributes:
-        temperature: 0 is greedy.
-        top_k: 0 is off.
-        min_p: keeps the tokens at least this likely relative to the likeliest one; 0 is off.
-        repetition_penalty: divides (or multiplies, below 0) the logits of tokens seen in prompt or response; 1 is off.
-        max_new_tokens: 0 is what the context leaves behind each prompt.
-        stop: texts that end a response where they appear; they stay in the ids and are cut from the text.
-        logprobs: return the model's own log-prob (nats, before temperature and cut-offs) of every sampled token.
-    """
-
-    num_samples: int = 1
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    max_new_tokens: int = 1024
-    stop: tuple[str, ...] = ()
-    logprobs: bool = False
-    seed: int = 42
+    num_samples: int = setting(1, "responses to each prompt", ge=1)
+    temperature: float = setting(1.0, "divides the logits; 0 is greedy", ge=0)
+    top_p: float = setting(
+        1.0, "nucleus sampling: the likeliest tokens of this total probability; 1 is off", gt=0, le=1
+    )
+    top_k: int = setting(0, "this many likeliest tokens; 0 is off", ge=0)
+    min_p: float = setting(0.0, "least probability relative to the likeliest token; 0 is off", ge=0, lt=1)
+    repetition_penalty: float = setting(
+        1.0,
+        "divides the logits (multiplies those below 0) of tokens that stand in prompt or response; 1 is off",
+        gt=0,
+    )
+    max_new_tokens: int = setting(
+        1024,
+        "tokens of a response, the end-of-turn token included; 0: what the model's context leaves behind each prompt",
+        ge=0,
+    )
+    stop: tuple[str, ...] = setting((), "texts that end a response; they stay in the ids and are cut from the text")
+    logprobs: bool = setting(
+        False, "store the model's own log-prob (nats, temperature 1, no cut-off) of every sampled token"
+    )
+    seed: int = setting(42, "seed of the responses", ge=0)
 
     def __post_init__(self) -> None:
-        for name, valid, range_ in (
-            ("num_samples", self.num_samples >= 1, "at least 1"),
-            ("temperature", 0.0 <= self.temperature < float("inf"), "0 (greedy) or more"),
-            ("top_p", 0.0 < self.top_p <= 1.0, "in (0, 1]"),
-            ("top_k", self.top_k >= 0, "0 (off) or more"),
-            ("min_p", 0.0 <= self.min_p < 1.0, "in [0, 1)"),
-            ("repetition_penalty", 0.0 < self.repetition_penalty < float("inf"), "above 0 (1 is off)"),
-            ("max_new_tokens", self.max_new_tokens >= 0, "0 (what the context leaves) or more"),
-            ("seed", self.seed >= 0, "0 or more"),
-        ):
-            if not valid:
-                raise InputError(f"{name} is {getattr(self, name)}: set it to a value {range_}")
+        check_settings(self)
         if any(not text for text in self.stop):
             raise InputError("stop holds an empty text, which would end every response at once: remove it")
         if self.temperature == 0.0 and self.num_samples > 1:
@@ -134,30 +126,27 @@ class BackendSettings:
     """What a backend needs to load a model.
 
     Attributes:
-        adapter: folder of LoRA adapters to serve on top of the model.
-        dtype: auto (that of the checkpoint), float32, bfloat16 or float16.
-        batch_size: responses in flight; None leaves it to the backend.
         max_model_len: the longest prompt plus response, in tokens.
         stop_ids: the ids that end a response.
         decode: sampled ids -> text; stop texts are looked for in it.
-        batch_invariant: let the engine compute every response the same in any batch (vllm on an H100 or newer; slower).
-        base_url: address of an OpenAI-compatible server (openai).
     """
 
     model: str
     revision: str | None = None
     adapter: str | None = None
     dtype: Dtype = "auto"
-    batch_size: int | None = None
-    tensor_parallel_size: int = 1
+    batch_size: int | None = setting(None, "responses in flight at once", unset="the backend's own", ge=1)
+    tensor_parallel_size: int = setting(1, "GPUs of one engine (vllm)", ge=1)
     max_model_len: int | None = None
-    gpu_memory_utilization: float = 0.9
+    gpu_memory_utilization: float = setting(0.9, "share of GPU memory that the engine takes (vllm)", gt=0, le=1)
     trust_remote_code: bool = False
     stop_ids: list[int] = field(default_factory=list)
     pad_id: int = 0
     decode: Callable[[Sequence[int]], str] | None = None
-    batch_invariant: bool = False
-    base_url: str | None = None
+    batch_invariant: bool = setting(False, "the same responses in any batch (vllm, H100 or newer; slower)")
+    base_url: str | None = setting(
+        None, "address of a running OpenAI-compatible server, such as http://host:8000/v1 (openai)"
+    )
 
 
 @dataclass(frozen=True)

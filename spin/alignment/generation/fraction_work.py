@@ -16,6 +16,7 @@ from spin.alignment.data.formats import prompt_turns
 from spin.alignment.data.fractions import fraction_path, fraction_rows
 from spin.alignment.data.prompt_store import PromptStore, ids_sum
 from spin.alignment.generation.base import PromptRequest, Response, SamplingConfig
+from spin.alignment.generation.config import GenerateConfig
 from spin.alignment.generation.fraction_journal import FractionJournal
 from spin.alignment.generation.leases import Leases, Worker
 
@@ -206,19 +207,19 @@ class FractionWork:
         return True
 
 
-def longest_prompt(options: Any, context: int | None) -> int:
+def longest_prompt(config: GenerateConfig, context: int | None) -> int:
     """Return the longest prompt allowed, in tokens: what ``max_prompt_length`` and the model's context leave.
 
     Raises:
         InputError: the context has no room for ``max_new_tokens`` behind any prompt, or nothing limits a response.
     """
     if context is None:
-        if not options.max_new_tokens:
+        if not config.max_new_tokens:
             raise InputError("max_new_tokens is 0, but the model sets no limit to its context: set max_new_tokens")
-        return options.max_prompt_length or sys.maxsize
-    if context <= options.max_new_tokens:
+        return config.max_prompt_length or sys.maxsize
+    if context <= config.max_new_tokens:
         raise InputError(
-            f"max_new_tokens {options.max_new_tokens} leaves no room for a prompt in the context of {context} tokens: "
+            f"max_new_tokens {config.max_new_tokens} leaves no room for a prompt in the context of {context} tokens: "
             "lower it"
         )
-    return min(options.max_prompt_length or sys.maxsize, context - max(options.max_new_tokens, 1))
+    return min(config.max_prompt_length or sys.maxsize, context - max(config.max_new_tokens, 1))

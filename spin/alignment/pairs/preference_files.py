@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import glob
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -196,29 +193,3 @@ class PreferenceFiles:
 
     def _named(self) -> list[Path]:
         return list(self.folder.glob(f"{glob.escape(self.split)}_prefs-*.parquet"))
-
-
-@contextmanager
-def sole_writer(folder: Path) -> Iterator[None]:
-    """Make a folder and keep other gatherings out of it; the kernel drops the lock of a dead holder.
-
-    Raises:
-        InputError: another gathering writes there, or the folder cannot be made.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise InputError(f"cannot write {folder} ({error.strerror}): choose a folder you may write to") from error
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(
-                f"another convert_data.py writes to {folder}: let it end or choose another output_dir"
-            ) from error
-        except OSError:
-            pass  # a file system that locks no folders (NFS): then it is up to the user, as everywhere
-        yield
-    finally:
-        os.close(descriptor)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from spin.alignment.rewards.answer_format import answer_format
 from spin.alignment.rewards.base import GroupLabels, GroupScorer, PromptGroup, Scorer, ScorerSettings
-from spin.alignment.rewards.checks import check_settings
+from spin.alignment.rewards.checks import check_scorer_settings
 from spin.alignment.rewards.exact_match import exact_match
 from spin.alignment.rewards.find import find_rule, functions_of
 from spin.alignment.rewards.length_penalty import length_penalty
@@ -68,7 +68,7 @@ def check_scorer(settings: ScorerSettings) -> None:
     """
     if settings.name not in GROUP_SCORERS:
         find_scorer(settings.name)
-    check_settings(settings)
+    check_scorer_settings(settings)
 
 
 def make_scorer(settings: ScorerSettings) -> GroupScorer:

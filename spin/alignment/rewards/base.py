@@ -1,4 +1,4 @@
-"""What scorers receive and return. No I/O, no project imports.
+"""What scorers receive and return. No I/O.
 
 A rule scorer is a plain function of three texts (:class:`Scorer`). A group scorer (:class:`GroupScorer`) labels all responses to
 a prompt at once, which a model needs for its batches and a preference model because it compares them.
@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+from spin.alignment.core.settings import setting
+from spin.alignment.models.config import Dtype
 
 
 class Scorer(Protocol):
@@ -86,28 +89,28 @@ class GroupScorer(Protocol):
 
 @dataclass(frozen=True)
 class ScorerSettings:
-    """Which scorer, and what it needs.
+    """Which scorer, and what it needs. Checked by :func:`spin.alignment.rewards.check_scorer`.
 
-    Attributes:
-        name: a rule (``math_answer``, ``module:function``, a weighted sum of them), or ``reward_model``, ``preference_model``,
-            ``judge``.
-        model: folder or Hub name of the reward or preference model; the served name of the judge.
-        batch_size: sequences in one forward pass, or requests in flight (judge).
-        max_length: tokens of one sequence; longer ones lose the start of their prompt, counted and logged. ``None``: the
-            model's context, and a longer one is an error that names it. Of a judge: tokens of its reply (512).
-        base_url: address of the judge's server.
-        score_reference: score the ground truth as well.
-        cache_dir: folder in which the scores of models are kept; rule functions are quicker than any cache.
-        dtype: precision of the weights: auto, float32, bfloat16, float16.
-        trust_remote_code: run code that comes with the model.
+    The programs know ``name`` as ``scorer``, ``cache_dir`` as ``score_cache``, and put ``scorer_`` before model, batch_size,
+    max_length and dtype.
     """
 
-    name: str
-    model: str | None = None
-    batch_size: int = 16
-    max_length: int | None = None
-    base_url: str | None = None
-    score_reference: bool = False
-    cache_dir: str | None = None
-    dtype: str = "auto"
-    trust_remote_code: bool = False
+    name: str = setting(
+        help="what scores the responses: a rule (math_answer, module:function, a weighted sum of them) or a model: "
+        "reward_model, preference_model, judge"
+    )
+    model: str | None = setting(
+        None, "folder or Hub name of the reward or preference model; the served name of the judge"
+    )
+    batch_size: int = setting(16, "sequences in one forward pass, or requests in flight (judge)", ge=1)
+    max_length: int | None = setting(
+        None,
+        "tokens of one sequence, longer ones lose the start of their prompt; of a judge: tokens of its reply",
+        unset="the scoring model's context; judge: 512",
+        ge=1,
+    )
+    base_url: str | None = setting(None, "address of the judge's server")
+    score_reference: bool = setting(False, "score the ground truth as well")
+    cache_dir: str | None = setting(None, "folder in which the scores of models are kept")
+    dtype: Dtype = setting("auto", "precision of the scoring model")
+    trust_remote_code: bool = setting(False, "run code that comes with the scoring model")

@@ -6,11 +6,11 @@ from dataclasses import fields
 from pathlib import Path
 
 from spin.alignment.core.errors import InputError
+from spin.alignment.core.settings import check_settings
 from spin.alignment.rewards.base import ScorerSettings
 from spin.alignment.rewards.cache import check_cache_dir
 from spin.alignment.rewards.classifier import check_classifier_folder
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 _CLASSIFIER = ("model", "max_length", "dtype", "trust_remote_code")
 # The settings that only some scorers read, by scorer; a rule reads none of them.
 _READ = {
@@ -21,7 +21,7 @@ _READ = {
 _FOR_SOME = (*_CLASSIFIER, "base_url")
 
 
-def check_settings(settings: ScorerSettings) -> None:
+def check_scorer_settings(settings: ScorerSettings) -> None:
     """Check the settings of any scorer; its name is known to be good.
 
     Raises:
@@ -37,12 +37,7 @@ def check_settings(settings: ScorerSettings) -> None:
         ):
             readers = ", ".join(sorted(scorer for scorer, read in _READ.items() if field.name in read))
             raise InputError(f"the scorer {name} does not read {_flag(field.name)}: leave it out (it is for {readers})")
-    if settings.batch_size < 1:
-        raise InputError(f"scorer_batch_size is {settings.batch_size}: set it to 1 or more")
-    if settings.max_length is not None and settings.max_length < 1:
-        raise InputError(f"scorer_max_length is {settings.max_length}: set it to 1 or more, or leave it out")
-    if settings.dtype not in DTYPES:
-        raise InputError(f"unknown scorer_dtype '{settings.dtype}': choose one of {', '.join(DTYPES)}")
+    check_settings(settings, _flag)
     check_cache_dir(settings.cache_dir)
     if name == "judge":
         _check_server(settings.base_url)
@@ -52,7 +47,7 @@ def check_settings(settings: ScorerSettings) -> None:
 
 def _flag(field: str) -> str:
     """Return the name under which the programs know a setting."""
-    return f"scorer_{field}" if field in ("model", "max_length", "dtype") else field
+    return f"scorer_{field}" if field in ("model", "batch_size", "max_length", "dtype") else field
 
 
 def _check_server(base_url: str | None) -> None:

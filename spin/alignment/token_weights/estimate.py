@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spin.alignment.core.console import say
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.provenance import hash_file, hash_text
 from spin.alignment.core.resolve import module_record
@@ -15,6 +17,7 @@ from spin.alignment.data.chat_encoder import ChatEncoder
 from spin.alignment.data.config import DataConfig
 from spin.alignment.data.preferences import load_preferences
 from spin.alignment.methods.weightings import PairTokens, draws, find_weighting, weights_of_pair
+from spin.alignment.token_weights.config import WeightsConfig
 from spin.alignment.token_weights.files import WeighedRow, find_splits, is_done, read_statistics, write_weighed
 from spin.alignment.token_weights.model_scores import (
     Judge,
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
 
 SCORES_FOLDER = ".scores"
 Gains = tuple[list[float], list[float]]
+WritePage = Callable[[Path, Path, ChatEncoder, list[str], int], object]
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,12 @@ class Method:
     seed: int
     limits: DataConfig
     batching: str
+
+    @classmethod
+    def of(cls, config: WeightsConfig) -> Method:
+        """Return how a configuration makes weights."""
+        settings = config.transform_settings
+        return cls(config.weighting, config.transform_name, settings, config.seed, config.limits, config.batching)
 
     @property
     def needs_models(self) -> bool:
@@ -107,6 +117,51 @@ class Split:
                 for side, some in zip(SIDES, ids, strict=True)
             ]
             yield WeighedRow(ids, ends, weights)
+
+
+def estimate_weights(config: WeightsConfig, write_page: WritePage | None = None) -> list[str]:
+    """Weigh every split of a folder of pairs; every process of a launch must call it.
+
+    Args:
+        write_page: writes the page that ``config.page`` asks for: file, folder of the weights, encoder, lines, rows.
+
+    Returns:
+        What is said of the weights at the end: a line for each split, and warnings.
+
+    Raises:
+        InputError: a model or the rows cannot be used, before a model is loaded.
+    """
+    from spin.alignment.token_weights.judges import open_judges
+
+    config.check_files()
+    method = Method.of(config)
+    *judges, encoder = open_judges(config)
+    accelerator = make_accelerator()
+    input_dir, output_dir = Path(config.input_dir), Path(config.output_dir)
+    splits = open_splits(input_dir, output_dir, method, judges, encoder, config.overwrite)
+    accelerator.wait_for_everyone()  # all have looked at the output before the main process replaces it
+    weigh_splits(splits, output_dir, method, judges, accelerator)
+    lines = describe(output_dir, method)
+    if accelerator.is_main_process:
+        if config.page and write_page is not None:
+            write_page(Path(config.page), output_dir, encoder, lines, config.page_rows)
+        for line in lines if splits else [f"{output_dir} is complete already", *lines]:
+            say(line)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return lines
+
+
+def make_accelerator() -> Accelerator:
+    """Return how the processes of a launch find each other. Each holds a model whole, in the precision of its weights: what a
+    launch configuration says of sharding and mixed precision is for training."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"):
+        os.environ[name] = "false"
+    import torch
+    from accelerate import Accelerator
+
+    return Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
 
 
 def open_splits(
