@@ -49,8 +49,13 @@ def run(folder, model=None, weights: bool = False, resume: str | None = None, **
         "seed": 1,
     }
     arguments = SPINConfig(output_dir=str(folder), **{**values, **settings})
-    pairs = dataset(weights=weights, responses=arguments.loss.responses)
-    trainer = SPINTrainer(model or tiny("llama"), arguments, pairs, char_tokenizer(), "opponent")
+    trainer = SPINTrainer(
+        model=model or tiny("llama"),
+        args=arguments,
+        train_dataset=dataset(weights=weights, responses=arguments.loss.responses),
+        processing_class=char_tokenizer(),
+        opponent_hash="opponent",
+    )
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 

@@ -22,6 +22,13 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
+# Columns that mark rows in the format of docs/data_format.md.
+OWN_COLUMNS = frozenset({"prompt_id", "sample_index", "chosen", "rejected"})
+
+# Columns of TRL's data sets that change what a template makes of a conversation.
+PROMPT_COLUMNS = ("tools", "chat_template_kwargs", "image", "images", "videos")
+
+
 def split_prompt(chosen: Sequence[Message], rejected: Sequence[Message]) -> list[Message]:
     """Return the prompt of a pair: the common prefix of both conversations, excluding the last turn of each."""
     prompt: list[Message] = []
@@ -32,7 +39,7 @@ def split_prompt(chosen: Sequence[Message], rejected: Sequence[Message]) -> list
     return prompt
 
 
-def load_preferences(path: str, split: str) -> Dataset:
+def load_preferences(path: str | Path, split: str) -> Dataset:
     """Load the preference rows of a split (``train`` is the same as ``train_prefs``) in the format of docs/data_format.md.
 
     The original's ``real``/``generated`` columns, rows with a column ``prompt``, and rows without ids or token ids are
@@ -44,12 +51,40 @@ def load_preferences(path: str, split: str) -> Dataset:
     """
     from datasets import Dataset
 
+    path = str(path)
     tables = _preference_tables(path, split)
     table = pa.concat_tables(tables, promote_options="default")
     if table.num_rows == 0:
         raise InputError(f"{path} contains no pairs of the split '{split}': generate and convert some first")
     _check_repeated(table, path)
     return Dataset(table)
+
+
+def to_preferences(rows: Dataset, name: str) -> Dataset:
+    """Return preference rows in memory in the format of docs/data_format.md.
+
+    Rows with the columns of that format are checked and keep every other column they have. All others are converted: a text or
+    conversation ``prompt`` with a text or conversation as ``chosen`` and ``rejected``, or whole conversations without
+    ``prompt``. A text is one turn of a conversation: the user's as ``prompt``, the assistant's as a response.
+
+    Args:
+        name: what messages call the data set.
+
+    Raises:
+        InputError: no rows, a missing column, a row that breaks the contract, or one sample stands twice.
+    """
+    from datasets import Dataset
+
+    if len(rows) == 0:
+        raise InputError(f"{name} has no rows: give at least one pair")
+    rows = rows.with_format(None)
+    if set(rows.column_names) >= OWN_COLUMNS:
+        for number, row in enumerate(rows):
+            check_pair(row["chosen"], row["rejected"], f"{name} row {number}", row.get("chosen_token_ids") is not None)
+    else:
+        rows = Dataset(_foreign_table(((f"{name} row {number}", row) for number, row in enumerate(rows)), name))
+    _check_repeated(rows.with_format("arrow")[:], name)
+    return rows
 
 
 def _preference_tables(path: str, split: str) -> list[pa.Table]:
@@ -60,7 +95,7 @@ def _preference_tables(path: str, split: str) -> list[pa.Table]:
     _check_one_provenance(files)
     for file in files:
         columns = set(open_parquet(file).schema_arrow.names) if file.suffix == ".parquet" else set()
-        if {"prompt_id", "sample_index", "chosen", "rejected"} <= columns:
+        if columns >= OWN_COLUMNS:
             tables.append(_own_table(file))
         else:
             tables.append(_foreign_table(read_records(str(file), None), str(file)))
@@ -109,7 +144,7 @@ def _own_table(file: Path) -> pa.Table:
 
 def _foreign_table(records: Iterator[tuple[str, Mapping[str, Any]]], source: str) -> pa.Table:
     fields = {field.name: field.type for field in PREFERENCE_SCHEMA} | OPTIONAL_COLUMNS
-    rows, samples, present = [], Counter[str](), {"prompt_id", "sample_index", "chosen", "rejected"}
+    rows, samples, present = [], Counter[str](), set(OWN_COLUMNS)
     for where, record in records:
         row = _preference_row(record, where)
         row.setdefault("sample_index", samples[row["prompt_id"]])
@@ -142,6 +177,13 @@ def _preference_row(record: Mapping[str, Any], where: str) -> dict[str, Any]:
     for name in SIDES:
         if name not in row:
             raise InputError(f"{where} lacks the column '{name}': convert the data with spin/convert_data.py")
+    if isinstance(row["chosen"], str) and "prompt" not in row:
+        raise InputError(f"{where} has 'chosen' as text without 'prompt': add that column, or give conversations")
+    for name in PROMPT_COLUMNS:
+        if row.get(name):
+            raise InputError(
+                f"{where} has '{name}', which would change the prompt and is not supported: remove the column"
+            )
     conversations = {name: whole_conversation(row, name, where) for name in (*SIDES, INITIAL) if name in row}
     row |= conversations
     check_pair(row["chosen"], row["rejected"], where, row.get("chosen_token_ids") is not None)

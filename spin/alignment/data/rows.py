@@ -90,6 +90,28 @@ def load_prompts(input_dir: str, split: str, truth_required: bool = True) -> Dat
     return Dataset.from_list(list(stream_prompts(input_dir, split, truth_required)), features=features)
 
 
+def to_prompt_rows(rows: Dataset, name: str) -> list[dict[str, Any]]:
+    """Return the prompt rows of a data set in memory: ``prompt_id`` and ``chosen``, as :func:`stream_prompts` yields them.
+
+    A row has the prompt alone (column ``prompt``, text or turns) or its ground truth too, in any form that ``formats.py`` knows.
+
+    Raises:
+        InputError: no rows, a row breaks the row contract, or two rows share a prompt id; ``name`` is the data set's in messages.
+    """
+    if len(rows) == 0:
+        raise InputError(f"{name} has no rows: give at least one prompt")
+    found: dict[str, dict[str, Any]] = {}
+    for number, record in enumerate(rows.with_format(None)):
+        where = f"{name} row {number}"
+        (conversation,) = to_conversations(record, where, truth_required=False)
+        if conversation.prompt_id in found:
+            raise InputError(
+                f"{where} has the prompt id {conversation.prompt_id} of an earlier row: remove one of them"
+            )
+        found[conversation.prompt_id] = {"prompt_id": conversation.prompt_id, "chosen": conversation.messages}
+    return list(found.values())
+
+
 def prompt_texts(row: Mapping[str, Any]) -> Iterator[str]:
     """Yield every text of a prompt row, in order: the input of :func:`prompts_hash`."""
     yield row["prompt_id"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,15 +59,24 @@ def check_fits(folder: Path, longest: int, max_token_id: int) -> None:
         InputError: sequences exceed the model's context, or contain ids outside its vocabulary.
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    check_config_fits(config, str(folder), longest, max_token_id)
+
+
+def check_config_fits(config: Mapping[str, Any], name: str, longest: int, max_token_id: int) -> None:
+    """Check sequences against the content of a model's ``config.json``; ``name`` is the model's in messages.
+
+    Raises:
+        InputError: as :func:`check_fits`.
+    """
     config = config.get("text_config", config)  # of a multimodal model, the language model's
     context, vocabulary = config.get("max_position_embeddings"), config.get("vocab_size")
     if context and longest > context:
         raise InputError(
-            f"the longest pair has {longest} tokens, but {folder} can attend to {context} tokens: lower max_length"
+            f"the longest pair has {longest} tokens, but {name} can attend to {context} tokens: lower max_length"
         )
     if vocabulary and max_token_id >= vocabulary:
         raise InputError(
-            f"the data contains token id {max_token_id}, but the vocabulary of {folder} has {vocabulary} entries: give the "
+            f"the data contains token id {max_token_id}, but the vocabulary of {name} has {vocabulary} entries: give the "
             "model whose tokenizer encoded the data"
         )
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import logging
+from typing import TYPE_CHECKING, Any
 
 from spin.alignment.core.errors import InputError
 
 if TYPE_CHECKING:
     import torch
+
+logger = logging.getLogger(__name__)
 
 
 def resolve_dtype(name: str) -> torch.dtype | str:
@@ -43,3 +46,19 @@ def keep_master_weights(model: torch.nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
             parameter.data = parameter.data.float()
+
+
+def prepare_precision(model: torch.nn.Module, arguments: Any) -> None:
+    """Give the trained weights a float32 copy under ``bf16`` or ``fp16``, and warn where 16-bit weights have none.
+
+    Under DeepSpeed do nothing: it keeps the copies itself, in shards.
+    """
+    if arguments.deepspeed_plugin is not None:
+        return
+    if arguments.bf16 or arguments.fp16:
+        keep_master_weights(model)
+    if any(parameter.dtype.itemsize < 4 for parameter in model.parameters() if parameter.requires_grad):
+        logger.warning(
+            "warning: the trained weights have 16 bits and no float32 copy, so steps below about 0.4%% of a weight are lost: "
+            "set bf16: true (mixed precision) or dtype: float32"
+        )

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from spin.alignment.data.config import DataConfig
     from spin.alignment.methods.labels import Label
     from spin.alignment.methods.losses import Loss
+    from spin.alignment.training.config import SPINConfig
     from spin.alignment.training.settings import Settings
 
 
@@ -222,7 +223,7 @@ def largest(pairs: dict[str, Dataset]) -> tuple[int, int]:
     return length, token
 
 
-def check_budget(pairs: dict[str, Dataset], settings: Settings) -> None:
+def check_budget(pairs: dict[str, Dataset], arguments: SPINConfig) -> None:
     """Check that every pair fits into a micro-batch.
 
     Raises:
@@ -232,14 +233,14 @@ def check_budget(pairs: dict[str, Dataset], settings: Settings) -> None:
 
     from spin.alignment.logprobs.reference_store import responses_of
 
-    budget = settings.arguments.max_tokens_per_batch
+    budget = arguments.max_tokens_per_batch
     for split, rows in pairs.items():
         if budget is None:
             continue
         table = rows.with_format("arrow")[:]
         names = responses_of(rows.column_names)
         prompt, *responses = (pc.list_value_length(table[f"{name}_ids"]) for name in ("prompt", *names))
-        prompts = 1 if settings.arguments.share_prompts else len(names)
+        prompts = 1 if arguments.share_prompts else len(names)
         tokens = functools.reduce(pc.add, responses, pc.multiply(prompt, prompts))
         longest = pc.max(tokens).as_py()
         if longest > budget:
