@@ -1,7 +1,8 @@
-"""The ``spin`` command: run, status, report, validate, doctor and diff. Heavy libraries are imported by the command at work."""
+"""The ``spin`` command: init, run, status, report and so on. Heavy libraries are imported by the command at work."""
 
 from __future__ import annotations
 
+import argparse
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from spin.alignment.core.program import EXIT_BAD_INPUT, EXIT_DONE, Parser, is_he
 
 USAGE = """usage: spin COMMAND ...
 
+  init NAME                           a demo or a shipped configuration, written into this folder
   run CONFIG.yaml [--key=value ...]   all iterations of self-play; run again to go on
   status RUN                          where a run stands
   report RUN                          table, plot and page of a run
@@ -29,6 +31,22 @@ RUN_USAGE = """usage: spin run CONFIG.yaml [--key=value ...] [--rerun_changed]
 Runs SFT (when asked for), then generate, convert, train and evaluate for every iteration. Run it again to go on after an
 interruption. Dots reach into sections: --train.beta=0.5. With --rerun_changed, finished stages whose settings or
 input files have changed are made again, and their old output is kept under RUN/replaced/. See docs/pipeline.md."""
+
+
+def init(arguments: Sequence[str]) -> None:
+    """``spin init NAME``."""
+    from spin.alignment.pipeline.init import describe
+    from spin.alignment.pipeline.init import init as write_files
+
+    parser = Parser(
+        prog="spin init",
+        description="Write a demo or a shipped configuration, and the shipped files it names, into the current folder. "
+        "Nothing is overwritten.",
+        epilog=f"names:\n{describe()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("name", help="one of the names below")
+    write_files(parser.parse_args(arguments).name, Path())
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -116,7 +134,15 @@ def diff(arguments: Sequence[str]) -> None:
     show_differences(options.left, options.right)
 
 
-COMMANDS = {"run": run, "status": status, "report": report, "validate": validate, "doctor": doctor, "diff": diff}
+COMMANDS = {
+    "init": init,
+    "run": run,
+    "status": status,
+    "report": report,
+    "validate": validate,
+    "doctor": doctor,
+    "diff": diff,
+}
 
 
 def main(arguments: Sequence[str]) -> int | None:
