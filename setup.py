@@ -9,8 +9,6 @@ from setuptools.command.build_py import build_py
 HERE = Path(__file__).parent
 # What ships beside the modules, by its place in the repository; spin/alignment/core/assets.py finds it again.
 ASSETS = ("configs", "data/iter0", "scripts")
-# These set up a checkout and test it.
-OF_A_CHECKOUT = ("demo.sh", "environment.sh", "test.sh", "make_demo_data.py", "make_sorting_data.py")
 
 
 class BuildWithAssets(build_py):
@@ -22,7 +20,7 @@ class BuildWithAssets(build_py):
             shutil.rmtree(Path(self.build_lib) / "spin", ignore_errors=True)
         super().run()
         if not self.editable_mode:
-            ignore = shutil.ignore_patterns("__pycache__", *OF_A_CHECKOUT)
+            ignore = shutil.ignore_patterns("__pycache__")
             for name in ASSETS:
                 shutil.copytree(HERE / name, Path(self.build_lib) / "spin" / "assets" / name, ignore=ignore)
 
