@@ -1,7 +1,7 @@
 # Sourced by test.sh and demo.sh: makes a virtual environment once and installs the project into it.
 #
 #   SPIN_VENV       where the environment lives (default: .venv in the project)
-#   SPIN_PYTHON     the interpreter to make it with (default: python3; 3.11 or newer)
+#   SPIN_PYTHON     the interpreter to make it with (default: python3; 3.11 to 3.13)
 #   SPIN_CPU_INDEX  address of PyTorch's CPU wheel index, for machines without a GPU that should not fetch CUDA builds
 
 spin_say() { printf '==> %s\n' "$*" >&2; }
@@ -14,8 +14,8 @@ spin_pip() { "$SPIN_VENV/bin/python" -m pip install --quiet --disable-pip-versio
 spin_environment() {
     local extras=$1 python=${SPIN_PYTHON:-python3} stamp
     export SPIN_VENV=${SPIN_VENV:-$SPIN_ROOT/.venv}
-    if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
-        spin_say "$python is missing or older than 3.11: install Python 3.11 and set SPIN_PYTHON to it"
+    if ! "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))'; then
+        spin_say "$python is missing or not Python 3.11 to 3.13: install one of these and set SPIN_PYTHON to it"
         return 2
     fi
     [ -x "$SPIN_VENV/bin/python" ] || "$python" -m venv "$SPIN_VENV" || {
