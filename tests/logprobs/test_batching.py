@@ -8,7 +8,7 @@ from spin.alignment.core.errors import InputError
 from spin.alignment.logprobs.batch import PairDataset
 from spin.alignment.logprobs.collators import PackedCollator, PairCollator
 from spin.alignment.logprobs.forward import response_logps, token_logps
-from spin.alignment.logprobs.micro_batches import MicroBatcher
+from spin.alignment.logprobs.pair_forward import PairForward
 from spin.alignment.logprobs.reference import compute_reference
 from spin.alignment.logprobs.reference_store import ReferenceKey, ReferenceLogps, store_path
 from tests.helpers import tiny_llama
@@ -119,8 +119,8 @@ def store(tmp_path):
     dataset, key = PairDataset(Dataset.from_list(PAIRS * 3)), ReferenceKey("w", "t", "float32")
     path = store_path(tmp_path, "train", key)
     model = tiny_llama(20)
-    batcher = MicroBatcher(PairCollator(0), token_budget=0, pairs=4)
-    compute_reference(model, dataset, path, key, batcher, Accelerator(cpu=True), lambda done, total: None)
+    forward = PairForward.of(model, 0, torch.device("cpu"), torch.float32, pairs_per_batch=4)
+    compute_reference(forward, dataset, path, key, Accelerator(cpu=True), lambda done, total: None)
     return dataset, key, path, model
 
 

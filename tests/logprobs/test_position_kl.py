@@ -144,11 +144,11 @@ def test_the_kl_itself_is_exact_packed_and_padded():
 def test_training_with_alpha_starts_at_ln_2_and_keeps_the_opponent(tmp_path, batching, caplog):
     with caplog.at_level("INFO"):
         trainer = run(tmp_path, weights=True, alpha=ALPHA, beta=0.5, batching=batching, max_steps=4)
-    assert trainer.first_loss == pytest.approx(math.log(2), abs=1e-5)  # policy and opponent are the same: KL is 0
+    assert trainer.first_loss.value == pytest.approx(math.log(2), abs=1e-5)  # policy and opponent are the same: KL is 0
     start = tiny("llama")
     for (_, kept), (_, first) in zip(trainer.opponent.named_parameters(), start.named_parameters(), strict=True):
         assert torch.equal(kept, first)
-    assert batching == "padded" or (not trainer.fused_head and "fused_head is off" in caplog.text)
+    assert batching == "padded" or (not trainer.pair_forward.fused_head and "fused_head is off" in caplog.text)
     plain = run(tmp_path / "plain", weights=True, beta=0.5, batching=batching, max_steps=4)
     assert plain.opponent is None
     difference = max(

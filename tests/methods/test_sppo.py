@@ -13,8 +13,9 @@ from spin.alignment.methods.pairings import PAIRINGS, check_num_samples
 from spin.alignment.pairs import convert as convert_data
 from spin.alignment.pairs.annotate import check_loss
 from spin.alignment.pipeline.config import flags, load_run_config
+from spin.alignment.training.objective import per_pair
 from spin.alignment.training.settings import read_settings
-from spin.alignment.training.trainer import SPINConfig, per_pair
+from spin.alignment.training.trainer import SPINConfig
 
 
 def doubles(*values):

@@ -9,11 +9,12 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
 from spin.alignment.core.errors import InputError
+from spin.alignment.models.adapters import add_adapters
 from spin.alignment.models.config import ModelConfig
 from spin.alignment.models.folder import check_fits, is_complete_checkpoint
 from spin.alignment.models.loading import disable_dropout, load_model
 from spin.alignment.models.saving import save_checkpoint
-from tests.helpers import char_tokenizer, tiny_llama
+from tests.helpers import char_tokenizer, save_tiny_model, tiny_llama
 
 
 def test_a_generation_config_that_transformers_would_not_save(tiny_model, tmp_path):
@@ -68,6 +69,37 @@ def test_no_dropout_is_left(model):
     assert not torch.equal(model(ids).logits, model(ids).logits)
     disable_dropout(model)
     assert torch.equal(model(ids).logits, model(ids).logits)
+
+
+def quantised_gradients(folder, evaluates_first: bool) -> dict[str, torch.Tensor]:
+    """The gradients of random adapters on a 4-bit base, by name."""
+    config = ModelConfig(model_name_or_path=str(folder), use_peft=True, lora_r=4, load_in_4bit=True)
+    model = add_adapters(load_model(config), config)
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(std=0.1)
+    ids = torch.arange(5, 25)[None]
+    if evaluates_first:
+        with torch.no_grad():
+            model.eval()(ids)
+    model.train()(ids, labels=ids).loss.backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@pytest.mark.parametrize("width", [32, 64], ids=["narrower than a block", "a block wide"])
+@pytest.mark.parametrize("avx512_bf16", [True, False])
+def test_an_evaluation_leaves_the_gradients_through_a_quantised_base_as_they_are(
+    tmp_path, monkeypatch, width, avx512_bf16
+):
+    """On a CPU with AVX-512 bf16 bitsandbytes would switch to a kernel without a backward pass, for wide layers only."""
+    modules = pytest.importorskip("bitsandbytes.nn.modules", reason="needs bitsandbytes: pip install -e '.[qlora]'")
+    monkeypatch.setattr(modules, "has_avx512bf16", lambda: avx512_bf16)
+    folder = save_tiny_model(tmp_path / "model", hidden_size=width, intermediate_size=2 * width)
+    before, after = (quantised_gradients(folder, evaluates_first) for evaluates_first in (False, True))
+    assert len(before) == 2 * 7 * 2  # two adapter matrices on each of seven layers of both blocks
+    for name, gradient in before.items():
+        assert gradient.abs().max() > 0 and torch.equal(gradient, after[name]), name
 
 
 @pytest.mark.parametrize(

@@ -177,7 +177,7 @@ def test_a_lost_reference_ends_the_resume(tmp_path, tiny_model, prompts):
         (checkpoint / "reference.safetensors").unlink()
     code, _, error = run_main(run_online.main, config)
     assert code == 2
-    assert "reference.safetensors is gone, so the run cannot go on exactly" in error
+    assert "reference.safetensors is missing, so the run cannot go on exactly" in error
 
 
 def test_another_reward_is_another_training(tmp_path, tiny_model, prompts, monkeypatch):

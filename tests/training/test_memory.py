@@ -14,11 +14,11 @@ from spin.alignment.logprobs.collators import PackedCollator
 from spin.alignment.logprobs.forward import batch_loss, install_packed_forward
 from spin.alignment.methods.losses import LOSSES
 from spin.alignment.training.memory import estimate as memory
+from spin.alignment.training.memory.advice import advise_when_memory_is_full
 from spin.alignment.training.memory.estimate import (
     MemoryEstimate,
     Sharding,
     StepSettings,
-    advice_for_out_of_memory,
     automatic_budget,
     available_bytes,
     estimate_memory,
@@ -146,8 +146,8 @@ def test_the_estimate_is_what_the_tensors_of_a_step_take(moment, tokens, vocab, 
 _PEAK = """
 import ctypes, gc, json, sys, torch
 from tests.training.test_memory import estimate, mean_loss, packed, training_model
-from spin.alignment.logps import batch_loss
-from spin.alignment.optimizers import RMSprop
+from spin.alignment.logprobs.forward import batch_loss
+from spin.alignment.training.optimizers import RMSprop
 
 def resident(name):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))
@@ -387,12 +387,30 @@ def test_limits_of_older_control_groups(tmp_path):
     assert memory._control_group_bytes(tmp_path / "nothing", tmp_path / "fs") == float("inf")
 
 
-def test_advice_when_the_memory_is_full():
-    with pytest.raises(RuntimeError) as caught:
-        torch.empty(2**60, dtype=torch.uint8)
-    assert "max_tokens_per_batch=2048; the training goes on" in advice_for_out_of_memory(caught.value, 4096, 900)
-    assert "max_tokens_per_batch=3000" in advice_for_out_of_memory(torch.OutOfMemoryError("full"), 4096, 3000)
-    assert "gradient_checkpointing=true" in advice_for_out_of_memory(MemoryError(), 900, 900)
-    assert "8-bit optimiser" in advice_for_out_of_memory(MemoryError(), 900, 900, checkpointing=True)
-    assert advice_for_out_of_memory(RuntimeError("shapes do not fit"), 4096, 900) is None
-    assert advice_for_out_of_memory(ValueError("out of memory"), 4096, 900) is None
+@pytest.mark.parametrize(
+    ("budget", "longest", "checkpointing", "sentence"),
+    [
+        (4096, 900, False, "at most 4096 tokens: run again with --max_tokens_per_batch=2048; the training goes on"),
+        (4096, 3000, False, "max_tokens_per_batch=3000"),
+        (900, 900, False, "gradient_checkpointing=true"),
+        (0, 900, False, "at most 900 tokens: run again with --gradient_checkpointing=true"),
+        (900, 900, True, "8-bit optimiser"),
+    ],
+)
+def test_advice_when_the_memory_is_full(budget, longest, checkpointing, sentence):
+    for error in (lambda: torch.empty(2**60, dtype=torch.uint8), torch.OutOfMemoryError("full"), MemoryError()):
+        with (
+            pytest.raises(InputError, match=sentence) as caught,
+            advise_when_memory_is_full(lambda: (budget, longest), checkpointing),
+        ):
+            if isinstance(error, BaseException):
+                raise error
+            error()
+        assert caught.value.__cause__ is not None
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes do not fit"), ValueError("out of memory")])
+def test_other_errors_get_no_advice(error):
+    with pytest.raises(type(error)) as caught, advise_when_memory_is_full(lambda: (4096, 900), False):
+        raise error
+    assert caught.value is error

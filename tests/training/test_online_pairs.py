@@ -14,8 +14,7 @@ from spin.alignment.data.config import DataConfig
 from spin.alignment.generation.base import Response
 from spin.alignment.rewards import GroupLabels
 from spin.alignment.training.online.labels import PairMaker, StepCounts
-from spin.alignment.training.online.prompts import OnlinePrompt, load_splits
-from spin.alignment.training.online.trainer import OnlineTrainer
+from spin.alignment.training.online.prompts import OnlinePrompt, load_splits, longest_pairs
 
 
 def test_a_long_ground_truth_is_cut_and_planned_for(tmp_path, tiny_model):
@@ -31,10 +30,7 @@ def test_a_long_ground_truth_is_cut_and_planned_for(tmp_path, tiny_model):
     (prompt,) = load_splits(data, settings, encoder)[0]["train"].prompts
     whole = encoder.response_ids(turns)
     assert list(prompt.truth_ids) == whole[: 96 - len(prompt.token_ids)] != whole
-    trainer = SimpleNamespace(
-        train_dataset=SimpleNamespace(prompts=[prompt]), args=settings, processing_class=encoder.tokenizer
-    )
-    (planned,) = OnlineTrainer.stand_ins(trainer).rows
+    (planned,) = longest_pairs([prompt], settings.max_new_tokens, encoder.end_id).rows
     assert len(planned["chosen_ids"]) == len(prompt.truth_ids)
     (own,) = load_splits(data, SimpleNamespace(**vars(settings) | {"pairing": "best_vs_worst"}), encoder)[0][
         "train"

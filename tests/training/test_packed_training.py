@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,8 +14,8 @@ from spin import run_spin
 from spin.alignment.core.errors import InputError
 from spin.alignment.logprobs import reference
 from spin.alignment.logprobs.batch import PairDataset
-from spin.alignment.logprobs.collators import PackedCollator
 from spin.alignment.logprobs.micro_batches import MicroBatcher
+from spin.alignment.logprobs.pair_forward import PairForward
 from spin.alignment.logprobs.reference import compute_reference
 from spin.alignment.logprobs.reference_store import ReferenceKey, ReferenceLogps, store_path
 from spin.alignment.methods.losses import LOSSES
@@ -54,6 +55,10 @@ def run(folder, model=None, weights: bool = False, resume: str | None = None, **
 
 def losses(trainer) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def budget_of(trainer) -> int:
+    return trainer.pair_forward.batcher.token_budget
 
 
 def distance(one, other) -> float:
@@ -107,7 +112,8 @@ def test_evaluation_is_the_mean_over_all_pairs(tmp_path):
     results = []
     for size, budget in ((3, 50), (40, 10_000)):
         trainer.args.per_device_eval_batch_size = size
-        trainer.batcher = MicroBatcher(trainer.batcher.collator, budget, 1)
+        batcher = MicroBatcher(trainer.pair_forward.batcher.collator, budget, 1)
+        trainer.pair_forward = replace(trainer.pair_forward, batcher=batcher)
         results.append(trainer.evaluate())
     assert results[0]["eval_loss"] == pytest.approx(results[1]["eval_loss"], abs=1e-6)
     assert results[0]["eval_rewards/margins"] == pytest.approx(results[1]["eval_rewards/margins"], abs=1e-6)
@@ -167,13 +173,9 @@ def test_a_budget_below_the_longest_pair_is_refused_before_anything_is_written(t
 def test_a_killed_pass_over_the_opponent_goes_on_where_it_stopped(tmp_path, monkeypatch):
     from accelerate import Accelerator
 
-    from spin.alignment.logprobs.forward import install_packed_forward
-
     monkeypatch.setattr(reference, "_PART_PAIRS", 4)
     data, key = dataset(20), ReferenceKey("w", "t", "float32")
-    model = tiny_llama(VOCAB)
-    install_packed_forward(model)
-    batcher = MicroBatcher(PackedCollator(), token_budget=60, pairs=1)
+    forward = PairForward.of(tiny_llama(VOCAB), 0, torch.device("cpu"), torch.float32, 1).packed(60, "sdpa")
     path = store_path(tmp_path, "train", key)
     passed: list[int] = []
 
@@ -183,7 +185,7 @@ def test_a_killed_pass_over_the_opponent_goes_on_where_it_stopped(tmp_path, monk
             if done == fail_after:
                 raise KeyboardInterrupt
 
-        compute_reference(model, data, path, key, batcher, Accelerator(cpu=True), progress)
+        compute_reference(forward, data, path, key, Accelerator(cpu=True), progress)
 
     with pytest.raises(KeyboardInterrupt):
         compute(fail_after=5)
@@ -197,9 +199,7 @@ def test_a_killed_pass_over_the_opponent_goes_on_where_it_stopped(tmp_path, monk
     whole.mkdir()
     passed.clear()
     undisturbed = store_path(whole, "train", key)
-    compute_reference(
-        model, data, undisturbed, key, batcher, Accelerator(cpu=True), lambda done, _: passed.append(done)
-    )
+    compute_reference(forward, data, undisturbed, key, Accelerator(cpu=True), lambda done, _: passed.append(done))
     assert second < len(passed)
     expected = ReferenceLogps(undisturbed, key, data.rows)
     for index in range(20):
@@ -247,8 +247,8 @@ def test_a_resumed_training_keeps_its_automatic_budget(tmp_path, monkeypatch):
     first = run(tmp_path, **{**settings, "max_steps": 5})
     monkeypatch.setattr(memory_plan, "automatic_budget", lambda *_: 99)
     second = run(tmp_path, resume=str(tmp_path / "checkpoint-5"), **settings)
-    assert first.batcher.token_budget == second.batcher.token_budget == 77
-    assert run(tmp_path, max_steps=1).batcher.token_budget == 99
+    assert budget_of(first) == budget_of(second) == 77
+    assert budget_of(run(tmp_path, max_steps=1)) == 99
 
 
 def test_the_memory_is_estimated_before_training(tmp_path, caplog):

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
 
 import torch
 
 from spin.alignment.core.errors import InputError
-from spin.alignment.logprobs.attention import PACKED_ATTENTION, PADDED_MEND
-from spin.alignment.logprobs.batch import HALVES
-from spin.alignment.logprobs.forward import batch_logps, causal_model, use_attention
-
-if TYPE_CHECKING:
-    from spin.alignment.logprobs.batch import PairDataset
-    from spin.alignment.training.trainer import SPINTrainer
+from spin.alignment.logprobs.attention import PADDED_MEND
+from spin.alignment.logprobs.batch import HALVES, PairDataset
+from spin.alignment.logprobs.forward import causal_model
+from spin.alignment.logprobs.pair_forward import PairForward
 
 logger = logging.getLogger(__name__)
 
@@ -35,33 +31,23 @@ def short_pairs(dataset: PairDataset, count: int = 2) -> list[dict[str, list[int
     return found
 
 
-def check_packed_forward(trainer: SPINTrainer, pairs: PairDataset) -> None:
-    """Compare packed and padded log-probs on two shortened ``pairs`` through the prepared model. Every process must call it.
+def check_packed_forward(forward: PairForward, pairs: PairDataset) -> None:
+    """Compare packed and padded log-probs on two shortened ``pairs``. Every process must call it, with the model prepared.
 
     Raises:
         InputError: they differ: something in this architecture reads the row as one sequence.
     """
-    model, device = trainer.model_wrapped, trainer.args.device
     features = short_pairs(pairs)
-    was_training = model.training
-    model.eval()
-    with torch.no_grad(), trainer.compute_loss_context_manager():
-        packed = batch_logps(model, trainer.batcher.collate(features, range(len(features)), device).batch)
-        use_attention(model, trainer.own_attention)
-        try:
-            batch = {name: value.to(device) for name, value in trainer.padded_collator(features).items()}
-            padded = batch_logps(model, batch)
-        finally:
-            use_attention(model, PACKED_ATTENTION)
-    model.train(was_training)
+    with forward.evaluation():
+        packed, padded = forward.logps(features), forward.padded_logps(features)
     difference = (torch.cat(packed) - torch.cat(padded)).abs().mean().item()
-    quantised = getattr(causal_model(model), "is_quantized", False)
-    tolerance = _TOLERANCE[torch.bfloat16 if quantised else trainer.compute_dtype]
+    causal = causal_model(forward.model)
+    tolerance = _TOLERANCE[torch.bfloat16 if getattr(causal, "is_quantized", False) else forward.dtype]
     if torch.backends.cuda.matmul.allow_tf32:
         tolerance = max(tolerance, _TOLERANCE[torch.float16])
     if not difference <= tolerance:
         raise InputError(
-            f"{type(causal_model(model)).__name__} gives other log-probs for packed rows than for padded ones (by "
+            f"{type(causal).__name__} gives other log-probs for packed rows than for padded ones (by "
             f"{difference:.2g} nats per token): {PADDED_MEND}"
         )
     logger.info("packed rows give the log-probs of padded ones (mean difference %.1e nats per token)", difference)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -11,57 +12,63 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 from accelerate.utils import broadcast_object_list
 
 from spin.alignment.core.files import atomic_file, remove_files
 from spin.alignment.logprobs.batch import PairDataset
 from spin.alignment.logprobs.collators import PackedCollator
-from spin.alignment.logprobs.forward import batch_logps
 from spin.alignment.logprobs.micro_batches import MicroBatcher
+from spin.alignment.logprobs.pair_forward import PairForward
 from spin.alignment.logprobs.plans import consecutive, plan_by_pairs
 from spin.alignment.logprobs.reference_store import _KEY, ReferenceKey
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from datasets import Dataset
+
+logger = logging.getLogger(__name__)
+
 _PART_PAIRS = 512
 _SCHEMA = pa.schema([("index", pa.int64()), ("chosen", pa.list_(pa.float32())), ("rejected", pa.list_(pa.float32()))])
 
 
+def log_progress(what: str) -> Callable[[int, int], None]:
+    """Return what :func:`compute_reference` tells its progress: about ten lines in the log."""
+
+    def progress(done: int, total: int) -> None:
+        if done == total or done % max(1, total // 10) == 0:
+            logger.info("%s: %d of %d batches", what, done, total)
+
+    return progress
+
+
 def compute_reference(
-    model: Any,
+    forward: PairForward,
     dataset: PairDataset,
     path: Path,
     key: ReferenceKey,
-    batcher: MicroBatcher,
     accelerator: Accelerator,
     progress: Callable[[int, int], None],
 ) -> None:
-    """Compute and store the log-probs of all pairs with the prepared policy, each process a share of the micro-batches.
+    """Compute and store the log-probs of all pairs, each process a share of the micro-batches.
 
     Finished pairs are written in parts on the way; a run that was killed computes the missing ones only. Every process runs
     the same number of forwards, as ZeRO-3 and FSDP need; the surplus ones repeat the last micro-batch.
     """
     missing = _missing(path, key, len(dataset), accelerator)
-    batches = longest_first(dataset.rows, missing, batcher)
+    batches = longest_first(dataset.rows, missing, forward.batcher)
     count, rank = accelerator.num_processes, accelerator.process_index
     rounds = -(-len(batches) // count)
     results: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-    was_training = model.training
-    model.eval()
-    for turn in range(rounds):
-        indices = batches[min(turn * count + rank, len(batches) - 1)]
-        features = [dataset.rows[index] for index in indices]
-        batch = batcher.collate(features, range(len(features)), accelerator.device).batch
-        with torch.no_grad(), accelerator.autocast():
-            logps = [response.numpy() for response in batch_logps(model, batch)]
-        results |= zip(indices, zip(logps[: len(indices)], logps[len(indices) :], strict=True), strict=True)
-        if len(results) >= _PART_PAIRS or turn + 1 == rounds:
-            _write(path.with_name(f".{path.name}.part-{uuid.uuid4().hex[:12]}"), results, key)
-            results = {}
-        progress(turn + 1, rounds)
-    model.train(was_training)
+    with forward.evaluation():
+        for turn in range(rounds):
+            indices = batches[min(turn * count + rank, len(batches) - 1)]
+            logps = [response.numpy() for response in forward.logps([dataset.rows[index] for index in indices])]
+            results |= zip(indices, zip(logps[: len(indices)], logps[len(indices) :], strict=True), strict=True)
+            if len(results) >= _PART_PAIRS or turn + 1 == rounds:
+                _write(path.with_name(f".{path.name}.part-{uuid.uuid4().hex[:12]}"), results, key)
+                results = {}
+            progress(turn + 1, rounds)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         _merge(path, key, len(dataset))

@@ -40,6 +40,8 @@ def load_model(config: ModelConfig, seed: int = 42) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_pretrained(
             model_folder(name, revision), dtype=dtype, use_safetensors=True, **common
         )
+        if config.load_in_4bit:
+            _keep_differentiable(model)
     disable_dropout(model)
     _mend_generation_config(model)
     return model
@@ -75,6 +77,18 @@ def _quantisation(config: ModelConfig) -> Any:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
+
+
+def _keep_differentiable(model: torch.nn.Module) -> None:
+    """Keep bitsandbytes from repacking the 4-bit weights of a model, so that it can be trained after an evaluation.
+
+    On a CPU with AVX-512 bf16 a layer that passes a batch in evaluation mode repacks its weights for a faster kernel, for good.
+    That kernel has no backward pass (autograd takes its output for a constant, so the layers below lose their gradients), and
+    it takes only layers of at least a quantisation block (64).
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def disable_dropout(model: torch.nn.Module) -> None:

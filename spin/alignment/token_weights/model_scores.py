@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import gc
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,9 +24,9 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from datasets import Dataset
 
+    from spin.alignment.logprobs.batch import PairDataset
+    from spin.alignment.logprobs.pair_forward import PairForward
     from spin.alignment.logprobs.reference_store import ReferenceLogps
-
-logger = logging.getLogger(__name__)
 
 SIDES = ("chosen", "rejected")
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -202,7 +200,7 @@ def score_splits(
     import torch
 
     from spin.alignment.logprobs.batch import PairDataset
-    from spin.alignment.logprobs.reference import compute_reference
+    from spin.alignment.logprobs.reference import compute_reference, log_progress
     from spin.alignment.logprobs.reference_store import ReferenceKey, ReferenceLogps, hash_tokens, store_path
 
     accelerator.wait_for_everyone()
@@ -214,55 +212,32 @@ def score_splits(
     if missing:
         folder.mkdir(parents=True, exist_ok=True)
         model = load_model(judge.config).to(accelerator.device).eval()
-        batcher = make_batcher(model, judge, PairDataset(splits[missing[0]]), batching, accelerator)
+        forward = make_forward(model, judge, PairDataset(splits[missing[0]]), batching, accelerator)
         for name in missing:
-
-            def progress(done: int, total: int, name: str = name) -> None:
-                if done == total or done % max(1, total // 10) == 0:
-                    logger.info("%s, %s split: %d of %d batches", judge.config.model_name_or_path, name, done, total)
-
-            compute_reference(model, PairDataset(splits[name]), paths[name], keys[name], batcher, accelerator, progress)
-        del model, batcher
+            progress = log_progress(f"{judge.config.model_name_or_path}, {name} split")
+            compute_reference(forward, PairDataset(splits[name]), paths[name], keys[name], accelerator, progress)
+        del model, forward
         gc.collect()
         if accelerator.device.type == "cuda":
             torch.cuda.empty_cache()
     return {name: ReferenceLogps(path, keys[name], splits[name]) for name, path in paths.items()}
 
 
-def make_batcher(model: Any, judge: Judge, dataset: Any, batching: str, accelerator: Accelerator) -> Any:
-    """Return how the rows of a model are batched; packed rows are compared with padded ones first, as before training.
+def make_forward(model: Any, judge: Judge, pairs: PairDataset, batching: str, accelerator: Accelerator) -> PairForward:
+    """Return how rows pass a model; packed rows are compared with padded ones of ``pairs`` first, as before training.
 
     Raises:
         InputError: rows cannot be packed for this architecture.
     """
-    from contextlib import nullcontext
-
-    from spin.alignment.logprobs.attention import check_architecture, choose_kernel
-    from spin.alignment.logprobs.collators import PackedCollator, PairCollator
-    from spin.alignment.logprobs.forward import install_packed_forward
-    from spin.alignment.logprobs.micro_batches import MicroBatcher
     from spin.alignment.logprobs.packing_check import check_packed_forward
+    from spin.alignment.logprobs.pair_forward import PairForward
 
-    padded = PairCollator(judge.encoder.pad_id)
-    if batching == "padded":
-        return MicroBatcher(padded, 0, _PADDED_PAIRS)
-    check_architecture(model)
-    kernel = choose_kernel(model, accelerator.device, model.dtype)
-    own_attention = str(model.config._attn_implementation)
-    install_packed_forward(model, fused_head=False)
-    packed = PackedCollator(kernel, model.config.get_text_config().vocab_size)
-    batcher = MicroBatcher(packed, _ROW_TOKENS.get(accelerator.device.type, _GPU_ROW_TOKENS), _PADDED_PAIRS)
-    checked: Any = SimpleNamespace(
-        model_wrapped=model,
-        args=SimpleNamespace(device=accelerator.device),
-        batcher=batcher,
-        padded_collator=padded,
-        own_attention=own_attention,
-        compute_dtype=model.dtype,
-        compute_loss_context_manager=nullcontext,
-    )
-    check_packed_forward(checked, dataset)
-    return batcher
+    device = accelerator.device
+    forward = PairForward.of(model, judge.encoder.pad_id, device, model.dtype, _PADDED_PAIRS)
+    if batching == "packed":
+        forward = forward.packed(_ROW_TOKENS.get(device.type, _GPU_ROW_TOKENS))
+        check_packed_forward(forward, pairs)
+    return forward
 
 
 def exact_gains(plus: np.ndarray, minus: np.ndarray) -> list[float]:

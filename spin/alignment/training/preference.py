@@ -18,10 +18,11 @@ def train(
     """Train, save the policy, and write metrics.json last."""
     from spin.alignment.core.files import read_json
     from spin.alignment.logprobs.batch import PairDataset
+    from spin.alignment.training.first_loss import FIRST_LOSS_FILE
     from spin.alignment.training.output_dir import OutputFolder
     from spin.alignment.training.run import load_policy, push_policy, report, train_policy
     from spin.alignment.training.settings import inputs_record
-    from spin.alignment.training.trainer import FIRST_LOSS_FILE, SPINTrainer
+    from spin.alignment.training.trainer import SPINTrainer
 
     folder = OutputFolder(settings, inputs_record(settings, key, data_key(pairs)))
     if folder.is_complete():

@@ -1,4 +1,4 @@
-"""What a training step needs of memory and what there is: an estimate before the first step, a token budget, advice after.
+"""What a training step needs of memory and what there is: an estimate before the first step, and the token budget it allows.
 
 The bytes that layers keep for the backward pass are measured, on a few dozen tokens; everything else is counted. All figures
 are bytes of one process.
@@ -333,28 +333,3 @@ def automatic_budget(
         else:
             too_many = middle
     return fits
-
-
-_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-
-
-def advice_for_out_of_memory(
-    error: BaseException, budget: int, longest_pair: int, checkpointing: bool = False
-) -> str | None:
-    """Return one sentence of what to change when an error says that the memory is full; None for any other error."""
-    if not isinstance(error, torch.OutOfMemoryError | MemoryError) and not (
-        isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)
-    ):
-        return None
-    if budget > longest_pair:
-        mend = f"run again with --max_tokens_per_batch={max(longest_pair, budget // 2)}"
-    elif not checkpointing:
-        mend = "run again with --gradient_checkpointing=true"
-    else:
-        mend = (
-            "run again with an 8-bit optimiser (--optim=adamw_8bit), a lower max_length, LoRA or more GPUs with ZeRO-3"
-        )
-    return (
-        f"the memory is full with micro-batches of at most {max(budget, longest_pair)} tokens: {mend}; the training goes on "
-        "from its last checkpoint"
-    )

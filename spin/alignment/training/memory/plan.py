@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 
 from spin.alignment.core.files import read_json, write_json_atomic
-from spin.alignment.logprobs.batch import HALVES
+from spin.alignment.logprobs.batch import HALVES, PairDataset
 from spin.alignment.logprobs.collators import PackedCollator
+from spin.alignment.logprobs.pair_forward import PairForward
+from spin.alignment.training.config import SPINConfig
 from spin.alignment.training.memory.estimate import (
     Sharding,
     StepSettings,
@@ -21,10 +25,6 @@ from spin.alignment.training.memory.estimate import (
     estimate_memory,
 )
 from spin.alignment.training.memory.probe import ModelStats, measure_activations
-
-if TYPE_CHECKING:
-    from spin.alignment.logprobs.batch import PairDataset
-    from spin.alignment.training.trainer import SPINTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -43,32 +43,34 @@ def pair_tokens(dataset: PairDataset, collator: PackedCollator) -> tuple[np.ndar
     return prompt * (1 if collator.share_prompts else 2) + responses, responses
 
 
-def plan_token_budget(trainer: SPINTrainer, pairs: PairDataset, resumed: bool) -> int:
+def plan_token_budget(
+    forward: PairForward, pairs: PairDataset, arguments: SPINConfig, accelerator: Accelerator, resumed: bool
+) -> int:
     """Return the tokens of a micro-batch of such ``pairs``: those asked for, else the most that every process has memory for.
 
     A resumed training keeps the budget it began with: another packing would round differently. The estimate is logged.
-    Every process must call it, with the model prepared and in place.
+    Every process must call it, with the model prepared and in place, but not inside DDP's wrapper: that would wait for the
+    backward pass of what is measured, which never comes.
 
     Raises:
         InputError: not even the longest pair fits.
     """
-    arguments, accelerator = trainer.args, trainer.accelerator
-    collator = trainer.batcher.collator
+    collator = forward.batcher.collator
     assert isinstance(collator, PackedCollator)
     sizes, responses = pair_tokens(pairs, collator)
     longest = int(sizes.max())
     # The most that one step of this process can hold: its pairs may be the longest of all.
     step_tokens = int(np.sort(sizes)[-arguments.per_device_train_batch_size :].sum())
-    stats = ModelStats.of(trainer.model)
-    cost = measure_activations(trainer.model, lambda tokens: _pass_one_pair(trainer, tokens))
+    stats = ModelStats.of(forward.model)
+    cost = measure_activations(forward.model, lambda tokens: _pass_one_pair(forward, tokens))
     settings = StepSettings(
         optim=str(getattr(arguments.optim, "value", arguments.optim)),
         device=arguments.device.type,
-        compute_bytes=trainer.compute_dtype.itemsize,
+        compute_bytes=forward.dtype.itemsize,
         pair_tokens=int(sizes.mean()),
         response_tokens=int(responses.max()),
         response_share=float(responses.sum() / sizes.sum()),
-        fused_head=trainer.fused_head,
+        fused_head=forward.fused_head,
         sharding=Sharding.of(accelerator),
     )
 
@@ -81,15 +83,7 @@ def plan_token_budget(trainer: SPINTrainer, pairs: PairDataset, resumed: bool) -
         budget = max(longest, int(read_json(record)))
     if budget is None:
         loaded = round(stats.weight_bytes / settings.sharding.weights)
-        # The processes of one machine share its memory; torchrun and accelerate say how many they are.
-        available = available_bytes(arguments.device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-        budget = automatic_budget(
-            lambda tokens: estimate(tokens).total - loaded, available, longest, step_tokens, arguments.device.type
-        )
-        if accelerator.num_processes > 1:
-            budgets = accelerator.gather(torch.tensor([budget], device=accelerator.device))
-            budget = int(budgets.min())
-        logger.info("max_tokens_per_batch: %d, chosen for %.1f GiB of free memory", budget, available / 2**30)
+        budget = _fitting_budget(lambda tokens: estimate(tokens).total - loaded, longest, step_tokens, accelerator)
     accelerator.wait_for_everyone()  # all have read the record
     if accelerator.is_main_process:
         write_json_atomic(record, budget)
@@ -98,15 +92,26 @@ def plan_token_budget(trainer: SPINTrainer, pairs: PairDataset, resumed: bool) -
     return budget
 
 
-def _pass_one_pair(trainer: SPINTrainer, tokens: int) -> torch.Tensor:
+def _fitting_budget(
+    needed_bytes: Callable[[int], int], longest_pair: int, step_tokens: int, accelerator: Accelerator
+) -> int:
+    """Return the most tokens of a micro-batch that the free memory of every process allows."""
+    # The processes of one machine share its memory; torchrun and accelerate say how many they are.
+    available = available_bytes(accelerator.device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    budget = automatic_budget(needed_bytes, available, longest_pair, step_tokens, accelerator.device.type)
+    if accelerator.num_processes > 1:
+        budgets = accelerator.gather(torch.tensor([budget], device=accelerator.device))
+        budget = int(budgets.min())
+    logger.info("max_tokens_per_batch: %d, chosen for %.1f GiB of free memory", budget, available / 2**30)
+    return budget
+
+
+def _pass_one_pair(forward: PairForward, tokens: int) -> torch.Tensor:
     """Pass one made-up pair forward as in training, a third of the tokens each for prompt, chosen and rejected.
 
     Without an objective: the fused head takes gradients on the way, and a measured pass has none.
     """
     third = tokens // 3
     pair = {"prompt_ids": [0] * (tokens - 2 * third)} | {f"{half}_ids": [0] * third for half in HALVES}
-    batch = trainer.batcher.collate([pair], [0], trainer.args.device).batch
-    # Not through DDP's wrapper: it would wait for the backward pass that never comes.
-    trainer.model.train()
-    with trainer.compute_loss_context_manager():
-        return trainer.model(packed=batch)
+    forward.model.train()
+    return forward.model(packed=forward.collate([pair]).batch)

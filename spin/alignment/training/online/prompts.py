@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from datasets import Dataset
 
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.provenance import hash_text
 from spin.alignment.data.fractions import fraction_rows
 from spin.alignment.data.rows import load_prompts, prompts_hash
+from spin.alignment.logprobs.batch import PairDataset
 from spin.alignment.methods.pairings import needs_truth, no_truth
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-
     from spin.alignment.data.chat_encoder import ChatEncoder
     from spin.alignment.data.config import DataConfig
     from spin.alignment.training.online.config import OnlineConfig
@@ -52,6 +52,14 @@ class PromptDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> OnlinePrompt:
         return self.prompts[index]
+
+
+def longest_pairs(prompts: Sequence[OnlinePrompt], max_new_tokens: int, end_id: int, count: int = 64) -> PairDataset:
+    """Return made-up pairs as long as any step can make them: the longest prompts, with responses of the greatest length."""
+    longest = sorted((prompt.token_ids for prompt in prompts), key=len)[-count:]
+    response = [end_id] * max(max_new_tokens, *(len(prompt.truth_ids) for prompt in prompts))
+    rows = [{"prompt_ids": list(ids), "chosen_ids": response, "rejected_ids": response} for ids in longest]
+    return PairDataset(Dataset.from_list(rows))
 
 
 def load_splits(

@@ -124,7 +124,7 @@ def make_sampler(settings: Settings, trainer: OnlineTrainer, encoder: ChatEncode
     )
     if arguments.backend == "vllm":
         return EngineSampler(backend, lambda folder: save_weights(model, folder))
-    return InPlaceSampler(model, backend, trainer.own_attention, trainer.compute_loss_context_manager)
+    return InPlaceSampler(model, backend, trainer.pair_forward.own_attention, trainer.compute_loss_context_manager)
 
 
 def save_weights(model: Any, folder: Path) -> None:

@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from accelerate.utils import gather_object
-from datasets import Dataset
-from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
-from spin.alignment.core.errors import InputError
 from spin.alignment.generation.base import PromptRequest, SamplingConfig, sample_seed
 from spin.alignment.logprobs.batch import PairDataset, PairList
-from spin.alignment.logprobs.forward import batch_logps
 from spin.alignment.training.online.config import OnlineConfig
 from spin.alignment.training.online.labels import HALVES, PairMaker, StepCounts
-from spin.alignment.training.online.prompts import OnlinePrompt, PromptDataset
+from spin.alignment.training.online.moving_reference import MovingReference
+from spin.alignment.training.online.prompts import OnlinePrompt, PromptDataset, longest_pairs
 from spin.alignment.training.online.samplers import PolicySampler
+from spin.alignment.training.online.step_log import evaluation_log, reduced, training_log
 from spin.alignment.training.trainer import SPINTrainer
-
-REFERENCE_FILE = "reference.safetensors"
-_SUMMED = (
-    *("prompts", "responses", "tokens", "truncated", "scored", "score_sum", "failed", "without_pair", "unpaired"),
-    "pairs",
-)
-_TIMED = ("generate", "label", "reference", "update")
 
 
 class OnlineTrainer(SPINTrainer):
@@ -57,7 +48,7 @@ class OnlineTrainer(SPINTrainer):
         self.sampler: PolicySampler | None = None
         self.counts = StepCounts()
         self._last_tokens = 0
-        self._kept: dict[str, torch.Tensor] | None = None
+        self.reference = MovingReference(args.ref_update_freq)
         self._resumed_from: Path | None = None
         super().__init__(
             model=model,
@@ -75,29 +66,20 @@ class OnlineTrainer(SPINTrainer):
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **settings)
 
     def attach_references(self, resumed: bool) -> None:
-        """Check packed rows and plan the token budget on stand-ins of the longest pairs; take up the stored reference.
+        """Check packed rows and plan the token budget on made-up pairs of the greatest length; load the stored reference.
 
         Raises:
             InputError: a resumed run has lost its reference.
         """
-        self.prepare_batching(self.stand_ins(), resumed)
-        if self.args.ref_update_freq > 1 and resumed:
+        self.prepare_batching(self.longest_pairs(), resumed)
+        if resumed:
             assert self._resumed_from is not None
-            path = self._resumed_from / REFERENCE_FILE
-            if not path.exists():
-                raise InputError(
-                    f"{path} is gone, so the run cannot go on exactly: restore it, or remove the checkpoint {path.parent}"
-                )
-            self._kept = {name: value.to(self.args.device) for name, value in load_file(path).items()}
+            self.reference.load(self._resumed_from, self.args.device)
 
-    def stand_ins(self) -> PairDataset:
+    def longest_pairs(self) -> PairDataset:
         """Return pairs as long as any step can make them: what memory is planned for."""
-        prompts = self.train_dataset.prompts
-        longest = sorted((prompt.token_ids for prompt in prompts), key=len)[-64:]
-        response = max(self.args.max_new_tokens, *(len(prompt.truth_ids) for prompt in prompts))
-        end = [self.processing_class.eos_token_id] * response
-        rows = [{"prompt_ids": list(ids), "chosen_ids": end, "rejected_ids": end} for ids in longest]
-        return PairDataset(Dataset.from_list(rows))
+        end_id = self.processing_class.eos_token_id
+        return longest_pairs(self.train_dataset.prompts, self.args.max_new_tokens, end_id)
 
     def floating_point_ops(self, inputs: PairList) -> float:
         """Return about how many operations the last update cost: 6 per weight and token."""
@@ -105,26 +87,25 @@ class OnlineTrainer(SPINTrainer):
 
     def longest_pair(self) -> int:
         """Return the most tokens a pair may have."""
-        return max(self.batcher.collator.tokens(row) for row in self.stand_ins().rows)
+        return max(self.pair_forward.tokens(row) for row in self.longest_pairs().rows)
 
     def training_step(
         self, model: Any, inputs: PairList, num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """Make the pairs of a batch of prompts and update the policy on them, ``updates_per_batch`` times."""
-        if self.args.ref_update_freq > 1 and self.state.global_step % self.args.ref_update_freq == 0:
-            self._kept = {name: weight.detach().clone() for name, weight in self._trained()}
+        self.reference.update(self._unwrapped(), self.state.global_step)
         pairs = self.make_pairs(cast("list[OnlinePrompt]", inputs.features))
         started = time.monotonic()
         total = torch.zeros((), device=self.args.device)
         batches = cut(pairs, self.args.updates_per_batch)
         for number, batch in enumerate(batches, start=1):
             own = batch[self.accelerator.process_index :: self.accelerator.num_processes]
-            # A process without a pair of its own keeps the others company with one that does not count.
+            # Every process must take part in the collectives: one without a pair of its own passes one that does not count.
             shared = PairList(own or batch[:1], stands_in=not own)
             total += super().training_step(model, shared, torch.tensor(len(batch), device=self.args.device))
             if number < len(batches):
                 self._step_optimizer(model)
-        self._last_tokens = sum(self.batcher.collator.tokens(pair) for pair in pairs)
+        self._last_tokens = sum(self.pair_forward.tokens(pair) for pair in pairs)
         self._time("update", started)
         return total / max(1, len(batches))
 
@@ -163,49 +144,28 @@ class OnlineTrainer(SPINTrainer):
         self.counts.seconds[what] = self.counts.seconds.get(what, 0.0) + now - started
         return now
 
-    def _trained(self) -> list[tuple[str, torch.nn.Parameter]]:
-        model = self.accelerator.unwrap_model(self.model_wrapped)
-        return [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
+    def _unwrapped(self) -> Any:
+        return self.accelerator.unwrap_model(self.model_wrapped)
 
-    @contextlib.contextmanager
-    def _reference_weights(self) -> Iterator[None]:
-        """Let the policy's module compute with the reference's weights: two pointers change places, and back."""
-        if self._kept is None:
-            yield
-            return
-        pairs = [(weight, self._kept[name]) for name, weight in self._trained()]
-        own = [weight.data for weight, _ in pairs]
-        for weight, kept in pairs:
-            weight.data = kept
-        try:
-            yield
-        finally:
-            for (weight, _), data in zip(pairs, own, strict=True):
-                weight.data = data
-
-    @torch.no_grad()
     def _attach_reference_logps(self, features: list[dict[str, Any]]) -> None:
         """Put the reference's token log-probs (nats) on this process's pairs, before any update of the step."""
-        model = self.accelerator.unwrap_model(self.model_wrapped)
-        model.eval()
-        with self._reference_weights(), self.compute_loss_context_manager():
-            for indices in self.batcher.plan(features):
-                batch = self.batcher.collate(features, indices, self.args.device).batch
-                logps = [response.numpy() for response in batch_logps(model, batch)]
+        # Not through DDP's wrapper: the processes have different numbers of pairs.
+        forward = replace(self.pair_forward, model=self._unwrapped())
+        with forward.evaluation(), self.reference.in_place_of(forward.model):
+            for indices in forward.batcher.plan(features):
+                logps = [response.numpy() for response in forward.logps([features[index] for index in indices])]
                 for place, index in enumerate(indices):
                     features[index]["chosen_reference"] = logps[place]
                     features[index]["rejected_reference"] = logps[len(indices) + place]
-        model.train()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the policy and, beside it in a checkpoint, the reference it is trained against."""
         super().save_model(output_dir, _internal_call)
-        if self._kept is not None and _internal_call and output_dir and self.args.should_save:
-            kept = {name: value.contiguous().cpu() for name, value in self._kept.items()}
-            save_file(kept, Path(output_dir) / REFERENCE_FILE)
+        if _internal_call and output_dir and self.args.should_save:
+            self.reference.save(Path(output_dir))
 
     def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
-        """Answer the held-out prompts at every temperature; return mean scores, lengths and cut responses, and log them.
+        """Answer the held-out prompts at every temperature; return mean scores, lengths and truncated shares, and log them.
 
         Every process answers a share.
         """
@@ -217,38 +177,17 @@ class OnlineTrainer(SPINTrainer):
                 temperature=temperature, max_new_tokens=self.args.max_new_tokens, seed=self.args.seed
             )
             self.pair_maker.label(own, self._respond(own, sampling), counts)
-            total = self._reduced(counts)
             prefix = f"{metric_key_prefix}_t{temperature:g}"
-            metrics[f"{prefix}_score"] = total["score_sum"] / max(1.0, total["scored"])
-            metrics[f"{prefix}_length"] = total["tokens"] / max(1.0, total["responses"])
-            metrics[f"{prefix}_truncated"] = total["truncated"] / max(1.0, total["responses"])
+            metrics |= evaluation_log(reduced(counts, self.accelerator), prefix)
         self.log(dict(metrics))
         return metrics
-
-    def _reduced(self, counts: StepCounts) -> dict[str, float]:
-        """Return the sums over all processes, and the seconds of the slowest part of each. Every process must call it."""
-        values = [float(getattr(counts, name)) for name in _SUMMED]
-        values += [counts.seconds.get(name, 0.0) / self.accelerator.num_processes for name in _TIMED]
-        local = torch.tensor(values, dtype=torch.float32, device=self.args.device)
-        total = self.accelerator.reduce(local, reduction="sum").tolist()
-        return dict(zip((*_SUMMED, *(f"{name}_seconds" for name in _TIMED)), total, strict=True))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log what the responses were like since the last log beside what is logged about pairs."""
         if not any(name.startswith("eval_") for name in logs):
-            total = self._reduced(self.counts)
+            total = reduced(self.counts, self.accelerator)
             self.counts = StepCounts()
-            if total["responses"]:
-                logs |= {
-                    "score": total["score_sum"] / max(1.0, total["scored"]),
-                    "pairs_per_prompt": total["pairs"] / total["prompts"],
-                    "without_pair": total["without_pair"] / total["prompts"],
-                    "failed_scores": total["failed"],
-                    "unpaired": total["unpaired"],
-                    "response_length": total["tokens"] / total["responses"],
-                    "truncated": total["truncated"] / total["responses"],
-                    **{f"seconds/{name}": total[f"{name}_seconds"] for name in _TIMED},
-                }
+            logs |= training_log(total)
         super().log(logs, start_time)
 
 

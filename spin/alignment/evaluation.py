@@ -1,1 +1,0 @@
-"""Models scored on held-out prompts."""

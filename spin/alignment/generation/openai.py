@@ -1,1 +1,0 @@
-"""The backend of an OpenAI-compatible server that is already running."""

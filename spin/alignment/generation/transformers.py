@@ -1,1 +1,0 @@
-"""The transformers backend: a running batch that stays full."""

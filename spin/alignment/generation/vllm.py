@@ -1,1 +1,0 @@
-"""The vLLM backend: an engine in its own process."""

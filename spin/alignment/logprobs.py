@@ -1,1 +1,0 @@
-"""Token log-probs of preference pairs under a model: batches, attention, forward passes, the stored reference."""

@@ -1,0 +1,137 @@
+"""PairForward: how preference pairs pass through a model, whoever holds the model: a trainer, or a program that only scores."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from spin.alignment.logprobs.attention import PACKED_ATTENTION, check_architecture, choose_kernel
+from spin.alignment.logprobs.batch import Feature
+from spin.alignment.logprobs.collators import PackedCollator, PairCollator
+from spin.alignment.logprobs.forward import batch_logps, causal_model, install_packed_forward, use_attention
+from spin.alignment.logprobs.micro_batches import MicroBatch, MicroBatcher
+
+_MIXED_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def weight_dtype(model: Any) -> torch.dtype:
+    """Return the precision of a model's weights."""
+    return next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+
+
+def compute_dtype(model: Any, mixed_precision: str | None = None) -> torch.dtype:
+    """Return the precision of a model's matrix products: that of mixed precision (accelerate's name), else of the weights."""
+    return _MIXED_PRECISION.get(mixed_precision or "no", weight_dtype(model))
+
+
+@dataclass(frozen=True)
+class PairForward:
+    """A model, and all that is needed to pass pairs through it.
+
+    Attributes:
+        model: the model, wrapped (DDP, DeepSpeed, FSDP) where it is.
+        batcher: cuts pairs into micro-batches and makes tensors of them, packed or padded.
+        padded: makes padded rows of pairs, which any model takes; the collator of ``batcher`` unless that packs.
+        device: where the tensors go.
+        dtype: precision of the matrix products.
+        own_attention: the attention that the model has for rows that are not packed.
+        autocast: context in which log-probs are computed; a training step has the Trainer's.
+        fused_head: the head's gradient is taken while the logits of a group of pairs exist (packed rows only).
+    """
+
+    model: Any
+    batcher: MicroBatcher
+    padded: PairCollator
+    device: torch.device
+    dtype: torch.dtype
+    own_attention: str
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+    fused_head: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        model: Any,
+        pad_id: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        pairs_per_batch: int,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> PairForward:
+        """Return how a model passes padded rows, ``pairs_per_batch`` pairs at a time. The model is left as it is."""
+        padded = PairCollator(pad_id)
+        own_attention = str(causal_model(model).config._attn_implementation)
+        return cls(model, MicroBatcher(padded, 0, pairs_per_batch), padded, device, dtype, own_attention, autocast)
+
+    def packed(
+        self, token_budget: int, attention: str = "auto", share_prompts: bool = True, fused_head: bool = False
+    ) -> PairForward:
+        """Return how the model passes packed rows of up to ``token_budget`` tokens; the model learns to take them.
+
+        ``attention`` is the kernel asked for; ``fused_head`` asks for a head that is fused with the loss.
+
+        Raises:
+            InputError: rows cannot be packed for this architecture, or the kernel asked for does not work here.
+        """
+        causal = causal_model(self.model)
+        check_architecture(causal)
+        kernel = choose_kernel(causal, self.device, self.dtype, attention)
+        fused_head = install_packed_forward(self.model, fused_head)
+        collator = PackedCollator(kernel, causal.config.get_text_config().vocab_size, share_prompts)
+        batcher = MicroBatcher(collator, token_budget, self.batcher.pairs)
+        return replace(self, batcher=batcher, fused_head=fused_head)
+
+    def with_budget(self, token_budget: int) -> PairForward:
+        """Return the same with another number of tokens in a packed row."""
+        return replace(self, batcher=replace(self.batcher, token_budget=token_budget))
+
+    @property
+    def kernel(self) -> str | None:
+        """The attention kernel of packed rows; None where rows are padded."""
+        collator = self.batcher.collator
+        return collator.kernel if isinstance(collator, PackedCollator) else None
+
+    def tokens(self, feature: Feature) -> int:
+        """Return how many tokens of a row a pair takes."""
+        return self.batcher.collator.tokens(feature)
+
+    def collate(self, features: Sequence[Feature]) -> MicroBatch:
+        """Return pairs as one micro-batch on the device."""
+        return self.batcher.collate(features, range(len(features)), self.device)
+
+    @contextlib.contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """Put the model into evaluation mode, without gradients, and back into the mode it had."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.model.train(was_training)
+
+    def logps(self, features: Sequence[Feature]) -> list[torch.Tensor]:
+        """Return the token log-probs (nats, float32, on the CPU) of pairs, passed as one micro-batch.
+
+        One tensor ``(R,)`` for each response of R tokens: those of the chosen responses, then those of the rejected ones.
+        """
+        return self._logps(self.collate(features).batch)
+
+    def _logps(self, batch: Any) -> list[torch.Tensor]:
+        # One context for each batch: a longer one would keep 16-bit copies of all weights.
+        with torch.no_grad(), self.autocast():
+            return batch_logps(self.model, batch)
+
+    def padded_logps(self, features: Sequence[Feature]) -> list[torch.Tensor]:
+        """Return the same from padded rows and the model's own attention, for a model that takes packed rows."""
+        batch = {name: value.to(self.device) for name, value in self.padded(features).items()}
+        use_attention(self.model, self.own_attention)
+        try:
+            return self._logps(batch)
+        finally:
+            use_attention(self.model, PACKED_ATTENTION)

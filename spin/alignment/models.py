@@ -1,1 +1,0 @@
-"""Models: their folder, loading, precision, adapters, saving."""

@@ -1,1 +1,0 @@
-"""Generated rows to preference pairs: gathered, labelled, paired, written."""

@@ -1,1 +1,0 @@
-"""spin run: configuration, stages, the record of a run, and the commands that look at it."""

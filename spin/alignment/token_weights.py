@@ -1,1 +1,0 @@
-"""Token weights: scored under frozen models, aligned, weighted, written."""

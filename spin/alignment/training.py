@@ -1,1 +1,0 @@
-"""Training: preference, SFT and online."""

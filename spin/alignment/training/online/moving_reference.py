@@ -1,0 +1,69 @@
+"""The reference of online training: the policy as it was a few steps ago."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from spin.alignment.core.errors import InputError
+
+REFERENCE_FILE = "reference.safetensors"
+
+
+class MovingReference:
+    """The trained weights as they were before the last step whose number ``frequency`` divides.
+
+    With a frequency of 1 the reference is the policy before its update, and nothing is kept.
+    """
+
+    def __init__(self, frequency: int) -> None:
+        self.frequency = frequency
+        self._kept: dict[str, torch.Tensor] = {}
+
+    def update(self, model: Any, step: int) -> None:
+        """Take a copy of the weights of an unwrapped model before a step where it is time to."""
+        if self.frequency > 1 and step % self.frequency == 0:
+            self._kept = {name: weight.detach().clone() for name, weight in _trained(model)}
+
+    @contextlib.contextmanager
+    def in_place_of(self, model: Any) -> Iterator[None]:
+        """Let an unwrapped model compute with the reference's weights: two pointers change places, and back."""
+        pairs = [(weight, self._kept[name]) for name, weight in _trained(model)] if self._kept else []
+        own = [weight.data for weight, _ in pairs]
+        for weight, kept in pairs:
+            weight.data = kept
+        try:
+            yield
+        finally:
+            for (weight, _), data in zip(pairs, own, strict=True):
+                weight.data = data
+
+    def save(self, checkpoint: Path) -> None:
+        """Write the reference into a checkpoint, where it is kept at all."""
+        if self._kept:
+            kept = {name: value.contiguous().cpu() for name, value in self._kept.items()}
+            save_file(kept, checkpoint / REFERENCE_FILE)
+
+    def load(self, checkpoint: Path, device: torch.device) -> None:
+        """Read the reference from the checkpoint that a run resumes from, where it is kept at all.
+
+        Raises:
+            InputError: the checkpoint has none.
+        """
+        if self.frequency == 1:
+            return
+        path = checkpoint / REFERENCE_FILE
+        if not path.exists():
+            raise InputError(
+                f"{path} is missing, so the run cannot go on exactly: restore it, or remove the checkpoint {checkpoint}"
+            )
+        self._kept = {name: value.to(device) for name, value in load_file(path).items()}
+
+
+def _trained(model: Any) -> list[tuple[str, torch.nn.Parameter]]:
+    return [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]

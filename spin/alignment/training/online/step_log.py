@@ -1,0 +1,52 @@
+"""What is logged of the responses of online steps, over all processes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from spin.alignment.training.online.labels import StepCounts
+
+_SUMMED = (
+    *("prompts", "responses", "tokens", "truncated", "scored", "score_sum", "failed", "without_pair", "unpaired"),
+    "pairs",
+)
+_TIMED = ("generate", "label", "reference", "update")
+
+
+def reduced(counts: StepCounts, accelerator: Accelerator) -> dict[str, float]:
+    """Return the sums over all processes, and the mean seconds of each part of a step. Every process must call it."""
+    values = [float(getattr(counts, name)) for name in _SUMMED]
+    values += [counts.seconds.get(name, 0.0) / accelerator.num_processes for name in _TIMED]
+    local = torch.tensor(values, dtype=torch.float32, device=accelerator.device)
+    total = accelerator.reduce(local, reduction="sum").tolist()
+    return dict(zip((*_SUMMED, *(f"{name}_seconds" for name in _TIMED)), total, strict=True))
+
+
+def training_log(total: dict[str, float]) -> dict[str, float]:
+    """Return what is logged of the steps since the last log; nothing where no response was drawn."""
+    if not total["responses"]:
+        return {}
+    return {
+        "score": total["score_sum"] / max(1.0, total["scored"]),
+        "pairs_per_prompt": total["pairs"] / total["prompts"],
+        "without_pair": total["without_pair"] / total["prompts"],
+        "failed_scores": total["failed"],
+        "unpaired": total["unpaired"],
+        "response_length": total["tokens"] / total["responses"],
+        "truncated": total["truncated"] / total["responses"],
+        **{f"seconds/{name}": total[f"{name}_seconds"] for name in _TIMED},
+    }
+
+
+def evaluation_log(total: dict[str, float], prefix: str) -> dict[str, float]:
+    """Return the mean score, length and share of truncated responses of held-out prompts."""
+    return {
+        f"{prefix}_score": total["score_sum"] / max(1.0, total["scored"]),
+        f"{prefix}_length": total["tokens"] / max(1.0, total["responses"]),
+        f"{prefix}_truncated": total["truncated"] / max(1.0, total["responses"]),
+    }

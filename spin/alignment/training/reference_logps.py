@@ -1,0 +1,55 @@
+"""The reference model's log-probs of a training: computed before the first step where they are not stored yet, and loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from spin.alignment.core.errors import InputError
+from spin.alignment.logprobs.batch import PairDataset
+from spin.alignment.logprobs.pair_forward import PairForward, weight_dtype
+from spin.alignment.logprobs.reference import compute_reference, log_progress
+from spin.alignment.logprobs.reference_store import ReferenceKey, ReferenceLogps, hash_tokens, store_path
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def attach_reference(
+    forward: PairForward,
+    splits: Mapping[str, PairDataset | None],
+    weights_hash: str,
+    folder: Path,
+    accelerator: Accelerator,
+    checkpoints: str | None = None,
+) -> None:
+    """Attach the reference's log-probs to every split, computing those that ``folder`` does not have yet.
+
+    The model of ``forward`` is the reference, prepared for the devices: it was loaded from the weights of that hash, and no step
+    was taken, unless the run was resumed from one of the ``checkpoints``, a folder. Every process must call it.
+
+    Raises:
+        InputError: a resumed run has lost its store; the weights in memory are no longer the reference's.
+    """
+    for split, dataset in splits.items():
+        if dataset is None:
+            continue
+        key = ReferenceKey(weights_hash, hash_tokens(dataset.rows), precision(forward, accelerator))
+        path = store_path(folder, split, key)
+        accelerator.wait_for_everyone()
+        if not path.exists():
+            if checkpoints is not None:
+                raise InputError(
+                    f"{path} is missing, and a resumed run cannot compute it: restore it, or remove the checkpoints in "
+                    f"{checkpoints} and start again"
+                )
+            progress = log_progress(f"opponent's log-probs, {split} split")
+            compute_reference(forward, dataset, path, key, accelerator, progress)
+        dataset.reference = ReferenceLogps(path, key, dataset.rows)
+
+
+def precision(forward: PairForward, accelerator: Accelerator) -> str:
+    """Return what of a forward pass changes the log-probs of given weights and tokens."""
+    attention = forward.own_attention + (f", packed {forward.kernel}" if forward.kernel else "")
+    return f"{weight_dtype(forward.model)}, autocast {accelerator.mixed_precision}, attention {attention}"
