@@ -30,12 +30,13 @@ def run_uncached(job: Job, turns: Turns) -> None:
     class UncachedTrainer(SPINTrainer):
         def __init__(self, **settings: Any) -> None:
             super().__init__(**settings)
-            self.opponent = load_model(job.model_folder).to(job.device).eval()
-            install_packed_forward(self.opponent)
+            # Not self.opponent: the trainer would compute its whole distributions.
+            self.second_model = load_model(job.model_folder).to(job.device).eval()
+            install_packed_forward(self.second_model)
 
         def compute_loss(self, model: Any, inputs: Any, *arguments: Any, **settings: Any) -> Any:
             with torch.no_grad():
-                batch_logps(self.opponent, inputs.batch)
+                batch_logps(self.second_model, inputs.batch)
             return super().compute_loss(model, inputs, *arguments, **settings)
 
     _train(UncachedTrainer, job, turns, {})

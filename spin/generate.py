@@ -21,10 +21,11 @@ def main(arguments: Sequence[str]) -> None:
     sampling = check_options(options)
     interrupt_on_sigterm()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from spin.alignment.generation import find_backend
     from spin.alignment.generation.fraction_journal import clear_parts
     from spin.alignment.models.folder import check_model_path, model_folder
 
-    check_model_path(options.model, needs_weights=options.backend != "openai")
+    check_model_path(options.model, needs_weights=not find_backend(options.backend).needs_server)
     model_dir = model_folder(options.model, options.revision)
     stated = stated_provenance(options, sampling, model_dir)
     if num_prompts := known_complete(options, stated):

@@ -8,11 +8,9 @@ run_spin.py; started again after a crash it goes on from the last complete check
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 from spin.alignment.core.program import is_help, run_program
-from spin.alignment.training.online.run import check_context, check_references, check_settings, train
 
 USAGE = """usage: accelerate launch spin/run_online.py CONFIG.yaml [--key=value ...]
 
@@ -24,7 +22,7 @@ Trains a policy on labelled responses that it draws itself, step by step. CONFIG
   sampling  backend num_samples temperature top_p top_k max_new_tokens generation_batch_size gpu_memory_utilization
   labels    scorer scorer_model scorer_batch_size scorer_max_length scorer_dtype base_url score_cache
             pairing baseline soft_mean_b
-  method    loss_type beta eta label_smoothing length_normalize nll_weight updates_per_batch ref_update_freq
+  method    loss_type loss_settings beta eta label_smoothing length_normalize nll_weight updates_per_batch ref_update_freq
   held out  eval_prompts eval_split eval_strategy eval_steps eval_temperatures eval_limit
   output    output_dir overwrite_output_dir resume_from_checkpoint
 
@@ -34,35 +32,13 @@ and every key of transformers.TrainingArguments (batch sizes count prompts). doc
 def main(arguments: Sequence[str]) -> None:
     if is_help(arguments, USAGE):
         return
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from spin.alignment.core.config import load_config
 
     values = load_config(arguments[0], arguments[1:])
-    values.setdefault("dataset_splits", ["train"])
-    from spin.alignment.core.provenance import hash_weights
-    from spin.alignment.models.folder import model_folder
-    from spin.alignment.training.online.config import OnlineConfig
-    from spin.alignment.training.online.prompts import load_splits
-    from spin.alignment.training.run import report, setup_logging
-    from spin.alignment.training.settings import make_encoder, read_settings
+    from spin.alignment.training.online.run import OnlineTraining
+    from spin.alignment.training.run import train
 
-    settings = read_settings(values, arguments[0], OnlineConfig)
-    check_settings(settings)
-    if settings.arguments.backend == "vllm":
-        from spin.alignment.generation.vllm.backend import check_installed
-
-        check_installed()
-    setup_logging(settings.arguments.process_index == 0)
-    model = settings.model
-    encoder = make_encoder(settings)
-    splits, left_out = load_splits(settings.data, settings.arguments, encoder)
-    check_references(settings, splits)
-    for name, dataset in splits.items():
-        longer = f", {left_out[name]} longer than max_prompt_length left out" if left_out[name] else ""
-        report(settings, f"{name}: {len(dataset)} prompts{longer}")
-    folder = model_folder(model.model_name_or_path, model.model_revision)
-    check_context(settings, splits, folder)
-    train(settings, splits, left_out, encoder, hash_weights(folder))
+    train(OnlineTraining(), values, arguments[0])
 
 
 if __name__ == "__main__":

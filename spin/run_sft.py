@@ -7,12 +7,9 @@ Only response tokens are learned. ``init_from_config: true`` starts from random 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 from spin.alignment.core.program import is_help, run_program
-from spin.alignment.training.sft_data import load_truth
-from spin.alignment.training.sft_run import train
 
 USAGE = """usage: accelerate launch spin/run_sft.py CONFIG.yaml [--key=value ...]
 
@@ -29,29 +26,13 @@ and every key of trl.SFTConfig. docs/configuration.md explains each."""
 def main(arguments: Sequence[str]) -> None:
     if is_help(arguments, USAGE):
         return
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from spin.alignment.core.config import load_config
 
     values = load_config(arguments[0], arguments[1:])
-    from spin.alignment.core.provenance import hash_file, hash_weights
-    from spin.alignment.models.folder import model_folder
-    from spin.alignment.training.run import report, setup_logging
-    from spin.alignment.training.settings import make_encoder, read_settings
-    from spin.alignment.training.sft import SFTArguments
+    from spin.alignment.training.run import train
+    from spin.alignment.training.sft import SFTTraining
 
-    values.setdefault("dataset_splits", ["train"])
-    settings = read_settings(values, arguments[0], SFTArguments)
-    setup_logging(settings.arguments.process_index == 0)
-    model = settings.model
-    encoder = make_encoder(settings)
-    data, dropped = load_truth(settings, encoder)
-    for split, rows in data.items():
-        report(
-            settings, f"{split}: {len(rows)} rows" + (f", dropped {dropped}" if dropped and split == "train" else "")
-        )
-    source = model_folder(model.model_name_or_path, model.model_revision)
-    key = hash_file(source / "config.json") if model.init_from_config else hash_weights(source)
-    train(settings, data, dropped, encoder.tokenizer, key)
+    train(SFTTraining(), values, arguments[0])
 
 
 if __name__ == "__main__":

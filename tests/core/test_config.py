@@ -14,7 +14,7 @@ from tests.helpers import REPOSITORY
 
 CONFIGS = REPOSITORY / "configs"
 LAUNCH = ["cpu", "multi_gpu", "deepspeed_zero2", "deepspeed_zero3", "deepspeed_zero3_cpu", "fsdp2"]
-RUNS = ["demo", "zephyr_7b"]
+RUNS = ["demo", "zephyr_7b", "tspin_zephyr_7b"]
 PAPER = ["config", "config_iter1", "config_iter2", "config_iter3"]
 
 
@@ -67,7 +67,7 @@ def test_accelerate_reads_every_launch_configuration(name):
 
 
 def test_no_shipped_configuration_is_left_untested():
-    known = {*LAUNCH, *PAPER, "demo", "zephyr_7b"}
+    known = {*LAUNCH, *PAPER, *RUNS}
     # Those of the relatives: test_run_online.py, test_sppo.py and test_weigh_stage.py; the two bases by what extends them.
     online = {"demo_online", "demo_sppo", "demo_wspin", "gsm8k_small_online", "gsm8k_small_sppo", "online_gsm8k"}
     online |= {"online_sppo_math", "demo_sorting", "gsm8k_small"}

@@ -15,7 +15,6 @@ from spin.alignment.core.provenance import Provenance
 from spin.alignment.data.chat_encoder import ChatEncoder
 from tests.helpers import char_tokenizer, run_main, save_tiny_model, tiny_llama
 
-SIDES = ("chosen", "rejected")
 ANSWERS = ["red", "green tea", "7", "eleven!", "a longer answer here", " blue "]
 
 

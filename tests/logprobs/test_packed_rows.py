@@ -39,6 +39,7 @@ def random_pairs(count: int, seed: int = 0, longest: int = 14, weights: bool = F
             if weights:
                 pair[f"{half}_weights"] = [2 * draw.random() for _ in pair[f"{half}_ids"]]
             pair[f"{half}_win_prob"], pair[f"{half}_reward"] = labels.random(), labels.gauss(0, 1)
+            pair[f"{half}_pair_win_prob"] = labels.random()
         found.append(pair)
     return found
 
@@ -128,11 +129,11 @@ def naive(model: torch.nn.Module, pairs: list[dict[str, Any]], objective) -> tup
             streams[0, row, : len(response)] = 1
             streams[1, row, : len(response)] = torch.tensor(pair[f"{half}_reference"])
             streams[2, row, : len(response)] = torch.tensor(pair.get(f"{half}_weights", [1.0] * len(response)))
-        win_probs, rewards = (
-            torch.tensor([pair[f"chosen_{label}"], pair[f"rejected_{label}"]], dtype=torch.float64)
-            for label in ("win_prob", "reward")
-        )
-        inputs = LossInputs(torch.stack(policy), streams[1], streams[0], streams[2], None, win_probs, rewards)
+        labels = {
+            label: torch.tensor([pair[f"chosen_{label}"], pair[f"rejected_{label}"]], dtype=torch.float64)
+            for label in ("win_prob", "pair_win_prob", "reward")
+        }
+        inputs = LossInputs(torch.stack(policy), streams[1], streams[0], streams[2], None, labels)
         losses.append(objective(inputs))
     loss = torch.stack(losses).sum()
     loss.backward()

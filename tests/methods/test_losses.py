@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from spin.alignment.core.errors import InputError
-from spin.alignment.methods.losses import LOSSES, LossInputs, loss_settings
+from spin.alignment.methods.losses import LOSSES, LossInputs
 from spin.alignment.methods.losses.base import sequence_logratios
+from spin.alignment.methods.losses.settings import loss_arguments
 
 
 def streams(weights=None, mask=None):
@@ -89,10 +90,10 @@ def test_the_gradient_pushes_chosen_up_and_rejected_down():
 
 def test_an_unknown_loss_lists_the_valid_ones():
     with pytest.raises(InputError, match="choose one of hinge, ipo, sigmoid, space, sppo"):
-        loss_settings("dpo", {})
+        loss_arguments("dpo", {})
 
 
 def test_a_setting_the_loss_would_ignore_is_refused():
     with pytest.raises(InputError, match="loss_type hinge does not use it"):
-        loss_settings("hinge", {"beta": 0.1, "label_smoothing": 0.1})
-    assert loss_settings("hinge", {"beta": 0.1, "label_smoothing": 0.0}) == {"beta": 0.1}
+        loss_arguments("hinge", {"beta": 0.1, "label_smoothing": 0.1})
+    assert loss_arguments("hinge", {"beta": 0.1, "label_smoothing": 0.0}) == {"beta": 0.1}

@@ -8,13 +8,11 @@ import random
 import pytest
 import torch
 
+from spin.alignment.core.arithmetic import sigmoid
 from spin.alignment.core.errors import InputError
-from spin.alignment.methods.losses import LOSS_COLUMNS
-from spin.alignment.methods.losses import soft_mean as tensor_soft_mean
+from spin.alignment.methods.losses import LOSSES, soft_mean
 from spin.alignment.methods.pairings import PAIRINGS, check_num_samples, label_rows
 from spin.alignment.methods.pairings.base import Labelled
-from spin.alignment.methods.pairings.every_sample import soft_mean
-from spin.alignment.methods.pairings.win_rate import sigmoid
 
 LABELLED = sorted(name for name, pairing in PAIRINGS.items() if isinstance(pairing, Labelled))
 
@@ -138,11 +136,9 @@ def test_every_sample_keeps_equal_scores():
     assert [(pair["chosen_reward"], pair["rejected_reward"]) for pair in pairs] == [(0.0, 0.0)]
 
 
-def test_both_soft_means_are_the_same():
+def test_the_soft_mean_of_numbers_is_that_of_a_tensor():
     scores = [0.3, -2.0, 700.0, 699.0]
-    assert soft_mean(scores) == pytest.approx(
-        tensor_soft_mean(torch.tensor(scores, dtype=torch.double)).item(), rel=1e-14
-    )
+    assert soft_mean(scores) == pytest.approx(soft_mean(torch.tensor(scores, dtype=torch.double)).item(), rel=1e-14)
 
 
 @pytest.mark.parametrize("name", [name for name in LABELLED if name != "every_sample"])
@@ -175,7 +171,7 @@ def test_pairs_stay_with_their_prompt(name, size):
 
 def test_every_label_a_loss_needs_is_written_by_a_pairing():
     written = {name for pairing in PAIRINGS.values() for name in getattr(pairing, "adds", ())}
-    assert {f"{half}_{column}" for column in LOSS_COLUMNS.values() for half in ("chosen", "rejected")} <= written
+    assert {column for loss in LOSSES.values() for label in loss.labels for column in label.columns} <= written
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ import torch
 
 from spin.alignment.core.errors import InputError
 from spin.alignment.generation import generate
-from spin.alignment.methods.losses import LOSS_COLUMNS, LOSSES, LossInputs, LossOutputs, loss_settings, soft_mean
+from spin.alignment.methods.losses import LOSSES, LossInputs, LossOutputs, soft_mean
+from spin.alignment.methods.losses.settings import loss_arguments
 from spin.alignment.methods.pairings import PAIRINGS, check_num_samples
 from spin.alignment.pairs import convert as convert_data
 from spin.alignment.pairs.annotate import check_loss
@@ -22,38 +23,38 @@ def doubles(*values):
     return torch.tensor(values, dtype=torch.double)
 
 
-def streams(**labels):
+def streams(weights=None, position_kl=None, **labels):
     """One pair, two tokens a side: log-ratios +0.5 +0.25 (chosen) and -0.5 +0.25 (rejected): r_w = 0.75, r_l = -0.25."""
     policy = doubles([-1.0, -2.0], [-3.0, -1.0])
     reference = doubles([-1.5, -2.25], [-2.5, -1.25])
-    return LossInputs(policy, reference, torch.ones(2, 2), **labels)
+    return LossInputs(policy, reference, torch.ones(2, 2), weights, position_kl, labels)
 
 
 def gradients(name, policy=None, **labels):
     """Gradient of each response's first token at the start, where policy and opponent are the same."""
     policy = torch.zeros(2, 3, dtype=torch.double, requires_grad=True)
-    inputs = LossInputs(policy, torch.zeros(2, 3), torch.ones(2, 3), **labels)
+    inputs = LossInputs(policy, torch.zeros(2, 3), torch.ones(2, 3), labels=labels)
     LOSSES[name](inputs, beta=0.1).losses.sum().backward()
     return policy.grad[:, 0].tolist()
 
 
 def test_sppo_by_hand():
     # arXiv 2405.00675, eq. 3.6; eta = 1 / 0.5 = 2: 1/2 [(0.75 - 2 * 0.3)^2 + (-0.25 - 2 * -0.1)^2] = (0.0225 + 0.0025) / 2
-    found = LOSSES["sppo"](streams(win_probs=doubles(0.8, 0.4)), beta=0.5)
+    found = LOSSES["sppo"](streams(win_prob=doubles(0.8, 0.4)), beta=0.5)
     assert found.losses.item() == pytest.approx(0.0125, rel=1e-12)
     assert (found.chosen_rewards.item(), found.rejected_rewards.item()) == (0.375, -0.125)
 
 
 def test_eta_overrides_beta():
     # eta = 1: 1/2 [(0.75 - 0.3)^2 + (-0.25 + 0.1)^2] = (0.2025 + 0.0225) / 2
-    found = LOSSES["sppo"](streams(win_probs=doubles(0.8, 0.4)), beta=0.5, eta=1.0)
+    found = LOSSES["sppo"](streams(win_prob=doubles(0.8, 0.4)), beta=0.5, eta=1.0)
     assert found.losses.item() == pytest.approx(0.1125, rel=1e-12)
 
 
 def test_sppo_single_takes_one_probability_for_both():
     # targets +-2 * (0.8 - 1/2) = +-0.6, whatever the rejected half holds: 1/2 [0.15^2 + 0.35^2] = (0.0225 + 0.1225) / 2
     for rejected in (0.2, 0.9):
-        found = LOSSES["sppo_single"](streams(win_probs=doubles(0.8, rejected)), beta=0.5)
+        found = LOSSES["sppo_single"](streams(pair_win_prob=doubles(0.8, rejected)), beta=0.5)
         assert found.losses.item() == pytest.approx(0.0725, rel=1e-12)
 
 
@@ -61,12 +62,12 @@ def test_sppo_hard_is_sppo_of_a_sure_win():
     # targets +-eta/2 = +-1: 1/2 [(0.75 - 1)^2 + (-0.25 + 1)^2] = (0.0625 + 0.5625) / 2
     hard = LOSSES["sppo_hard"](streams(), beta=0.5).losses
     assert hard.item() == pytest.approx(0.3125, rel=1e-12)
-    assert torch.equal(hard, LOSSES["sppo"](streams(win_probs=doubles(1.0, 0.0)), beta=0.5).losses)
+    assert torch.equal(hard, LOSSES["sppo"](streams(win_prob=doubles(1.0, 0.0)), beta=0.5).losses)
 
 
 def test_sppo_reward_costs_each_response_on_its_own():
     # eta = 1: (0.75 - 0.5)^2 = 0.0625 and (-0.25 + 1)^2 = 0.5625; eta = 2: (0.75 - 1)^2 and (-0.25 + 2)^2
-    inputs = streams(rewards=doubles(0.5, -1.0))
+    inputs = streams(reward=doubles(0.5, -1.0))
     assert LOSSES["sppo_reward"](inputs, beta=0.1).losses.tolist() == pytest.approx([0.0625, 0.5625], rel=1e-12)
     assert LOSSES["sppo_reward"](inputs, eta=2.0).losses.tolist() == pytest.approx([0.0625, 3.0625], rel=1e-12)
 
@@ -74,7 +75,7 @@ def test_sppo_reward_costs_each_response_on_its_own():
 def test_sppo_of_two_pairs_keeps_the_halves_apart():
     same = torch.zeros(4, 3, dtype=torch.double)
     inputs = LossInputs(
-        same, same, torch.ones(4, 3), win_probs=doubles(0.5, 1.0, 0.5, 0.0), rewards=doubles(1, 2, 3, 4)
+        same, same, torch.ones(4, 3), labels={"win_prob": doubles(0.5, 1.0, 0.5, 0.0), "reward": doubles(1, 2, 3, 4)}
     )
     assert LOSSES["sppo"](inputs, eta=2.0).losses.tolist() == [0.0, 1.0]  # 1/2 (1^2 + 1^2) for the second
     assert LOSSES["sppo_reward"](inputs).losses.tolist() == [1.0, 4.0, 9.0, 16.0]
@@ -90,12 +91,12 @@ def test_sppo_weighs_tokens():
     ("name", "labels", "expected"),
     [
         # d/dr of 1/2 (r - t)^2 at 0 is -t, with t = 10 * (P - 1/2)
-        ("sppo", {"win_probs": doubles(0.8, 0.4)}, [-3.0, 1.0]),
-        ("sppo", {"win_probs": doubles(0.8, 0.7)}, [-3.0, -2.0]),  # a good loser is pushed up too
-        ("sppo_single", {"win_probs": doubles(0.8, 0.2)}, [-3.0, 3.0]),
+        ("sppo", {"win_prob": doubles(0.8, 0.4)}, [-3.0, 1.0]),
+        ("sppo", {"win_prob": doubles(0.8, 0.7)}, [-3.0, -2.0]),  # a good loser is pushed up too
+        ("sppo_single", {"pair_win_prob": doubles(0.8, 0.2)}, [-3.0, 3.0]),
         ("sppo_hard", {}, [-5.0, 5.0]),
         # d/dr (r - reward)^2 at 0 is -2 reward
-        ("sppo_reward", {"rewards": doubles(0.5, -1.0)}, [-1.0, 2.0]),
+        ("sppo_reward", {"reward": doubles(0.5, -1.0)}, [-1.0, 2.0]),
         # d/dr of -log sigmoid(r) and -log sigmoid(-r) at 0
         ("space", {}, [-0.5, 0.5]),
     ],
@@ -139,11 +140,11 @@ def test_soft_mean_lies_between_mean_and_maximum():
 
 
 @pytest.mark.parametrize(
-    ("name", "label"), [("sppo", "win_probs"), ("sppo_single", "win_probs"), ("sppo_reward", "rewards")]
+    ("name", "label"), [("sppo", "win_prob"), ("sppo_single", "pair_win_prob"), ("sppo_reward", "reward")]
 )
 def test_a_loss_without_its_labels_is_refused(name, label):
-    assert name in LOSS_COLUMNS
-    with pytest.raises(ValueError, match=f"the loss {name} needs {label}"):
+    assert [item.name for item in LOSSES[name].labels] == [label]
+    with pytest.raises(ValueError, match=f"the loss reads the label {label}, which these inputs do not have"):
         LOSSES[name](streams())
 
 
@@ -192,13 +193,13 @@ def test_padding_of_the_kl_never_counts():
 )
 def test_settings_of_another_loss_are_refused(name, settings, sentence):
     with pytest.raises(InputError, match=sentence):
-        loss_settings(name, settings)
+        loss_arguments(name, settings)
 
 
 def test_defaults_of_another_loss_pass():
     settings = {"beta": 0.1, "eta": None, "alpha": 0.0, "noise_ratio": 1.0, "label_smoothing": 0.0}
-    assert loss_settings("sppo", settings) == {"beta": 0.1, "eta": None}
-    assert loss_settings("space", settings) == {"beta": 0.1, "noise_ratio": 1.0}
+    assert loss_arguments("sppo", settings) == {"beta": 0.1, "eta": None}
+    assert loss_arguments("space", settings) == {"beta": 0.1, "noise_ratio": 1.0}
 
 
 @pytest.mark.parametrize(
@@ -220,7 +221,7 @@ def test_training_settings_are_checked(settings, sentence, tmp_path):
 
 def test_training_settings_reach_the_loss(tmp_path):
     config = SPINConfig(output_dir=str(tmp_path), loss_type="sppo", beta=0.001)
-    assert config.loss_settings == {"beta": 0.001, "eta": None}
+    assert config.loss_arguments == {"beta": 0.001, "eta": None}
 
 
 def test_a_pair_costs_the_mean_of_its_responses():
@@ -242,7 +243,7 @@ def test_the_configurations_of_the_paper_fit_together(name, tmp_path):
         here = {"model_name_or_path": "opponent", "output_dir": str(tmp_path), "use_cpu": True}
         settings = read_settings(config.train_values(iteration) | here, name, SPINConfig).arguments
         check_loss(convert.pairing, settings.loss_type)
-        assert (settings.loss_settings["beta"], settings.learning_rate, settings.num_train_epochs) == (0.001, 5e-7, 1)
+        assert (settings.loss_arguments["beta"], settings.learning_rate, settings.num_train_epochs) == (0.001, 5e-7, 1)
         assert settings.pairs_per_micro_batch * config.launch.num_processes == 64
         assert config.data.played(iteration)[0].endswith(f"sppo-iter{iteration + 1}")
     assert (sampling.num_samples, sampling.temperature, sampling.top_p, config.iterations) == (5, 0.7, 0.9, 3)

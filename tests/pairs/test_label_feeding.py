@@ -50,7 +50,7 @@ LABELS = {
     ("loss_type", "feature", "values"),
     [
         ("sppo", "win_prob", (0.7, 0.2)),
-        ("sppo_single", "win_prob", (0.9, 0.1)),
+        ("sppo_single", "pair_win_prob", (0.9, 0.1)),
         ("sppo_reward", "reward", (1.25, -3.5)),
     ],
 )

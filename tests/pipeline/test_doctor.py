@@ -90,3 +90,17 @@ def test_how_to_install_what_is_absent(monkeypatch, checkout, command):
     details = {finding.what: finding.detail for finding in doctor.optional_findings()}
     assert details["peft"] == f"for use_peft: {command}"
     assert details["flash_attn"] == "for attn_implementation: flash_attention_2"
+
+
+def test_bounds_are_those_of_the_core_and_not_of_an_extra(monkeypatch):
+    required = ["torch>=2.13.0,<2.15", 'torch==2.13.0; extra == "dev"', 'pytest>=8; extra == "dev"']
+    monkeypatch.setattr(doctor.metadata, "requires", lambda name: required)
+    assert doctor.pins() == {"torch": "<2.15,>=2.13.0"}
+    monkeypatch.setattr(doctor.metadata, "version", lambda name: "2.14.1+cpu" if name == "torch" else "1.0")
+    findings = {finding.what: finding for finding in doctor.package_findings()}
+    assert findings["torch"].verdict == "ok"
+    monkeypatch.setattr(doctor.metadata, "version", lambda name: "2.15.0")
+    torch, *_ = doctor.package_findings()
+    assert (
+        torch.verdict == "broken" and torch.detail == "2.15.0, but <2.15,>=2.13.0 is what was tested: pip install -e ."
+    )

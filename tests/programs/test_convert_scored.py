@@ -145,7 +145,7 @@ def test_written_labels_reach_the_encoded_pairs(generated, tmp_path):
     for loss, column in (("sppo", "win_prob"), ("sppo_single", "pair_win_prob")):
         encoded, dropped = encode_split(mixed, ChatEncoder(char_tokenizer()), config, loss)
         assert len(encoded) == 5 and not dropped
-        assert encoded[0]["chosen_win_prob"] == pairs[0][f"chosen_{column}"] > 0.5
+        assert encoded[0][f"chosen_{column}"] == pairs[0][f"chosen_{column}"] > 0.5
         assert (encoded[0]["chosen_ids"], encoded[0]["rejected_ids"]) == ([3, 2], [0, 2])
 
 

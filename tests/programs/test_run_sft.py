@@ -16,7 +16,7 @@ from spin.alignment.core.config import load_config
 from spin.alignment.data.chat_encoder import ChatEncoder
 from spin.alignment.training.settings import read_settings
 from spin.alignment.training.sft import SFTArguments
-from spin.alignment.training.sft_data import load_truth
+from spin.alignment.training.sft_data import load_ground_truth
 from tests.helpers import run_main
 from tests.helpers.runs import write_sums
 
@@ -106,7 +106,7 @@ def test_prompts_are_those_of_generation_and_carry_no_loss(tiny_model, sums, tmp
     values = load_config(write_config(tmp_path, tiny_model, sums, dataset_splits=["train"]))
     settings = read_settings(values, "sft.yaml", SFTArguments)
     encoder = ChatEncoder(AutoTokenizer.from_pretrained(tiny_model))
-    data, dropped = load_truth(settings, encoder)
+    data, dropped = load_ground_truth(settings, encoder)
     row = data["train"][0]
     prompt = encoder.prompt_ids([{"role": "user", "content": "0+1"}])
     answer = encoder.response_ids([{"role": "user", "content": "0+1"}, {"role": "assistant", "content": "1"}])

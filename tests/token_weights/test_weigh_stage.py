@@ -96,7 +96,10 @@ def test_verdict_against_spin_without_weights():
         ({**REVERSE, "train": {"reverse": True}}, "'reverse' in weigh.train is set by the pipeline itself"),
         ({**REVERSE, "train": {"betta": 1}}, "unknown key 'betta'.*weigh.train.*forward"),
         ({**REVERSE, "train": 3}, "weigh.train is not a mapping"),
-        ({"weighting": "drift", "train": {"beta": 1}}, "weigh.train is for reverse_dpo"),
+        (
+            {"weighting": "drift", "train": {"beta": 1}},
+            "weigh.train is for weightings whose models the run trains .reverse_dpo.",
+        ),
         ({"weighting": "drift", "transform": "binary"}, "drift does not use --transform"),
         ({"weighting": "teacher"}, "compares two models: give --model_plus"),
         ({"weighting": "teacher", "model_plus": "./none"}, "./none does not exist"),

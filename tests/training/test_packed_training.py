@@ -212,7 +212,8 @@ def test_a_part_of_another_opponent_is_not_taken_up(tmp_path):
 
     key = ReferenceKey("w", "t", "float32")
     path = store_path(tmp_path, "train", key)
-    reference._write(path.with_name(f".{path.name}.part-0"), {0: ([1.0], [2.0])}, ReferenceKey("other", "t", "float32"))
+    other, schema = ReferenceKey("other", "t", "float32"), reference._schema(("chosen", "rejected"))
+    reference._write(path.with_name(f".{path.name}.part-0"), {0: [[1.0], [2.0]]}, other, schema)
     assert reference._missing(path, key, 3, Accelerator(cpu=True)) == [0, 1, 2]
 
 

@@ -1,65 +1,84 @@
-"""A preference row to the token ids of its prompt and both responses; truncation happens here."""
+"""A preference row to the token ids of its prompt and its responses; truncation happens here."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from spin.alignment.core.errors import InputError
+from spin.alignment.core.sides import SIDES
 from spin.alignment.data.chat_encoder import ChatEncoder
 
 
 @dataclass(frozen=True)
 class EncodedPair:
-    """One preference pair as ids; both responses follow the same prompt. A response cut short carries no EOS."""
+    """The responses of one preference row as ids, by name; all follow the same prompt. A response cut short carries no EOS."""
 
     prompt_ids: list[int]
-    chosen_ids: list[int]
-    rejected_ids: list[int]
+    responses: Mapping[str, list[int]]
+
+    @property
+    def chosen_ids(self) -> list[int]:
+        return self.responses["chosen"]
+
+    @property
+    def rejected_ids(self) -> list[int]:
+        return self.responses["rejected"]
+
+    def columns(self) -> dict[str, list[int]]:
+        """Return ``prompt_ids`` and ``{response}_ids``: the columns of the encoded row."""
+        return {"prompt_ids": self.prompt_ids} | {f"{name}_ids": ids for name, ids in self.responses.items()}
 
 
 def encode_pair(
-    row: Mapping[str, Any], encoder: ChatEncoder, max_length: int, max_prompt_length: int
+    row: Mapping[str, Any],
+    encoder: ChatEncoder,
+    max_length: int,
+    max_prompt_length: int,
+    responses: Sequence[str] = SIDES,
 ) -> EncodedPair | str:
-    """Encode and truncate a preference row; return the reason instead when the pair has to be dropped.
+    """Encode and truncate a preference row; return the reason instead when it has to be dropped.
 
-    Sampled ids (``chosen_token_ids``, ``rejected_token_ids``) are used as they are. When prompt plus the longer response
-    exceeds ``max_length`` tokens, the prompt keeps its BOS and its last tokens, ``max_prompt_length`` in all, then both
-    responses are cut to what remains.
+    Sampled ids (``chosen_token_ids``, ``rejected_token_ids``) are used as they are. When prompt plus the longest response
+    exceeds ``max_length`` tokens, the prompt keeps its BOS and its last tokens, ``max_prompt_length`` in all, then all
+    responses are cut to what remains. ``responses`` are the columns to encode.
 
     Raises:
-        InputError: the two conversations have different prompts, or the template refuses them.
+        InputError: the conversations have different prompts, or the template refuses them.
     """
-    prompt = list(row["chosen"][:-1])
-    if prompt != list(row["rejected"][:-1]):
-        raise InputError(
-            f"prompt {row.get('prompt_id', '?')}: chosen and rejected have different prompts: mend the row"
-        )
+    prompt = list(row[responses[0]][:-1])
+    for name in responses[1:]:
+        if prompt != list(row[name][:-1]):
+            raise InputError(
+                f"prompt {row.get('prompt_id', '?')}: {responses[0]} and {name} have different prompts: correct the row"
+            )
     if reason := encoder.refusal(prompt):
         return reason
     prompt_ids = encoder.prompt_ids(prompt)
-    sides: dict[str, list[int]] = {}
-    for side in ("chosen", "rejected"):
-        ids = _side_ids(row, side, encoder, prompt_ids)
+    found: dict[str, list[int]] = {}
+    for name in responses:
+        ids = _response_ids(row, name, encoder, prompt_ids)
         if isinstance(ids, str):
             return ids
-        sides[side] = ids
-    whole = EncodedPair(prompt_ids, sides["chosen"], sides["rejected"])
+        found[name] = ids
+    whole = EncodedPair(prompt_ids, found)
     pair = truncate_pair(whole, max_length, max_prompt_length, encoder.tokenizer.bos_token_id)
-    for side, ids in (("chosen", pair.chosen_ids), ("rejected", pair.rejected_ids)):
+    for name, ids in pair.responses.items():
         if not ids:
-            return f"empty {side} response after truncation to max_length {max_length}"
+            return f"empty {name} response after truncation to max_length {max_length}"
     return pair
 
 
 def truncate_pair(pair: EncodedPair, max_length: int, max_prompt_length: int, bos_id: int | None) -> EncodedPair:
-    """Cut a pair of more than ``max_length`` tokens a side: the prompt from the left, then both responses from the right."""
-    if len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids)) <= max_length:
+    """Cut a row whose prompt and longest response exceed ``max_length`` tokens: the prompt from the left, then all responses
+    from the right.
+    """
+    if len(pair.prompt_ids) + max(map(len, pair.responses.values())) <= max_length:
         return pair
     prompt_ids = truncate_prompt(pair.prompt_ids, max_prompt_length, bos_id)
     room = max(0, max_length - len(prompt_ids))
-    return EncodedPair(prompt_ids, pair.chosen_ids[:room], pair.rejected_ids[:room])
+    return EncodedPair(prompt_ids, {name: ids[:room] for name, ids in pair.responses.items()})
 
 
 def truncate_prompt(ids: list[int], max_prompt_length: int, bos_id: int | None) -> list[int]:
@@ -71,8 +90,8 @@ def truncate_prompt(ids: list[int], max_prompt_length: int, bos_id: int | None) 
     return ids[len(ids) - max_prompt_length :]
 
 
-def _side_ids(row: Mapping[str, Any], side: str, encoder: ChatEncoder, prompt_ids: list[int]) -> list[int] | str:
-    """The response ids of one side, or why there are none."""
+def _response_ids(row: Mapping[str, Any], side: str, encoder: ChatEncoder, prompt_ids: list[int]) -> list[int] | str:
+    """The ids of one response, or why there are none."""
     sampled = row.get(f"{side}_token_ids")
     if sampled is not None:
         return [int(token) for token in sampled] or f"empty {side} response"

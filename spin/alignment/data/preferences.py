@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +13,9 @@ import pyarrow.compute as pc
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.parquet import open_parquet, read_batches
 from spin.alignment.core.provenance import METADATA_KEY, Provenance, read_provenance
+from spin.alignment.core.sides import INITIAL, SIDES
 from spin.alignment.data.formats import Message, check_conversation, prompt_hash, whole_conversation
-from spin.alignment.data.rows import OPTIONAL_COLUMNS, PREFERENCE_SCHEMA
+from spin.alignment.data.rows import LABEL_TYPE, OPTIONAL_COLUMNS, PREFERENCE_SCHEMA
 from spin.alignment.data.source_files import read_records, split_files
 
 if TYPE_CHECKING:
@@ -103,21 +104,34 @@ def _foreign_table(records: Iterator[tuple[str, Mapping[str, Any]]], source: str
         samples[row["prompt_id"]] += 1
         rows.append(row)
         present |= fields.keys() & row.keys()
-    schema = pa.schema([(name, kind) for name, kind in fields.items() if name in present])
+    columns = {name: kind for name, kind in fields.items() if name in present}
+    schema = pa.schema([*columns.items(), *((name, LABEL_TYPE) for name in _label_columns(rows, fields))])
     try:
         return pa.Table.from_pylist(rows, schema)
     except pa.ArrowException as error:
         raise InputError(f"{source} holds a value of the wrong type ({error}): see docs/data_format.md") from error
 
 
+def _label_columns(rows: Sequence[Mapping[str, Any]], known: Iterable[str]) -> list[str]:
+    """Return the columns ``chosen_X`` and ``rejected_X`` that hold a number, or nothing, in every row: labels of a response."""
+    names = {name for row in rows for name in row if name.startswith(tuple(f"{side}_" for side in SIDES))} - {*known}
+    numbers = {name for name in names if all(_is_number(row.get(name)) for row in rows)}
+    return sorted(name for name in numbers if {f"{side}_{name.partition('_')[2]}" for side in SIDES} <= numbers)
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
 def _preference_row(record: Mapping[str, Any], where: str) -> dict[str, Any]:
     row = {name: value for name, value in record.items() if value is not None}
     if {"real", "generated"} <= row.keys():
         row["chosen"], row["rejected"] = row.pop("real"), row.pop("generated")
-    for name in ("chosen", "rejected"):
+    for name in SIDES:
         if name not in row:
             raise InputError(f"{where} lacks the column '{name}': convert the data with spin/convert_data.py")
-    row["chosen"], row["rejected"] = (whole_conversation(row, name, where) for name in ("chosen", "rejected"))
+    conversations = {name: whole_conversation(row, name, where) for name in (*SIDES, INITIAL) if name in row}
+    row |= conversations
     check_pair(row["chosen"], row["rejected"], where, row.get("chosen_token_ids") is not None)
     row["prompt_id"] = str(row.get("prompt_id") or prompt_hash(row["chosen"][:-1]))
     return row

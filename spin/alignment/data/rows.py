@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.provenance import hash_texts, id_number
+from spin.alignment.core.sides import INITIAL
 from spin.alignment.data.formats import to_conversations
 from spin.alignment.data.source_files import read_records
 
@@ -36,11 +37,12 @@ OPTIONAL_COLUMNS = {
     "chosen_weights": pa.list_(pa.float32()),
     "rejected_weights": pa.list_(pa.float32()),
     "rejected_logprobs": pa.list_(pa.float32()),
-} | {
-    f"{half}_{label}": pa.float64()
-    for label in ("score", "win_prob", "pair_win_prob", "reward")
-    for half in ("chosen", "rejected")
+    INITIAL: MESSAGES,
+    f"{INITIAL}_token_ids": pa.list_(pa.int32()),
+    f"{INITIAL}_finish_reason": pa.string(),
 }
+# A label of a response, such as chosen_score and rejected_score.
+LABEL_TYPE = pa.float64()
 
 
 def stream_prompts(input_dir: str, split: str, truth_required: bool = True) -> Iterator[dict[str, Any]]:

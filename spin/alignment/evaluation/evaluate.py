@@ -43,10 +43,15 @@ def make_parser() -> Parser:
 
 def check_options(options: Any) -> SamplingConfig:
     """Check every flag that needs no file; return the sampling specification (temperature aside)."""
-    from spin.alignment.generation import BACKENDS
+    from spin.alignment.generation import BACKENDS, check_backend_settings, find_backend
     from spin.alignment.rewards import SCORERS, find_scorer
 
-    lookup(BACKENDS, options.backend, "generation backend")
+    if find_backend(options.backend).needs_server:
+        others = " or ".join(name for name in BACKENDS if not find_backend(name).needs_server)
+        raise InputError(
+            f"backend {options.backend} asks a running server, and an evaluation loads its model itself: choose {others}"
+        )
+    check_backend_settings(options.backend, vars(options))
     if options.metric.isidentifier():
         lookup(SCORERS, options.metric, "metric")
     find_scorer(options.metric)
@@ -79,7 +84,7 @@ def score(options: Any, sampling: SamplingConfig, held_out: list[HeldOut], encod
     import torch
 
     from spin.alignment.evaluation.held_out import evaluate_responses, truth_nll
-    from spin.alignment.generation import make_backend
+    from spin.alignment.generation import find_backend, make_backend
     from spin.alignment.generation.base import BackendSettings
     from spin.alignment.models.config import ModelConfig
     from spin.alignment.models.loading import load_model
@@ -97,7 +102,7 @@ def score(options: Any, sampling: SamplingConfig, held_out: list[HeldOut], encod
         stop_ids=encoder.stop_ids,
         pad_id=encoder.pad_id,
     )
-    chunk = options.batch_size * 16 if options.backend == "transformers" else len(held_out)
+    chunk = options.batch_size * 16 if find_backend(options.backend).holds_batch else len(held_out)
     backend = make_backend(options.backend, settings)
     try:
         scores = evaluate_responses(

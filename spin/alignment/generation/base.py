@@ -158,3 +158,36 @@ class BackendSettings:
     decode: Callable[[Sequence[int]], str] | None = None
     batch_invariant: bool = False
     base_url: str | None = None
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A backend as the registry knows it: how it is made and what it can do, said before anything heavy is imported.
+
+    A plain callable is a backend too, with the defaults below.
+
+    Attributes:
+        make: imports and loads it.
+        takes: settings that mean something to it and not to every backend (``BACKEND_SETTINGS`` are those).
+        needs_server: it asks a running server at ``base_url``, so the model folder need not have weights.
+        flush_every: finished prompts in a part of a fraction, unless the user says otherwise.
+        holds_batch: it decodes ``batch_size`` responses at a time in this process; others plan their batches themselves.
+        online: how online training draws from the policy with it: by the policy's ``own_module``, by an ``engine`` whose
+            weights are reloaded (the backend has a method ``reload(folder)``), or not at all.
+        check_installed: raises :class:`InputError` where what it needs is not installed.
+    """
+
+    make: Callable[[BackendSettings], GenerationBackend]
+    takes: frozenset[str] = frozenset()
+    needs_server: bool = False
+    flush_every: int = 512
+    holds_batch: bool = False
+    online: Literal["", "own_module", "engine"] = ""
+    check_installed: Callable[[], None] = lambda: None
+
+    def __call__(self, settings: BackendSettings) -> GenerationBackend:
+        return self.make(settings)
+
+
+# Settings that only some backends take, with the value that asks for nothing.
+BACKEND_SETTINGS: dict[str, Any] = {"tensor_parallel_size": 1, "batch_invariant": False, "gpu_memory_utilization": 0.9}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spin.alignment.core.console import say, say_error
-from spin.alignment.core.errors import InputError, lookup
+from spin.alignment.core.errors import InputError
 from spin.alignment.core.program import Parser
 from spin.alignment.generation.base import GenerationBackend, PromptRequest, SamplingConfig
 
@@ -70,17 +70,19 @@ def make_parser() -> Parser:
 
 def check_options(options: Any) -> SamplingConfig:
     """Check every flag that can be checked without opening anything, fill in the backend's defaults; return the sampling."""
-    from spin.alignment.generation import BACKENDS
+    from spin.alignment.generation import check_backend_settings, find_backend
 
-    lookup(BACKENDS, options.backend, "generation backend")
-    _check_backend_flags(options)
+    backend = find_backend(options.backend)
+    check_backend_settings(options.backend, vars(options))
+    if (options.base_url is not None) != backend.needs_server:
+        raise InputError(f"base_url and --backend {_serving()} belong together: give both or neither")
     if options.data_frac != "auto":
         try:
             options.data_frac = int(options.data_frac)
         except ValueError:
             raise InputError(f"data_frac is '{options.data_frac}': give a number, or auto") from None
     if options.flush_every is None:
-        options.flush_every = 64 if options.backend == "transformers" else 512
+        options.flush_every = backend.flush_every
     for name, lowest in (
         ("data_frac", 0),
         ("frac_len", 0),
@@ -113,14 +115,11 @@ def check_options(options: Any) -> SamplingConfig:
     )
 
 
-def _check_backend_flags(options: Any) -> None:
-    """Refuse flags that the backend would have to ignore."""
-    if options.tensor_parallel_size > 1 and options.backend != "vllm":
-        raise InputError("tensor_parallel_size is for vllm: set it to 1 or pass --backend vllm")
-    if options.batch_invariant and options.backend != "vllm":
-        raise InputError("batch_invariant is for vllm: leave it out or pass --backend vllm")
-    if (options.base_url is None) == (options.backend == "openai"):
-        raise InputError("base_url and --backend openai belong together: give both or neither")
+def _serving() -> str:
+    """Return the names of the backends that ask a running server."""
+    from spin.alignment.generation import BACKENDS, find_backend
+
+    return ", ".join(name for name in BACKENDS if find_backend(name).needs_server)
 
 
 def _check_adapter(folder: Path) -> None:
@@ -138,11 +137,12 @@ def stated_provenance(options: Any, sampling: SamplingConfig, model_dir: Path) -
     """
     from spin.alignment.core.provenance import Provenance, hash_file, hash_text, hash_weights, package_versions
     from spin.alignment.data.source_files import split_files
+    from spin.alignment.generation import find_backend
 
     data = Path(options.input_dir)
     data_files = split_files(data, options.split) if data.exists() else []
     # What a server has loaded is its own affair; the folder here may hold the tokenizer alone.
-    has_weights = options.backend != "openai" or any(model_dir.glob("*.safetensors"))
+    has_weights = not find_backend(options.backend).needs_server or any(model_dir.glob("*.safetensors"))
     weights_hash = hash_weights(model_dir) if has_weights else ""
     settings: dict[str, Any] = {"dtype": options.dtype, "max_prompt_length": options.max_prompt_length}
     if options.adapter:

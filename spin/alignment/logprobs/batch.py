@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from spin.alignment.core.sides import SIDES
 from spin.alignment.logprobs.attention import PackedLayout
 from spin.alignment.methods.losses import LossInputs
 
@@ -16,22 +17,17 @@ if TYPE_CHECKING:
 
     from spin.alignment.logprobs.reference_store import ReferenceLogps
 
-HALVES = ("chosen", "rejected")
 Feature = Mapping[str, Any]
-
-# Feature of a response -> what the losses call it: one number for each response.
-LABELS = {"win_prob": "win_probs", "reward": "rewards"}
 
 # Logits of one group of pairs, in elements: large matmuls, and still small beside the activations.
 GROUP_ELEMENTS = 2**26
 
 
 class PairDataset(torch.utils.data.Dataset):
-    """Encoded pairs, each with the opponent's log-probs once they are attached.
+    """Encoded pairs, each with the reference log-probs once they are attached.
 
-    ``rows`` has the columns prompt_ids, chosen_ids, rejected_ids and, when tokens are weighted, chosen_weights and
-    rejected_weights; for a loss that reads them the labels chosen_win_prob and rejected_win_prob, or chosen_reward and
-    rejected_reward.
+    ``rows`` has the columns prompt_ids, chosen_ids, rejected_ids (``{response}_ids`` of every response that the loss reads)
+    and, when tokens are weighted, chosen_weights and rejected_weights; any other column chosen_X, rejected_X is a label X.
     """
 
     def __init__(self, rows: Dataset) -> None:
@@ -44,7 +40,7 @@ class PairDataset(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         feature = dict(self.rows[index])
         if self.reference is not None:
-            feature["chosen_reference"], feature["rejected_reference"] = self.reference[index]
+            feature |= {f"{name}_reference": logps for name, logps in self.reference[index].items()}
         return feature
 
 
@@ -67,23 +63,23 @@ class PairGroup:
     """b pairs whose response tokens are neighbours in the batch: all chosen responses, then all rejected ones.
 
     ``rows`` is their slice of the N response tokens; ``completion_mask`` has shape ``(2b, R)``; ``reference_logps`` (nats)
-    and ``weights`` have it too, where the data has them; ``win_probs`` and ``rewards`` have shape ``(2b,)``.
+    and ``weights`` have it too, where the data has them; each of the ``labels`` has shape ``(2b,)``. With k ``responses`` to a
+    row, all of them are ``kb`` long.
     """
 
     rows: slice
     completion_mask: torch.Tensor
     reference_logps: torch.Tensor | None = None
     weights: torch.Tensor | None = None
-    win_probs: torch.Tensor | None = None
-    rewards: torch.Tensor | None = None
+    labels: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    responses: tuple[str, ...] = SIDES
 
     @property
     def pairs(self) -> int:
-        return len(self.completion_mask) // 2
+        return len(self.completion_mask) // len(self.responses)
 
     def loss_inputs(self, logps: torch.Tensor, kl: torch.Tensor | None = None) -> LossInputs:
         """Return the streams of the losses for log-probs, and KL where it is known, ``(n,)`` in the order of ``rows``."""
-        assert self.reference_logps is not None
         policy, position_kl = (
             None
             if flat is None
@@ -91,20 +87,21 @@ class PairGroup:
             for flat in (logps, kl)
         )
         assert policy is not None
-        labels = {name: getattr(self, name) for name in LABELS.values()}
-        return LossInputs(policy, self.reference_logps, self.completion_mask, self.weights, position_kl, **labels)
+        mask, reference = self.completion_mask, self.reference_logps
+        return LossInputs(policy, reference, mask, self.weights, position_kl, self.labels, self.responses)
 
-    def responses(self, logps: torch.Tensor) -> list[torch.Tensor]:
+    def unpadded(self, logps: torch.Tensor) -> list[torch.Tensor]:
         """Return the log-probs of each response, without padding: b chosen ones, then b rejected ones."""
         return list(logps.split(self.completion_mask.sum(dim=1).tolist()))
 
     def to(self, device: torch.device) -> PairGroup:
-        moved = {
+        moved: dict[str, Any] = {
             name: value.to(device, non_blocking=True)
-            for name in ("completion_mask", "reference_logps", "weights", *LABELS.values())
+            for name in ("completion_mask", "reference_logps", "weights")
             if (value := getattr(self, name)) is not None
         }
-        return replace(self, **moved)
+        labels = {name: value.to(device, non_blocking=True) for name, value in self.labels.items()}
+        return replace(self, **moved, labels=labels)
 
 
 @dataclass(frozen=True)

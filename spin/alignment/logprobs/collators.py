@@ -7,9 +7,15 @@ from dataclasses import dataclass
 
 import torch
 
+from spin.alignment.core.sides import SIDES
 from spin.alignment.logprobs.attention import PackedLayout, Tree
-from spin.alignment.logprobs.batch import GROUP_ELEMENTS, HALVES, LABELS, Feature, PackedBatch, PairGroup
+from spin.alignment.logprobs.batch import GROUP_ELEMENTS, Feature, PackedBatch, PairGroup
 from spin.alignment.logprobs.plans import consecutive
+
+# Prefix of a label among the tensors of a padded batch.
+LABEL = "label/"
+# What a response has beside labels.
+_NO_LABELS = {"ids", "reference", "weights"}
 
 
 @dataclass(frozen=True)
@@ -21,27 +27,28 @@ class PackedCollator:
         targets        3 7 8 4 5 9          (chosen of both pairs, rejected of both pairs)
         predictors     1 5 6 1 3 5
 
-    ``share_prompts=False`` writes the prompt in front of the rejected response once more. ``vocab_size`` sets how many pairs
-    a group of logits holds.
+    ``share_prompts=False`` writes the prompt in front of every further response once more. ``vocab_size`` sets how many pairs
+    a group of logits holds; ``responses`` are those of a row, in the order of the loss's streams.
     """
 
     kernel: str = "sdpa"
     vocab_size: int = 32_000
     share_prompts: bool = True
+    responses: tuple[str, ...] = SIDES
 
     def tokens(self, feature: Feature) -> int:
         """Return how many tokens of a row a pair takes."""
-        prompt, chosen, rejected = (len(feature[f"{name}_ids"]) for name in ("prompt", *HALVES))
-        return prompt + chosen + rejected + (0 if self.share_prompts else prompt)
+        prompt, *responses = (len(feature[f"{name}_ids"]) for name in ("prompt", *self.responses))
+        return prompt * (1 if self.share_prompts else len(responses)) + sum(responses)
 
     def __call__(self, features: Sequence[Feature]) -> PackedBatch:
         """Return the packed row of some pairs, in their order."""
         ids: list[int] = []
         positions: list[int] = []
         trees: list[Tree] = []
-        starts: list[tuple[list[int], list[int]]] = []  # of each pair: the predictors of its two responses
+        starts: list[list[list[int]]] = []  # of each pair: the predictors of its responses
         for feature in features:
-            prompt, *responses = (list(feature[f"{name}_ids"]) for name in ("prompt", *HALVES))
+            prompt, *responses = (list(feature[f"{name}_ids"]) for name in ("prompt", *self.responses))
             predictors: list[list[int]] = []
             for number, response in enumerate(responses):
                 if number == 0 or not self.share_prompts:
@@ -54,10 +61,10 @@ class PackedCollator:
             lengths = tuple(map(len, responses))
             shared = (lengths,) if self.share_prompts else tuple((length,) for length in lengths)
             trees += [Tree(len(prompt), branches) for branches in shared]
-            starts.append((predictors[0], predictors[1]))
+            starts.append(predictors)
         groups, order = self._groups(features)
-        picked = [position for number, half in order for position in starts[number][half]]
-        labels = [token for number, half in order for token in features[number][f"{HALVES[half]}_ids"]]
+        picked = [position for number, place in order for position in starts[number][place]]
+        labels = [token for number, place in order for token in features[number][f"{self.responses[place]}_ids"]]
         return PackedBatch(
             input_ids=torch.tensor([ids]),
             position_ids=torch.tensor([positions]),
@@ -68,43 +75,44 @@ class PackedCollator:
         )
 
     def _groups(self, features: Sequence[Feature]) -> tuple[tuple[PairGroup, ...], list[tuple[int, int]]]:
-        """Cut the pairs into groups; return them and the order (pair, half) of the responses."""
+        """Cut the pairs into groups; return them and the order (pair, place among its responses) of the responses."""
         limit = max(1, GROUP_ELEMENTS // self.vocab_size)
-        lengths = [len(feature["chosen_ids"]) + len(feature["rejected_ids"]) for feature in features]
+        lengths = [sum(len(feature[f"{name}_ids"]) for name in self.responses) for feature in features]
         groups, order, start = [], [], 0
         for numbers in consecutive(lengths, limit):
             rows = slice(start, start := start + sum(lengths[number] for number in numbers))
-            groups.append(_group([features[number] for number in numbers], rows))
-            order += [(number, half) for half in (0, 1) for number in numbers]
+            groups.append(_group([features[number] for number in numbers], rows, self.responses))
+            order += [(number, place) for place in range(len(self.responses)) for number in numbers]
         return tuple(groups), order
 
 
-def _group(features: Sequence[Feature], rows: slice) -> PairGroup:
-    responses = [feature[f"{half}_ids"] for half in HALVES for feature in features]
+def _group(features: Sequence[Feature], rows: slice, names: tuple[str, ...]) -> PairGroup:
+    responses = [feature[f"{name}_ids"] for name in names for feature in features]
     width = max(map(len, responses))
     lengths = torch.tensor([len(response) for response in responses])
     mask = torch.arange(width) < lengths[:, None]
-    return PairGroup(rows, mask, **_streams(features, responses, width), **_labels(features))
+    streams = _streams(features, names, responses, width)
+    return PairGroup(rows, mask, **streams, labels=_labels(features, names), responses=names)
 
 
-def _streams(features: Sequence[Feature], responses: Sequence[Sequence[int]], width: int) -> dict[str, torch.Tensor]:
+def _streams(
+    features: Sequence[Feature], names: Sequence[str], responses: Sequence[Sequence[int]], width: int
+) -> dict[str, torch.Tensor]:
     """Return reference_logps and weights of shape ``(2B, width)``, as far as the features have them."""
     streams = {}
-    for name, column in (("reference_logps", "reference"), ("weights", "weights")):
-        if f"chosen_{column}" in features[0]:
-            values = [feature[f"{half}_{column}"] for half in HALVES for feature in features]
-            streams[name] = pad_streams(values, responses, width)
+    for stream, column in (("reference_logps", "reference"), ("weights", "weights")):
+        if f"{names[0]}_{column}" in features[0]:
+            values = [feature[f"{name}_{column}"] for name in names for feature in features]
+            streams[stream] = pad_streams(values, responses, width)
     return streams
 
 
-def _labels(features: Sequence[Feature]) -> dict[str, torch.Tensor]:
-    """Return win_probs and rewards of shape ``(2B,)``, float64, as far as the features have them."""
+def _labels(features: Sequence[Feature], names: Sequence[str]) -> dict[str, torch.Tensor]:
+    """Return the labels of shape ``(2B,)``, float64: every column of all responses that is neither ids nor a stream."""
+    first = {column.removeprefix(f"{names[0]}_") for column in features[0] if column.startswith(f"{names[0]}_")}
     return {
-        name: torch.tensor(
-            [feature[f"{half}_{column}"] for half in HALVES for feature in features], dtype=torch.float64
-        )
-        for column, name in LABELS.items()
-        if f"chosen_{column}" in features[0]
+        label: torch.tensor([feature[f"{name}_{label}"] for name in names for feature in features], dtype=torch.float64)
+        for label in sorted(first - _NO_LABELS)
     }
 
 
@@ -122,18 +130,19 @@ class PairCollator:
     """
 
     pad_id: int
+    responses: tuple[str, ...] = SIDES
 
     def tokens(self, feature: Feature) -> int:
         """Return how many distinct tokens a pair has; padding is left out."""
-        return sum(len(feature[f"{name}_ids"]) for name in ("prompt", *HALVES))
+        return sum(len(feature[f"{name}_ids"]) for name in ("prompt", *self.responses))
 
     def __call__(self, features: Sequence[Feature]) -> dict[str, torch.Tensor]:
         """Return input_ids, attention_mask and position_ids of shape ``(2B, P + R)`` and, of shape ``(2B, R)``,
-        completion_mask and, as far as the features have them, reference_logps (nats) and weights; of shape ``(2B,)`` the
-        labels win_probs and rewards.
+        completion_mask and, as far as the features have them, reference_logps (nats) and weights; of shape ``(2B,)`` each
+        label X as ``label/X``. With k ``responses`` to a row, 2 reads k.
         """
-        prompts = [feature["prompt_ids"] for _ in HALVES for feature in features]
-        responses = [feature[f"{half}_ids"] for half in HALVES for feature in features]
+        prompts = [feature["prompt_ids"] for _ in self.responses for feature in features]
+        responses = [feature[f"{name}_ids"] for name in self.responses for feature in features]
         width, height = max(map(len, responses)), len(prompts)
         left = max(map(len, prompts))
         input_ids = torch.full((height, left + width), self.pad_id, dtype=torch.long)
@@ -147,8 +156,8 @@ class PairCollator:
             "attention_mask": attention_mask,
             "position_ids": (attention_mask.cumsum(dim=1) - 1).clamp(min=0),
             "completion_mask": attention_mask[:, left:].clone(),
-            **_streams(features, responses, width),
-            **_labels(features),
+            **_streams(features, self.responses, responses, width),
+            **{f"{LABEL}{name}": values for name, values in _labels(features, self.responses).items()},
         }
 
 

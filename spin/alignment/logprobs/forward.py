@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from spin.alignment.core.sides import SIDES
 from spin.alignment.logprobs.attention import PACKED_ATTENTION, register
-from spin.alignment.logprobs.batch import LABELS, PackedBatch
+from spin.alignment.logprobs.batch import PackedBatch
+from spin.alignment.logprobs.collators import LABEL
 from spin.alignment.logprobs.head import FusedHeadLoss, LogitTransform, Objective, grouped_logps
 from spin.alignment.logprobs.position_kl import OpponentStates, grouped_logps_and_kl, padded_kl
 from spin.alignment.methods.losses import LossInputs
@@ -110,9 +112,15 @@ def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
 
 
 def batch_loss(
-    model: Any, batch: PackedBatch | dict[str, Tensor], objective: Objective, opponent: Any | None = None
+    model: Any,
+    batch: PackedBatch | dict[str, Tensor],
+    objective: Objective,
+    opponent: Any | None = None,
+    responses: tuple[str, ...] = SIDES,
 ) -> Tensor:
     """Return the sum of the objective over a micro-batch, with gradient where the model is trained.
+
+    ``responses`` are those of a row of a padded batch; a packed one knows its own.
 
     With an ``opponent`` (a frozen model, switched to packed attention where rows are packed) the objective gets the KL at each
     response position too.
@@ -124,15 +132,17 @@ def batch_loss(
         with torch.no_grad():
             states = OpponentStates(packed_states(causal.get_decoder(), batch), causal.get_output_embeddings())
         return model(packed=batch, objective=objective, opponent=states)
-    labels = {name: batch.get(name) for name in ("weights", *LABELS.values())}
+    labels = {name.removeprefix(LABEL): value for name, value in batch.items() if name.startswith(LABEL)}
     mask, width = batch["completion_mask"], batch["completion_mask"].shape[1]
     logits = response_logits(model, batch)
     policy = token_logps(logits, batch["input_ids"][:, -width:], mask)
+    kl = None
     if opponent is not None:
         with torch.no_grad():
             theirs = response_logits(opponent, batch)
-        labels["position_kl"] = padded_kl(logits, theirs, mask)
-    return objective(LossInputs(policy, batch["reference_logps"], mask, **labels))
+        kl = padded_kl(logits, theirs, mask)
+    reference, weights = batch.get("reference_logps"), batch.get("weights")
+    return objective(LossInputs(policy, reference, mask, weights, kl, labels, responses))
 
 
 def batch_logps(model: Any, batch: PackedBatch | dict[str, Tensor]) -> list[Tensor]:
@@ -142,12 +152,12 @@ def batch_logps(model: Any, batch: PackedBatch | dict[str, Tensor]) -> list[Tens
         lengths = batch["completion_mask"].sum(dim=1).tolist()
         return [row[:length] for row, length in zip(logps, lengths, strict=True)]
     flat = model(packed=batch).float().cpu()
-    halves: tuple[list[Tensor], list[Tensor]] = ([], [])
+    places: list[list[Tensor]] = [[] for _ in batch.groups[0].responses]
     for group in batch.groups:
-        responses = group.responses(flat[group.rows])
-        halves[0].extend(responses[: group.pairs])
-        halves[1].extend(responses[group.pairs :])
-    return [*halves[0], *halves[1]]
+        found = group.unpadded(flat[group.rows])
+        for place, some in enumerate(places):
+            some.extend(found[place * group.pairs : (place + 1) * group.pairs])
+    return [logps for some in places for logps in some]
 
 
 def response_logps(model: Any, batch: dict[str, Tensor]) -> Tensor:

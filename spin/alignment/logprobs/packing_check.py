@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import torch
 
 from spin.alignment.core.errors import InputError
+from spin.alignment.core.sides import SIDES
 from spin.alignment.logprobs.attention import PADDED_MEND
-from spin.alignment.logprobs.batch import HALVES, PairDataset
+from spin.alignment.logprobs.batch import PairDataset
 from spin.alignment.logprobs.forward import causal_model
 from spin.alignment.logprobs.pair_forward import PairForward
 
@@ -19,14 +21,14 @@ _TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 0.05, to
 _PROMPT_TOKENS, _RESPONSE_TOKENS = 24, 12
 
 
-def short_pairs(dataset: PairDataset, count: int = 2) -> list[dict[str, list[int]]]:
-    """Return the first pairs of a data set, cut to a few tokens; the second response is the shorter one."""
+def short_pairs(dataset: PairDataset, responses: Sequence[str] = SIDES, count: int = 2) -> list[dict[str, list[int]]]:
+    """Return the first pairs of a data set, cut to a few tokens; the responses after the first are shorter ones."""
     found = []
     for index in range(min(count, len(dataset))):
         row = dataset.rows[index]
         pair = {"prompt_ids": list(row["prompt_ids"][-_PROMPT_TOKENS:])}
-        for half, length in zip(HALVES, (_RESPONSE_TOKENS, _RESPONSE_TOKENS * 3 // 4), strict=True):
-            pair[f"{half}_ids"] = list(row[f"{half}_ids"][:length])
+        for place, name in enumerate(responses):
+            pair[f"{name}_ids"] = list(row[f"{name}_ids"][: _RESPONSE_TOKENS * 3 // (3 + place)])
         found.append(pair)
     return found
 
@@ -37,7 +39,7 @@ def check_packed_forward(forward: PairForward, pairs: PairDataset) -> None:
     Raises:
         InputError: they differ: something in this architecture reads the row as one sequence.
     """
-    features = short_pairs(pairs)
+    features = short_pairs(pairs, forward.batcher.collator.responses)
     with forward.evaluation():
         packed, padded = forward.logps(features), forward.padded_logps(features)
     difference = (torch.cat(packed) - torch.cat(padded)).abs().mean().item()

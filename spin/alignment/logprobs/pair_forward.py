@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from spin.alignment.core.sides import SIDES
 from spin.alignment.logprobs.attention import PACKED_ATTENTION, check_architecture, choose_kernel
 from spin.alignment.logprobs.batch import Feature
 from spin.alignment.logprobs.collators import PackedCollator, PairCollator
@@ -62,9 +63,13 @@ class PairForward:
         dtype: torch.dtype,
         pairs_per_batch: int,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        responses: tuple[str, ...] = SIDES,
     ) -> PairForward:
-        """Return how a model passes padded rows, ``pairs_per_batch`` pairs at a time. The model is left as it is."""
-        padded = PairCollator(pad_id)
+        """Return how a model passes padded rows, ``pairs_per_batch`` pairs at a time. The model is left as it is.
+
+        ``responses`` are those of a row, in the order of the loss's streams.
+        """
+        padded = PairCollator(pad_id, responses)
         own_attention = str(causal_model(model).config._attn_implementation)
         return cls(model, MicroBatcher(padded, 0, pairs_per_batch), padded, device, dtype, own_attention, autocast)
 
@@ -82,7 +87,8 @@ class PairForward:
         check_architecture(causal)
         kernel = choose_kernel(causal, self.device, self.dtype, attention)
         fused_head = install_packed_forward(self.model, fused_head)
-        collator = PackedCollator(kernel, causal.config.get_text_config().vocab_size, share_prompts)
+        vocab_size = causal.config.get_text_config().vocab_size
+        collator = PackedCollator(kernel, vocab_size, share_prompts, self.padded.responses)
         batcher = MicroBatcher(collator, token_budget, self.batcher.pairs)
         return replace(self, batcher=batcher, fused_head=fused_head)
 

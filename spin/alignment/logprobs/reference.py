@@ -29,7 +29,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _PART_PAIRS = 512
-_SCHEMA = pa.schema([("index", pa.int64()), ("chosen", pa.list_(pa.float32())), ("rejected", pa.list_(pa.float32()))])
+
+
+def _schema(responses: Sequence[str]) -> pa.Schema:
+    return pa.schema([("index", pa.int64()), *((name, pa.list_(pa.float32())) for name in responses)])
 
 
 def log_progress(what: str) -> Callable[[int, int], None]:
@@ -59,14 +62,15 @@ def compute_reference(
     batches = longest_first(dataset.rows, missing, forward.batcher)
     count, rank = accelerator.num_processes, accelerator.process_index
     rounds = -(-len(batches) // count)
-    results: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    schema = _schema(forward.batcher.collator.responses)
+    results: dict[int, list[np.ndarray]] = {}
     with forward.evaluation():
         for turn in range(rounds):
             indices = batches[min(turn * count + rank, len(batches) - 1)]
             logps = [response.numpy() for response in forward.logps([dataset.rows[index] for index in indices])]
-            results |= zip(indices, zip(logps[: len(indices)], logps[len(indices) :], strict=True), strict=True)
+            results |= {index: logps[place :: len(indices)] for place, index in enumerate(indices)}
             if len(results) >= _PART_PAIRS or turn + 1 == rounds:
-                _write(path.with_name(f".{path.name}.part-{uuid.uuid4().hex[:12]}"), results, key)
+                _write(path.with_name(f".{path.name}.part-{uuid.uuid4().hex[:12]}"), results, key, schema)
                 results = {}
             progress(turn + 1, rounds)
     accelerator.wait_for_everyone()
@@ -87,7 +91,7 @@ def _missing(path: Path, key: ReferenceKey, num_rows: int, accelerator: Accelera
 
 def longest_first(rows: Dataset, indices: Sequence[int], batcher: MicroBatcher) -> list[list[int]]:
     """Return micro-batches of row indices, longest pairs first, so that running out of memory happens at once."""
-    features = rows.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
+    features = rows.select_columns(["prompt_ids", *(f"{name}_ids" for name in batcher.collator.responses)])
     sizes = {index: batcher.collator.tokens(features[index]) for index in indices}
     order = sorted(indices, key=lambda index: -sizes[index])
     if not isinstance(batcher.collator, PackedCollator):
@@ -96,15 +100,15 @@ def longest_first(rows: Dataset, indices: Sequence[int], batcher: MicroBatcher) 
     return [[order[number] for number in run] for run in runs]
 
 
-def _write(path: Path, results: dict[int, tuple[np.ndarray, np.ndarray]], key: ReferenceKey) -> None:
+def _write(path: Path, results: dict[int, list[np.ndarray]], key: ReferenceKey, schema: pa.Schema) -> None:
     order = sorted(results)
-    columns = [order, *([results[index][half] for index in order] for half in (0, 1))]
-    arrays = [pa.array(column, field.type) for column, field in zip(columns, _SCHEMA, strict=True)]
-    _write_table(path, pa.table(arrays, schema=_SCHEMA), key)
+    columns = [order, *([results[index][place] for index in order] for place in range(len(schema) - 1))]
+    arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
+    _write_table(path, pa.table(arrays, schema=schema), key)
 
 
 def _write_table(path: Path, table: pa.Table, key: ReferenceKey) -> None:
-    schema = _SCHEMA.with_metadata({_KEY: json.dumps(asdict(key)).encode()})
+    schema = table.schema.with_metadata({_KEY: json.dumps(asdict(key)).encode()})
     with atomic_file(path) as file, pa.ipc.new_file(file, schema) as writer:
         writer.write_table(table.combine_chunks().cast(schema))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ import pyarrow as pa
 
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.provenance import hash_json, hash_text
+from spin.alignment.core.sides import SIDES
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -33,12 +35,18 @@ class ReferenceKey:
 
 def hash_tokens(rows: Dataset) -> str:
     """Return one hash of all prompt and response ids, in order."""
-    columns = ("prompt_ids", "chosen_ids", "rejected_ids")
+    columns = ("prompt_ids", *(f"{name}_ids" for name in responses_of(rows.column_names)))
     return hash_text(*(np.asarray(row[name], dtype=np.int32).tobytes().hex() for row in rows for name in columns))
 
 
+def responses_of(columns: Sequence[str]) -> tuple[str, ...]:
+    """Return the responses whose ids are among the columns of encoded pairs: chosen, rejected, then any further ones."""
+    found = [name.removesuffix("_ids") for name in columns if name.endswith("_ids") and name != "prompt_ids"]
+    return (*SIDES, *sorted(set(found) - set(SIDES)))
+
+
 class ReferenceLogps:
-    """A store on disk, memory-mapped: ``store[i]`` gives the chosen and rejected token log-probs (nats) of pair i."""
+    """A store on disk, memory-mapped: ``store[i]`` gives the token log-probs (nats) of each response of pair i, by name."""
 
     def __init__(self, path: Path, key: ReferenceKey, rows: Dataset) -> None:
         """Open a store and check that it belongs to these weights, tokens and precision.
@@ -57,11 +65,10 @@ class ReferenceLogps:
             raise InputError(
                 f"{path} belongs to another opponent or data set ({what} differs): remove it to compute it anew"
             )
-        self._columns = [table.column(name).combine_chunks() for name in ("chosen", "rejected")]
+        self._columns = {name: table.column(name).combine_chunks() for name in responses_of(rows.column_names)}
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        chosen, rejected = (column[index].values.to_numpy(zero_copy_only=False) for column in self._columns)
-        return chosen, rejected
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        return {name: column[index].values.to_numpy(zero_copy_only=False) for name, column in self._columns.items()}
 
 
 def store_path(folder: str | Path, split: str, key: ReferenceKey) -> Path:

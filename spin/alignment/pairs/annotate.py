@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spin.alignment.core.errors import InputError, lookup
-from spin.alignment.methods.pairings import PAIRINGS, Labelled, label_rows
+from spin.alignment.core.errors import InputError
+from spin.alignment.core.resolve import module_files
+from spin.alignment.methods.pairings import PAIRINGS, find_pairing, label_rows, writers
 
 if TYPE_CHECKING:
     from spin.alignment.rewards import GroupScorer, ScorerSettings
@@ -86,13 +86,13 @@ def scorer_settings(options: Any) -> ScorerSettings | None:
     Raises:
         InputError: the pairing needs a scorer and none is named, or the reverse; or the scorer cannot work as it is set.
     """
-    pairing = lookup(PAIRINGS, options.pairing, "pairing")
-    if not isinstance(pairing, Labelled):
+    pairing = find_pairing(options.pairing)
+    if not pairing.needs:
         given = [
             name for name, default in {"scorer": None, **SCORER_FLAGS}.items() if getattr(options, name) != default
         ]
         if given:
-            readers = ", ".join(sorted(name for name, found in PAIRINGS.items() if isinstance(found, Labelled)))
+            readers = ", ".join(sorted(name for name in PAIRINGS if find_pairing(name).needs))
             raise InputError(
                 f"{given[0]} is {getattr(options, given[0])}, but pairing {options.pairing} reads no scores: leave it out, or "
                 f"choose one of {readers}"
@@ -126,20 +126,20 @@ def check_loss(pairing_name: str, loss_type: str) -> None:
     Raises:
         InputError: it does not, or the loss compares two responses of which the pairing prefers none.
     """
-    from spin.alignment.methods.losses import LOSS_COLUMNS
+    from spin.alignment.methods.losses import LOSSES, find_loss
 
-    pairing, column = lookup(PAIRINGS, pairing_name, "pairing"), LOSS_COLUMNS.get(loss_type)
-    added = pairing.adds if isinstance(pairing, Labelled) else ()
-    if column is not None and f"chosen_{column}" not in added:
-        writers = ", ".join(
-            name for name, found in PAIRINGS.items() if f"chosen_{column}" in getattr(found, "adds", ())
-        )
+    pairing, loss = find_pairing(pairing_name), find_loss(loss_type)
+    for label in loss.labels:
+        if not pairing.writes(label):
+            names = ", ".join(writers(label))
+            fix = f"set pairing: {names}" if names else f"name it among the labels of your own pairing ({label.name})"
+            raise InputError(
+                f"loss_type {loss_type} reads {label.name}s, which pairing {pairing_name} does not write: {fix}"
+            )
+    if loss.compares and not pairing.prefers:
+        others = ", ".join(name for name in LOSSES if not find_loss(name).compares)
         raise InputError(
-            f"loss_type {loss_type} reads {column}s, which pairing {pairing_name} does not write: set pairing: {writers}"
-        )
-    if "chosen_reward" in added and column != "reward":
-        raise InputError(
-            f"pairing {pairing_name} prefers no response, but loss_type {loss_type} compares two: set loss_type: sppo_reward"
+            f"pairing {pairing_name} prefers no response, but loss_type {loss_type} compares two: set loss_type: {others}"
         )
 
 
@@ -160,12 +160,7 @@ def scorer_record(settings: ScorerSettings) -> dict[str, Any]:
 
 def rule_files(scorer: str) -> dict[str, Path]:
     """Return the module files of a scorer's terms ``module:function``, by module; :func:`scorer_settings` has imported them."""
-    found = {}
-    for term in scorer.split("+"):
-        module = sys.modules.get(term.rpartition("*")[2].strip().partition(":")[0]) if ":" in term else None
-        if module is not None and module.__file__:
-            found[module.__name__] = Path(module.__file__)
-    return found
+    return module_files(*(term.rpartition("*")[2].strip() for term in scorer.split("+")))
 
 
 @functools.cache

@@ -36,7 +36,16 @@ def make_parser() -> Parser:
         default=0.0,
         help="gather while fractions are still being made; end after this many seconds without a new one (0: do not wait)",
     )
-    add("--pairing", default="ground_truth", help="which response is chosen and which rejected")
+    add(
+        "--pairing",
+        default="ground_truth",
+        help="which response is chosen and which rejected: a name, or module:function",
+    )
+    add(
+        "--initial",
+        default=None,
+        help="folder of the initial model's responses to the same prompts: a third response, for the losses that read one",
+    )
     add_scorer_flags(add)
     add("--identical", choices=("keep", "drop"), default="keep", help="pairs whose responses are equal")
     add("--truncated", choices=("keep", "drop"), default="keep", help="responses cut by length (no EOS)")
@@ -64,6 +73,10 @@ def check_options(options: Any) -> None:
         raise InputError(f"input_dir {input_dir} does not exist: give the output folder of spin/generate.py")
     if input_dir.resolve() == output_dir.resolve():
         raise InputError(f"output_dir is the input_dir {input_dir}: choose another folder")
+    if options.initial is not None and not Path(options.initial).is_dir():
+        raise InputError(
+            f"initial is {options.initial}, which is no folder: give the output folder of spin/generate.py"
+        )
 
 
 def find_splits(options: Any) -> list[Split]:
@@ -87,8 +100,10 @@ def make_provenance(split: Split, options: Any) -> Provenance:
     from dataclasses import asdict
 
     from spin.alignment.core.provenance import hash_json
+    from spin.alignment.core.resolve import module_record
     from spin.alignment.pairs.annotate import scorer_record, scorer_settings
     from spin.alignment.pairs.fraction_file import ID_SUMS
+    from spin.alignment.pairs.initial import initial_record
 
     assert split.origin is not None
     made = split.origin.provenance
@@ -97,7 +112,10 @@ def make_provenance(split: Split, options: Any) -> Provenance:
     settings = {name: getattr(options, name) for name in ("pairing", "identical", "truncated", "max_rows_per_file")}
     scorer = scorer_settings(options)
     scored = scorer_record(scorer) if scorer is not None else {}
-    extra = {"generated_hash": hash_json(origin), "fractions": split.total, **settings, **scored}
+    own = module_record("pairing", options.pairing)
+    if options.initial is not None:
+        own |= initial_record(Path(options.initial), split.name, made)
+    extra = {"generated_hash": hash_json(origin), "fractions": split.total, **settings, **own, **scored}
     return replace(made, kind="preferences", data_frac=0, extra=extra)
 
 
@@ -107,15 +125,17 @@ def make_files(split: Split, options: Any) -> PreferenceFiles:
     Raises:
         InputError: the pairing cannot work with this many responses to a prompt.
     """
-    from spin.alignment.methods.pairings import PAIRINGS, Labelled, check_num_samples
+    from spin.alignment.methods.pairings import check_num_samples, find_pairing
+    from spin.alignment.pairs.initial import with_initial
     from spin.alignment.pairs.preference_files import COUNTS, EVEN_COUNTS, SCORED_COUNTS, PreferenceFiles, pair_schema
 
     assert split.origin is not None
-    pairing = PAIRINGS[options.pairing]
+    pairing = find_pairing(options.pairing)
     check_num_samples(options.pairing, pairing, split.origin.num_samples)
     schema = pair_schema(pairing, split.origin.schema)
+    schema = schema if options.initial is None else with_initial(schema)
     counts: tuple[str, ...] = COUNTS
-    if isinstance(pairing, Labelled):
+    if pairing.needs:
         counts = EVEN_COUNTS if pairing.even else SCORED_COUNTS
     folder, provenance = Path(options.output_dir), make_provenance(split, options)
     return PreferenceFiles(folder, split.name, provenance, schema, options.max_rows_per_file, counts)
@@ -189,13 +209,13 @@ class Progress:
 @contextmanager
 def make_selection(options: Any) -> Iterator[Selection]:
     """Yield what forms the pairs; its scorer, where there is one, is closed afterwards."""
-    from spin.alignment.methods.pairings import PAIRINGS
+    from spin.alignment.methods.pairings import find_pairing
     from spin.alignment.pairs.annotate import Labeller, scorer_settings
     from spin.alignment.pairs.preference_files import Selection
     from spin.alignment.rewards import make_scorer
 
     settings = scorer_settings(options)
-    selection = Selection(PAIRINGS[options.pairing], options.identical == "drop", options.truncated == "drop")
+    selection = Selection(find_pairing(options.pairing), options.identical == "drop", options.truncated == "drop")
     if settings is None:
         yield selection
         return
@@ -210,7 +230,9 @@ def write_hidden(splits: Sequence[Split], sets: dict[str, PreferenceFiles], opti
         InputError: the proof fails, a fraction did not come in time, or no pair is left.
     """
     from spin.alignment.pairs.gather import arriving
+    from spin.alignment.pairs.initial import InitialResponses
 
+    initial: dict[str, InitialResponses] = {}
     progress = Progress()
     for files in sets.values():
         files.discard()
@@ -222,8 +244,11 @@ def write_hidden(splits: Sequence[Split], sets: dict[str, PreferenceFiles], opti
                 check_output(Path(options.output_dir), sets, splits, options.overwrite)
                 sets[split.name].discard()
             files = sets[split.name]
+            if options.initial is not None and split.name not in initial:
+                initial[split.name] = InitialResponses(Path(options.initial), split.name)
+            forming = replace(selection, initial=initial.get(split.name))
             for batch in split.read(fraction):
-                files.write(selection.apply(batch, fraction.num_samples, files.counts))
+                files.write(forming.apply(batch, fraction.num_samples, files.counts))
                 progress.add(split.name, batch.num_rows)
     for split in splits:
         split.conclude()

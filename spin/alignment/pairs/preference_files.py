@@ -18,9 +18,11 @@ from spin.alignment.core.errors import InputError
 from spin.alignment.core.files import fsync_folder, remove_files, remove_leftovers, write_json_atomic
 from spin.alignment.core.parquet import ParquetSink
 from spin.alignment.core.provenance import Provenance
-from spin.alignment.data.rows import OPTIONAL_COLUMNS
-from spin.alignment.methods.pairings import PAIRINGS, Labelled, Pairing, no_truth
+from spin.alignment.core.sides import SIDES
+from spin.alignment.data.rows import LABEL_TYPE, OPTIONAL_COLUMNS
+from spin.alignment.methods.pairings import Pairing, no_truth
 from spin.alignment.pairs.annotate import Labeller, count_failures
+from spin.alignment.pairs.initial import InitialResponses
 
 COUNTS = ("rows", "identical", "truncated", "dropped", "skipped", "written")
 # Where responses are scored: prompts without a pair, responses that the scorer failed on.
@@ -31,8 +33,9 @@ EVEN_COUNTS = (*SCORED_COUNTS[:3], "unpaired", *COUNTS[1:])
 
 def pair_schema(pairing: Pairing, schema: pa.Schema) -> pa.Schema:
     """Return the columns of the pairs that a pairing makes of rows with the columns of ``schema``."""
-    added = pairing.adds if isinstance(pairing, Labelled) else ()
-    fields = (pa.field(name, OPTIONAL_COLUMNS[name]) for name in added if name not in schema.names)
+    fields = (
+        pa.field(name, OPTIONAL_COLUMNS.get(name, LABEL_TYPE)) for name in pairing.adds if name not in schema.names
+    )
     return pa.schema([*schema, *fields])
 
 
@@ -40,13 +43,14 @@ def pair_schema(pairing: Pairing, schema: pa.Schema) -> pa.Schema:
 class Selection:
     """How pairs are formed, and which are left out: those of equal responses, those whose response was cut by length.
 
-    A pairing that compares scores needs a ``labeller``.
+    A pairing that compares scores needs a ``labeller``. With ``initial`` every pair gets the initial model's response too.
     """
 
     pairing: Pairing
     drop_identical: bool = False
     drop_truncated: bool = False
     labeller: Labeller | None = None
+    initial: InitialResponses | None = None
 
     def apply(self, batch: pa.RecordBatch, num_samples: int, counts: dict[str, int]) -> pa.RecordBatch:
         """Return the pairs of a batch of whole prompts, those dropped left out, all of them counted.
@@ -56,16 +60,17 @@ class Selection:
             ValueError: the pairing returns columns that the rows do not have.
         """
         counts["rows"] += batch.num_rows
-        keeps_rows = getattr(self.pairing, "keeps_rows", False)
-        if keeps_rows or (isinstance(self.pairing, Labelled) and self.pairing.reads_truth):
+        if self.pairing.keeps_rows or self.pairing.reads_truth:
             self._check_truths(batch)
-        pairs = batch if keeps_rows else self._paired(batch, num_samples, counts)
-        identical = pc.equal(
-            *(pc.utf8_trim_whitespace(last_contents(pairs, name)) for name in ("chosen", "rejected"))
-        ).to_numpy(zero_copy_only=False)
+        pairs = batch if self.pairing.keeps_rows else self._paired(batch, num_samples, counts)
+        if self.initial is not None:
+            pairs = self.initial.join(pairs)
+        identical = pc.equal(*(pc.utf8_trim_whitespace(last_contents(pairs, name)) for name in SIDES)).to_numpy(
+            zero_copy_only=False
+        )
         truncated = np.zeros(pairs.num_rows, dtype=bool)
-        for name in ("chosen_finish_reason", "rejected_finish_reason"):
-            if name in pairs.schema.names:
+        for name in pairs.schema.names:
+            if name.endswith("_finish_reason"):
                 cut = pc.fill_null(pc.equal(pairs.column(name), "length"), False)
                 truncated |= cut.to_numpy(zero_copy_only=False)
         dropped = np.zeros(pairs.num_rows, dtype=bool)
@@ -81,8 +86,7 @@ class Selection:
         truths = batch.column("chosen")
         if truths.null_count:
             number = int(np.argmax(truths.is_null().to_numpy(zero_copy_only=False)))
-            name = next((name for name, found in PAIRINGS.items() if found is self.pairing), "of these rows")
-            raise no_truth(batch.column("prompt_id")[number].as_py(), name)
+            raise no_truth(batch.column("prompt_id")[number].as_py(), self.pairing.name)
 
     def _paired(self, batch: pa.RecordBatch, num_samples: int, counts: dict[str, int]) -> pa.RecordBatch:
         rows = batch.to_pylist()
@@ -90,7 +94,7 @@ class Selection:
         if self.labeller is not None:
             self.labeller.label(prompts)
         found = [self.pairing(prompt) for prompt in prompts]
-        if isinstance(self.pairing, Labelled):
+        if self.pairing.needs:
             counts["ties"] += sum(not pairs for pairs in found)
             counts["failed"] += sum(count_failures(prompt, self.pairing.reads_truth) for prompt in prompts)
             if self.pairing.even:

@@ -10,6 +10,9 @@ from typing import Any
 
 from spin.alignment.core.config import build, load_config, merge
 from spin.alignment.core.errors import InputError
+from spin.alignment.core.sides import INITIAL
+from spin.alignment.methods.losses import find_loss
+from spin.alignment.methods.weightings import WEIGHTINGS, Compares, Weighting, find_weighting
 
 # What the pipeline itself decides, section by section: these keys may not be written there.
 _TRAINING = (
@@ -34,7 +37,7 @@ MANAGED = {
         "seed",
         "overwrite",
     ),
-    "convert": ("input_dir", "output_dir", "num_fracs", "splits", "wait"),
+    "convert": ("input_dir", "output_dir", "num_fracs", "splits", "wait", "initial"),
     "train": _TRAINING,
     "sft": _TRAINING,
     "control": _TRAINING,
@@ -181,12 +184,18 @@ class RunConfig:
         if train is not None and not isinstance(train, Mapping):
             raise InputError("weigh.train is not a mapping: write 'key: value' lines under it")
         if train and not self.trains_scorers:
-            raise InputError(f"weigh.train is for reverse_dpo, but the weighting is {section['weighting']}: remove it")
+            raise InputError(
+                f"weigh.train is for weightings whose models the run trains ({_comparing(Compares.TRAINED)}), but the weighting "
+                f"is {section['weighting']}: remove it"
+            )
         managed = [key for key in (*MANAGED["train"], "reverse") if key in (train or {})]
         if managed:
             raise InputError(f"'{managed[0]}' in weigh.train is set by the pipeline itself: remove it")
         if self.trains_scorers and ("model_plus" in section or "revision_plus" in section):
-            raise InputError("weigh.model_plus is for teacher: reverse_dpo trains its models itself, remove it")
+            raise InputError(
+                f"weigh.model_plus is for {_comparing(Compares.TEACHER)}: the run trains the models of {section['weighting']} "
+                "itself, remove it"
+            )
         if "reverse" in self.train or any("reverse" in (item or {}) for item in self.overrides.values()):
             raise InputError("'reverse' in the section 'train' would unlearn what is weighed: remove it")
 
@@ -214,11 +223,31 @@ class RunConfig:
     @property
     def trains_scorers(self) -> bool:
         """Whether the models that weigh the tokens are trained by the run itself."""
-        return self.weigh is not None and self.weigh.get("weighting") == "reverse_dpo"
+        return self.weigh is not None and self._weighting.compares is Compares.TRAINED
+
+    @property
+    def _weighting(self) -> Weighting:
+        return find_weighting(str((self.weigh or {})["weighting"]))
+
+    @property
+    def initial_dir(self) -> Path:
+        """Where the initial model's responses are, for the losses that read them."""
+        return Path(self.run_dir) / INITIAL / "generated"
+
+    @property
+    def reads_initial(self) -> bool:
+        """Whether a loss of the run reads a response of the model that the first iteration starts from."""
+        names = {str(self.train_values(step).get("loss_type", "sigmoid")) for step in range(self.iterations)}
+        return self.online is None and any(INITIAL in find_loss(name).responses for name in names)
 
     def generation_seed(self, iteration: int) -> int:
         """Seeds of different iterations are far apart: the same seed would repeat each prompt's random numbers."""
         return self.seed * 1000 + iteration
+
+    @property
+    def initial_seed(self) -> int:
+        """The seed of the initial model's responses: not that of the first iteration, whose opponent is the same model."""
+        return self.generation_seed(999)
 
     def train_values(self, iteration: int) -> dict[str, Any]:
         """The complete settings of run_spin.py for an iteration."""
@@ -261,11 +290,12 @@ class RunConfig:
         if self.trains_scorers:
             models = {f"model_{sign}": str(folder / name / "checkpoint") for sign, name in SCORERS_OF_RUN.items()}
         else:
-            role = ("model_minus", "revision_minus") if section.get("weighting") == "teacher" else TOKENIZER_FLAGS
+            with_teacher = self._weighting.compares is Compares.TEACHER
+            role = ("model_minus", "revision_minus") if with_teacher else TOKENIZER_FLAGS
             revision = self.model_revision if opponent == self.model else None
             models = {role[0]: opponent, role[1]: revision}
-        scored = section.get("weighting") in ("reverse_dpo", "teacher")  # what compares no models cuts nothing
-        inherited = ("max_length", "max_prompt_length", "system") if scored else ("system",)
+        # What compares no models cuts nothing.
+        inherited = ("max_length", "max_prompt_length", "system") if self._weighting.needs_models else ("system",)
         shared: dict[str, Any] = {key: trained[key] for key in inherited if key in trained}
         output = {"output_dir": str(folder / "weights"), "page": str(folder / "weights.html"), "seed": self.seed}
         return {**shared, **section, **models, "input_dir": str(folder / "pairs"), **output}
@@ -325,6 +355,10 @@ def flags(values: Mapping[str, Any]) -> list[str]:
         if value is not True:
             arguments += [str(item) for item in value] if isinstance(value, list) else [str(value)]
     return arguments
+
+
+def _comparing(what: Compares) -> str:
+    return ", ".join(name for name in WEIGHTINGS if find_weighting(name).compares is what)
 
 
 def open_run(run_dir: str | Path) -> RunConfig:

@@ -71,7 +71,7 @@ def devices() -> str:
 
 
 def pins() -> dict[str, str]:
-    """Return the versions that this project was tested with, by distribution name."""
+    """Return the versions that this project was tested with, by distribution name; those of the extras are left out."""
     from packaging.requirements import Requirement
 
     try:
@@ -79,7 +79,7 @@ def pins() -> dict[str, str]:
     except metadata.PackageNotFoundError:
         return {}
     parsed = [Requirement(text) for text in required]
-    return {item.name.lower(): str(item.specifier) for item in parsed}
+    return {item.name.lower(): str(item.specifier) for item in parsed if item.marker is None}
 
 
 def install_command(extra: str | None = None) -> str:

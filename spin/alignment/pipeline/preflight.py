@@ -19,7 +19,7 @@ def check_before_start(config: RunConfig, source: str) -> None:
     """
     from spin.alignment.evaluation import evaluate
     from spin.alignment.generation import generate
-    from spin.alignment.methods.pairings import PAIRINGS, check_num_samples
+    from spin.alignment.methods.pairings import check_num_samples, find_pairing
     from spin.alignment.models.folder import check_model_path
     from spin.alignment.pairs import convert
     from spin.alignment.pipeline.config import flags
@@ -30,7 +30,7 @@ def check_before_start(config: RunConfig, source: str) -> None:
     options = convert.make_parser().parse_args([*managed[2:], *flags(config.convert)])
     convert.check_flags(options)
     if config.online is None:
-        check_num_samples(options.pairing, PAIRINGS[options.pairing], sampling.num_samples)
+        check_num_samples(options.pairing, find_pairing(options.pairing), sampling.num_samples)
     evaluation = evaluate.make_parser().parse_args(
         [*managed[:4], "--output_file", config.run_dir, *flags(config.evaluate)]
     )
@@ -64,23 +64,53 @@ def check_training_settings(config: RunConfig, source: str, pairing: str = "grou
         return
     for iteration in range(config.iterations):
         where = f"the section 'train' of {source} (iteration {iteration})"
-        check_loss(pairing, read_settings(config.train_values(iteration) | path, where, SPINConfig).arguments.loss_type)
+        arguments = read_settings(config.train_values(iteration) | path, where, SPINConfig).arguments
+        check_loss(pairing, arguments.loss_type)
+        check_responses(config, arguments.loss_type)
         for name in SCORERS_OF_RUN.values() if config.trains_scorers else ():
             where = f"the section 'weigh.train' of {source} (iteration {iteration}, {name})"
             scorer = read_settings(config.scorer_values(iteration, name) | path, where, SPINConfig)
             check_loss(pairing, scorer.arguments.loss_type)
 
 
+def check_responses(config: RunConfig, loss_type: str) -> None:
+    """Check that the run can make every response that a loss reads.
+
+    Raises:
+        InputError: a response that nothing makes, one set of prompts for each iteration, or token weights, which only chosen and
+            rejected have.
+    """
+    from spin.alignment.core.sides import INITIAL, SIDES
+    from spin.alignment.methods.losses import find_loss
+
+    further = [name for name in find_loss(loss_type).responses if name not in SIDES]
+    unknown = [name for name in further if name != INITIAL]
+    if unknown:
+        raise InputError(
+            f"loss_type {loss_type} reads a response '{unknown[0]}', which no stage of a run makes: use run_spin.py"
+        )
+    if further and isinstance(config.data.prompts, list):
+        raise InputError(
+            f"loss_type {loss_type} reads the initial model's responses, which are made once for all iterations: name a single "
+            "data set as data.prompts"
+        )
+    if further and config.weigh is not None:
+        raise InputError(
+            f"loss_type {loss_type} reads the initial model's responses, which get no token weights: remove the section 'weigh'"
+        )
+
+
 def check_weighing(config: RunConfig) -> None:
     """Check the flags of the section ``weigh``, and the teacher as far as that goes without its weights."""
     if config.weigh is None:
         return
+    from spin.alignment.methods.weightings import Compares, find_weighting
     from spin.alignment.pipeline.config import flags
     from spin.alignment.token_weights import options as weights
 
     options = weights.make_parser().parse_args(flags(config.weigh_values(0)))
     weights.check_options(options)
-    if options.weighting == "teacher":
+    if find_weighting(options.weighting).compares is Compares.TEACHER:
         weights.check_teacher(options, config.model)
 
 
@@ -109,7 +139,7 @@ def check_data(config: RunConfig, sampling: Any) -> None:
 
 def data_sources(config: RunConfig) -> dict[tuple[str, str], bool]:
     """Return every data set and split of a run, and whether its rows must have their ground truth."""
-    from spin.alignment.methods.pairings import needs_truth
+    from spin.alignment.methods.pairings import find_pairing
     from spin.alignment.rewards import needs_reference
 
     data = config.data
@@ -117,7 +147,7 @@ def data_sources(config: RunConfig) -> dict[tuple[str, str], bool]:
         name, scorer = config.convert.get("pairing", "ground_truth"), config.convert.get("scorer")
     else:
         name, scorer = config.online.get("pairing", "best_vs_worst"), config.online.get("scorer")
-    required = needs_truth(name) or (scorer is not None and needs_reference(scorer))
+    required = find_pairing(name).needs_ground_truth or (scorer is not None and needs_reference(scorer))
     sources = {data.played(iteration): required for iteration in range(config.iterations)}
     if config.sft is not None or config.control is not None:
         sources[data.train, data.train_split] = True

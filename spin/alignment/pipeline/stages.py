@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from spin.alignment.core.resolve import module_files
+from spin.alignment.core.sides import INITIAL
 from spin.alignment.models.folder import model_files
 from spin.alignment.pipeline.config import SCORERS_OF_RUN, RunConfig, flags
 from spin.alignment.pipeline.manifest import RunManifest
@@ -88,6 +90,8 @@ def make_stages(config: RunConfig) -> list[Stage]:
             online_stage(config),
             *evaluate_stages(config, "online", f"{config.run_dir}/online/checkpoint"),
         ]
+    if config.reads_initial:
+        stages.append(initial_stage(config))
     for iteration in range(config.iterations):
         stages += [generate_stage(config, iteration), convert_stage(config, iteration)]
         stages += [*weigh_stages(config, iteration), train_stage(config, iteration)]
@@ -110,9 +114,19 @@ def _launched(config: RunConfig, program: str, arguments: list[str]) -> list[str
     return accelerate_command(PROGRAMS / program, arguments, launch.num_processes, launch.config_file)
 
 
+def initial_stage(config: RunConfig) -> Stage:
+    """Responses of the model that the first iteration starts from, made once: the third response of every iteration's pairs."""
+    return _generation_stage(config, f"{INITIAL}/generate", 0, config.initial_dir, config.initial_seed)
+
+
 def generate_stage(config: RunConfig, iteration: int) -> Stage:
     """Responses of the opponent to all training prompts (and the held-out ones with ``data.test_pairs``)."""
-    data, output_dir = config.data, config.iteration_dir(iteration) / "generated"
+    output_dir, seed = config.iteration_dir(iteration) / "generated", config.generation_seed(iteration)
+    return _generation_stage(config, f"iter{iteration}/generate", iteration, output_dir, seed)
+
+
+def _generation_stage(config: RunConfig, name: str, iteration: int, output_dir: Path, seed: int) -> Stage:
+    data = config.data
     path, split = data.played(iteration)
     splits = [split] + ([data.test_split] if data.test_pairs else [])
     managed: dict[str, Any] = {
@@ -120,7 +134,7 @@ def generate_stage(config: RunConfig, iteration: int) -> Stage:
         "revision": config.model_revision if config.opponent(iteration) == config.model else None,
         "output_dir": str(output_dir),
         "iteration": iteration,
-        "seed": config.generation_seed(iteration),
+        "seed": seed,
     }
     commands, outputs = [], []
     for split in splits:
@@ -133,7 +147,7 @@ def generate_stage(config: RunConfig, iteration: int) -> Stage:
     sources = [model_source(managed["model"]), data_source(*data.played(iteration))]
     sources += [data_source(data.test, data.test_split)] if data.test_pairs else []
     return Stage(
-        name=f"iter{iteration}/generate",
+        name=name,
         commands=commands,
         settings=managed | config.generate | {"splits": splits},
         sources=sources,
@@ -159,12 +173,17 @@ def convert_stage(config: RunConfig, iteration: int) -> Stage:
     """Preference rows from the responses."""
     folder = config.iteration_dir(iteration)
     generated, pairs = folder / "generated", folder / "pairs"
-    arguments = flags({"input_dir": str(generated), "output_dir": str(pairs), **config.convert})
+    managed = {"input_dir": str(generated), "output_dir": str(pairs)}
+    sources = [Source(str(generated), lambda: sorted(generated.glob("*.parquet")))]
+    if config.reads_initial:
+        managed["initial"] = str(config.initial_dir)
+        sources.append(Source(managed["initial"], lambda: sorted(config.initial_dir.glob("*.parquet"))))
+    arguments = flags({**managed, **config.convert})
     return Stage(
         name=f"iter{iteration}/convert",
         commands=[python_command(PROGRAMS / "convert_data.py", arguments)],
         settings=dict(config.convert),
-        sources=[Source(str(generated), lambda: sorted(generated.glob("*.parquet"))), *scorer_sources(config.convert)],
+        sources=[*sources, *scorer_sources(config.convert), *function_sources(config.convert)],
         outputs=lambda: sorted(pairs.glob("*_prefs-*.parquet")) + sorted(pairs.glob("*.counts.json")),
         folders=[pairs],
         program="convert_data.py",
@@ -178,6 +197,20 @@ def scorer_sources(section: Mapping[str, Any]) -> list[Source]:
     name, model = str(section.get("scorer") or ""), section.get("scorer_model")
     sources = [model_source(str(model))] if model and name != "judge" else []
     return sources + ([Source(f"scorer {name}", lambda: list(rule_files(name).values()))] if ":" in name else [])
+
+
+# The keys that may name a function of the user's own as module:function.
+METHOD_KEYS = ("pairing", "weighting", "loss_type")
+
+
+def function_sources(section: Mapping[str, Any]) -> list[Source]:
+    """The files of the pairing, weighting and loss of a section that are the user's own; the checks have imported them."""
+    names = {key: str(section.get(key) or "") for key in METHOD_KEYS}
+    return [
+        Source(f"{key} {name}", lambda name=name: list(module_files(name).values()))  # type: ignore[misc]
+        for key, name in names.items()
+        if ":" in name
+    ]
 
 
 def train_stage(config: RunConfig, iteration: int) -> Stage:
@@ -213,7 +246,7 @@ def weigh_stages(config: RunConfig, iteration: int) -> list[Stage]:
             name=f"iter{iteration}/weigh",
             commands=[_launched(config, "estimate_weights.py", flags(values))],
             settings=values,
-            sources=[*map(model_source, models), *pair_sources([values["input_dir"]])],
+            sources=[*map(model_source, models), *pair_sources([values["input_dir"]]), *function_sources(values)],
             outputs=lambda: [*sorted(weights.glob("*_prefs-*.parquet")), *sorted(weights.glob("*.weights.json")), page],
             folders=[weights],
             program="estimate_weights.py",
@@ -251,7 +284,7 @@ def _training_stage(
         name=name,
         commands=[_launched(config, program, [str(config_file)])],
         settings=values | {"launch": launch},
-        sources=[model_source(values["model_name_or_path"]), *sources],
+        sources=[model_source(values["model_name_or_path"]), *sources, *function_sources(values)],
         outputs=lambda: [*model_files(checkpoint), checkpoint / "metrics.json"],
         folders=[checkpoint],
         program=program,

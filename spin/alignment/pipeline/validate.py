@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spin.alignment.core.errors import InputError
+from spin.alignment.core.sides import INITIAL, SIDES
 
 if TYPE_CHECKING:
     from spin.alignment.data.chat_encoder import ChatEncoder
 
-SIDES = ("chosen", "rejected")
 FINISH_REASONS = ("stop", "length")
 _SHOWN_PER_FILE = 20
 
@@ -131,7 +130,8 @@ def row_problems(row: dict[str, Any], where: str, is_pair: bool, encoder: ChatEn
             check_conversation(row["chosen"], where)
     except InputError as error:
         return [str(error)]
-    for side in SIDES if is_pair else ():
+    responses = (*SIDES, *([INITIAL] if row.get(INITIAL) else []))
+    for side in responses if is_pair else ():
         problems += [
             f"{where}: {problem}" for problem in (*side_problems(row, side, encoder), *label_problems(row, side))
         ]
@@ -145,11 +145,14 @@ def row_problems(row: dict[str, Any], where: str, is_pair: bool, encoder: ChatEn
 
 def label_problems(row: dict[str, Any], side: str) -> list[str]:
     """Return which labels of a response are no numbers, or no probabilities where they should be."""
+    from spin.alignment.methods.pairings import known_labels
+
     problems = []
-    for label in ("score", "win_prob", "pair_win_prob", "reward"):
-        value = row.get(f"{side}_{label}")
-        if value is not None and not (math.isfinite(value) and ("prob" not in label or 0 <= value <= 1)):
-            problems.append(f"{side}_{label} is {value}: it must be {'in [0, 1]' if 'prob' in label else 'finite'}")
+    for label in known_labels():
+        value = row.get(f"{side}_{label.name}")
+        if value is not None and not label.allows(value):
+            wanted = "in [0, 1]" if label.is_probability else "finite"
+            problems.append(f"{side}_{label.name} is {value}: it must be {wanted}")
     return problems
 
 
@@ -240,7 +243,7 @@ def validate_run(run_dir: Path) -> tuple[int, list[str]]:
             problems += validate(stage.folders[0], None)[1]
         if stage.program not in ("generate.py", "convert_data.py"):
             continue
-        iteration = int(stage.name.removeprefix("iter").partition("/")[0])
+        iteration = 0 if stage.name == f"{INITIAL}/generate" else int(stage.name.removeprefix("iter").partition("/")[0])
         try:
             if stage.program == "convert_data.py":
                 check_lineage(config, iteration)

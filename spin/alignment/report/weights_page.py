@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 
 from spin.alignment.core.files import write_text_atomic
 from spin.alignment.core.parquet import read_rows
+from spin.alignment.core.sides import SIDES
 from spin.alignment.report.render import render
 
 if TYPE_CHECKING:
     from spin.alignment.data.chat_encoder import ChatEncoder
 
-SIDES = ("chosen", "rejected")
 _BREAKS = {"\n": "⏎\n", "\t": "⇥\t"}
 
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
 import math
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from spin.alignment.core.errors import InputError
+from spin.alignment.core.resolve import import_function
 from spin.alignment.rewards.base import Scorer
 from spin.alignment.rewards.math_verify import check_math_verify
 
@@ -85,56 +83,13 @@ def _find_one(rule: str, registry: Mapping[str, Scorer], models: Mapping[str, An
         if path == "math_verify":
             check_math_verify()
     elif ":" in path:
-        function = _import(path)
+        function = import_function(path, "scorer", takes=("prompt", "response", "reference"))
     else:
         names = ", ".join(sorted([*registry, *models]))
         raise InputError(f"unknown scorer '{path}': choose one of {names}, or write module:function")
     if parameters:
         function = _with_parameters(function, path, parameters)
     return function
-
-
-def _import(path: str) -> Callable[..., Any]:
-    """Return ``function`` of ``module:function``, which may be an attribute of an attribute."""
-    module_name, _, function_name = path.partition(":")
-    if not module_name or not function_name:
-        raise InputError(f"scorer '{path}' names no function: write module:function")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        # It stays there: the function may import its neighbours when it is called.
-        sys.path.insert(0, here)
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise InputError(
-            f"module {module_name} of scorer '{path}' cannot be imported ({reason}): mend it, or run where it can be found"
-        ) from error
-    function: Any = module
-    for part in function_name.split("."):
-        if not hasattr(function, part):
-            raise InputError(f"module {module_name} has no {function_name}: correct the scorer '{path}'")
-        function = getattr(function, part)
-    if not callable(function):
-        raise InputError(
-            f"{function_name} of scorer '{path}' is not callable: name a function of (prompt, response, reference)"
-        )
-    if not _takes_three(function):
-        raise InputError(
-            f"scorer '{path}' does not take three positional arguments: define it as "
-            f"{function_name}(prompt, response, reference)"
-        )
-    return function
-
-
-def _takes_three(function: Callable[..., Any]) -> bool:
-    try:
-        inspect.signature(function).bind("", "", "")
-    except TypeError:
-        return False
-    except ValueError:  # some functions written in C tell nothing; their first call will
-        return True
-    return True
 
 
 def _with_parameters(function: Callable[..., Any], path: str, text: str) -> Scorer:

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import combinations
 
+from spin.alignment.core.arithmetic import sigmoid
 from spin.alignment.rewards.base import GroupLabels, PromptGroup, ScorerSettings
 from spin.alignment.rewards.classifier import Encoded, SequenceClassifier
 from spin.alignment.rewards.conversation import plain_text
-from spin.alignment.rewards.win_rates import Pair, both_orders, labels_of, sigmoid
+from spin.alignment.rewards.win_rates import Pair, both_orders, labels_of
 
 SOURCE, FIRST, SECOND = "<|source|>", "<|candidate1|>", "<|candidate2|>"
 

@@ -10,13 +10,6 @@ from spin.alignment.rewards.base import GroupLabels
 Pair = tuple[int, int]
 
 
-def sigmoid(logit: float) -> float:
-    """Return 1 / (1 + exp(-logit)) without overflow."""
-    if logit >= 0:
-        return 1.0 / (1.0 + math.exp(-logit))
-    return math.exp(logit) / (1.0 + math.exp(logit))
-
-
 def both_orders(first: float | None, second: float | None) -> float | None:
     """Return the probability that ``a`` beats ``b`` from what was said about (a, b) and about (b, a).
 

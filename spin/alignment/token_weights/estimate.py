@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.provenance import hash_file, hash_text
+from spin.alignment.core.resolve import module_record
+from spin.alignment.core.sides import SIDES
 from spin.alignment.data.chat_encoder import ChatEncoder
 from spin.alignment.data.config import DataConfig
 from spin.alignment.data.preferences import load_preferences
-from spin.alignment.methods.weightings import WEIGHTINGS, PairTokens, weights_of_pair
-from spin.alignment.token_weights.files import SIDES, WeighedRow, find_splits, is_done, read_statistics, write_weighed
+from spin.alignment.methods.weightings import PairTokens, draws, find_weighting, weights_of_pair
+from spin.alignment.token_weights.files import WeighedRow, find_splits, is_done, read_statistics, write_weighed
 from spin.alignment.token_weights.model_scores import (
     Judge,
     align_rows,
@@ -47,16 +49,17 @@ class Method:
 
     @property
     def needs_models(self) -> bool:
-        return WEIGHTINGS[self.weighting].needs_models
+        return find_weighting(self.weighting).needs_models
 
     def record(self) -> dict[str, Any]:
         """What decides the weights, beside models and rows."""
+        own = {"weighting": self.weighting, **module_record("weighting", self.weighting)}
         if not self.needs_models:
-            return {"weighting": self.weighting}
+            return own
         lengths = {"max_length": self.limits.max_length, "max_prompt_length": self.limits.max_prompt_length}
-        drawn = {"seed": self.seed} if self.transform == "random" else {}
+        drawn = {"seed": self.seed} if draws(self.transform) else {}
         return {
-            "weighting": self.weighting,
+            **own,
             "transform": self.transform,
             "params": self.settings,
             **lengths,
@@ -97,7 +100,7 @@ class Split:
             pair = PairTokens(ids[0], ids[1], *(gains(position) if gains else ([], [])))
             position += 1
             name = (str(method.seed), stored["prompt_id"], str(stored["sample_index"]))
-            seeds = (int(hash_text(*name, "chosen"), 16), int(hash_text(*name, "rejected"), 16))
+            seeds = (int(hash_text(*name, SIDES[0]), 16), int(hash_text(*name, SIDES[1]), 16))
             weights = weights_of_pair(method.weighting, pair, method.transform, method.settings, seeds)
             ends = [
                 stored.get(f"{side}_finish_reason") or ("stop" if some[-1] in self.encoder.stop_ids else "length")
@@ -169,12 +172,12 @@ def gains_of_splits(
 
     def of_split(name: str) -> Callable[[int], Gains]:
         def gains(position: int) -> Gains:
-            scored = zip(SIDES, teacher[name][position], student[name][position], strict=True)
+            high, low = teacher[name][position], student[name][position]
             if aligned:
                 row = theirs[name][position]
-                found = [teacher_gains(row, side, high, low) for side, high, low in scored]
+                found = [teacher_gains(row, side, high[side], low[side]) for side in SIDES]
             else:
-                found = [exact_gains(high, low) for _, high, low in scored]
+                found = [exact_gains(high[side], low[side]) for side in SIDES]
             return found[0], found[1]
 
         return gains
@@ -232,7 +235,7 @@ def warnings(found: dict[str, Any], method: Method) -> list[str]:
     lines = []
     values = {side[key] for side in sides for key in ("min", "max")}
     how = f"transform {method.transform}" if method.needs_models else f"weighting {method.weighting}"
-    if len(values) == 1 and method.weighting != "uniform":
+    if len(values) == 1 and not find_weighting(method.weighting).constant:
         lines.append(
             f"every weight is {values.pop():g} ({how}): training on them is training without weights, up to that factor; "
             "choose another transform or other models"

@@ -15,9 +15,9 @@ from spin.alignment.core.errors import InputError
 from spin.alignment.core.files import read_json, remove_files, write_json_atomic
 from spin.alignment.core.parquet import ParquetSink, open_parquet, read_batches
 from spin.alignment.core.provenance import METADATA_KEY, Provenance, read_provenance
+from spin.alignment.core.sides import SIDES
 from spin.alignment.data.rows import OPTIONAL_COLUMNS
 
-SIDES = ("chosen", "rejected")
 _COLUMNS = tuple(f"{side}_{name}" for side in SIDES for name in ("token_ids", "finish_reason", "weights"))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.provenance import hash_weights
+from spin.alignment.core.sides import SIDES
 from spin.alignment.data.chat_encoder import ChatEncoder, load_tokenizer
 from spin.alignment.data.config import DataConfig
 from spin.alignment.data.encode_pairs import EncodedPair, encode_pair, truncate_pair
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from spin.alignment.logprobs.pair_forward import PairForward
     from spin.alignment.logprobs.reference_store import ReferenceLogps
 
-SIDES = ("chosen", "rejected")
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 # Tokens of a packed row while nothing is kept for a backward pass, and pairs of a padded batch.
 _ROW_TOKENS, _PADDED_PAIRS = {"cpu": 2048}, 4
@@ -103,7 +103,7 @@ def encode_rows(rows: Dataset, encoder: ChatEncoder, where: str) -> tuple[Datase
         pair = encode_pair(row, encoder, _UNCUT, _UNCUT)
         if isinstance(pair, str):
             return {name: [] for name in ID_COLUMNS} | {"reason": pair}
-        found = {name: getattr(pair, name) for name in ID_COLUMNS}
+        found: dict[str, Any] = pair.columns()
         for side in SIDES if index < _CHECKED_ROWS else ():
             text = row[side][-1]["content"]
             if (
@@ -172,8 +172,9 @@ def cut_rows(encoded: Dataset, encoder: ChatEncoder, limits: DataConfig) -> Data
     """Return the rows as training cuts them: what is passed through a model."""
 
     def cut(row: dict[str, Any]) -> dict[str, Any]:
-        pair = EncodedPair(*(row[name] for name in ID_COLUMNS))
-        return asdict(truncate_pair(pair, limits.max_length, limits.max_prompt_length, encoder.tokenizer.bos_token_id))
+        pair = EncodedPair(row["prompt_ids"], {side: row[f"{side}_ids"] for side in SIDES})
+        bos_id = encoder.tokenizer.bos_token_id
+        return truncate_pair(pair, limits.max_length, limits.max_prompt_length, bos_id).columns()
 
     return encoded.select_columns(list(ID_COLUMNS)).map(cut, load_from_cache_file=False, desc="cut pairs")
 

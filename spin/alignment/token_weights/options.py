@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spin.alignment.core.console import say
-from spin.alignment.core.errors import InputError, lookup
+from spin.alignment.core.errors import InputError
 from spin.alignment.core.program import Parser
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def make_parser() -> Parser:
     add = parser.add_argument
     add("--input_dir", required=True, help="folder of {split}_prefs-*.parquet from convert_data.py")
     add("--output_dir", required=True, help="folder for the same files with weights")
-    add("--weighting", required=True, help="reverse_dpo, teacher, drift or uniform")
+    add("--weighting", required=True, help="reverse_dpo, teacher, drift or uniform, or module:function")
     add("--model_plus", default=None, help="the model that was trained on the pairs, or the teacher")
     add("--model_minus", default=None, help="the model that was trained on the reversed pairs, or the student")
     add("--revision_plus", default=None, help="revision of a Hub model")
@@ -51,9 +51,9 @@ def check_options(options: Any) -> tuple[str, dict[str, float]]:
     Raises:
         InputError: naming the flag.
     """
-    from spin.alignment.methods.weightings import DEFAULT_TRANSFORM, WEIGHTINGS, check_transform
+    from spin.alignment.methods.weightings import DEFAULT_TRANSFORM, check_transform, find_weighting
 
-    weighting = lookup(WEIGHTINGS, options.weighting, "weighting")
+    weighting = find_weighting(options.weighting)
     for name in ("model_plus", "model_minus"):
         if weighting.needs_models and not getattr(options, name):
             raise InputError(f"the weighting {options.weighting} compares two models: give --{name}")
@@ -97,7 +97,7 @@ def open_judges(options: Any) -> tuple[Judge | None, Judge | None, ChatEncoder]:
     Raises:
         InputError: a model is not there, or the models do not go together.
     """
-    from spin.alignment.methods.weightings import WEIGHTINGS
+    from spin.alignment.methods.weightings import WEIGHTINGS, Compares, find_weighting
     from spin.alignment.models.config import ModelConfig
     from spin.alignment.token_weights.model_scores import Judge, check_offsets, open_encoder
 
@@ -109,7 +109,8 @@ def open_judges(options: Any) -> tuple[Judge | None, Judge | None, ChatEncoder]:
             trust_remote_code=options.trust_remote_code,
         )
 
-    if not WEIGHTINGS[options.weighting].needs_models:
+    weighting = find_weighting(options.weighting)
+    if not weighting.needs_models:
         return None, None, open_encoder(config(options.tokenizer, options.revision_tokenizer), options.system)
     plus = Judge.open(config(options.model_plus, options.revision_plus), options.system)
     minus = Judge.open(config(options.model_minus, options.revision_minus), options.system)
@@ -118,11 +119,14 @@ def open_judges(options: Any) -> tuple[Judge | None, Judge | None, ChatEncoder]:
             f"model_plus {options.model_plus} and model_minus {options.model_minus} hold the same weights, so no token gains "
             "anything: give two models"
         )
-    same = check_offsets(plus.encoder, minus.encoder) if options.weighting == "teacher" else None
-    if same is None and plus.encoder.tokenizer_hash != minus.encoder.tokenizer_hash:
+    aligns = weighting.compares is Compares.TEACHER
+    if aligns:
+        check_offsets(plus.encoder, minus.encoder)
+    elif plus.encoder.tokenizer_hash != minus.encoder.tokenizer_hash:
+        aligning = ", ".join(name for name in WEIGHTINGS if find_weighting(name).compares is Compares.TEACHER)
         raise InputError(
             f"model_plus {options.model_plus} and model_minus {options.model_minus} have different tokenizers, which "
-            f"{options.weighting} cannot align: give two models of one tokenizer, or --weighting teacher"
+            f"{options.weighting} cannot align: give two models of one tokenizer, or --weighting {aligning}"
         )
     return plus, minus, minus.encoder
 

@@ -30,7 +30,8 @@ def make_pair_forward(
     """
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     dtype = compute_dtype(model, accelerator.mixed_precision)
-    forward = PairForward.of(model, pad_id, args.device, dtype, args.pairs_per_micro_batch, accelerator.autocast)
+    responses, pairs = args.loss.responses, args.pairs_per_micro_batch
+    forward = PairForward.of(model, pad_id, args.device, dtype, pairs, accelerator.autocast, responses)
     if args.batching == "padded":
         return forward
     fused_head = args.fused_head and opponent is None

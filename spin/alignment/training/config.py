@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from transformers import TrainingArguments
 
 from spin.alignment.core.errors import InputError, lookup
 from spin.alignment.logprobs.attention import KERNELS
-from spin.alignment.methods.losses import loss_settings
+from spin.alignment.methods.losses import Loss, find_loss
+from spin.alignment.methods.losses.settings import loss_arguments, shared_settings
 from spin.alignment.training.optimizers import check_optimizer
 
 BATCHING = ("packed", "padded")
-LOSS_SETTINGS = ("beta", "eta", "alpha", "noise_ratio", "label_smoothing", "length_normalize")
 
 # Settings of the Trainer that would break or be ignored here: why, and the mend.
 _REFUSED = {
@@ -31,7 +32,8 @@ class SPINConfig(TrainingArguments):
 
     Attributes:
         beta: strength of the implicit KL constraint (lambda in the paper).
-        loss_type: a name in ``LOSSES``.
+        loss_type: a name in ``LOSSES``, or ``module:function``.
+        loss_settings: settings that this loss alone has, by name; ``beta``, ``eta`` and the others below are keys themselves.
         eta: step of SPPO's targets; default ``1 / beta`` (sppo_reward: 1).
         noise_ratio: generated responses per real one (space only).
         alpha: weight of the weighted sequence-KL term taken off the margin (sigmoid, hinge, ipo).
@@ -62,6 +64,7 @@ class SPINConfig(TrainingArguments):
     remove_unused_columns: bool = False
     beta: float = 0.1
     loss_type: str = "sigmoid"
+    loss_settings: dict[str, Any] = field(default_factory=dict)
     eta: float | None = None
     noise_ratio: float = 1.0
     alpha: float = 0.0
@@ -117,11 +120,18 @@ class SPINConfig(TrainingArguments):
             raise InputError(
                 f"train_sampling_strategy is {self.train_sampling_strategy}: set it to random or sequential"
             )
-        self.loss_settings = loss_settings(
-            self.loss_type,
-            {name: getattr(self, name) for name in LOSS_SETTINGS},
+        shared = {item.name for item in fields(type(self))} & shared_settings()
+        self.loss_arguments = loss_arguments(
+            self.loss_type, {name: getattr(self, name) for name in sorted(shared)}, self.loss_settings
         )
+        if self.reference_dir and not self.loss.needs_reference:
+            raise InputError(f"reference_dir is set, but loss_type {self.loss_type} needs no reference: remove it")
         self.pairs_per_micro_batch = self.per_device_train_batch_size
         self.per_device_train_batch_size *= self.gradient_accumulation_steps
         self.gradient_accumulation_steps = 1
         super().__post_init__()
+
+    @property
+    def loss(self) -> Loss:
+        """The loss of ``loss_type``, with what it says of itself."""
+        return find_loss(self.loss_type)

@@ -38,7 +38,7 @@ class FirstLoss:
             RuntimeError: no step is done, but the policy's log-probs are not those of the reference.
         """
         self._shares.append(losses.detach().sum() * share)
-        if step > 0:
+        if step > 0 or inputs.reference_logps is None:
             return
         mask = inputs.completion_mask.bool()
         difference = (inputs.policy_logps.detach() - inputs.reference_logps).abs()[mask].mean().item()

@@ -8,26 +8,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from spin.alignment.methods.losses import LossInputs, LossOutputs
+from spin.alignment.methods.losses import Loss, LossInputs, LossOutputs
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import Tensor
 
 
-_NAMES = (
-    "loss",
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/accuracies",
-    "rewards/margins",
-    "logps/chosen",
-    "logps/rejected",
-    "drift/chosen",
-    "drift/chosen_per_token",
-    "pairs",
-    "tokens",
-)
+_NAMES = ("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins")
+# How far the policy is from the reference: only where there is one.
+_DRIFT = ("drift/chosen", "drift/chosen_per_token")
 
 
 @dataclass(frozen=True)
@@ -42,16 +32,17 @@ class PairAverages:
 class PairMetrics:
     """Collects groups of pairs until they are averaged."""
 
-    def __init__(self) -> None:
+    def __init__(self, loss: Loss) -> None:
+        """``loss`` says which responses its pairs have, and whether there is a reference."""
+        logps = (f"logps/{name}" for name in loss.responses)
+        self._names = (*_NAMES, *logps, *(_DRIFT if loss.needs_reference else ()), "pairs", "tokens")
         self._sums: dict[str, list[Tensor]] = defaultdict(list)
 
     @torch.no_grad()
     def add(self, inputs: LossInputs, outputs: LossOutputs, losses: Tensor) -> None:
         """Add b pairs: their streams of shape ``(2b, R)`` and their losses of shape ``(b,)``."""
         mask = inputs.completion_mask
-        chosen_mask, _ = mask.chunk(2)
-        chosen, rejected = inputs.policy_logps.detach().double().sum(dim=-1).chunk(2)
-        start, _ = inputs.reference_logps.double().sum(dim=-1).chunk(2)
+        logps = inputs.split(inputs.policy_logps.detach().double().sum(dim=-1))
         margins = outputs.chosen_rewards - outputs.rejected_rewards
         values = {
             "loss": losses.detach(),
@@ -59,15 +50,21 @@ class PairMetrics:
             "rewards/rejected": outputs.rejected_rewards,
             "rewards/accuracies": (margins > 0).double(),
             "rewards/margins": margins,
-            "logps/chosen": chosen,
-            "logps/rejected": rejected,
-            "drift/chosen": chosen - start,
-            "drift/chosen_per_token": (chosen - start) / chosen_mask.sum(dim=-1),
+            **{f"logps/{name}": values for name, values in zip(inputs.responses, logps, strict=True)},
+            **self._drift(inputs, logps[0]),
             "pairs": torch.ones_like(margins),
             "tokens": mask.sum().double(),
         }
-        for name in _NAMES:
+        for name in self._names:
             self._sums[name].append(values[name].double().sum())
+
+    @staticmethod
+    def _drift(inputs: LossInputs, chosen: Tensor) -> dict[str, Tensor]:
+        if inputs.reference_logps is None:
+            return {}
+        start, *_ = inputs.split(inputs.reference_logps.double().sum(dim=-1))
+        chosen_mask, *_ = inputs.split(inputs.completion_mask)
+        return dict(zip(_DRIFT, (chosen - start, (chosen - start) / chosen_mask.sum(dim=-1)), strict=True))
 
     def take(self, accelerator: Accelerator) -> PairAverages | None:
         """Return the averages over all processes and start anew; None when nothing was added in any of them.
@@ -76,12 +73,12 @@ class PairMetrics:
         """
         if self._sums:
             # float64 sums would not cross every backend (MPS); float32 is enough for a mean of pairs.
-            local = torch.stack([torch.stack(self._sums[name]).sum() for name in _NAMES]).float()
+            local = torch.stack([torch.stack(self._sums[name]).sum() for name in self._names]).float()
         else:
-            local = torch.zeros(len(_NAMES), device=accelerator.device)
+            local = torch.zeros(len(self._names), device=accelerator.device)
         self._sums.clear()
         totals = accelerator.reduce(local, reduction="sum").double()
-        total = dict(zip(_NAMES, totals.tolist(), strict=True))
+        total = dict(zip(self._names, totals.tolist(), strict=True))
         pairs, tokens = total.pop("pairs"), total.pop("tokens")
         if not pairs:
             return None

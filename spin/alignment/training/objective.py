@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from spin.alignment.methods.losses import LOSSES, LossInputs, LossOutputs
+from spin.alignment.methods.losses import LossInputs, LossOutputs
 from spin.alignment.training.config import SPINConfig
 from spin.alignment.training.first_loss import FirstLoss
 from spin.alignment.training.metrics import PairMetrics
@@ -17,7 +17,7 @@ class PairObjective:
 
     def __init__(self, args: SPINConfig, first_loss: FirstLoss) -> None:
         self.args, self.first_loss = args, first_loss
-        self.metrics = {"train": PairMetrics(), "eval": PairMetrics()}
+        self.metrics = {"train": PairMetrics(args.loss), "eval": PairMetrics(args.loss)}
 
     def __call__(
         self, inputs: LossInputs, share: float | torch.Tensor, training: bool, counted: bool, step: int
@@ -26,7 +26,7 @@ class PairObjective:
 
         Pairs that are not ``counted`` give 0, with a gradient of 0. ``step`` is the number of optimiser steps done.
         """
-        outputs = LOSSES[self.args.loss_type](inputs, **self.args.loss_settings)
+        outputs = self.args.loss(inputs, **self.args.loss_arguments)
         losses = preference_losses = per_pair(outputs)
         if self.args.nll_weight:
             losses = losses + self.args.nll_weight * chosen_nll(inputs)
@@ -54,11 +54,11 @@ class PairObjective:
 def per_pair(outputs: LossOutputs) -> torch.Tensor:
     """Return the losses ``(B,)`` of pairs; where a loss has one for each response (``(2B,)``), the mean of a pair's two."""
     pairs = len(outputs.chosen_rewards)
-    return outputs.losses if len(outputs.losses) == pairs else outputs.losses.view(2, pairs).mean(dim=0)
+    return outputs.losses if len(outputs.losses) == pairs else outputs.losses.view(-1, pairs).mean(dim=0)
 
 
 def chosen_nll(inputs: LossInputs) -> torch.Tensor:
     """Return the negative log-likelihood of each chosen response in nats per token, of shape ``(B,)``."""
-    logps, _ = inputs.policy_logps.chunk(2)
-    mask, _ = inputs.completion_mask.chunk(2)
+    logps, *_ = inputs.split(inputs.policy_logps)
+    mask, *_ = inputs.split(inputs.completion_mask)
     return -(logps * mask).sum(dim=-1) / mask.sum(dim=-1)

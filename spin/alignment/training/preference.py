@@ -1,56 +1,92 @@
-"""Preference training: from encoded pairs to a saved policy."""
+"""Preference training: SPIN and its relatives, from stored pairs."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spin.alignment.training.preference_data import data_key
+from spin.alignment.core.errors import InputError
+from spin.alignment.core.files import read_json
+from spin.alignment.logprobs.batch import PairDataset
+from spin.alignment.logprobs.position_kl import check_can_keep_opponent
+from spin.alignment.models.folder import check_fits
+from spin.alignment.training.config import SPINConfig
+from spin.alignment.training.first_loss import FIRST_LOSS_FILE
+from spin.alignment.training.preference_data import check_budget, data_key, largest, load_pairs
+from spin.alignment.training.program import TrainingData, TrainingJob, TrainingProgram
+from spin.alignment.training.settings import Settings
+from spin.alignment.training.trainer import SPINTrainer
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-
-    from spin.alignment.training.settings import Settings
+    from spin.alignment.data.chat_encoder import ChatEncoder
 
 
-def train(
-    settings: Settings, pairs: dict[str, Dataset], dropped: dict[str, dict[str, int]], tokenizer: Any, key: str
-) -> None:
-    """Train, save the policy, and write metrics.json last."""
-    from spin.alignment.core.files import read_json
-    from spin.alignment.logprobs.batch import PairDataset
-    from spin.alignment.training.first_loss import FIRST_LOSS_FILE
-    from spin.alignment.training.output_dir import OutputFolder
-    from spin.alignment.training.run import load_policy, push_policy, report, train_policy
-    from spin.alignment.training.settings import inputs_record
-    from spin.alignment.training.trainer import SPINTrainer
+class PreferenceTraining(TrainingProgram):
+    """Trains a policy on pairs of responses, against the model that it starts from."""
 
-    folder = OutputFolder(settings, inputs_record(settings, key, data_key(pairs)))
-    if folder.is_complete():
-        report(settings, f"{folder.path} is complete already")
-        push_policy(settings)
-        return
-    folder.prepare(settings.arguments.process_index == 0)
-    model, dtypes = load_policy(settings)
-    trainer = SPINTrainer(
-        model=model,
-        args=settings.arguments,
-        train_dataset=PairDataset(pairs["train"]),
-        eval_dataset=PairDataset(pairs["test"]) if "test" in pairs else None,
-        processing_class=tokenizer,
-        opponent_hash=key,
-    )
+    arguments_class = SPINConfig
 
-    def describe(result: Any) -> dict[str, Any]:
-        # The Trainer's clock starts before the opponent's log-probs are computed.
+    def check_settings(self, settings: Settings) -> None:
+        """Check that training starts from a trained model, and that there is data to evaluate on where that is asked for."""
+        if settings.model.init_from_config:
+            raise InputError(
+                "init_from_config has no meaning here (self-play needs a trained opponent): use spin/run_sft.py"
+            )
+        strategy, splits = settings.arguments.eval_strategy, settings.data.dataset_splits
+        if strategy != "no" and not any(split.startswith("test") for split in splits):
+            raise InputError(
+                f"eval_strategy is {strategy}, but dataset_splits names no test split: add test_prefs to it"
+            )
+        check_can_keep_opponent(settings.arguments)
+
+    def load_data(self, settings: Settings, encoder: ChatEncoder) -> TrainingData:
+        """Load, mix and encode the pairs; what was dropped is counted by split and reason."""
+        return TrainingData(*load_pairs(settings, encoder))
+
+    def describe_data(self, data: TrainingData) -> list[str]:
+        """Return the number of pairs of each split, and of those dropped for which reason."""
+        lines = []
+        for split, number in data.sizes().items():
+            reasons = "".join(f", {count} dropped: {reason}" for reason, count in data.dropped[split].items())
+            lines.append(f"{split}: {number} pairs{reasons}")
+        return lines
+
+    def check_data(self, settings: Settings, data: TrainingData, model_folder: Path) -> None:
+        """Check that every pair fits into the model's context and vocabulary, and into a micro-batch."""
+        check_fits(model_folder, *largest(data.splits))
+        check_budget(data.splits, settings)
+
+    def model_key(self, settings: Settings, model_folder: Path) -> str:
+        """Return a hash of the weights; quantised ones are another model."""
+        bits = "-4bit" if settings.model.load_in_4bit else "-8bit" if settings.model.load_in_8bit else ""
+        return super().model_key(settings, model_folder) + bits
+
+    def data_key(self, job: TrainingJob) -> str:
+        """Return a hash of the encoded pairs."""
+        return data_key(job.data.splits)
+
+    def make_trainer(self, job: TrainingJob, model: Any) -> SPINTrainer:
+        """Return the trainer of a policy that starts as its own reference."""
+        pairs = {split: PairDataset(rows) for split, rows in job.data.splits.items()}
+        return SPINTrainer(
+            model=model,
+            args=job.settings.arguments,
+            train_dataset=pairs["train"],
+            eval_dataset=pairs.get("test"),
+            processing_class=job.encoder.tokenizer,
+            opponent_hash=job.model_key,
+        )
+
+    def metrics(self, job: TrainingJob, trainer: SPINTrainer, result: Any) -> dict[str, Any]:
+        """Return the first loss, times and throughput, and the numbers of pairs."""
+        # The Trainer's clock starts before the reference's log-probs are computed.
         runtime = result.metrics["train_runtime"] - trainer.reference_seconds
         return {
-            "first_loss": read_json(folder.path / FIRST_LOSS_FILE),
+            "first_loss": read_json(job.settings.output_dir / FIRST_LOSS_FILE),
             "reference_seconds": round(trainer.reference_seconds, 2),
             "seconds_per_step": round(runtime / max(1, trainer.steps_run), 4),
             "completion_tokens": trainer.tokens_seen,
             "completion_tokens_per_second": round(trainer.tokens_seen / max(runtime, 1e-9), 1),
-            "pairs": {split: len(rows) for split, rows in pairs.items()},
-            "dropped": dropped,
+            "pairs": job.data.sizes(),
+            "dropped": job.data.dropped,
         }
-
-    train_policy(trainer, folder, settings, dtypes, describe)

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from spin.alignment.core.errors import InputError
+from spin.alignment.core.sides import SIDES
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
     from spin.alignment.data.chat_encoder import ChatEncoder
     from spin.alignment.data.config import DataConfig
+    from spin.alignment.methods.labels import Label
+    from spin.alignment.methods.losses import Loss
     from spin.alignment.training.settings import Settings
-
-
-HALVES = ("chosen", "rejected")
 
 
 def encode_split(
@@ -25,32 +26,34 @@ def encode_split(
     """Encode preference rows to ids, token weights and the labels that the loss reads; return the encoded rows and how
     many were dropped for which reason. ``reverse`` lets chosen and rejected change places, with all they have.
 
+    The encoded rows have ``prompt_ids`` and, for each response that the loss reads, ``{response}_ids``, ``{response}_weights``
+    where tokens are weighted and ``{response}_{label}``.
+
     Raises:
         InputError: naming the row, the missing columns, or when no pair is left.
     """
     from spin.alignment.data.encode_pairs import encode_pair
-    from spin.alignment.methods.losses import LOSS_COLUMNS, loss_feature
+    from spin.alignment.methods.losses import find_loss
 
-    label = LOSS_COLUMNS.get(loss_type)
-    check_label_columns(rows, loss_type, label)
-    weighted = [half for half in HALVES if f"{half}_weights" in rows.column_names]
-    if len(weighted) == 1:
-        raise InputError(f"the pairs have the column {weighted[0]}_weights alone: weigh them again, or remove it")
-    targets = dict(zip(HALVES, reversed(HALVES) if reverse else HALVES, strict=True))
+    loss = find_loss(loss_type)
+    check_columns(rows, loss_type, loss)
+    weighted = weighted_responses(rows, loss)
+    targets = {name: name for name in loss.responses}
+    if reverse:
+        targets |= dict(zip(SIDES, reversed(SIDES), strict=True))
 
     def encode(row: dict[str, Any], index: int) -> dict[str, Any]:
         try:
-            pair = encode_pair(row, encoder, config.max_length, config.max_prompt_length)
+            pair = encode_pair(row, encoder, config.max_length, config.max_prompt_length, loss.responses)
             whole = None if isinstance(pair, str) else pair
             found: dict[str, Any] = {"prompt_ids": whole.prompt_ids if whole else [], "dropped": "" if whole else pair}
-            for half, other in targets.items():
-                ids = getattr(whole, f"{half}_ids") if whole else []
+            for name, other in targets.items():
+                ids = whole.responses[name] if whole else []
                 found[f"{other}_ids"] = ids
-                if half in weighted:
+                if name in weighted:
                     is_cut = whole is not None and len(whole.prompt_ids) + len(ids) >= config.max_length
-                    found[f"{other}_weights"] = weights_of(row, half, len(ids), is_cut) if whole else []
-                if label is not None:
-                    found[f"{other}_{loss_feature(label)}"] = label_of(row, f"{half}_{label}")
+                    found[f"{other}_weights"] = weights_of(row, name, len(ids), is_cut) if whole else []
+                found |= {f"{other}_{label.name}": label_of(row, name, label) for label in loss.labels}
         except InputError as error:
             raise InputError(f"{row['source']} row {index} (prompt {row['prompt_id']}): {error}") from error
         return found
@@ -72,57 +75,85 @@ def encode_split(
     return encoded.select(kept).remove_columns("dropped"), dict(dropped)
 
 
-def check_label_columns(rows: Dataset, loss_type: str, label: str | None) -> None:
-    """Check that the pairs have the label that a loss reads, and a preferred response where it needs one.
+def check_columns(rows: Dataset, loss_type: str, loss: Loss) -> None:
+    """Check that the pairs have the responses and labels that a loss reads, and a preferred response where it needs one.
 
     Raises:
-        InputError: naming the missing columns, and the pairing that writes them.
+        InputError: naming the missing columns, and what writes them.
     """
-    from spin.alignment.methods.pairings import PAIRINGS
+    from spin.alignment.methods.losses import LOSSES, find_loss
+    from spin.alignment.methods.pairings import PAIRINGS, find_pairing, writers
 
-    if "chosen_reward" in rows.column_names and label != "reward":
-        sources = ", ".join(sorted(set(rows["source"])))
+    sources = ", ".join(sorted(set(rows["source"])))
+    written = {
+        name: {column for label in find_pairing(name).own_labels for column in label.columns} for name in PAIRINGS
+    }
+    unpreferring = [
+        name for name in PAIRINGS if not find_pairing(name).prefers and written[name] <= {*rows.column_names}
+    ]
+    if unpreferring and loss.compares:
+        others = ", ".join(name for name in LOSSES if not find_loss(name).compares)
         raise InputError(
-            f"the pairs in {sources} hold rewards and prefer no response (pairing every_sample), but loss_type {loss_type} "
-            "compares two: set loss_type: sppo_reward, or convert the data with another pairing"
+            f"the pairs in {sources} hold rewards and prefer no response (pairing {unpreferring[0]}), but loss_type {loss_type} "
+            f"compares two: set loss_type: {others}, or convert the data with another pairing"
         )
-    if label is None:
-        return
-    missing = [name for half in HALVES if (name := f"{half}_{label}") not in rows.column_names]
-    if missing:
-        pairing = next(name for name, found in PAIRINGS.items() if missing[0] in getattr(found, "adds", ()))
-        sources = ", ".join(sorted(set(rows["source"])))
+    for label in loss.labels:
+        missing = [name for side in loss.responses if (name := f"{side}_{label.name}") not in rows.column_names]
+        if missing:
+            pairings = writers(label)
+            fix = f"convert the data with --pairing {pairings[0]}" if pairings else "add them as numbers"
+            raise InputError(
+                f"loss_type {loss_type} reads {' and '.join(missing)}, which the pairs in {sources} do not have: {fix}, or "
+                "choose another loss_type"
+            )
+    absent = [name for name in loss.responses if name not in rows.column_names]
+    if absent:
         raise InputError(
-            f"loss_type {loss_type} reads {' and '.join(missing)}, which the pairs in {sources} do not have: convert the data "
-            f"with --pairing {pairing}, or choose another loss_type"
+            f"loss_type {loss_type} reads a response '{absent[0]}' beside chosen and rejected, which the pairs in {sources} do "
+            f"not have: convert the data with --{absent[0]}, or choose another loss_type"
         )
 
 
-def weights_of(row: dict[str, Any], half: str, count: int, is_cut: bool = True) -> list[float]:
+def weighted_responses(rows: Dataset, loss: Loss) -> list[str]:
+    """Return the responses that have token weights: all that the loss reads, or none.
+
+    Raises:
+        InputError: only some of them have.
+    """
+    weighted = [name for name in loss.responses if f"{name}_weights" in rows.column_names]
+    if weighted and len(weighted) < len(loss.responses):
+        missing = next(name for name in loss.responses if name not in weighted)
+        raise InputError(
+            f"the pairs have {' and '.join(f'{name}_weights' for name in weighted)} but no {missing}_weights: weigh them again, "
+            "or remove the column"
+        )
+    return weighted
+
+
+def weights_of(row: dict[str, Any], side: str, count: int, is_cut: bool = True) -> list[float]:
     """Return the weights of the ``count`` tokens of a response that are left after truncation (unless it was not cut)."""
-    weights, ids = row[f"{half}_weights"], row.get(f"{half}_token_ids")
+    weights, ids = row[f"{side}_weights"], row.get(f"{side}_token_ids")
     whole = len(ids) if ids is not None else None if is_cut else count
     if weights is None or len(weights) < count or (whole is not None and len(weights) != whole):
         found = "none" if weights is None else len(weights)
         raise InputError(
-            f"{half}_weights must hold a weight for each token ({max(count, len(ids or ()))}), but there are {found}: weigh it "
+            f"{side}_weights must hold a weight for each token ({max(count, len(ids or ()))}), but there are {found}: weigh it "
             "again with spin/estimate_weights.py"
         )
     if not all(map(math.isfinite, weights[:count])):
         place = next(place for place, weight in enumerate(weights[:count]) if not math.isfinite(weight))
         raise InputError(
-            f"{half}_weights is {weights[place]} at token {place}: weigh it again with a max_length as large as that of the "
+            f"{side}_weights is {weights[place]} at token {place}: weigh it again with a max_length as large as that of the "
             "training"
         )
     return list(weights[:count])
 
 
-def label_of(row: dict[str, Any], name: str) -> float:
-    """Return a label of a response: a finite number, a probability where it is one."""
-    value = row[name]
-    if value is None or not math.isfinite(value) or ("win_prob" in name and not 0 <= value <= 1):
-        wanted = "a probability" if "win_prob" in name else "a finite number"
-        raise InputError(f"{name} is {value}, not {wanted}: convert the data again")
+def label_of(row: dict[str, Any], side: str, label: Label) -> float:
+    """Return a label of a response, as the label says it must be."""
+    value = row[f"{side}_{label.name}"]
+    if not label.allows(value):
+        raise InputError(f"{side}_{label.name} is {value}, not {label.wanted}: convert the data again")
     return float(value)
 
 
@@ -157,12 +188,14 @@ def largest(pairs: dict[str, Dataset]) -> tuple[int, int]:
     """Return the length (tokens) of the longest prompt with response, and the largest token id."""
     import pyarrow.compute as pc
 
+    from spin.alignment.logprobs.reference_store import responses_of
+
     length = token = 0
     for rows in pairs.values():
         table = rows.with_format("arrow")[:]
         prompts = pc.list_value_length(table["prompt_ids"])
-        for half in ("chosen_ids", "rejected_ids"):
-            length = max(length, pc.max(pc.add(prompts, pc.list_value_length(table[half]))).as_py())
+        for name in responses_of(rows.column_names):
+            length = max(length, pc.max(pc.add(prompts, pc.list_value_length(table[f"{name}_ids"]))).as_py())
         token = max(
             token, *(pc.max(pc.list_flatten(table[name])).as_py() for name in table.column_names if "_ids" in name)
         )
@@ -177,19 +210,20 @@ def check_budget(pairs: dict[str, Dataset], settings: Settings) -> None:
     """
     import pyarrow.compute as pc
 
+    from spin.alignment.logprobs.reference_store import responses_of
+
     budget = settings.arguments.max_tokens_per_batch
-    prompts = 1 if settings.arguments.share_prompts else 2
     for split, rows in pairs.items():
         if budget is None:
             continue
         table = rows.with_format("arrow")[:]
-        prompt, chosen, rejected = (
-            pc.list_value_length(table[f"{name}_ids"]) for name in ("prompt", "chosen", "rejected")
-        )
-        tokens = pc.add(pc.multiply(prompt, prompts), pc.add(chosen, rejected))
+        names = responses_of(rows.column_names)
+        prompt, *responses = (pc.list_value_length(table[f"{name}_ids"]) for name in ("prompt", *names))
+        prompts = 1 if settings.arguments.share_prompts else len(names)
+        tokens = functools.reduce(pc.add, responses, pc.multiply(prompt, prompts))
         longest = pc.max(tokens).as_py()
         if longest > budget:
             raise InputError(
                 f"max_tokens_per_batch is {budget}, but pair {pc.index(tokens, longest).as_py()} of {split} takes {longest} "
-                f"tokens (prompt, chosen and rejected): raise it to {longest}, or lower max_length"
+                f"tokens (prompt, {', '.join(names[:-1])} and {names[-1]}): raise it to {longest}, or lower max_length"
             )

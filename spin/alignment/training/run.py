@@ -1,24 +1,66 @@
-"""What every training program shares: its settings, its model, where to resume, and saving."""
+"""The one way through a training, from a configuration to a saved policy, whatever kind of training it is."""
 
 from __future__ import annotations
 
 import logging
-import sys
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from spin.alignment.core.console import say
 from spin.alignment.core.files import write_json_atomic
 from spin.alignment.models.adapters import add_adapters, merge_adapters
+from spin.alignment.models.folder import model_folder
 from spin.alignment.models.loading import load_model
 from spin.alignment.models.precision import keep_master_weights, weight_dtypes
 from spin.alignment.models.saving import save_checkpoint
 from spin.alignment.training.output_dir import OutputFolder
-from spin.alignment.training.settings import Settings
+from spin.alignment.training.program import TrainingJob, TrainingProgram
+from spin.alignment.training.settings import Settings, make_encoder, read_settings
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
+
+
+def train(program: TrainingProgram, values: Mapping[str, Any], source: str) -> None:
+    """Train as the ``values`` of a configuration file say and save the policy; a training that is done already is left alone.
+
+    Writes into ``output_dir``: ``inputs.json`` first, the Trainer's checkpoints, the model, and ``metrics.json`` last.
+
+    Raises:
+        InputError: bad settings or data, named with ``source``, the file they stand in; no model was loaded.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    settings = read_settings({**program.defaults, **values}, source, program.arguments_class)
+    program.check_settings(settings)
+    setup_logging(settings.arguments.process_index == 0)
+    encoder = make_encoder(settings)
+    data = program.load_data(settings, encoder)
+    for line in program.describe_data(data):
+        report(settings, line)
+    folder = model_folder(settings.model.model_name_or_path, settings.model.model_revision)
+    program.check_data(settings, data, folder)
+    run_job(program, TrainingJob(settings, encoder, data, program.model_key(settings, folder)))
+
+
+def run_job(program: TrainingProgram, job: TrainingJob) -> None:
+    """Load the policy, train and save it, unless that was done before."""
+    settings = job.settings
+    folder = OutputFolder(settings, program.inputs(job))
+    if folder.is_complete():
+        report(settings, f"{folder.path} is complete already")
+        push_policy(settings)
+        return
+    folder.prepare(settings.arguments.process_index == 0)
+    try:
+        program.open(settings)
+        model, dtypes = load_policy(settings)
+        trainer = program.make_trainer(job, model)
+        train_policy(program, job, trainer, folder, dtypes)
+    finally:
+        program.close()
 
 
 def load_policy(settings: Settings) -> tuple[PreTrainedModel, dict[str, torch.dtype]]:
@@ -83,16 +125,10 @@ def push_policy(settings: Settings) -> None:
 
 
 def train_policy(
-    trainer: Any,
-    folder: OutputFolder,
-    settings: Settings,
-    dtypes: dict[str, Any],
-    describe: Callable[[Any], dict[str, Any]],
+    program: TrainingProgram, job: TrainingJob, trainer: Any, folder: OutputFolder, dtypes: dict[str, Any]
 ) -> None:
-    """Train from where the folder stands, save the policy, and write metrics.json last.
-
-    ``describe(result)`` adds what only this program knows to the metrics; it is called in the main process.
-    """
+    """Train from where the folder stands, save the policy, and write metrics.json last."""
+    settings = job.settings
     started = time.monotonic()
     resume = folder.resume_point()
     if resume:
@@ -108,7 +144,7 @@ def train_policy(
             "train_loss": result.training_loss,
             "steps": trainer.state.global_step,
             "seconds": round(seconds, 2),
-            **describe(result),
+            **program.metrics(job, trainer, result),
             "final": (logged[-1] if logged else {}) | final,
             "history": history,
         }
@@ -125,7 +161,7 @@ def leave(trainer: Any) -> None:
 
 
 def setup_logging(is_main: bool) -> None:
-    """Let the main process alone talk, one plain line a message; the short bars of loading and saving stay off."""
+    """Let the main process alone log, one plain line a message, without the short progress bars of loading and saving."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
@@ -137,5 +173,4 @@ def setup_logging(is_main: bool) -> None:
 def report(settings: Settings, sentence: str) -> None:
     """Let the main process say one sentence to the person who started the program."""
     if settings.arguments.process_index == 0:
-        sys.stdout.write(f"{sentence}\n")
-        sys.stdout.flush()
+        say(sentence)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from spin.alignment.core.config import build, split_config
 from spin.alignment.core.errors import InputError
+from spin.alignment.core.resolve import module_record
 from spin.alignment.data.config import DataConfig
 from spin.alignment.models.config import ModelConfig
 from spin.alignment.models.folder import check_model_path
@@ -135,5 +136,7 @@ def inputs_record(settings: Settings, opponent: str, data: str) -> dict[str, Any
     """Return what decides the result of a training: weights, data and settings, by hash or value."""
     kept = {key: value for key, value in settings.values.items() if key not in _WITHOUT_EFFECT}
     processes = {"processes": settings.arguments.world_size} if settings.arguments.world_size > 1 else {}
-    record = {"model": opponent, "data": data, **processes, **kept}
+    own = {"loss": settings.values.get("loss_type", ""), "pairing": settings.values.get("pairing", "")}
+    modules = {key: value for kind, name in own.items() for key, value in module_record(kind, name).items()}
+    record = {"model": opponent, "data": data, **processes, **kept, **modules}
     return json.loads(json.dumps(record, default=str, sort_keys=True))

@@ -1,14 +1,23 @@
-"""TRL's SFTTrainer with this project's defaults. The ids and labels come ready; TRL prepares nothing."""
+"""SFT on the ground truth: TRL's SFTTrainer with this project's defaults. Ids and labels come ready; TRL prepares nothing."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from trl import SFTConfig, SFTTrainer
 
 from spin.alignment.core.errors import InputError
+from spin.alignment.core.provenance import hash_file, hash_json
+from spin.alignment.training.program import TrainingData, TrainingJob, TrainingProgram
+from spin.alignment.training.settings import Settings
+from spin.alignment.training.sft_data import load_ground_truth
+
+if TYPE_CHECKING:
+    from spin.alignment.data.chat_encoder import ChatEncoder
 
 
 @dataclass
@@ -31,7 +40,7 @@ class SFTArguments(SFTConfig):
         super().__post_init__()
 
 
-class TruthTrainer(SFTTrainer):
+class GroundTruthTrainer(SFTTrainer):
     """SFTTrainer whose label smoothing takes one forward pass: TRL adds a second one for its metrics."""
 
     def compute_loss(
@@ -49,3 +58,45 @@ class TruthTrainer(SFTTrainer):
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # tokens are counted over all processes, gradients averaged
         return (loss, outputs) if return_outputs else loss
+
+
+class SFTTraining(TrainingProgram):
+    """Fine-tunes on the ground truth, from a model or (``init_from_config``) from random weights."""
+
+    arguments_class = SFTArguments
+    defaults: ClassVar[Mapping[str, Any]] = {"dataset_splits": ["train"]}
+
+    def load_data(self, settings: Settings, encoder: ChatEncoder) -> TrainingData:
+        """Load, mix and encode the prompts with their ground truth; what was dropped is counted by reason."""
+        return TrainingData(*load_ground_truth(settings, encoder))
+
+    def describe_data(self, data: TrainingData) -> list[str]:
+        """Return the number of rows of each split, and what was dropped from all of them."""
+        dropped = f", dropped {data.dropped}" if data.dropped else ""
+        return [
+            f"{split}: {number} rows{dropped if split == 'train' else ''}" for split, number in data.sizes().items()
+        ]
+
+    def model_key(self, settings: Settings, model_folder: Path) -> str:
+        """Return a hash of the weights, or of the configuration that random weights are drawn for."""
+        if settings.model.init_from_config:
+            return hash_file(model_folder / "config.json")
+        return super().model_key(settings, model_folder)
+
+    def data_key(self, job: TrainingJob) -> str:
+        """Return a hash of the ids and labels."""
+        return hash_json({split: [rows["input_ids"], rows["labels"]] for split, rows in job.data.splits.items()})
+
+    def make_trainer(self, job: TrainingJob, model: Any) -> GroundTruthTrainer:
+        """Return TRL's trainer of the encoded rows."""
+        return GroundTruthTrainer(
+            model=model,
+            args=job.settings.arguments,
+            train_dataset=job.data.splits["train"],
+            eval_dataset=job.data.splits.get("test"),
+            processing_class=job.encoder.tokenizer,
+        )
+
+    def metrics(self, job: TrainingJob, trainer: GroundTruthTrainer, result: Any) -> dict[str, Any]:
+        """Return the numbers of rows."""
+        return {"rows": job.data.sizes(), "dropped": job.data.dropped}

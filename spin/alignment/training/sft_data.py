@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from spin.alignment.training.settings import Settings
 
 
-def encode_truth(
+def encode_ground_truth(
     prompts: Dataset, encoder: ChatEncoder, settings: Settings, source: str
 ) -> tuple[Dataset, Counter[str]]:
     """Encode prompts with their ground truth; return input_ids and labels (-100 on the prompt), and what was dropped."""
@@ -41,7 +41,7 @@ def encode_truth(
     return Dataset.from_list(rows), dropped
 
 
-def load_truth(settings: Settings, encoder: ChatEncoder) -> tuple[dict[str, Dataset], dict[str, int]]:
+def load_ground_truth(settings: Settings, encoder: ChatEncoder) -> tuple[dict[str, Dataset], dict[str, int]]:
     """Load and mix the prompts of every data set; return the encoded splits and the counts of dropped rows by reason."""
     from datasets import concatenate_datasets
 
@@ -59,7 +59,7 @@ def load_truth(settings: Settings, encoder: ChatEncoder) -> tuple[dict[str, Data
                 prompts = prompts.shuffle(seed=settings.arguments.seed).select(
                     range(max(1, int(fraction * len(prompts))))
                 )
-            encoded, lost = encode_truth(prompts, encoder, settings, source)
+            encoded, lost = encode_ground_truth(prompts, encoder, settings, source)
             pieces.setdefault(name, []).append(encoded)
             dropped += lost
     if "train" not in pieces:

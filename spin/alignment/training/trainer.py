@@ -139,7 +139,7 @@ class SPINTrainer(Trainer):
             share = self.accelerator.num_processes / num_items_in_batch
         settings = {"training": model.training, "counted": inputs.counted, "step": self.state.global_step}
         objective = partial(self.objective, share=share, **settings)
-        loss = batch_loss(model, inputs.batch, objective, self.opponent)
+        loss = batch_loss(model, inputs.batch, objective, self.opponent, self.args.loss.responses)
         if not torch.isfinite(loss):
             raise FloatingPointError(
                 f"the loss is {loss.item()} at step {self.state.global_step}: lower the learning rate, or train in bfloat16 or "
@@ -177,12 +177,15 @@ class SPINTrainer(Trainer):
         return self.state.global_step - self._initial_global_step
 
     def attach_references(self, resumed: bool) -> None:
-        """Attach the opponent's log-probs to every data set, computing those that are not stored yet.
+        """Attach the reference log-probs to every data set, computing those that are not stored yet; a loss that needs no
+        reference gets none.
 
         Raises:
             InputError: a resumed run has lost its store; the weights in memory are no longer the opponent's.
         """
         self.prepare_batching(self.train_dataset, resumed)
+        if not self.args.loss.needs_reference:
+            return
         attach_reference(
             self.pair_forward,
             {"train": self.train_dataset, "test": self.eval_dataset},

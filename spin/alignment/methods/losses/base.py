@@ -1,10 +1,14 @@
-"""What every loss receives and returns, and the sums they share. Pure tensors: no model, no I/O, no project imports."""
+"""What every loss receives and returns, what it says of itself, and the sums the losses share. Pure tensors: no model, no I/O."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from spin.alignment.core.sides import SIDES
+from spin.alignment.methods.labels import Label, as_labels
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -14,17 +18,33 @@ if TYPE_CHECKING:
 class LossInputs:
     """Token streams of shape ``(2B, T)``: the chosen half, then the rejected half. Log-probabilities in nats.
 
-    ``weights`` are token weights (``None``: 1 on every completion token), ``position_kl`` is KL(policy || reference)
-    at each position in nats, ``win_probs`` and ``rewards`` have shape ``(2B,)``.
+    ``weights`` are token weights (``None``: 1 on every completion token), ``position_kl`` is KL(policy || reference) at each
+    position in nats, ``labels`` has a tensor of shape ``(2B,)`` for each label that the loss reads. A loss that reads more
+    responses (``responses``, k of them) gets streams ``(kB, T)`` in their order; one that needs no reference gets no
+    ``reference_logps``.
     """
 
     policy_logps: Tensor
-    reference_logps: Tensor
+    reference_logps: Tensor | None
     completion_mask: Tensor
     weights: Tensor | None = None
     position_kl: Tensor | None = None
-    win_probs: Tensor | None = None
-    rewards: Tensor | None = None
+    labels: Mapping[str, Tensor] = field(default_factory=dict)
+    responses: tuple[str, ...] = SIDES
+
+    def label(self, name: str) -> Tensor:
+        """Return a label in float64, of shape ``(2B,)``.
+
+        Raises:
+            ValueError: the inputs do not have it.
+        """
+        if name not in self.labels:
+            raise ValueError(f"the loss reads the label {name}, which these inputs do not have")
+        return self.labels[name].double()
+
+    def split(self, values: Tensor) -> tuple[Tensor, ...]:
+        """Return the part of each response, of shape ``(B, ...)``: the chosen ones, the rejected ones ..."""
+        return values.chunk(len(self.responses))
 
 
 @dataclass(frozen=True)
@@ -39,8 +59,37 @@ class LossOutputs:
     rejected_rewards: Tensor
 
 
-# A loss is a pure function of LossInputs; its keyword arguments are the settings it knows.
-Loss = Callable[..., LossOutputs]
+@dataclass(frozen=True)
+class Loss:
+    """A loss and what it says of itself. A plain function is a loss too, with the defaults below.
+
+    Attributes:
+        function: a pure function of :class:`LossInputs`; its keyword arguments, each with a default, are its settings.
+        reads: labels of the responses that it reads (:class:`Label`, or a name where any finite number will do).
+        responses: the responses of a row that it reads, in the order of its streams.
+        needs_reference: it reads ``reference_logps``; without, they are not computed.
+        compares: it learns from which response is the preferred one, so the pairing must prefer one.
+        least: the least value of a setting that has one.
+    """
+
+    function: Callable[..., LossOutputs]
+    reads: tuple[Label | str, ...] = ()
+    responses: tuple[str, ...] = SIDES
+    needs_reference: bool = True
+    compares: bool = True
+    least: Mapping[str, float] = field(default_factory=dict)
+
+    def __call__(self, inputs: LossInputs, **settings: Any) -> LossOutputs:
+        return self.function(inputs, **settings)
+
+    @property
+    def labels(self) -> tuple[Label, ...]:
+        return as_labels(self.reads)
+
+    @property
+    def settings(self) -> dict[str, inspect.Parameter]:
+        """The keyword arguments of the function, by name."""
+        return dict(list(inspect.signature(self.function).parameters.items())[1:])
 
 
 def sequence_logratios(inputs: LossInputs, length_normalize: bool = False) -> tuple[Tensor, Tensor]:
@@ -48,10 +97,23 @@ def sequence_logratios(inputs: LossInputs, length_normalize: bool = False) -> tu
 
     Differences are taken per token and summed in float64: two sequence sums near -2500 nats would cancel in float32.
     ``length_normalize`` divides by the number of completion tokens.
+
+    Raises:
+        ValueError: the inputs have no reference log-probs.
     """
+    if inputs.reference_logps is None:
+        raise ValueError("the loss reads reference log-probs, which these inputs do not have: set needs_reference")
     ratios = inputs.policy_logps.double() - inputs.reference_logps.double()
-    chosen, rejected = _weighted_sums(ratios, inputs, length_normalize).chunk(2)
+    chosen, rejected, *_ = inputs.split(_weighted_sums(ratios, inputs, length_normalize))
     return chosen, rejected
+
+
+def sequence_logps(inputs: LossInputs, length_normalize: bool = False) -> tuple[Tensor, ...]:
+    """Return the weighted log-probs ``sum_t w_t log pi(y_t)`` (nats) of each response, of shape ``(B,)``, in their order.
+
+    ``length_normalize`` divides by the number of completion tokens.
+    """
+    return inputs.split(_weighted_sums(inputs.policy_logps.double(), inputs, length_normalize))
 
 
 def kl_penalty(inputs: LossInputs, alpha: float, length_normalize: bool = False) -> Tensor | float:
@@ -66,7 +128,7 @@ def kl_penalty(inputs: LossInputs, alpha: float, length_normalize: bool = False)
         return 0.0
     if inputs.position_kl is None:
         raise ValueError(f"alpha is {alpha}, but these inputs have no position_kl: set alpha to 0")
-    chosen, rejected = _weighted_sums(inputs.position_kl.double(), inputs, length_normalize).chunk(2)
+    chosen, rejected, *_ = inputs.split(_weighted_sums(inputs.position_kl.double(), inputs, length_normalize))
     return alpha * (chosen - rejected)
 
 

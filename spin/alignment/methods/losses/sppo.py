@@ -1,13 +1,13 @@
 """SPPO (arXiv 2405.00675, eq. 3.6): each response's log-ratio is pulled to a target of its own, not only the gap of a pair.
 
-Also its variants, the form for single rewards, and the soft-mean that is their baseline.
+Also its variants, and the form for single rewards.
 """
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
+from spin.alignment.methods.labels import PAIR_WIN_PROB, REWARD, WIN_PROB
 from spin.alignment.methods.losses.base import LossInputs, LossOutputs, outputs, sequence_logratios
 
 if TYPE_CHECKING:
@@ -17,23 +17,24 @@ if TYPE_CHECKING:
 def sppo(inputs: LossInputs, beta: float = 0.1, eta: float | None = None) -> LossOutputs:
     """Return ``1/2 [(r_w - eta (P_w - 1/2))^2 + (r_l - eta (P_l - 1/2))^2]``: eq. 3.6 for the two responses kept.
 
-    ``r`` are log-ratios (nats), ``P`` the win rates against the opponent's samples (``inputs.win_probs``), and
+    ``r`` are log-ratios (nats), ``P`` the win rates against the opponent's samples (label ``win_prob``), and
     ``eta = 1 / beta`` unless it is given.
 
     Raises:
         ValueError: the inputs have no win rates.
     """
-    chosen_wins, rejected_wins = _labels(inputs.win_probs, "sppo", "win_probs").chunk(2)
+    chosen_wins, rejected_wins = inputs.split(inputs.label(WIN_PROB.name))
     return _squares(inputs, chosen_wins - 0.5, rejected_wins - 0.5, beta, eta)
 
 
 def sppo_single(inputs: LossInputs, beta: float = 0.1, eta: float | None = None) -> LossOutputs:
-    """Return :func:`sppo` with ``p = P(chosen beats rejected)`` in place of both win rates: targets ``+-eta (p - 1/2)``.
+    """Return :func:`sppo` with ``p = P(chosen beats rejected)`` (label ``pair_win_prob``) in place of both win rates: targets
+    ``+-eta (p - 1/2)``.
 
     Raises:
         ValueError: the inputs have no win probabilities.
     """
-    wins, _ = _labels(inputs.win_probs, "sppo_single", "win_probs").chunk(2)
+    wins, _ = inputs.split(inputs.label(PAIR_WIN_PROB.name))
     return _squares(inputs, wins - 0.5, 0.5 - wins, beta, eta)
 
 
@@ -48,28 +49,18 @@ def sppo_hard(inputs: LossInputs, beta: float = 0.1, eta: float | None = None) -
 def sppo_reward(inputs: LossInputs, beta: float = 0.1, eta: float | None = None) -> LossOutputs:
     """Return ``(r_i - eta reward_i)^2`` for every response on its own, of shape ``(2B,)``; ``eta`` is 1 unless it is given.
 
-    SPPO's online form (eq. 3.6 with a reward in place of the win rate): ``inputs.rewards`` are already minus their
-    baseline, the soft-mean. ``beta`` scales only the logged rewards.
+    SPPO's online form (eq. 3.6 with a reward in place of the win rate): the label ``reward`` is already minus its baseline,
+    the soft-mean. ``beta`` scales only the logged rewards.
 
     Raises:
         ValueError: the inputs have no rewards.
     """
     import torch
 
-    rewards = _labels(inputs.rewards, "sppo_reward", "rewards")
+    rewards = inputs.label(REWARD.name)
     chosen, rejected = sequence_logratios(inputs)
     losses = (torch.cat((chosen, rejected)) - (1.0 if eta is None else eta) * rewards) ** 2
     return outputs(losses, chosen, rejected, beta)
-
-
-def soft_mean(rewards: Tensor, b: float = 1.0, dim: int = -1) -> Tensor:
-    """Return ``(1/b) log mean exp(b r)`` along a dimension; at ``b = 0`` its limit, the arithmetic mean.
-
-    It is the log-partition that eq. 3.5 subtracts (eta = 1), estimated from the samples; a larger ``b`` moves it to the maximum.
-    """
-    if b == 0:
-        return rewards.mean(dim=dim)
-    return ((b * rewards).logsumexp(dim=dim) - math.log(rewards.shape[dim])) / b
 
 
 def _squares(
@@ -79,9 +70,3 @@ def _squares(
     chosen, rejected = sequence_logratios(inputs)
     losses = ((chosen - scale * chosen_target) ** 2 + (rejected - scale * rejected_target) ** 2) / 2
     return outputs(losses, chosen, rejected, beta)
-
-
-def _labels(values: Tensor | None, loss: str, name: str) -> Tensor:
-    if values is None:
-        raise ValueError(f"the loss {loss} needs {name}, which these pairs do not have")
-    return values.double()

@@ -1,27 +1,56 @@
 """Which response is chosen and which rejected. One file and one line here for each pairing."""
 
+from __future__ import annotations
+
+from spin.alignment.core.resolve import resolve
+from spin.alignment.methods.labels import PAIR_WIN_PROB, REWARD, SCORE, WIN_PROB, Label
 from spin.alignment.methods.pairings.base import EveryRow, Labelled, Pairing, check_num_samples, label_rows, no_truth
 from spin.alignment.methods.pairings.best_vs_ground_truth import best_vs_ground_truth
 from spin.alignment.methods.pairings.best_vs_random import best_vs_random
 from spin.alignment.methods.pairings.best_vs_worst import best_vs_worst
-from spin.alignment.methods.pairings.every_sample import REWARD_COLUMNS, every_sample
+from spin.alignment.methods.pairings.every_sample import every_sample
 from spin.alignment.methods.pairings.ground_truth import ground_truth
-from spin.alignment.methods.pairings.win_rate import WIN_COLUMNS, win_rate
+from spin.alignment.methods.pairings.win_rate import win_rate
 
 PAIRINGS: dict[str, Pairing] = {
     "best_vs_ground_truth": Labelled(best_vs_ground_truth, needs=("rejected_score", "chosen_score"), min_samples=1),
     "best_vs_random": Labelled(best_vs_random),
     "best_vs_worst": Labelled(best_vs_worst),
-    "every_sample": Labelled(every_sample, adds=REWARD_COLUMNS, even=True),
+    "every_sample": Labelled(every_sample, labels=(REWARD,), even=True, prefers=False, relative=REWARD),
     "ground_truth": EveryRow(ground_truth),
-    "win_rate": Labelled(win_rate, adds=WIN_COLUMNS),
+    "win_rate": Labelled(win_rate, labels=(WIN_PROB, PAIR_WIN_PROB)),
 }
 
 
-def needs_truth(name: str) -> bool:
-    """Return whether a pairing compares with the ground truth."""
-    pairing = PAIRINGS[name]
-    return not isinstance(pairing, Labelled) or pairing.reads_truth
+def find_pairing(name: str) -> Pairing:
+    """Return the pairing of a configuration: a name in :data:`PAIRINGS`, or ``module:function`` of a file of the user's own.
+
+    Raises:
+        InputError: there is no such pairing, or it does not take the rows of a prompt.
+    """
+    found = resolve(PAIRINGS, name, "pairing", takes=("rows",))
+    return found if isinstance(found, Pairing) else Pairing(found)
 
 
-__all__ = ["PAIRINGS", "EveryRow", "Labelled", "Pairing", "check_num_samples", "label_rows", "needs_truth", "no_truth"]
+def known_labels() -> set[Label]:
+    """Return the labels that the registered pairings write, the scores among them."""
+    return {SCORE, *(label for name in PAIRINGS for label in find_pairing(name).own_labels)}
+
+
+def writers(label: Label) -> list[str]:
+    """Return the registered pairings whose pairs have a label."""
+    return [name for name in PAIRINGS if find_pairing(name).writes(label)]
+
+
+__all__ = [
+    "PAIRINGS",
+    "EveryRow",
+    "Labelled",
+    "Pairing",
+    "check_num_samples",
+    "find_pairing",
+    "known_labels",
+    "label_rows",
+    "no_truth",
+    "writers",
+]

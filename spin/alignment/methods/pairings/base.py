@@ -5,57 +5,110 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 from spin.alignment.core.errors import InputError
+from spin.alignment.methods.labels import SCORE, Label, as_labels
 
 Row = dict[str, Any]
 
 # Columns of a pair whose chosen side is one of the model's own responses, besides the generated ones.
-OWN_CHOSEN = ("chosen_token_ids", "chosen_finish_reason", "chosen_score", "rejected_score")
-
-
-class Pairing(Protocol):
-    """Turns the generated rows of ONE prompt into preference rows (none on a tie).
-
-    A plain function is a pairing. The pairs have the columns of the rows.
-    """
-
-    def __call__(self, rows: Sequence[Row]) -> list[Row]: ...
+OWN_CHOSEN = ("chosen_token_ids", "chosen_finish_reason", *SCORE.columns)
 
 
 @dataclass(frozen=True)
-class EveryRow:
+class Pairing:
+    """Turns the generated rows of ONE prompt into preference rows (none on a tie), and says what it needs and writes.
+
+    A plain function is a pairing too, with the defaults below: its pairs have the columns of the rows, and each compares with
+    the ground truth.
+
+    Attributes:
+        pair: the function.
+        needs: label columns of the rows that it reads: a scorer must have written them.
+        labels: labels that its pairs have beyond the generated columns.
+        min_samples: responses to a prompt that it needs.
+        even: it takes two responses a row, so their number must be even.
+        prefers: one response of a pair is preferred to the other; without, each is trained on by itself.
+        relative: one of its labels that is a score minus the soft-mean of its group; online training sets the group and b.
+    """
+
+    pair: Callable[[Sequence[Row]], list[Row]]
+    needs: tuple[str, ...] = ()
+    labels: tuple[Label | str, ...] = ()
+    min_samples: int = 1
+    even: bool = False
+    prefers: bool = True
+    relative: Label | None = None
+    keeps_rows: ClassVar[bool] = False
+
+    def __call__(self, rows: Sequence[Row]) -> list[Row]:
+        return self.pair(rows)
+
+    @property
+    def name(self) -> str:
+        """The name of its function, for errors."""
+        return getattr(self.pair, "__name__", "of these rows")
+
+    @property
+    def adds(self) -> tuple[str, ...]:
+        """Columns its pairs have beyond the generated ones."""
+        return tuple(column for label in self.own_labels for column in label.columns)
+
+    @property
+    def own_labels(self) -> tuple[Label, ...]:
+        return as_labels(self.labels)
+
+    @property
+    def reads_truth(self) -> bool:
+        """Whether the ground truth must have a score."""
+        return False
+
+    @property
+    def needs_ground_truth(self) -> bool:
+        """Whether it compares with the ground truth, so that every prompt must have one."""
+        return True
+
+    def writes(self, label: Label) -> bool:
+        """Return whether its pairs have a label."""
+        return label.columns[0] in self.adds
+
+    def unpaired(self, rows: Sequence[Row]) -> int:
+        """Return how many responses to one prompt are left over where pairs take two each."""
+        return 0
+
+
+@dataclass(frozen=True)
+class EveryRow(Pairing):
     """A pairing whose pairs are the rows themselves: all of them, unchanged and in order.
 
     Gathering reads ``keeps_rows`` and then moves whole record batches, never a Python row.
     """
 
-    pair: Pairing
     keeps_rows: ClassVar[bool] = True
-
-    def __call__(self, rows: Sequence[Row]) -> list[Row]:
-        return self.pair(rows)
 
 
 @dataclass(frozen=True)
-class Labelled:
-    """A pairing that compares labels, which :func:`label_rows` has put on the rows.
+class Labelled(Pairing):
+    """A pairing that compares the scores of responses, which :func:`label_rows` has put on the rows.
 
-    Attributes:
-        pair: the function; it sees only rows that the scorer did not fail on, by sample index, two or more where
-            ``min_samples`` says so.
-        needs: label columns it reads.
-        adds: columns its pairs have beyond the generated ones.
-        min_samples: responses to a prompt that it needs.
-        even: it takes two responses a row, so their number must be even.
+    ``pair`` sees only rows that the scorer did not fail on, by sample index, ``min_samples`` or more.
     """
 
-    pair: Callable[[Sequence[Row]], list[Row]]
     needs: tuple[str, ...] = ("rejected_score",)
-    adds: tuple[str, ...] = OWN_CHOSEN
     min_samples: int = 2
-    even: bool = False
+
+    @property
+    def adds(self) -> tuple[str, ...]:
+        return (*OWN_CHOSEN, *super().adds)
+
+    @property
+    def reads_truth(self) -> bool:
+        return "chosen_score" in self.needs
+
+    @property
+    def needs_ground_truth(self) -> bool:
+        return self.reads_truth
 
     def __call__(self, rows: Sequence[Row]) -> list[Row]:
         """Return the pairs of one prompt; none where too few responses have a score.
@@ -78,11 +131,6 @@ class Labelled:
         """Return how many scored responses to one prompt (0 or 1) are left over where pairs take two each."""
         return sum(row["rejected_score"] is not None for row in rows) % 2 if self.even else 0
 
-    @property
-    def reads_truth(self) -> bool:
-        """Whether the score of the ground truth is needed."""
-        return "chosen_score" in self.needs
-
 
 def check_num_samples(name: str, pairing: Pairing, num_samples: int) -> None:
     """Check that a pairing can work with this many responses to a prompt.
@@ -90,8 +138,6 @@ def check_num_samples(name: str, pairing: Pairing, num_samples: int) -> None:
     Raises:
         InputError: they are too few, or odd where pairs take two each.
     """
-    if not isinstance(pairing, Labelled):
-        return
     if num_samples < pairing.min_samples:
         raise InputError(
             f"pairing {name} needs {pairing.min_samples} responses to a prompt or more, but there "
@@ -120,7 +166,7 @@ def label_rows(
     prompt_id = rows[0]["prompt_id"] if rows else ""
     if len(scores) != len(rows):
         raise InputError(
-            f"the scorer gave prompt {prompt_id} {len(scores)} scores for {len(rows)} responses: mend the scorer"
+            f"the scorer gave prompt {prompt_id} {len(scores)} scores for {len(rows)} responses: correct the scorer"
         )
     for sample, score in enumerate((*scores, reference_score)):
         if score is not None and not math.isfinite(score):
@@ -145,7 +191,7 @@ def check_win_probs(win_probs: Sequence[Sequence[float]], size: int, prompt_id: 
     if len(win_probs) != size or any(len(line) != size for line in win_probs):
         shape = f"{len(win_probs)} x {'/'.join(map(str, sorted({len(line) for line in win_probs})))}"
         raise InputError(
-            f"the win probabilities of prompt {prompt_id} are {shape}, not {size} x {size}: mend the scorer"
+            f"the win probabilities of prompt {prompt_id} are {shape}, not {size} x {size}: correct the scorer"
         )
     for i, line in enumerate(win_probs):
         for k, value in enumerate(line):

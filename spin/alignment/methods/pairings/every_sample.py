@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
-from spin.alignment.methods.pairings.base import OWN_CHOSEN, own_pair
-
-REWARD_COLUMNS = (*OWN_CHOSEN, "chosen_reward", "rejected_reward")
+from spin.alignment.methods.pairings.base import own_pair
+from spin.alignment.methods.soft_mean import soft_mean
 
 
 def every_sample(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -27,9 +25,3 @@ def every_sample(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         }
         pairs.append(own_pair(first, second) | rewards)
     return pairs
-
-
-def soft_mean(scores: Sequence[float]) -> float:
-    """Return ``log mean exp(s)``: SPPO's baseline (the log-partition of arXiv 2405.00675, eq. 3.5, at eta = 1)."""
-    top = max(scores)
-    return top + math.log(math.fsum(math.exp(score - top) for score in scores) / len(scores))

@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from spin.alignment.core.arithmetic import sigmoid
 from spin.alignment.core.errors import InputError
-from spin.alignment.methods.pairings.base import OWN_CHOSEN, own_pair
+from spin.alignment.methods.pairings.base import own_pair
 
-WIN_COLUMNS = (*OWN_CHOSEN, "chosen_win_prob", "rejected_win_prob", "chosen_pair_win_prob", "rejected_pair_win_prob")
 # Win rates closer than this differ by rounding only.
 _EQUAL = 1e-12
 
@@ -24,7 +24,7 @@ def win_rate(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     Raises:
         InputError: only some responses of the prompt have win probabilities.
     """
-    matrix = win_matrix(rows)
+    matrix = win_probabilities(rows)
     rates = [math.fsum(line) / len(line) for line in matrix]
     better, worse = rates.index(max(rates)), rates.index(min(rates))
     if rates[better] - rates[worse] <= _EQUAL:
@@ -36,7 +36,7 @@ def win_rate(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def win_matrix(rows: Sequence[dict[str, Any]]) -> list[list[float]]:
+def win_probabilities(rows: Sequence[dict[str, Any]]) -> list[list[float]]:
     """Return ``[i][k]``, the probability that response ``i`` beats response ``k``, for the rows in their order."""
     given = [row.get("win_probs") for row in rows]
     if all(line is None for line in given):
@@ -48,10 +48,3 @@ def win_matrix(rows: Sequence[dict[str, Any]]) -> list[list[float]]:
             f"only some responses to prompt {rows[0]['prompt_id']} have win probabilities: score them again"
         )
     return [[float(line[sample]) for sample in samples] for line in given if line is not None]
-
-
-def sigmoid(value: float) -> float:
-    """Return ``1 / (1 + exp(-value))`` without overflow; ``sigmoid(x) + sigmoid(-x)`` is 1."""
-    if value >= 0:
-        return 1 / (1 + math.exp(-value))
-    return 1 - 1 / (1 + math.exp(value))

@@ -7,7 +7,9 @@ import math
 from collections.abc import Mapping, Sequence
 
 from spin.alignment.core.errors import InputError, lookup, suggestion
-from spin.alignment.methods.weightings.base import PairTokens, Transform, Weighting
+from spin.alignment.core.resolve import resolve
+from spin.alignment.core.sides import SIDES
+from spin.alignment.methods.weightings.base import Compares, PairTokens, Transform, Weighting
 from spin.alignment.methods.weightings.drift import drift
 from spin.alignment.methods.weightings.reverse_dpo import reverse_dpo
 from spin.alignment.methods.weightings.teacher import teacher
@@ -24,9 +26,9 @@ from spin.alignment.methods.weightings.uniform import uniform
 
 WEIGHTINGS: dict[str, Weighting] = {
     "drift": Weighting(drift),
-    "reverse_dpo": Weighting(reverse_dpo, needs_models=True),
-    "teacher": Weighting(teacher, needs_models=True, same_tokenizer=False),
-    "uniform": Weighting(uniform),
+    "reverse_dpo": Weighting(reverse_dpo, Compares.TRAINED),
+    "teacher": Weighting(teacher, Compares.TEACHER),
+    "uniform": Weighting(uniform, constant=True),
 }
 WEIGHT_TRANSFORMS: dict[str, Transform] = {
     "binary": binary,
@@ -38,6 +40,21 @@ WEIGHT_TRANSFORMS: dict[str, Transform] = {
     "threshold_and_scale": threshold_and_scale,
 }
 DEFAULT_TRANSFORM = "exponential"
+
+
+def find_weighting(name: str) -> Weighting:
+    """Return the weighting of a configuration: a name in :data:`WEIGHTINGS`, or ``module:function`` of a file of the user's own.
+
+    Raises:
+        InputError: there is no such weighting, or it does not take the tokens of a pair.
+    """
+    found = resolve(WEIGHTINGS, name, "weighting", takes=("pair",))
+    return found if isinstance(found, Weighting) else Weighting(found)
+
+
+def draws(transform: str) -> bool:
+    """Return whether a transform draws random numbers: it has a seed."""
+    return "seed" in inspect.signature(WEIGHT_TRANSFORMS[transform]).parameters
 
 
 def check_transform(name: str, settings: Mapping[str, object]) -> dict[str, float]:
@@ -84,14 +101,13 @@ def weights_of_pair(
 
     ``seeds`` are those of the chosen and the rejected response, for a transform that draws.
     """
-    numbers = WEIGHTINGS[weighting](pair)
-    if not WEIGHTINGS[weighting].needs_models:
+    method = find_weighting(weighting)
+    numbers = method(pair)
+    if not method.needs_models:
         return numbers
     found = []
-    for side, values, ids, seed in zip(
-        ("chosen", "rejected"), numbers, (pair.chosen_ids, pair.rejected_ids), seeds, strict=True
-    ):
-        drawn = {"seed": seed} if transform == "random" else {}
+    for side, values, ids, seed in zip(SIDES, numbers, (pair.chosen_ids, pair.rejected_ids), seeds, strict=True):
+        drawn = {"seed": seed} if draws(transform) else {}
         given = {**settings_of_side(transform, settings or {}, side), **drawn}
         found.append(_padded(WEIGHT_TRANSFORMS[transform](values, **given), ids))
     return found[0], found[1]
@@ -107,10 +123,13 @@ __all__ = [
     "DEFAULT_TRANSFORM",
     "WEIGHTINGS",
     "WEIGHT_TRANSFORMS",
+    "Compares",
     "PairTokens",
     "Transform",
     "Weighting",
     "check_transform",
+    "draws",
+    "find_weighting",
     "settings_of_side",
     "weights_of_pair",
 ]

@@ -1,10 +1,10 @@
-"""What every token weighting receives and returns. Pure functions: no I/O, no project imports."""
+"""What every token weighting receives and returns, and what it says of itself. Pure functions: no I/O, no project imports."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from enum import Enum
 
 
 @dataclass(frozen=True)
@@ -24,28 +24,37 @@ class PairTokens:
 # Turns the numbers of one response's tokens into their weights.
 Transform = Callable[..., list[float]]
 
+# Returns a number for each token of the chosen and of the rejected response.
+Weigh = Callable[[PairTokens], tuple[list[float], list[float]]]
 
-class Weigh(Protocol):
-    """Returns a number for each token of the chosen and of the rejected response."""
 
-    def __call__(self, pair: PairTokens) -> tuple[list[float], list[float]]: ...
+class Compares(Enum):
+    """Which two models a weighting compares to find the gains of tokens."""
+
+    NOTHING = "no models: the numbers it returns are the weights"
+    TRAINED = "a model trained on the pairs with one trained on the reversed pairs, of one tokenizer"
+    TEACHER = "a stronger teacher with the student; their tokenizers may differ"
 
 
 @dataclass(frozen=True)
 class Weighting:
-    """A way to weigh tokens.
+    """A way to weigh tokens. A plain function is one too: it compares no models.
 
-    Without ``needs_models`` the numbers it returns are the weights. With it they are the gains with their sign turned on the
-    rejected side (``+d`` and ``-d``: the larger, the more a token is to be learned from), and a transform of
-    ``WEIGHT_TRANSFORMS`` makes weights of them. ``same_tokenizer`` says whether both models must share the data's ids.
+    Without models the numbers it returns are the weights. With them they are the gains with their sign turned on the rejected
+    side (``+d`` and ``-d``: the larger, the more a token is to be learned from), and a transform of ``WEIGHT_TRANSFORMS`` makes
+    weights of them. ``constant``: equal weights are what it is for, not a mistake.
     """
 
     weigh: Weigh
-    needs_models: bool = False
-    same_tokenizer: bool = True
+    compares: Compares = Compares.NOTHING
+    constant: bool = False
 
     def __call__(self, pair: PairTokens) -> tuple[list[float], list[float]]:
         return self.weigh(pair)
+
+    @property
+    def needs_models(self) -> bool:
+        return self.compares is not Compares.NOTHING
 
 
 def turned_gains(pair: PairTokens) -> tuple[list[float], list[float]]:

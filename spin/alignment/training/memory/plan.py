@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 
 from spin.alignment.core.files import read_json, write_json_atomic
-from spin.alignment.logprobs.batch import HALVES, PairDataset
+from spin.alignment.logprobs.batch import PairDataset
 from spin.alignment.logprobs.collators import PackedCollator
 from spin.alignment.logprobs.pair_forward import PairForward
 from spin.alignment.training.config import SPINConfig
@@ -36,11 +36,10 @@ def pair_tokens(dataset: PairDataset, collator: PackedCollator) -> tuple[np.ndar
     import pyarrow.compute as pc
 
     table = dataset.rows.with_format("arrow")[:]
-    prompt, chosen, rejected = (
-        pc.list_value_length(table[f"{name}_ids"]).to_numpy() for name in ("prompt", "chosen", "rejected")
-    )
-    responses = chosen + rejected
-    return prompt * (1 if collator.share_prompts else 2) + responses, responses
+    names = collator.responses
+    prompt, *each = (pc.list_value_length(table[f"{name}_ids"]).to_numpy() for name in ("prompt", *names))
+    responses = sum(each[1:], each[0])
+    return prompt * (1 if collator.share_prompts else len(names)) + responses, responses
 
 
 def plan_token_budget(
@@ -107,11 +106,12 @@ def _fitting_budget(
 
 
 def _pass_one_pair(forward: PairForward, tokens: int) -> torch.Tensor:
-    """Pass one made-up pair forward as in training, a third of the tokens each for prompt, chosen and rejected.
+    """Pass one made-up pair forward as in training, the same share of the tokens for the prompt and each response.
 
     Without an objective: the fused head takes gradients on the way, and a measured pass has none.
     """
-    third = tokens // 3
-    pair = {"prompt_ids": [0] * (tokens - 2 * third)} | {f"{half}_ids": [0] * third for half in HALVES}
+    names = forward.batcher.collator.responses
+    share = tokens // (1 + len(names))
+    pair = {"prompt_ids": [0] * (tokens - len(names) * share)} | {f"{name}_ids": [0] * share for name in names}
     forward.model.train()
     return forward.model(packed=forward.collate([pair]).batch)

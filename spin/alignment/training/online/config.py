@@ -6,15 +6,15 @@ import math
 from dataclasses import dataclass, field
 
 from spin.alignment.core.errors import InputError, lookup
+from spin.alignment.core.sides import SIDES
+from spin.alignment.generation import BACKENDS, find_backend
 from spin.alignment.generation.base import SamplingConfig
-from spin.alignment.methods.pairings import PAIRINGS
-from spin.alignment.methods.pairings.base import check_num_samples
+from spin.alignment.methods.pairings import check_num_samples, find_pairing
 from spin.alignment.pairs.annotate import SCORER_FLAGS, check_loss
 from spin.alignment.rewards.base import ScorerSettings
 from spin.alignment.training.config import SPINConfig
 
 BASELINES = ("prompt", "batch")
-SAMPLERS = ("transformers", "vllm")
 # Scorers that say how a response does against the others to its prompt.
 COMPARATIVE = ("judge", "preference_model")
 
@@ -29,11 +29,11 @@ class OnlineConfig(SPINConfig):
         backend: transformers (the policy itself) or vllm (an engine whose weights are reloaded before each step).
         generation_batch_size: responses in flight; default: the backend's own.
         gpu_memory_utilization: share of the GPU for the vllm engine.
-        pairing: a name in ``PAIRINGS``.
+        pairing: a name in ``PAIRINGS``, or ``module:function``.
         scorer: what labels the responses: a reward function (name or module:function) or a model scorer.
         scorer_model, scorer_batch_size, scorer_max_length, scorer_dtype, base_url, score_cache: see docs/scoring.md.
         trust_remote_code: run code that comes with the policy or the scoring model.
-        baseline: every_sample's rewards are relative to the soft mean of their ``prompt`` or of the whole ``batch``.
+        baseline: rewards of every_sample are relative to the soft mean of their ``prompt`` or of the whole ``batch``.
         soft_mean_b: b of that soft mean; 0 is the arithmetic mean.
         updates_per_batch: optimiser steps on the pairs of one batch of prompts.
         ref_update_freq: the policy becomes the reference every so many batches.
@@ -86,14 +86,17 @@ class OnlineConfig(SPINConfig):
                 raise InputError(f"{name} is {getattr(self, name)}: set it to {lowest} or more")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise InputError(f"gpu_memory_utilization is {self.gpu_memory_utilization}: set it to a share in (0, 1]")
-        if self.backend != "vllm" and self.gpu_memory_utilization != type(self).gpu_memory_utilization:
+        lookup(
+            {name: name for name in BACKENDS if find_backend(name).online}, self.backend, "online generation backend"
+        )
+        unused = "gpu_memory_utilization" not in find_backend(self.backend).takes
+        if unused and self.gpu_memory_utilization != type(self).gpu_memory_utilization:
             raise InputError(
                 f"gpu_memory_utilization is {self.gpu_memory_utilization}, but backend {self.backend} does not use it: remove it"
             )
         if self.generation_batch_size is not None and self.generation_batch_size < 1:
             raise InputError(f"generation_batch_size is {self.generation_batch_size}: set it to 1 or more")
         lookup({name: name for name in BASELINES}, self.baseline, "baseline")
-        lookup({name: name for name in SAMPLERS}, self.backend, "online generation backend")
         if self.reference_dir:
             raise InputError("reference_dir is set, but the reference of an online step is never stored: remove it")
         if self.alpha:
@@ -132,14 +135,20 @@ class OnlineConfig(SPINConfig):
 
     def _check_method(self) -> None:
         """Check that sampling, scorer, pairing and loss fit together."""
-        pairing = lookup(PAIRINGS, self.pairing, "pairing")
-        self.needs: tuple[str, ...] = getattr(pairing, "needs", ())
+        pairing = find_pairing(self.pairing)
+        self.needs = pairing.needs
         check_num_samples(self.pairing, pairing, self.num_samples)
         if self.needs and not self.scorer:
             raise InputError(f"pairing {self.pairing} compares scores, but scorer is not set: name a scorer")
         check_loss(self.pairing, self.loss_type)
+        further = [name for name in self.loss.responses if name not in SIDES]
+        if further:
+            raise InputError(
+                f"loss_type {self.loss_type} reads a response '{further[0]}' beside chosen and rejected, which no step of online "
+                "training draws: choose another loss_type, or train on pairs with run_spin.py"
+            )
         for name, default in (("baseline", "prompt"), ("soft_mean_b", 1.0)):
-            if getattr(self, name) != default and self.pairing != "every_sample":
+            if getattr(self, name) != default and pairing.relative is None:
                 raise InputError(
                     f"{name} is {getattr(self, name)}, but pairing {self.pairing} uses no baseline: remove it"
                 )

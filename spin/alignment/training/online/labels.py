@@ -6,8 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from spin.alignment.methods.losses import LOSS_COLUMNS, loss_feature, soft_mean
-from spin.alignment.methods.pairings import PAIRINGS, Labelled
+from spin.alignment.core.sides import SIDES
+from spin.alignment.methods.labels import SCORE
+from spin.alignment.methods.losses import find_loss
+from spin.alignment.methods.pairings import find_pairing
+from spin.alignment.methods.soft_mean import soft_mean
 from spin.alignment.pairs.annotate import Labeller, count_failures
 
 if TYPE_CHECKING:
@@ -16,8 +19,6 @@ if TYPE_CHECKING:
     from spin.alignment.rewards.base import GroupScorer
     from spin.alignment.training.online.config import OnlineConfig
     from spin.alignment.training.online.prompts import OnlinePrompt
-
-HALVES = ("chosen", "rejected")
 
 
 @dataclass
@@ -53,6 +54,7 @@ class PairMaker:
 
     def __init__(self, config: OnlineConfig, encoder: ChatEncoder, scorer: GroupScorer | None) -> None:
         self.config, self.encoder = config, encoder
+        self.pairing, self.loss = find_pairing(config.pairing), find_loss(config.loss_type)
         self.labeller = None if scorer is None else Labeller(scorer)
 
     def make(
@@ -65,12 +67,11 @@ class PairMaker:
         """
         features: list[dict[str, Any]] = []
         for prompt, rows in zip(prompts, self.label(prompts, responses, counts), strict=True):
-            pairing = PAIRINGS[self.config.pairing]
-            pairs = pairing(rows)
+            pairs = self.pairing(rows)
             counts.without_pair += not pairs
-            counts.unpaired += pairing.unpaired(rows) if isinstance(pairing, Labelled) else 0
+            counts.unpaired += self.pairing.unpaired(rows)
             made = [self._feature(prompt, pair) for pair in pairs]
-            if self.config.loss_type == "sppo_reward" and self.config.baseline == "prompt":
+            if self.config.baseline == "prompt" and self.relative_columns():
                 self.subtract_baseline(
                     made, [row["rejected_score"] for row in rows if row["rejected_score"] is not None]
                 )
@@ -108,23 +109,28 @@ class PairMaker:
 
     def _feature(self, prompt: OnlinePrompt, pair: dict[str, Any]) -> dict[str, Any]:
         feature: dict[str, Any] = {"prompt_ids": list(prompt.token_ids)}
-        column = LOSS_COLUMNS.get(self.config.loss_type)
-        for half in HALVES:
-            ids = pair.get(f"{half}_token_ids")
-            feature[f"{half}_ids"] = list(ids or prompt.truth_ids)
-            if column == "reward":  # the baseline, of this prompt or of all, is taken off here
-                feature[f"{half}_reward"] = pair[f"{half}_score"]
-            elif column is not None:
-                feature[f"{half}_{loss_feature(column)}"] = pair[f"{half}_{column}"]
+        for side in SIDES:
+            ids = pair.get(f"{side}_token_ids")
+            feature[f"{side}_ids"] = list(ids or prompt.truth_ids)
+            for label in self.loss.labels:
+                # The baseline of a relative label, of this prompt or of all, is taken off later.
+                column = SCORE.name if label == self.pairing.relative else label.name
+                feature[f"{side}_{label.name}"] = pair[f"{side}_{column}"]
         return feature
 
+    def relative_columns(self) -> list[str]:
+        """Return the labels of a pair that the loss reads relative to a baseline."""
+        relative = self.pairing.relative
+        return [] if relative is None or relative not in self.loss.labels else list(relative.columns)
+
     def subtract_baseline(self, features: Sequence[dict[str, Any]], scores: Sequence[float]) -> None:
-        """Make rewards relative to the soft mean of ``scores`` (SPPO with rewards)."""
+        """Make relative labels relative to the soft mean of ``scores`` (SPPO with rewards)."""
         import torch
 
-        if not features:
+        columns = self.relative_columns()
+        if not features or not columns:
             return
         baseline = float(soft_mean(torch.tensor(scores, dtype=torch.float64), self.config.soft_mean_b))
         for feature in features:
-            for half in HALVES:
-                feature[f"{half}_reward"] -= baseline
+            for column in columns:
+                feature[column] -= baseline

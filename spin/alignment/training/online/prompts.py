@@ -14,7 +14,7 @@ from spin.alignment.core.provenance import hash_text
 from spin.alignment.data.fractions import fraction_rows
 from spin.alignment.data.rows import load_prompts, prompts_hash
 from spin.alignment.logprobs.batch import PairDataset
-from spin.alignment.methods.pairings import needs_truth, no_truth
+from spin.alignment.methods.pairings import find_pairing, no_truth
 
 if TYPE_CHECKING:
     from spin.alignment.data.chat_encoder import ChatEncoder
@@ -82,7 +82,7 @@ def load_splits(
                 rows = rows.shuffle(seed=arguments.seed).select(range(max(1, int(fraction * len(rows)))))
             sources.append((source, rows))
     splits, left_out = {}, {}
-    trained_on = arguments.pairing if needs_truth(arguments.pairing) else None
+    trained_on = arguments.pairing if find_pairing(arguments.pairing).needs_ground_truth else None
     prompts = [encode(row, encoder, source, trained_on, data) for source, rows in sources for row in rows]
     splits["train"], left_out["train"] = _dataset(sources, prompts, data.max_prompt_length)
     if arguments.eval_prompts:

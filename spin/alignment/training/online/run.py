@@ -1,25 +1,34 @@
-"""Online training: checks, sampler, and the training itself."""
+"""Online training: its checks, what draws responses, and its way through a training."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from spin.alignment.core.errors import InputError
+from spin.alignment.core.provenance import hash_text
+from spin.alignment.generation import BACKENDS, find_backend, make_backend
+from spin.alignment.pairs.annotate import scorer_record
+from spin.alignment.rewards import make_scorer
+from spin.alignment.training.online.config import OnlineConfig
+from spin.alignment.training.online.labels import PairMaker
+from spin.alignment.training.online.prompts import PromptDataset, load_splits
+from spin.alignment.training.online.trainer import OnlineTrainer
+from spin.alignment.training.program import TrainingData, TrainingJob, TrainingProgram
+from spin.alignment.training.settings import Settings
 
 if TYPE_CHECKING:
     from spin.alignment.data.chat_encoder import ChatEncoder
-    from spin.alignment.training.online.prompts import PromptDataset
+    from spin.alignment.rewards.base import GroupScorer
     from spin.alignment.training.online.samplers import PolicySampler
-    from spin.alignment.training.online.trainer import OnlineTrainer
-    from spin.alignment.training.settings import Settings
 
 
 def check_settings(settings: Settings) -> None:
     """Check what needs no model: the scorer, and settings that do not go together.
 
     Raises:
-        InputError: naming the key and the mend.
+        InputError: naming the key and the fix.
     """
     from spin.alignment.rewards import check_scorer
 
@@ -43,9 +52,10 @@ def check_settings(settings: Settings) -> None:
             f"max_prompt_length {data.max_prompt_length} and max_new_tokens {arguments.max_new_tokens} exceed max_length "
             f"{data.max_length}: lower one, or raise max_length"
         )
-    if model.use_peft and arguments.backend == "vllm":
+    if model.use_peft and find_backend(arguments.backend).online == "engine":
+        others = " or ".join(name for name in BACKENDS if find_backend(name).online == "own_module")
         raise InputError(
-            "use_peft does not go with backend vllm online (its weights are reloaded whole): use transformers"
+            f"use_peft does not go with backend {arguments.backend} online (its weights are reloaded whole): use {others}"
         )
     held_out = [split for split in data.dataset_splits if split.startswith("test")]
     if held_out:
@@ -122,8 +132,9 @@ def make_sampler(settings: Settings, trainer: OnlineTrainer, encoder: ChatEncode
         pad_id=encoder.pad_id,
         decode=encoder.decode,
     )
-    if arguments.backend == "vllm":
-        return EngineSampler(backend, lambda folder: save_weights(model, folder))
+    if find_backend(arguments.backend).online == "engine":
+        engine = make_backend(arguments.backend, backend)
+        return EngineSampler(engine, lambda folder: save_weights(model, folder))
     return InPlaceSampler(model, backend, trainer.pair_forward.own_attention, trainer.compute_loss_context_manager)
 
 
@@ -135,50 +146,76 @@ def save_weights(model: Any, folder: Path) -> None:
     model.save_pretrained(folder, state_dict={name: weight.to(dtype) for name, weight in model.state_dict().items()})
 
 
-def train(
-    settings: Settings,
-    splits: dict[str, PromptDataset],
-    left_out: dict[str, int],
-    encoder: ChatEncoder,
-    key: str,
-) -> None:
-    """Train, save the policy, and write metrics.json last."""
-    from spin.alignment.core.provenance import hash_text
-    from spin.alignment.pairs.annotate import scorer_record
-    from spin.alignment.rewards import make_scorer
-    from spin.alignment.training.online.labels import PairMaker
-    from spin.alignment.training.online.trainer import OnlineTrainer
-    from spin.alignment.training.output_dir import OutputFolder
-    from spin.alignment.training.run import load_policy, push_policy, report, train_policy
-    from spin.alignment.training.settings import inputs_record
+class OnlineTraining(TrainingProgram):
+    """Trains a policy on labelled responses that it draws itself."""
 
-    arguments = settings.arguments
-    data = hash_text(*(f"{name}={dataset.key}" for name, dataset in sorted(splits.items())), encoder.fingerprint)
-    inputs = inputs_record(settings, key, data)
-    if arguments.scorer_settings is not None:
-        inputs |= scorer_record(arguments.scorer_settings)
-    folder = OutputFolder(settings, inputs)
-    if folder.is_complete():
-        report(settings, f"{folder.path} is complete already")
-        push_policy(settings)
-        return
-    folder.prepare(arguments.process_index == 0)
-    scorer = None if arguments.scorer_settings is None else make_scorer(arguments.scorer_settings)
-    model, dtypes = load_policy(settings)
-    trainer = OnlineTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=splits["train"],
-        eval_dataset=splits.get("test"),
-        processing_class=encoder.tokenizer,
-        opponent_hash=key,
-        pair_maker=PairMaker(arguments, encoder, scorer),
-    )
-    trainer.sampler = make_sampler(settings, trainer, encoder)
-    counts = {"prompts": {name: len(dataset) for name, dataset in splits.items()}, "left_out": left_out}
-    try:
-        train_policy(trainer, folder, settings, dtypes, lambda result: counts)
-    finally:
-        trainer.sampler.close()
-        if scorer is not None:
-            scorer.close()
+    arguments_class = OnlineConfig
+    defaults: ClassVar[Mapping[str, Any]] = {"dataset_splits": ["train"]}
+
+    def __init__(self) -> None:
+        self.scorer: GroupScorer | None = None
+        self.sampler: PolicySampler | None = None
+
+    def check_settings(self, settings: Settings) -> None:
+        """Check what needs no model, and that the engine that draws responses is installed."""
+        check_settings(settings)
+        find_backend(settings.arguments.backend).check_installed()
+
+    def load_data(self, settings: Settings, encoder: ChatEncoder) -> TrainingData:
+        """Load, mix and encode the prompts; those that are too long are left out and counted by split."""
+        data = TrainingData(*load_splits(settings.data, settings.arguments, encoder))
+        check_references(settings, data.splits)
+        return data
+
+    def describe_data(self, data: TrainingData) -> list[str]:
+        """Return the number of prompts of each split, and of those left out."""
+        return [
+            f"{split}: {number} prompts"
+            + (f", {data.dropped[split]} longer than max_prompt_length left out" if data.dropped[split] else "")
+            for split, number in data.sizes().items()
+        ]
+
+    def check_data(self, settings: Settings, data: TrainingData, model_folder: Path) -> None:
+        """Check that prompts and responses fit into the model's context."""
+        check_context(settings, data.splits, model_folder)
+
+    def data_key(self, job: TrainingJob) -> str:
+        """Return a hash of the prompts and of what encodes them and their responses."""
+        keys = (f"{split}={dataset.key}" for split, dataset in sorted(job.data.splits.items()))
+        return hash_text(*keys, job.encoder.fingerprint)
+
+    def inputs(self, job: TrainingJob) -> dict[str, Any]:
+        """Return what decides the result; the scorer does, too."""
+        scorer = job.settings.arguments.scorer_settings
+        return super().inputs(job) | ({} if scorer is None else scorer_record(scorer))
+
+    def open(self, settings: Settings) -> None:
+        """Make the scorer of the responses."""
+        if settings.arguments.scorer_settings is not None:
+            self.scorer = make_scorer(settings.arguments.scorer_settings)
+
+    def make_trainer(self, job: TrainingJob, model: Any) -> OnlineTrainer:
+        """Return the trainer of a policy, with what draws its responses."""
+        arguments = job.settings.arguments
+        trainer = OnlineTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=job.data.splits["train"],
+            eval_dataset=job.data.splits.get("test"),
+            processing_class=job.encoder.tokenizer,
+            opponent_hash=job.model_key,
+            pair_maker=PairMaker(arguments, job.encoder, self.scorer),
+        )
+        self.sampler = trainer.sampler = make_sampler(job.settings, trainer, job.encoder)
+        return trainer
+
+    def metrics(self, job: TrainingJob, trainer: OnlineTrainer, result: Any) -> dict[str, Any]:
+        """Return the numbers of prompts."""
+        return {"prompts": job.data.sizes(), "left_out": job.data.dropped}
+
+    def close(self) -> None:
+        """Shut down what draws responses and what scores them."""
+        if self.sampler is not None:
+            self.sampler.close()
+        if self.scorer is not None:
+            self.scorer.close()

@@ -68,17 +68,11 @@ class InPlaceSampler(PolicySampler):
 
 
 class EngineSampler(PolicySampler):
-    """A vLLM engine beside the policy, in every process; its weights are reloaded in place from a folder in memory."""
+    """An engine beside the policy, in every process; its weights are reloaded in place from a folder in memory."""
 
-    def __init__(self, settings: BackendSettings, save_weights: Callable[[Path], None]) -> None:
-        """Start the engine on ``settings.model``; ``save_weights`` writes the policy into a folder as a model.
-
-        Raises:
-            InputError: vLLM is not installed, or does not serve the model.
-        """
-        from spin.alignment.generation.vllm.backend import VLLMBackend
-
-        self._backend = VLLMBackend(settings)
+    def __init__(self, engine: Any, save_weights: Callable[[Path], None]) -> None:
+        """``engine`` is a backend with ``reload(folder)``; ``save_weights`` writes the policy into a folder as a model."""
+        self._backend = engine
         self._save_weights = save_weights
 
     def refresh(self) -> None:

@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from spin.alignment.generation.base import PromptRequest, SamplingConfig, sample_seed
 from spin.alignment.logprobs.batch import PairDataset, PairList
 from spin.alignment.training.online.config import OnlineConfig
-from spin.alignment.training.online.labels import HALVES, PairMaker, StepCounts
+from spin.alignment.training.online.labels import PairMaker, StepCounts
 from spin.alignment.training.online.moving_reference import MovingReference
 from spin.alignment.training.online.prompts import OnlinePrompt, PromptDataset, longest_pairs
 from spin.alignment.training.online.samplers import PolicySampler
@@ -129,8 +129,9 @@ class OnlineTrainer(SPINTrainer):
         self._attach_reference_logps(features)
         self._time("reference", started)
         pairs = gather_object(features) if self.accelerator.num_processes > 1 else features
-        if config.baseline == "batch" and config.pairing == "every_sample":
-            self.pair_maker.subtract_baseline(pairs, [pair[f"{half}_reward"] for half in HALVES for pair in pairs])
+        if config.baseline == "batch":
+            columns = self.pair_maker.relative_columns()
+            self.pair_maker.subtract_baseline(pairs, [pair[column] for column in columns for pair in pairs])
         return pairs
 
     def _respond(self, prompts: Sequence[OnlinePrompt], sampling: SamplingConfig) -> Any:
@@ -149,6 +150,8 @@ class OnlineTrainer(SPINTrainer):
 
     def _attach_reference_logps(self, features: list[dict[str, Any]]) -> None:
         """Put the reference's token log-probs (nats) on this process's pairs, before any update of the step."""
+        if not self.args.loss.needs_reference:
+            return
         # Not through DDP's wrapper: the processes have different numbers of pairs.
         forward = replace(self.pair_forward, model=self._unwrapped())
         with forward.evaluation(), self.reference.in_place_of(forward.model):

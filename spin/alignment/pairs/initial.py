@@ -1,0 +1,97 @@
+"""Responses of the initial model, put beside the pairs of any iteration: the third response that some losses read."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+
+from spin.alignment.core.errors import InputError
+from spin.alignment.core.parquet import open_parquet
+from spin.alignment.core.provenance import hash_json, read_provenance
+from spin.alignment.core.sides import INITIAL
+from spin.alignment.data.fractions import fraction_path
+from spin.alignment.pairs.gather import Split
+
+if TYPE_CHECKING:
+    from spin.alignment.core.provenance import Provenance
+
+# Column of a generated row -> its name in a pair.
+_COLUMNS = {
+    "rejected": INITIAL,
+    "rejected_token_ids": f"{INITIAL}_token_ids",
+    "rejected_finish_reason": f"{INITIAL}_finish_reason",
+}
+
+
+class InitialResponses:
+    """The initial model's responses to the prompts of one split, in memory (about the size of their parquet files, unpacked)."""
+
+    def __init__(self, folder: Path, split: str) -> None:
+        """Read all fractions of a split.
+
+        Raises:
+            InputError: a fraction is missing or damaged, or a prompt stands twice.
+        """
+        self.folder = folder
+        fractions = Split(folder, split)
+        fractions.survey()
+        batches = []
+        while (fraction := fractions.take()) is not None:
+            batches += [batch.select(["prompt_id", "sample_index", *_COLUMNS]) for batch in fractions.read(fraction)]
+        fractions.conclude()
+        table = pa.Table.from_batches(batches)
+        keys = zip(table.column("prompt_id").to_pylist(), table.column("sample_index").to_pylist(), strict=True)
+        self._rows = {key: number for number, key in enumerate(keys)}
+        self._table = table.select(list(_COLUMNS)).rename_columns(list(_COLUMNS.values()))
+
+    def join(self, pairs: pa.RecordBatch) -> pa.RecordBatch:
+        """Return pairs with the columns ``initial``, ``initial_token_ids`` and ``initial_finish_reason``: the response of the
+        initial model to the same prompt with the same sample index.
+
+        Raises:
+            InputError: it did not respond to a prompt, or not as often; the prompt is named.
+        """
+        numbers = []
+        for key in zip(pairs.column("prompt_id").to_pylist(), pairs.column("sample_index").to_pylist(), strict=True):
+            if key not in self._rows:
+                raise InputError(
+                    f"{self.folder} has no response to prompt {key[0]}, sample {key[1]}, which the pairs need: generate with the "
+                    "initial model from the same prompts, with the same num_samples"
+                )
+            numbers.append(self._rows[key])
+        found = self._table.take(pa.array(numbers, pa.int64())).combine_chunks()
+        columns = [column.combine_chunks() for column in found.columns]
+        return pa.RecordBatch.from_arrays([*pairs.columns, *columns], schema=with_initial(pairs.schema))
+
+
+def with_initial(schema: pa.Schema) -> pa.Schema:
+    """Return the columns of pairs that have a third response."""
+    from spin.alignment.data.rows import OPTIONAL_COLUMNS
+
+    return pa.schema([*schema, *(pa.field(name, OPTIONAL_COLUMNS[name]) for name in _COLUMNS.values())])
+
+
+def initial_record(folder: Path, split: str, made: Provenance) -> dict[str, str]:
+    """Return what the pairs say of the initial model's responses: a hash of where they come from.
+
+    Raises:
+        InputError: there are none for the split, or another tokenizer or chat template made them than ``made``, the responses
+            they are put beside.
+    """
+    path = fraction_path(folder, split, 0)
+    if not path.is_file():
+        raise InputError(
+            f"initial is {folder}, which has no {path.name}: generate the split '{split}' with the initial model"
+        )
+    found = read_provenance(open_parquet(path).schema_arrow, path)
+    for name in ("tokenizer_hash", "chat_template_hash"):
+        if getattr(found, name) != getattr(made, name):
+            raise InputError(
+                f"{path} was generated with another tokenizer or chat template than the pairs ({name} differs): generate it "
+                "with the model that the first iteration started from"
+            )
+    record = asdict(found) | {"data_frac": 0, "extra": {}}
+    return {"initial_hash": hash_json(record), "initial_weights": found.weights_hash}
