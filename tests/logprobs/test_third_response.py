@@ -12,7 +12,7 @@ from spin.alignment.logprobs.attention import Tree
 from spin.alignment.logprobs.batch import PairDataset
 from spin.alignment.logprobs.collators import PackedCollator, PairCollator
 from spin.alignment.logprobs.forward import batch_logps, batch_loss, install_packed_forward
-from spin.alignment.logprobs.micro_batches import MicroBatcher
+from spin.alignment.logprobs.pair_forward import PairForward
 from spin.alignment.logprobs.reference import compute_reference
 from spin.alignment.logprobs.reference_store import ReferenceKey, ReferenceLogps, hash_tokens, store_path
 from spin.alignment.methods.losses import LOSSES
@@ -82,8 +82,8 @@ def test_reference_log_probs_of_three_responses_are_stored_by_name(tmp_path):
     dataset = PairDataset(Dataset.from_list(ROWS))
     key = ReferenceKey("w", hash_tokens(dataset.rows), "float32")
     path, model = store_path(tmp_path, "train", key), tiny_llama(20)
-    batcher = MicroBatcher(PairCollator(0, RESPONSES), token_budget=0, pairs=1)
-    compute_reference(model, dataset, path, key, batcher, Accelerator(cpu=True), lambda done, total: None)
+    forward = PairForward.of(model, 0, torch.device("cpu"), torch.float32, 1, responses=RESPONSES)
+    compute_reference(forward, dataset, path, key, Accelerator(cpu=True), lambda done, total: None)
     dataset.reference = ReferenceLogps(path, key, dataset.rows)
     with torch.no_grad():
         expected = batch_logps(model, PairCollator(0, RESPONSES)(ROWS))
