@@ -15,11 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from spin.alignment.core.provenance import read_provenance
+from spin.alignment.core.sides import SIDES
 from spin.alignment.data.chat_encoder import ChatEncoder
 from spin.alignment.data.preferences import load_preferences
 from tests.helpers import REPOSITORY, char_tokenizer, program_environment
 from tests.helpers.weights import (
-    SIDES,
     logps_by_hand,
     models,
     rows_of,

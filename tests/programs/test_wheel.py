@@ -9,6 +9,7 @@ import zipfile
 from email.parser import Parser
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from tests.helpers import REPOSITORY, program_environment, run_command
@@ -127,9 +128,11 @@ def test_programs_start_by_file_and_by_name(installed, tmp_path):
 @pytest.mark.slow
 def test_a_run_without_the_repository(installed, tmp_path):
     run_installed(installed, tmp_path, "-m", "spin", "init", "demo")
+    train = tmp_path / "data" / "iter0" / "train.parquet"
+    pq.write_table(pq.read_table(train).slice(0, 200), train)
     # Two steps of everything: the programs start from the package, their data lie in the folder.
     changes = ["--sft.max_steps=2", "--control=null", "--iterations=1", "--train.max_steps=2", "--data.test=''"]
-    changes += ["--data.train_split=test", "--generate.max_new_tokens=4"]
+    changes += ["--generate.max_new_tokens=4"]
     done = run_installed(installed, tmp_path, "-m", "spin", "run", "demo.yaml", *changes)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert (tmp_path / "runs" / "demo" / "iter0" / "checkpoint" / "model.safetensors").is_file()
