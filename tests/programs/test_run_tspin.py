@@ -53,7 +53,7 @@ def test_the_initial_model_is_a_stage_of_its_own(tmp_path):
     ("changes", "sentence"),
     [
         (["--weigh.weighting=drift"], "which get no token weights: remove the section 'weigh'"),
-        (["--data.prompts=[a, b]"], "made once for all iterations: name a single data set as data.prompts"),
+        (["--data.prompts=[a, b]"], "generated once for all iterations: name a single data set as data.prompts"),
         (["--train.loss_settings.historic=1"], "names 'historic', which loss_type tspin does not know"),
     ],
 )
