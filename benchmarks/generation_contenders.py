@@ -139,7 +139,7 @@ class OurStep(Contender):
             max_new_tokens=MAX_NEW_TOKENS,
             seed=self.task.seed,
         )
-        stated = generate.stated_provenance(config, Path(config.model))
+        stated = generate.expected_provenance(config, Path(config.model))
         self._open = ExitStack()
         worker = self._open.enter_context(Worker(self._output / PARTS_FOLDER / "workers"))
         self._job = generate.make_job(config, stated, Path(config.model), worker.name)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from spin.alignment.core.errors import InputError
-from spin.alignment.core.server_link import RetryPolicy, is_this_machine, told_delay
+from spin.alignment.core.server_link import RetryPolicy, is_this_machine, retry_after_delay
 from spin.alignment.generation import make_backend
 from spin.alignment.generation.base import BackendSettings
 from spin.alignment.generation.openai.backend import OpenAIBackend, find_model
@@ -131,15 +131,15 @@ def test_loopback_addresses_are_known():
 
 
 def test_the_wait_doubles_up_to_a_limit_and_never_undercuts_the_server():
-    policy = RetryPolicy(first_delay=1.0, longest_delay=10.0, longest_told_delay=100.0)
+    policy = RetryPolicy(first_delay=1.0, max_delay=10.0, max_retry_after=100.0)
     for failures, full in ((1, 1.0), (2, 2.0), (4, 8.0), (5, 10.0), (500, 10.0)):
         waits = [policy.delay(failures) for _ in range(50)]
         assert all(full / 2 <= wait <= full for wait in waits) and len(set(waits)) > 1
     assert policy.delay(1, told=30.0) == 30.0 and policy.delay(1, told=1e6) == 100.0
     assert 5.0 <= policy.delay(5, told=1.0) <= 10.0
-    assert told_delay(None) is None and told_delay("soon") is None
-    assert told_delay("7") == 7.0 and told_delay("-1") == 0.0
-    assert 57.0 < (told_delay(email.utils.formatdate(time.time() + 60, usegmt=True)) or 0.0) <= 60.0
+    assert retry_after_delay(None) is None and retry_after_delay("soon") is None
+    assert retry_after_delay("7") == 7.0 and retry_after_delay("-1") == 0.0
+    assert 57.0 < (retry_after_delay(email.utils.formatdate(time.time() + 60, usegmt=True)) or 0.0) <= 60.0
 
 
 def test_the_backend_is_in_the_registry_and_closes_twice(server):

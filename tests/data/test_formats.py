@@ -76,7 +76,7 @@ PROMPTS = {
 
 @pytest.mark.parametrize(("record", "messages"), PROMPTS.values(), ids=PROMPTS.keys())
 def test_a_prompt_may_stand_alone_where_no_truth_is_required(record, messages):
-    (conversation,) = to_conversations(record, "row", truth_required=False)
+    (conversation,) = to_conversations(record, "row", ground_truth_required=False)
     assert conversation.messages == readers.prompt_turns(messages) == messages
     assert conversation.prompt_id == record.get("prompt_id", readers.prompt_hash(messages))
     with pytest.raises(InputError, match="row"):
@@ -85,7 +85,7 @@ def test_a_prompt_may_stand_alone_where_no_truth_is_required(record, messages):
 
 @pytest.mark.parametrize(("record", "messages"), RECORDS.values(), ids=RECORDS.keys())
 def test_a_row_with_truth_is_read_the_same_where_none_is_required(record, messages):
-    assert to_conversations(record, "row", truth_required=False) == to_conversations(record, "row")
+    assert to_conversations(record, "row", ground_truth_required=False) == to_conversations(record, "row")
     assert readers.prompt_turns(messages) == messages[:-1]
 
 
@@ -102,7 +102,7 @@ def test_a_row_with_truth_is_read_the_same_where_none_is_required(record, messag
 )
 def test_a_bad_prompt_without_truth_is_named(record, message):
     with pytest.raises(InputError, match=message):
-        to_conversations(record, "row", truth_required=False)
+        to_conversations(record, "row", ground_truth_required=False)
 
 
 BAD = {

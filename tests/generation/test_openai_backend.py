@@ -196,7 +196,7 @@ def test_tries_are_bounded(server, connect, caplog):
 
 
 def test_a_restarted_server_goes_on(server, connect):
-    backend = connect(replace(QUICK, attempts=12, first_delay=0.05, longest_delay=0.2), batch_size=4)
+    backend = connect(replace(QUICK, attempts=12, first_delay=0.05, max_delay=0.2), batch_size=4)
     stream = backend.stream(REQUESTS, SAMPLING)
     server.behave = lambda handler, body: time.sleep(0.05) or False
     rows = dict([next(stream)])

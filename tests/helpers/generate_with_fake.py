@@ -36,16 +36,16 @@ class FakeBackend(GenerationBackend):
         self, requests: Iterable[PromptRequest], sampling: SamplingConfig
     ) -> Iterator[tuple[int, list[Response]]]:
         source = enumerate(requests)
-        flying: list[tuple[int, PromptRequest]] = []
+        in_flight: list[tuple[int, PromptRequest]] = []
         exhausted = False
-        while flying or not exhausted:
-            while not exhausted and len(flying) < self.window:
+        while in_flight or not exhausted:
+            while not exhausted and len(in_flight) < self.window:
                 drawn = next(source, None)
                 exhausted = drawn is None
                 if drawn is not None:
-                    flying.append(drawn)
-            if flying:
-                index, request = flying.pop(self.order.randrange(len(flying)))
+                    in_flight.append(drawn)
+            if in_flight:
+                index, request = in_flight.pop(self.order.randrange(len(in_flight)))
                 if self.delay:
                     time.sleep(self.delay)
                 yield index, [self._answer(request, sample, sampling) for sample in range(sampling.num_samples)]

@@ -201,8 +201,8 @@ def test_help_is_light():
 class Script(StageKind):
     """A kind whose stages run Python code, given its output file as ``sys.argv[1]``."""
 
-    def __init__(self, is_beside: bool = False) -> None:
-        self.is_beside = is_beside
+    def __init__(self, can_run_beside: bool = False) -> None:
+        self.can_run_beside = can_run_beside
 
     def command(self, stage, config):
         return [sys.executable, "-c", config["code"], config["output"]]

@@ -78,7 +78,7 @@ def test_a_stage_comes_after_what_it_needs(tmp_path):
 
 def test_what_runs_beside_self_play_waits_for_the_model_that_it_needs(tmp_path):
     config = make_config(tmp_path, sft=FAST, control=FAST, weigh=REVERSE)
-    beside = {stage.name: stage.needs for stage in make_stages(config) if stage.kind.is_beside}
+    beside = {stage.name: stage.needs for stage in make_stages(config) if stage.kind.can_run_beside}
     assert beside == {
         "sft/evaluate": ("sft/train",),
         "control/train": ("sft/train",),

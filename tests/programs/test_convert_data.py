@@ -211,7 +211,7 @@ def all_identical(folder: Path) -> None:
         write_fraction(folder, number, [{**row, "rejected": row["chosen"]} for row in fraction(number)])
 
 
-def all_gone(folder: Path) -> None:
+def all_removed(folder: Path) -> None:
     for path in folder.iterdir():
         path.unlink()
 
@@ -238,7 +238,7 @@ DEFECTS = {
     "torn": (torn, [], "train-00001.parquet is not a readable parquet file", ""),
     "column": (no_column, [], "train-00001.parquet is missing the columns rejected", ""),
     "identical": (all_identical, ["--identical", "drop"], "no pair of the split 'train' is left (10 identical", ""),
-    "empty folder": (all_gone, [], "holds no fraction files such as train-00000.parquet", "run spin/generate.py first"),
+    "empty folder": (all_removed, [], "holds no fraction files such as train-00000.parquet", "run spin/generate.py first"),
     "pairing": (nothing, ["--pairing", "best"], "unknown pairing 'best': choose one of best_vs_ground_truth, ", ""),
     "negative": (nothing, ["--num_fracs", -1], "num_fracs is -1: set it to 0 or more", ""),
     "no rows": (nothing, ["--max_rows_per_file", 0], "max_rows_per_file is 0: set it to 1 or more", ""),

@@ -54,7 +54,7 @@ def run(folder, model=None, weights: bool = False, resume: str | None = None, **
         args=arguments,
         train_dataset=dataset(weights=weights, responses=arguments.loss.responses),
         processing_class=char_tokenizer(),
-        opponent_hash="opponent",
+        reference_hash="opponent",
     )
     trainer.train(resume_from_checkpoint=resume)
     return trainer

@@ -38,37 +38,37 @@ class RetryPolicy:
     Attributes:
         attempts: attempts per request, the first included.
         first_delay: wait after the first failure; it doubles with each further failure.
-        longest_delay: upper limit of the doubling.
-        longest_told_delay: upper limit of the wait that a server requests (Retry-After).
+        max_delay: upper limit of the doubling.
+        max_retry_after: upper limit of the wait that a server requests (Retry-After).
         timeout: time allowed for a response, plus :attr:`seconds_per_token` per token of it.
         seconds_per_token: the slowest decoding that is not treated as a hang.
     """
 
     attempts: int = 12
     first_delay: float = 1.0
-    longest_delay: float = 60.0
-    longest_told_delay: float = 600.0
+    max_delay: float = 60.0
+    max_retry_after: float = 600.0
     timeout: float = 600.0
     seconds_per_token: float = 0.2
 
-    def delay(self, failures: int, told: float | None = None) -> float:
+    def delay(self, failures: int, retry_after: float | None = None) -> float:
         """Return the wait after the ``failures``-th failure: doubled each time, with jitter so that clients spread out.
 
-        ``told`` is the wait that the server requested; the result is never shorter, up to ``longest_told_delay``.
+        ``retry_after`` is the wait that the server requested; the result is never shorter, up to ``max_retry_after``.
         """
-        full = min(self.longest_delay, self.first_delay * 2.0 ** (failures - 1))
-        return max(min(told or 0.0, self.longest_told_delay), full * _jitter.uniform(0.5, 1.0))
+        full = min(self.max_delay, self.first_delay * 2.0 ** (failures - 1))
+        return max(min(retry_after or 0.0, self.max_retry_after), full * _jitter.uniform(0.5, 1.0))
 
 
 class TryAgain(Exception):
-    """The request failed but may succeed later; ``told`` is the wait in seconds that the server requested."""
+    """The request failed but may succeed later; ``retry_after`` is the wait in seconds that the server requested."""
 
-    def __init__(self, reason: str, told: float | None = None) -> None:
+    def __init__(self, reason: str, retry_after: float | None = None) -> None:
         super().__init__(reason)
-        self.told = told
+        self.retry_after = retry_after
 
 
-def told_delay(header: str | None) -> float | None:
+def retry_after_delay(header: str | None) -> float | None:
     """Return the seconds that a Retry-After header requests (a number or a date, RFC 9110 10.2.3), or None."""
     if header is None:
         return None
@@ -118,7 +118,7 @@ class ServerLink:
         # httpx would quote an invalid header, and with it the key, in its error.
         if not (api_key.isascii() and api_key.isprintable()):
             raise InputError("OPENAI_API_KEY contains characters that are not allowed in a key: set it again")
-        self._told = 0.0
+        self._last_warning = 0.0
         self._client = httpx2.AsyncClient(
             headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
             limits=httpx2.Limits(max_connections=connections, max_keepalive_connections=connections),
@@ -160,17 +160,17 @@ class ServerLink:
             except TryAgain as failure:
                 last = failure
             if failures < policy.attempts:
-                delay = policy.delay(failures, last.told)
-                self._tell(f"the server at {self.url} did not answer ({last}): trying again")
+                delay = policy.delay(failures, last.retry_after)
+                self._warn(f"the server at {self.url} did not answer ({last}): trying again")
                 await asyncio.sleep(delay)
         raise InputError(
             f"the server at {self.url} did not answer {purpose} after {policy.attempts} tries (last: {last}): "
             "start it and run the same command again"
         ) from last
 
-    async def _send_once(self, path: str, purpose: str, body: dict[str, Any] | None, patience: float) -> Any:
+    async def _send_once(self, path: str, purpose: str, body: dict[str, Any] | None, timeout_seconds: float) -> Any:
         # No limit on waiting for a free connection: with many requests in flight that is normal.
-        timeout = httpx2.Timeout(patience, connect=CONNECT_TIMEOUT, pool=None)
+        timeout = httpx2.Timeout(timeout_seconds, connect=CONNECT_TIMEOUT, pool=None)
         address, method = f"{self.url}{path}", "GET" if body is None else "POST"
         try:
             response = await self._client.request(method, address, json=body, timeout=timeout)
@@ -180,7 +180,9 @@ class ServerLink:
             raise TryAgain(f"truncated response: {error}") from error
         status = response.status_code
         if status in PASSING_STATUS or (status >= 500 and status != NOT_IMPLEMENTED):
-            raise TryAgain(f"HTTP {status}: {error_message(response)}", told_delay(response.headers.get("retry-after")))
+            raise TryAgain(
+                f"HTTP {status}: {error_message(response)}", retry_after_delay(response.headers.get("retry-after"))
+            )
         if status != 200:
             raise InputError(
                 f"the server at {self.url} refused {purpose} with HTTP {status}: {error_message(response)}"
@@ -194,11 +196,11 @@ class ServerLink:
                 "OpenAI-compatible server, such as http://host:port/v1"
             ) from error
 
-    def _tell(self, message: str) -> None:
+    def _warn(self, message: str) -> None:
         """Log a warning at most every ten seconds, as many requests fail for the same reason."""
         now = time.monotonic()
-        if now - self._told > 10.0:
-            self._told = now
+        if now - self._last_warning > 10.0:
+            self._last_warning = now
             logger.warning(message)
 
     def close(self) -> None:

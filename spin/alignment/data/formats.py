@@ -99,24 +99,24 @@ FORMATS: dict[tuple[str, ...], Callable[[Mapping[str, Any], str], list[Message]]
 
 
 def to_conversations(
-    record: Mapping[str, Any], where: str, turns: Turns = "last", truth_required: bool = True
+    record: Mapping[str, Any], where: str, turns: Turns = "last", ground_truth_required: bool = True
 ) -> list[Conversation]:
     """Convert one raw row to the conversations to be played: up to the last assistant turn, or one for each (``turns="all"``).
 
-    A user turn after the last assistant turn has no answer to learn from and is dropped. With ``truth_required=False`` a
+    A user turn after the last assistant turn has no answer to learn from and is dropped. With ``ground_truth_required=False`` a
     row may lack the ground truth: a conversation without an assistant turn, or a column ``prompt`` alone (text, or turns
     that end with the user's) whose answer columns are absent or null.
 
     Raises:
         InputError: the format is unknown, a turn is empty or not text, roles do not alternate, or there is no assistant turn.
     """
-    prompt_only = not truth_required and _is_prompt_only(record)
+    prompt_only = not ground_truth_required and _is_prompt_only(record)
     messages = _prompt_form(record, where) if prompt_only else _read_form(record, where)
     # A column ``prompt`` alone is kept as it is: its last user turn is the question.
     trails = len(messages) > 1 and messages[-1]["role"] == "user" and messages[-2]["role"] == "assistant"
     if trails and not prompt_only:
         messages = messages[:-1]
-    check_conversation(messages, where, truth_required)
+    check_conversation(messages, where, ground_truth_required)
     own_id = record.get("prompt_id", record.get("id"))
     ends = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if messages[-1]["role"] == "user":
@@ -161,21 +161,21 @@ def prompt_hash(prompt: Sequence[Message]) -> str:
     return hash_text(*(part for message in prompt for part in (message["role"], message["content"])))
 
 
-def check_conversation(messages: Sequence[Message], where: str, truth_required: bool = True) -> None:
+def check_conversation(messages: Sequence[Message], where: str, ground_truth_required: bool = True) -> None:
     """Check the row contract: an optional system turn, then alternating user and assistant turns, ending with the assistant
-    (or, unless ``truth_required``, with the user).
+    (or, unless ``ground_truth_required``, with the user).
 
     Raises:
         InputError: it does not hold; the error names ``where`` and the violation.
     """
     roles = [message["role"] for message in messages]
-    if "assistant" not in roles and truth_required:
+    if "assistant" not in roles and ground_truth_required:
         raise InputError(
             f"{where} has no assistant turn: there is no ground truth to learn from; remove or complete the row"
         )
     body = roles[1:] if roles[:1] == ["system"] else roles
     expected = (["user", "assistant"] * (len(body) // 2 + 1))[: len(body)]
-    if not body or body != expected or (truth_required and len(body) % 2):
+    if not body or body != expected or (ground_truth_required and len(body) % 2):
         raise InputError(
             f"{where} has the role order {' '.join(roles) or '(no turns)'}: it must be [system] user assistant [user "
             "assistant ...]"

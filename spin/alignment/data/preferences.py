@@ -82,14 +82,14 @@ def to_preferences(rows: Dataset, name: str) -> Dataset:
         for number, row in enumerate(rows):
             check_pair(row["chosen"], row["rejected"], f"{name} row {number}", row.get("chosen_token_ids") is not None)
     else:
-        rows = Dataset(_foreign_table(((f"{name} row {number}", row) for number, row in enumerate(rows)), name))
+        rows = Dataset(_converted_table(((f"{name} row {number}", row) for number, row in enumerate(rows)), name))
     _check_repeated(rows.with_format("arrow")[:], name)
     return rows
 
 
 def _preference_tables(path: str, split: str) -> list[pa.Table]:
     if not Path(path).exists():  # the name of a data set on the Hub
-        return [_foreign_table(read_records(path, split.removesuffix("_prefs")), path)]
+        return [_converted_table(read_records(path, split.removesuffix("_prefs")), path)]
     tables = []
     files = split_files(Path(path), split.removesuffix("_prefs"))
     _check_one_provenance(files)
@@ -98,7 +98,7 @@ def _preference_tables(path: str, split: str) -> list[pa.Table]:
         if columns >= OWN_COLUMNS:
             tables.append(_own_table(file))
         else:
-            tables.append(_foreign_table(read_records(str(file), None), str(file)))
+            tables.append(_converted_table(read_records(str(file), None), str(file)))
     return tables
 
 
@@ -142,7 +142,7 @@ def _own_table(file: Path) -> pa.Table:
     return pa.Table.from_batches(batches, schema).replace_schema_metadata(None)
 
 
-def _foreign_table(records: Iterator[tuple[str, Mapping[str, Any]]], source: str) -> pa.Table:
+def _converted_table(records: Iterator[tuple[str, Mapping[str, Any]]], source: str) -> pa.Table:
     fields = {field.name: field.type for field in PREFERENCE_SCHEMA} | OPTIONAL_COLUMNS
     rows, samples, present = [], Counter[str](), set(OWN_COLUMNS)
     for where, record in records:

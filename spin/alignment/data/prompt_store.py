@@ -60,7 +60,7 @@ class PromptStore:
     @staticmethod
     def create(path: Path, input_dir: str, split: str) -> None:
         """Stream the prompts of a data set to ``path`` and their count and hashes to a JSON file next to it."""
-        rows = stream_prompts(input_dir, split, truth_required=False)
+        rows = stream_prompts(input_dir, split, ground_truth_required=False)
         count, total = 0, 0
 
         # Hashing, counting and writing share one pass over the data.

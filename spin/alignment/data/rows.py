@@ -45,30 +45,30 @@ OPTIONAL_COLUMNS = {
 LABEL_TYPE = pa.float64()
 
 
-def stream_prompts(input_dir: str, split: str, truth_required: bool = True) -> Iterator[dict[str, Any]]:
+def stream_prompts(input_dir: str, split: str, ground_truth_required: bool = True) -> Iterator[dict[str, Any]]:
     """Stream the prompts of a split with their ground truth: ``prompt_id`` (unique) and ``chosen``.
 
     ``input_dir`` is a folder, a file or a Hub name, in the project's own format or any in ``formats.py``. Unless
-    ``truth_required``, a row may have no ground truth: its ``chosen`` is then the prompt and ends with a user turn.
+    ``ground_truth_required``, a row may have no ground truth: its ``chosen`` is then the prompt and ends with a user turn.
 
     Raises:
         InputError: a row violates the row contract, or (after the last row) two rows share a prompt id.
     """
     seen = array("Q")  # 8 bytes per prompt, where a set of ids would take about 100
     for where, record in read_records(input_dir, split):
-        (conversation,) = to_conversations(record, where, truth_required=truth_required)
+        (conversation,) = to_conversations(record, where, ground_truth_required=ground_truth_required)
         seen.append(id_number(conversation.prompt_id))
         yield {"prompt_id": conversation.prompt_id, "chosen": conversation.messages}
     unique, counts = np.unique(np.frombuffer(seen, dtype=np.uint64), return_counts=True)
     if len(unique) < len(seen):
-        _name_repeated(input_dir, split, truth_required, {int(number) for number in unique[counts > 1]})
+        _name_repeated(input_dir, split, ground_truth_required, {int(number) for number in unique[counts > 1]})
 
 
-def _name_repeated(input_dir: str, split: str, truth_required: bool, numbers: set[int]) -> None:
+def _name_repeated(input_dir: str, split: str, ground_truth_required: bool, numbers: set[int]) -> None:
     """Read the data a second time to find the two rows that share an id, and raise an error that names them."""
     places: dict[str, str] = {}
     for where, record in read_records(input_dir, split):
-        (conversation,) = to_conversations(record, where, truth_required=truth_required)
+        (conversation,) = to_conversations(record, where, ground_truth_required=ground_truth_required)
         if id_number(conversation.prompt_id) not in numbers:
             continue
         earlier = places.setdefault(conversation.prompt_id, where)
@@ -80,14 +80,14 @@ def _name_repeated(input_dir: str, split: str, truth_required: bool, numbers: se
     raise RuntimeError("two different prompt ids have the same 64-bit number")
 
 
-def load_prompts(input_dir: str, split: str, truth_required: bool = True) -> Dataset:
+def load_prompts(input_dir: str, split: str, ground_truth_required: bool = True) -> Dataset:
     """Load the prompts of a split into memory (see :func:`stream_prompts`)."""
     from datasets import Dataset, Features, Value
 
     features = Features(
         {"prompt_id": Value("string"), "chosen": [{"role": Value("string"), "content": Value("string")}]}
     )
-    return Dataset.from_list(list(stream_prompts(input_dir, split, truth_required)), features=features)
+    return Dataset.from_list(list(stream_prompts(input_dir, split, ground_truth_required)), features=features)
 
 
 def to_prompt_rows(rows: Dataset, name: str) -> list[dict[str, Any]]:
@@ -103,7 +103,7 @@ def to_prompt_rows(rows: Dataset, name: str) -> list[dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for number, record in enumerate(rows.with_format(None)):
         where = f"{name} row {number}"
-        (conversation,) = to_conversations(record, where, truth_required=False)
+        (conversation,) = to_conversations(record, where, ground_truth_required=False)
         if conversation.prompt_id in found:
             raise InputError(
                 f"{where} has the prompt id {conversation.prompt_id} of an earlier row: remove one of them"

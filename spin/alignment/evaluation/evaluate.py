@@ -64,7 +64,7 @@ def score(config: EvaluateConfig, held_out: list[HeldOut], encoder: ChatEncoder)
     """Generate and score with one loaded model (an engine is closed before the model is loaded for the NLL)."""
     import torch
 
-    from spin.alignment.evaluation.held_out import evaluate_responses, truth_nll
+    from spin.alignment.evaluation.held_out import evaluate_responses, ground_truth_nll
     from spin.alignment.generation import find_backend, make_backend
     from spin.alignment.generation.base import BackendSettings
     from spin.alignment.models.config import ModelConfig
@@ -98,7 +98,7 @@ def score(config: EvaluateConfig, held_out: list[HeldOut], encoder: ChatEncoder)
         )
         model = getattr(backend, "model", None)
         if model is not None:
-            return scores | truth_nll(model, held_out, encoder.pad_id, config.batch_size)
+            return scores | ground_truth_nll(model, held_out, encoder.pad_id, config.batch_size)
     finally:
         backend.close()
     loaded = ModelConfig(
@@ -108,4 +108,4 @@ def score(config: EvaluateConfig, held_out: list[HeldOut], encoder: ChatEncoder)
         trust_remote_code=config.trust_remote_code,
     )
     model = load_model(loaded).to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    return scores | truth_nll(model, held_out, encoder.pad_id, config.batch_size)
+    return scores | ground_truth_nll(model, held_out, encoder.pad_id, config.batch_size)

@@ -49,7 +49,7 @@ class GenerationJob:
         context: number of tokens the model can attend to; None without a limit.
         provenance: that of every fraction, except for ``data_frac`` and the sum of the fraction's ids.
         overwrite: whether existing fractions with other provenance may be replaced.
-        patience: lease timeout: seconds without a heartbeat after which a worker counts as dead.
+        lease_timeout: seconds without a heartbeat after which a worker counts as dead.
     """
 
     store: PromptStore
@@ -62,7 +62,7 @@ class GenerationJob:
     longest_prompt: int
     context: int | None
     provenance: Provenance
-    patience: float
+    lease_timeout: float
     overwrite: bool = False
 
     def for_another_thread(self) -> GenerationJob:
@@ -112,12 +112,12 @@ class GenerationJob:
         """Return the generated rows of the prompt at ``index`` in the store; ``chosen`` is null without a ground truth."""
         row = self.store.row(index)
         prompt = prompt_turns(row["chosen"])
-        truth = row["chosen"] if len(prompt) < len(row["chosen"]) else None
+        ground_truth = row["chosen"] if len(prompt) < len(row["chosen"]) else None
         return [
             {
                 "prompt_id": row["prompt_id"],
                 "sample_index": sample,
-                "chosen": truth,
+                "chosen": ground_truth,
                 "rejected": [*prompt, {"role": "assistant", "content": self._text(response)}],
                 "rejected_token_ids": response.token_ids,
                 "rejected_finish_reason": response.finish_reason,
@@ -157,7 +157,7 @@ class FractionWork:
         self.merged = self.journal.is_merged()
         if self.merged:
             self.journal.remove_parts()
-        self.leases = Leases(self.journal.folder, worker, job.patience)
+        self.leases = Leases(self.journal.folder, worker, job.lease_timeout)
         self._block = max(1, min(_LARGEST_BLOCK, count // _BLOCKS_PER_FRACTION))
         self._candidates = deque(range(-(-count // self._block)))
         self._elsewhere: list[int] = []

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 TOKENIZER_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
 
 
-def stated_provenance(config: GenerateConfig, model_dir: Path) -> Provenance:
+def expected_provenance(config: GenerateConfig, model_dir: Path) -> Provenance:
     """Return what is known of the fractions' origin before a tokenizer or a row is read.
 
     ``extra["inputs"]`` is one hash of every input file, so that a finished fraction is recognised in a second.
@@ -64,7 +64,7 @@ def stated_provenance(config: GenerateConfig, model_dir: Path) -> Provenance:
     )
 
 
-def is_known_complete(path: Path, stated: Provenance) -> bool:
+def is_already_complete(path: Path, stated: Provenance) -> bool:
     """Return whether a fraction is there and its input files and settings are the same, byte for byte."""
     from spin.alignment.core.parquet import open_parquet
     from spin.alignment.core.provenance import read_provenance
@@ -79,19 +79,19 @@ def is_known_complete(path: Path, stated: Provenance) -> bool:
     return not stated.differences(found, ignore=derived) and stated.extra["inputs"] == found.extra.get("inputs")
 
 
-def known_complete(config: GenerateConfig, stated: Provenance) -> int:
+def already_complete(config: GenerateConfig, stated: Provenance) -> int:
     """Return the number of prompts when everything asked for is there, else 0; no prompt is read, every fraction tells it."""
     from spin.alignment.core.parquet import open_parquet
     from spin.alignment.core.provenance import read_provenance
     from spin.alignment.data.fractions import fraction_path, num_fractions
 
     first = fraction_path(config.output_dir, config.split, 0 if config.data_frac == "auto" else config.data_frac)
-    if not is_known_complete(first, stated):
+    if not is_already_complete(first, stated):
         return 0
     num_prompts = read_provenance(open_parquet(first).schema_arrow, first).num_prompts
     others = range(1, num_fractions(num_prompts, config.frac_len)) if config.data_frac == "auto" else ()
     paths = (fraction_path(config.output_dir, config.split, number) for number in others)
-    return num_prompts if all(is_known_complete(path, stated) for path in paths) else 0
+    return num_prompts if all(is_already_complete(path, stated) for path in paths) else 0
 
 
 def open_store(config: GenerateConfig, stated: Provenance, worker: str) -> PromptStore:
@@ -173,7 +173,7 @@ def make_job(config: GenerateConfig, stated: Provenance, model_dir: Path, worker
             prompts_hash=store.prompts_hash,
             num_prompts=len(store),
         ),
-        patience=config.lease_timeout,
+        lease_timeout=config.lease_timeout,
         overwrite=config.overwrite,
     )
 
@@ -231,8 +231,8 @@ def generate(config: GenerateConfig) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     check_model_path(config.model, needs_weights=not find_backend(config.backend).needs_server)
     model_dir = model_folder(config.model, config.revision)
-    stated = stated_provenance(config, model_dir)
-    num_prompts = known_complete(config, stated)
+    stated = expected_provenance(config, model_dir)
+    num_prompts = already_complete(config, stated)
     if num_prompts:
         say(f"{config.output_dir} is complete already ({config.split}, fraction {config.data_frac})")
     else:

@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-BEAT_SECONDS = 5.0
-LEASE_SECONDS = 60.0
+HEARTBEAT_INTERVAL = 5.0
+LEASE_TIMEOUT = 60.0
 
 
 def _host_key() -> str:
@@ -50,7 +50,7 @@ class Worker:
     stops changing.
     """
 
-    def __init__(self, folder: Path, beat: float = BEAT_SECONDS) -> None:
+    def __init__(self, folder: Path, beat: float = HEARTBEAT_INTERVAL) -> None:
         self.folder, self.beat = folder, beat
         self.name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
         self.path = folder / f"{self.name}.json"
@@ -133,11 +133,11 @@ class _Sighting:
 class Leases:
     """The lease files of one folder, from the point of view of one worker."""
 
-    def __init__(self, folder: Path, worker: Worker, patience: float = LEASE_SECONDS) -> None:
-        """``patience`` is the lease timeout: seconds without a heartbeat after which a worker counts as dead."""
-        self.folder, self.worker, self.patience = folder, worker, patience
+    def __init__(self, folder: Path, worker: Worker, lease_timeout: float = LEASE_TIMEOUT) -> None:
+        """``lease_timeout`` is the lease timeout: seconds without a heartbeat after which a worker counts as dead."""
+        self.folder, self.worker, self.lease_timeout = folder, worker, lease_timeout
         self.held: set[str] = set()
-        self._beats: dict[str, _Sighting] = {}
+        self._heartbeats: dict[str, _Sighting] = {}
 
     def path(self, name: str) -> Path:
         return self.folder / f"{name}.lease"
@@ -173,17 +173,17 @@ class Leases:
             return None
 
     def is_alive(self, owner: str) -> bool:
-        """Return whether a worker may still be working: its heartbeat changed in the last ``patience`` seconds."""
+        """Return whether a worker may still be working: its heartbeat changed in the last ``lease_timeout`` seconds."""
         if owner == self.worker.name:
             return True
         record = read_worker(self.worker.folder / f"{owner}.json")
         if is_known_dead(record):
             return False
         beat = None if record is None else record.get("beat")
-        seen = self._beats.get(owner)
+        seen = self._heartbeats.get(owner)
         if seen is None or seen.value != beat:
-            self._beats[owner] = seen = _Sighting(beat)
-        return time.monotonic() - seen.since < self.patience
+            self._heartbeats[owner] = seen = _Sighting(beat)
+        return time.monotonic() - seen.since < self.lease_timeout
 
     def _create(self, path: Path) -> bool:
         try:

@@ -21,14 +21,14 @@ class GenerationProgress:
         self.name = name
         self.prompts = self.rows = self.tokens = self.cut = 0
         self.done = self.total = self._done_before = 0
-        self.started = self._told = self._shown = time.monotonic()
+        self.started = self._last_report = self._shown = time.monotonic()
         self._bar: Bar | None = None
 
     def start(self, done: int, total: int) -> None:
         """Start the clock once the model is loaded; ``done`` of ``total`` prompts are already complete."""
         self.done = self._done_before = done
         self.total = total
-        self.started = self._told = time.monotonic()
+        self.started = self._last_report = time.monotonic()
         if sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -57,8 +57,8 @@ class GenerationProgress:
         self.done = max(count_done(), self._done_before + self.prompts)
         if self._bar is not None:
             self._bar.update(self._task, completed=self.done, description=self.summary())
-        elif time.monotonic() - self._told > _LINE_SECONDS:
-            self._told = time.monotonic()
+        elif time.monotonic() - self._last_report > _LINE_SECONDS:
+            self._last_report = time.monotonic()
             self._say(f"{self.summary()}, {self.seconds_left():.0f} s left")
         return True
 

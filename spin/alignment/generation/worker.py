@@ -25,7 +25,7 @@ from spin.alignment.generation.progress import GenerationProgress
 
 FLUSH_SECONDS = 60.0
 POLL_SECONDS = 1.0
-_TELL_SECONDS = 15.0
+_REPORT_SECONDS = 15.0
 _SKIPPED_SHOWN = 5
 
 
@@ -56,7 +56,7 @@ class GenerationRun:
         self._total = sum(self._size(number) for number in fractions)
         self._works: dict[int, FractionWork] = {}
         # One lease per fraction, only to spread workers over fractions; blocks within a fraction have their own.
-        self._leases = Leases(job.output_dir / PARTS_FOLDER, worker, job.patience)
+        self._leases = Leases(job.output_dir / PARTS_FOLDER, worker, job.lease_timeout)
         self._backend: GenerationBackend | None = None
         self._unwritten: dict[int, _Unwritten] = {}
         self._flushed = time.monotonic()
@@ -274,7 +274,7 @@ class GenerationRun:
 
     def _wait(self, since: float) -> float:
         """Sleep while other live workers hold all remaining blocks; report it every few seconds."""
-        if time.monotonic() - since > _TELL_SECONDS:
+        if time.monotonic() - since > _REPORT_SECONDS:
             since = time.monotonic()
             numbers = ", ".join(map(str, self._unmerged[:5]))
             say_error(f"waiting for other workers to finish fraction {numbers}")

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PACKED_ATTENTION = "spin_packed"
-PADDED_MEND = "set batching: padded (slower, the same loss)"
+PADDED_FIX = "set batching: padded (slower, the same loss)"
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 
 
@@ -275,7 +275,7 @@ def packed_attention(
     """
     if s_aux is not None:
         raise InputError(
-            f"{type(module).__name__} uses attention sinks, which packed rows do not support: {PADDED_MEND}"
+            f"{type(module).__name__} uses attention sinks, which packed rows do not support: {PADDED_FIX}"
         )
     call = AttentionCall(scaling, sliding_window, softcap)
     return KERNELS[layout.kernel](query, key, value, layout, call), None
@@ -299,10 +299,10 @@ def check_architecture(model: Any) -> None:
     unknown = sorted(set(getattr(config, "layer_types", None) or ()) - _KNOWN_LAYERS)
     if unknown:
         raise InputError(
-            f"{name} has layers of type {', '.join(unknown)}, which packed rows do not support: {PADDED_MEND}"
+            f"{name} has layers of type {', '.join(unknown)}, which packed rows do not support: {PADDED_FIX}"
         )
     if config.is_encoder_decoder or not getattr(model, "_supports_attention_backend", False):
-        raise InputError(f"{name} does not allow its attention to be replaced, so rows cannot be packed: {PADDED_MEND}")
+        raise InputError(f"{name} does not allow its attention to be replaced, so rows cannot be packed: {PADDED_FIX}")
 
 
 def choose_kernel(model: Any, device: torch.device, dtype: torch.dtype, wanted: str = "auto") -> str:

@@ -47,12 +47,12 @@ class PairDataset(torch.utils.data.Dataset):
 class PairList:
     """The pairs of one process in an optimiser batch, as the data loader returns them: not yet tensors.
 
-    ``stands_in``: the process has no pairs of its own; these only keep it in step with the other processes.
+    ``is_stand_in``: the process has no pairs of its own; these only keep it in step with the other processes.
     """
 
-    def __init__(self, features: Sequence[Feature], stands_in: bool = False) -> None:
+    def __init__(self, features: Sequence[Feature], is_stand_in: bool = False) -> None:
         self.features = list(features)
-        self.stands_in = stands_in
+        self.is_stand_in = is_stand_in
 
     def __len__(self) -> int:
         return len(self.features)

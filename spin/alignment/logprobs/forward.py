@@ -20,7 +20,7 @@ from spin.alignment.logprobs.attention import PACKED_ATTENTION, register
 from spin.alignment.logprobs.batch import PackedBatch
 from spin.alignment.logprobs.collators import LABEL
 from spin.alignment.logprobs.head import FusedHeadLoss, LogitTransform, Objective, grouped_logps
-from spin.alignment.logprobs.position_kl import OpponentStates, grouped_logps_and_kl, padded_kl
+from spin.alignment.logprobs.position_kl import ReferenceStates, grouped_logps_and_kl, padded_kl
 from spin.alignment.methods.losses import LossInputs
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def install_packed_forward(model: Any, fused_head: bool = True) -> bool:
         hidden: Tensor,
         packed: PackedBatch | None = None,
         objective: Objective | None = None,
-        opponent: OpponentStates | None = None,
+        opponent: ReferenceStates | None = None,
     ) -> Tensor:
         if packed is None:
             return plain_head(hidden)
@@ -71,7 +71,7 @@ def install_packed_forward(model: Any, fused_head: bool = True) -> bool:
         *args: Any,
         packed: PackedBatch | None = None,
         objective: Objective | None = None,
-        opponent: OpponentStates | None = None,
+        opponent: ReferenceStates | None = None,
         **kwargs: Any,
     ) -> Any:
         if packed is None:
@@ -133,7 +133,7 @@ def batch_loss(
             return model(packed=batch, objective=objective)
         causal = causal_model(opponent)
         with torch.no_grad():
-            states = OpponentStates(packed_states(causal.get_decoder(), batch), causal.get_output_embeddings())
+            states = ReferenceStates(packed_states(causal.get_decoder(), batch), causal.get_output_embeddings())
         return model(packed=batch, objective=objective, opponent=states)
     labels = {name.removeprefix(LABEL): value for name, value in batch.items() if name.startswith(LABEL)}
     mask, width = batch["completion_mask"], batch["completion_mask"].shape[1]

@@ -30,14 +30,14 @@ _TILE_ELEMENTS = 2**22  # logits converted to float32 at a time
 
 
 @dataclass(frozen=True)
-class OpponentStates:
+class ReferenceStates:
     """The reference model's hidden states ``(N, d)`` at the predictors of a packed batch, and its head."""
 
     hidden: Tensor
     head: Callable[[Tensor], Tensor]
 
 
-def check_can_keep_opponent(arguments: Any) -> None:
+def check_can_keep_reference(arguments: Any) -> None:
     """Refuse ``alpha`` if no process has the full model.
 
     Raises:
@@ -61,14 +61,14 @@ def frozen_copy(model: Any, device: torch.device) -> Any:
     return copy.deepcopy(model).requires_grad_(False).eval().to(device)
 
 
-def position_kl(logits: Tensor, opponent_logits: Tensor, transform: LogitTransform | None = None) -> Tensor:
+def position_kl(logits: Tensor, reference_logits: Tensor, transform: LogitTransform | None = None) -> Tensor:
     """Return ``sum_v pi(v) (log pi(v) - log pi_ref(v))`` in nats, ``(n,)``, for logits ``(n, V)``.
 
     Computed in float32 (float64 for float64 input), a few rows at a time.
     """
     rows = max(1, _TILE_ELEMENTS // logits.shape[-1])
     found = []
-    for ours, theirs in zip(logits.split(rows), opponent_logits.split(rows), strict=True):
+    for ours, theirs in zip(logits.split(rows), reference_logits.split(rows), strict=True):
         wide = torch.float64 if ours.dtype == torch.float64 else torch.float32
         values = [item.to(wide) for item in (ours, theirs)]
         if transform is not None:
@@ -81,7 +81,7 @@ def position_kl(logits: Tensor, opponent_logits: Tensor, transform: LogitTransfo
 def grouped_logps_and_kl(
     head: Callable[[Tensor], Tensor],
     hidden: Tensor,
-    opponent: OpponentStates,
+    opponent: ReferenceStates,
     targets: Tensor,
     groups: Sequence[PairGroup],
     transform: LogitTransform,
@@ -90,9 +90,9 @@ def grouped_logps_and_kl(
 
     def of_group(states: Tensor, theirs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            opponent_logits = opponent.head(theirs)  # (n, V)
+            reference_logits = opponent.head(theirs)  # (n, V)
         logits = head(states)  # (n, V)
-        return logps_of(logits, labels, transform), position_kl(logits, opponent_logits, transform)
+        return logps_of(logits, labels, transform), position_kl(logits, reference_logits, transform)
 
     found = []
     for group in groups:
@@ -104,11 +104,11 @@ def grouped_logps_and_kl(
     return found
 
 
-def padded_kl(logits: Tensor, opponent_logits: Tensor, mask: Tensor) -> Tensor:
+def padded_kl(logits: Tensor, reference_logits: Tensor, mask: Tensor) -> Tensor:
     """Return the KL at each response position from logits ``(2B, R, V)``, of shape ``(2B, R)``; 0 where the mask is 0."""
     # One row (R, V) at a time: float32 copies of all logits would double the memory of the step.
     found = []
-    for ours, theirs in zip(logits, opponent_logits, strict=True):
+    for ours, theirs in zip(logits, reference_logits, strict=True):
         if logits.requires_grad:
             found.append(checkpoint(position_kl, ours, theirs, **_WITHOUT_RECOMPUTED_STATE))
         else:

@@ -43,11 +43,11 @@ def load_model(config: ModelConfig, seed: int = 42) -> PreTrainedModel:
         if config.load_in_4bit:
             _keep_differentiable(model)
     disable_dropout(model)
-    _mend_generation_config(model)
+    _fix_generation_config(model)
     return model
 
 
-def _mend_generation_config(model: PreTrainedModel) -> None:
+def _fix_generation_config(model: PreTrainedModel) -> None:
     """Set ``do_sample`` in a generation config that has sampling values but no sampling, which transformers refuses to save."""
     settings = getattr(model, "generation_config", None)
     if settings is None:

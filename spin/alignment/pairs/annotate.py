@@ -46,10 +46,10 @@ class Labeller:
             label_rows(rows, labels.scores, labels.win_probs, labels.reference_score)
 
 
-def count_failures(rows: Sequence[dict[str, Any]], reads_truth: bool) -> int:
+def count_failures(rows: Sequence[dict[str, Any]], reads_ground_truth: bool) -> int:
     """Return on how many responses to one prompt, its ground truth included where that is read, the scorer failed."""
     failed = sum(row["rejected_score"] is None for row in rows)
-    return failed + (reads_truth and rows[0]["chosen_score"] is None)
+    return failed + (reads_ground_truth and rows[0]["chosen_score"] is None)
 
 
 def scorer_settings(config: ConvertConfig) -> ScorerSettings | None:
@@ -75,7 +75,7 @@ def scorer_settings(config: ConvertConfig) -> ScorerSettings | None:
         raise InputError(
             f"pairing {config.pairing} compares scores: pass --scorer with one of {names}, or module:function"
         )
-    settings = part_of(config, ScorerSettings, score_reference=pairing.reads_truth)
+    settings = part_of(config, ScorerSettings, score_reference=pairing.reads_ground_truth)
     check_scorer(settings)
     return settings
 

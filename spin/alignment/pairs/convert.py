@@ -38,7 +38,7 @@ def convert(config: ConvertConfig) -> dict[str, dict[str, int]]:
     splits = find_splits(config)
     sets = {split.name: make_files(split, config) for split in splits if split.origin}
     check_output(output_dir, sets, splits, config.overwrite)
-    if not config.overwrite and len(sets) == len(splits) and all(files.is_whole() for files in sets.values()):
+    if not config.overwrite and len(sets) == len(splits) and all(files.is_complete() for files in sets.values()):
         say(f"{output_dir} is complete already")
         counts = {split: read_json(files.counts_path) for split, files in sets.items()}
         show_counts(counts)

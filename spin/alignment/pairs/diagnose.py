@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _BATCH_ROWS = 8192
 
 
-def name_fault(fraction: Fraction, files: Mapping[int, Path]) -> InputError:
+def diagnose_fraction(fraction: Fraction, files: Mapping[int, Path]) -> InputError:
     """Return an error that says what is wrong with a fraction that does not contain the expected rows.
 
     ``files`` are the existing fractions of its split: a prompt that is missing or repeated here may be in one of them.

@@ -14,14 +14,14 @@ from spin.alignment.core.errors import InputError
 from spin.alignment.core.parquet import open_parquet
 from spin.alignment.core.provenance import id_number
 from spin.alignment.data.fractions import fraction_path, num_fractions
-from spin.alignment.pairs.diagnose import name_fault, repeated_prompt
+from spin.alignment.pairs.diagnose import diagnose_fraction, repeated_prompt
 from spin.alignment.pairs.fraction_file import Fraction, prompt_ids
 
 FRACTION_NAME = re.compile(r"(?P<split>.+)-(?P<number>\d{5,})\.parquet")
 # The fields of the provenance that may differ between the splits of one run.
 OF_ONE_SPLIT = ("split", "prompts_hash", "num_prompts", "data_frac", "frac_len", "extra")
 _POLL_SECONDS = 2.0
-_SAY_SECONDS = 60.0
+_REPORT_SECONDS = 60.0
 _EXAMPLES = 5  # skipped prompts kept to be shown
 
 
@@ -117,7 +117,7 @@ class Split:
                 f"{fraction.path} records that it is fraction {recorded}: generate fraction {fraction.number} again"
             )
         if fraction.num_rows != (fraction.expected - len(fraction.skipped)) * fraction.num_samples:
-            raise name_fault(fraction, self.files())
+            raise diagnose_fraction(fraction, self.files())
 
     def check_surplus(self) -> None:
         """Refuse fractions beyond the expected number."""
@@ -177,14 +177,14 @@ class Split:
         for batch in fraction.batches():
             ids = prompt_ids(batch, fraction.num_samples)
             if ids is None:
-                raise name_fault(fraction, self.files())
+                raise diagnose_fraction(fraction, self.files())
             found += len(ids)
             total += sum(map(id_number, ids))
             yield batch.select(names) if fraction.schema.names != names else batch
         total %= 2**64
         # Equal sums of 64-bit id numbers: the fraction contains the recorded prompts, none missing and none repeated.
         if found != fraction.expected or fraction.fraction_ids not in (None, total):
-            raise name_fault(fraction, self.files())
+            raise diagnose_fraction(fraction, self.files())
         self._note(fraction, total)
 
     def _note(self, fraction: Fraction, total: int) -> None:
@@ -203,8 +203,8 @@ class Split:
         assert self.reference is not None
         self.check_surplus()
         made = self.reference.provenance
-        is_whole = self.total == num_fractions(made.num_prompts, made.frac_len)
-        if is_whole and self._all_ids is not None:
+        is_complete = self.total == num_fractions(made.num_prompts, made.frac_len)
+        if is_complete and self._all_ids is not None:
             if self._sum != self._all_ids:
                 raise repeated_prompt(self._ours(), self.reference.num_samples) or InputError(
                     f"the {self.name} fractions in {self.folder} do not contain the prompts of their data set "
@@ -251,7 +251,7 @@ def arriving(splits: Sequence[Split], wait: float, say: Callable[[str], Any]) ->
     Raises:
         InputError: no fraction arrived for ``wait`` seconds; the error names the missing ones.
     """
-    seen, since, said, said_at = _stamps(splits), time.monotonic(), "", 0.0
+    seen, since, said, reported_at = _stamps(splits), time.monotonic(), "", 0.0
     while waiting := [split for split in splits if not split.is_done()]:
         taken = False
         for split in waiting:
@@ -269,9 +269,9 @@ def arriving(splits: Sequence[Split], wait: float, say: Callable[[str], Any]) ->
             ending = f" after {wait:g} s without a new one" if wait else ""
             raise missing_error(late, f"in {splits[0].folder}{ending}")
         awaited = "waiting for " + "; ".join(split.awaited() for split in late)
-        if late and (awaited != said or now - said_at >= _SAY_SECONDS):
+        if late and (awaited != said or now - reported_at >= _REPORT_SECONDS):
             say(awaited)
-            said, said_at = awaited, now
+            said, reported_at = awaited, now
         time.sleep(min(_POLL_SECONDS, wait / 20))
 
 

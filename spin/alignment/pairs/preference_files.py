@@ -17,7 +17,7 @@ from spin.alignment.core.parquet import ParquetSink
 from spin.alignment.core.provenance import Provenance
 from spin.alignment.core.sides import SIDES
 from spin.alignment.data.rows import LABEL_TYPE, OPTIONAL_COLUMNS
-from spin.alignment.methods.pairings import Pairing, no_truth
+from spin.alignment.methods.pairings import Pairing, missing_ground_truth
 from spin.alignment.pairs.annotate import Labeller, count_failures
 from spin.alignment.pairs.initial import InitialResponses
 
@@ -57,8 +57,8 @@ class Selection:
                 that the rows do not have.
         """
         counts["rows"] += batch.num_rows
-        if self.pairing.keeps_rows or self.pairing.reads_truth:
-            self._check_truths(batch)
+        if self.pairing.keeps_rows or self.pairing.reads_ground_truth:
+            self._check_ground_truth(batch)
         # A pairing that keeps rows as they are stays in Arrow: converting millions of rows to Python takes minutes.
         pairs = batch if self.pairing.keeps_rows else self._paired(batch, num_samples, counts)
         if self.initial is not None:
@@ -80,11 +80,11 @@ class Selection:
             counts[name] += int(mask.sum())
         return pairs.filter(pa.array(~dropped)) if dropped.any() else pairs
 
-    def _check_truths(self, batch: pa.RecordBatch) -> None:
-        truths = batch.column("chosen")
-        if truths.null_count:
-            number = int(np.argmax(truths.is_null().to_numpy(zero_copy_only=False)))
-            raise no_truth(batch.column("prompt_id")[number].as_py(), self.pairing.name)
+    def _check_ground_truth(self, batch: pa.RecordBatch) -> None:
+        ground_truths = batch.column("chosen")
+        if ground_truths.null_count:
+            number = int(np.argmax(ground_truths.is_null().to_numpy(zero_copy_only=False)))
+            raise missing_ground_truth(batch.column("prompt_id")[number].as_py(), self.pairing.name)
 
     def _paired(self, batch: pa.RecordBatch, num_samples: int, counts: dict[str, int]) -> pa.RecordBatch:
         rows = batch.to_pylist()
@@ -94,7 +94,7 @@ class Selection:
         found = [self.pairing(prompt) for prompt in prompts]
         if self.pairing.needs:
             counts["ties"] += sum(not pairs for pairs in found)
-            counts["failed"] += sum(count_failures(prompt, self.pairing.reads_truth) for prompt in prompts)
+            counts["failed"] += sum(count_failures(prompt, self.pairing.reads_ground_truth) for prompt in prompts)
             if self.pairing.even:
                 counts["unpaired"] += sum(map(self.pairing.unpaired, prompts))
         pairs = [pair for some in found for pair in some]
@@ -190,7 +190,7 @@ class PreferenceFiles:
         fsync_folder(self.folder)
         write_json_atomic(self.counts_path, self.counts)
 
-    def is_whole(self) -> bool:
+    def is_complete(self) -> bool:
         """Return whether all files exist, with the counts file as proof of completion."""
         files = self._named()
         return self.counts_path.exists() and bool(files) and len(files) == int(files[0].stem[-5:])

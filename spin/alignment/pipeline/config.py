@@ -158,7 +158,7 @@ class RunConfig:
             )
         for name, classes in SECTIONS.items():
             refuse_set_by_run(getattr(self, name) or {}, classes, f"the section '{name}'")
-        self._check_weigh(self.weigh)
+        self._check_weights_section(self.weigh)
         for iteration, values in self.overrides.items():
             if not isinstance(iteration, int) or not 0 <= iteration < self.iterations:
                 raise InputError(
@@ -168,7 +168,7 @@ class RunConfig:
                 raise InputError(f"overrides.{iteration} is not a mapping: write 'key: value' lines under it")
             refuse_set_by_run(values, SECTIONS["train"], f"overrides.{iteration}")
 
-    def _check_weigh(self, section: Mapping[str, Any] | None) -> None:
+    def _check_weights_section(self, section: Mapping[str, Any] | None) -> None:
         if section is None:
             return
         if "weighting" not in section:
@@ -304,7 +304,7 @@ class RunConfig:
 
     def weights_config(self, iteration: int) -> WeightsConfig:
         """The settings of estimate_weights.py for an iteration."""
-        return section_config("weigh", WeightsConfig, self.weigh_values(iteration))
+        return section_config("weigh", WeightsConfig, self.weights_values(iteration))
 
     def evaluate_config(self, name: str, model: str) -> EvaluateConfig:
         """The settings of evaluate_model.py for a model; ``name`` is the folder of its scores in the run."""
@@ -318,7 +318,7 @@ class RunConfig:
         }
         return section_config("evaluate", EvaluateConfig, self.evaluate | own)
 
-    def weigh_values(self, iteration: int) -> dict[str, Any]:
+    def weights_values(self, iteration: int) -> dict[str, Any]:
         """The complete flags of estimate_weights.py for an iteration; sequences are cut as in its training."""
         section = {key: value for key, value in (self.weigh or {}).items() if key != "train"}
         folder, trained, opponent = (

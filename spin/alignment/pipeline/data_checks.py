@@ -117,7 +117,7 @@ def row_problems(row: dict[str, Any], where: str, is_pair: bool, encoder: ChatEn
     problems = []
     try:
         if is_pair and row["chosen"] is None and row["rejected"]:  # generated from a prompt without ground truth
-            check_conversation(row["rejected"][:-1], where, truth_required=False)
+            check_conversation(row["rejected"][:-1], where, ground_truth_required=False)
         elif is_pair:
             check_pair(row["chosen"], row["rejected"], where, row.get("chosen_token_ids") is not None)
         else:

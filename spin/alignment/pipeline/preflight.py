@@ -45,8 +45,8 @@ def check_data(config: RunConfig) -> None:
     told: dict[str, Any] = {**config.generate, **(config.online or {})}
     tokenizer = load_tokenizer(config.model, config.model_revision, bool(told.get("trust_remote_code")))
     encoder = ChatEncoder(tokenizer, told.get("system", "keep"))
-    for (path, split), truth_required in data_sources(config).items():
-        prompts = load_prompts(path, split, truth_required)
+    for (path, split), ground_truth_required in data_sources(config).items():
+        prompts = load_prompts(path, split, ground_truth_required)
         for row in prompts.select(range(min(100, len(prompts)))):
             try:
                 encoder.prompt_ids(prompt_turns(row["chosen"]))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from spin.alignment.core.console import say_error
 from spin.alignment.core.errors import InputError
-from spin.alignment.core.program import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAULT, EXIT_INTERRUPTED
+from spin.alignment.core.program import EXIT_BAD_INPUT, EXIT_DONE, EXIT_INTERNAL_ERROR, EXIT_INTERRUPTED
 from spin.alignment.pipeline.stage_runner import StageFailed, StageRunner
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class Pipeline:
             for stage in self.stages:
                 self.runner.run(stage)
             return
-        chains = [[stage for stage in self.stages if stage.kind.is_beside is beside] for beside in (False, True)]
+        chains = [[stage for stage in self.stages if stage.kind.can_run_beside is beside] for beside in (False, True)]
         threads = [threading.Thread(target=self._run_chain, args=(chain,)) for chain in chains]
         for thread in threads:
             thread.start()
@@ -143,7 +143,7 @@ def run_stages(
 
 def explain(failure: StageFailed) -> int:
     """Say which stage ended how; return the exit code of the run."""
-    code = failure.code if failure.code in (EXIT_BAD_INPUT, EXIT_INTERRUPTED) else EXIT_FAULT
+    code = failure.code if failure.code in (EXIT_BAD_INPUT, EXIT_INTERRUPTED) else EXIT_INTERNAL_ERROR
     reason = {EXIT_BAD_INPUT: "its input is bad, see the sentence above", EXIT_INTERRUPTED: "it was interrupted"}
     said = reason.get(code, f"its program failed (exit code {failure.code})")
     say_error(f"error: {failure.stage} stopped: {said}; log: {failure.log}; run again to go on")

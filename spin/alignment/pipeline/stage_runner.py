@@ -72,13 +72,13 @@ class StageRunner:
         if record is None:
             return
         if record.inputs != inputs:
-            self._move_aside(stage, [stage.folder] if stage.folder else [], "its inputs changed")
+            self._keep_replaced(stage, [stage.folder] if stage.folder else [], "its inputs changed")
         elif record.state == "done":
             damaged = [self.manifest.run_dir / name for name in self.manifest.damaged_outputs(stage.name)]
             suspects = stage.kind.suspects(stage, damaged)
-            self._move_aside(stage, suspects, "files of its output were changed or removed")
+            self._keep_replaced(stage, suspects, "files of its output were changed or removed")
 
-    def _move_aside(self, stage: Stage, paths: list[Path], reason: str) -> None:
+    def _keep_replaced(self, stage: Stage, paths: list[Path], reason: str) -> None:
         """Keep output that is not to be used any more: nothing of it may leak into the new one."""
         run_dir = self.manifest.run_dir
         kept = run_dir / "replaced" / time.strftime("%Y%m%d-%H%M%S")

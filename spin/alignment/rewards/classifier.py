@@ -105,11 +105,11 @@ class SequenceClassifier:
             )
         return context if wanted is None else wanted
 
-    def excess(self, length: int, cuttable: int, where: str) -> int:
+    def excess(self, length: int, removable: int, where: str) -> int:
         """Return how many prompt tokens to remove from an input of ``length`` tokens, and count the truncation.
 
         Args:
-            cuttable: number of prompt tokens that may be removed.
+            removable: number of prompt tokens that may be removed.
 
         Raises:
             InputError: the input is too long and max_length is not set, or it is too long even with an empty prompt.
@@ -122,15 +122,15 @@ class SequenceClassifier:
                 f"{where} has {length} tokens, but {self.folder} reads at most {self.limit}: set scorer_max_length "
                 "to cut the start of long prompts"
             )
-        if excess > cuttable:
+        if excess > removable:
             raise InputError(
-                f"{where} has {length - cuttable} tokens without its prompt, more than scorer_max_length {self.limit}: raise "
+                f"{where} has {length - removable} tokens without its prompt, more than scorer_max_length {self.limit}: raise "
                 "scorer_max_length, or generate shorter responses"
             )
         self.cut += 1
         return excess
 
-    def report_cuts(self) -> None:
+    def report_truncated(self) -> None:
         """Log how many prompts were truncated since the last report."""
         if self.cut:
             logger.warning(

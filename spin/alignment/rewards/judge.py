@@ -134,19 +134,19 @@ class Judge:
 
     def _replies(self, questions: Sequence[Question]) -> Iterator[tuple[Question, Any]]:
         """Yield each question with its answer, keeping at most ``batch_size`` requests in flight."""
-        flying: dict[Future[Any], Question] = {}
+        in_flight: dict[Future[Any], Question] = {}
         waiting = iter(questions)
         try:
             while True:
-                for question in islice(waiting, self.settings.batch_size - len(flying)):
-                    flying[self.link.start(self._ask(question))] = question
-                if not flying:
+                for question in islice(waiting, self.settings.batch_size - len(in_flight)):
+                    in_flight[self.link.start(self._ask(question))] = question
+                if not in_flight:
                     return
-                for future in wait(flying, return_when=FIRST_COMPLETED).done:
-                    question = flying.pop(future)
+                for future in wait(in_flight, return_when=FIRST_COMPLETED).done:
+                    question = in_flight.pop(future)
                     yield question, future.result()
         finally:
-            for future in flying:
+            for future in in_flight:
                 future.cancel()
 
     async def _ask(self, question: Question) -> Any:

@@ -37,8 +37,8 @@ class Box(NamedTuple):
 
 def math_answer(prompt: str, response: str, reference: str) -> float:
     """Return 1.0 if both final answers are the same, otherwise 0.0 (also if the response has none)."""
-    ours, truth = final_answer(response), final_answer(reference)
-    return float(ours is not None and ours == truth)
+    ours, ground_truth = final_answer(response), final_answer(reference)
+    return float(ours is not None and ours == ground_truth)
 
 
 def final_answer(text: str) -> Fraction | str | None:

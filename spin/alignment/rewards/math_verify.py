@@ -32,8 +32,8 @@ def math_verify(prompt: str, response: str, reference: str) -> float:
     check_math_verify()
     from math_verify import parse, verify
 
-    truth, ours = parse(_shown(reference)), parse(_shown(response))
-    return float(bool(truth) and bool(ours) and verify(truth, ours))
+    ground_truth, ours = parse(_shown(reference)), parse(_shown(response))
+    return float(bool(ground_truth) and bool(ours) and verify(ground_truth, ours))
 
 
 def _shown(text: str) -> str:

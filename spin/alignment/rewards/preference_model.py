@@ -46,7 +46,7 @@ class PreferenceModel:
         for group, own in zip(groups, texts, strict=True):
             for i, j in _different(own):
                 inputs += [self._encode(group, own, i, j), self._encode(group, own, j, i)]
-        self.classifier.report_cuts()
+        self.classifier.report_truncated()
         logits = iter(self.classifier.logits(inputs))
         labels = []
         for group, own in zip(groups, texts, strict=True):

@@ -34,7 +34,7 @@ class RewardModel:
             for group, own in zip(groups, texts, strict=True)
             for place, text in enumerate(own)
         ]
-        self.classifier.report_cuts()
+        self.classifier.report_truncated()
         logits = iter(self.classifier.logits(inputs))
         labels = []
         for group, own in zip(groups, texts, strict=True):
@@ -60,8 +60,8 @@ class RewardModel:
         encoding = tokenizer(prompt, response)
         length = len(encoding["input_ids"])
         if length > self.classifier.limit:
-            cuttable = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
-            if self.classifier.excess(length, cuttable, where) == cuttable:
+            removable = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+            if self.classifier.excess(length, removable, where) == removable:
                 encoding = tokenizer("", response)
             else:
                 tokenizer.truncation_side = "left"  # the end of the prompt matters most

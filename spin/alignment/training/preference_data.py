@@ -52,8 +52,8 @@ def encode_split(
                 ids = whole.responses[name] if whole else []
                 found[f"{other}_ids"] = ids
                 if name in weighted:
-                    is_cut = whole is not None and len(whole.prompt_ids) + len(ids) >= config.max_length
-                    found[f"{other}_weights"] = weights_of(row, name, len(ids), is_cut) if whole else []
+                    is_truncated = whole is not None and len(whole.prompt_ids) + len(ids) >= config.max_length
+                    found[f"{other}_weights"] = weights_of(row, name, len(ids), is_truncated) if whole else []
                 found |= {f"{other}_{label.name}": label_of(row, name, label) for label in loss.labels}
         except InputError as error:
             raise InputError(f"{row['source']} row {index} (prompt {row['prompt_id']}): {error}") from error
@@ -131,10 +131,10 @@ def weighted_responses(rows: Dataset, loss: Loss) -> list[str]:
     return weighted
 
 
-def weights_of(row: dict[str, Any], side: str, count: int, is_cut: bool = True) -> list[float]:
+def weights_of(row: dict[str, Any], side: str, count: int, is_truncated: bool = True) -> list[float]:
     """Return the weights of the ``count`` tokens of a response that are left after truncation (unless it was not cut)."""
     weights, ids = row[f"{side}_weights"], row.get(f"{side}_token_ids")
-    whole = len(ids) if ids is not None else None if is_cut else count
+    whole = len(ids) if ids is not None else None if is_truncated else count
     if weights is None or len(weights) < count or (whole is not None and len(weights) != whole):
         found = "none" if weights is None else len(weights)
         raise InputError(

@@ -19,7 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from spin.alignment.logprobs.batch import PairDataset, PairList
 from spin.alignment.logprobs.forward import batch_loss
 from spin.alignment.logprobs.micro_batches import MicroBatch
-from spin.alignment.logprobs.position_kl import check_can_keep_opponent, frozen_copy
+from spin.alignment.logprobs.position_kl import check_can_keep_reference, frozen_copy
 from spin.alignment.training.batching import fit_to_model, make_pair_forward
 from spin.alignment.training.config import SPINConfig
 from spin.alignment.training.first_loss import FirstLoss
@@ -43,11 +43,11 @@ class SPINTrainer(Trainer):
         train_dataset: Dataset | PairDataset,
         eval_dataset: Dataset | PairDataset | None = None,
         processing_class: Any = None,
-        opponent_hash: str | None = None,
+        reference_hash: str | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         """``model`` may be a folder or Hub name. The data sets hold preference rows in the project's columns or TRL's (see
-        :func:`to_pairs`), or encoded pairs. ``processing_class`` is the tokenizer (default: the model's own), ``opponent_hash``
+        :func:`to_pairs`), or encoded pairs. ``processing_class`` is the tokenizer (default: the model's own), ``reference_hash``
         identifies the weights that ``model`` starts from, which are the reference (default: a hash of them).
 
         Raises:
@@ -57,7 +57,7 @@ class SPINTrainer(Trainer):
         self.reference_seconds = 0.0
         self.tokens_seen = 0
         # A copy of the start, made before anything is installed or resumed: alpha needs the opponent's whole distributions.
-        check_can_keep_opponent(args)
+        check_can_keep_reference(args)
         self.opponent = frozen_copy(model, args.device) if args.alpha else None
         super().__init__(
             model=model,
@@ -68,7 +68,7 @@ class SPINTrainer(Trainer):
             processing_class=processing_class,
             callbacks=callbacks,
         )
-        self.opponent_hash = opponent_hash or identify(model, self.accelerator)
+        self.reference_hash = reference_hash or identify(model, self.accelerator)
         # The loss below is a mean over the pairs of the whole optimiser step, so the Trainer must not divide again.
         self.model_accepts_loss_kwargs = True
         self.pair_forward = make_pair_forward(model, self.opponent, args, processing_class, self.accelerator)
@@ -117,7 +117,7 @@ class SPINTrainer(Trainer):
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
         total = torch.zeros((), device=self.args.device)
-        batcher, counted = self.pair_forward.batcher, not inputs.stands_in
+        batcher, counted = self.pair_forward.batcher, not inputs.is_stand_in
         micro_batches = batcher.micro_batches(inputs.features, self.accelerator, counted)
         for number, micro_batch in enumerate(micro_batches, start=1):
             with gradient_sync(self.accelerator, model, is_last=number == len(micro_batches)):
@@ -193,7 +193,7 @@ class SPINTrainer(Trainer):
         attach_reference(
             self.pair_forward,
             {"train": self.train_dataset, "test": self.eval_dataset},
-            self.opponent_hash,
+            self.reference_hash,
             Path(self.args.reference_dir or Path(self.args.output_dir) / "reference"),
             self.accelerator,
             self.args.output_dir if resumed else None,

@@ -63,22 +63,22 @@ class OpenAIBackend(GenerationBackend):
     ) -> Iterator[tuple[int, list[Response]]]:
         """See :meth:`GenerationBackend.stream`; keeps at most ``batch_size`` requests in flight."""
         waiting = ((n, request, sample) for n, request in enumerate(requests) for sample in range(sampling.num_samples))
-        flying: dict[Future[Card], tuple[int, PromptRequest, int]] = {}
+        in_flight: dict[Future[Card], tuple[int, PromptRequest, int]] = {}
         # Filled by callbacks in the thread of the event loop, read here.
         landed: SimpleQueue[Future[Card]] = SimpleQueue()
         rows: dict[int, dict[int, Response]] = {}
 
         def fill() -> None:
-            for n, request, sample in islice(waiting, self.batch_size - len(flying)):
+            for n, request, sample in islice(waiting, self.batch_size - len(in_flight)):
                 future = self.link.start(self._ask(request, self._body(request, sample, sampling)))
-                flying[future] = (n, request, sample)
+                in_flight[future] = (n, request, sample)
                 future.add_done_callback(landed.put)
 
         try:
             fill()
-            while flying:
+            while in_flight:
                 future = landed.get()
-                n, request, sample = flying.pop(future)
+                n, request, sample = in_flight.pop(future)
                 row = rows.setdefault(n, {})
                 row[sample] = self._response(future.result(), request, sampling)
                 # New requests are sent before the result is yielded, because the caller may take a while with it.
@@ -87,7 +87,7 @@ class OpenAIBackend(GenerationBackend):
                     del rows[n]
                     yield n, [row[sample] for sample in sorted(row)]
         finally:
-            for future in flying:
+            for future in in_flight:
                 future.cancel()
 
     def _body(self, request: PromptRequest, sample: int, sampling: SamplingConfig) -> dict[str, Any]:

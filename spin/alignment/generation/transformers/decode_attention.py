@@ -145,7 +145,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, block: _Block, softcap: f
     return torch.bmm(weights, value).view(*query.shape[:3], -1)
 
 
-def takes_own_attention(model: Any) -> bool:
+def supports_decode_attention(model: Any) -> bool:
     """Return whether a model uses the library's SDPA and allows it to be replaced."""
     config = model.config.get_text_config(decoder=True)
     return config._attn_implementation == "sdpa" and bool(getattr(model, "_supports_attention_backend", False))
@@ -154,7 +154,7 @@ def takes_own_attention(model: Any) -> bool:
 @contextmanager
 def own_attention(model: Any) -> Iterator[None]:
     """Make a model that uses the library's SDPA use :func:`decode_attention` within the ``with`` block."""
-    if not takes_own_attention(model):
+    if not supports_decode_attention(model):
         yield
         return
     config = model.config.get_text_config(decoder=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from spin.alignment.generation.base import SamplingConfig
-from spin.alignment.generation.transformers.decode_attention import RaggedRows, own_attention, takes_own_attention
+from spin.alignment.generation.transformers.decode_attention import RaggedRows, own_attention, supports_decode_attention
 from spin.alignment.generation.transformers.jobs import Job
 from spin.alignment.generation.transformers.kv_cache import RowCache
 from spin.alignment.generation.transformers.sampling import NOT_FINITE, draw_tokens, penalise, token_logprobs
@@ -183,7 +183,7 @@ class Decoder:
 
 def takes_ragged_rows(model: Any, windows: list[int | None]) -> bool:
     """Return whether all layers of a model pass ``ragged_rows`` on to their attention; otherwise the library masks rows."""
-    if not takes_own_attention(model):
+    if not supports_decode_attention(model):
         return False
     rows, token = RaggedRows([0], model.device, 1), torch.zeros(1, 1, dtype=torch.long, device=model.device)
     rows.begin(1)

@@ -96,7 +96,7 @@ class StageKind:
     # At least one output of a complete stage ends with this.
     result_suffix: ClassVar[str] = ".parquet"
     # Self-play does not wait for these stages: with launch.parallel they run beside it.
-    is_beside: ClassVar[bool] = False
+    can_run_beside: ClassVar[bool] = False
 
     # Where in a run.
 

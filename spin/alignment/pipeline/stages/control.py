@@ -10,4 +10,4 @@ class Control(Sft):
     row = "sft_continued"
     role = "control"
     needs = ("sft/train",)
-    is_beside = True
+    can_run_beside = True

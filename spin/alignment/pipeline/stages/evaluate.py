@@ -13,7 +13,7 @@ from spin.alignment.pipeline.stages.training import checkpoint_of
 class Evaluate(StageKind):
     program = "evaluate_model.py"
     result_suffix = ".json"
-    is_beside = True
+    can_run_beside = True
 
     def at_start(self, config: RunConfig) -> list[Stage]:
         """The model that self-play starts from, where no stage of the run makes it."""

@@ -79,7 +79,7 @@ def _num_fractions(path: str, split: str, frac_len: int) -> int:
     from spin.alignment.data.fractions import num_fractions
     from spin.alignment.data.rows import stream_prompts
 
-    return num_fractions(sum(1 for _ in stream_prompts(path, split, truth_required=False)), frac_len)
+    return num_fractions(sum(1 for _ in stream_prompts(path, split, ground_truth_required=False)), frac_len)
 
 
 def decoded_problems(config: RunConfig, iteration: int, folder: Path) -> list[str]:

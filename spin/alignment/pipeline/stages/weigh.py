@@ -15,7 +15,7 @@ class Weigh(StageKind):
     def in_iteration(self, config: RunConfig, iteration: int) -> list[Stage]:
         if config.weigh is None:
             return []
-        values = config.weigh_values(iteration)
+        values = config.weights_values(iteration)
         models = [values[key] for key in ("model_plus", "model_minus", "tokenizer") if values.get(key)]
         weights, page = Path(values["output_dir"]), Path(values["page"])
         return [

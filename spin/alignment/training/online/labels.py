@@ -38,7 +38,7 @@ class StepCounts:
     pairs: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
 
-    def add(self, rows: Sequence[dict[str, Any]], reads_truth: bool) -> None:
+    def add(self, rows: Sequence[dict[str, Any]], reads_ground_truth: bool) -> None:
         """Count the responses to one prompt and their scores, that of the ground truth too where the pairing reads it."""
         self.responses += len(rows)
         self.tokens += sum(len(row["rejected_token_ids"]) for row in rows)
@@ -47,7 +47,7 @@ class StepCounts:
         known = [score for score in scores if score is not None]
         self.scored += len(known)
         self.score_sum += sum(known)
-        self.failed += count_failures(rows, reads_truth) if scores else 0
+        self.failed += count_failures(rows, reads_ground_truth) if scores else 0
 
 
 def scorer_of(config: OnlineConfig) -> GroupScorer | None:
@@ -121,7 +121,7 @@ class PairMaker:
         feature: dict[str, Any] = {"prompt_ids": list(prompt.token_ids)}
         for side in SIDES:
             ids = pair.get(f"{side}_token_ids")
-            feature[f"{side}_ids"] = list(ids or prompt.truth_ids)
+            feature[f"{side}_ids"] = list(ids or prompt.ground_truth_ids)
             for label in self.loss.labels:
                 # The baseline of a relative label, of this prompt or of all, is taken off later.
                 column = SCORE.name if label == self.pairing.relative else label.name

@@ -15,7 +15,7 @@ from spin.alignment.core.provenance import hash_text
 from spin.alignment.data.fractions import fraction_rows
 from spin.alignment.data.rows import load_prompts, prompts_hash, to_prompt_rows
 from spin.alignment.logprobs.batch import PairDataset
-from spin.alignment.methods.pairings import find_pairing, no_truth
+from spin.alignment.methods.pairings import find_pairing, missing_ground_truth
 from spin.alignment.rewards import needs_reference, no_reference
 from spin.alignment.training.preference_rows import has_rows
 
@@ -31,14 +31,14 @@ logger = logging.getLogger(__name__)
 class OnlinePrompt:
     """One prompt: its ids (generation prompt included), its turns, and the ground truth's conversation where there is one.
 
-    ``truth_ids`` are those of the ground truth, cut to ``max_length`` as in training offline; empty where none is trained on.
+    ``ground_truth_ids`` are those of the ground truth, truncated to ``max_length`` as offline; empty where none is trained on.
     """
 
     prompt_id: str
     token_ids: tuple[int, ...]
     messages: list[dict[str, str]]
     truth: list[dict[str, str]] | None
-    truth_ids: tuple[int, ...] = ()
+    ground_truth_ids: tuple[int, ...] = ()
 
     @property
     def reference(self) -> str | None:
@@ -62,7 +62,7 @@ class PromptDataset(torch.utils.data.Dataset):
 def longest_pairs(prompts: Sequence[OnlinePrompt], max_new_tokens: int, end_id: int, count: int = 64) -> PairDataset:
     """Return made-up pairs as long as any step can make them: the longest prompts, with responses of the greatest length."""
     longest = sorted((prompt.token_ids for prompt in prompts), key=len)[-count:]
-    response = [end_id] * max(max_new_tokens, *(len(prompt.truth_ids) for prompt in prompts))
+    response = [end_id] * max(max_new_tokens, *(len(prompt.ground_truth_ids) for prompt in prompts))
     rows = [{"prompt_ids": list(ids), "chosen_ids": response, "rejected_ids": response} for ids in longest]
     return PairDataset(Dataset.from_list(rows))
 
@@ -82,7 +82,7 @@ def load_splits(
         if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction <= 1:
             raise InputError(f"dataset_mixer gives {source} the fraction {fraction}: set it above 0 and at most 1")
         for split in data.dataset_splits:
-            rows = load_prompts(source, split, truth_required=False)
+            rows = load_prompts(source, split, ground_truth_required=False)
             if fraction < 1:
                 rows = rows.shuffle(seed=arguments.seed).select(range(max(1, int(fraction * len(rows)))))
             sources.append((source, rows))
@@ -101,7 +101,7 @@ def load_held_out(path: str, arguments: OnlineConfig, encoder: ChatEncoder) -> t
     Raises:
         InputError: a row cannot be encoded, or no prompt is short enough.
     """
-    rows = load_prompts(path, arguments.eval_split, truth_required=False)
+    rows = load_prompts(path, arguments.eval_split, ground_truth_required=False)
     if arguments.eval_limit and arguments.eval_limit < len(rows):
         rows = rows.select(fraction_rows(len(rows), 0, arguments.eval_limit))
     return _dataset([(path, rows)], [encode(row, encoder, path) for row in rows], arguments.max_prompt_length)
@@ -167,14 +167,14 @@ def encode(
     truth = conversation if conversation[-1]["role"] == "assistant" else None
     messages = conversation if truth is None else conversation[:-1]
     if pairing is not None and truth is None:
-        raise no_truth(row["prompt_id"], pairing)
-    truth_ids: list[int] = []
+        raise missing_ground_truth(row["prompt_id"], pairing)
+    ground_truth_ids: list[int] = []
     try:
         if reason := encoder.refusal(messages):
             raise InputError(reason)
         ids = encoder.prompt_ids(messages)
         if pairing is not None and truth is not None and limits is not None and len(ids) <= limits.max_prompt_length:
-            truth_ids = encoder.response_ids(truth, ids)[: limits.max_length - len(ids)]
+            ground_truth_ids = encoder.response_ids(truth, ids)[: limits.max_length - len(ids)]
     except InputError as error:
         raise InputError(f"{source}, prompt {row['prompt_id']}: {error}") from error
-    return OnlinePrompt(row["prompt_id"], tuple(ids), messages, truth, tuple(truth_ids))
+    return OnlinePrompt(row["prompt_id"], tuple(ids), messages, truth, tuple(ground_truth_ids))

@@ -80,8 +80,8 @@ def check_context(settings: Settings, splits: dict[str, PromptDataset], folder: 
                 f"prompt {longest.prompt_id} of the {name} split and max_new_tokens need {needed} tokens, but the model takes "
                 f"{context}: lower max_new_tokens or max_prompt_length"
             )
-        longest = max(dataset.prompts, key=lambda prompt: len(prompt.token_ids) + len(prompt.truth_ids))
-        needed = len(longest.token_ids) + len(longest.truth_ids)
+        longest = max(dataset.prompts, key=lambda prompt: len(prompt.token_ids) + len(prompt.ground_truth_ids))
+        needed = len(longest.token_ids) + len(longest.ground_truth_ids)
         if context is not None and needed > context:
             raise InputError(
                 f"prompt {longest.prompt_id} of the {name} split and its ground truth have {needed} tokens, but the model takes "
@@ -146,7 +146,7 @@ class OnlineTraining(TrainingProgram):
             train_dataset=job.data.splits["train"],
             eval_dataset=job.data.splits.get("test"),
             processing_class=job.encoder.tokenizer,
-            opponent_hash=job.model_key,
+            reference_hash=job.model_key,
             pair_maker=PairMaker(arguments, job.encoder, self.scorer),
             source=job.settings.model,
         )

@@ -46,12 +46,12 @@ class OnlineTrainer(SPINTrainer):
         train_dataset: Dataset | PromptDataset,
         eval_dataset: Dataset | PromptDataset | None = None,
         processing_class: Any = None,
-        opponent_hash: str | None = None,
+        reference_hash: str | None = None,
         pair_maker: PairMaker | None = None,
         source: ModelConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
-        """``model``, ``processing_class`` and ``opponent_hash`` are those of :class:`SPINTrainer`. The data sets hold prompts
+        """``model``, ``processing_class`` and ``reference_hash`` are those of :class:`SPINTrainer`. The data sets hold prompts
         (see :func:`to_prompts`); ``eval_dataset`` is by default what ``eval_prompts`` names. ``pair_maker`` labels and pairs
         responses (default: by the scorer of ``args``). An engine loads the model from ``source`` (default: its folder or name).
 
@@ -75,7 +75,7 @@ class OnlineTrainer(SPINTrainer):
             train_dataset=to_prompts(train_dataset, args, encoder, "train_dataset"),
             eval_dataset=to_prompts(eval_dataset, args, encoder, "eval_dataset"),
             processing_class=processing_class,
-            opponent_hash=opponent_hash,
+            reference_hash=reference_hash,
             callbacks=callbacks,
         )
         causal = causal_model(model)
@@ -124,7 +124,7 @@ class OnlineTrainer(SPINTrainer):
         for number, batch in enumerate(batches, start=1):
             own = batch[self.accelerator.process_index :: self.accelerator.num_processes]
             # Every process must take part in the collectives: one without a pair of its own passes one that does not count.
-            shared = PairList(own or batch[:1], stands_in=not own)
+            shared = PairList(own or batch[:1], is_stand_in=not own)
             total += super().training_step(model, shared, torch.tensor(len(batch), device=self.args.device))
             if number < len(batches):
                 self._step_optimizer(model)
