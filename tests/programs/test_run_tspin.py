@@ -38,7 +38,7 @@ def rows_of(folder):
 def test_the_initial_model_is_a_stage_of_its_own(tmp_path):
     config = load_run_config(tspin_run(tmp_path))
     stages = {stage.name: stage for stage in make_stages(config)}
-    assert next(iter(stages)) == "initial/generate" and not stages["initial/generate"].kind.is_beside
+    assert next(iter(stages)) == "initial/generate" and not stages["initial/generate"].kind.can_run_beside
     folder = str(config.initial_dir)
     for iteration in (0, 1):
         stage = stages[f"iter{iteration}/convert"]
