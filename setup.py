@@ -1,15 +1,35 @@
 """Packaging of selfplay-spin (import name ``spin``)."""
 
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
+# What ships beside the modules, by its place in the repository; spin/alignment/core/assets.py finds it again.
+ASSETS = ("configs", "data/iter0", "scripts")
 
-# The versions below are tested together; see docs/installation.md before moving one of them.
+
+class BuildWithAssets(build_py):
+    """Copies the assets into ``spin/assets`` of the wheel. An editable install reads the repository's own folders."""
+
+    def run(self) -> None:
+        if not self.editable_mode:
+            # An earlier build leaves modules behind that have been moved or removed since.
+            shutil.rmtree(Path(self.build_lib) / "spin", ignore_errors=True)
+        super().run()
+        if not self.editable_mode:
+            ignore = shutil.ignore_patterns("__pycache__")
+            for name in ASSETS:
+                shutil.copytree(HERE / name, Path(self.build_lib) / "spin" / "assets" / name, ignore=ignore)
+
+
+# The whole suite runs with the lower bounds, a part of it with the newest below the upper ones: see docs/installation.md
+# before moving one of them. The extra `dev` holds the versions of the whole suite.
 CORE = [
-    "torch==2.13.0",
-    "transformers>=5.19.0,<5.20",
+    "torch>=2.13.0,<2.15",
+    "transformers>=5.19.0,<5.25",
     "accelerate>=1.15.0,<1.16",
     "trl>=1.16.0,<1.17",
     "datasets>=5.2.0,<5.3",
@@ -30,6 +50,8 @@ EXTRAS = {
     "qlora": ["peft>=0.21.2,<0.22", "bitsandbytes>=0.50"],
     "math": ["math-verify>=0.9,<0.10"],
     "dev": [
+        "torch==2.13.0",
+        "transformers>=5.19.0,<5.20",
         "pytest>=8",
         "pytest-timeout>=2.3",
         "pytest-xdist>=3.6",
@@ -52,10 +74,20 @@ setup(
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.11",
+    license_files=["LICENSE"],
+    python_requires=">=3.11,<3.14",
     packages=find_packages(include=["spin", "spin.*"]),
+    package_data={"spin": ["py.typed"], "spin.alignment.report": ["templates/*.jinja"]},
+    cmdclass={"build_py": BuildWithAssets},
     install_requires=CORE,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["spin=spin.cli:entry_point"]},
-    classifiers=["Programming Language :: Python :: 3"],
+    # The second name is for environments in which another package provides a command `spin`.
+    entry_points={"console_scripts": ["spin=spin.cli:entry_point", "selfplay-spin=spin.cli:entry_point"]},
+    classifiers=[
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Typing :: Typed",
+    ],
 )

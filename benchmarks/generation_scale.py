@@ -124,12 +124,13 @@ class MemoryWatch:
 
 def run_step(step: str, arguments: Sequence[str]) -> dict[str, float]:
     """Run a program of this project in this process; return its seconds on both clocks and its memory peaks."""
-    from spin import convert_data, generate
+    from spin.convert_data import main as convert
+    from spin.generate import main as generate
 
     BACKENDS["instant"] = InstantBackend
     started, processor = time.perf_counter(), time.process_time()
     with MemoryWatch() as watch:
-        (generate if step == "generate" else convert_data).main(arguments)
+        (generate if step == "generate" else convert)(arguments)
     seconds = {"wall_seconds": time.perf_counter() - started, "processor_seconds": time.process_time() - processor}
     return {**seconds, **watch.facts()}
 

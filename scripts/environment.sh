@@ -1,7 +1,7 @@
 # Sourced by test.sh and demo.sh: makes a virtual environment once and installs the project into it.
 #
 #   SPIN_VENV       where the environment lives (default: .venv in the project)
-#   SPIN_PYTHON     the interpreter to make it with (default: python3; 3.11 or newer)
+#   SPIN_PYTHON     the interpreter to make it with (default: python3; 3.11 to 3.13)
 #   SPIN_CPU_INDEX  address of PyTorch's CPU wheel index, for machines without a GPU that should not fetch CUDA builds
 
 spin_say() { printf '==> %s\n' "$*" >&2; }
@@ -14,8 +14,8 @@ spin_pip() { "$SPIN_VENV/bin/python" -m pip install --quiet --disable-pip-versio
 spin_environment() {
     local extras=$1 python=${SPIN_PYTHON:-python3} stamp
     export SPIN_VENV=${SPIN_VENV:-$SPIN_ROOT/.venv}
-    if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
-        spin_say "$python is missing or older than 3.11: install Python 3.11 and set SPIN_PYTHON to it"
+    if ! "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))'; then
+        spin_say "$python is missing or not Python 3.11 to 3.13: install one of these and set SPIN_PYTHON to it"
         return 2
     fi
     [ -x "$SPIN_VENV/bin/python" ] || "$python" -m venv "$SPIN_VENV" || {
@@ -25,8 +25,8 @@ spin_environment() {
     stamp="$SPIN_VENV/.spin-$(cat "$SPIN_ROOT/setup.py" <(echo "$extras $SPIN_ROOT") | cksum | tr -d ' \t')"
     if [ ! -f "$stamp" ]; then
         spin_say "installing into $SPIN_VENV (once; a few minutes)"
-        # torch first: the exact pin keeps pip from fetching a newer build for another package's sake.
-        spin_pip "torch==2.13.0" && spin_pip -e "$SPIN_ROOT${extras:+[$extras]}" || {
+        # First the versions that the whole suite runs with and that vLLM needs; setup.py allows newer ones.
+        spin_pip "torch==2.13.0" "transformers>=5.19.0,<5.20" && spin_pip -e "$SPIN_ROOT${extras:+[$extras]}" || {
             spin_say "the installation failed: read pip's message above, then run the script again"
             return 2
         }

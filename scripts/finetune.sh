@@ -21,6 +21,9 @@ esac
 iteration=$1
 shift
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# In a checkout the programs lie in spin/; for a folder that `spin init scripts` wrote they are in the installed package.
+programs=spin
+[ -f spin/generate.py ] || programs=$(python -c 'import spin; print(spin.__path__[0])')
 
 config=configs/config.yaml
 [ "$iteration" = 0 ] || config=configs/config_iter$iteration.yaml
@@ -31,7 +34,7 @@ if [ ! -f "$config" ]; then
 fi
 launch_config=${LAUNCH_CONFIG:-configs/deepspeed_zero3.yaml}
 if [ "$launch_config" = none ]; then
-    exec python spin/run_spin.py "$config" "$@"
+    exec python "$programs/run_spin.py" "$config" "$@"
 fi
 exec accelerate launch --config_file "$launch_config" ${NUM_PROCESSES:+--num_processes "$NUM_PROCESSES"} \
-    --main_process_port "${MAIN_PORT:-29500}" spin/run_spin.py "$config" "$@"
+    --main_process_port "${MAIN_PORT:-29500}" "$programs/run_spin.py" "$config" "$@"

@@ -46,6 +46,9 @@ SPLITS=${SPLITS:-train test}
 FRAC_LEN=${FRAC_LEN:-10000}
 TENSOR_PARALLEL=${TENSOR_PARALLEL:-1}
 cd "$SPIN_ROOT"
+# In a checkout the programs lie in spin/; for a folder that `spin init scripts` wrote they are in the installed package.
+programs=spin
+[ -f spin/generate.py ] || programs=$("$PYTHON" -c 'import spin; print(spin.__path__[0])')
 
 gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
 GPUS=${GPUS-$([ "$gpus" -gt 0 ] && seq -s ' ' 0 $((gpus - 1)) || true)}
@@ -73,7 +76,7 @@ spin_start_engine() {
             export CUDA_VISIBLE_DEVICES
         fi
         [ "$TENSOR_PARALLEL" -eq 1 ] || set -- --tensor_parallel_size "$TENSOR_PARALLEL" "$@"
-        exec "$PYTHON" spin/generate.py --backend "$BACKEND" --model "$MODEL" --input_dir "$INPUT_DIR" --split "$split" \
+        exec "$PYTHON" "$programs/generate.py" --backend "$BACKEND" --model "$MODEL" --input_dir "$INPUT_DIR" --split "$split" \
             --output_dir "$OUTPUT_DIR" --data_frac auto --frac_len "$FRAC_LEN" --iteration "$iteration" "$@"
     ) &
     pids+=($!)
@@ -97,8 +100,8 @@ for split in $SPLITS; do
     fi
 done
 if [ "${GATHER:-1}" = 0 ]; then
-    echo "all fractions are in $OUTPUT_DIR; to gather them: $PYTHON spin/convert_data.py --input_dir $OUTPUT_DIR --output_dir $PAIRS_DIR"
+    echo "all fractions are in $OUTPUT_DIR; to gather them: $PYTHON $programs/convert_data.py --input_dir $OUTPUT_DIR --output_dir $PAIRS_DIR"
 else
     read -ra flags <<<"${CONVERT:-}"
-    "$PYTHON" spin/convert_data.py --input_dir "$OUTPUT_DIR" --output_dir "$PAIRS_DIR" "${flags[@]}"
+    "$PYTHON" "$programs/convert_data.py" --input_dir "$OUTPUT_DIR" --output_dir "$PAIRS_DIR" "${flags[@]}"
 fi

@@ -1,7 +1,8 @@
-"""The ``spin`` command: run, config, status, report, validate, doctor and diff. Heavy libraries wait for the command at work."""
+"""The ``spin`` command: init, run, config, status, report and so on. Heavy libraries are imported by the command at work."""
 
 from __future__ import annotations
 
+import argparse
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from spin.alignment.core.program import EXIT_BAD_INPUT, EXIT_DONE, Parser, is_he
 
 USAGE = """usage: spin COMMAND ...
 
+  init NAME                           a demo or a shipped configuration, written into this folder
   run CONFIG.yaml [--key=value ...]   all iterations of self-play; run again to go on
   config CONFIG.yaml [--key=value ...] every value of a configuration, and where it comes from
   status RUN                          where a run stands
@@ -36,6 +38,22 @@ CONFIG_USAGE = """usage: spin config CONFIG.yaml [--key=value ...] [--program=ru
 Prints every value of a configuration as the program will see it, with where it comes from: the default, a line of a file
 of the `extends` chain, the command line, or `spin run` itself. The program is told by the keys, unless --program names it.
 With --all the keys of transformers.TrainingArguments that nobody has set are listed too."""
+
+
+def init(arguments: Sequence[str]) -> None:
+    """``spin init NAME``."""
+    from spin.alignment.pipeline.init import describe
+    from spin.alignment.pipeline.init import init as write_files
+
+    parser = Parser(
+        prog="spin init",
+        description="Write a demo or a shipped configuration, and the shipped files it names, into the current folder. "
+        "Nothing is overwritten.",
+        epilog=f"names:\n{describe()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("name", help="one of the names below")
+    write_files(parser.parse_args(arguments).name, Path())
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -135,6 +153,7 @@ def diff(arguments: Sequence[str]) -> None:
 
 
 COMMANDS = {
+    "init": init,
     "run": run,
     "config": config,
     "status": status,

@@ -7,7 +7,6 @@ import random
 import time
 from collections.abc import Iterable, Iterator
 
-from spin import generate
 from spin.alignment.core.program import run_program
 from spin.alignment.generation import BACKENDS
 from spin.alignment.generation.base import (
@@ -18,6 +17,7 @@ from spin.alignment.generation.base import (
     SamplingConfig,
     sample_seed,
 )
+from spin.generate import main
 
 
 class FakeBackend(GenerationBackend):
@@ -63,4 +63,4 @@ class FakeBackend(GenerationBackend):
 
 if __name__ == "__main__":
     BACKENDS["fake"] = FakeBackend
-    run_program(generate.main)
+    run_program(main)

@@ -162,8 +162,8 @@ def test_models_held_in_pieces_are_refused_by_name(monkeypatch):
     monkeypatch.delenv("ACCELERATE_USE_FSDP", raising=False)
     check_can_keep_opponent(SimpleNamespace(alpha=0.0, fsdp="full_shard", deepspeed_plugin=None))
     check_can_keep_opponent(SimpleNamespace(alpha=0.5, fsdp="", deepspeed_plugin=SimpleNamespace(zero_stage=2)))
-    with pytest.raises(InputError, match=r"alpha is 0\.5.*DeepSpeed ZeRO-3 holds models in pieces: set alpha to 0"):
+    with pytest.raises(InputError, match=r"alpha is 0\.5.*DeepSpeed ZeRO-3 shards models: set alpha to 0"):
         check_can_keep_opponent(SimpleNamespace(alpha=0.5, fsdp="", deepspeed_plugin=SimpleNamespace(zero_stage=3)))
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(InputError, match="FSDP holds models in pieces"):
+    with pytest.raises(InputError, match="FSDP shards models"):
         check_can_keep_opponent(SimpleNamespace(alpha=0.5, fsdp="", deepspeed_plugin=None))

@@ -224,19 +224,19 @@ DEFECTS = {
     "gap": (gap, [], "train fraction 1 of 3 is missing in", "run generate.py --split train with --data_frac 1"),
     "gaps": (two_gaps, [], "train fraction 1, 2 of 3 are missing in", "--data_frac 1 and --data_frac 2"),
     "gap behind num_fracs": (two_gaps, ["--num_fracs", 2], "fraction 1 of 2 is missing", "--data_frac 1"),
-    "too many asked": (nothing, ["--num_fracs", 4], "num_fracs is 4, but 5 prompts in pieces of 2 make 3 fractions", ""),
-    "too few asked": (nothing, ["--num_fracs", 2], "holds more than 2 train fractions (train-00002.parquet)", ""),
+    "too many asked": (nothing, ["--num_fracs", 4], "num_fracs is 4, but 5 prompts with frac_len 2 give 3 fractions", ""),
+    "too few asked": (nothing, ["--num_fracs", 2], "contains more than 2 train fractions (train-00002.parquet)", ""),
     "model": (other_model, [], "train-00000.parquet and train-00001.parquet", "(model: 'm' != 'n')"),
     "sampling": (other_sampling, [], "come from different runs", "sampling.temperature: None != 0.5"),
     "model of test": (other_test_model, [], "the splits test and train", "(model: 'n' != 'm')"),
-    "kind": (other_kind, [], "train-00001.parquet holds preferences rows, not generated ones", ""),
-    "sample twice": (repeated_sample, [], f"holds the samples [0, 0] of prompt {fraction(1)[0]['prompt_id']}", ""),
-    "prompt lost": (lost_prompt, [], "train-00001.parquet holds 1 prompts where 2 are expected", ""),
+    "kind": (other_kind, [], "train-00001.parquet contains preferences rows, not generated ones", ""),
+    "sample twice": (repeated_sample, [], f"contains the samples [0, 0] of prompt {fraction(1)[0]['prompt_id']}", ""),
+    "prompt lost": (lost_prompt, [], "train-00001.parquet contains 1 prompts, but 2 are expected", ""),
     "prompt twice": (
-        repeated_fraction, [], "stands more than once", "in train-00000.parquet and train-00001.parquet"),
-    "no provenance": (no_provenance, [], "train-00001.parquet carries no provenance", "generate it again"),
+        repeated_fraction, [], "appears more than once", "in train-00000.parquet and train-00001.parquet"),
+    "no provenance": (no_provenance, [], "train-00001.parquet has no provenance", "generate it again"),
     "torn": (torn, [], "train-00001.parquet is not a readable parquet file", ""),
-    "column": (no_column, [], "train-00001.parquet lacks the columns rejected", ""),
+    "column": (no_column, [], "train-00001.parquet is missing the columns rejected", ""),
     "identical": (all_identical, ["--identical", "drop"], "no pair of the split 'train' is left (10 identical", ""),
     "empty folder": (all_gone, [], "holds no fraction files such as train-00000.parquet", "run spin/generate.py first"),
     "pairing": (nothing, ["--pairing", "best"], "unknown pairing 'best': choose one of best_vs_ground_truth, ", ""),
@@ -280,7 +280,11 @@ def test_killed_anywhere_a_rerun_gives_the_same_and_no_reader_takes_half(generat
         try:
             assert len(load_preferences(str(out), split)) == rows
         except ValueError as error:
-            assert "not whole" in str(error) or "no file of the split" in str(error) or "no data file" in str(error)
+            assert (
+                "set is incomplete" in str(error)
+                or "no file of the split" in str(error)
+                or "no data file" in str(error)
+            )
     run(generated, out, "--max_rows_per_file", 4)
     assert content(out) == content(whole)
     assert not [name for name in os.listdir(out) if name.startswith(".")]  # noqa: PTH208

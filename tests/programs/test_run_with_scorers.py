@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
-from types import SimpleNamespace
 
 import pytest
 
@@ -16,7 +15,8 @@ from spin.alignment.pipeline.config import load_run_config
 from spin.alignment.pipeline.manifest import RunManifest
 from spin.alignment.pipeline.stages import make_stages
 from spin.alignment.rewards import ScorerSettings
-from spin.alignment.training.settings import inputs_record
+from spin.alignment.training.online.config import OnlineConfig
+from spin.alignment.training.settings import inputs_record, read_settings
 from tests.helpers import char_tokenizer, save_tiny_model
 from tests.helpers.chat_templates import GEMMA
 from tests.helpers.runs import tiny_run, write_config
@@ -111,7 +111,11 @@ def test_the_record_of_a_scorer_knows_all_that_decides_its_scores(tmp_path):
 
 
 def test_kept_scores_change_no_training():
-    settings = SimpleNamespace(
-        values={"score_cache": "kept", "scorer": "reward_model"}, arguments=SimpleNamespace(world_size=1)
-    )
-    assert inputs_record(settings, "hash", "data") == {"model": "hash", "data": "data", "scorer": "reward_model"}
+    values = {"model_name_or_path": "model", "score_cache": "kept", "scorer": "reward_model", "use_cpu": True}
+    values |= {"output_dir": "out", "dataset_mixer": {"data": 1.0}}
+    with_cache = read_settings(values, "the configuration", OnlineConfig)
+    without = read_settings(values | {"score_cache": None}, "the configuration", OnlineConfig)
+    other = read_settings(values | {"scorer": "length_penalty"}, "the configuration", OnlineConfig)
+    records = [inputs_record(settings, "hash", "data") for settings in (with_cache, without, other)]
+    assert records[0] == records[1] != records[2]
+    assert "score_cache" not in records[0] and records[0]["scorer"] == "reward_model"

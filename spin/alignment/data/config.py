@@ -1,4 +1,4 @@
-"""The settings of training data: which rows, and how they are truncated."""
+"""Settings of the training data: which rows are used, and how they are truncated."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ System = typing.Literal["keep", "fold"]
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Which pairs are trained on, and how they are cut to length (in tokens)."""
+    """Which pairs are trained on, and how they are truncated. Lengths in tokens."""
 
     dataset_mixer: dict[str, float] = setting(
         {},
@@ -29,9 +29,9 @@ class DataConfig:
     )
     preprocessing_num_workers: int = setting(1, "processes that encode the data", ge=1, recorded=False)
     max_length: int = setting(1024, "longest prompt plus response, in tokens", ge=1)
-    max_prompt_length: int = setting(512, "what a prompt keeps when the whole is too long, in tokens", ge=1)
+    max_prompt_length: int = setting(512, "tokens that a prompt keeps if prompt plus response exceed max_length", ge=1)
     system: System = setting(
-        "keep", "fold joins a system turn into the first user turn, for templates without a system role"
+        "keep", "fold moves a system turn into the first user turn, for templates without a system role"
     )
 
     def __post_init__(self) -> None:

@@ -145,7 +145,7 @@ def truth_nll(model: Any, held_out: Sequence[HeldOut], pad_id: int, batch_size: 
 
 
 def stack_truths(items: Sequence[HeldOut], pad_id: int) -> dict[str, Tensor]:
-    """Return the tensors of ``B`` prompts, each followed by its ground truth, in the layout of ``batching.py``."""
+    """Return the tensors of ``B`` prompts, each followed by its ground truth, in the layout of ``collators.py``."""
     from spin.alignment.logprobs.collators import PairCollator
 
     features = [

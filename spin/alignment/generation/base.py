@@ -1,4 +1,4 @@
-"""What every generation backend receives and returns: token ids in, token ids out, one sampling specification."""
+"""The interface of generation backends: token ids in, token ids out, one sampling specification."""
 
 from __future__ import annotations
 
@@ -17,35 +17,36 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How responses are drawn; the same meaning in every backend."""
+    """How responses are sampled, with the same meaning in every backend."""
 
-    num_samples: int = setting(1, "responses to each prompt", ge=1)
+    num_samples: int = setting(1, "responses per prompt", ge=1)
     temperature: float = setting(1.0, "divides the logits; 0 is greedy", ge=0)
     top_p: float = setting(
-        1.0, "nucleus sampling: the likeliest tokens of this total probability; 1 is off", gt=0, le=1
+        1.0, "nucleus sampling: the most likely tokens with this total probability; 1 is off", gt=0, le=1
     )
-    top_k: int = setting(0, "this many likeliest tokens; 0 is off", ge=0)
-    min_p: float = setting(0.0, "least probability relative to the likeliest token; 0 is off", ge=0, lt=1)
+    top_k: int = setting(0, "this many most likely tokens; 0 is off", ge=0)
+    min_p: float = setting(0.0, "minimum probability relative to the most likely token; 0 is off", ge=0, lt=1)
     repetition_penalty: float = setting(
         1.0,
-        "divides the logits (multiplies those below 0) of tokens that stand in prompt or response; 1 is off",
+        "divides positive and multiplies negative logits of tokens that occur in prompt or response; 1 is off",
         gt=0,
     )
     max_new_tokens: int = setting(
         1024,
-        "tokens of a response, the end-of-turn token included; 0: what the model's context leaves behind each prompt",
+        "maximum tokens of a response, including the end-of-turn token; 0: as many as fit in the context after each prompt",
         ge=0,
     )
-    stop: tuple[str, ...] = setting((), "texts that end a response; they stay in the ids and are cut from the text")
+    stop: tuple[str, ...] = setting((), "texts that end a response; they are kept in the ids and removed from the text")
     logprobs: bool = setting(
-        False, "store the model's own log-prob (nats, temperature 1, no cut-off) of every sampled token"
+        False, "store the model's own log-prob (nats, temperature 1, no truncation) of every sampled token"
     )
     seed: int = setting(42, "seed of the responses", ge=0)
 
     def __post_init__(self) -> None:
         check_settings(self)
         if any(not text for text in self.stop):
-            raise InputError("stop holds an empty text, which would end every response at once: remove it")
+            raise InputError("stop contains an empty text, which would end every response immediately: remove it")
+        # Identical samples would waste the computation and give identical pairs.
         if self.temperature == 0.0 and self.num_samples > 1:
             raise InputError(
                 "temperature 0 draws the same response every time: set num_samples to 1 or raise temperature"
@@ -56,7 +57,7 @@ class SamplingConfig:
         return asdict(self) | {"stop": list(self.stop)}
 
     def longest(self, request: PromptRequest) -> int:
-        """Return the most tokens a response to this request may have.
+        """Return the maximum number of tokens of a response to this request.
 
         Raises:
             ValueError: neither ``max_new_tokens`` nor the request sets a limit.
@@ -69,9 +70,9 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class PromptRequest:
-    """One prompt: its id and its token ids, at most one BOS, generation prompt included.
+    """One prompt: its id and its token ids, with at most one BOS and including the generation prompt.
 
-    ``room`` is the number of tokens the model's context leaves behind the prompt, None where it sets no limit.
+    ``room`` is the number of tokens that fit in the model's context after the prompt, None without a limit.
     """
 
     prompt_id: str
@@ -81,10 +82,10 @@ class PromptRequest:
 
 @dataclass(frozen=True)
 class Response:
-    """The sampled ids, prompt excluded.
+    """The sampled ids, without the prompt.
 
-    ``finish_reason`` is ``stop`` exactly when the last id is an end-of-turn id or completes a stop text. ``logprobs`` holds
-    one number (nats) for each id when the sampling asks for them.
+    ``finish_reason`` is ``stop`` if and only if the last id is an end-of-turn id or completes a stop text. ``logprobs``
+    contains one number (nats) per id if requested.
     """
 
     token_ids: list[int]
@@ -93,16 +94,16 @@ class Response:
 
 
 class GenerationBackend(ABC):
-    """Turns prompts into responses; owns the model for as long as it lives."""
+    """Generates responses to prompts; owns the model until it is closed."""
 
     @abstractmethod
     def stream(
         self, requests: Iterable[PromptRequest], sampling: SamplingConfig
     ) -> Iterator[tuple[int, list[Response]]]:
-        """Yield ``(n, responses)`` for the n-th request as soon as the last of its ``num_samples`` responses is there.
+        """Yield ``(n, responses)`` for the n-th request as soon as all of its ``num_samples`` responses are finished.
 
-        Requests are drawn from the iterable only as room for them becomes free, so the caller decides late what comes next;
-        when it ends, those in flight are finished. Closing the iterator gives up what is in flight.
+        Requests are taken from the iterable only when there is capacity for them, so the caller decides late what comes next;
+        once it is exhausted, requests in flight are finished. Closing the iterator cancels them.
         """
 
     @abstractmethod
@@ -116,9 +117,10 @@ class GenerationBackend(ABC):
 
 
 def sample_seed(seed: int, prompt_id: str, sample_index: int) -> int:
-    """Return the 63-bit seed of one response: it depends on nothing but (seed, prompt id, sample index)."""
+    """Return the 63-bit seed of one response, which depends only on (seed, prompt id, sample index)."""
+    # NUL separates the parts, so that (1, "2") and (12, "") differ.
     digest = hashlib.sha256(f"{seed}\x00{prompt_id}\x00{sample_index}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+    return int.from_bytes(digest[:8], "big") >> 1  # 63 bits fit a signed 64-bit integer, which vLLM requires
 
 
 @dataclass(frozen=True)
@@ -126,9 +128,9 @@ class BackendSettings:
     """What a backend needs to load a model.
 
     Attributes:
-        max_model_len: the longest prompt plus response, in tokens.
-        stop_ids: the ids that end a response.
-        decode: sampled ids -> text; stop texts are looked for in it.
+        max_model_len: maximum length of prompt plus response, in tokens.
+        stop_ids: ids that end a response.
+        decode: sampled ids -> text, in which stop texts are searched for.
     """
 
     model: str

@@ -1,4 +1,4 @@
-"""The settings of a model: where it comes from, its precision, and adapters."""
+"""Settings of a model: its source, precision and adapters."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ Dtype = typing.Literal["auto", "float32", "bfloat16", "float16"]
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The model to start from, its precision, and adapters."""
+    """The initial model, its precision, and adapters."""
 
     model_name_or_path: str = setting(
         "",
-        "folder or Hub name of the model that training starts from; in self-play it is the opponent",
+        "folder or Hub name of the initial model of training, which in self-play is also the opponent",
         group="model",
         unset="must be given",
         set_by_run=True,
@@ -27,18 +27,18 @@ class ModelConfig:
     attn_implementation: str | None = setting(
         None, "attention of transformers: sdpa, flash_attention_2 ...", unset="transformers' own choice"
     )
-    trust_remote_code: bool = setting(False, "run code that comes with the model")
+    trust_remote_code: bool = setting(False, "run code that ships with the model")
     init_from_config: bool = setting(False, "start from random weights (run_sft.py only)")
     use_peft: bool = setting(False, "train LoRA adapters, merged at the end")
     lora_r: int = setting(16, "rank of the adapters", ge=1)
     lora_alpha: int = setting(32, "scale of the adapters", ge=1)
     lora_target_modules: list[str] | str = setting("all-linear", "modules that get adapters")
-    load_in_4bit: bool = setting(False, "quantise the base to 4 bits (needs use_peft and bitsandbytes)")
-    load_in_8bit: bool = setting(False, "quantise the base to 8 bits (needs use_peft and bitsandbytes)")
+    load_in_4bit: bool = setting(False, "quantise the base model to 4 bits (needs use_peft and bitsandbytes)")
+    load_in_8bit: bool = setting(False, "quantise the base model to 8 bits (needs use_peft and bitsandbytes)")
 
     def __post_init__(self) -> None:
         check_settings(self)
         if self.load_in_4bit and self.load_in_8bit:
             raise InputError("load_in_4bit and load_in_8bit are both true: choose one")
         if (self.load_in_4bit or self.load_in_8bit) and not self.use_peft:
-            raise InputError("load_in_4bit and load_in_8bit train adapters only: set use_peft to true")
+            raise InputError("load_in_4bit and load_in_8bit can only train adapters: set use_peft to true")

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from spin.alignment.core.console import say, say_error
 from spin.alignment.core.errors import InputError
@@ -74,6 +74,7 @@ def make_provenance(split: Split, config: ConvertConfig) -> Provenance:
 
     from spin.alignment.core.provenance import hash_json
     from spin.alignment.core.resolve import module_record
+    from spin.alignment.methods.pairings import find_pairing
     from spin.alignment.pairs.annotate import scorer_record, scorer_settings
     from spin.alignment.pairs.fraction_file import ID_SUMS
     from spin.alignment.pairs.initial import initial_record
@@ -84,7 +85,9 @@ def make_provenance(split: Split, config: ConvertConfig) -> Provenance:
     origin = asdict(made) | {"data_frac": 0, "extra": facts}
     scorer = scorer_settings(config)
     scored = scorer_record(scorer) if scorer is not None else {}
-    own = module_record("pairing", config.pairing)
+    own: dict[str, Any] = module_record("pairing", config.pairing)
+    if not find_pairing(config.pairing).prefers:
+        own["prefers"] = False
     if config.initial is not None:
         own |= initial_record(Path(config.initial), split.name, made)
     extra = {"generated_hash": hash_json(origin), "fractions": split.total, **recorded(config), **own, **scored}

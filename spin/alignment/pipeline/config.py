@@ -381,11 +381,20 @@ def load_run_config(path: str | Path, arguments: Sequence[str] = ()) -> RunConfi
     Raises:
         InputError: an unknown key, a value out of range, or a key that the pipeline sets itself.
     """
-    values = load_config(path, arguments)
+    return make_run_config(load_config(path, arguments), str(path))
+
+
+def make_run_config(values: Mapping[str, Any], source: str) -> RunConfig:
+    """Make the configuration of a run out of its keys; ``source`` names them in messages.
+
+    Raises:
+        InputError: as :func:`load_run_config`.
+    """
     overrides = values.get("overrides")
     if isinstance(overrides, Mapping):
-        values["overrides"] = {int(key) if str(key).isdigit() else key: item for key, item in overrides.items()}
-    return build(RunConfig, values, str(path))
+        overrides = {int(key) if str(key).isdigit() else key: item for key, item in overrides.items()}
+        values = {**values, "overrides": overrides}
+    return build(RunConfig, values, source)
 
 
 def refuse_set_by_run(values: Mapping[str, Any], classes: Sequence[type], where: str) -> None:

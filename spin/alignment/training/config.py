@@ -7,7 +7,8 @@ from dataclasses import dataclass, fields
 from transformers import TrainingArguments
 
 from spin.alignment.core.errors import InputError, lookup
-from spin.alignment.core.settings import check_settings
+from spin.alignment.core.settings import check_settings, part_of, same_as
+from spin.alignment.data.config import DataConfig, System
 from spin.alignment.logprobs.attention import KERNELS
 from spin.alignment.methods.losses import Loss, find_loss
 from spin.alignment.methods.losses.settings import loss_arguments, shared_settings
@@ -35,6 +36,11 @@ class SPINConfig(SPINKeys, TrainingArguments):
     """
 
     remove_unused_columns: bool = False
+    # Those of DataConfig that encode rows: the programs read them there, a Python user of SPINTrainer gives them here.
+    max_length: int = same_as(DataConfig, "max_length")
+    max_prompt_length: int = same_as(DataConfig, "max_prompt_length")
+    system: System = same_as(DataConfig, "system")
+    preprocessing_num_workers: int = same_as(DataConfig, "preprocessing_num_workers", recorded=False)
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -64,6 +70,7 @@ class SPINConfig(SPINKeys, TrainingArguments):
             raise InputError(
                 f"train_sampling_strategy is {self.train_sampling_strategy}: set it to random or sequential"
             )
+        self.limits = part_of(self, DataConfig)
         shared = {item.name for item in fields(type(self))} & shared_settings()
         self.loss_arguments = loss_arguments(
             self.loss_type, {name: getattr(self, name) for name in sorted(shared)}, self.loss_settings

@@ -54,7 +54,7 @@ class PreferenceTraining(TrainingProgram):
     def check_data(self, settings: Settings, data: TrainingData, model_folder: Path) -> None:
         """Check that every pair fits into the model's context and vocabulary, and into a micro-batch."""
         check_fits(model_folder, *largest(data.splits))
-        check_budget(data.splits, settings)
+        check_budget(data.splits, settings.arguments)
 
     def model_key(self, settings: Settings, model_folder: Path) -> str:
         """Return a hash of the weights; quantised ones are another model."""

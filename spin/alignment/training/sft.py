@@ -13,6 +13,7 @@ from trl import SFTConfig, SFTTrainer
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.provenance import hash_file, hash_json
 from spin.alignment.core.settings import check_settings
+from spin.alignment.models.precision import prepare_precision
 from spin.alignment.training.keys import SFTKeys
 from spin.alignment.training.program import TrainingData, TrainingJob, TrainingProgram
 from spin.alignment.training.settings import Settings
@@ -88,6 +89,7 @@ class SFTTraining(TrainingProgram):
 
     def make_trainer(self, job: TrainingJob, model: Any) -> GroundTruthTrainer:
         """Return TRL's trainer of the encoded rows."""
+        prepare_precision(model, job.settings.arguments)
         return GroundTruthTrainer(
             model=model,
             args=job.settings.arguments,

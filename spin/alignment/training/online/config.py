@@ -36,6 +36,11 @@ class OnlineConfig(OnlineKeys, SPINConfig):
             raise InputError(
                 f"gpu_memory_utilization is {self.gpu_memory_utilization}, but backend {self.backend} does not use it: remove it"
             )
+        if self.max_prompt_length + self.max_new_tokens > self.max_length:
+            raise InputError(
+                f"max_prompt_length {self.max_prompt_length} and max_new_tokens {self.max_new_tokens} exceed max_length "
+                f"{self.max_length}: lower one, or raise max_length"
+            )
         if self.reference_dir:
             raise InputError("reference_dir is set, but the reference of an online step is never stored: remove it")
         if self.alpha:

@@ -12,6 +12,7 @@ from spin.alignment.methods.losses import find_loss
 from spin.alignment.methods.pairings import find_pairing
 from spin.alignment.methods.soft_mean import soft_mean
 from spin.alignment.pairs.annotate import Labeller, count_failures
+from spin.alignment.rewards import make_scorer
 
 if TYPE_CHECKING:
     from spin.alignment.data.chat_encoder import ChatEncoder
@@ -47,6 +48,15 @@ class StepCounts:
         self.scored += len(known)
         self.score_sum += sum(known)
         self.failed += count_failures(rows, reads_truth) if scores else 0
+
+
+def scorer_of(config: OnlineConfig) -> GroupScorer | None:
+    """Return the scorer that the settings name, checked; None where no response is scored.
+
+    Raises:
+        InputError: the scorer cannot be used.
+    """
+    return None if config.scorer_settings is None else make_scorer(config.scorer_settings)
 
 
 class PairMaker:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,14 +13,18 @@ from datasets import Dataset
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.provenance import hash_text
 from spin.alignment.data.fractions import fraction_rows
-from spin.alignment.data.rows import load_prompts, prompts_hash
+from spin.alignment.data.rows import load_prompts, prompts_hash, to_prompt_rows
 from spin.alignment.logprobs.batch import PairDataset
 from spin.alignment.methods.pairings import find_pairing, no_truth
+from spin.alignment.rewards import needs_reference, no_reference
+from spin.alignment.training.preference_rows import has_rows
 
 if TYPE_CHECKING:
     from spin.alignment.data.chat_encoder import ChatEncoder
     from spin.alignment.data.config import DataConfig
     from spin.alignment.training.online.config import OnlineConfig
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -86,16 +91,57 @@ def load_splits(
     prompts = [encode(row, encoder, source, trained_on, data) for source, rows in sources for row in rows]
     splits["train"], left_out["train"] = _dataset(sources, prompts, data.max_prompt_length)
     if arguments.eval_prompts:
-        rows = load_prompts(arguments.eval_prompts, arguments.eval_split, truth_required=False)
-        if arguments.eval_limit and arguments.eval_limit < len(rows):
-            rows = rows.select(fraction_rows(len(rows), 0, arguments.eval_limit))
-        prompts = [encode(row, encoder, arguments.eval_prompts) for row in rows]
-        splits["test"], left_out["test"] = _dataset([(arguments.eval_prompts, rows)], prompts, data.max_prompt_length)
+        splits["test"], left_out["test"] = load_held_out(arguments.eval_prompts, arguments, encoder)
     return splits, left_out
 
 
+def load_held_out(path: str, arguments: OnlineConfig, encoder: ChatEncoder) -> tuple[PromptDataset, int]:
+    """Return the held-out prompts of ``path``, at most ``eval_limit``, and how many are too long and left out.
+
+    Raises:
+        InputError: a row cannot be encoded, or no prompt is short enough.
+    """
+    rows = load_prompts(path, arguments.eval_split, truth_required=False)
+    if arguments.eval_limit and arguments.eval_limit < len(rows):
+        rows = rows.select(fraction_rows(len(rows), 0, arguments.eval_limit))
+    return _dataset([(path, rows)], [encode(row, encoder, path) for row in rows], arguments.max_prompt_length)
+
+
+def to_prompts(dataset: Any, args: OnlineConfig, encoder: ChatEncoder, name: str) -> Any:
+    """Return the prompts of a ``datasets.Dataset``, encoded (see :func:`to_prompt_rows`); anything else that the trainer itself
+    understands (encoded prompts, None) as it is. Prompts longer than ``max_prompt_length`` are left out; their number is logged.
+
+    Raises:
+        InputError: another kind of data set, a row that cannot be encoded, or one that lacks the ground truth that scorer or
+            pairing compare with.
+    """
+    if not has_rows(dataset, name):
+        return dataset
+    rows = to_prompt_rows(dataset, name)
+    trained_on = args.pairing if name == "train_dataset" and find_pairing(args.pairing).needs_ground_truth else None
+    prompts = [encode(row, encoder, name, trained_on, args.limits) for row in rows]
+    made, left_out = _dataset([(name, rows)], prompts, args.max_prompt_length)
+    if left_out:
+        logger.warning("%s: %d of %d prompts longer than max_prompt_length left out", name, left_out, len(rows))
+    check_ground_truth(made, args.scorer)
+    return made
+
+
+def check_ground_truth(dataset: PromptDataset, scorer: str | None) -> None:
+    """Check that every prompt has the ground truth that the scorer compares with.
+
+    Raises:
+        InputError: naming the prompt.
+    """
+    if scorer is None or not needs_reference(scorer):
+        return
+    for prompt in dataset.prompts:
+        if not (prompt.reference or "").strip():
+            raise no_reference(scorer, prompt.prompt_id)
+
+
 def _dataset(
-    sources: Sequence[tuple[str, Dataset]], prompts: Sequence[OnlinePrompt], most: int
+    sources: Sequence[tuple[str, Iterable[Mapping[str, Any]]]], prompts: Sequence[OnlinePrompt], most: int
 ) -> tuple[PromptDataset, int]:
     short = [prompt for prompt in prompts if len(prompt.token_ids) <= most]
     if not short:

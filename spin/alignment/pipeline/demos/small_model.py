@@ -1,6 +1,6 @@
-"""Makes a tokenizer from the texts of a data set and the configuration of a small Llama: a start for runs from scratch.
+"""A tokenizer made from the texts of a data set, and the configuration of a small Llama: a start for runs from scratch.
 
-    python scripts/make_small_model.py --input_dir data/gsm8k --output_dir data/gsm8k_model [--vocab 4096 --hidden 256 --layers 4]
+    python -m spin.alignment.pipeline.demos.small_model --input_dir data/gsm8k --output_dir data/gsm8k_model
 
 The tokenizer is byte-level BPE with the ChatML template; weights come with ``init_from_config: true`` in the section sft.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from spin.alignment.core.console import say
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.program import Parser, run_program
 from spin.alignment.data.rows import stream_prompts
@@ -21,7 +22,7 @@ TEMPLATE = (
 
 
 def make_parser() -> Parser:
-    parser = Parser(prog="make_small_model.py", description="Make a tokenizer and a small model's configuration.")
+    parser = Parser(prog="small_model", description="Make a tokenizer and a small model's configuration.")
     add = parser.add_argument
     add("--input_dir", required=True, help="prompts with ground truth: folder, file or Hub name")
     add("--split", default="train", help="split of the data")
@@ -93,7 +94,7 @@ def main(arguments: Sequence[str]) -> None:
     )
     tokenizer.save_pretrained(options.output_dir)
     config.save_pretrained(options.output_dir)
-    print(f"wrote a tokenizer of {len(tokenizer)} tokens and a configuration to {options.output_dir}")
+    say(f"wrote a tokenizer of {len(tokenizer)} tokens and a configuration to {options.output_dir}")
 
 
 if __name__ == "__main__":
