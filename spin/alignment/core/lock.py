@@ -38,7 +38,7 @@ def folder_lock(folder: str | Path, setting: str) -> Iterator[None]:
         ) from None
     except OSError as error:
         raise InputError(
-            f"cannot lock {folder} ({error.strerror}): choose another {setting}, on a disk that can be written and locked"
+            f"cannot lock {folder} ({error.strerror}): choose another {setting} on a writable disk that supports locks"
         ) from error
     # filelock itself writes down who holds the substitute for a lock; only there it knows a pid.
     is_kernel_lock = getattr(lock, "pid", None) is None
