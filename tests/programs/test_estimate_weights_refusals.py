@@ -124,12 +124,12 @@ def train_on(tmp_path: Path, scoring_models: Path, change) -> tuple[int, str]:
 
 def test_weights_of_the_wrong_length_are_refused(scoring_models, tmp_path):
     code, said = train_on(tmp_path, scoring_models, lambda rows: rows[3]["chosen_weights"].append(1.0))
-    assert code == 2 and "chosen_weights must hold a weight for each token" in said and "(prompt p" in said
+    assert code == 2 and "chosen_weights must have one weight per token" in said and "(prompt p" in said
 
 
 def test_weights_that_are_no_numbers_are_refused(scoring_models, tmp_path):
     code, said = train_on(tmp_path, scoring_models, lambda rows: rows[0]["rejected_weights"].__setitem__(1, math.nan))
-    assert code == 2 and "rejected_weights is nan at token 1: weigh it again" in said
+    assert code == 2 and "rejected_weights is nan at token 1: compute them again" in said
 
 
 def test_rows_without_weights_are_refused(scoring_models, tmp_path):

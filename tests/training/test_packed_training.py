@@ -237,7 +237,7 @@ def test_a_full_memory_ends_with_advice_and_the_run_goes_on_with_a_smaller_budge
 
     monkeypatch.setattr(trainer_module, "batch_loss", full)
     with pytest.raises(
-        InputError, match=r"memory is full .*run again with --max_tokens_per_batch=\d+; .*last checkpoint"
+        InputError, match=r"out of memory .*run again with --max_tokens_per_batch=\d+; .*last checkpoint"
     ):
         run(tmp_path / "run", **settings)
     monkeypatch.undo()
@@ -263,4 +263,4 @@ def test_the_memory_is_estimated_before_training(tmp_path, caplog):
     with caplog.at_level("INFO"):
         run(tmp_path, max_steps=1)
     said = caplog.text
-    assert "max_tokens_per_batch: " in said and "memory of a process at its peak" in said and "activations" in said
+    assert "max_tokens_per_batch: " in said and "peak memory of a process" in said and "activations" in said

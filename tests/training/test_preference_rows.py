@@ -76,7 +76,7 @@ def test_pairs_are_cut_and_dropped_as_the_settings_say(caplog):
 
 BAD = {
     "no rows": (Dataset.from_dict({"prompt": []}), "train_dataset has no rows"),
-    "a list": ([FORMS["TRL text"]], "train_dataset is a list: give one datasets.Dataset"),
+    "a list": ([FORMS["TRL text"]], "train_dataset is a list: pass one datasets.Dataset"),
     "all splits": (DatasetDict(train=Dataset.from_list([OWN])), "train_dataset is a DatasetDict"),
     "a stream": (Dataset.from_list([OWN]).to_iterable_dataset(), "train_dataset is a IterableDataset"),
     "no rejected": ({"prompt": "a", "chosen": "b"}, "train_dataset row 0 lacks the column 'rejected'"),
