@@ -97,8 +97,8 @@ def test_every_transform_gives_a_weight_for_each_token(name):
     ("name", "settings", "sentence"),
     [
         ("exp", {}, "unknown transform 'exp': choose one of binary, exponential"),
-        ("exponential", {"my": "1"}, "names 'my', which the transform exponential does not know: it takes k, mu"),
-        ("origin", {"k": "1"}, "it takes none"),
+        ("exponential", {"my": "1"}, "contains 'my', which transform exponential does not take: it takes k, mu"),
+        ("origin", {"k": "1"}, "it takes no settings"),
         ("exponential", {"mu": "big"}, "gives mu the value 'big': set it to a number"),
         ("exponential", {"mu": "nan"}, "gives mu the value 'nan'"),
         ("exponential", {"k": "0"}, "k is 0.0: set it above 0"),

@@ -119,7 +119,9 @@ def test_missing_columns_are_named_with_the_pairing_that_writes_them(loss_type, 
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "sppo_hard"])
 def test_pairs_that_prefer_nothing_are_kept_from_losses_that_compare(loss_type):
-    sentence = f"some/data have rewards but no preference .* {loss_type} compares two responses: set loss_type: sppo_reward"
+    sentence = (
+        f"some/data have rewards but no preference .* {loss_type} compares two responses: set loss_type: sppo_reward"
+    )
     with pytest.raises(InputError, match=sentence):
         encode([preference(**REWARDS)], loss_type)
 

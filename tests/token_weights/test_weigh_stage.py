@@ -90,7 +90,7 @@ def test_verdict_against_spin_without_weights():
         ({"transform": "binary"}, "the section 'weigh' lacks the key 'weighting'"),
         ({"weighting": "attention"}, "unknown weighting 'attention': choose one of drift"),
         ({**REVERSE, "transform": "exp"}, "unknown transform 'exp'"),
-        ({**REVERSE, "transform_params": {"nu": 1}}, "names 'nu', which the transform exponential does not know"),
+        ({**REVERSE, "transform_params": {"nu": 1}}, "contains 'nu', which transform exponential does not take"),
         (
             {**REVERSE, "transfrom": "binary"},
             "unknown key 'transfrom' in the section 'weigh'; did you mean 'transform'",

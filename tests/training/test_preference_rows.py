@@ -83,7 +83,7 @@ BAD = {
     "text without prompt": ({"chosen": "a b", "rejected": "a c"}, "train_dataset row 0 has 'chosen' as text without 'prompt'"),
     "two prompts": (
         {"chosen": [QUESTION, RIGHT], "rejected": [{**QUESTION, "content": "?"}, WRONG]},
-        "train_dataset row 0: 'chosen' and 'rejected' do not share one prompt",
+        "train_dataset row 0: 'chosen' and 'rejected' do not share a prompt",
     ),
     "our own, two prompts": ({**OWN, "rejected": [RIGHT]}, "train_dataset row 0: 'chosen' and 'rejected' do not share"),
     "tools": ({**FORMS["TRL conversational"], "tools": "[{}]"}, "train_dataset row 0 has 'tools'"),
