@@ -182,7 +182,7 @@ def test_every_label_a_loss_needs_is_written_by_a_pairing():
             1,
             "needs at least 2 responses per prompt, but there is 1: sample with --num_samples 2 or more",
         ),
-        ("win_rate", 1, "pairing win_rate needs 2 responses"),
+        ("win_rate", 1, "pairing win_rate needs at least 2 responses"),
         ("every_sample", 3, "uses two responses per row, but there are 3 per prompt: sample with --num_samples 4"),
     ],
 )
@@ -232,7 +232,7 @@ def test_a_win_matrix_that_contradicts_itself(matrix, sentence):
     ("scores", "reference", "sentence"),
     [
         ([1.0, math.inf], None, "prompt p, sample 1, is inf: the scorer must return finite scores"),
-        ([1.0, 2.0], math.nan, "prompt p, the ground truth, the score nan"),
+        ([1.0, 2.0], math.nan, "prompt p, the ground truth, is nan"),
     ],
 )
 def test_a_score_that_is_not_finite(scores, reference, sentence):
@@ -242,7 +242,7 @@ def test_a_score_that_is_not_finite(scores, reference, sentence):
 
 def test_another_number_of_scores_is_refused():
     rows = rows_of([1.0, 2.0])
-    with pytest.raises(InputError, match="gave prompt p 3 scores for 2 responses"):
+    with pytest.raises(InputError, match="returned 3 scores for the 2 responses of prompt p"):
         label_rows(rows, [1.0, 2.0, 3.0])
 
 

@@ -65,7 +65,7 @@ def test_its_own_setting_is_read_and_checked():
         ({"historic_weight": 1}, "does not take: it takes historical_weight; did you mean 'historical_weight'"),
         ({"historical_weight": -1}, "'historical_weight' in loss_settings is -1.0: set it to 0 or more"),
         ({"historical_weight": "much"}, "'historical_weight' in loss_settings is 'much', which is not a number"),
-        ({"beta": 1}, "'beta', which is a key of its own: write beta: 1 beside loss_type"),
+        ({"beta": 1}, "'beta', which is a key of its own: write beta: 1 next to loss_type"),
     ):
         with pytest.raises(InputError, match=sentence):
             loss_arguments("tspin", shared, own)

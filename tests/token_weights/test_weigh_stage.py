@@ -105,7 +105,7 @@ def test_verdict_against_spin_without_weights():
             "weigh.train is for weightings whose models the run trains .reverse_dpo.",
         ),
         ({"weighting": "drift", "transform": "binary"}, "drift does not use --transform"),
-        ({"weighting": "teacher"}, "compares two models: give --model_plus"),
+        ({"weighting": "teacher"}, "compares two models: pass --model_plus"),
         ({"weighting": "teacher", "model_plus": "./none"}, "./none does not exist"),
     ],
 )

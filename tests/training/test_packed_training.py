@@ -134,7 +134,7 @@ def test_a_model_that_reads_the_row_as_one_sequence_is_refused(tmp_path):
         return original(*args, **kwargs)
 
     model.model.forward = forgetful
-    with pytest.raises(InputError, match=r"LlamaForCausalLM gives other log-probs.*set batching: padded"):
+    with pytest.raises(InputError, match=r"LlamaForCausalLM gives different log-probs.*set batching: padded"):
         run(tmp_path, model)
     assert not list(tmp_path.glob("**/*.arrow"))
 
@@ -173,7 +173,7 @@ def test_a_budget_below_the_longest_pair_is_refused_before_anything_is_written(t
     }
     config.write_text(json.dumps(values))
     code, _, error = run_main(run_spin.main, config, "--max_tokens_per_batch=30")
-    assert code == 2 and "pair 0 of train takes 46 tokens" in error and "raise it to 46" in error
+    assert code == 2 and "pair 0 of train has 46 tokens" in error and "raise it to 46" in error
     assert not (tmp_path / "out").exists()
 
 
