@@ -134,4 +134,4 @@ def test_weights_that_are_no_numbers_are_refused(scoring_models, tmp_path):
 
 def test_rows_without_weights_are_refused(scoring_models, tmp_path):
     code, said = train_on(tmp_path, scoring_models, lambda rows: rows[2].update(chosen_weights=None))
-    assert code == 2 and "but there are none" in said
+    assert code == 2 and "but has none" in said

@@ -69,6 +69,7 @@ def compute_reference(
         for turn in range(rounds):
             indices = batches[min(turn * count + rank, len(batches) - 1)]
             logps = [response.numpy() for response in forward.logps([dataset.rows[index] for index in indices])]
+            # logps lists all chosen responses, then all rejected ones: a stride picks those of one pair.
             results |= {index: logps[place :: len(indices)] for place, index in enumerate(indices)}
             if len(results) >= _PART_PAIRS or turn + 1 == rounds:
                 _write(path.with_name(f".{path.name}.part-{uuid.uuid4().hex[:12]}"), results, key, schema)

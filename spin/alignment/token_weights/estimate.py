@@ -204,6 +204,7 @@ def gains_of_splits(
     Raises:
         InputError: a sequence does not fit into a model.
     """
+    # Three cases: different tokenizers, one tokenizer with different chat templates, or the same ids for both models.
     aligned = plus.encoder.tokenizer_hash != minus.encoder.tokenizer_hash
     # ``ours`` are the rows in the student's ids, ``theirs`` the same responses as the other model reads them.
     theirs, ours = {}, {}

@@ -137,7 +137,7 @@ def align_rows(rows: Dataset, encoded: Dataset, student: ChatEncoder, teacher: C
             ended = ids[-1] in student.stop_ids
             text, places = student_text(student, ids[:-1] if ended else ids)
             conversation = [*row[side][:-1], {"role": "assistant", "content": text}]
-            prompt_ids, teacher_ids, spans = teacher.aligned_ids(conversation, ended)
+            prompt_ids, teacher_ids, spans = teacher.aligned_ids(conversation, ended)  # spans in characters of ``text``
             found["prompt_ids"] = prompt_ids
             # A response with neither text nor end-of-turn has nothing to score; one id is used as a placeholder.
             found |= {f"{side}_ids": teacher_ids or [teacher.end_id], f"{side}_spans": spans, f"{side}_places": places}
@@ -218,6 +218,7 @@ def score_splits(
         for name in missing:
             progress = log_progress(f"{judge.config.model_name_or_path}, {name} split")
             compute_reference(forward, PairDataset(splits[name]), paths[name], keys[name], accelerator, progress)
+        # Free the weights before the second model is loaded: only one is in memory at a time.
         del model, forward
         gc.collect()
         if accelerator.device.type == "cuda":

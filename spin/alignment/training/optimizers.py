@@ -74,6 +74,7 @@ class RMSprop(torch.optim.RMSprop):
                 state["square_avg"] = torch.zeros_like(weight, memory_format=torch.preserve_format)
             by_steps[int(state["step"]) + 1].append(weight)
         for steps, alike in by_steps.items():
+            # Several weights per call for speed, but not all at once for memory.
             chunk: list[torch.Tensor] = []
             size = 0
             for weight in alike:
@@ -185,7 +186,7 @@ def _read_arguments(optim: str, optim_args: str | None) -> dict[str, Any]:
     arguments = {}
     for part in optim_args.replace(" ", "").split(","):
         key, equals, text = part.partition("=")
-        if not equals:
+        if not equals:  # "key" without "=value"
             raise InputError(f"optim_args is '{optim_args}': write it as key=value,key=value")
         if key == "weight_decay":
             raise InputError("optim_args has weight_decay, which is a key of its own: set weight_decay")

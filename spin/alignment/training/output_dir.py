@@ -36,6 +36,7 @@ class OutputFolder:
                     f"output_dir {self.path} contains a model of unknown origin: choose another, or set overwrite_output_dir"
                 )
             return False
+        # Keys of both records: one that was added or removed is a change as well.
         found = read_json(record)
         changed = [key for key in {**found, **self.inputs} if found.get(key) != self.inputs.get(key)]
         if changed:
@@ -60,6 +61,7 @@ class OutputFolder:
                 shutil.rmtree(folder)
             for name in ("metrics.json", "config.json"):  # without a config the old model counts as incomplete
                 (self.path / name).unlink(missing_ok=True)
+        # The Trainer would take an incomplete checkpoint for its latest one.
         for torn in self._checkpoints(complete=False):
             shutil.rmtree(torn)
         write_json_atomic(self.path / "inputs.json", self.inputs)
@@ -91,7 +93,7 @@ class OutputFolder:
         # The Trainer writes trainer_state.json last: it proves that a checkpoint is complete.
         found = [path for path in self.path.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
         chosen = [path for path in found if _is_json(path / "trainer_state.json") == complete]
-        return sorted(chosen, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+        return sorted(chosen, key=lambda path: int(path.name.removeprefix("checkpoint-")))  # 9 before 10
 
 
 def _is_json(path: Path) -> bool:

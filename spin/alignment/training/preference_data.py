@@ -59,7 +59,7 @@ def encode_split(
             raise InputError(f"{row['source']} row {index} (prompt {row['prompt_id']}): {error}") from error
         return found
 
-    workers = config.preprocessing_num_workers if len(rows) > 1000 else 1
+    workers = config.preprocessing_num_workers if len(rows) > 1000 else 1  # starting workers costs more than few rows
     encoded = rows.map(
         encode,
         with_indices=True,

@@ -32,6 +32,7 @@ def train(program: TrainingProgram, values: Mapping[str, Any], source: str) -> N
     Raises:
         InputError: bad settings or data; the message names ``source``, the configuration file. No model was loaded.
     """
+    # Encoding may fork worker processes, and the tokenizers' threads do not survive a fork.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     settings = read_settings({**program.defaults, **values}, source, program.arguments_class)
     program.check_settings(settings)
@@ -48,6 +49,7 @@ def train(program: TrainingProgram, values: Mapping[str, Any], source: str) -> N
 def run_job(program: TrainingProgram, job: TrainingJob) -> None:
     """Load the policy, train it and save it, unless the run is already complete."""
     settings = job.settings
+    # Checked before the weights are loaded, so that repeating a complete run is cheap.
     folder = OutputFolder(settings, program.inputs(job))
     if folder.is_complete():
         report(settings, f"{folder.path} is already complete")
@@ -105,7 +107,7 @@ def push_policy(settings: Settings) -> None:
         repo_id=repository,
         folder_path=settings.output_dir,
         revision=arguments.hub_revision,
-        ignore_patterns=["checkpoint-*", "reference/*", ".*"],
+        ignore_patterns=["checkpoint-*", "reference/*", ".*"],  # only needed to resume
         commit_message="Trained by selfplay-spin",
     )
     report(settings, f"pushed {settings.output_dir} to {repository}")

@@ -74,6 +74,7 @@ class SPINTrainer(Trainer):
         self.pair_forward = make_pair_forward(model, self.opponent, args, processing_class, self.accelerator)
         self.first_loss = FirstLoss(self.pair_forward.dtype, args.output_dir)
         self.objective = PairObjective(args, self.first_loss)
+        # Reference log-probs need the model as prepared for the devices, which exists only once training begins.
         self.add_callback(ReferenceCallback(self))
 
     @staticmethod
@@ -126,7 +127,7 @@ class SPINTrainer(Trainer):
                 # DeepSpeed would divide by its accumulation steps, but the loss is already this micro-batch's share.
                 deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
                 self.accelerator.backward(loss, **({"scale_wrt_gas": False} if deepspeed else {}))
-            total += loss.detach()
+            total += loss.detach()  # micro-batch losses are shares of the mean, so they add up
         if self.first_loss.value is None:
             self.first_loss.finish(self.accelerator, self.state.global_step)
         return total

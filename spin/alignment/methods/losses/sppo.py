@@ -66,7 +66,7 @@ def sppo_reward(inputs: LossInputs, beta: float = 0.1, eta: float | None = None)
 def _squares(
     inputs: LossInputs, chosen_target: Tensor, rejected_target: Tensor, beta: float, eta: float | None
 ) -> LossOutputs:
-    scale = 1 / beta if eta is None else eta
+    scale = 1 / beta if eta is None else eta  # nats per unit of win rate
     chosen, rejected = sequence_logratios(inputs)
     losses = ((chosen - scale * chosen_target) ** 2 + (rejected - scale * rejected_target) ** 2) / 2
     return outputs(losses, chosen, rejected, beta)

@@ -23,5 +23,6 @@ def tspin(
     from torch.nn.functional import logsigmoid
 
     chosen, rejected, initial = sequence_logps(inputs, length_normalize)  # (B,) each
+    # The opponent's response is pushed down by the first term and, against the initial model's, up by the second.
     losses = -logsigmoid(beta * (chosen - rejected)) - historical_weight * logsigmoid(beta * (rejected - initial))
     return outputs(losses, chosen, rejected, beta)

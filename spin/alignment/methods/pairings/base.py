@@ -210,6 +210,7 @@ def check_win_probs(win_probs: Sequence[Sequence[float]], size: int, prompt_id: 
 
 def own_pair(better: Row, worse: Row) -> Row:
     """Return the pair of two of the model's own responses to a prompt; its sample index is that of the rejected side."""
+    # The generated columns describe the rejected response; the better row moves to the chosen columns.
     return {name: value for name, value in worse.items() if name != "win_probs"} | {
         "chosen": better["rejected"],
         "chosen_token_ids": better["rejected_token_ids"],

@@ -41,7 +41,7 @@ def binary(values: Sequence[float], p: float = 50.0) -> list[float]:
     count = math.ceil(p * len(values) / 100)
     if count == 0:
         return [0.0] * len(values)
-    least = sorted(values, reverse=True)[count - 1]
+    least = sorted(values, reverse=True)[count - 1]  # smallest selected value
     return [1.0 if value >= least else 0.0 for value in values]
 
 
@@ -68,7 +68,7 @@ def rank_based(values: Sequence[float], low: float = 0.7, high: float = 1.3) -> 
     _check_range("low", low, "high", high)
     order = sorted(range(len(values)), key=lambda index: values[index])
     weights = [0.0] * len(values)
-    start = 0
+    start = 0  # of a run of equal numbers in sorted order
     while start < len(order):
         end = start
         while end < len(order) and values[order[end]] == values[order[start]]:

@@ -40,7 +40,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def advice(budget: int, longest_pair: int, checkpointing: bool) -> str:
     """Return one sentence on what to change when micro-batches of ``budget`` tokens did not fit."""
-    if budget > longest_pair:
+    if budget > longest_pair:  # smaller micro-batches are the cheapest change: they do not affect the result
         change = f"run again with --max_tokens_per_batch={max(longest_pair, budget // 2)}"
     elif not checkpointing:
         change = "run again with --gradient_checkpointing=true"

@@ -154,7 +154,7 @@ def estimate_memory(
     """
     shards = settings.sharding
     gradients = round(stats.trained_bytes / shards.gradients * (2 if shards.reduction_buffers else 1))
-    held = gradients if accumulates else 0
+    held = gradients if accumulates else 0  # gradients of earlier micro-batches
     base = MemoryEstimate("", _weight_bytes(stats, settings), 0, _optimizer_bytes(stats, settings))
     head = _HeadBytes.of(stats, settings, tokens)
     copies, layer = round(cost.kept.fixed), cost.layer_bytes(tokens, settings.pair_tokens)
@@ -166,6 +166,7 @@ def estimate_memory(
     waiting = head.gradient if stats.tied else 0
     arrived = gradients if accumulates else gradients - waiting // shards.gradients
     embedding = stats.embedding_bytes * (2 if stats.tied else 1 if accumulates else 0)
+    # Memory peaks at different moments depending on the sizes of vocabulary, layers and optimiser states: take the largest.
     moments = (
         replace(base, moment="head", gradients=held, copies=round(at_head), activations=round(kept), head=head.forward),
         replace(
@@ -272,7 +273,7 @@ def available_bytes(device: torch.device, local_processes: int = 1) -> int:
     free = min(
         psutil.virtual_memory().available, _control_group_bytes(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
     )
-    return int(free // local_processes)
+    return int(free // local_processes)  # the processes of a machine plan at the same time
 
 
 def _control_group_bytes(membership: Path, root: Path) -> float:

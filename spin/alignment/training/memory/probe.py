@@ -85,6 +85,7 @@ class Growth:
     @classmethod
     def fit(cls, sizes: tuple[int, ...], found: list[int]) -> Growth:
         """Fit a parabola through three points, or a line where the parabola would have a negative coefficient."""
+        # The quadratic part is attention that stores its scores; kernels that do not are linear in n.
         square, linear, fixed = np.polyfit(sizes, found, 2)
         if square < 0 or fixed < 0:
             square, (linear, fixed) = 0.0, np.polyfit(sizes, found, 1)
@@ -148,6 +149,7 @@ def saved_bytes(model: Any, forward: Callable[[int], Any], size: int) -> int:
 
     def pack(tensor: torch.Tensor) -> None:
         nonlocal total
+        # A DTensor (FSDP) keeps its shard in ``_local_tensor``. Views of one storage are counted once.
         storage = getattr(tensor, "_local_tensor", tensor).untyped_storage()
         address = storage.data_ptr()
         if address and address not in alive and address not in _weight_addresses(model):

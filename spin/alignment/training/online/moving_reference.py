@@ -36,7 +36,7 @@ class MovingReference:
         pairs = [(weight, self._kept[name]) for name, weight in _trained(model)] if self._kept else []
         own = [weight.data for weight, _ in pairs]
         for weight, kept in pairs:
-            weight.data = kept
+            weight.data = kept  # the Parameter object stays, so the optimiser and wrappers are unaffected
         try:
             yield
         finally:

@@ -57,7 +57,7 @@ class InPlaceSampler(PolicySampler):
         from spin.alignment.generation.transformers.backend import TransformersBackend
 
         was_training = self._model.training
-        before = use_attention(self._model, self._own)
+        before = use_attention(self._model, self._own)  # packed attention handles packed rows only
         self._model.eval()
         try:
             with self._precision():
@@ -83,6 +83,7 @@ class EngineSampler(PolicySampler):
 
     def refresh(self) -> None:
         """Write the policy's weights for the engine to reload, which also invalidates its prompt cache."""
+        # A RAM-backed folder avoids writing the weights to disk at every step.
         shared_memory = Path("/dev/shm")
         parent = str(shared_memory) if shared_memory.is_dir() else None
         with tempfile.TemporaryDirectory(prefix="spin-policy-", dir=parent) as folder:

@@ -152,6 +152,7 @@ class OnlineTrainer(SPINTrainer):
         started = self._time("label", started)
         self._attach_reference_logps(features)
         self._time("reference", started)
+        # All pairs everywhere, so that they can be divided evenly: prompts yield different numbers of pairs.
         pairs = gather_object(features) if self.accelerator.num_processes > 1 else features
         if config.baseline == "batch":
             columns = self.pair_maker.relative_columns()
@@ -182,6 +183,7 @@ class OnlineTrainer(SPINTrainer):
                 # The chosen responses of the micro-batch, then its rejected ones; (R,) each.
                 logps = [response.numpy() for response in forward.logps([features[index] for index in indices])]
                 for place, index in enumerate(indices):
+                    # ``place`` counts pairs within the micro-batch.
                     features[index]["chosen_reference"] = logps[place]
                     features[index]["rejected_reference"] = logps[len(indices) + place]
 
