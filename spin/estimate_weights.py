@@ -3,9 +3,9 @@
     accelerate launch spin/estimate_weights.py --input_dir pairs --output_dir weights --weighting reverse_dpo \
         --model_plus FORWARD --model_minus REVERSE [--transform exponential --transform_params k=1 mu=1]
 
-Weights are aligned to the stored token ids, the end-of-turn id included. One model is in memory at a time. Log-probs are
-stored in ``{output_dir}/.scores`` on the way, so a killed process is simply started again; ``{split}_prefs.weights.json``
-appears last.
+Weights are aligned to the stored token ids, including the end-of-turn id. Only one model is in memory at a time. Log-probs are
+stored in ``{output_dir}/.scores`` as they are computed, so a killed process can simply be started again;
+``{split}_prefs.weights.json`` is written last.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Online training: per step a batch of prompts, responses of the current policy, labels, pairs, one or more updates.
+"""Online training: each step samples responses to a batch of prompts, labels and pairs them, and makes one or more updates.
 
     accelerate launch --config_file configs/multi_gpu.yaml spin/run_online.py configs/online_dpo.yaml [--key=value ...]
 
-Online DPO, online SPPO with rewards and online SPIN, by the keys ``pairing`` and ``loss_type``. The output folder is that of
-run_spin.py; started again after a crash it goes on from the last complete checkpoint to the same numbers.
+``pairing`` and ``loss_type`` select online DPO, online SPPO with rewards or online SPIN. The output is as in run_spin.py. When
+started again after a crash, it resumes from the last complete checkpoint and reproduces the same numbers.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from spin.alignment.training.online.keys import OnlineKeys
 
 USAGE = usage(
     "accelerate launch spin/run_online.py",
-    "Trains a policy on labelled responses that it draws itself, step by step. CONFIG.yaml and --key=value hold these keys:",
+    "Trains a policy on its own responses, sampled and labelled step by step. CONFIG.yaml and --key=value accept these keys:",
     (ModelConfig, DataConfig, OnlineKeys, SPINKeys, OutputConfig),
-    "and every key of transformers.TrainingArguments (batch sizes count prompts). docs/online.md tells more.",
+    "and every key of transformers.TrainingArguments (batch sizes count prompts). See docs/online.md.",
 )
 
 

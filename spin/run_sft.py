@@ -1,8 +1,8 @@
-"""The SFT start, and the continued-SFT control: thin over TRL's SFTTrainer, same data, prompts and truncation as SPIN.
+"""SFT for the initial model and the continued-SFT control: TRL's SFTTrainer with the data, prompts and truncation of SPIN.
 
     accelerate launch spin/run_sft.py CONFIG.yaml [--key=value ...]
 
-Only response tokens are learned. ``init_from_config: true`` starts from random weights. The output folder is that of run_spin.py.
+Only response tokens are learned. ``init_from_config: true`` starts from random weights. The output is as in run_spin.py.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from spin.alignment.training.keys import OutputConfig, SFTKeys
 
 USAGE = usage(
     "accelerate launch spin/run_sft.py",
-    "Fine-tunes on the ground truth. CONFIG.yaml and --key=value hold these keys:",
+    "Fine-tunes on the ground truth. CONFIG.yaml and --key=value accept these keys:",
     (ModelConfig, DataConfig, SFTKeys, OutputConfig),
-    "and every key of trl.SFTConfig. docs/configuration.md tells more.",
+    "and every key of trl.SFTConfig. See docs/configuration.md.",
 )
 
 

@@ -1,9 +1,9 @@
-"""Step 2: preference parquet -> checkpoint, the policy of the next iteration and its opponent.
+"""Step 2: preference parquet -> checkpoint, which is both the initial policy and the opponent of the next iteration.
 
     accelerate launch --config_file configs/multi_gpu.yaml spin/run_spin.py configs/config.yaml [--key=value ...]
 
-Writes into ``output_dir``: the model (loads by itself), ``metrics.json``, ``inputs.json`` (what it was trained from) and the
-Trainer's checkpoints. Started again after a crash it resumes from the last complete checkpoint.
+Writes to ``output_dir``: the model (standalone), ``metrics.json``, ``inputs.json`` (what it was trained from) and the Trainer's
+checkpoints. If it is started again after a crash, it resumes from the last complete checkpoint.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from spin.alignment.training.keys import OutputConfig, SPINKeys
 
 USAGE = usage(
     "accelerate launch spin/run_spin.py",
-    "Trains a policy against its own earlier responses. CONFIG.yaml and --key=value hold these keys:",
+    "Trains a policy against its own earlier responses. CONFIG.yaml and --key=value accept these keys:",
     (ModelConfig, DataConfig, SPINKeys, OutputConfig),
-    "and every key of transformers.TrainingArguments. docs/configuration.md tells more; configs/config.yaml is the paper's "
-    "first iteration.",
+    "and every key of transformers.TrainingArguments. See docs/configuration.md; configs/config.yaml is the paper's first "
+    "iteration.",
 )
 
 

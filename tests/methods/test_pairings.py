@@ -180,10 +180,10 @@ def test_every_label_a_loss_needs_is_written_by_a_pairing():
         (
             "best_vs_worst",
             1,
-            "needs 2 responses to a prompt or more, but there is 1: sample with --num_samples 2 or more",
+            "needs at least 2 responses per prompt, but there is 1: sample with --num_samples 2 or more",
         ),
-        ("win_rate", 1, "pairing win_rate needs 2 responses"),
-        ("every_sample", 3, "takes two responses a row, but there are 3 to a prompt: sample with --num_samples 4"),
+        ("win_rate", 1, "pairing win_rate needs at least 2 responses"),
+        ("every_sample", 3, "uses two responses per row, but there are 3 per prompt: sample with --num_samples 4"),
     ],
 )
 def test_a_number_of_samples_that_cannot_be_paired(name, samples, sentence):
@@ -200,7 +200,8 @@ def test_a_number_of_samples_that_can(name, samples):
 def test_a_prompt_without_ground_truth_is_named(name):
     rows = rows_of([1.0, 2.0], prompt_id="p17", truth=False)
     with pytest.raises(
-        InputError, match=f"prompt p17 has no ground truth, which pairing {name} compares with: add its answer"
+        InputError,
+        match=f"prompt p17 has no ground truth, which pairing {name} compares with: add it and generate again",
     ):
         PAIRINGS[name](rows)
 
@@ -215,8 +216,8 @@ def test_rows_without_labels_are_refused():
     ("matrix", "sentence"),
     [
         ([[0.5, 0.6], [0.5, 0.5]], "samples 0 and 1 of prompt p are 0.6 and 0.5: they must add up to 1"),
-        ([[0.5, 1.5], [-0.5, 0.5]], "samples 0 and 1 of prompt p is 1.5: it must lie between 0 and 1"),
-        ([[0.5, math.nan], [0.5, 0.5]], "is nan: it must lie between 0 and 1"),
+        ([[0.5, 1.5], [-0.5, 0.5]], "samples 0 and 1 of prompt p is 1.5: it must be from 0 to 1"),
+        ([[0.5, math.nan], [0.5, 0.5]], "is nan: it must be from 0 to 1"),
         ([[0.6, 0.5], [0.5, 0.5]], "samples 0 and 0 of prompt p are 0.6 and 0.6"),
         ([[0.5, 0.5, 0.5], [0.5, 0.5, 0.5]], "of prompt p are 2 x 3, not 2 x 2"),
         ([[0.5]], "of prompt p are 1 x 1, not 2 x 2"),
@@ -230,8 +231,8 @@ def test_a_win_matrix_that_contradicts_itself(matrix, sentence):
 @pytest.mark.parametrize(
     ("scores", "reference", "sentence"),
     [
-        ([1.0, math.inf], None, "prompt p, sample 1, the score inf: it must be finite"),
-        ([1.0, 2.0], math.nan, "prompt p, the ground truth, the score nan"),
+        ([1.0, math.inf], None, "prompt p, sample 1, is inf: the scorer must return finite scores"),
+        ([1.0, 2.0], math.nan, "prompt p, the ground truth, is nan"),
     ],
 )
 def test_a_score_that_is_not_finite(scores, reference, sentence):
@@ -241,7 +242,7 @@ def test_a_score_that_is_not_finite(scores, reference, sentence):
 
 def test_another_number_of_scores_is_refused():
     rows = rows_of([1.0, 2.0])
-    with pytest.raises(InputError, match="gave prompt p 3 scores for 2 responses"):
+    with pytest.raises(InputError, match="returned 3 scores for the 2 responses of prompt p"):
         label_rows(rows, [1.0, 2.0, 3.0])
 
 

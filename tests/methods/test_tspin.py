@@ -62,14 +62,16 @@ def test_its_own_setting_is_read_and_checked():
     }
     assert not find_loss("tspin").needs_reference
     for own, sentence in (
-        ({"historic_weight": 1}, "does not know: it takes historical_weight; did you mean 'historical_weight'"),
+        ({"historic_weight": 1}, "does not take: it takes historical_weight; did you mean 'historical_weight'"),
         ({"historical_weight": -1}, "'historical_weight' in loss_settings is -1.0: set it to 0 or more"),
         ({"historical_weight": "much"}, "'historical_weight' in loss_settings is 'much', which is not a number"),
-        ({"beta": 1}, "'beta', which is a key of its own: write beta: 1 beside loss_type"),
+        ({"beta": 1}, "'beta', which is a key of its own: write beta: 1 next to loss_type"),
     ):
         with pytest.raises(InputError, match=sentence):
             loss_arguments("tspin", shared, own)
-    with pytest.raises(InputError, match="'weight', which loss_type sigmoid does not know: it has none of its own"):
+    with pytest.raises(
+        InputError, match="'weight', which loss_type sigmoid does not take: it has no settings of its own"
+    ):
         loss_arguments(
             "sigmoid", {"beta": 0.1, "label_smoothing": 0.0, "length_normalize": False, "alpha": 0.0}, {"weight": 1}
         )

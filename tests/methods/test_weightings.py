@@ -97,15 +97,15 @@ def test_every_transform_gives_a_weight_for_each_token(name):
     ("name", "settings", "sentence"),
     [
         ("exp", {}, "unknown transform 'exp': choose one of binary, exponential"),
-        ("exponential", {"my": "1"}, "names 'my', which the transform exponential does not know: it takes k, mu"),
-        ("origin", {"k": "1"}, "it takes none"),
-        ("exponential", {"mu": "big"}, "gives mu the value 'big': set it to a number"),
-        ("exponential", {"mu": "nan"}, "gives mu the value 'nan'"),
+        ("exponential", {"my": "1"}, "contains 'my', which transform exponential does not take: it takes k, mu"),
+        ("origin", {"k": "1"}, "it takes no settings"),
+        ("exponential", {"mu": "big"}, "mu in transform_params is 'big': set it to a number"),
+        ("exponential", {"mu": "nan"}, "mu in transform_params is 'nan'"),
         ("exponential", {"k": "0"}, "k is 0.0: set it above 0"),
-        ("exponential", {"lower": "2"}, "lower is 2.0 and upper 1.5"),
+        ("exponential", {"lower": "2"}, "lower is 2.0 and upper is 1.5"),
         ("binary", {"p": "101"}, "p is 101.0: set it from 0 to 100"),
-        ("random", {"seed": "1.5"}, "gives seed the value '1.5': set it to a whole number"),
-        ("rank_based", {"low": "1.3"}, "low is 1.3 and high 1.3"),
+        ("random", {"seed": "1.5"}, "seed in transform_params is '1.5': set it to a whole number"),
+        ("rank_based", {"low": "1.3"}, "low is 1.3 and high is 1.3"),
     ],
 )
 def test_bad_settings_are_one_sentence(name, settings, sentence):

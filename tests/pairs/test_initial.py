@@ -120,7 +120,9 @@ def test_encoded_rows_carry_the_responses_that_the_loss_reads():
     assert set(encoded.column_names) == {"prompt_ids", "chosen_ids", "rejected_ids", "initial_ids"}
     assert largest({"train": encoded})[0] == len(encoded[0]["prompt_ids"]) + 5
     assert set(encode_split(rows, encoder, config)[0].column_names) == {"prompt_ids", "chosen_ids", "rejected_ids"}
-    with pytest.raises(InputError, match=r"reads a response 'initial' beside chosen and rejected, .* in d do not have"):
+    with pytest.raises(
+        InputError, match=r"reads a response 'initial' besides chosen and rejected, .* in d do not have"
+    ):
         encode_split(rows.remove_columns("initial"), encoder, config, "tspin")
     weighted = Dataset.from_list([triplet(chosen_weights=[1.0] * 3, rejected_weights=[1.0] * 4)])
     with pytest.raises(InputError, match="chosen_weights and rejected_weights but no initial_weights"):

@@ -119,7 +119,9 @@ def test_missing_columns_are_named_with_the_pairing_that_writes_them(loss_type, 
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "sppo_hard"])
 def test_pairs_that_prefer_nothing_are_kept_from_losses_that_compare(loss_type):
-    sentence = f"some/data hold rewards and prefer no response .* loss_type {loss_type} compares two: set loss_type: sppo_reward"
+    sentence = (
+        f"some/data have rewards but no preference .* {loss_type} compares two responses: set loss_type: sppo_reward"
+    )
     with pytest.raises(InputError, match=sentence):
         encode([preference(**REWARDS)], loss_type)
 
@@ -143,7 +145,7 @@ def test_weights_that_do_not_fit_are_named(weights, found):
     fits = {"chosen_weights": [1.0] * 3, "rejected_weights": [1.0] * 4}
     rows = [preference(0, **fits), preference(1, **fits | {"chosen_weights": weights})]
     with pytest.raises(
-        InputError, match=rf"row 1 \(prompt p1\): chosen_weights must hold a weight for each token \(3\), .* {found}"
+        InputError, match=rf"row 1 \(prompt p1\): chosen_weights must have one weight per token \(3\), .* {found}"
     ):
         encode(rows)
 

@@ -61,7 +61,7 @@ def test_pairs_that_prefer_nothing_are_kept_from_losses_that_compare(module, tmp
 
     check_preference(settings("sppo_reward"))
     with pytest.raises(
-        InputError, match=r"prefer no response .pairing own_pairing:alone., but loss_type sigmoid compares"
+        InputError, match=r"have no preference .pairing own_pairing:alone., but loss_type sigmoid compares"
     ):
         check_preference(settings("sigmoid"))
 

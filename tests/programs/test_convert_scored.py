@@ -282,7 +282,7 @@ def test_defects_are_named_and_nothing_is_written(generated, tmp_path, models, f
     ("pairing", "samples", "message"),
     [
         ("best_vs_worst", 1, "but there is 1: sample with --num_samples 2 or more"),
-        ("every_sample", 3, "there are 3 to a prompt: sample with --num_samples 4"),
+        ("every_sample", 3, "there are 3 per prompt: sample with --num_samples 4"),
     ],
 )
 def test_too_few_samples_are_refused_before_a_row_is_read(tmp_path, monkeypatch, pairing, samples, message):
@@ -304,7 +304,7 @@ def test_a_pairing_with_the_truth_names_the_first_prompt_without_one(tmp_path, m
         write(generated, number, rows, record(number, 2))
     flags = SCORED if pairing != "ground_truth" else ()
     message = refusal(generated, tmp_path / "out", "--pairing", pairing, *flags)
-    assert f"prompt p3 has no ground truth, which pairing {pairing} compares with: add its answer" in message
+    assert f"prompt p3 has no ground truth, which pairing {pairing} compares with: add it and generate again" in message
 
 
 @pytest.mark.parametrize("scorer", ["exact_match", "math_answer"])

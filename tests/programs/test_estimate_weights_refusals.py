@@ -20,14 +20,14 @@ from tests.helpers.weights import (
 
 BAD = {
     "unknown weighting": (["attention"], "unknown weighting 'attention': choose one of drift, reverse_dpo, teacher"),
-    "model missing": (["reverse_dpo", "--model_plus", "W/plus"], "compares two models: give --model_minus"),
+    "model missing": (["reverse_dpo", "--model_plus", "W/plus"], "compares two models: pass --model_minus"),
     "models unused": (["drift", "--tokenizer", "W/plus", "--model_plus", "W/plus"], "drift does not use --model_plus"),
-    "no tokenizer": (["drift"], "needs the data's tokenizer: give --tokenizer"),
+    "no tokenizer": (["drift"], "needs the data's tokenizer: pass --tokenizer"),
     "lengths unused": (["drift", "--tokenizer", "W/plus", "--max_length", "9"], "does not use --max_length: remove it"),
     "precision unused": (["uniform", "--tokenizer", "W/plus", "--dtype", "float32"], "does not use --dtype: remove it"),
     "transform unused": (["uniform", "--tokenizer", "W/plus", "--transform", "binary"], "does not use --transform"),
     "no such model": (["teacher", "--model_plus", "./none", "--model_minus", "W/minus"], "./none does not exist"),
-    "one model": (["teacher", "--model_plus", "W/plus", "--model_minus", "W/plus"], "hold the same weights"),
+    "one model": (["teacher", "--model_plus", "W/plus", "--model_minus", "W/plus"], "have the same weights"),
     "other tokenizer": (
         ["reverse_dpo", "--model_plus", "W/teacher", "--model_minus", "W/minus"],
         "have different tokenizers, which reverse_dpo cannot align",
@@ -42,7 +42,7 @@ BAD = {
     ),
     "own seed": (
         ["teacher", "--model_plus", "W/plus", "--model_minus", "W/minus", "--transform_params", "seed=1"],
-        "give --seed",
+        "pass --seed",
     ),
     "lengths": (
         ["reverse_dpo", "--model_plus", "W/plus", "--model_minus", "W/minus", "--max_length", "9"],
@@ -80,18 +80,18 @@ def test_teacher_without_offsets_is_refused_before_a_model_is_loaded(scoring_mod
     monkeypatch.setattr(PreTrainedTokenizerFast, "is_fast", property(lambda self: False))
     monkeypatch.setattr(token_scores, "load_model", None)
     code, _, err = weigh(scoring_models, tmp_path / "out", "--weighting", "teacher", *models(scoring_models, "teacher"))
-    assert code == 2 and "gives no character offsets" in err and "tokenizer.json" in err
+    assert code == 2 and "has no character offsets" in err and "tokenizer.json" in err
 
 
 def test_folders_are_checked(scoring_models, tmp_path):
     code, _, err = weigh(
         scoring_models, scoring_models / "pairs", "--weighting", "drift", "--tokenizer", scoring_models / "minus"
     )
-    assert code == 2 and "output_dir is the input_dir" in err
+    assert code == 2 and "output_dir is the same as input_dir" in err
     (tmp_path / "empty").mkdir()
     arguments = ("--weighting", "drift", "--tokenizer", scoring_models / "minus")
     code, _, err = weigh(tmp_path, tmp_path / "out", *arguments, pairs="empty")
-    assert code == 2 and "holds no files such as train_prefs" in err
+    assert code == 2 and "has no files such as train_prefs" in err
 
 
 def test_help_is_light():
@@ -124,14 +124,14 @@ def train_on(tmp_path: Path, scoring_models: Path, change) -> tuple[int, str]:
 
 def test_weights_of_the_wrong_length_are_refused(scoring_models, tmp_path):
     code, said = train_on(tmp_path, scoring_models, lambda rows: rows[3]["chosen_weights"].append(1.0))
-    assert code == 2 and "chosen_weights must hold a weight for each token" in said and "(prompt p" in said
+    assert code == 2 and "chosen_weights must have one weight per token" in said and "(prompt p" in said
 
 
 def test_weights_that_are_no_numbers_are_refused(scoring_models, tmp_path):
     code, said = train_on(tmp_path, scoring_models, lambda rows: rows[0]["rejected_weights"].__setitem__(1, math.nan))
-    assert code == 2 and "rejected_weights is nan at token 1: weigh it again" in said
+    assert code == 2 and "rejected_weights is nan at token 1: compute them again" in said
 
 
 def test_rows_without_weights_are_refused(scoring_models, tmp_path):
     code, said = train_on(tmp_path, scoring_models, lambda rows: rows[2].update(chosen_weights=None))
-    assert code == 2 and "but there are none" in said
+    assert code == 2 and "but has none" in said

@@ -62,7 +62,7 @@ def test_a_label_and_a_setting_reach_a_loss_of_the_user(rated, tmp_path, tiny_mo
     assert losses(record)[-1] < 8.0
     # the file is part of what the training was made from
     assert "loss_module_own_rated_loss" in json.loads((tmp_path / "out" / "inputs.json").read_text())
-    assert "complete already" in run_main(run_spin.main, config)[1]
+    assert "already complete" in run_main(run_spin.main, config)[1]
     (tmp_path / "own_rated_loss.py").write_text(OWN_LOSS + "# changed\n")
     code, _, error = run_main(run_spin.main, config)
     assert code == 2 and "belongs to another training (loss_module_own_rated_loss differ)" in error

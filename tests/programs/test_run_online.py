@@ -158,7 +158,7 @@ def test_killed_and_resumed_gives_the_same_numbers(tmp_path, tiny_model, prompts
     )
     done = run_command([sys.executable, "-c", script, killed], timeout=300)
     assert done.returncode == -9, done.stderr[-2000:]
-    assert "going on from" in train(killed)
+    assert "resuming from" in train(killed)
     assert difference(tmp_path / "whole" / "out", tmp_path / "killed" / "out") == 0.0
     histories = [metrics(tmp_path / name / "out")["history"] for name in ("whole", "killed")]
     same = ("loss", "score", "pairs_per_prompt", "rewards/margins", "response_length")
@@ -177,7 +177,7 @@ def test_a_lost_reference_ends_the_resume(tmp_path, tiny_model, prompts):
         (checkpoint / "reference.safetensors").unlink()
     code, _, error = run_main(run_online.main, config)
     assert code == 2
-    assert "reference.safetensors is missing, so the run cannot go on exactly" in error
+    assert "reference.safetensors is missing, so the run cannot resume exactly" in error
 
 
 def test_another_reward_is_another_training(tmp_path, tiny_model, prompts, monkeypatch):
@@ -284,42 +284,45 @@ REFUSED = [
     ({"ref_update_freq": 0}, "ref_update_freq is 0: set it to 1 or more"),
     ({"ref_update_freq": -2}, "ref_update_freq is -2: set it to 1 or more"),
     ({"updates_per_batch": 0}, "updates_per_batch is 0: set it to 1 or more"),
-    ({"num_samples": 1}, "pairing best_vs_worst needs 2 responses to a prompt or more, but there is 1"),
-    ({"pairing": "every_sample", "loss_type": "sppo_reward", "num_samples": 3}, "takes two responses a row"),
-    ({"scorer": None}, "pairing best_vs_worst compares scores, but scorer is not set"),
+    ({"num_samples": 1}, "pairing best_vs_worst needs at least 2 responses per prompt, but there is 1"),
+    ({"pairing": "every_sample", "loss_type": "sppo_reward", "num_samples": 3}, "uses two responses per row"),
+    ({"scorer": None}, "pairing best_vs_worst compares scores, but no scorer is set"),
     ({"scorer": "no_such_module:f"}, "no_such_module"),
     ({"scorer": "nonsense"}, "nonsense"),
     ({"loss_type": "sppo_reward"}, "loss_type sppo_reward reads rewards, which pairing best_vs_worst does not write"),
     ({"pairing": "every_sample"}, "prefers no response, but loss_type sigmoid compares two"),
-    ({"baseline": "batch"}, "baseline is batch, but pairing best_vs_worst uses no baseline"),
+    ({"baseline": "batch"}, "baseline is batch, but pairing best_vs_worst does not use a baseline"),
     ({"baseline": "mean"}, "is 'mean': choose one of prompt, batch"),
     ({"backend": "openai"}, "unknown online generation backend 'openai'"),
     ({"temperature": 0.0}, "temperature 0 draws the same response every time"),
-    ({"eval_strategy": "steps"}, "eval_prompts names no held-out prompts"),
-    ({"eval_temperatures": [1.0, 1.0], "eval_prompts": "some/data"}, "name one or more, each once"),
-    ({"dataset_splits": ["train", "test"]}, "name held-out prompts by eval_prompts"),
+    ({"eval_strategy": "steps"}, "there are no held-out prompts: set eval_prompts"),
+    (
+        {"eval_temperatures": [1.0, 1.0], "eval_prompts": "some/data"},
+        "list one or more temperatures, without duplicates",
+    ),
+    ({"dataset_splits": ["train", "test"]}, "set eval_prompts for held-out"),
     ({"max_new_tokens": 60}, "exceed max_length 96"),
     ({"max_prompt_length": 3}, "has 3 tokens or fewer: raise max_prompt_length"),
     ({"max_length": 1024, "max_new_tokens": 500}, "but the model takes 512"),
-    ({"reference_dir": "somewhere"}, "the reference of an online step is never stored"),
-    ({"alpha": 0.5}, "an online reference moves"),
-    ({"reverse": True}, "online pairs are made by their labels"),
-    ({"init_from_config": True}, "init_from_config has no meaning here"),
+    ({"reference_dir": "somewhere"}, "online training stores no reference log-probs"),
+    ({"alpha": 0.5}, "the online reference changes"),
+    ({"reverse": True}, "online pairs are created from their labels"),
+    ({"init_from_config": True}, "init_from_config cannot be used here"),
     ({"load_in_8bit": True, "use_peft": True}, "do not work online"),
-    ({"backend": "vllm", "use_peft": True}, "use_peft does not go with backend vllm online"),
+    ({"backend": "vllm", "use_peft": True}, "use_peft does not work online with backend vllm"),
     ({"gpu_memory_utilization": 1.5}, "set it to a number above 0 and at most 1"),
     ({"gpu_memory_utilization": 0.5}, "backend transformers does not use it"),
     ({"soft_mean_b": -1.0}, "soft_mean_b is -1.0: set it to 0 or more"),
     ({"soft_mean_b": math.nan}, "soft_mean_b is nan: set it to 0 or more"),
-    ({"eval_limit": 5}, "eval_limit is 5, but no held-out prompts are answered"),
-    ({"soft_mean_b": 2.0}, "soft_mean_b is 2.0, but pairing best_vs_worst uses no baseline"),
+    ({"eval_limit": 5}, "eval_limit is 5, but there are no held-out prompts"),
+    ({"soft_mean_b": 2.0}, "soft_mean_b is 2.0, but pairing best_vs_worst does not use a baseline"),
     (
         {"pairing": "ground_truth", "scorer": None, "num_samples": 1, "score_cache": "kept"},
         "score_cache is kept, but no scorer is set",
     ),
     (
         {"scorer": "judge", "base_url": "http://127.0.0.1:1/v1", "eval_prompts": "some/data", "eval_strategy": "steps"},
-        "the one response to a held-out prompt has nothing beside it",
+        "the one response to a held-out prompt has no other to compare with",
     ),
     ({"pairing": "ground_truth", "scorer": None, "num_samples": 1}, "has no ground truth, which pairing ground_truth"),
     ({"scorer": "math_answer"}, "scorer math_answer compares with the ground truth, but prompt p0 has none"),

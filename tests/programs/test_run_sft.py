@@ -152,7 +152,7 @@ def test_a_killed_training_goes_on_to_the_same_weights(finished, tmp_path):
     (killed / "checkpoint-6" / "trainer_state.json").unlink()  # killed while it wrote this one
     code, said, err = run_main(run_sft.main, finished, f"--output_dir={killed}")
     assert code == 0, err
-    assert "going on from" in said and "checkpoint-3" in said
+    assert "resuming from" in said and "checkpoint-3" in said
     assert same(killed, out)
 
 
@@ -160,7 +160,7 @@ def test_a_finished_training_is_not_repeated_and_a_changed_one_refused(finished)
     out = Path(yaml.safe_load(finished.read_text())["output_dir"])
     before = (out / "metrics.json").stat().st_mtime_ns
     code, said, _ = run_main(run_sft.main, finished)
-    assert code == 0 and "complete already" in said
+    assert code == 0 and "already complete" in said
     code, _, err = run_main(run_sft.main, finished, "--learning_rate=2e-3")
     assert code == 2 and "learning_rate" in err and "overwrite_output_dir" in err
     assert (out / "metrics.json").stat().st_mtime_ns == before

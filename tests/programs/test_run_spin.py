@@ -35,7 +35,7 @@ def test_training_moves_apart_what_it_should(reference_run, tiny_model):
 def test_a_finished_training_is_not_repeated_and_a_changed_one_refused(reference_run):
     config = reference_run.parent / "c.yaml"
     before = (reference_run / "model.safetensors").stat().st_mtime_ns
-    assert "complete already" in train(config)
+    assert "already complete" in train(config)
     assert (reference_run / "model.safetensors").stat().st_mtime_ns == before
     code, _, error = run_main(run_spin.main, config, "--beta=0.2")
     assert code == 2
@@ -74,7 +74,7 @@ def test_killed_and_resumed_gives_the_same_weights(reference_run, tiny_model, pa
     assert not (out / "metrics.json").exists()
     torn = out / "checkpoint-11"  # as if the kill had come while the next checkpoint was written
     torn.mkdir(exist_ok=True)
-    assert "going on from" in train(config)
+    assert "resuming from" in train(config)
     assert difference(out, reference_run) == 0.0
     assert not torn.exists() or (torn / "trainer_state.json").exists()
     assert metrics(out)["first_loss"] == metrics(reference_run)["first_loss"]
@@ -122,7 +122,7 @@ BAD = {
     "smoothing with hinge": ({"loss_type": "hinge", "label_smoothing": 0.1}, "loss_type hinge does not use it"),
     "token smoothing": ({"label_smoothing_factor": 0.1}, "use label_smoothing"),
     "lengths": ({"max_prompt_length": 128}, "max_prompt_length is 128 and max_length 128"),
-    "both precisions": ({"bf16": True, "fp16": True}, "do not fit together"),
+    "both precisions": ({"bf16": True, "fp16": True}, "are incompatible with each other"),
     "no data": ({"dataset_mixer": {}}, "lacks the key 'dataset_mixer'"),
     "missing data": ({"dataset_mixer": {"./nowhere": 1.0}}, r"\./nowhere does not exist"),
     "fraction": ({"dataset_mixer": {"PAIRS": 1.5}}, "the fraction 1.5: set it above 0 and at most 1"),
@@ -132,18 +132,18 @@ BAD = {
     "quantised without adapters": ({"load_in_4bit": True}, "set use_peft to true"),
     "both quantisations": ({"load_in_4bit": True, "load_in_8bit": True, "use_peft": True}, "choose one"),
     "unknown split": ({"dataset_splits": ["validation"]}, "validation"),
-    "no training split": ({"dataset_splits": ["test_prefs"]}, "name a training split"),
-    "removed key": ({"lora_dropout": 0.1}, "the key 'lora_dropout' .* is not known here"),
+    "no training split": ({"dataset_splits": ["test_prefs"]}, "add a training split"),
+    "removed key": ({"lora_dropout": 0.1}, "the key 'lora_dropout' .* is not supported"),
     "old and new key": ({"eval_strategy": "no", "evaluation_strategy": "no"}, "keep 'eval_strategy'"),
     "dtype": ({"dtype": "float8"}, "choose one of auto, float32, bfloat16, float16"),
-    "fp16 on a CPU": ({"fp16": True}, "fp16 is true, but there is no GPU here"),
+    "fp16 on a CPU": ({"fp16": True}, "fp16 is true, but no GPU is available"),
     "negative rate": ({"learning_rate": -1.0}, "learning_rate is -1.0"),
-    "random start": ({"init_from_config": True}, "init_from_config has no meaning here"),
+    "random start": ({"init_from_config": True}, "init_from_config cannot be used here"),
     "unused columns": ({"remove_unused_columns": True}, "remove the key"),
     "pushing offline": ({"push_to_hub": True}, "HF_HUB_OFFLINE is set"),
     "pushing each checkpoint": ({"push_to_hub": True, "hub_strategy": "every_save"}, "set it to end"),
-    "noise": ({"neftune_noise_alpha": 5.0}, "noise makes the policy differ from its opponent"),
-    "half evaluation": ({"bf16_full_eval": True}, "the precision of the stored log-probs"),
+    "noise": ({"neftune_noise_alpha": 5.0}, "noise makes the policy differ from its reference"),
+    "half evaluation": ({"bf16_full_eval": True}, "the same precision as the stored log-probs"),
     "grouped by length": ({"train_sampling_strategy": "group_by_length"}, "set it to random or sequential"),
     "evaluation without data": ({"eval_strategy": "epoch"}, "names no test split: add test_prefs"),
     "everything cut away": (

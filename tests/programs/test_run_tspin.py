@@ -54,7 +54,7 @@ def test_the_initial_model_is_a_stage_of_its_own(tmp_path):
     [
         (["--weigh.weighting=drift"], "which get no token weights: remove the section 'weigh'"),
         (["--data.prompts=[a, b]"], "generated once for all iterations: name a single data set as data.prompts"),
-        (["--train.loss_settings.historic=1"], "names 'historic', which loss_type tspin does not know"),
+        (["--train.loss_settings.historic=1"], "contains 'historic', which loss_type tspin does not take"),
     ],
 )
 def test_what_a_run_of_triplets_cannot_do_is_refused(tmp_path, changes, sentence):

@@ -90,7 +90,7 @@ def test_verdict_against_spin_without_weights():
         ({"transform": "binary"}, "the section 'weigh' lacks the key 'weighting'"),
         ({"weighting": "attention"}, "unknown weighting 'attention': choose one of drift"),
         ({**REVERSE, "transform": "exp"}, "unknown transform 'exp'"),
-        ({**REVERSE, "transform_params": {"nu": 1}}, "names 'nu', which the transform exponential does not know"),
+        ({**REVERSE, "transform_params": {"nu": 1}}, "contains 'nu', which transform exponential does not take"),
         (
             {**REVERSE, "transfrom": "binary"},
             "unknown key 'transfrom' in the section 'weigh'; did you mean 'transform'",
@@ -105,7 +105,7 @@ def test_verdict_against_spin_without_weights():
             "weigh.train is for weightings whose models the run trains .reverse_dpo.",
         ),
         ({"weighting": "drift", "transform": "binary"}, "drift does not use --transform"),
-        ({"weighting": "teacher"}, "compares two models: give --model_plus"),
+        ({"weighting": "teacher"}, "compares two models: pass --model_plus"),
         ({"weighting": "teacher", "model_plus": "./none"}, "./none does not exist"),
     ],
 )

@@ -328,8 +328,8 @@ def test_lines_for_people():
     found = MemoryEstimate("head", 2**30, 2**29, 2**29, head=2**28)
     assert found.total == 2**31 + 2**28
     assert found.lines() == [
-        "memory of a process at its peak (head): 2.25 GiB",
-        "of it weights 1.00, gradients 0.50, optimiser states 0.50, logits and head 0.25",
+        "peak memory of a process (head): 2.25 GiB",
+        "of which weights 1.00, gradients 0.50, optimiser states 0.50, logits and head 0.25",
     ]
 
 
@@ -390,7 +390,7 @@ def test_limits_of_older_control_groups(tmp_path):
 @pytest.mark.parametrize(
     ("budget", "longest", "checkpointing", "sentence"),
     [
-        (4096, 900, False, "at most 4096 tokens: run again with --max_tokens_per_batch=2048; the training goes on"),
+        (4096, 900, False, "at most 4096 tokens: run again with --max_tokens_per_batch=2048; the training resumes"),
         (4096, 3000, False, "max_tokens_per_batch=3000"),
         (900, 900, False, "gradient_checkpointing=true"),
         (0, 900, False, "at most 900 tokens: run again with --gradient_checkpointing=true"),

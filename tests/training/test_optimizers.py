@@ -153,7 +153,7 @@ def test_rmsprop_is_ours_and_other_optimisers_are_those_of_transformers(caplog):
         ("rmsprop", "alpha", "write it as key=value,key=value"),
         ("rmsprop", "alpha=1", "alpha in optim_args is '1': set it to a number from 0 up to"),
         ("rmsprop", "bias_correction=maybe", "set it to true or false"),
-        ("rmsprop", "momentum=0.9", "momentum, which the bias correction of rmsprop lacks"),
+        ("rmsprop", "momentum=0.9", "momentum, which bias-corrected rmsprop lacks"),
         ("rmsprop", "weight_decay=0.1", "weight_decay, which is a key of its own"),
         ("adamw_torch", "beta1=0.9", "unknown key 'beta1' for optim adamw_torch: remove it"),
     ],
@@ -167,7 +167,7 @@ def test_what_bitsandbytes_needs(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     check_optimizer("adamw_8bit")
-    with pytest.raises(InputError, match="paged_adamw_8bit pages states out of a GPU"):
+    with pytest.raises(InputError, match="paged_adamw_8bit pages its states out of GPU memory"):
         check_optimizer("paged_adamw_8bit")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     check_optimizer("adamw_torch")

@@ -134,7 +134,7 @@ def test_a_model_that_reads_the_row_as_one_sequence_is_refused(tmp_path):
         return original(*args, **kwargs)
 
     model.model.forward = forgetful
-    with pytest.raises(InputError, match=r"LlamaForCausalLM gives other log-probs.*set batching: padded"):
+    with pytest.raises(InputError, match=r"LlamaForCausalLM gives different log-probs.*set batching: padded"):
         run(tmp_path, model)
     assert not list(tmp_path.glob("**/*.arrow"))
 
@@ -173,7 +173,7 @@ def test_a_budget_below_the_longest_pair_is_refused_before_anything_is_written(t
     }
     config.write_text(json.dumps(values))
     code, _, error = run_main(run_spin.main, config, "--max_tokens_per_batch=30")
-    assert code == 2 and "pair 0 of train takes 46 tokens" in error and "raise it to 46" in error
+    assert code == 2 and "pair 0 of train has 46 tokens" in error and "raise it to 46" in error
     assert not (tmp_path / "out").exists()
 
 
@@ -237,7 +237,7 @@ def test_a_full_memory_ends_with_advice_and_the_run_goes_on_with_a_smaller_budge
 
     monkeypatch.setattr(trainer_module, "batch_loss", full)
     with pytest.raises(
-        InputError, match=r"memory is full .*run again with --max_tokens_per_batch=\d+; .*last checkpoint"
+        InputError, match=r"out of memory .*run again with --max_tokens_per_batch=\d+; .*last checkpoint"
     ):
         run(tmp_path / "run", **settings)
     monkeypatch.undo()
@@ -263,4 +263,4 @@ def test_the_memory_is_estimated_before_training(tmp_path, caplog):
     with caplog.at_level("INFO"):
         run(tmp_path, max_steps=1)
     said = caplog.text
-    assert "max_tokens_per_batch: " in said and "memory of a process at its peak" in said and "activations" in said
+    assert "max_tokens_per_batch: " in said and "peak memory of a process" in said and "activations" in said

@@ -76,7 +76,7 @@ def test_pairs_are_cut_and_dropped_as_the_settings_say(caplog):
 
 BAD = {
     "no rows": (Dataset.from_dict({"prompt": []}), "train_dataset has no rows"),
-    "a list": ([FORMS["TRL text"]], "train_dataset is a list: give one datasets.Dataset"),
+    "a list": ([FORMS["TRL text"]], "train_dataset is a list: pass one datasets.Dataset"),
     "all splits": (DatasetDict(train=Dataset.from_list([OWN])), "train_dataset is a DatasetDict"),
     "a stream": (Dataset.from_list([OWN]).to_iterable_dataset(), "train_dataset is a IterableDataset"),
     "no rejected": ({"prompt": "a", "chosen": "b"}, "train_dataset row 0 lacks the column 'rejected'"),
@@ -101,7 +101,7 @@ def test_bad_rows_are_named(name):
 def test_a_missing_label_and_a_small_budget_are_named():
     with pytest.raises(InputError, match="loss_type sppo reads chosen_win_prob and rejected_win_prob"):
         pairs_of(OWN, loss_type="sppo")
-    with pytest.raises(InputError, match="max_tokens_per_batch is 20, but pair 0 of train_dataset takes"):
+    with pytest.raises(InputError, match="max_tokens_per_batch is 20, but pair 0 of train_dataset has"):
         pairs_of(OWN, max_tokens_per_batch=20)
     with pytest.raises(InputError, match="the data contains token id 900, but the vocabulary of the model has"):
         pairs_of({**OWN, "rejected_token_ids": [900]})

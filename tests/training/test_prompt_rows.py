@@ -63,7 +63,7 @@ def test_bad_prompts_are_named():
 def test_held_out_prompts_need_a_scorer(tiny_model):
     rows = Dataset.from_list([{"prompt": "a", "completion": "b"}])
     args = settings(scorer=None, pairing="ground_truth", num_samples=1)
-    with pytest.raises(InputError, match="eval_dataset is given, but no scorer"):
+    with pytest.raises(InputError, match="eval_dataset is given, but there is no scorer"):
         OnlineTrainer(model=str(tiny_model), args=args, train_dataset=rows, eval_dataset=rows)
 
 

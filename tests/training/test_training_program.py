@@ -78,7 +78,7 @@ def test_a_finished_training_is_left_alone_and_its_metrics_are_those_of_the_prog
     assert json.loads((job.settings.output_dir / "inputs.json").read_text()) == {"model": "weights", "data": "data"}
     program.calls.clear()
     run.run_job(program, job)
-    assert program.calls == [] and "is complete already" in capsys.readouterr().out
+    assert program.calls == [] and "is already complete" in capsys.readouterr().out
 
 
 def test_what_a_program_acquired_is_freed_when_the_policy_cannot_be_loaded(job, monkeypatch):

@@ -1,4 +1,4 @@
-"""Dividing the pairs of an optimiser step into micro-batches, the same number in every process."""
+"""Divides the pairs of an optimiser step into micro-batches, the same number in every process."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """The input of one forward and backward pass. ``counted`` is false if it only keeps this process in step with others."""
+    """The input of one forward and backward pass; not ``counted`` if it only keeps this process in step with the others."""
 
     batch: PackedBatch | dict[str, Tensor]
     pairs: int
@@ -43,8 +43,8 @@ class MicroBatcher:
     def micro_batches(
         self, features: Sequence[Feature], accelerator: Accelerator, counted: bool = True
     ) -> list[MicroBatch]:
-        """Return the micro-batches of some pairs, on the device. Every process must call it; one without pairs of its own passes
-        a stand-in that is not ``counted``.
+        """Return the micro-batches of some pairs, on the device. Every process must call it; a process without pairs passes a
+        placeholder that is not ``counted``.
         """
         plan = self.plan(features) if counted else [[]]
         if accelerator.num_processes > 1:

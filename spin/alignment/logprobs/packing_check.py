@@ -1,4 +1,4 @@
-"""Before training: packed rows must give the log-probs of the model's own forward, whatever its architecture."""
+"""Checks before training that packed rows give the same log-probs as the model's own forward pass."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ from spin.alignment.logprobs.pair_forward import PairForward
 
 logger = logging.getLogger(__name__)
 
-# Mean difference (nats per token) that the order of operations explains. A wrong mask or position costs far more.
+# Mean difference (nats per token) that rounding can cause. A wrong mask or position causes a far larger one.
 _TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
 _PROMPT_TOKENS, _RESPONSE_TOKENS = 24, 12
 
 
 def short_pairs(dataset: PairDataset, responses: Sequence[str] = SIDES, count: int = 2) -> list[dict[str, list[int]]]:
-    """Return the first pairs of a data set, cut to a few tokens; the responses after the first are shorter ones."""
+    """Return the first pairs of a data set, truncated to a few tokens; later responses are shorter than the first."""
     found = []
     for index in range(min(count, len(dataset))):
         row = dataset.rows[index]
         pair = {"prompt_ids": list(row["prompt_ids"][-_PROMPT_TOKENS:])}
         for place, name in enumerate(responses):
+            # Unequal lengths, so that mixed-up responses show in the comparison.
             pair[f"{name}_ids"] = list(row[f"{name}_ids"][: _RESPONSE_TOKENS * 3 // (3 + place)])
         found.append(pair)
     return found
@@ -37,7 +38,7 @@ def check_packed_forward(forward: PairForward, pairs: PairDataset) -> None:
     """Compare packed and padded log-probs on two shortened ``pairs``. Every process must call it, with the model prepared.
 
     Raises:
-        InputError: they differ: something in this architecture reads the row as one sequence.
+        InputError: they differ, because some part of this architecture treats a packed row as a single sequence.
     """
     features = short_pairs(pairs, forward.batcher.collator.responses)
     with forward.evaluation():
@@ -45,11 +46,11 @@ def check_packed_forward(forward: PairForward, pairs: PairDataset) -> None:
     difference = (torch.cat(packed) - torch.cat(padded)).abs().mean().item()
     causal = causal_model(forward.model)
     tolerance = _TOLERANCE[torch.bfloat16 if getattr(causal, "is_quantized", False) else forward.dtype]
-    if torch.backends.cuda.matmul.allow_tf32:
+    if torch.backends.cuda.matmul.allow_tf32:  # float32 products then have only 10 mantissa bits, like float16
         tolerance = max(tolerance, _TOLERANCE[torch.float16])
     if not difference <= tolerance:
         raise InputError(
-            f"{type(causal).__name__} gives other log-probs for packed rows than for padded ones (by "
-            f"{difference:.2g} nats per token): {PADDED_FIX}"
+            f"{type(causal).__name__} gives different log-probs for packed and padded rows (by {difference:.2g} nats per "
+            f"token): {PADDED_FIX}"
         )
-    logger.info("packed rows give the log-probs of padded ones (mean difference %.1e nats per token)", difference)
+    logger.info("packed rows give the same log-probs as padded ones (mean difference %.1e nats per token)", difference)

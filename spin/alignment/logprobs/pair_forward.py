@@ -1,4 +1,4 @@
-"""PairForward: how preference pairs pass through a model, whoever holds the model: a trainer, or a program that only scores."""
+"""PairForward: the forward pass of preference pairs, shared by trainers and programs that only score."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ def compute_dtype(model: Any, mixed_precision: str | None = None) -> torch.dtype
 
 @dataclass(frozen=True)
 class PairForward:
-    """A model, and all that is needed to pass pairs through it.
+    """A model with everything needed to run pairs through it.
 
     Attributes:
-        model: the model, wrapped (DDP, DeepSpeed, FSDP) where it is.
-        batcher: cuts pairs into micro-batches and makes tensors of them, packed or padded.
-        padded: makes padded rows of pairs, which any model takes; the collator of ``batcher`` unless that packs.
-        device: where the tensors go.
+        model: the model, possibly wrapped (DDP, DeepSpeed, FSDP).
+        batcher: divides pairs into micro-batches and collates them, packed or padded.
+        padded: collates padded rows, which any model accepts; the collator of ``batcher`` unless that packs.
+        device: device of the tensors.
         dtype: precision of the matrix products.
-        own_attention: the attention that the model has for rows that are not packed.
-        autocast: context in which log-probs are computed; a training step has the Trainer's.
-        fused_head: the head's gradient is taken while the logits of a group of pairs exist (packed rows only).
+        own_attention: the model's attention implementation for padded rows.
+        autocast: context for computing log-probs; a training step uses the Trainer's.
+        fused_head: whether the head's gradient is computed while a group's logits exist (packed rows only).
     """
 
     model: Any
@@ -65,9 +65,9 @@ class PairForward:
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         responses: tuple[str, ...] = SIDES,
     ) -> PairForward:
-        """Return how a model passes padded rows, ``pairs_per_batch`` pairs at a time. The model is left as it is.
+        """Return the forward pass with padded rows, ``pairs_per_batch`` pairs at a time. The model is not changed.
 
-        ``responses`` are those of a row, in the order of the loss's streams.
+        ``responses`` are the responses of a row, in the order of the loss's streams.
         """
         padded = PairCollator(pad_id, responses)
         own_attention = str(causal_model(model).config._attn_implementation)
@@ -76,12 +76,12 @@ class PairForward:
     def packed(
         self, token_budget: int, attention: str = "auto", share_prompts: bool = True, fused_head: bool = False
     ) -> PairForward:
-        """Return how the model passes packed rows of up to ``token_budget`` tokens; the model learns to take them.
+        """Return the forward pass with packed rows of up to ``token_budget`` tokens, and patch the model to accept them.
 
-        ``attention`` is the kernel asked for; ``fused_head`` asks for a head that is fused with the loss.
+        ``attention`` is the requested kernel; ``fused_head`` requests a head that is fused with the loss.
 
         Raises:
-            InputError: rows cannot be packed for this architecture, or the kernel asked for does not work here.
+            InputError: this architecture does not support packed rows, or the requested kernel does not work here.
         """
         causal = causal_model(self.model)
         check_architecture(causal)
@@ -93,26 +93,26 @@ class PairForward:
         return replace(self, batcher=batcher, fused_head=fused_head)
 
     def with_budget(self, token_budget: int) -> PairForward:
-        """Return the same with another number of tokens in a packed row."""
+        """Return a copy with another maximum number of tokens per packed row."""
         return replace(self, batcher=replace(self.batcher, token_budget=token_budget))
 
     @property
     def kernel(self) -> str | None:
-        """The attention kernel of packed rows; None where rows are padded."""
+        """The attention kernel of packed rows; None if rows are padded."""
         collator = self.batcher.collator
         return collator.kernel if isinstance(collator, PackedCollator) else None
 
     def tokens(self, feature: Feature) -> int:
-        """Return how many tokens of a row a pair takes."""
+        """Return the number of tokens that a pair takes up in a row."""
         return self.batcher.collator.tokens(feature)
 
     def collate(self, features: Sequence[Feature]) -> MicroBatch:
-        """Return pairs as one micro-batch on the device."""
+        """Collate pairs into one micro-batch on the device."""
         return self.batcher.collate(features, range(len(features)), self.device)
 
     @contextlib.contextmanager
     def evaluation(self) -> Iterator[None]:
-        """Put the model into evaluation mode, without gradients, and back into the mode it had."""
+        """Switch the model to evaluation mode without gradients, and restore its mode on exit."""
         was_training = self.model.training
         self.model.eval()
         try:
@@ -122,19 +122,19 @@ class PairForward:
             self.model.train(was_training)
 
     def logps(self, features: Sequence[Feature]) -> list[torch.Tensor]:
-        """Return the token log-probs (nats, float32, on the CPU) of pairs, passed as one micro-batch.
+        """Return the token log-probs (nats, float32, on the CPU) of pairs, computed as one micro-batch.
 
-        One tensor ``(R,)`` for each response of R tokens: those of the chosen responses, then those of the rejected ones.
+        One tensor ``(R,)`` per response of R tokens: the chosen responses first, then the rejected ones.
         """
         return self._logps(self.collate(features).batch)
 
     def _logps(self, batch: Any) -> list[torch.Tensor]:
-        # One context for each batch: a longer one would keep 16-bit copies of all weights.
+        # One autocast context per batch: a longer one would keep 16-bit copies of all weights in its cache.
         with torch.no_grad(), self.autocast():
             return batch_logps(self.model, batch)
 
     def padded_logps(self, features: Sequence[Feature]) -> list[torch.Tensor]:
-        """Return the same from padded rows and the model's own attention, for a model that takes packed rows."""
+        """Return the same log-probs from padded rows and the model's own attention, for a model patched for packed rows."""
         batch = {name: value.to(self.device) for name, value in self.padded(features).items()}
         use_attention(self.model, self.own_attention)
         try:

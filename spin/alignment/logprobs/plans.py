@@ -1,4 +1,4 @@
-"""Assigning the pairs of an optimiser batch to micro-batches."""
+"""Assigns the pairs of an optimiser step to micro-batches."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def consecutive(sizes: Sequence[int], limit: int) -> list[list[int]]:
-    """Divide indices into runs whose sizes sum to at most ``limit``; an index that exceeds it is a run of its own."""
+    """Divide indices into runs whose sizes sum to at most ``limit``; an index larger than that gets a run of its own."""
     runs: list[list[int]] = []
     total = 0
     for index, size in enumerate(sizes):
@@ -19,8 +19,8 @@ def consecutive(sizes: Sequence[int], limit: int) -> list[list[int]]:
 
 
 def plan_by_tokens(sizes: Sequence[int], budget: int) -> list[list[int]]:
-    """Distribute pairs over few micro-batches (first fit, longest first); none exceeds the budget of tokens, unless it is a
-    single pair that does.
+    """Distribute pairs over few micro-batches (first fit, longest first); none exceeds the budget of tokens, except for a
+    single pair that is itself larger.
     """
     plan: list[list[int]] = []
     room: list[int] = []
@@ -42,7 +42,7 @@ def plan_by_pairs(number: int, pairs: int) -> list[list[int]]:
 
 
 def stretch_plan(plan: Sequence[Sequence[int]], count: int) -> list[list[int]]:
-    """Return a plan of exactly ``count`` micro-batches: the fullest are halved, and once only single pairs are left, empty
+    """Return a plan of exactly ``count`` micro-batches: the fullest are halved, and once only single pairs remain, empty
     micro-batches are added. Processes that take part in collectives must run the same number of forward passes.
     """
     stretched = [list(indices) for indices in plan]

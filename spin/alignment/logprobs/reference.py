@@ -1,4 +1,4 @@
-"""Computing the reference log-probs of a split once, before training."""
+"""Computes the reference log-probs of a split once, before training."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_PART_PAIRS = 512  # pairs per part, the most that a killed process has to recompute
+_PART_PAIRS = 512  # pairs per part: at most this many are recomputed after a kill
 
 
 def _schema(responses: Sequence[str]) -> pa.Schema:
@@ -36,7 +36,7 @@ def _schema(responses: Sequence[str]) -> pa.Schema:
 
 
 def log_progress(what: str) -> Callable[[int, int], None]:
-    """Return what :func:`compute_reference` tells its progress: about ten lines in the log."""
+    """Return a progress callback for :func:`compute_reference` that logs about ten lines."""
 
     def progress(done: int, total: int) -> None:
         if done == total or done % max(1, total // 10) == 0:
@@ -55,7 +55,7 @@ def compute_reference(
 ) -> None:
     """Compute and store the log-probs of all pairs, dividing the micro-batches among processes.
 
-    Finished pairs are written in parts along the way; after a kill, only the missing ones are computed. Every process runs
+    Finished pairs are written in parts as they are computed; after a kill, only the missing ones are computed. Every process runs
     the same number of forward passes, as ZeRO-3 and FSDP require; surplus ones repeat the last micro-batch.
     """
     missing = _missing(path, key, len(dataset), accelerator)
@@ -64,11 +64,12 @@ def compute_reference(
     rounds = -(-len(batches) // count)
     schema = _schema(forward.batcher.collator.responses)
     results: dict[int, list[np.ndarray]] = {}
-    # Through the prepared model, so that rounding is the same as in training and the first loss is ln 2.
+    # Use the prepared model, so that rounding is the same as in training and the first loss is ln 2.
     with forward.evaluation():
         for turn in range(rounds):
             indices = batches[min(turn * count + rank, len(batches) - 1)]
             logps = [response.numpy() for response in forward.logps([dataset.rows[index] for index in indices])]
+            # logps lists all chosen responses, then all rejected ones: a stride picks those of one pair.
             results |= {index: logps[place :: len(indices)] for place, index in enumerate(indices)}
             if len(results) >= _PART_PAIRS or turn + 1 == rounds:
                 _write(path.with_name(f".{path.name}.part-{uuid.uuid4().hex[:12]}"), results, key, schema)
@@ -82,7 +83,7 @@ def compute_reference(
 
 def _missing(path: Path, key: ReferenceKey, num_rows: int, accelerator: Accelerator) -> list[int]:
     """Return the indices of the pairs that are in no part, as seen by the main process."""
-    # One process decides: others may see the folder of a network file system differently, and would then hang.
+    # One process decides: on a network file system others may see a different listing, and the run would then hang.
     found: list[Any] = [None]
     if accelerator.is_main_process:
         parts = _parts(path, key)

@@ -23,7 +23,7 @@ _KEY = b"spin.reference"
 
 @dataclass(frozen=True)
 class ReferenceKey:
-    """Everything that the reference log-probs depend on; a store with another key is refused."""
+    """Everything that the reference log-probs depend on; a store with a different key is rejected."""
 
     weights: str
     tokens: str
@@ -40,7 +40,7 @@ def hash_tokens(rows: Dataset) -> str:
 
 
 def responses_of(columns: Sequence[str]) -> tuple[str, ...]:
-    """Return the responses whose ids are among the columns of encoded pairs: chosen, rejected, then any further ones."""
+    """Return the responses that have ids among the columns of encoded pairs: chosen, rejected, then any further ones."""
     found = [name.removesuffix("_ids") for name in columns if name.endswith("_ids") and name != "prompt_ids"]
     return (*SIDES, *sorted(set(found) - set(SIDES)))
 
@@ -52,13 +52,13 @@ class ReferenceLogps:
         """Open a store and check that it was computed for these weights, tokens and precision.
 
         Raises:
-            InputError: the store is damaged, was computed for something else, or rows are missing.
+            InputError: the store is damaged, was computed for other inputs, or has the wrong number of rows.
         """
         try:
             table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
         except (pa.ArrowException, OSError) as error:
             raise InputError(f"{path} is damaged ({error}): remove it to compute it again") from error
-        # The name contains a hash of the key, but files can be renamed or copied.
+        # The file name contains a hash of the key, but files can be renamed or copied.
         found = json.loads((table.schema.metadata or {}).get(_KEY, b"{}"))
         differing = [name for name, value in asdict(key).items() if found.get(name) != value]
         if differing or table.num_rows != len(rows):

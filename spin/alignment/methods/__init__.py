@@ -1,1 +1,1 @@
-"""A method is a triple of pairing, token weighting and loss: one registry each, pure functions."""
+"""A method is a combination of pairing, token weighting and loss: pure functions with one registry each."""

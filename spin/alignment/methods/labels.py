@@ -1,7 +1,7 @@
-"""Labels of single responses: one number for the chosen and one for the rejected response of a pair.
+"""Labels of individual responses: one number for the chosen and one for the rejected response of a pair.
 
-Label ``x`` is the columns ``chosen_x`` and ``rejected_x`` of the pairs. A pairing that writes them names it, a loss that names it
-gets it as ``LossInputs.labels["x"]``; nothing between them has to know it.
+Label ``x`` is stored in the columns ``chosen_x`` and ``rejected_x`` of the pairs. A pairing that writes it and a loss that reads
+it both declare it; the loss receives it as ``LossInputs.labels["x"]``. No code in between needs to know the label.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from spin.alignment.core.sides import SIDES
 
 @dataclass(frozen=True)
 class Label:
-    """A label and what its values must be: finite, and a probability (0 to 1) where it is one."""
+    """A label and the constraint on its values: finite, and from 0 to 1 if it is a probability."""
 
     name: str
     is_probability: bool = False
@@ -25,7 +25,7 @@ class Label:
         return "a probability" if self.is_probability else "a finite number"
 
     def allows(self, value: float | None) -> bool:
-        """Return whether a value may be trained on."""
+        """Return whether a value is valid for training."""
         return value is not None and math.isfinite(value) and (not self.is_probability or 0 <= value <= 1)
 
     @property
@@ -40,5 +40,5 @@ PAIR_WIN_PROB = Label("pair_win_prob", is_probability=True)
 
 
 def as_labels(names: Iterable[Label | str]) -> tuple[Label, ...]:
-    """Return labels; a plain name stands for any finite number."""
+    """Return labels; a plain name becomes a label that allows any finite number."""
     return tuple(Label(item) if isinstance(item, str) else item for item in names)

@@ -1,1 +1,1 @@
-"""Token weights: scored under frozen models, aligned, weighted, written."""
+"""Token weights: scoring tokens under frozen models, aligning tokenizers, computing weights and writing them."""

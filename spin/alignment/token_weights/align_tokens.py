@@ -1,8 +1,8 @@
-"""Log-probs of one tokenizer's tokens given to another's, by the characters both stand for. Pure functions on spans.
+"""Transfers log-probs from one tokenizer's tokens to another's through the characters they cover. Pure functions on spans.
 
-A *span* is ``(start, end)`` in characters of the response text. A teacher's token gives each of its characters an equal share of
-its log-prob, and a student's token takes the shares of its own characters: where both tokenizers cut at the same places the
-whole log-prob moves over, and always the sum over the response stays what it was.
+A *span* is ``(start, end)`` in characters of the response text. A teacher's token divides its log-prob equally among its
+characters, and a student's token gets the sum over its own characters: where both tokenizers split the text at the same places
+the full log-prob is transferred, and the sum over the response is always preserved.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ Span = tuple[int, int]
 
 
 def character_logps(logps: Sequence[float], spans: Sequence[Span], length: int) -> list[float | None]:
-    """Return the log-prob (nats) of each of ``length`` characters: NaN from the first token on that has no log-prob, ``None``
-    where no token stands for a character (white space that a chat template strips).
+    """Return the log-prob (nats) of each of ``length`` characters: NaN from the first token without a log-prob onwards, ``None``
+    for a character that no token covers (white space that a chat template strips).
 
-    A token without characters of its own (the space that some tokenizers put in front) joins the character it stands at.
+    A token that covers no character (the space that some tokenizers prepend) is added to the character at its position.
     """
     shares: list[float | None] = [None] * length
     for logp, (start, end) in zip(logps, spans, strict=False):
@@ -31,10 +31,10 @@ def character_logps(logps: Sequence[float], spans: Sequence[Span], length: int) 
 
 
 def aligned_gains(shares: Sequence[float | None], logps: Sequence[float], spans: Sequence[Span]) -> list[float]:
-    """Return the gain ``log pi_teacher - log pi_student`` (nats) of the first student tokens: those that both models scored.
+    """Return the gains ``log pi_teacher - log pi_student`` (nats) of the leading student tokens, which both models scored.
 
-    ``shares`` are the teacher's by character, ``logps`` and ``spans`` the student's by token. Tokens that only together make a
-    character (the bytes of an emoji) share their gain evenly; where the teacher saw no character there is nothing to gain, 0.
+    ``shares`` are the teacher's per character, ``logps`` and ``spans`` the student's per token. Tokens that form a character only
+    together (the bytes of an emoji) share their gain equally; characters that the teacher did not see give a gain of 0.
     """
     gains: list[float] = []
     for first, last in _groups(spans):
@@ -47,7 +47,7 @@ def aligned_gains(shares: Sequence[float | None], logps: Sequence[float], spans:
 
 
 def _groups(spans: Sequence[Span]) -> list[tuple[int, int]]:
-    """Return runs of tokens: those without characters of their own go with the next that has some, or with the one before."""
+    """Return runs of tokens: those that cover no character are grouped with the next token that does, or the previous one."""
     groups: list[tuple[int, int]] = []
     first = 0
     for index, (start, end) in enumerate(spans):
@@ -61,16 +61,17 @@ def _groups(spans: Sequence[Span]) -> list[tuple[int, int]]:
 
 
 def token_spans(decode: Callable[[list[int]], str], ids: Sequence[int]) -> tuple[str, list[Span]]:
-    """Return the text of some ids and the span of each, found by decoding a few ids at a time.
+    """Return the text of some ids and the span of each id, determined by decoding a few ids at a time.
 
-    An id that completes no character has an empty span (special tokens that ``decode`` leaves out, the first bytes of an emoji).
+    An id that completes no character has an empty span (special tokens that ``decode`` skips, the first bytes of an emoji).
     """
     ids = list(ids)
     text, spans = "", []
-    start = read = 0  # the text of ids[:read] is known; ids[start:read] is what the next ids are decoded behind
+    start = read = 0  # ids[:read] are decoded already; ids[start:read] are the context for decoding the next ids
     known = ""
     for index in range(len(ids)):
         found = decode(ids[start : index + 1])
+        # A text that ends with the replacement character is an incomplete one: wait for its remaining bytes.
         grown = len(found) > len(known) and (not found.endswith("\ufffd") or index + 1 == len(ids))
         piece = found[len(known) :] if grown else ""
         spans.append((len(text), len(text) + len(piece)))
@@ -83,7 +84,7 @@ def token_spans(decode: Callable[[list[int]], str], ids: Sequence[int]) -> tuple
 
 
 def _spans_by_prefix(decode: Callable[[list[int]], str], ids: list[int], text: str) -> list[Span]:
-    """The slow way, for decoders that look further back than one token."""
+    """Decode every prefix: slow, but correct for decoders that depend on more than one previous token."""
     spans, end = [], 0
     for index in range(len(ids)):
         before, found = end, decode(ids[: index + 1])

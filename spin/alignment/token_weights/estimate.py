@@ -1,4 +1,4 @@
-"""The course of weighing a folder of preference files: read, score with one model after the other, weigh, write."""
+"""Computes token weights for a folder of preference files: read, score with one model at a time, compute weights, write."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ WritePage = Callable[[Path, Path, ChatEncoder, list[str], int], object]
 
 @dataclass(frozen=True)
 class Method:
-    """How weights are made."""
+    """How token weights are computed."""
 
     weighting: str
     transform: str
@@ -53,7 +53,7 @@ class Method:
 
     @classmethod
     def of(cls, config: WeightsConfig) -> Method:
-        """Return how a configuration makes weights."""
+        """Return the method given by a configuration."""
         settings = config.transform_settings
         return cls(config.weighting, config.transform_name, settings, config.seed, config.limits, config.batching)
 
@@ -62,7 +62,7 @@ class Method:
         return find_weighting(self.weighting).needs_models
 
     def record(self) -> dict[str, Any]:
-        """What decides the weights, beside models and rows."""
+        """Return everything that determines the weights, besides models and rows."""
         own = {"weighting": self.weighting, **module_record("weighting", self.weighting)}
         if not self.needs_models:
             return own
@@ -79,7 +79,7 @@ class Method:
 
 @dataclass
 class Split:
-    """The rows of a split, their uncut ids, and why a row has none ("" where it has)."""
+    """The rows of a split, their untruncated ids, and the reason why a row has none ("" if it has)."""
 
     name: str
     files: list[Path]
@@ -96,11 +96,11 @@ class Split:
         self.facts_of_rows = self.rows.select_columns(kept)
 
     def weighted(self, method: Method, gains: Callable[[int], Gains] | None) -> Iterator[WeightedRow]:
-        """Yield the weights of every row; ``gains`` is called with the position among the usable rows."""
+        """Yield the weights of every row; ``gains`` is called with a row's position among the usable rows."""
         position = 0
         for index, reason in enumerate(self.reasons):
             stored, row = self.facts_of_rows[index], self.encoded[index]
-            if reason:  # what the row has stays as it is
+            if reason:  # stored ids and finish reasons are kept unchanged
                 ids, ends = (
                     [stored.get(f"{side}_{name}") for side in SIDES] for name in ("token_ids", "finish_reason")
                 )
@@ -109,6 +109,7 @@ class Split:
             ids = [row[f"{side}_ids"] for side in SIDES]
             pair = PairTokens(ids[0], ids[1], *(gains(position) if gains else ([], [])))
             position += 1
+            # Seeds depend on the row's identity, not its position, so that weights do not change with the order of rows.
             name = (str(method.seed), stored["prompt_id"], str(stored["sample_index"]))
             seeds = (int(hash_text(*name, SIDES[0]), 16), int(hash_text(*name, SIDES[1]), 16))
             weights = weights_of_pair(method.weighting, pair, method.transform, method.settings, seeds)
@@ -120,16 +121,16 @@ class Split:
 
 
 def estimate_weights(config: WeightsConfig, write_page: WritePage | None = None) -> list[str]:
-    """Weigh every split of a folder of pairs; every process of a launch must call it.
+    """Compute token weights for every split of a folder of pairs; every process of a launch must call it.
 
     Args:
-        write_page: writes the page that ``config.page`` asks for: file, folder of the weights, encoder, lines, rows.
+        write_page: writes the page requested by ``config.page``; called with file, weights folder, encoder, lines, rows.
 
     Returns:
-        What is said of the weights at the end: a line for each split, and warnings.
+        A summary of the weights: one line per split, and warnings.
 
     Raises:
-        InputError: a model or the rows cannot be used, before a model is loaded.
+        InputError: a model or a row cannot be used; raised before a model is loaded.
     """
     from spin.alignment.token_weights.judges import open_judges
 
@@ -139,13 +140,13 @@ def estimate_weights(config: WeightsConfig, write_page: WritePage | None = None)
     accelerator = make_accelerator()
     input_dir, output_dir = Path(config.input_dir), Path(config.output_dir)
     splits = open_splits(input_dir, output_dir, method, judges, encoder, config.overwrite)
-    accelerator.wait_for_everyone()  # all have looked at the output before the main process replaces it
+    accelerator.wait_for_everyone()  # until all processes have checked the output, before the main process replaces it
     weight_splits(splits, output_dir, method, judges, accelerator)
     lines = describe(output_dir, method)
     if accelerator.is_main_process:
         if config.page and write_page is not None:
             write_page(Path(config.page), output_dir, encoder, lines, config.page_rows)
-        for line in lines if splits else [f"{output_dir} is complete already", *lines]:
+        for line in lines if splits else [f"{output_dir} is already complete", *lines]:
             say(line)
     accelerator.wait_for_everyone()
     accelerator.end_training()
@@ -153,8 +154,8 @@ def estimate_weights(config: WeightsConfig, write_page: WritePage | None = None)
 
 
 def make_accelerator() -> Accelerator:
-    """Return how the processes of a launch find each other. Each holds a model whole, in the precision of its weights: what a
-    launch configuration says of sharding and mixed precision is for training."""
+    """Return an accelerator that connects the processes of a launch. Each process holds a full model in the precision of its
+    weights: sharding and mixed precision in a launch configuration are for training and ignored here."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"):
         os.environ[name] = "false"
@@ -172,10 +173,10 @@ def open_splits(
     encoder: ChatEncoder,
     overwrite: bool,
 ) -> list[Split]:
-    """Read and encode every split of the input folder that is not weighted already.
+    """Read and encode every split of the input folder that does not have complete weights yet.
 
     Raises:
-        InputError: no preference files, a row breaks the contract, or the output was made from something else.
+        InputError: no preference files, an invalid row, or existing output from other inputs or settings.
     """
     models = {name: judge.record() for name, judge in zip(("model_plus", "model_minus"), judges, strict=True) if judge}
     common = {**method.record(), **models, "tokenizer": encoder.fingerprint}
@@ -188,7 +189,7 @@ def open_splits(
         encoded, reasons = encode_rows(rows, encoder, f"{input_dir} [{name}]")
         split = Split(name, files, rows, encoded, reasons, facts, encoder)
         if not split.usable:
-            raise InputError(f"{input_dir} [{name}] holds no pair that can be weighted ({reasons[0]}): check the data")
+            raise InputError(f"{input_dir} [{name}] has no pair that can be weighted ({reasons[0]}): check the data")
         splits.append(split)
     return splits
 
@@ -196,14 +197,16 @@ def open_splits(
 def gains_of_splits(
     splits: Sequence[Split], folder: Path, method: Method, plus: Judge, minus: Judge, accelerator: Accelerator
 ) -> dict[str, Callable[[int], Gains]]:
-    """Score all usable rows with one model after the other; return for each split the gains by position.
+    """Score all usable rows with one model at a time; return a function per split that maps a position to its gains.
 
     Every process must call it.
 
     Raises:
-        InputError: a sequence does not fit a model.
+        InputError: a sequence does not fit into a model.
     """
+    # Three cases: different tokenizers, one tokenizer with different chat templates, or the same ids for both models.
     aligned = plus.encoder.tokenizer_hash != minus.encoder.tokenizer_hash
+    # ``ours`` are the rows in the student's ids, ``theirs`` the same responses as the other model reads them.
     theirs, ours = {}, {}
     for split in splits:
         rows, encoded = split.rows.select(split.usable), split.encoded.select(split.usable)
@@ -247,7 +250,7 @@ def weight_splits(
     judges: Sequence[Judge | None],
     accelerator: Accelerator,
 ) -> None:
-    """Weigh and write splits; the main process writes. Every process must call it."""
+    """Compute and write the weights of splits; only the main process writes. Every process must call it."""
     plus, minus = judges
     gains: dict[str, Callable[[int], Gains]] = {}
     if splits and plus is not None and minus is not None:
@@ -260,7 +263,7 @@ def weight_splits(
 
 
 def describe(output_dir: Path, method: Method) -> list[str]:
-    """Return what a person should know about the weights in a folder: a line for each split, and warnings."""
+    """Return a summary of the weights in a folder: one line per split, and warnings."""
     lines = []
     for path in sorted(output_dir.glob("*_prefs.weights.json")):
         split = path.name.partition("_prefs")[0]
@@ -269,8 +272,7 @@ def describe(output_dir: Path, method: Method) -> list[str]:
             f"{split}: {found['rows']} rows weighted by {method.weighting}{_side(found, 'chosen')}{_side(found, 'rejected')}"
         )
         lines += [
-            f"  {count} without weights (training leaves them out as well): {why}"
-            for why, count in found["left_out"].items()
+            f"  {count} without weights (also skipped in training): {why}" for why, count in found["left_out"].items()
         ]
         lines += [f"warning: {line}" for line in warnings(found, method)]
     return lines
@@ -284,7 +286,7 @@ def _side(found: dict[str, Any], side: str) -> str:
 
 
 def warnings(found: dict[str, Any], method: Method) -> list[str]:
-    """Return what is unusual about the weights of a split, given its statistics."""
+    """Return warnings about unusual weights of a split, given its statistics."""
     sides = [found[side] for side in SIDES if found[side]["tokens"]]
     tokens = sum(side["tokens"] for side in sides)
     lines = []
@@ -292,19 +294,19 @@ def warnings(found: dict[str, Any], method: Method) -> list[str]:
     how = f"transform {method.transform}" if method.needs_models else f"weighting {method.weighting}"
     if len(values) == 1 and not find_weighting(method.weighting).constant:
         lines.append(
-            f"every weight is {values.pop():g} ({how}): training on them is training without weights, up to that factor; "
+            f"every weight is {values.pop():g} ({how}): training on them is the same as without weights, up to that factor; "
             "choose another transform or other models"
         )
     negative = sum(side["negative"] for side in sides)
     if negative:
         lines.append(
-            f"{negative / tokens:.1%} of the weights are below 0 ({how}): such tokens are pushed the other way; choose "
+            f"{negative / tokens:.1%} of the weights are negative ({how}), which reverses the gradient of their tokens; choose "
             "exponential, rank_based or threshold_and_scale to avoid that"
         )
     unscored = sum(found[side]["unscored"] for side in SIDES)
     if unscored:
         lines.append(
-            f"{unscored} tokens lie beyond max_length {method.limits.max_length} and have no weight (NaN): train with at most "
-            "this max_length, or weigh again with a larger one"
+            f"{unscored} tokens are beyond max_length {method.limits.max_length} and have no weight (NaN): train with at most "
+            "this max_length, or compute the weights again with a larger one"
         )
     return lines

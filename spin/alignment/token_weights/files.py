@@ -1,4 +1,4 @@
-"""Preference files with token weights: the same rows under the same names, and what the weights look like as a whole."""
+"""Preference files with token weights: the same rows under the same file names, and statistics of the weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _COLUMNS = tuple(f"{side}_{name}" for side in SIDES for name in ("token_ids", "f
 
 @dataclass
 class SideStatistics:
-    """Count, mean, least and largest of the weights of one side, and how many are 0, below 0, or not known."""
+    """Count, mean, minimum and maximum of one side's weights, and the number that are 0, negative, or not scored."""
 
     count: int = 0
     total: float = 0.0
@@ -59,7 +59,7 @@ class SideStatistics:
 
 @dataclass
 class WeightStatistics:
-    """The weights of a split."""
+    """Statistics of a split's weights."""
 
     rows: int = 0
     left_out: dict[str, int] = field(default_factory=dict)
@@ -73,7 +73,7 @@ class WeightStatistics:
 
 @dataclass(frozen=True)
 class WeightedRow:
-    """What is written of one pair, chosen then rejected; ``reason`` says why a row has no weights."""
+    """The columns to write for one pair, chosen then rejected; ``reason`` says why a row has no weights."""
 
     ids: Sequence[Sequence[int] | None]
     finish_reasons: Sequence[str | None]
@@ -88,11 +88,12 @@ def write_weighted(
     facts: dict[str, Any],
     rows: Iterator[WeightedRow],
 ) -> WeightStatistics:
-    """Write the rows of ``files`` with their weights, file by file, then ``{split}_prefs.weights.json``, which proves the set.
+    """Write the rows of ``files`` with their weights, file by file, then ``{split}_prefs.weights.json`` to mark completion.
 
-    ``facts`` says in the provenance of every file what the weights were made with; ``rows`` gives them in the files' order.
+    ``facts``, stored in the provenance of every file, says how the weights were computed; ``rows`` are in the files' order.
     """
     statistics = WeightStatistics()
+    # Removed first: an interrupted rewrite must not leave a set that looks complete.
     proof = weights_file(output_dir, split)
     remove_files([proof, *(output_dir / file.name for file in files)])
     for file in files:
@@ -142,29 +143,29 @@ def _provenance(schema: pa.Schema, file: Path, split: str) -> Provenance:
 
 
 def weights_file(output_dir: Path, split: str) -> Path:
-    """Return the file that appears last: statistics of a split's weights, and the proof that its files are whole."""
+    """Return the file that is written last: statistics of a split's weights, and proof that its files are complete."""
     return output_dir / f"{split}_prefs.weights.json"
 
 
 def find_splits(input_dir: Path) -> dict[str, list[Path]]:
-    """Return the preference files of each split in a folder, by name.
+    """Return the preference files of each split in a folder, by split name.
 
     Raises:
-        InputError: there are none, or a numbered set has a file missing.
+        InputError: there are none, or a file of a numbered set is missing.
     """
     from spin.alignment.data.source_files import split_files
 
     names = sorted({file.name.partition("_prefs")[0] for file in input_dir.glob("*_prefs*.parquet")})
     if not names:
-        raise InputError(f"{input_dir} holds no files such as train_prefs-*.parquet: run spin/convert_data.py first")
+        raise InputError(f"{input_dir} has no files such as train_prefs-*.parquet: run spin/convert_data.py first")
     return {name: split_files(input_dir, name) for name in names}
 
 
 def is_done(output_dir: Path, split: str, files: Sequence[Path], facts: dict[str, Any], overwrite: bool) -> bool:
-    """Return whether a split is whole in the output folder, made from the same files with the same settings.
+    """Return whether a split is complete in the output folder, from the same files and with the same settings.
 
     Raises:
-        InputError: it was made otherwise, and is not to be replaced.
+        InputError: it was created from other files or settings, and ``overwrite`` is false.
     """
     made = [output_dir / file.name for file in files]
     if not weights_file(output_dir, split).exists() or not all(path.exists() for path in made):
@@ -177,10 +178,10 @@ def is_done(output_dir: Path, split: str, files: Sequence[Path], facts: dict[str
     other = next(item or {} for item in found if item != facts)
     differing = ", ".join(key for key in {**facts, **other} if facts.get(key) != other.get(key))
     raise InputError(
-        f"{made[0]} was made from something else ({differing} differ): pass --overwrite or another output_dir"
+        f"{made[0]} was created from other inputs or settings ({differing} differ): pass --overwrite or another output_dir"
     )
 
 
 def read_statistics(output_dir: Path, split: str) -> dict[str, Any]:
-    """Return what was written about a split's weights."""
+    """Return the stored statistics of a split's weights."""
     return dict(read_json(weights_file(output_dir, split)))

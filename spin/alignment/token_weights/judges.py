@@ -1,4 +1,4 @@
-"""The models that score tokens, opened without their weights, and whether they go together."""
+"""Opens the models that score tokens, without loading their weights, and checks that they are compatible."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 def open_judges(config: WeightsConfig) -> tuple[Judge | None, Judge | None, ChatEncoder]:
-    """Return both models (without their weights) and the encoder of the data's tokenizer.
+    """Return both models (weights not loaded) and the encoder of the data's tokenizer.
 
     Raises:
-        InputError: a model is not there, or the models do not go together.
+        InputError: a model does not exist, or the models are incompatible.
     """
     from spin.alignment.methods.weightings import WEIGHTINGS, Compares, find_weighting
     from spin.alignment.models.config import ModelConfig
@@ -37,8 +37,8 @@ def open_judges(config: WeightsConfig) -> tuple[Judge | None, Judge | None, Chat
     minus = Judge.open(model(config.model_minus, config.revision_minus), config.system)
     if plus.weights_hash == minus.weights_hash:
         raise InputError(
-            f"model_plus {config.model_plus} and model_minus {config.model_minus} hold the same weights, so no token gains "
-            "anything: give two models"
+            f"model_plus {config.model_plus} and model_minus {config.model_minus} have the same weights, so all gains are 0: "
+            "pass two different models"
         )
     if weighting.compares is Compares.TEACHER:
         check_offsets(plus.encoder, minus.encoder)
@@ -46,16 +46,16 @@ def open_judges(config: WeightsConfig) -> tuple[Judge | None, Judge | None, Chat
         aligning = ", ".join(name for name in WEIGHTINGS if find_weighting(name).compares is Compares.TEACHER)
         raise InputError(
             f"model_plus {config.model_plus} and model_minus {config.model_minus} have different tokenizers, which "
-            f"{config.weighting} cannot align: give two models of one tokenizer, or --weighting {aligning}"
+            f"{config.weighting} cannot align: pass two models with the same tokenizer, or --weighting {aligning}"
         )
     return plus, minus, minus.encoder
 
 
 def check_teacher(config: WeightsConfig, student: str) -> None:
-    """Check a teacher's folder and its tokenizer against that of a student, whose weights need not be there yet.
+    """Check a teacher's folder and tokenizer against those of a student, whose weights need not exist yet.
 
     Raises:
-        InputError: no such model, or a tokenizer that cannot be aligned.
+        InputError: the model does not exist, or its tokenizer cannot be aligned.
     """
     from spin.alignment.models.config import ModelConfig
     from spin.alignment.models.folder import check_model_path

@@ -1,4 +1,4 @@
-"""Log-probs of the stored response tokens under frozen models, and what a token gains from one model to the other."""
+"""Log-probs of stored response tokens under frozen models, and the gains of tokens between two models."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from spin.alignment.logprobs.reference_store import ReferenceLogps
 
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
-# Tokens of a packed row while nothing is kept for a backward pass, and pairs of a padded batch.
+# Tokens per packed row (no activations are saved for a backward pass), and pairs per padded batch.
 _ROW_TOKENS, _PADDED_PAIRS = {"cpu": 2048}, 4
 _GPU_ROW_TOKENS = 32_768
 _NOT_TRUNCATED = 2**62
@@ -39,7 +39,7 @@ _CHECKED_ROWS = 32
 
 @dataclass(frozen=True)
 class Judge:
-    """A frozen model that scores tokens, with its tokenizer, as known before its weights are loaded."""
+    """A frozen model that scores tokens, with its tokenizer; its weights are not loaded yet."""
 
     config: ModelConfig
     folder: Path
@@ -51,7 +51,7 @@ class Judge:
         """Check a model's folder and load its tokenizer.
 
         Raises:
-            InputError: no such model, no weights, or a tokenizer without a usable chat template.
+            InputError: the model does not exist, has no weights, or its tokenizer has no usable chat template.
         """
         check_model_path(config.model_name_or_path)
         encoder = open_encoder(config, system)
@@ -59,7 +59,7 @@ class Judge:
         return cls(config, folder, encoder, hash_weights(folder))
 
     def record(self) -> dict[str, str]:
-        """What a file says about a model that it was made with: all that decides its log-probs."""
+        """Return everything that determines the model's log-probs, for the provenance of files computed with it."""
         return {
             "model": self.config.model_name_or_path.rstrip("/"),
             "weights_hash": self.weights_hash,
@@ -69,7 +69,7 @@ class Judge:
 
 
 def open_encoder(config: ModelConfig, system: Any) -> ChatEncoder:
-    """Return the encoder of a model's tokenizer."""
+    """Return the chat encoder of a model's tokenizer."""
     name, revision = config.model_name_or_path, config.model_revision
     return ChatEncoder(load_tokenizer(name, revision, config.trust_remote_code), system)
 
@@ -78,25 +78,25 @@ def check_offsets(teacher: ChatEncoder, student: ChatEncoder) -> bool:
     """Return whether teacher and student share a tokenizer, so that ids need no alignment.
 
     Raises:
-        InputError: they do not, and the teacher's tokenizer does not tell which characters a token stands for.
+        InputError: they do not, and the teacher's tokenizer provides no character offsets.
     """
     if teacher.tokenizer_hash == student.tokenizer_hash:
         return True
     if not getattr(teacher.tokenizer, "is_fast", False):
         raise InputError(
-            f"the tokenizer of the teacher {teacher.name} gives no character offsets, which aligning it with {student.name} "
-            "needs: give a teacher with a fast tokenizer (tokenizer.json), or one that shares the student's tokenizer"
+            f"the tokenizer of the teacher {teacher.name} has no character offsets, which are needed to align it with "
+            f"{student.name}: use a teacher with a fast tokenizer (tokenizer.json), or one that shares the student's tokenizer"
         )
     return False
 
 
 def encode_rows(rows: Dataset, encoder: ChatEncoder, where: str) -> tuple[Dataset, list[str]]:
-    """Return the uncut ids of preference rows, row by row, and why a row has none ("" where it has).
+    """Return the untruncated ids of preference rows, and the reason why a row has none ("" if it has).
 
-    They are the ids that training uses: the stored ones where there are any, else those of the text.
+    These are the ids that training uses: the stored ones if there are any, else those of the encoded text.
 
     Raises:
-        InputError: stored ids are not this tokenizer's; the row is named.
+        InputError: stored ids are not from this tokenizer; the message names the row.
     """
 
     def encode(row: dict[str, Any], index: int) -> dict[str, Any]:
@@ -104,6 +104,7 @@ def encode_rows(rows: Dataset, encoder: ChatEncoder, where: str) -> tuple[Datase
         if isinstance(pair, str):
             return {name: [] for name in ID_COLUMNS} | {"reason": pair}
         found: dict[str, Any] = pair.columns()
+        # A wrong tokenizer shows in the first rows; decoding all of them would be slow.
         for side in SIDES if index < _CHECKED_ROWS else ():
             text = row[side][-1]["content"]
             if (
@@ -112,7 +113,7 @@ def encode_rows(rows: Dataset, encoder: ChatEncoder, where: str) -> tuple[Datase
             ):
                 raise InputError(
                     f"{where} row {index}: {side}_token_ids do not decode to the {side} text with the tokenizer of "
-                    f"{encoder.name}: give the models whose tokenizer made the data"
+                    f"{encoder.name}: pass models whose tokenizer encoded the data"
                 )
         return found | {"reason": ""}
 
@@ -123,10 +124,10 @@ def encode_rows(rows: Dataset, encoder: ChatEncoder, where: str) -> tuple[Datase
 
 
 def align_rows(rows: Dataset, encoded: Dataset, student: ChatEncoder, teacher: ChatEncoder) -> Dataset:
-    """Return the same responses in a teacher's ids, with its own chat template, and where both tokenizers' tokens stand.
+    """Return the same responses in a teacher's ids, with its own chat template, and the spans of both tokenizers' tokens.
 
-    The text is that of the student's ids; its columns ``{side}_places`` are the spans of the student's tokens, ``{side}_spans``
-    those of the teacher's. Where the student's response ends with an end-of-turn id so does the teacher's.
+    The text is decoded from the student's ids; columns ``{side}_places`` are the spans of the student's tokens, ``{side}_spans``
+    those of the teacher's. If the student's response ends with an end-of-turn id, so does the teacher's.
     """
 
     def encode(row: dict[str, Any], index: int) -> dict[str, Any]:
@@ -136,9 +137,9 @@ def align_rows(rows: Dataset, encoded: Dataset, student: ChatEncoder, teacher: C
             ended = ids[-1] in student.stop_ids
             text, places = student_text(student, ids[:-1] if ended else ids)
             conversation = [*row[side][:-1], {"role": "assistant", "content": text}]
-            prompt_ids, teacher_ids, spans = teacher.aligned_ids(conversation, ended)
+            prompt_ids, teacher_ids, spans = teacher.aligned_ids(conversation, ended)  # spans in characters of ``text``
             found["prompt_ids"] = prompt_ids
-            # A response without text or end has nothing to score; one id stands in.
+            # A response with neither text nor end-of-turn has nothing to score; one id is used as a placeholder.
             found |= {f"{side}_ids": teacher_ids or [teacher.end_id], f"{side}_spans": spans, f"{side}_places": places}
             found |= {f"{side}_length": len(text), f"{side}_ended": ended}
         return found
@@ -149,7 +150,7 @@ def align_rows(rows: Dataset, encoded: Dataset, student: ChatEncoder, teacher: C
 
 
 def with_prompts(rows: Dataset, encoded: Dataset, encoder: ChatEncoder) -> Dataset:
-    """Return the same response ids behind the prompts of another chat template of the same tokenizer."""
+    """Return the same response ids after prompts encoded with another chat template of the same tokenizer."""
 
     def prompt(row: dict[str, Any], index: int) -> dict[str, Any]:
         return {"prompt_ids": encoder.prompt_ids(rows[index]["chosen"][:-1])}
@@ -158,7 +159,7 @@ def with_prompts(rows: Dataset, encoded: Dataset, encoder: ChatEncoder) -> Datas
 
 
 def student_text(encoder: ChatEncoder, ids: Sequence[int]) -> tuple[str, list[tuple[int, int]]]:
-    """Return the text of response ids and the span of each, the template's own opening of a response left out."""
+    """Return the text of response ids and the span of each, without the prefix that the template adds to a response."""
 
     def decode(some: list[int]) -> str:
         return encoder.tokenizer.decode(some, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -169,18 +170,18 @@ def student_text(encoder: ChatEncoder, ids: Sequence[int]) -> tuple[str, list[tu
 
 
 def truncated_rows(encoded: Dataset, encoder: ChatEncoder, limits: DataConfig) -> Dataset:
-    """Return the rows as training cuts them: what is passed through a model."""
+    """Return the rows truncated as in training, which is what the models score."""
 
     def cut(row: dict[str, Any]) -> dict[str, Any]:
         pair = EncodedPair(row["prompt_ids"], {side: row[f"{side}_ids"] for side in SIDES})
         bos_id = encoder.tokenizer.bos_token_id
         return truncate_pair(pair, limits.max_length, limits.max_prompt_length, bos_id).columns()
 
-    return encoded.select_columns(list(ID_COLUMNS)).map(cut, load_from_cache_file=False, desc="cut pairs")
+    return encoded.select_columns(list(ID_COLUMNS)).map(cut, load_from_cache_file=False, desc="truncate pairs")
 
 
 def check_rows_fit(judge: Judge, splits: Mapping[str, Dataset]) -> None:
-    """Check the longest sequence and the largest id against a model's configuration."""
+    """Check the longest sequence and the largest token id against a model's configuration."""
     import pyarrow.compute as pc
 
     for rows in splits.values():
@@ -193,10 +194,10 @@ def check_rows_fit(judge: Judge, splits: Mapping[str, Dataset]) -> None:
 def score_splits(
     judge: Judge, splits: Mapping[str, Dataset], folder: Path, batching: str, accelerator: Accelerator
 ) -> dict[str, ReferenceLogps]:
-    """Return the log-probs (nats) of all rows of all splits under one model, computing and storing those not stored yet.
+    """Return the log-probs (nats) of all rows of all splits under one model, computing and storing those that are missing.
 
-    Each process passes a share of the rows; a pass that was killed goes on with the missing ones. The model is loaded only when
-    something is missing, and freed afterwards. Every process must call it.
+    The rows are divided among the processes; after an interruption only the missing ones are computed. The model is loaded only
+    if something is missing, and freed afterwards. Every process must call it.
     """
     import torch
 
@@ -217,6 +218,7 @@ def score_splits(
         for name in missing:
             progress = log_progress(f"{judge.config.model_name_or_path}, {name} split")
             compute_reference(forward, PairDataset(splits[name]), paths[name], keys[name], accelerator, progress)
+        # Free the weights before the second model is loaded: only one is in memory at a time.
         del model, forward
         gc.collect()
         if accelerator.device.type == "cuda":
@@ -225,10 +227,10 @@ def score_splits(
 
 
 def make_forward(model: Any, judge: Judge, pairs: PairDataset, batching: str, accelerator: Accelerator) -> PairForward:
-    """Return how rows pass a model; packed rows are compared with padded ones of ``pairs`` first, as before training.
+    """Return the forward pass of rows; packed rows of ``pairs`` are first compared with padded ones, as before training.
 
     Raises:
-        InputError: rows cannot be packed for this architecture.
+        InputError: this architecture does not support packed rows.
     """
     from spin.alignment.logprobs.packing_check import check_packed_forward
     from spin.alignment.logprobs.pair_forward import PairForward
@@ -242,15 +244,15 @@ def make_forward(model: Any, judge: Judge, pairs: PairDataset, batching: str, ac
 
 
 def exact_gains(plus: np.ndarray, minus: np.ndarray) -> list[float]:
-    """Return the gains of tokens that both models scored under the same ids."""
-    count = min(len(plus), len(minus))
+    """Return the gains (nats) of the tokens that both models scored, given the same ids."""
+    count = min(len(plus), len(minus))  # prompts may differ in length, so one model can be truncated earlier
     return (plus[:count].astype(np.float64) - minus[:count].astype(np.float64)).tolist()
 
 
 def teacher_gains(row: Mapping[str, Any], side: str, teacher: np.ndarray, student: np.ndarray) -> list[float]:
-    """Return the gains of a student's tokens from a row of :func:`align_rows` and both models' log-probs.
+    """Return the gains (nats) of a student's tokens from a row of :func:`align_rows` and both models' log-probs.
 
-    The end-of-turn ids are compared with each other, all other tokens by their characters.
+    The end-of-turn ids are compared directly, all other tokens through their characters.
     """
     spans, places = ([(int(a), int(b)) for a, b in row[f"{side}_{name}"]] for name in ("spans", "places"))
     ended = row[f"{side}_ended"]

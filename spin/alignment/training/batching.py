@@ -1,4 +1,4 @@
-"""How the pairs of a training are batched: set up when the trainer is made, checked and sized when the model is prepared."""
+"""Batching of preference pairs: configured when the trainer is built, checked and sized once the model is prepared."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ logger = logging.getLogger(__name__)
 def make_pair_forward(
     model: Any, opponent: Any | None, args: SPINConfig, tokenizer: Any, accelerator: Accelerator
 ) -> PairForward:
-    """Return how pairs pass the policy. Where rows are packed, it and a frozen ``opponent`` learn to take them.
+    """Return the forward pass of pairs; with packing, patch the policy and a frozen ``opponent`` to accept packed rows.
 
     Raises:
-        InputError: rows cannot be packed for this architecture, or the kernel asked for does not work here.
+        InputError: this architecture does not support packed rows, or the requested kernel does not work here.
     """
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     dtype = compute_dtype(model, accelerator.mixed_precision)
@@ -34,11 +34,12 @@ def make_pair_forward(
     forward = PairForward.of(model, pad_id, args.device, dtype, pairs, accelerator.autocast, responses)
     if args.batching == "padded":
         return forward
+    # The KL term needs the full distributions of both models, which a fused head never holds at the same time.
     fused_head = args.fused_head and opponent is None
     forward = forward.packed(args.max_tokens_per_batch or 0, args.packed_attention, args.share_prompts, fused_head)
     if opponent is not None:
         use_attention(opponent, PACKED_ATTENTION)
-        logger.info("alpha is %g: a copy of the opponent stands beside the policy, fused_head is off", args.alpha)
+        logger.info("alpha is %g: keeping a frozen copy of the reference in memory, fused_head is off", args.alpha)
     head = "fused head" if forward.fused_head else "head recomputed in the backward pass"
     logger.info("packed rows: attention kernel %s, %s", forward.kernel, head)
     return forward
@@ -53,12 +54,12 @@ def fit_to_model(
     accelerator: Accelerator,
     resumed: bool,
 ) -> PairForward:
-    """Return the same for the ``prepared`` model, with the token budget that pairs like these and the memory allow.
+    """Return ``forward`` for the ``prepared`` model, with a token budget chosen for these pairs and the free memory.
 
     ``unwrapped`` is the prepared model without DDP's wrapper. Every process must call it.
 
     Raises:
-        InputError: packed rows do not give this model's log-probs, or not even the longest pair fits.
+        InputError: packed rows change this model's log-probs, or not even the longest pair fits.
     """
     forward = replace(forward, model=prepared)
     if forward.kernel is None:

@@ -1,4 +1,4 @@
-"""The settings of preference training: every key of transformers' TrainingArguments and those of SPIN."""
+"""The settings of preference training: every key of transformers' TrainingArguments plus those of SPIN."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from spin.alignment.methods.losses.settings import loss_arguments, shared_settin
 from spin.alignment.training.keys import SPINKeys
 from spin.alignment.training.optimizers import check_optimizer
 
-# Settings of the Trainer that would break or be ignored here: why, and the mend.
+# Trainer settings that would break or be ignored here: the reason and the fix.
 _REFUSED = {
     "remove_unused_columns": "pairs are not model inputs: remove the key",
     "label_smoothing_factor": "it smooths tokens, not preferences: use label_smoothing",
-    "neftune_noise_alpha": "noise makes the policy differ from its opponent at the first step: remove the key",
-    "bf16_full_eval": "evaluation must have the precision of the stored log-probs: remove the key",
-    "fp16_full_eval": "evaluation must have the precision of the stored log-probs: remove the key",
+    "neftune_noise_alpha": "noise makes the policy differ from its reference at the first step: remove the key",
+    "bf16_full_eval": "evaluation must use the same precision as the stored log-probs: remove the key",
+    "fp16_full_eval": "evaluation must use the same precision as the stored log-probs: remove the key",
     "label_names": "pairs have no labels: remove the key",
 }
 
 
 @dataclass
 class SPINConfig(SPINKeys, TrainingArguments):
-    """Every key of transformers' TrainingArguments and those of SPIN (:class:`SPINKeys`).
+    """Every key of transformers' TrainingArguments plus those of SPIN (:class:`SPINKeys`).
 
-    An optimiser step holds ``per_device_train_batch_size * gradient_accumulation_steps`` pairs per process. The trainer gets
-    them as one batch (so the second number reads 1 afterwards) and forms the micro-batches itself: by tokens when packed, of
-    ``pairs_per_micro_batch`` pairs, the first number, when padded.
+    An optimiser step uses ``per_device_train_batch_size * gradient_accumulation_steps`` pairs per process. The trainer receives
+    them as one batch (so ``gradient_accumulation_steps`` reads 1 afterwards) and splits it into micro-batches itself: by tokens
+    when packed, into ``pairs_per_micro_batch`` pairs (the original ``per_device_train_batch_size``) when padded.
     """
 
     remove_unused_columns: bool = False
-    # Those of DataConfig that encode rows: the programs read them there, a Python user of SPINTrainer gives them here.
+    # DataConfig's encoding settings: programs read them from DataConfig itself, Python users of SPINTrainer set them here.
     max_length: int = same_as(DataConfig, "max_length")
     max_prompt_length: int = same_as(DataConfig, "max_prompt_length")
     system: System = same_as(DataConfig, "system")
@@ -49,7 +49,7 @@ class SPINConfig(SPINKeys, TrainingArguments):
         if budget is not None and self.batching == "padded":
             raise InputError(
                 f"max_tokens_per_batch is {budget}, but batching is padded: remove it (per_device_train_batch_size then "
-                "sets the micro-batch), or set batching: packed"
+                "sets the size of a micro-batch), or set batching: packed"
             )
         if self.num_train_epochs <= 0 and self.max_steps <= 0:
             raise InputError(f"num_train_epochs is {self.num_train_epochs}: set it to a number above 0")
@@ -59,12 +59,12 @@ class SPINConfig(SPINKeys, TrainingArguments):
         check_optimizer(self.optim, self.optim_args)
         if self.torch_compile and self.batching == "packed":
             raise InputError(
-                "torch_compile is true, but a compiled model cannot take packed rows (whose kernels are faster): remove it, "
+                "torch_compile is true, but a compiled model cannot process packed rows (whose kernels are faster): remove it, "
                 "or set batching: padded"
             )
         if self.optim in ("lomo", "adalomo"):
             raise InputError(
-                f"optim is {self.optim}, which updates in each backward pass: choose adamw_8bit or rmsprop"
+                f"optim is {self.optim}, which updates weights during the backward pass: choose adamw_8bit or rmsprop"
             )
         if self.train_sampling_strategy not in ("random", "sequential"):
             raise InputError(
@@ -77,6 +77,7 @@ class SPINConfig(SPINKeys, TrainingArguments):
         )
         if self.reference_dir and not self.loss.needs_reference:
             raise InputError(f"reference_dir is set, but loss_type {self.loss_type} needs no reference: remove it")
+        # The Trainer must see a whole optimiser step as one batch, so that the micro-batches can be formed by tokens.
         self.pairs_per_micro_batch = self.per_device_train_batch_size
         self.per_device_train_batch_size *= self.gradient_accumulation_steps
         self.gradient_accumulation_steps = 1
@@ -84,5 +85,5 @@ class SPINConfig(SPINKeys, TrainingArguments):
 
     @property
     def loss(self) -> Loss:
-        """The loss of ``loss_type``, with what it says of itself."""
+        """The loss named by ``loss_type``, with its declared properties."""
         return find_loss(self.loss_type)

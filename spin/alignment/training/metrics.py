@@ -1,4 +1,4 @@
-"""What is logged about pairs: sums kept on the device, averaged over all pairs of all processes when they are logged."""
+"""Metrics of preference pairs: sums kept on the device, averaged over the pairs of all processes when logged."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 
 _NAMES = ("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins")
-# How far the policy is from the reference: only where there is one.
+# How far the policy has moved from the reference; only logged for losses that use one.
 _DRIFT = ("drift/chosen", "drift/chosen_per_token")
 
 
 @dataclass(frozen=True)
 class PairAverages:
-    """Averages over pairs under their standard names, and how many pairs and completion tokens they come from."""
+    """Averages over pairs under their standard names, and the number of pairs and completion tokens averaged."""
 
     values: dict[str, float]
     pairs: int
@@ -30,18 +30,19 @@ class PairAverages:
 
 
 class PairMetrics:
-    """Collects groups of pairs until they are averaged."""
+    """Accumulates the sums of micro-batches until they are averaged."""
 
     def __init__(self, loss: Loss) -> None:
-        """``loss`` says which responses its pairs have, and whether there is a reference."""
+        """``loss`` declares which responses a pair has, and whether there is a reference."""
         logps = (f"logps/{name}" for name in loss.responses)
         self._names = (*_NAMES, *logps, *(_DRIFT if loss.needs_reference else ()), "pairs", "tokens")
         self._sums: dict[str, list[Tensor]] = defaultdict(list)
 
     @torch.no_grad()
     def add(self, inputs: LossInputs, outputs: LossOutputs, losses: Tensor) -> None:
-        """Add b pairs: their streams of shape ``(2b, R)`` and their losses of shape ``(b,)``."""
-        mask = inputs.completion_mask
+        """Add B pairs: their token streams of shape ``(2B, T)`` and their losses of shape ``(B,)``."""
+        mask = inputs.completion_mask  # (2B, T)
+        # Padding positions have log-prob 0, so the sum over T needs no mask. One tensor (B,) per response.
         logps = inputs.split(inputs.policy_logps.detach().double().sum(dim=-1))
         margins = outputs.chosen_rewards - outputs.rejected_rewards
         values = {
@@ -62,17 +63,17 @@ class PairMetrics:
     def _drift(inputs: LossInputs, chosen: Tensor) -> dict[str, Tensor]:
         if inputs.reference_logps is None:
             return {}
-        start, *_ = inputs.split(inputs.reference_logps.double().sum(dim=-1))
-        chosen_mask, *_ = inputs.split(inputs.completion_mask)
+        start, *_ = inputs.split(inputs.reference_logps.double().sum(dim=-1))  # (B,)
+        chosen_mask, *_ = inputs.split(inputs.completion_mask)  # (B, T)
         return dict(zip(_DRIFT, (chosen - start, (chosen - start) / chosen_mask.sum(dim=-1)), strict=True))
 
     def take(self, accelerator: Accelerator) -> PairAverages | None:
-        """Return the averages over all processes and start anew; None when nothing was added in any of them.
+        """Return the averages over all processes and reset the sums; None when no process added anything.
 
-        Every process must call it, one that added nothing too: the others wait for it in the reduction.
+        Every process must call it, even one that added nothing: the reduction waits for all of them.
         """
         if self._sums:
-            # float64 sums would not cross every backend (MPS); float32 is enough for a mean of pairs.
+            # Not every backend (MPS) can reduce float64; float32 is precise enough for a mean over pairs.
             local = torch.stack([torch.stack(self._sums[name]).sum() for name in self._names]).float()
         else:
             local = torch.zeros(len(self._names), device=accelerator.device)

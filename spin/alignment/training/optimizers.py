@@ -1,6 +1,6 @@
-"""Optimisers: RMSprop whose first step has the nominal size, and what is checked of the choice before a model is loaded.
+"""Optimisers: RMSprop with bias correction, and the checks of ``optim`` and ``optim_args`` before a model is loaded.
 
-Every other optimiser is transformers' own.
+Every other optimiser is the one transformers provides.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from spin.alignment.core.errors import InputError, suggestion
 
 logger = logging.getLogger(__name__)
 
-# Weights updated by one call: its temporary (the square root of their state) then takes 256 MiB, not as much as the model.
+# Weights updated per call: limits the temporary (the square root of their state) to 256 MiB instead of the size of the model.
 WEIGHTS_AT_ONCE = 2**26
 
 
 class RMSprop(torch.optim.RMSprop):
-    """RMSprop with the bias of its second moment corrected, as Adam does.
+    """RMSprop with a bias-corrected second moment, as in Adam.
 
-    ``v`` starts at 0, so after ``t`` steps of a constant gradient it is ``(1 - alpha**t) * g**2``: plain RMSprop makes its
-    first step ``1 / sqrt(1 - alpha)`` (10 by default) times as large as the learning rate says. Dividing ``v`` by
+    ``v`` starts at 0, so after ``t`` steps of a constant gradient it is ``(1 - alpha**t) * g**2``: the first step of plain
+    RMSprop is ``1 / sqrt(1 - alpha)`` (10 by default) times as large as the learning rate suggests. Dividing ``v`` by
     ``1 - alpha**t`` gives ``lr * g / (sqrt(v / (1 - alpha**t)) + eps)``.
 
-    One state per weight, in the weight's own precision. ``t`` belongs to the weight, not to the optimiser: DeepSpeed
-    ZeRO-3 calls :meth:`step` once for every group of weights that it swaps in. State dicts have the form of
+    There is one state per weight, in the weight's own precision. ``t`` is stored per weight, not per optimiser, because DeepSpeed
+    ZeRO-3 calls :meth:`step` once for every group of weights that it swaps in. State dicts have the same format as those of
     ``torch.optim.RMSprop``.
     """
 
@@ -52,7 +52,7 @@ class RMSprop(torch.optim.RMSprop):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step for every weight that has a gradient; return what ``closure`` returns."""
+        """Take one step for every weight that has a gradient; return the result of ``closure``."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -74,6 +74,7 @@ class RMSprop(torch.optim.RMSprop):
                 state["square_avg"] = torch.zeros_like(weight, memory_format=torch.preserve_format)
             by_steps[int(state["step"]) + 1].append(weight)
         for steps, alike in by_steps.items():
+            # Several weights per call for speed, but not all at once for memory.
             chunk: list[torch.Tensor] = []
             size = 0
             for weight in alike:
@@ -85,7 +86,7 @@ class RMSprop(torch.optim.RMSprop):
             yield steps, chunk
 
     def _update(self, group: dict[str, Any], steps: int, weights: list[torch.Tensor]) -> None:
-        # lr and eps both times sqrt(c), with v as it is, equals v / c.
+        # Scaling lr and eps by sqrt(c) with v unchanged is the same as dividing v by c.
         scale = (1 - group["alpha"] ** steps) ** 0.5
         rmsprop(
             weights,
@@ -104,7 +105,7 @@ class RMSprop(torch.optim.RMSprop):
         )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a saved state; ``t`` is a copy on the CPU, where reading it does not wait for a GPU."""
+        """Restore a saved state; ``t`` is copied to the CPU, where reading it does not synchronise with a GPU."""
         super().load_state_dict(state_dict)
         for state in self.state.values():
             if "step" in state:
@@ -121,15 +122,15 @@ def _true_or_false(text: str) -> bool:
     return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
 
 
-# How a value is read, and what it has to be.
+# How to parse a value, and a description of valid values.
 _Kind = tuple[Callable[[str], Any], str]
 _NUMBER: _Kind = (float, "a number")
 _COUNT: _Kind = (int, "a whole number")
-_SHARE: _Kind = (_share, "a number from 0 up to, not including, 1")
+_SHARE: _Kind = (_share, "a number from 0 up to, but not including, 1")
 _FLAG: _Kind = (_true_or_false, "true or false")
 
-# The keys of optim_args by the name of the optimiser (a pattern), as far as transformers passes them on. weight_decay is not
-# among them: the key of that name decides. Optimisers that no pattern fits read their own.
+# The keys of optim_args that transformers passes on, by optimiser name (a pattern). weight_decay is not among them: it has a
+# key of its own. Optimisers that match no pattern parse their own arguments.
 _OPTIM_ARGS: dict[str, dict[str, _Kind]] = {
     "rmsprop": {"alpha": _SHARE, "bias_correction": _FLAG, "centered": _FLAG, "eps": _NUMBER, "momentum": _SHARE},
     "rmsprop_bnb(_8bit|_32bit)?": {"alpha": _SHARE, "eps": _NUMBER},
@@ -147,16 +148,16 @@ _OPTIM_ARGS: dict[str, dict[str, _Kind]] = {
 
 
 def uses_bitsandbytes(optim: str) -> bool:
-    """Return whether an optimiser of transformers comes from bitsandbytes."""
+    """Return whether a transformers optimiser is implemented by bitsandbytes."""
     return optim.startswith(("paged_", "lion", "ademamix", "rmsprop_bnb")) or optim in ("adamw_8bit", "adamw_bnb_8bit")
 
 
 def check_optimizer(optim: str, optim_args: str | None = None) -> dict[str, Any]:
-    """Check an optimiser and its arguments before a model is loaded; return the arguments as values.
+    """Check an optimiser and its arguments before a model is loaded; return the parsed arguments.
 
     Raises:
-        InputError: an unknown optimiser or argument, a value that does not fit, bitsandbytes is not installed, or states are
-            to be paged without a GPU.
+        InputError: an unknown optimiser or argument, an invalid value, bitsandbytes is not installed, or a paged optimiser
+            was requested without a GPU.
     """
     names = [str(item.value) for item in OptimizerNames]
     optim = str(getattr(optim, "value", optim))
@@ -167,13 +168,13 @@ def check_optimizer(optim: str, optim_args: str | None = None) -> dict[str, Any]
     if uses_bitsandbytes(optim) and importlib.util.find_spec("bitsandbytes") is None:
         raise InputError(f"optim {optim} needs bitsandbytes: pip install 'selfplay-spin[qlora]'")
     if optim.startswith("paged_") and not torch.cuda.is_available():
-        raise InputError(f"optim {optim} pages states out of a GPU, and there is none here: remove 'paged_'")
+        raise InputError(f"optim {optim} pages its states out of GPU memory, but no GPU is available: remove 'paged_'")
     arguments = _read_arguments(optim, optim_args)
     if optim == "rmsprop" and arguments.get("bias_correction", True):
         for key in ("momentum", "centered"):
             if arguments.get(key):
                 raise InputError(
-                    f"optim_args has {key}, which the bias correction of rmsprop lacks: remove it, or add bias_correction=false"
+                    f"optim_args has {key}, which bias-corrected rmsprop lacks: remove it, or add bias_correction=false"
                 )
     return arguments
 
@@ -185,7 +186,7 @@ def _read_arguments(optim: str, optim_args: str | None) -> dict[str, Any]:
     arguments = {}
     for part in optim_args.replace(" ", "").split(","):
         key, equals, text = part.partition("=")
-        if not equals:
+        if not equals:  # "key" without "=value"
             raise InputError(f"optim_args is '{optim_args}': write it as key=value,key=value")
         if key == "weight_decay":
             raise InputError("optim_args has weight_decay, which is a key of its own: set weight_decay")
@@ -203,8 +204,8 @@ def _read_arguments(optim: str, optim_args: str | None) -> dict[str, Any]:
 def optimizer_class_and_kwargs(args: Any, model: Any = None) -> tuple[Any, dict[str, Any]]:
     """Return the optimiser class (or factory) and its keyword arguments, for ``Trainer.get_optimizer_cls_and_kwargs``.
 
-    ``optim: rmsprop`` is :class:`RMSprop`, with ``optim_args: bias_correction=false`` that of PyTorch; every other name is
-    what transformers makes of it.
+    ``optim: rmsprop`` is :class:`RMSprop`, or PyTorch's own with ``optim_args: bias_correction=false``; every other name is
+    resolved by transformers.
     """
     optim = str(getattr(args.optim, "value", args.optim))
     arguments = check_optimizer(optim, args.optim_args)
@@ -214,7 +215,7 @@ def optimizer_class_and_kwargs(args: Any, model: Any = None) -> tuple[Any, dict[
         arguments = {key: value for key, value in arguments.items() if value}  # momentum=0 and centered=false
         return RMSprop, {"lr": args.learning_rate, **arguments}
     if optim.startswith("rmsprop"):
-        # transformers passes the arguments of bitsandbytes' RMSprop on as text.
+        # transformers passes the arguments of bitsandbytes' RMSprop as strings: replace them with the parsed values.
         settings = {**settings, **arguments}
         times = (1 - settings.get("alpha", 0.99)) ** -0.5
         logger.info(

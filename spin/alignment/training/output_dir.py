@@ -1,4 +1,4 @@
-"""The output folder of a training: inputs first, the model and metrics.json last."""
+"""The output folder of a training run: inputs first, the model and metrics.json last."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from spin.alignment.training.settings import Settings
 
 
 class OutputFolder:
-    """The output folder of a training: ``inputs.json`` first, checkpoints on the way, the model and metrics.json last."""
+    """The output folder of a training run: ``inputs.json`` first, then checkpoints, the model, and ``metrics.json`` last."""
 
     def __init__(self, settings: Settings, inputs: dict[str, Any]) -> None:
         self.path, self.inputs, self.overwrite = settings.output_dir, inputs, settings.overwrite
@@ -22,10 +22,10 @@ class OutputFolder:
         self.weights_only = settings.arguments.save_only_model
 
     def is_complete(self) -> bool:
-        """Return whether the training is done already.
+        """Return whether the run is already complete.
 
         Raises:
-            InputError: the folder holds the model or the checkpoints of another training.
+            InputError: the folder contains the model or the checkpoints of a different run.
         """
         record = self.path / "inputs.json"
         if self.overwrite:
@@ -33,42 +33,44 @@ class OutputFolder:
         if not record.exists():
             if self.path.is_dir() and is_complete_checkpoint(self.path):
                 raise InputError(
-                    f"output_dir {self.path} holds a model of unknown origin: choose another, or set overwrite_output_dir"
+                    f"output_dir {self.path} contains a model of unknown origin: choose another, or set overwrite_output_dir"
                 )
             return False
+        # Keys of both records: one that was added or removed is a change as well.
         found = read_json(record)
         changed = [key for key in {**found, **self.inputs} if found.get(key) != self.inputs.get(key)]
         if changed:
             raise InputError(
-                f"output_dir {self.path} belongs to another training ({', '.join(sorted(changed))} differ): choose another, or "
-                "set overwrite_output_dir: true"
+                f"output_dir {self.path} belongs to another training run ({', '.join(sorted(changed))} differ): choose another, "
+                "or set overwrite_output_dir: true"
             )
         return is_complete_checkpoint(self.path) and (self.path / "metrics.json").exists()
 
     def prepare(self, is_main: bool) -> None:
-        """Record what is about to be trained; an overwritten folder loses its checkpoints."""
+        """Record the inputs of the run; with ``overwrite``, delete the old checkpoints."""
         if not is_main:
             return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(
-                f"cannot make output_dir {self.path} ({error.strerror}): choose a folder you may write to"
+                f"cannot create output_dir {self.path} ({error.strerror}): choose a folder you can write to"
             ) from error
         if self.overwrite:
             for folder in self.path.glob("checkpoint-*"):
                 shutil.rmtree(folder)
             for name in ("metrics.json", "config.json"):  # without a config the old model counts as incomplete
                 (self.path / name).unlink(missing_ok=True)
+        # The Trainer would take an incomplete checkpoint for its latest one.
         for torn in self._checkpoints(complete=False):
             shutil.rmtree(torn)
         write_json_atomic(self.path / "inputs.json", self.inputs)
 
     def resume_point(self) -> str | None:
-        """Return the checkpoint to go on from: the one asked for, else the last complete one, else none.
+        """Return the checkpoint to resume from: the requested one, else the last complete one, else None.
 
         Raises:
-            InputError: the checkpoint asked for is not there or not complete.
+            InputError: the requested checkpoint is missing or incomplete.
         """
         wanted = self.resume
         if wanted not in (None, True, "true", "True", False, "false", "False"):
@@ -82,16 +84,16 @@ class OutputFolder:
         found = self._checkpoints(complete=True)
         if found and self.weights_only:
             raise InputError(
-                f"{found[-1]} was saved with save_only_model, so the training cannot go on exactly: set "
-                "overwrite_output_dir: true to start again"
+                f"{found[-1]} was saved with save_only_model, so training cannot resume exactly: set "
+                "overwrite_output_dir: true to start over"
             )
         return str(found[-1]) if found else None
 
     def _checkpoints(self, complete: bool) -> list[Path]:
-        # The Trainer writes trainer_state.json last: it proves that a checkpoint is whole.
+        # The Trainer writes trainer_state.json last: it proves that a checkpoint is complete.
         found = [path for path in self.path.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
         chosen = [path for path in found if _is_json(path / "trainer_state.json") == complete]
-        return sorted(chosen, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+        return sorted(chosen, key=lambda path: int(path.name.removeprefix("checkpoint-")))  # 9 before 10
 
 
 def _is_json(path: Path) -> bool:

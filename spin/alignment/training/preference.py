@@ -1,4 +1,4 @@
-"""Preference training: SPIN and its relatives, from stored pairs."""
+"""Preference training on stored pairs: SPIN and related methods."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
 
 
 class PreferenceTraining(TrainingProgram):
-    """Trains a policy on pairs of responses, against the model that it starts from."""
+    """Trains a policy on preference pairs, with the initial model as the reference."""
 
     arguments_class = SPINConfig
 
     def check_settings(self, settings: Settings) -> None:
-        """Check that training starts from a trained model, and that there is data to evaluate on where that is asked for."""
+        """Check that training starts from a trained model, and that there is a test split if evaluation is requested."""
         if settings.model.init_from_config:
             raise InputError(
-                "init_from_config has no meaning here (self-play needs a trained opponent): use spin/run_sft.py"
+                "init_from_config cannot be used here (self-play needs a trained opponent): use spin/run_sft.py"
             )
         strategy, splits = settings.arguments.eval_strategy, settings.data.dataset_splits
         if strategy != "no" and not any(split.startswith("test") for split in splits):
@@ -40,11 +40,11 @@ class PreferenceTraining(TrainingProgram):
         check_can_keep_reference(settings.arguments)
 
     def load_data(self, settings: Settings, encoder: ChatEncoder) -> TrainingData:
-        """Load, mix and encode the pairs; what was dropped is counted by split and reason."""
+        """Load, mix and encode the pairs; dropped pairs are counted by split and reason."""
         return TrainingData(*load_pairs(settings, encoder))
 
     def describe_data(self, data: TrainingData) -> list[str]:
-        """Return the number of pairs of each split, and of those dropped for which reason."""
+        """Return a line per split with the number of pairs, and of dropped pairs by reason."""
         lines = []
         for split, number in data.sizes().items():
             reasons = "".join(f", {count} dropped: {reason}" for reason, count in data.dropped[split].items())
@@ -57,7 +57,7 @@ class PreferenceTraining(TrainingProgram):
         check_budget(data.splits, settings.arguments)
 
     def model_key(self, settings: Settings, model_folder: Path) -> str:
-        """Return a hash of the weights; quantised ones are another model."""
+        """Return a hash of the weights, with a suffix if they are quantised: those give other log-probs."""
         bits = "-4bit" if settings.model.load_in_4bit else "-8bit" if settings.model.load_in_8bit else ""
         return super().model_key(settings, model_folder) + bits
 
@@ -66,7 +66,7 @@ class PreferenceTraining(TrainingProgram):
         return data_key(job.data.splits)
 
     def make_trainer(self, job: TrainingJob, model: Any) -> SPINTrainer:
-        """Return the trainer of a policy that starts as its own reference."""
+        """Return the trainer; the policy's initial weights are its reference."""
         pairs = {split: PairDataset(rows) for split, rows in job.data.splits.items()}
         return SPINTrainer(
             model=model,
@@ -78,8 +78,8 @@ class PreferenceTraining(TrainingProgram):
         )
 
     def metrics(self, job: TrainingJob, trainer: SPINTrainer, result: Any) -> dict[str, Any]:
-        """Return the first loss, times and throughput, and the numbers of pairs."""
-        # The Trainer's clock starts before the reference's log-probs are computed.
+        """Return the first loss, timings and throughput, and the numbers of pairs."""
+        # The Trainer's timer includes the computation of the reference log-probs.
         runtime = result.metrics["train_runtime"] - trainer.reference_seconds
         return {
             "first_loss": read_json(job.settings.output_dir / FIRST_LOSS_FILE),

@@ -1,4 +1,4 @@
-"""Preference rows to the encoded pairs of a training: ids, token weights, labels."""
+"""Encodes preference rows for training: token ids, token weights and labels."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 def encode_split(
     rows: Dataset, encoder: ChatEncoder, config: DataConfig, loss_type: str = "sigmoid", reverse: bool = False
 ) -> tuple[Dataset, dict[str, int]]:
-    """Encode preference rows to ids, token weights and the labels that the loss reads; return the encoded rows and how
-    many were dropped for which reason. ``reverse`` lets chosen and rejected change places, with all they have.
+    """Encode preference rows to ids, token weights and the labels that the loss reads; return the encoded rows and the number
+    of dropped rows by reason. ``reverse`` swaps chosen and rejected, including their token weights and labels.
 
-    The encoded rows have ``prompt_ids`` and, for each response that the loss reads, ``{response}_ids``, ``{response}_weights``
-    where tokens are weighted and ``{response}_{label}``.
+    The encoded rows have ``prompt_ids`` and, for each response that the loss reads, ``{response}_ids``, ``{response}_{label}``
+    and, where the rows have token weights, ``{response}_weights``.
 
     Raises:
-        InputError: naming the row, the missing columns, or when no pair is left.
+        InputError: a row is invalid, columns are missing, or no pair remains.
     """
     from spin.alignment.data.encode_pairs import encode_pair
     from spin.alignment.methods.losses import find_loss
@@ -59,7 +59,7 @@ def encode_split(
             raise InputError(f"{row['source']} row {index} (prompt {row['prompt_id']}): {error}") from error
         return found
 
-    workers = config.preprocessing_num_workers if len(rows) > 1000 else 1
+    workers = config.preprocessing_num_workers if len(rows) > 1000 else 1  # starting workers costs more than few rows
     encoded = rows.map(
         encode,
         with_indices=True,
@@ -72,15 +72,15 @@ def encode_split(
     kept = [index for index, reason in enumerate(encoded["dropped"]) if not reason]
     if not kept:
         reasons = ", ".join(f"{count} x {reason}" for reason, count in dropped.items())
-        raise InputError(f"no pair is left to train on ({reasons}): check the data, or raise max_length")
+        raise InputError(f"no pair remains to train on ({reasons}): check the data, or raise max_length")
     return encoded.select(kept).remove_columns("dropped"), dict(dropped)
 
 
 def check_columns(rows: Dataset, loss_type: str, loss: Loss) -> None:
-    """Check that the pairs have the responses and labels that a loss reads, and a preferred response where it needs one.
+    """Check that the pairs have the responses and labels that a loss reads, and a preference if it needs one.
 
     Raises:
-        InputError: naming the missing columns, and what writes them.
+        InputError: columns are missing; they are named, with what writes them.
     """
     from spin.alignment.methods.losses import LOSSES, find_loss
     from spin.alignment.methods.pairings import PAIRINGS, find_pairing, writers
@@ -89,14 +89,15 @@ def check_columns(rows: Dataset, loss_type: str, loss: Loss) -> None:
     written = {
         name: {column for label in find_pairing(name).own_labels for column in label.columns} for name in PAIRINGS
     }
+    # Such pairs are recognised by their labels: a data set alone does not name its pairing.
     unpreferring = [
         name for name in PAIRINGS if not find_pairing(name).prefers and written[name] <= {*rows.column_names}
     ]
     if unpreferring and loss.compares:
         others = ", ".join(name for name in LOSSES if not find_loss(name).compares)
         raise InputError(
-            f"the pairs in {sources} hold rewards and prefer no response (pairing {unpreferring[0]}), but loss_type {loss_type} "
-            f"compares two: set loss_type: {others}, or convert the data with another pairing"
+            f"the pairs in {sources} have rewards but no preference (pairing {unpreferring[0]}), but loss_type {loss_type} "
+            f"compares two responses: set loss_type: {others}, or convert the data with another pairing"
         )
     for label in loss.labels:
         missing = [name for side in loss.responses if (name := f"{side}_{label.name}") not in rows.column_names]
@@ -110,7 +111,7 @@ def check_columns(rows: Dataset, loss_type: str, loss: Loss) -> None:
     absent = [name for name in loss.responses if name not in rows.column_names]
     if absent:
         raise InputError(
-            f"loss_type {loss_type} reads a response '{absent[0]}' beside chosen and rejected, which the pairs in {sources} do "
+            f"loss_type {loss_type} reads a response '{absent[0]}' besides chosen and rejected, which the pairs in {sources} do "
             f"not have: convert the data with --{absent[0]}, or choose another loss_type"
         )
 
@@ -119,39 +120,49 @@ def weighted_responses(rows: Dataset, loss: Loss) -> list[str]:
     """Return the responses that have token weights: all that the loss reads, or none.
 
     Raises:
-        InputError: only some of them have.
+        InputError: only some of them have token weights.
     """
     weighted = [name for name in loss.responses if f"{name}_weights" in rows.column_names]
     if weighted and len(weighted) < len(loss.responses):
         missing = next(name for name in loss.responses if name not in weighted)
         raise InputError(
-            f"the pairs have {' and '.join(f'{name}_weights' for name in weighted)} but no {missing}_weights: weigh them again, "
-            "or remove the column"
+            f"the pairs have {' and '.join(f'{name}_weights' for name in weighted)} but no {missing}_weights: compute them "
+            "again, or remove the column"
         )
     return weighted
 
 
 def weights_of(row: dict[str, Any], side: str, count: int, is_truncated: bool = True) -> list[float]:
-    """Return the weights of the ``count`` tokens of a response that are left after truncation (unless it was not cut)."""
+    """Return the token weights of a response, truncated like its ``count`` ids.
+
+    Without stored ids, the full length is known only if the response is not truncated (``is_truncated`` is false).
+
+    Raises:
+        InputError: the number of weights differs from that of the tokens, or a weight is not finite.
+    """
     weights, ids = row[f"{side}_weights"], row.get(f"{side}_token_ids")
     whole = len(ids) if ids is not None else None if is_truncated else count
     if weights is None or len(weights) < count or (whole is not None and len(weights) != whole):
         found = "none" if weights is None else len(weights)
         raise InputError(
-            f"{side}_weights must hold a weight for each token ({max(count, len(ids or ()))}), but there are {found}: weigh it "
-            "again with spin/estimate_weights.py"
+            f"{side}_weights must have one weight per token ({max(count, len(ids or ()))}), but has {found}: compute them again "
+            "with spin/estimate_weights.py"
         )
     if not all(map(math.isfinite, weights[:count])):
         place = next(place for place, weight in enumerate(weights[:count]) if not math.isfinite(weight))
         raise InputError(
-            f"{side}_weights is {weights[place]} at token {place}: weigh it again with a max_length as large as that of the "
-            "training"
+            f"{side}_weights is {weights[place]} at token {place}: compute them again with a max_length at least as large as "
+            "that of the training"
         )
     return list(weights[:count])
 
 
 def label_of(row: dict[str, Any], side: str, label: Label) -> float:
-    """Return a label of a response, as the label says it must be."""
+    """Return the value of a response's label.
+
+    Raises:
+        InputError: the label does not allow the value.
+    """
     value = row[f"{side}_{label.name}"]
     if not label.allows(value):
         raise InputError(f"{side}_{label.name} is {value}, not {label.wanted}: convert the data again")
@@ -159,7 +170,7 @@ def label_of(row: dict[str, Any], side: str, label: Label) -> float:
 
 
 def load_pairs(settings: Settings, encoder: ChatEncoder) -> tuple[dict[str, Dataset], dict[str, dict[str, int]]]:
-    """Load, mix and encode the data; return the encoded splits and what was dropped from each."""
+    """Load, mix and encode the data; return the encoded splits and the dropped rows of each by reason."""
     from spin.alignment.data.preferences import mix_preferences
 
     check_preference(settings)
@@ -174,10 +185,10 @@ def load_pairs(settings: Settings, encoder: ChatEncoder) -> tuple[dict[str, Data
 
 
 def check_preference(settings: Settings) -> None:
-    """Check that the pairing of every data set prefers a response, where the loss compares two.
+    """Check that the pairing of every data set states a preference if the loss compares two responses.
 
     Raises:
-        InputError: naming the data set and its pairing.
+        InputError: a pairing states none; it is named with its data set.
     """
     from spin.alignment.data.preferences import conversion_record
 
@@ -187,13 +198,13 @@ def check_preference(settings: Settings) -> None:
             record = conversion_record(path, split)
             if record.get("prefers") is False:
                 raise InputError(
-                    f"the pairs in {path} prefer no response (pairing {record['pairing']}), but loss_type {loss_type} compares "
-                    "two: choose a loss that takes each response by itself, or convert the data with another pairing"
+                    f"the pairs in {path} have no preference (pairing {record['pairing']}), but loss_type {loss_type} compares "
+                    "two responses: choose a loss that treats each separately, or convert the data with another pairing"
                 )
 
 
 def data_key(pairs: dict[str, Dataset]) -> str:
-    """Return one hash of the encoded pairs of all splits: ids, and weights and labels where there are any."""
+    """Return one hash of the encoded pairs of all splits: ids, and any token weights and labels."""
     from spin.alignment.core.provenance import hash_text
     from spin.alignment.logprobs.reference_store import hash_tokens
 
@@ -206,14 +217,14 @@ def data_key(pairs: dict[str, Dataset]) -> str:
 
 
 def largest(pairs: dict[str, Dataset]) -> tuple[int, int]:
-    """Return the length (tokens) of the longest prompt with response, and the largest token id."""
+    """Return the length (tokens) of the longest prompt plus response, and the largest token id."""
     import pyarrow.compute as pc
 
     from spin.alignment.logprobs.reference_store import responses_of
 
     length = token = 0
     for rows in pairs.values():
-        table = rows.with_format("arrow")[:]
+        table = rows.with_format("arrow")[:]  # Arrow computes lengths without a Python list per row
         prompts = pc.list_value_length(table["prompt_ids"])
         for name in responses_of(rows.column_names):
             length = max(length, pc.max(pc.add(prompts, pc.list_value_length(table[f"{name}_ids"]))).as_py())
@@ -227,7 +238,7 @@ def check_budget(pairs: dict[str, Dataset], arguments: SPINConfig) -> None:
     """Check that every pair fits into a micro-batch.
 
     Raises:
-        InputError: naming the longest pair.
+        InputError: the longest pair does not; it is named.
     """
     import pyarrow.compute as pc
 
@@ -240,11 +251,11 @@ def check_budget(pairs: dict[str, Dataset], arguments: SPINConfig) -> None:
         table = rows.with_format("arrow")[:]
         names = responses_of(rows.column_names)
         prompt, *responses = (pc.list_value_length(table[f"{name}_ids"]) for name in ("prompt", *names))
-        prompts = 1 if arguments.share_prompts else len(names)
+        prompts = 1 if arguments.share_prompts else len(names)  # copies of the prompt in a packed row
         tokens = functools.reduce(pc.add, responses, pc.multiply(prompt, prompts))
         longest = pc.max(tokens).as_py()
         if longest > budget:
             raise InputError(
-                f"max_tokens_per_batch is {budget}, but pair {pc.index(tokens, longest).as_py()} of {split} takes {longest} "
+                f"max_tokens_per_batch is {budget}, but pair {pc.index(tokens, longest).as_py()} of {split} has {longest} "
                 f"tokens (prompt, {', '.join(names[:-1])} and {names[-1]}): raise it to {longest}, or lower max_length"
             )

@@ -1,4 +1,4 @@
-"""A data set of preference rows, as a Python user hands it to SPINTrainer, to the encoded pairs that it trains on."""
+"""Encodes a data set of preference rows that a Python user passes to SPINTrainer."""
 
 from __future__ import annotations
 
@@ -22,31 +22,31 @@ logger = logging.getLogger(__name__)
 
 
 def has_rows(dataset: Any, name: str) -> bool:
-    """Return whether a trainer was given rows that are yet to be encoded.
+    """Return whether a trainer was given rows that still have to be encoded.
 
     Raises:
-        InputError: they are not one ``datasets.Dataset``.
+        InputError: the rows are not a single ``datasets.Dataset``.
     """
     if isinstance(dataset, datasets.IterableDataset | datasets.DatasetDict | list | dict):
         raise InputError(
-            f"{name} is a {type(dataset).__name__}: give one datasets.Dataset (Dataset.from_list makes one of a list of rows)"
+            f"{name} is a {type(dataset).__name__}: pass one datasets.Dataset (Dataset.from_list builds it from a list of rows)"
         )
     return isinstance(dataset, datasets.Dataset)
 
 
 def to_pairs(dataset: Any, name: str, args: SPINConfig, tokenizer: Any, model: Any) -> Any:
-    """Return the pairs of a ``datasets.Dataset`` of preference rows, truncated as ``args`` say; anything else that the trainer
-    itself understands (encoded pairs, None) as it is.
+    """Return the encoded pairs of a ``datasets.Dataset`` of preference rows, truncated to the limits in ``args``; anything else
+    that the trainer accepts (encoded pairs, None) is returned unchanged.
 
     The rows are in the project's format or in one of TRL's (see :func:`to_preferences`). Pairs that cannot be trained on, such
-    as those of an empty response, are dropped; how many and why is logged.
+    as those with an empty response, are dropped; their number and the reason are logged.
 
     Args:
-        name: the parameter that the rows were given by, for messages.
+        name: the parameter that the rows were passed as, for messages.
 
     Raises:
-        InputError: another kind of data set, a row that breaks the contract, a column that the loss reads is missing, or a
-            pair does not fit into the model or into ``max_tokens_per_batch``.
+        InputError: an unsupported kind of data set, an invalid row, a missing column that the loss reads, or a pair that
+            does not fit into the model or into ``max_tokens_per_batch``.
     """
     if not has_rows(dataset, name):
         return dataset

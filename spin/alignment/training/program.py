@@ -1,4 +1,4 @@
-"""What is special to a kind of training; what they share is :func:`spin.alignment.training.run.train`."""
+"""The interface of a kind of training; the part they share is :func:`spin.alignment.training.run.train`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The encoded splits (``train``, and ``test`` where there is one), and what was dropped, as metrics.json reports it."""
+    """The encoded splits (``train``, optionally ``test``) and the dropped rows as reported in ``metrics.json``."""
 
     splits: dict[str, Any]
     dropped: dict[str, Any]
@@ -29,9 +29,9 @@ class TrainingData:
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """Everything that one training starts from, checked, before its model is loaded.
+    """The validated inputs of one training run, before its model is loaded.
 
-    ``model_key`` identifies the weights that it starts from.
+    ``model_key`` identifies the initial weights.
     """
 
     settings: Settings
@@ -41,18 +41,18 @@ class TrainingJob:
 
 
 class TrainingProgram(ABC):
-    """One kind of training, in the order in which its methods are called. Each raises InputError for bad input.
+    """One kind of training. Methods are listed in the order they are called; each raises InputError for bad input.
 
     Attributes:
-        arguments_class: the TrainingArguments that its keys are read into.
-        defaults: values of keys that the configuration leaves out.
+        arguments_class: the TrainingArguments subclass that its keys are parsed into.
+        defaults: values of keys that the configuration omits.
     """
 
     arguments_class: ClassVar[type]
     defaults: ClassVar[Mapping[str, Any]] = {}
 
     def check_settings(self, settings: Settings) -> None:  # noqa: B027  (most have nothing to check)
-        """Check settings that do not go together, before anything is read."""
+        """Check for incompatible settings, before any data is read."""
 
     @abstractmethod
     def load_data(self, settings: Settings, encoder: ChatEncoder) -> TrainingData:
@@ -60,33 +60,33 @@ class TrainingProgram(ABC):
 
     @abstractmethod
     def describe_data(self, data: TrainingData) -> list[str]:
-        """Return a line for people about each split."""
+        """Return a human-readable line about each split."""
 
     def check_data(self, settings: Settings, data: TrainingData, model_folder: Path) -> None:  # noqa: B027
         """Check the data against the model's configuration."""
 
     def model_key(self, settings: Settings, model_folder: Path) -> str:
-        """Return what identifies the weights that the training starts from."""
+        """Return a string that identifies the initial weights."""
         return hash_weights(model_folder)
 
     @abstractmethod
     def data_key(self, job: TrainingJob) -> str:
-        """Return a hash of all that is read of the data."""
+        """Return a hash of all data that the training reads."""
 
     def inputs(self, job: TrainingJob) -> dict[str, Any]:
-        """Return what decides the result, by hash or value: the content of ``inputs.json``."""
+        """Return everything that determines the result, by hash or value: the contents of ``inputs.json``."""
         return inputs_record(job.settings, job.model_key, self.data_key(job))
 
     def open(self, settings: Settings) -> None:  # noqa: B027
-        """Acquire what the training needs beside the policy, before that is loaded."""
+        """Acquire resources besides the policy (such as a scorer), before the policy is loaded."""
 
     @abstractmethod
     def make_trainer(self, job: TrainingJob, model: Any) -> Any:
-        """Return the Trainer of a policy."""
+        """Return the Trainer for a policy."""
 
     @abstractmethod
     def metrics(self, job: TrainingJob, trainer: Any, result: Any) -> dict[str, Any]:
-        """Return what metrics.json says beside what every training does. Called in the main process."""
+        """Return the entries of ``metrics.json`` specific to this kind of training. Called in the main process only."""
 
     def close(self) -> None:  # noqa: B027
-        """Free what :meth:`open` and :meth:`make_trainer` acquired; called however the training ended."""
+        """Free what :meth:`open` and :meth:`make_trainer` acquired; also called after a failure."""

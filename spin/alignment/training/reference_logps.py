@@ -1,4 +1,4 @@
-"""The reference model's log-probs of a training: computed before the first step where they are not stored yet, and loaded."""
+"""The reference log-probs of a training run: loaded from disk, or computed before the first step if they are missing."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def attach_reference(
     accelerator: Accelerator,
     checkpoints: str | None = None,
 ) -> None:
-    """Attach the reference's log-probs to every split, computing those that ``folder`` does not have yet.
+    """Attach the reference log-probs to every split, computing those missing from ``folder``.
 
-    The model of ``forward`` is the reference, prepared for the devices: it was loaded from the weights of that hash, and no step
-    was taken, unless the run was resumed from one of the ``checkpoints``, a folder. Every process must call it.
+    The model of ``forward`` is the reference, already prepared for the devices: it was loaded from the weights with that hash and
+    no step has been taken, unless the run resumed from a checkpoint in the folder ``checkpoints``. Every process must call it.
 
     Raises:
-        InputError: a resumed run has lost its store; the weights in memory are no longer the reference's.
+        InputError: the store of a resumed run is missing; the weights in memory are no longer the reference's.
     """
     for split, dataset in splits.items():
         if dataset is None:
@@ -42,14 +42,14 @@ def attach_reference(
             if checkpoints is not None:
                 raise InputError(
                     f"{path} is missing, and a resumed run cannot compute it: restore it, or remove the checkpoints in "
-                    f"{checkpoints} and start again"
+                    f"{checkpoints} and start over"
                 )
-            progress = log_progress(f"opponent's log-probs, {split} split")
+            progress = log_progress(f"reference log-probs, {split} split")
             compute_reference(forward, dataset, path, key, accelerator, progress)
         dataset.reference = ReferenceLogps(path, key, dataset.rows)
 
 
 def precision(forward: PairForward, accelerator: Accelerator) -> str:
-    """Return what of a forward pass changes the log-probs of given weights and tokens."""
+    """Return the properties of a forward pass that affect the log-probs of given weights and tokens."""
     attention = forward.own_attention + (f", packed {forward.kernel}" if forward.kernel else "")
     return f"{weight_dtype(forward.model)}, autocast {accelerator.mixed_precision}, attention {attention}"

@@ -1,4 +1,4 @@
-"""The one way through a training, from a configuration to a saved policy, whatever kind of training it is."""
+"""The steps every kind of training shares, from a configuration to a saved policy."""
 
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ if TYPE_CHECKING:
 
 
 def train(program: TrainingProgram, values: Mapping[str, Any], source: str) -> None:
-    """Train as the ``values`` of a configuration file say and save the policy; a training that is done already is left alone.
+    """Train with the ``values`` of a configuration file and save the policy; do nothing if the run is already complete.
 
-    Writes into ``output_dir``: ``inputs.json`` first, the Trainer's checkpoints, the model, and ``metrics.json`` last.
+    Writes to ``output_dir``: ``inputs.json`` first, then the Trainer's checkpoints, the model, and ``metrics.json`` last.
 
     Raises:
-        InputError: bad settings or data, named with ``source``, the file they stand in; no model was loaded.
+        InputError: bad settings or data; the message names ``source``, the configuration file. No model was loaded.
     """
+    # Encoding may fork worker processes, and the tokenizers' threads do not survive a fork.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     settings = read_settings({**program.defaults, **values}, source, program.arguments_class)
     program.check_settings(settings)
@@ -46,12 +47,13 @@ def train(program: TrainingProgram, values: Mapping[str, Any], source: str) -> N
 
 
 def run_job(program: TrainingProgram, job: TrainingJob) -> None:
-    """Load the policy, train and save it, unless that was done before."""
+    """Load the policy, train it and save it, unless the run is already complete."""
     settings = job.settings
+    # Checked before the weights are loaded, so that repeating a complete run is cheap.
     folder = OutputFolder(settings, program.inputs(job))
     if folder.is_complete():
-        report(settings, f"{folder.path} is complete already")
-        push_policy(settings)
+        report(settings, f"{folder.path} is already complete")
+        push_policy(settings)  # an earlier upload may have failed
         return
     folder.prepare(settings.arguments.process_index == 0)
     try:
@@ -64,23 +66,24 @@ def run_job(program: TrainingProgram, job: TrainingJob) -> None:
 
 
 def load_policy(settings: Settings) -> tuple[PreTrainedModel, dict[str, torch.dtype]]:
-    """Load the model to train, with adapters when asked for; return it and the dtypes it is to be saved in."""
+    """Load the model to train, with adapters if requested; return it and the dtypes to save it in."""
     from transformers import set_seed
 
     model = load_model(settings.model, settings.arguments.seed)
     dtypes = weight_dtypes(model)
     if settings.model.use_peft:
-        set_seed(settings.arguments.seed)  # the adapters' random start, the same in every process
+        set_seed(settings.arguments.seed)  # the adapters' random initialisation must be the same in every process
         model = add_adapters(model, settings.model)
     return model, dtypes
 
 
 def save_policy(trainer: Any, settings: Settings, dtypes: dict[str, torch.dtype]) -> None:
-    """Save the trained policy as a model that loads by itself, in the precision it was loaded in.
+    """Save the trained policy as a standalone model, in the precision it was loaded in.
 
-    Sharded weights are gathered, adapters merged.
+    Sharded weights are gathered and adapters are merged.
     """
     accelerator = trainer.accelerator
+    # Outside the condition below: gathering shards is a collective operation.
     state_dict = accelerator.get_state_dict(trainer.model_wrapped)
     if accelerator.is_main_process:
         model = accelerator.unwrap_model(trainer.model_wrapped)
@@ -91,7 +94,7 @@ def save_policy(trainer: Any, settings: Settings, dtypes: dict[str, torch.dtype]
 
 
 def push_policy(settings: Settings) -> None:
-    """Upload the finished model and its metrics to the Hub when ``push_to_hub`` asks for it; the main process alone."""
+    """Upload the final model and its metrics to the Hub if ``push_to_hub`` is set; only in the main process."""
     arguments = settings.arguments
     if not settings.push or arguments.process_index != 0:
         return
@@ -104,7 +107,7 @@ def push_policy(settings: Settings) -> None:
         repo_id=repository,
         folder_path=settings.output_dir,
         revision=arguments.hub_revision,
-        ignore_patterns=["checkpoint-*", "reference/*", ".*"],
+        ignore_patterns=["checkpoint-*", "reference/*", ".*"],  # only needed to resume
         commit_message="Trained by selfplay-spin",
     )
     report(settings, f"pushed {settings.output_dir} to {repository}")
@@ -113,12 +116,12 @@ def push_policy(settings: Settings) -> None:
 def train_policy(
     program: TrainingProgram, job: TrainingJob, trainer: Any, folder: OutputFolder, dtypes: dict[str, Any]
 ) -> None:
-    """Train from where the folder stands, save the policy, and write metrics.json last."""
+    """Train from the last checkpoint, if any, save the policy, and write ``metrics.json`` last."""
     settings = job.settings
     started = time.monotonic()
     resume = folder.resume_point()
     if resume:
-        report(settings, f"going on from {resume}")
+        report(settings, f"resuming from {resume}")
     result = trainer.train(resume_from_checkpoint=resume)
     final = trainer.evaluate() if trainer.eval_dataset is not None else {}
     seconds = time.monotonic() - started
@@ -141,13 +144,13 @@ def train_policy(
 
 
 def leave(trainer: Any) -> None:
-    """Wait for all processes and close their group: threads of a group left open can abort a process at its exit."""
+    """Wait for all processes and close the process group: threads of an open group can abort a process as it exits."""
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
 
 
 def setup_logging(is_main: bool) -> None:
-    """Let the main process alone log, one plain line a message, without the short progress bars of loading and saving."""
+    """Log one plain line per message, in the main process only, without progress bars for loading and saving."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
@@ -157,6 +160,6 @@ def setup_logging(is_main: bool) -> None:
 
 
 def report(settings: Settings, sentence: str) -> None:
-    """Let the main process say one sentence to the person who started the program."""
+    """Print one sentence for the user, in the main process only."""
     if settings.arguments.process_index == 0:
         say(sentence)

@@ -1,4 +1,4 @@
-"""The settings of a training program: read, checked, and what of them decides the result."""
+"""The settings of a training program: parsing, checks, and the record of those that determine the result."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from spin.alignment.training.renamed_keys import rename_keys
 if TYPE_CHECKING:
     from spin.alignment.data.chat_encoder import ChatEncoder
 
-# Keys of transformers that change neither the weights nor the numbers reported; the project's own keys say so themselves.
+# Keys of transformers that affect neither the weights nor the metrics; the project's own keys declare this themselves.
 _WITHOUT_EFFECT = (
     "log_level",
     "report_to",
@@ -38,7 +38,7 @@ _WITHOUT_EFFECT = (
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of one training program, checked."""
+    """The validated settings of one training program."""
 
     values: dict[str, Any]
     model: ModelConfig
@@ -69,13 +69,13 @@ def read_settings(values: Mapping[str, Any], source: str, arguments_class: type)
     classes = (ModelConfig, DataConfig, OutputConfig, arguments_class)
     model_values, data_values, output_values, training_values = split_config(values, classes, source)
     if not values.get("output_dir"):
-        raise InputError(f"{source} lacks the key 'output_dir': name the folder of the new checkpoint")
+        raise InputError(f"{source} lacks the key 'output_dir': set it to the folder for the trained model")
     model = build(ModelConfig, model_values, source)
     data = build(DataConfig, data_values, source)
     output = build(OutputConfig, output_values, source)
-    training_values.pop("resume_from_checkpoint", None)  # read from the output's settings, where false is allowed
+    training_values.pop("resume_from_checkpoint", None)  # handled by OutputConfig, which also allows false
     if not data.dataset_mixer:
-        raise InputError(f"{source} lacks the key 'dataset_mixer': write at least one 'path: fraction' line under it")
+        raise InputError(f"{source} lacks the key 'dataset_mixer': add it with at least one 'path: fraction' line")
     check_model_path(model.model_name_or_path, needs_weights=not model.init_from_config)
     skip_unused_deepspeed_build()
     try:
@@ -84,18 +84,18 @@ def read_settings(values: Mapping[str, Any], source: str, arguments_class: type)
         raise
     except (ValueError, ImportError, TypeError) as error:
         reason = " ".join(str(error).split())
-        raise InputError(f"the training settings in {source} do not fit together or this machine: {reason}") from error
+        raise InputError(
+            f"the training settings in {source} are incompatible with each other or with this machine: {reason}"
+        ) from error
     import huggingface_hub
     import torch
 
     if arguments.fp16 and not torch.cuda.is_available():
-        raise InputError("fp16 is true, but there is no GPU here: set bf16 to true, or neither")
+        raise InputError("fp16 is true, but no GPU is available: set bf16 to true instead, or neither")
     if model.load_in_4bit and arguments.fsdp:
         raise InputError("load_in_4bit does not work with FSDP here: use DeepSpeed ZeRO-2 or a single process")
     if output.push_to_hub and values.get("hub_strategy", "end") != "end":
-        raise InputError(
-            f"hub_strategy is {values['hub_strategy']}, but the finished model alone is pushed: set it to end"
-        )
+        raise InputError(f"hub_strategy is {values['hub_strategy']}, but only the final model is pushed: set it to end")
     if output.push_to_hub and huggingface_hub.constants.HF_HUB_OFFLINE:
         raise InputError("push_to_hub is true, but HF_HUB_OFFLINE is set: unset one of them")
     arguments.push_to_hub = (
@@ -105,10 +105,10 @@ def read_settings(values: Mapping[str, Any], source: str, arguments_class: type)
 
 
 def skip_unused_deepspeed_build() -> None:
-    """Keep DeepSpeed on a CPU from compiling its shared-memory all-reduce as the process group is made.
+    """Stop DeepSpeed on a CPU from compiling its shared-memory all-reduce when the process group is created.
 
-    Only its inference engine calls it. The build is guarded by a lock file in the user's cache that a killed process leaves
-    behind, and every later start waits for that file to vanish, for ever.
+    Only its inference engine uses it. The build is guarded by a lock file in the user's cache; a killed process leaves the file
+    behind, and every later start then waits for it forever.
     """
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
         return
@@ -120,10 +120,10 @@ def skip_unused_deepspeed_build() -> None:
 
 
 def make_encoder(settings: Settings) -> ChatEncoder:
-    """Return the encoder of the model to train.
+    """Return the chat encoder of the model to train.
 
     Raises:
-        InputError: there is no tokenizer, or it has no usable chat template.
+        InputError: the tokenizer is missing, or it has no usable chat template.
     """
     from spin.alignment.data.chat_encoder import ChatEncoder, load_tokenizer
 
@@ -133,7 +133,8 @@ def make_encoder(settings: Settings) -> ChatEncoder:
 
 
 def inputs_record(settings: Settings, opponent: str, data: str) -> dict[str, Any]:
-    """Return what decides the result of a training: weights, data and settings, by hash or value."""
+    """Return everything that determines the result of a training run: weights, data and settings, by hash or value."""
+    # Each declared setting says whether it is recorded; keys of transformers that are not declared here are.
     declared = {
         name: field
         for part in (settings.model, settings.data, settings.output, settings.arguments)

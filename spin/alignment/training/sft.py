@@ -1,4 +1,4 @@
-"""SFT on the ground truth: TRL's SFTTrainer with this project's defaults. Ids and labels come ready; TRL prepares nothing."""
+"""SFT on the ground truth: TRL's SFTTrainer with this project's defaults and rows that are already tokenized."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ class SFTArguments(SFTKeys, SFTConfig):
         check_settings(self)
         if self.packing or self.completion_only_loss is False or self.assistant_only_loss:
             raise InputError(
-                "packing, completion_only_loss and assistant_only_loss are set by run_sft.py: remove the key"
+                "packing, completion_only_loss and assistant_only_loss are controlled by run_sft.py: remove the key"
             )
         self.dataset_kwargs = {"skip_prepare_dataset": True}
         super().__post_init__()
 
 
 class GroundTruthTrainer(SFTTrainer):
-    """SFTTrainer whose label smoothing takes one forward pass: TRL adds a second one for its metrics."""
+    """SFTTrainer with label smoothing in one forward pass: TRL's own runs a second one for its metrics."""
 
     def compute_loss(
         self,
@@ -56,7 +56,9 @@ class GroundTruthTrainer(SFTTrainer):
         outputs = model(**{name: value for name, value in inputs.items() if name != "labels"}, use_cache=False)
         loss = self.label_smoother(outputs, inputs["labels"], shift_labels=True, num_items_in_batch=num_items_in_batch)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes  # tokens are counted over all processes, gradients averaged
+            loss = (
+                loss * self.accelerator.num_processes
+            )  # tokens are summed over all processes, but gradients are averaged
         return (loss, outputs) if return_outputs else loss
 
 
@@ -67,18 +69,18 @@ class SFTTraining(TrainingProgram):
     defaults: ClassVar[Mapping[str, Any]] = {"dataset_splits": ["train"]}
 
     def load_data(self, settings: Settings, encoder: ChatEncoder) -> TrainingData:
-        """Load, mix and encode the prompts with their ground truth; what was dropped is counted by reason."""
+        """Load, mix and encode the prompts with their ground truth; dropped rows are counted by reason."""
         return TrainingData(*load_ground_truth(settings, encoder))
 
     def describe_data(self, data: TrainingData) -> list[str]:
-        """Return the number of rows of each split, and what was dropped from all of them."""
+        """Return a line per split with its number of rows; the first also counts the dropped rows of all splits."""
         dropped = f", dropped {data.dropped}" if data.dropped else ""
         return [
             f"{split}: {number} rows{dropped if split == 'train' else ''}" for split, number in data.sizes().items()
         ]
 
     def model_key(self, settings: Settings, model_folder: Path) -> str:
-        """Return a hash of the weights, or of the configuration that random weights are drawn for."""
+        """Return a hash of the weights, or of the model configuration if training starts from random weights."""
         if settings.model.init_from_config:
             return hash_file(model_folder / "config.json")
         return super().model_key(settings, model_folder)
@@ -88,7 +90,7 @@ class SFTTraining(TrainingProgram):
         return hash_json({split: [rows["input_ids"], rows["labels"]] for split, rows in job.data.splits.items()})
 
     def make_trainer(self, job: TrainingJob, model: Any) -> GroundTruthTrainer:
-        """Return TRL's trainer of the encoded rows."""
+        """Return TRL's trainer for the encoded rows."""
         prepare_precision(model, job.settings.arguments)
         return GroundTruthTrainer(
             model=model,

@@ -1,4 +1,4 @@
-"""Prompts with ground truth to the encoded rows of SFT."""
+"""Encodes prompts with their ground truth for SFT."""
 
 from __future__ import annotations
 
@@ -17,14 +17,19 @@ if TYPE_CHECKING:
 def encode_ground_truth(
     prompts: Dataset, encoder: ChatEncoder, settings: Settings, source: str
 ) -> tuple[Dataset, Counter[str]]:
-    """Encode prompts with their ground truth; return input_ids and labels (-100 on the prompt), and what was dropped."""
+    """Encode prompts with their ground truth; return rows of ``input_ids`` and ``labels`` (-100 on the prompt), and the number
+    of dropped rows by reason.
+
+    Raises:
+        InputError: a row cannot be encoded, or no row remains.
+    """
     from datasets import Dataset
 
     from spin.alignment.data.encode_pairs import encode_pair
 
     rows, dropped = [], Counter[str]()
     for index, row in enumerate(prompts):
-        # A pair whose rejected side is one token: the truncation is then that of preference training.
+        # Encoded as a pair with a one-token rejected response, so that rows are truncated exactly as in preference training.
         stub = {"rejected": row["chosen"], "rejected_token_ids": [encoder.end_id]}
         pair_row = {"prompt_id": row["prompt_id"], "chosen": row["chosen"], **stub}
         try:
@@ -37,12 +42,12 @@ def encode_ground_truth(
         ids = [*pair.prompt_ids, *pair.chosen_ids]
         rows.append({"input_ids": ids, "labels": [-100] * len(pair.prompt_ids) + pair.chosen_ids})
     if not rows:
-        raise InputError(f"{source}: no row is left to train on ({dict(dropped)}): check the data, or raise max_length")
+        raise InputError(f"{source}: no row remains to train on ({dict(dropped)}): check the data, or raise max_length")
     return Dataset.from_list(rows), dropped
 
 
 def load_ground_truth(settings: Settings, encoder: ChatEncoder) -> tuple[dict[str, Dataset], dict[str, int]]:
-    """Load and mix the prompts of every data set; return the encoded splits and the counts of dropped rows by reason."""
+    """Load and mix the prompts of every data set; return the encoded splits and the number of dropped rows by reason."""
     from datasets import concatenate_datasets
 
     from spin.alignment.data.rows import load_prompts
@@ -53,7 +58,9 @@ def load_ground_truth(settings: Settings, encoder: ChatEncoder) -> tuple[dict[st
         name = "test" if split.startswith("test") else "train"
         for source, fraction in settings.data.dataset_mixer.items():
             if not 0 < fraction <= 1:
-                raise InputError(f"dataset_mixer gives {source} the fraction {fraction}: set it above 0 and at most 1")
+                raise InputError(
+                    f"the fraction of {source} in dataset_mixer is {fraction}: set it above 0 and at most 1"
+                )
             prompts = load_prompts(source, split.removesuffix("_prefs"))
             if name == "train" and fraction < 1:
                 prompts = prompts.shuffle(seed=settings.arguments.seed).select(
@@ -63,5 +70,5 @@ def load_ground_truth(settings: Settings, encoder: ChatEncoder) -> tuple[dict[st
             pieces.setdefault(name, []).append(encoded)
             dropped += lost
     if "train" not in pieces:
-        raise InputError(f"dataset_splits is {settings.data.dataset_splits}: name a training split such as train")
+        raise InputError(f"dataset_splits is {settings.data.dataset_splits}: add a training split such as train")
     return {name: concatenate_datasets(parts) for name, parts in pieces.items()}, dict(dropped)

@@ -1,4 +1,4 @@
-"""The model that a trainer starts from, given by name or as a module, and what identifies it."""
+"""The initial model of a trainer, given by name or as a module, and the hash that identifies it."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 
 def start_model(model: Any, args: SPINConfig, tokenizer: Any = None) -> tuple[torch.nn.Module, Any]:
-    """Return the policy and its tokenizer: a folder or Hub name is loaded, of a module the dropout is set to 0.
+    """Return the policy and its tokenizer: a folder or Hub name is loaded; for a module, dropout is disabled.
 
-    Under ``bf16`` or ``fp16`` the trained weights become float32, and only the computation has 16 bits.
+    Under ``bf16`` or ``fp16`` the trained weights are kept in float32, and only the computation uses 16 bits.
 
-    Without a tokenizer, that of the model's folder or Hub name is loaded.
+    If no tokenizer is given, it is loaded from the model's folder or Hub name.
 
     Raises:
-        InputError: there is no such model or tokenizer.
+        InputError: the model or the tokenizer does not exist.
     """
     if isinstance(model, str | Path):
         name = str(model)
@@ -39,14 +39,14 @@ def start_model(model: Any, args: SPINConfig, tokenizer: Any = None) -> tuple[to
         disable_dropout(model)
     prepare_precision(model, args)
     if tokenizer is None and not name:
-        raise InputError("processing_class is missing, and the model has no folder to load it from: give the tokenizer")
+        raise InputError("processing_class is missing, and the model has no folder to load it from: pass the tokenizer")
     return model, load_tokenizer(name) if tokenizer is None else tokenizer
 
 
 def identify(model: torch.nn.Module, accelerator: Accelerator) -> str:
-    """Return a hash of a module's weights, that of the main process in every process. Every process must call it.
+    """Return a hash of a module's weights as seen by the main process. Every process must call it.
 
-    Others may not have the weights yet (FSDP loads them in the main process alone), or have another part of them.
+    Other processes may not have the weights yet (FSDP loads them in the main process only), or may have a different shard.
     """
     found = [hash_module(model) if accelerator.is_main_process else ""]
     return broadcast_object_list(found)[0]

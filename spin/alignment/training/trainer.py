@@ -1,4 +1,4 @@
-"""SPINTrainer: joins batching, log-probs and losses to the Trainer. It holds the policy only and does not know the method."""
+"""SPINTrainer: connects batching, log-probs and losses to the Trainer. It has only the policy and is method-agnostic."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from spin.alignment.training.start_model import identify, start_model
 
 
 class SPINTrainer(Trainer):
-    """Trains on pairs. The loss of an optimiser step is the mean over all its pairs, in whatever batches they pass."""
+    """Trains on pairs. The loss of an optimiser step is the mean over all its pairs, regardless of how they are batched."""
 
     args: SPINConfig
 
@@ -46,17 +46,17 @@ class SPINTrainer(Trainer):
         reference_hash: str | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
-        """``model`` may be a folder or Hub name. The data sets hold preference rows in the project's columns or TRL's (see
-        :func:`to_pairs`), or encoded pairs. ``processing_class`` is the tokenizer (default: the model's own), ``reference_hash``
-        identifies the weights that ``model`` starts from, which are the reference (default: a hash of them).
+        """``model`` may be a folder or Hub name. The data sets contain preference rows in the project's format or TRL's (see
+        :func:`to_pairs`), or encoded pairs. ``processing_class`` is the tokenizer (default: the model's own). ``reference_hash``
+        identifies the initial weights of ``model``, which are the reference (default: a hash of them).
 
         Raises:
-            InputError: a row cannot be used, rows cannot be packed for this architecture, or the kernel does not work here.
+            InputError: a row is invalid, this architecture does not support packed rows, or the kernel does not work here.
         """
         model, processing_class = start_model(model, args, processing_class)
         self.reference_seconds = 0.0
         self.tokens_seen = 0
-        # A copy of the start, made before anything is installed or resumed: alpha needs the opponent's whole distributions.
+        # Copied before the model is patched or resumed: alpha needs the reference's full distributions, not just log-probs.
         check_can_keep_reference(args)
         self.opponent = frozen_copy(model, args.device) if args.alpha else None
         super().__init__(
@@ -69,23 +69,24 @@ class SPINTrainer(Trainer):
             callbacks=callbacks,
         )
         self.reference_hash = reference_hash or identify(model, self.accelerator)
-        # The loss below is a mean over the pairs of the whole optimiser step, so the Trainer must not divide again.
+        # compute_loss already averages over the pairs of the whole optimiser step, so the Trainer must not divide again.
         self.model_accepts_loss_kwargs = True
         self.pair_forward = make_pair_forward(model, self.opponent, args, processing_class, self.accelerator)
         self.first_loss = FirstLoss(self.pair_forward.dtype, args.output_dir)
         self.objective = PairObjective(args, self.first_loss)
+        # Reference log-probs need the model as prepared for the devices, which exists only once training begins.
         self.add_callback(ReferenceCallback(self))
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, dict[str, Any]]:
-        """Return the optimiser of the settings: transformers' own, but for RMSprop's start."""
+        """Return the configured optimiser: transformers' own, except for the bias-corrected RMSprop."""
         return optimizer_class_and_kwargs(args, model)
 
     def train(self, *arguments: Any, **settings: Any) -> Any:
         """Train; see ``transformers.Trainer.train``.
 
         Raises:
-            InputError: the memory ran out; the sentence says what to change before the training is taken up again.
+            InputError: memory ran out; the message says what to change before resuming.
         """
         with advise_when_memory_is_full(
             lambda: (self.pair_forward.batcher.token_budget, self.longest_pair()), self.args.gradient_checkpointing
@@ -93,28 +94,28 @@ class SPINTrainer(Trainer):
             return super().train(*arguments, **settings)
 
     def longest_pair(self) -> int:
-        """Return the tokens that the longest training pair takes in a row."""
+        """Return the number of tokens that the longest training pair takes up in a row."""
         return max((self.pair_forward.tokens(row) for row in self.train_dataset.rows), default=0)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], torch.Tensor]:
-        """Return the pairs of one optimiser step and their number over all processes."""
+        """Return the pairs of one optimiser step, and their number over all processes."""
         samples = list(itertools.islice(epoch_iterator, num_batches))
         pairs = torch.tensor(sum(map(len, samples)), device=device)
         return samples, self.accelerator.gather(pairs).sum()
 
     def floating_point_ops(self, inputs: PairList) -> float:
-        """Return about how many operations the pairs of a step cost: 6 per weight and token."""
+        """Return the approximate number of operations for the pairs of a step: 6 per weight and token."""
         weights = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in self.model.parameters())
         return 6.0 * weights * sum(self.pair_forward.tokens(feature) for feature in inputs.features)
 
     def training_step(
         self, model: Any, inputs: PairList, num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """Pass the pairs of one optimiser step forward and backward, micro-batch by micro-batch; return their loss."""
+        """Run forward and backward on the pairs of one optimiser step, one micro-batch at a time; return their loss."""
         model.train()
-        if callable(getattr(self.optimizer, "train", None)):
+        if callable(getattr(self.optimizer, "train", None)):  # schedule-free optimisers have modes like a module
             self.optimizer.train()
         total = torch.zeros((), device=self.args.device)
         batcher, counted = self.pair_forward.batcher, not inputs.is_stand_in
@@ -123,9 +124,10 @@ class SPINTrainer(Trainer):
             with gradient_sync(self.accelerator, model, is_last=number == len(micro_batches)):
                 with self.compute_loss_context_manager():
                     loss = self.compute_loss(model, micro_batch, num_items_in_batch=num_items_in_batch)
+                # DeepSpeed would divide by its accumulation steps, but the loss is already this micro-batch's share.
                 deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
                 self.accelerator.backward(loss, **({"scale_wrt_gas": False} if deepspeed else {}))
-            total += loss.detach()
+            total += loss.detach()  # micro-batch losses are shares of the mean, so they add up
         if self.first_loss.value is None:
             self.first_loss.finish(self.accelerator, self.state.global_step)
         return total
@@ -140,7 +142,7 @@ class SPINTrainer(Trainer):
         """Return this micro-batch's share of the mean loss over all pairs of the optimiser step."""
         share: Any = 1 / max(1, inputs.pairs)
         if num_items_in_batch is not None and model.training:
-            share = self.accelerator.num_processes / num_items_in_batch
+            share = self.accelerator.num_processes / num_items_in_batch  # DDP averages gradients over processes
         settings = {"training": model.training, "counted": inputs.counted, "step": self.state.global_step}
         objective = partial(self.objective, share=share, **settings)
         loss = batch_loss(model, inputs.batch, objective, self.opponent, self.args.loss.responses)
@@ -153,7 +155,7 @@ class SPINTrainer(Trainer):
         return (loss, {}) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log the averages over all pairs of all processes since the last log, under their standard names."""
+        """Log the averages over the pairs of all processes since the last log, under their standard names."""
         mode = "eval" if any(name.startswith("eval_") for name in logs) else "train"
         averages, tokens = self.objective.averages(self.accelerator, mode)
         self.tokens_seen += tokens if mode == "train" else 0
@@ -163,7 +165,7 @@ class SPINTrainer(Trainer):
     def prediction_step(
         self, model: Any, inputs: PairList, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[torch.Tensor, None, None]:
-        """Return the mean loss of an evaluation batch; its metrics are collected on the way."""
+        """Return the mean loss of an evaluation batch, and collect its metrics."""
         total, pairs = torch.zeros((), device=self.args.device), 0
         for micro_batch in self.pair_forward.batcher.micro_batches(inputs.features, self.accelerator):
             with torch.no_grad(), self.compute_loss_context_manager():
@@ -173,15 +175,15 @@ class SPINTrainer(Trainer):
 
     @property
     def steps_run(self) -> int:
-        """Optimiser steps taken by this process, those before a resume left out."""
+        """Optimiser steps taken by this process, not counting those before a resume."""
         return self.state.global_step - self._initial_global_step
 
     def attach_references(self, resumed: bool) -> None:
-        """Attach the reference log-probs to every data set, computing those that are not stored yet; a loss that needs no
-        reference gets none.
+        """Attach the reference log-probs to every data set, computing those not stored yet; skipped for a loss that needs no
+        reference.
 
         Raises:
-            InputError: a resumed run has lost its store; the weights in memory are no longer the opponent's.
+            InputError: the store of a resumed run is missing; the weights in memory are no longer the reference's.
         """
         self.prepare_batching(self.train_dataset, resumed)
         if not self.args.loss.needs_reference:
@@ -196,16 +198,16 @@ class SPINTrainer(Trainer):
         )
 
     def prepare_batching(self, pairs: PairDataset, resumed: bool) -> None:
-        """Check that packed rows give the prepared model's log-probs, and choose the token budget for pairs like these."""
+        """Check that packed rows give the same log-probs as padded ones, and choose the token budget for these pairs."""
         models = (self.model_wrapped, self.model)
         self.pair_forward = fit_to_model(self.pair_forward, *models, pairs, self.args, self.accelerator, resumed)
 
 
 @contextlib.contextmanager
 def gradient_sync(accelerator: Accelerator, model: Any, is_last: bool) -> Iterator[None]:
-    """Let gradients be reduced over the processes at the last micro-batch only, where the wrapper can wait for it.
+    """Reduce gradients over the processes only at the last micro-batch, if the wrapper supports it.
 
-    FSDP would have to hold whole gradients until then, so it reduces every time.
+    FSDP would have to keep unsharded gradients until then, so it reduces them every time.
     """
     accelerator.sync_gradients = is_last
     waits = not is_last and accelerator.distributed_type in (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
@@ -214,7 +216,7 @@ def gradient_sync(accelerator: Accelerator, model: Any, is_last: bool) -> Iterat
 
 
 class ReferenceCallback(TrainerCallback):
-    """Computes the opponent's log-probs when the model is prepared for the devices and no step has been taken."""
+    """Computes the reference log-probs once the model is prepared for the devices, before the first step."""
 
     def __init__(self, trainer: SPINTrainer) -> None:
         self.trainer = trainer

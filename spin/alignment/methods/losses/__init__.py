@@ -1,4 +1,4 @@
-"""What a pair costs. One file and one line here for each loss."""
+"""Losses on pairs: one file per loss and one line per loss here."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ LOSSES: dict[str, Loss] = {
 
 
 def find_loss(name: str) -> Loss:
-    """Return the loss of a configuration: a name in :data:`LOSSES`, or ``module:function`` of a file of the user's own.
+    """Return a loss by its configured name: one in :data:`LOSSES`, or ``module:function`` of a user's own file.
 
     Raises:
-        InputError: there is no such loss, or it does not take :class:`LossInputs`.
+        InputError: the loss does not exist, or does not take :class:`LossInputs`.
     """
     found = resolve(LOSSES, name, "loss_type", takes=("inputs",))
     return found if isinstance(found, Loss) else Loss(found)

@@ -1,4 +1,4 @@
-"""What every loss receives and returns, what it says of itself, and the sums the losses share. Pure tensors: no model, no I/O."""
+"""Inputs, outputs and declaration of a loss, and the sums that losses share. Pure tensor functions: no model, no I/O."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LossInputs:
-    """Token streams of shape ``(2B, T)``: the chosen half, then the rejected half. Log-probabilities in nats.
+    """Token streams of shape ``(2B, T)``: B chosen responses, then B rejected ones. Log-probabilities are in nats.
 
-    ``weights`` are token weights (``None``: 1 on every completion token), ``position_kl`` is KL(policy || reference) at each
+    ``weights`` are token weights (``None``: 1 for every completion token), ``position_kl`` is KL(policy || reference) at each
     position in nats, ``labels`` has a tensor of shape ``(2B,)`` for each label that the loss reads. A loss that reads more
-    responses (``responses``, k of them) gets streams ``(kB, T)`` in their order; one that needs no reference gets no
+    ``responses``, k in total, receives streams ``(kB, T)`` in their order; one that needs no reference receives no
     ``reference_logps``.
     """
 
@@ -36,22 +36,22 @@ class LossInputs:
         """Return a label in float64, of shape ``(2B,)``.
 
         Raises:
-            ValueError: the inputs do not have it.
+            ValueError: the inputs do not have the label.
         """
         if name not in self.labels:
             raise ValueError(f"the loss reads the label {name}, which these inputs do not have")
         return self.labels[name].double()
 
     def split(self, values: Tensor) -> tuple[Tensor, ...]:
-        """Return the part of each response, of shape ``(B, ...)``: the chosen ones, the rejected ones ..."""
+        """Split ``(kB, ...)`` into one tensor ``(B, ...)`` per response: chosen, rejected, and any further ones."""
         return values.chunk(len(self.responses))
 
 
 @dataclass(frozen=True)
 class LossOutputs:
-    """Results before any mean; the implicit rewards (nats, times beta) have shape ``(B,)`` and are detached.
+    """Results before averaging; the implicit rewards (beta times nats) have shape ``(B,)`` and are detached.
 
-    ``losses`` has shape ``(B,)``, or ``(2B,)`` where a loss has one for each response: its pair then costs their mean.
+    ``losses`` has shape ``(B,)``, or ``(2B,)`` with one value per response; the loss of a pair is then the mean of its two.
     """
 
     losses: Tensor
@@ -61,15 +61,15 @@ class LossOutputs:
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss and what it says of itself. A plain function is a loss too, with the defaults below.
+    """A loss function and its declared properties. A plain function is a loss with the defaults below.
 
     Attributes:
         function: a pure function of :class:`LossInputs`; its keyword arguments, each with a default, are its settings.
-        reads: labels of the responses that it reads (:class:`Label`, or a name where any finite number will do).
+        reads: labels of the responses that it reads (:class:`Label`, or just a name if any finite number is valid).
         responses: the responses of a row that it reads, in the order of its streams.
-        needs_reference: it reads ``reference_logps``; without, they are not computed.
-        compares: it learns from which response is the preferred one, so the pairing must prefer one.
-        least: the least value of a setting that has one.
+        needs_reference: whether it reads ``reference_logps``; they are not computed otherwise.
+        compares: whether it depends on which response is preferred, so that the pairing must state a preference.
+        least: lower bounds of its settings, by name.
     """
 
     function: Callable[..., LossOutputs]
@@ -89,13 +89,14 @@ class Loss:
     @property
     def settings(self) -> dict[str, inspect.Parameter]:
         """The keyword arguments of the function, by name."""
-        return dict(list(inspect.signature(self.function).parameters.items())[1:])
+        return dict(list(inspect.signature(self.function).parameters.items())[1:])  # the first one takes LossInputs
 
 
 def sequence_logratios(inputs: LossInputs, length_normalize: bool = False) -> tuple[Tensor, Tensor]:
-    """Return the weighted log-ratios ``sum_t w_t (log pi(y_t) - log pi_ref(y_t))`` of both halves, each of shape ``(B,)``.
+    """Return the weighted log-ratios ``sum_t w_t (log pi(y_t) - log pi_ref(y_t))`` of chosen and rejected, each ``(B,)``.
 
-    Differences are taken per token and summed in float64: two sequence sums near -2500 nats would cancel in float32.
+    Differences are taken per token and summed in float64: subtracting two sequence sums near -2500 nats would lose precision
+    in float32.
     ``length_normalize`` divides by the number of completion tokens.
 
     Raises:
@@ -103,13 +104,13 @@ def sequence_logratios(inputs: LossInputs, length_normalize: bool = False) -> tu
     """
     if inputs.reference_logps is None:
         raise ValueError("the loss reads reference log-probs, which these inputs do not have: set needs_reference")
-    ratios = inputs.policy_logps.double() - inputs.reference_logps.double()
+    ratios = inputs.policy_logps.double() - inputs.reference_logps.double()  # (2B, T)
     chosen, rejected, *_ = inputs.split(_weighted_sums(ratios, inputs, length_normalize))
     return chosen, rejected
 
 
 def sequence_logps(inputs: LossInputs, length_normalize: bool = False) -> tuple[Tensor, ...]:
-    """Return the weighted log-probs ``sum_t w_t log pi(y_t)`` (nats) of each response, of shape ``(B,)``, in their order.
+    """Return the weighted log-probs ``sum_t w_t log pi(y_t)`` (nats), one tensor ``(B,)`` per response in their order.
 
     ``length_normalize`` divides by the number of completion tokens.
     """
@@ -119,7 +120,7 @@ def sequence_logps(inputs: LossInputs, length_normalize: bool = False) -> tuple[
 def kl_penalty(inputs: LossInputs, alpha: float, length_normalize: bool = False) -> Tensor | float:
     """Return ``alpha (sum_t w_t KL_t(chosen) - sum_t w_t KL_t(rejected))``, of shape ``(B,)``; 0 at ``alpha = 0``.
 
-    The weighted sequence-KL term that TIS-DPO (arXiv 2410.04350) takes off the margin of log-ratios.
+    This is the weighted sequence-KL term that TIS-DPO (arXiv 2410.04350) subtracts from the margin of log-ratios.
 
     Raises:
         ValueError: ``alpha`` is not 0 and the inputs have no ``position_kl``.
@@ -135,10 +136,11 @@ def kl_penalty(inputs: LossInputs, alpha: float, length_normalize: bool = False)
 def _weighted_sums(streams: Tensor, inputs: LossInputs, length_normalize: bool) -> Tensor:
     mask = inputs.completion_mask.double()
     weights = mask if inputs.weights is None else inputs.weights.double() * mask
-    totals = (streams.masked_fill(mask == 0, 0.0) * weights).sum(dim=-1)
+    # Masked before multiplying: a NaN at a padding position times a weight of 0 would still be NaN.
+    totals = (streams.masked_fill(mask == 0, 0.0) * weights).sum(dim=-1)  # (kB, T) -> (kB,)
     return totals / mask.sum(dim=-1) if length_normalize else totals
 
 
 def outputs(losses: Tensor, chosen: Tensor, rejected: Tensor, beta: float) -> LossOutputs:
-    """Return the losses with the implicit rewards ``beta * logratio``."""
+    """Return the losses together with the implicit rewards ``beta * logratio``."""
     return LossOutputs(losses, (beta * chosen).detach(), (beta * rejected).detach())

@@ -1,4 +1,4 @@
-"""The squared loss of IPO (arXiv 2310.12036, eq. 17): the margin is pulled to 1 / (2 beta), not to infinity."""
+"""The squared loss of IPO (arXiv 2310.12036, eq. 17): it pulls the margin towards 1 / (2 beta) instead of infinity."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from spin.alignment.methods.losses.base import LossInputs, LossOutputs, kl_penal
 
 
 def ipo(inputs: LossInputs, beta: float = 0.1, length_normalize: bool = False, alpha: float = 0.0) -> LossOutputs:
-    """Return ``(m - 1 / (2 beta))^2`` for the margin ``m`` of log-ratios (nats, summed unless length-normalised), less the
-    KL term of weight ``alpha``.
+    """Return ``(m - 1 / (2 beta))^2`` for the margin ``m`` of log-ratios (nats, summed unless length-normalised), minus the
+    KL term weighted by ``alpha``.
     """
     chosen, rejected = sequence_logratios(inputs, length_normalize)
     margin = chosen - rejected - kl_penalty(inputs, alpha, length_normalize)

@@ -1,4 +1,4 @@
-"""The settings that a loss is called with: keys of the configuration that several losses share, and its own."""
+"""The settings passed to a loss: shared ones, which are configuration keys, and those specific to the loss."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from spin.alignment.methods.losses import LOSSES, Loss, find_loss
 
 
 def shared_settings() -> set[str]:
-    """Return the settings of all registered losses: those among them that the configuration has as keys are shared ones."""
+    """Return the names of all settings of registered losses; those that are configuration keys are shared settings."""
     return {key for name in LOSSES for key in find_loss(name).settings}
 
 
@@ -22,9 +22,9 @@ def loss_arguments(name: str, shared: Mapping[str, Any], own: Mapping[str, Any] 
     """Return the keyword arguments of a loss.
 
     Args:
-        shared: settings that are keys of the configuration; one that this loss does not know may only be at the default of
-            those that know it.
-        own: settings of this loss alone (``loss_settings`` in the configuration).
+        shared: settings that are configuration keys; one that this loss does not take must have the default value of a loss
+            that does.
+        own: settings specific to this loss (``loss_settings`` in the configuration).
 
     Raises:
         InputError: an unknown loss or setting, a setting that this loss would ignore, or a value of the wrong type or range.
@@ -45,7 +45,7 @@ def _own_arguments(name: str, loss: Loss, shared: Mapping[str, Any], own: Mappin
     unset = [key for key, item in settings.items() if item.default is inspect.Parameter.empty and key not in own]
     if unset:
         raise InputError(
-            f"loss_type {name} needs a value for {unset[0]}: write it under loss_settings, or give its parameter a default"
+            f"loss_type {name} needs a value for {unset[0]}: set it under loss_settings, or give its parameter a default"
         )
     return {key: _checked(name, loss, key, value, shared) for key, value in own.items()}
 
@@ -54,11 +54,11 @@ def _checked(name: str, loss: Loss, key: str, value: Any, shared: Mapping[str, A
     own = [other for other in loss.settings if other not in shared]
     if key in shared:
         raise InputError(
-            f"loss_settings names '{key}', which is a key of its own: write {key}: {value} beside loss_type"
+            f"loss_settings contains '{key}', which is a key of its own: write {key}: {value} next to loss_type"
         )
     if key not in own:
-        choice = f"it takes {', '.join(own)}{suggestion(key, own)}" if own else "it has none of its own"
-        raise InputError(f"loss_settings names '{key}', which loss_type {name} does not know: {choice}")
+        choice = f"it takes {', '.join(own)}{suggestion(key, own)}" if own else "it has no settings of its own"
+        raise InputError(f"loss_settings contains '{key}', which loss_type {name} does not take: {choice}")
     found = convert(value, _hint(loss, key), f"'{key}' in loss_settings")
     least = loss.least.get(key, -math.inf)
     if isinstance(found, float) and not least <= found < math.inf:
@@ -68,10 +68,10 @@ def _checked(name: str, loss: Loss, key: str, value: Any, shared: Mapping[str, A
 
 
 def _hint(loss: Loss, key: str) -> Any:
-    """Return the type of a setting: its annotation, else that of its default (any number, where that is one)."""
+    """Return the type of a setting: its annotation, else the type of its default (float for any number)."""
     try:
         hint = typing.get_type_hints(loss.function).get(key)
-    except Exception:  # annotations that only a type checker can read
+    except Exception:  # annotations that only a type checker can resolve
         hint = None
     default = loss.settings[key].default
     if hint is not None or default is None or default is inspect.Parameter.empty:

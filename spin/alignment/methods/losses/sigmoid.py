@@ -12,8 +12,8 @@ def sigmoid(
     length_normalize: bool = False,
     alpha: float = 0.0,
 ) -> LossOutputs:
-    """Return ``-(1 - s) log sigmoid(beta m) - s log sigmoid(-beta m)`` for the margin ``m`` of log-ratios (nats), less the
-    KL term of weight ``alpha``.
+    """Return ``-(1 - s) log sigmoid(beta m) - s log sigmoid(-beta m)`` for the margin ``m`` of log-ratios (nats), minus the
+    KL term weighted by ``alpha``; ``s`` is ``label_smoothing``.
     """
     from torch.nn.functional import logsigmoid
 

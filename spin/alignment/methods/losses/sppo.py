@@ -1,6 +1,6 @@
-"""SPPO (arXiv 2405.00675, eq. 3.6): each response's log-ratio is pulled to a target of its own, not only the gap of a pair.
+"""SPPO (arXiv 2405.00675, eq. 3.6), its variants, and its form for individual rewards.
 
-Also its variants, and the form for single rewards.
+Each response's log-ratio is pulled towards a target of its own, where DPO constrains only the gap between the two.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 def sppo(inputs: LossInputs, beta: float = 0.1, eta: float | None = None) -> LossOutputs:
-    """Return ``1/2 [(r_w - eta (P_w - 1/2))^2 + (r_l - eta (P_l - 1/2))^2]``: eq. 3.6 for the two responses kept.
+    """Return ``1/2 [(r_w - eta (P_w - 1/2))^2 + (r_l - eta (P_l - 1/2))^2]``: eq. 3.6 for the two selected responses.
 
-    ``r`` are log-ratios (nats), ``P`` the win rates against the opponent's samples (label ``win_prob``), and
-    ``eta = 1 / beta`` unless it is given.
+    ``r`` are log-ratios (nats), ``P`` the win rates against the opponent's samples (label ``win_prob``), and ``eta`` defaults to
+    ``1 / beta``.
 
     Raises:
         ValueError: the inputs have no win rates.
@@ -28,8 +28,8 @@ def sppo(inputs: LossInputs, beta: float = 0.1, eta: float | None = None) -> Los
 
 
 def sppo_single(inputs: LossInputs, beta: float = 0.1, eta: float | None = None) -> LossOutputs:
-    """Return :func:`sppo` with ``p = P(chosen beats rejected)`` (label ``pair_win_prob``) in place of both win rates: targets
-    ``+-eta (p - 1/2)``.
+    """Return :func:`sppo` with ``p = P(chosen beats rejected)`` (label ``pair_win_prob``) instead of both win rates, so that
+    the targets are ``+-eta (p - 1/2)``.
 
     Raises:
         ValueError: the inputs have no win probabilities.
@@ -39,7 +39,7 @@ def sppo_single(inputs: LossInputs, beta: float = 0.1, eta: float | None = None)
 
 
 def sppo_hard(inputs: LossInputs, beta: float = 0.1, eta: float | None = None) -> LossOutputs:
-    """Return :func:`sppo` with the hard labels P_w = 1 and P_l = 0: targets ``+-eta / 2``. It needs no scorer."""
+    """Return :func:`sppo` with the hard labels P_w = 1 and P_l = 0, so that the targets are ``+-eta / 2``. Needs no scorer."""
     import torch
 
     half = torch.tensor(0.5, dtype=torch.double, device=inputs.policy_logps.device)
@@ -47,17 +47,17 @@ def sppo_hard(inputs: LossInputs, beta: float = 0.1, eta: float | None = None) -
 
 
 def sppo_reward(inputs: LossInputs, beta: float = 0.1, eta: float | None = None) -> LossOutputs:
-    """Return ``(r_i - eta reward_i)^2`` for every response on its own, of shape ``(2B,)``; ``eta`` is 1 unless it is given.
+    """Return ``(r_i - eta reward_i)^2`` for each response separately, of shape ``(2B,)``; ``eta`` defaults to 1.
 
-    SPPO's online form (eq. 3.6 with a reward in place of the win rate): the label ``reward`` is already minus its baseline,
-    the soft-mean. ``beta`` scales only the logged rewards.
+    SPPO's online form (eq. 3.6 with a reward instead of the win rate): the label ``reward`` already has its baseline, the soft
+    mean, subtracted. ``beta`` scales only the logged rewards.
 
     Raises:
         ValueError: the inputs have no rewards.
     """
     import torch
 
-    rewards = inputs.label(REWARD.name)
+    rewards = inputs.label(REWARD.name)  # (2B,), like the concatenated log-ratios below
     chosen, rejected = sequence_logratios(inputs)
     losses = (torch.cat((chosen, rejected)) - (1.0 if eta is None else eta) * rewards) ** 2
     return outputs(losses, chosen, rejected, beta)
@@ -66,7 +66,7 @@ def sppo_reward(inputs: LossInputs, beta: float = 0.1, eta: float | None = None)
 def _squares(
     inputs: LossInputs, chosen_target: Tensor, rejected_target: Tensor, beta: float, eta: float | None
 ) -> LossOutputs:
-    scale = 1 / beta if eta is None else eta
+    scale = 1 / beta if eta is None else eta  # nats per unit of win rate
     chosen, rejected = sequence_logratios(inputs)
     losses = ((chosen - scale * chosen_target) ** 2 + (rejected - scale * rejected_target) ** 2) / 2
     return outputs(losses, chosen, rejected, beta)

@@ -1,4 +1,4 @@
-"""Which response is chosen and which rejected. One file and one line here for each pairing."""
+"""Pairings select the chosen and the rejected response: one file per pairing and one line per pairing here."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ PAIRINGS: dict[str, Pairing] = {
 
 
 def find_pairing(name: str) -> Pairing:
-    """Return the pairing of a configuration: a name in :data:`PAIRINGS`, or ``module:function`` of a file of the user's own.
+    """Return a pairing by its configured name: one in :data:`PAIRINGS`, or ``module:function`` of a user's own file.
 
     Raises:
-        InputError: there is no such pairing, or it does not take the rows of a prompt.
+        InputError: the pairing does not exist, or does not take the rows of a prompt.
     """
     found = resolve(PAIRINGS, name, "pairing", takes=("rows",))
     return found if isinstance(found, Pairing) else Pairing(found)
 
 
 def known_labels() -> set[Label]:
-    """Return the labels that the registered pairings write, the scores among them."""
+    """Return the labels that the registered pairings write, including the score."""
     return {SCORE, *(label for name in PAIRINGS for label in find_pairing(name).own_labels)}
 
 
 def writers(label: Label) -> list[str]:
-    """Return the registered pairings whose pairs have a label."""
+    """Return the names of the registered pairings that write a label."""
     return [name for name in PAIRINGS if find_pairing(name).writes(label)]
 
 

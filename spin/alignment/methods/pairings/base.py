@@ -1,4 +1,4 @@
-"""What every pairing receives and returns, and what those that compare labels share. Pure functions: no I/O."""
+"""The interface of pairings, and what those that compare labels share. Pure functions: no I/O."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from spin.alignment.methods.labels import SCORE, Label, as_labels
 
 Row = dict[str, Any]
 
-# Columns of a pair whose chosen side is one of the model's own responses, besides the generated ones.
+# Columns that a pair has beyond the generated ones if its chosen side is one of the model's own responses.
 OWN_CHOSEN = ("chosen_token_ids", "chosen_finish_reason", *SCORE.columns)
 
 
 @dataclass(frozen=True)
 class Pairing:
-    """Turns the generated rows of ONE prompt into preference rows (none on a tie), and says what it needs and writes.
+    """Turns the generated rows of ONE prompt into preference rows (none on a tie), and declares what it needs and writes.
 
-    A plain function is a pairing too, with the defaults below: its pairs have the columns of the rows, and each compares with
-    the ground truth.
+    A plain function is a pairing with the defaults below: its pairs have the columns of the rows, and each compares with the
+    ground truth.
 
     Attributes:
         pair: the function.
-        needs: label columns of the rows that it reads: a scorer must have written them.
-        labels: labels that its pairs have beyond the generated columns.
-        min_samples: responses to a prompt that it needs.
-        even: it takes two responses a row, so their number must be even.
-        prefers: one response of a pair is preferred to the other; without, each is trained on by itself.
-        relative: one of its labels that is a score minus the soft-mean of its group; online training sets the group and b.
+        needs: label columns that it reads from the rows; a scorer must have written them.
+        labels: labels that it adds to its pairs.
+        min_samples: minimum number of responses to a prompt.
+        even: whether it uses two responses per row, so that their number must be even.
+        prefers: whether one response of a pair is preferred; otherwise each is trained on separately.
+        relative: a label that is a score minus the soft mean of its group; online training chooses the group and b.
     """
 
     pair: Callable[[Sequence[Row]], list[Row]]
@@ -47,12 +47,12 @@ class Pairing:
 
     @property
     def name(self) -> str:
-        """The name of its function, for errors."""
+        """The name of its function, for error messages."""
         return getattr(self.pair, "__name__", "of these rows")
 
     @property
     def adds(self) -> tuple[str, ...]:
-        """Columns its pairs have beyond the generated ones."""
+        """Columns that it adds to the generated ones."""
         return tuple(column for label in self.own_labels for column in label.columns)
 
     @property
@@ -74,7 +74,7 @@ class Pairing:
         return label.columns[0] in self.adds
 
     def unpaired(self, rows: Sequence[Row]) -> int:
-        """Return how many responses to one prompt are left over where pairs take two each."""
+        """Return the number of responses to one prompt that remain unpaired when each pair uses two."""
         return 0
 
 
@@ -82,7 +82,7 @@ class Pairing:
 class EveryRow(Pairing):
     """A pairing whose pairs are the rows themselves: all of them, unchanged and in order.
 
-    Gathering reads ``keeps_rows`` and then moves whole record batches, never a Python row.
+    With ``keeps_rows`` set, gathering copies record batches without converting rows to Python.
     """
 
     keeps_rows: ClassVar[bool] = True
@@ -90,9 +90,9 @@ class EveryRow(Pairing):
 
 @dataclass(frozen=True)
 class Labelled(Pairing):
-    """A pairing that compares the scores of responses, which :func:`label_rows` has put on the rows.
+    """A pairing that compares the scores of responses, as added to the rows by :func:`label_rows`.
 
-    ``pair`` sees only rows that the scorer did not fail on, by sample index, ``min_samples`` or more.
+    ``pair`` receives only rows that the scorer did not fail on, sorted by sample index, and at least ``min_samples`` of them.
     """
 
     needs: tuple[str, ...] = ("rejected_score",)
@@ -111,10 +111,10 @@ class Labelled(Pairing):
         return self.reads_ground_truth
 
     def __call__(self, rows: Sequence[Row]) -> list[Row]:
-        """Return the pairs of one prompt; none where too few responses have a score.
+        """Return the pairs of one prompt; none if too few responses have a score.
 
         Raises:
-            InputError: a row lacks a label, or the labels of a prompt contradict each other.
+            InputError: a row has no label, or the labels of a prompt contradict each other.
         """
         for row in rows:
             missing = [name for name in self.needs if name not in row]
@@ -128,24 +128,24 @@ class Labelled(Pairing):
         return self.pair(known) if len(known) >= self.min_samples else []
 
     def unpaired(self, rows: Sequence[Row]) -> int:
-        """Return how many scored responses to one prompt (0 or 1) are left over where pairs take two each."""
+        """Return the number of scored responses to one prompt (0 or 1) that remain unpaired when each pair uses two."""
         return sum(row["rejected_score"] is not None for row in rows) % 2 if self.even else 0
 
 
 def check_num_samples(name: str, pairing: Pairing, num_samples: int) -> None:
-    """Check that a pairing can work with this many responses to a prompt.
+    """Check that a pairing supports this number of responses per prompt.
 
     Raises:
-        InputError: they are too few, or odd where pairs take two each.
+        InputError: there are too few, or their number is odd although each pair uses two.
     """
     if num_samples < pairing.min_samples:
         raise InputError(
-            f"pairing {name} needs {pairing.min_samples} responses to a prompt or more, but there "
+            f"pairing {name} needs at least {pairing.min_samples} responses per prompt, but there "
             f"{'is 1' if num_samples == 1 else f'are {num_samples}'}: sample with --num_samples {pairing.min_samples} or more"
         )
     if pairing.even and num_samples % 2:
         raise InputError(
-            f"pairing {name} takes two responses a row, but there are {num_samples} to a prompt: sample with "
+            f"pairing {name} uses two responses per row, but there are {num_samples} per prompt: sample with "
             f"--num_samples {num_samples + 1}"
         )
 
@@ -156,22 +156,24 @@ def label_rows(
     win_probs: Sequence[Sequence[float]] | None = None,
     reference_score: float | None = None,
 ) -> None:
-    """Put a scorer's labels on the rows of one prompt, in place: ``rejected_score``, ``chosen_score`` (that of the ground
-    truth) and ``win_probs`` (where the scorer compares responses). ``scores[i]`` is that of sample ``i``; None: it failed.
+    """Add a scorer's labels to the rows of one prompt, in place: ``rejected_score``, ``chosen_score`` (that of the ground
+    truth) and ``win_probs`` (if the scorer compares responses). ``scores[i]`` belongs to sample ``i``; None means it failed.
 
     Raises:
-        InputError: the scorer returned another number of scores, a value that is not finite, or win probabilities that
-            contradict each other; the prompt is named.
+        InputError: the scorer returned a wrong number of scores, a value that is not finite, or win probabilities that
+            contradict each other; the message names the prompt.
     """
     prompt_id = rows[0]["prompt_id"] if rows else ""
     if len(scores) != len(rows):
         raise InputError(
-            f"the scorer gave prompt {prompt_id} {len(scores)} scores for {len(rows)} responses: correct the scorer"
+            f"the scorer returned {len(scores)} scores for the {len(rows)} responses of prompt {prompt_id}: fix the scorer"
         )
     for sample, score in enumerate((*scores, reference_score)):
         if score is not None and not math.isfinite(score):
             which = "the ground truth" if sample == len(scores) else f"sample {sample}"
-            raise InputError(f"the scorer gave prompt {prompt_id}, {which}, the score {score}: it must be finite")
+            raise InputError(
+                f"the score of prompt {prompt_id}, {which}, is {score}: the scorer must return finite scores"
+            )
     if win_probs is not None:
         check_win_probs(win_probs, len(rows), prompt_id)
     for row in rows:
@@ -183,21 +185,21 @@ def label_rows(
 
 
 def check_win_probs(win_probs: Sequence[Sequence[float]], size: int, prompt_id: str) -> None:
-    """Check a win matrix: ``size`` by ``size``, in [0, 1], ``P_ik + P_ki = 1``.
+    """Check that a win matrix is ``size`` by ``size``, within [0, 1], and that ``P_ik + P_ki = 1``.
 
     Raises:
-        InputError: naming the prompt and the two samples.
+        InputError: it is not; the message names the prompt and the two samples.
     """
     if len(win_probs) != size or any(len(line) != size for line in win_probs):
         shape = f"{len(win_probs)} x {'/'.join(map(str, sorted({len(line) for line in win_probs})))}"
         raise InputError(
-            f"the win probabilities of prompt {prompt_id} are {shape}, not {size} x {size}: correct the scorer"
+            f"the win probabilities of prompt {prompt_id} are {shape}, not {size} x {size}: fix the scorer"
         )
     for i, line in enumerate(win_probs):
         for k, value in enumerate(line):
             if not 0 <= value <= 1:
                 raise InputError(
-                    f"the win probability of samples {i} and {k} of prompt {prompt_id} is {value}: it must lie between 0 and 1"
+                    f"the win probability of samples {i} and {k} of prompt {prompt_id} is {value}: it must be from 0 to 1"
                 )
             if abs(value + win_probs[k][i] - 1) > 1e-6:
                 raise InputError(
@@ -207,7 +209,8 @@ def check_win_probs(win_probs: Sequence[Sequence[float]], size: int, prompt_id: 
 
 
 def own_pair(better: Row, worse: Row) -> Row:
-    """Return the pair of two own responses to one prompt; its sample index is that of the rejected side."""
+    """Return the pair of two of the model's own responses to a prompt; its sample index is that of the rejected side."""
+    # The generated columns describe the rejected response; the better row moves to the chosen columns.
     return {name: value for name, value in worse.items() if name != "win_probs"} | {
         "chosen": better["rejected"],
         "chosen_token_ids": better["rejected_token_ids"],
@@ -217,23 +220,23 @@ def own_pair(better: Row, worse: Row) -> Row:
 
 
 def best(rows: Sequence[Row]) -> Row:
-    """Return the row of the highest score; of equal ones the first."""
+    """Return the row with the highest score; the first one on a tie."""
     return max(rows, key=lambda row: float(row["rejected_score"]))
 
 
 def check_ground_truth(row: Row, pairing: str) -> None:
-    """Refuse a prompt without ground truth.
+    """Check that a prompt has a ground truth.
 
     Raises:
-        InputError: naming the prompt.
+        InputError: it has none; the message names the prompt.
     """
     if row["chosen"] is None:
         raise missing_ground_truth(row["prompt_id"], pairing)
 
 
 def missing_ground_truth(prompt_id: str, pairing: str) -> InputError:
-    """Return the refusal of a prompt whose ground truth is missing."""
+    """Return the error for a prompt whose ground truth is missing."""
     return InputError(
-        f"prompt {prompt_id} has no ground truth, which pairing {pairing} compares with: add its answer and generate again, "
-        "or choose a pairing of own responses such as best_vs_worst"
+        f"prompt {prompt_id} has no ground truth, which pairing {pairing} compares with: add it and generate again, or choose "
+        "a pairing of the model's own responses such as best_vs_worst"
     )

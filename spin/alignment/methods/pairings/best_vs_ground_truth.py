@@ -1,4 +1,4 @@
-"""The best of the model's own responses against the ground truth: whichever scores higher is chosen."""
+"""The best of the model's own responses against the ground truth: the one with the higher score is chosen."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from spin.alignment.methods.pairings.base import best, check_ground_truth
 
 
 def best_vs_ground_truth(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return one pair; none when both scores are equal or the ground truth has none. The ground truth has no token ids.
+    """Return one pair; none if both scores are equal or the ground truth has no score. The ground truth has no token ids.
 
     Raises:
         InputError: the prompt has no ground truth.
@@ -24,7 +24,7 @@ def best_vs_ground_truth(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]
         return [pair | {"chosen_token_ids": None, "chosen_finish_reason": None}]
     ours = {"chosen": own["rejected"], "chosen_score": own_score}
     ours |= {f"chosen_{name}": own[f"rejected_{name}"] for name in ("token_ids", "finish_reason")}
-    # What was recorded of sampling belongs to the own response, which is not the rejected side any more.
+    # The recorded sampling data belongs to the model's own response, which is no longer the rejected side.
     sampled = {
         name: None for name in pair if name in ("rejected_token_ids", "rejected_finish_reason", "rejected_logprobs")
     }

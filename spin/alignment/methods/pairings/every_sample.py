@@ -1,4 +1,4 @@
-"""SPPO's online form: every response is trained on by itself, two to a row, with its reward; no side is preferred."""
+"""SPPO's online form: every response is trained on separately with its reward, two per row; no side is preferred."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from spin.alignment.methods.soft_mean import soft_mean
 
 
 def every_sample(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the responses two by two: the first and second, the third and fourth, ...; rewards are scores minus their
-    soft-mean over the prompt.
+    """Return the responses in twos: the first and second, the third and fourth, ...; rewards are scores minus their soft
+    mean over the prompt.
 
-    Where the scorer failed on an odd number of responses, the last of the others has no partner and is left out (counted by
+    If the scorer failed on an odd number of responses, the last of the others has no partner and is skipped (counted by
     :meth:`Labelled.unpaired`).
     """
     baseline = soft_mean([float(row["rejected_score"]) for row in rows])

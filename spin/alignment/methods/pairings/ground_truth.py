@@ -9,7 +9,7 @@ from spin.alignment.methods.pairings.base import check_ground_truth
 
 
 def ground_truth(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return one pair for each sample of the prompt, as it was generated.
+    """Return one pair per sample of the prompt, as generated.
 
     Raises:
         InputError: the prompt has no ground truth.

@@ -1,4 +1,4 @@
-"""SPPO's pairing (arXiv 2405.00675, Algorithm 1): the responses of the highest and the lowest win rate, with their rates."""
+"""SPPO's pairing (arXiv 2405.00675, Algorithm 1): the responses with the highest and the lowest win rate."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from spin.alignment.core.arithmetic import sigmoid
 from spin.alignment.core.errors import InputError
 from spin.alignment.methods.pairings.base import own_pair
 
-# Win rates closer than this differ by rounding only.
+# Win rates closer than this differ only by rounding.
 _EQUAL = 1e-12
 
 
 def win_rate(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return one pair; none when all win rates are equal. Of equal best (or worst) responses the first is taken.
+    """Return one pair; none if all win rates are equal. The first of equally good (or bad) responses is used.
 
-    A response's win rate is the mean over all K responses, itself (1/2) included, of the probability that it beats them:
-    the paper's estimate of ``P(y beats pi_t | x)``. Probabilities come from ``win_probs`` where a preference model gave
-    them, else from ``sigmoid(s_i - s_k)``.
+    A response's win rate is the mean, over all K responses including itself (1/2), of the probability that it beats them:
+    the paper's estimate of ``P(y beats pi_t | x)``. Probabilities are taken from ``win_probs`` if a preference model provided
+    them, else computed as ``sigmoid(s_i - s_k)``.
 
     Raises:
         InputError: only some responses of the prompt have win probabilities.
@@ -37,7 +37,7 @@ def win_rate(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def win_probabilities(rows: Sequence[dict[str, Any]]) -> list[list[float]]:
-    """Return ``[i][k]``, the probability that response ``i`` beats response ``k``, for the rows in their order."""
+    """Return a K x K matrix ``[i][k]``: the probability that response ``i`` beats response ``k``, in the order of the rows."""
     given = [row.get("win_probs") for row in rows]
     if all(line is None for line in given):
         scores = [float(row["rejected_score"]) for row in rows]
@@ -47,4 +47,5 @@ def win_probabilities(rows: Sequence[dict[str, Any]]) -> list[list[float]]:
         raise InputError(
             f"only some responses to prompt {rows[0]['prompt_id']} have win probabilities: score them again"
         )
+    # Rows that the scorer failed on are missing here, so the matrix of all samples is restricted to the others.
     return [[float(line[sample]) for sample in samples] for line in given if line is not None]

@@ -1,4 +1,4 @@
-"""How much each response token counts. One file and one line here for each weighting; the transforms stand in one file."""
+"""Token weightings: one file per weighting and one line per weighting here; all transforms are in one file."""
 
 from __future__ import annotations
 
@@ -43,17 +43,17 @@ DEFAULT_TRANSFORM = "exponential"
 
 
 def find_weighting(name: str) -> Weighting:
-    """Return the weighting of a configuration: a name in :data:`WEIGHTINGS`, or ``module:function`` of a file of the user's own.
+    """Return a weighting by its configured name: one in :data:`WEIGHTINGS`, or ``module:function`` of a user's own file.
 
     Raises:
-        InputError: there is no such weighting, or it does not take the tokens of a pair.
+        InputError: the weighting does not exist, or does not take the tokens of a pair.
     """
     found = resolve(WEIGHTINGS, name, "weighting", takes=("pair",))
     return found if isinstance(found, Weighting) else Weighting(found)
 
 
 def draws(transform: str) -> bool:
-    """Return whether a transform draws random numbers: it has a seed."""
+    """Return whether a transform draws random numbers, which is the case if it has a ``seed`` parameter."""
     return "seed" in inspect.signature(WEIGHT_TRANSFORMS[transform]).parameters
 
 
@@ -61,28 +61,28 @@ def check_transform(name: str, settings: Mapping[str, object]) -> dict[str, floa
     """Return the settings of a transform as numbers.
 
     Raises:
-        InputError: an unknown transform or setting, a value that is no finite number, or one out of range.
+        InputError: an unknown transform or setting, a value that is not a finite number, or one out of range.
     """
     known = list(inspect.signature(lookup(WEIGHT_TRANSFORMS, name, "transform")).parameters)[1:]
     numbers: dict[str, float] = {}
     for key, value in settings.items():
         if key not in known:
-            choice = f"it takes {', '.join(known)}{suggestion(key, known)}" if known else "it takes none"
-            raise InputError(f"transform_params names '{key}', which the transform {name} does not know: {choice}")
+            choice = f"it takes {', '.join(known)}{suggestion(key, known)}" if known else "it takes no settings"
+            raise InputError(f"transform_params contains '{key}', which transform {name} does not take: {choice}")
         try:
             number = float(str(value))
         except ValueError:
             number = math.nan
         if not math.isfinite(number) or (key == "seed" and number != int(number)):
             kind = "a whole number" if key == "seed" else "a number"
-            raise InputError(f"transform_params gives {key} the value '{value}': set it to {kind}")
+            raise InputError(f"{key} in transform_params is '{value}': set it to {kind}")
         numbers[key] = int(number) if key == "seed" else number
-    WEIGHT_TRANSFORMS[name]([0.0], **numbers)  # looks at the ranges
+    WEIGHT_TRANSFORMS[name]([0.0], **numbers)  # checks the ranges
     return numbers
 
 
 def side_settings(name: str, settings: Mapping[str, float], side: str) -> dict[str, float]:
-    """Return a transform's settings for a side. TIS-DPO clamps before the sign is turned, so the rejected bounds are mirrored."""
+    """Return a transform's settings for a side. TIS-DPO clamps before negating, so the bounds are mirrored for rejected."""
     if name != "exponential" or side == "chosen":
         return dict(settings)
     defaults = {key: item.default for key, item in inspect.signature(exponential).parameters.items()}
@@ -97,9 +97,9 @@ def weights_of_pair(
     settings: Mapping[str, float] | None = None,
     seeds: tuple[int, int] = (0, 1),
 ) -> tuple[list[float], list[float]]:
-    """Return the weights of both responses, one for each token; NaN where a token has no gain (it was not scored).
+    """Return the weights of both responses, one per token; NaN for a token without a gain (it was not scored).
 
-    ``seeds`` are those of the chosen and the rejected response, for a transform that draws.
+    ``seeds`` are those of the chosen and the rejected response, for a transform that draws random numbers.
     """
     method = find_weighting(weighting)
     numbers = method(pair)

@@ -1,4 +1,4 @@
-"""What every token weighting receives and returns, and what it says of itself. Pure functions: no I/O, no project imports."""
+"""The interface of token weightings and their declared properties. Pure functions: no I/O, no project imports."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from enum import Enum
 
 @dataclass(frozen=True)
 class PairTokens:
-    """The response tokens of one pair, the end-of-turn token included where the response has one.
+    """The response tokens of one pair, including the end-of-turn token if the response has one.
 
-    ``chosen_gains`` and ``rejected_gains`` hold ``d_t = log pi_plus(y_t) - log pi_minus(y_t)`` in nats, one number for each of
-    the first tokens of that side: those beyond the longest sequence that was scored have none.
+    ``chosen_gains`` and ``rejected_gains`` are ``d_t = log pi_plus(y_t) - log pi_minus(y_t)`` in nats, one per token. They may
+    be shorter than the ids: tokens beyond the maximum length that was scored have no gain.
     """
 
     chosen_ids: Sequence[int]
@@ -21,15 +21,15 @@ class PairTokens:
     rejected_gains: Sequence[float] = ()
 
 
-# Turns the numbers of one response's tokens into their weights.
+# Maps one number per token of a response to one weight per token.
 Transform = Callable[..., list[float]]
 
-# Returns a number for each token of the chosen and of the rejected response.
+# Returns one number per token of the chosen and of the rejected response.
 Weigh = Callable[[PairTokens], tuple[list[float], list[float]]]
 
 
 class Compares(Enum):
-    """Which two models a weighting compares to find the gains of tokens."""
+    """Which two models a weighting compares to compute token gains."""
 
     NOTHING = "no models: the numbers it returns are the weights"
     TRAINED = "a model trained on the pairs with one trained on the reversed pairs, of one tokenizer"
@@ -38,11 +38,11 @@ class Compares(Enum):
 
 @dataclass(frozen=True)
 class Weighting:
-    """A way to weigh tokens. A plain function is one too: it compares no models.
+    """A token weighting. A plain function is a weighting that compares no models.
 
-    Without models the numbers it returns are the weights. With them they are the gains with their sign turned on the rejected
-    side (``+d`` and ``-d``: the larger, the more a token is to be learned from), and a transform of ``WEIGHT_TRANSFORMS`` makes
-    weights of them. ``constant``: equal weights are what it is for, not a mistake.
+    Without models, the numbers it returns are the weights. With models they are the gains, negated on the rejected side (``+d``
+    and ``-d``: the larger, the more should be learned from a token), and a transform of ``WEIGHT_TRANSFORMS`` maps them to
+    weights. ``constant``: equal weights are intended, so no warning is given.
     """
 
     weigh: Weigh

@@ -1,8 +1,8 @@
-"""From gains to weights, one response at a time. Each transform is a pure function of a list of numbers.
+"""Transforms map the gains of one response to weights. Each is a pure function of a list of numbers.
 
-The numbers are ``u_t = +d_t`` for a chosen and ``-d_t`` for a rejected response (nats): the larger, the more a token is to be
-learned from. ``exponential`` is TIS-DPO's own (arXiv 2410.04350, eq. 11); the others are the variants of its public
-implementation. ``origin`` and ``threshold`` may give weights below 0, as they do there: such a token is pushed the other way.
+The numbers are ``u_t = +d_t`` for a chosen and ``-d_t`` for a rejected response (nats): the larger, the more should be learned
+from a token. ``exponential`` is TIS-DPO's own (arXiv 2410.04350, eq. 11); the others are the variants in its public
+implementation. As there, ``origin`` and ``threshold`` can return negative weights, which reverse the gradient of a token.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ def exponential(
 ) -> list[float]:
     """Return ``k exp(mu clamp(u, lower, upper))`` (TIS-DPO, eq. 11).
 
-    The paper clamps ``d`` and then turns the sign, ``k exp(-mu clamp(d, L, U))`` for the rejected response. In terms of
-    ``u = -d`` that is this function with the bounds ``-U`` and ``-L``; :func:`side_settings` swaps them.
+    For the rejected response the paper clamps ``d`` and then negates it: ``k exp(-mu clamp(d, L, U))``. In terms of ``u = -d``
+    that is this function with the bounds ``-U`` and ``-L``, which :func:`side_settings` sets.
     """
     _check(k > 0, f"k is {k}: set it above 0")
     _check_range("lower", lower, "upper", upper)
@@ -28,20 +28,20 @@ def exponential(
 
 
 def origin(values: Sequence[float]) -> list[float]:
-    """Return the numbers as they are."""
+    """Return the numbers unchanged."""
     return [float(value) for value in values]
 
 
 def binary(values: Sequence[float], p: float = 50.0) -> list[float]:
     """Return 1 for the top ``p`` percent of a response's tokens and 0 for the rest.
 
-    ``ceil(p n / 100)`` of n tokens are taken, and every token that equals the last of them.
+    The top ``ceil(p n / 100)`` of n tokens are selected, plus all that tie with the last of them.
     """
     _check(0 <= p <= 100, f"p is {p}: set it from 0 to 100 (percent)")
     count = math.ceil(p * len(values) / 100)
     if count == 0:
         return [0.0] * len(values)
-    least = sorted(values, reverse=True)[count - 1]
+    least = sorted(values, reverse=True)[count - 1]  # smallest selected value
     return [1.0 if value >= least else 0.0 for value in values]
 
 
@@ -54,21 +54,21 @@ def threshold(values: Sequence[float], lower: float = -1.0, upper: float = 1.0) 
 def threshold_and_scale(
     values: Sequence[float], lower: float = -1.5, upper: float = 1.5, low: float = 0.7, high: float = 1.3
 ) -> list[float]:
-    """Return the numbers clipped to ``[lower, upper]``, which is mapped linearly to ``[low, high]``."""
+    """Return the numbers clipped to ``[lower, upper]`` and mapped linearly to ``[low, high]``."""
     _check_range("low", low, "high", high)
     slope = (high - low) / (upper - lower) if upper > lower else 0.0
     return [low + slope * (value - lower) for value in threshold(values, lower, upper)]
 
 
 def rank_based(values: Sequence[float], low: float = 0.7, high: float = 1.3) -> list[float]:
-    """Return the rank within the response mapped linearly: the smallest number gives ``low``, the largest ``high``.
+    """Return the ranks within the response, mapped linearly: ``low`` for the smallest number, ``high`` for the largest.
 
-    Equal numbers share the mean of their ranks; a response of one token, or of equal ones, is in the middle.
+    Equal numbers get the mean of their ranks; a single token, or tokens with equal numbers, get the midpoint.
     """
     _check_range("low", low, "high", high)
     order = sorted(range(len(values)), key=lambda index: values[index])
     weights = [0.0] * len(values)
-    start = 0
+    start = 0  # of a run of equal numbers in sorted order
     while start < len(order):
         end = start
         while end < len(order) and values[order[end]] == values[order[start]]:
@@ -81,9 +81,9 @@ def rank_based(values: Sequence[float], low: float = 0.7, high: float = 1.3) -> 
 
 
 def random(values: Sequence[float], low: float = 0.7, high: float = 1.3, seed: int = 0) -> list[float]:
-    """Return uniform random numbers from ``[low, high]``, whatever the values: an ablation.
+    """Return uniform random numbers from ``[low, high]`` regardless of the values, as an ablation.
 
-    One seed gives one sequence, so a caller gives each response a seed of its own.
+    A seed always gives the same sequence, so each response needs a seed of its own.
     """
     _check_range("low", low, "high", high)
     draw = random_numbers.Random(seed)
@@ -96,4 +96,4 @@ def _check(valid: bool, sentence: str) -> None:
 
 
 def _check_range(lower_name: str, lower: float, upper_name: str, upper: float) -> None:
-    _check(lower < upper, f"{lower_name} is {lower} and {upper_name} {upper}: {lower_name} must be the smaller")
+    _check(lower < upper, f"{lower_name} is {lower} and {upper_name} is {upper}: set {lower_name} below {upper_name}")

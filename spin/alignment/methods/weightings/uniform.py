@@ -1,4 +1,4 @@
-"""Every token counts the same: SPIN is WSPIN with weight 1."""
+"""All tokens have weight 1, which makes WSPIN the same as SPIN."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The memory of a training step: measured, estimated, planned."""
+"""Memory of a training step: measuring, estimating and planning it."""

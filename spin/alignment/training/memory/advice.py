@@ -1,4 +1,4 @@
-"""When the memory is full: one sentence of what to change, in place of a traceback."""
+"""Advice when memory runs out: one sentence on what to change instead of a traceback."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory",
 
 @contextlib.contextmanager
 def advise_when_memory_is_full(sizes: Callable[[], tuple[int, int]], checkpointing: bool) -> Iterator[None]:
-    """Run a training; where its memory runs out, say what to change.
+    """Run a training; if memory runs out, say what to change.
 
-    ``sizes()`` returns the token budget of a micro-batch (0 where there is none) and the tokens of the longest pair;
-    ``checkpointing`` says whether gradient checkpointing is on already.
+    ``sizes()`` returns the token budget of a micro-batch (0 if there is none) and the tokens of the longest pair;
+    ``checkpointing`` says whether gradient checkpointing is already on.
 
     Raises:
-        InputError: the memory ran out.
+        InputError: memory ran out.
     """
     try:
         yield
@@ -32,15 +32,15 @@ def advise_when_memory_is_full(sizes: Callable[[], tuple[int, int]], checkpointi
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that the memory of a device or of the machine is full."""
+    """Return whether an error means that the device or the machine is out of memory."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)
 
 
 def advice(budget: int, longest_pair: int, checkpointing: bool) -> str:
-    """Return one sentence of what to change when micro-batches of ``budget`` tokens did not fit."""
-    if budget > longest_pair:
+    """Return one sentence on what to change when micro-batches of ``budget`` tokens did not fit."""
+    if budget > longest_pair:  # smaller micro-batches are the cheapest change: they do not affect the result
         change = f"run again with --max_tokens_per_batch={max(longest_pair, budget // 2)}"
     elif not checkpointing:
         change = "run again with --gradient_checkpointing=true"
@@ -49,6 +49,6 @@ def advice(budget: int, longest_pair: int, checkpointing: bool) -> str:
             "run again with an 8-bit optimiser (--optim=adamw_8bit), a lower max_length, LoRA or more GPUs with ZeRO-3"
         )
     return (
-        f"the memory is full with micro-batches of at most {max(budget, longest_pair)} tokens: {change}; the training goes "
-        "on from its last checkpoint"
+        f"out of memory with micro-batches of at most {max(budget, longest_pair)} tokens: {change}; the training resumes "
+        "from its last checkpoint"
     )

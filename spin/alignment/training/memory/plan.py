@@ -1,4 +1,4 @@
-"""Before the first step: the token budget of the micro-batches, and what the memory is expected to hold, in the log."""
+"""Chooses the token budget of micro-batches before the first step, and logs the expected memory use."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ BUDGET_FILE = "token_budget.json"
 
 
 def pair_tokens(dataset: PairDataset, collator: PackedCollator) -> tuple[np.ndarray, np.ndarray]:
-    """Return the tokens that each pair takes in a row, and how many of them are of its responses."""
+    """Return the tokens that each of N pairs takes up in a row, and how many belong to its responses; both ``(N,)``."""
     import pyarrow.compute as pc
 
     table = dataset.rows.with_format("arrow")[:]
@@ -45,11 +45,11 @@ def pair_tokens(dataset: PairDataset, collator: PackedCollator) -> tuple[np.ndar
 def plan_token_budget(
     forward: PairForward, pairs: PairDataset, arguments: SPINConfig, accelerator: Accelerator, resumed: bool
 ) -> int:
-    """Return the tokens of a micro-batch of such ``pairs``: those asked for, else the most that every process has memory for.
+    """Return the token budget for micro-batches of such ``pairs``: the configured one, else the largest that fits every process.
 
-    A resumed training keeps the budget it began with: another packing would round differently. The estimate is logged.
-    Every process must call it, with the model prepared and in place, but not inside DDP's wrapper: that would wait for the
-    backward pass of what is measured, which never comes.
+    A resumed run keeps its original budget: a different packing would round differently. The estimate is logged.
+    Every process must call it, with the model prepared but without DDP's wrapper: the wrapper would wait for a backward pass,
+    which a measured forward pass never has.
 
     Raises:
         InputError: not even the longest pair fits.
@@ -58,7 +58,7 @@ def plan_token_budget(
     assert isinstance(collator, PackedCollator)
     sizes, responses = pair_tokens(pairs, collator)
     longest = int(sizes.max())
-    # The most that one step of this process can hold: its pairs may be the longest of all.
+    # Upper bound of the tokens in one step of this process: its pairs may be the longest of all.
     step_tokens = int(np.sort(sizes)[-arguments.per_device_train_batch_size :].sum())
     stats = ModelStats.of(forward.model)
     cost = measure_activations(forward.model, lambda tokens: _pass_one_pair(forward, tokens))
@@ -83,7 +83,7 @@ def plan_token_budget(
     if budget is None:
         loaded = round(stats.weight_bytes / settings.sharding.weights)
         budget = _fitting_budget(lambda tokens: estimate(tokens).total - loaded, longest, step_tokens, accelerator)
-    accelerator.wait_for_everyone()  # all have read the record
+    accelerator.wait_for_everyone()  # until all processes have read the record
     if accelerator.is_main_process:
         write_json_atomic(record, budget)
     for line in estimate(budget).lines():
@@ -94,8 +94,8 @@ def plan_token_budget(
 def _fitting_budget(
     needed_bytes: Callable[[int], int], longest_pair: int, step_tokens: int, accelerator: Accelerator
 ) -> int:
-    """Return the most tokens of a micro-batch that the free memory of every process allows."""
-    # The processes of one machine share its memory; torchrun and accelerate say how many they are.
+    """Return the largest number of tokens per micro-batch that fits in the free memory of every process."""
+    # The processes on one machine share its memory; torchrun and accelerate set their number.
     available = available_bytes(accelerator.device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     budget = automatic_budget(needed_bytes, available, longest_pair, step_tokens, accelerator.device.type)
     if accelerator.num_processes > 1:
@@ -106,9 +106,9 @@ def _fitting_budget(
 
 
 def _pass_one_pair(forward: PairForward, tokens: int) -> torch.Tensor:
-    """Pass one made-up pair forward as in training, the same share of the tokens for the prompt and each response.
+    """Run a synthetic pair forward as in training, with equal shares of tokens for the prompt and each response.
 
-    Without an objective: the fused head takes gradients on the way, and a measured pass has none.
+    No objective is used: the fused head would compute gradients, which a measured pass does not have.
     """
     names = forward.batcher.collator.responses
     share = tokens // (1 + len(names))

@@ -1,4 +1,4 @@
-"""What memory depends on in a model: its weights, counted, and what its layers keep for the backward pass, measured."""
+"""Model properties that memory depends on: weight counts, and the measured bytes that layers save for the backward pass."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SIZES = (64, 128, 192)
 
 @dataclass(frozen=True)
 class ModelStats:
-    """Weights of a whole model, however they are spread over processes: numbers of weights, and bytes."""
+    """Numbers and bytes of a model's weights before any sharding; ``embedding`` fields are 0 if it is not trained."""
 
     weight_bytes: int
     trained: int
@@ -37,7 +37,7 @@ class ModelStats:
 
     @classmethod
     def of(cls, model: Any) -> ModelStats:
-        """Count the weights of a causal language model (wrapped or not). ``embedding`` is counted where it is trained."""
+        """Count the weights of a causal language model, wrapped or not."""
         causal = causal_model(model)
         config = causal.config.get_text_config()
         embedding, head = causal.get_input_embeddings().weight, causal.get_output_embeddings().weight
@@ -63,12 +63,12 @@ class ModelStats:
 
 
 def _number(weight: Any) -> int:
-    """Return the number of elements of the whole weight; DeepSpeed ZeRO-3 keeps it in an attribute."""
+    """Return the number of elements of the unsharded weight; DeepSpeed ZeRO-3 stores it in an attribute."""
     return int(getattr(weight, "ds_numel", weight.numel()))
 
 
 def layers(model: Any) -> list[Any]:
-    """Return the layers that gradient checkpointing treats as one."""
+    """Return the layers that gradient checkpointing recomputes as units."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
@@ -76,7 +76,7 @@ def layers(model: Any) -> list[Any]:
 
 @dataclass(frozen=True)
 class Growth:
-    """Bytes as a function of the number of tokens: of one sequence of n tokens ``fixed + linear * n + square * n**2``."""
+    """Bytes for one sequence as a function of its n tokens: ``fixed + linear * n + square * n**2``."""
 
     fixed: float
     linear: float
@@ -84,22 +84,23 @@ class Growth:
 
     @classmethod
     def fit(cls, sizes: tuple[int, ...], found: list[int]) -> Growth:
-        """Return the parabola through three points; what is not negative stays so."""
+        """Fit a parabola through three points, or a line where the parabola would have a negative coefficient."""
+        # The quadratic part is attention that stores its scores; kernels that do not are linear in n.
         square, linear, fixed = np.polyfit(sizes, found, 2)
         if square < 0 or fixed < 0:
             square, (linear, fixed) = 0.0, np.polyfit(sizes, found, 1)
         return cls(max(0.0, float(fixed)), float(linear), float(square))
 
     def growing(self, tokens: int, pair_tokens: int) -> float:
-        """Return the bytes beyond ``fixed`` of a row of ``tokens`` tokens that holds pairs of ``pair_tokens`` tokens."""
+        """Return the bytes beyond ``fixed`` for a row of ``tokens`` tokens made up of pairs of ``pair_tokens`` tokens."""
         return tokens * (self.linear + self.square * min(tokens, pair_tokens))
 
 
 @dataclass(frozen=True)
 class ActivationCost:
-    """What a forward pass keeps for the backward pass (``kept``), and what it would keep without checkpointing (``plain``).
+    """Bytes that a forward pass saves for the backward pass (``kept``), and would save without checkpointing (``plain``).
 
-    Their ``fixed`` parts are copies of weights in the precision of the matrix products.
+    The ``fixed`` parts are copies of weights in the precision of the matrix products.
     """
 
     kept: Growth
@@ -108,15 +109,15 @@ class ActivationCost:
     checkpointed: bool
 
     def layer_bytes(self, tokens: int, pair_tokens: int) -> float:
-        """Return what one layer keeps; with checkpointing that exists while its backward pass runs."""
+        """Return the bytes that one layer saves; with checkpointing they exist only during its backward pass."""
         return self.plain.growing(tokens, pair_tokens) / self.layers
 
 
 def measure_activations(model: Any, forward: Callable[[int], Any], sizes: tuple[int, ...] = _SIZES) -> ActivationCost:
-    """Measure what a model in training mode keeps for the backward pass.
+    """Measure the bytes that a model in training mode saves for the backward pass.
 
-    ``forward(n)`` passes one pair of ``n`` tokens and returns something that depends on the weights. It is called for each of
-    three sizes, and again with gradient checkpointing off where it is on; every process must call this.
+    ``forward(n)`` runs one pair of ``n`` tokens and returns a tensor that depends on the weights. It is called for each of three
+    sizes, and again without gradient checkpointing if that is on. Every process must call this function.
     """
     kept = Growth.fit(sizes, [saved_bytes(model, forward, size) for size in sizes])
     checkpointed = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
@@ -139,21 +140,22 @@ def _without_checkpointing(modules: list[Any]) -> Iterator[None]:
 
 
 def saved_bytes(model: Any, forward: Callable[[int], Any], size: int) -> int:
-    """Return the bytes that the graph of a forward pass saves, weights and buffers left out; each storage counts once.
+    """Return the bytes saved by the graph of a forward pass, excluding weights and buffers; each storage counts once.
 
-    Nothing is kept meanwhile: weights that are gathered for a moment (ZeRO-3, FSDP) are let go as usual.
+    No tensor is kept alive by the measurement: temporarily gathered weights (ZeRO-3, FSDP) are freed as usual.
     """
     alive: dict[int, int] = {}
     total = 0
 
     def pack(tensor: torch.Tensor) -> None:
         nonlocal total
+        # A DTensor (FSDP) keeps its shard in ``_local_tensor``. Views of one storage are counted once.
         storage = getattr(tensor, "_local_tensor", tensor).untyped_storage()
         address = storage.data_ptr()
         if address and address not in alive and address not in _weight_addresses(model):
             alive[address] = storage.nbytes()
             total += storage.nbytes()
-            weakref.finalize(storage, alive.pop, address, None)  # another tensor may get the address
+            weakref.finalize(storage, alive.pop, address, None)  # another tensor may reuse the address
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, _never_unpacked):
         forward(size)

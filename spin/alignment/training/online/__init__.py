@@ -1,1 +1,1 @@
-"""The line kept in memory: prompts, responses of the current policy, labels, pairs and updates, step by step."""
+"""Online training: each step draws responses from the current policy, labels and pairs them, and updates the policy."""

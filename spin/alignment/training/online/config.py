@@ -1,4 +1,4 @@
-"""The settings of online training: those of preference training, and how responses are drawn, labelled and paired."""
+"""The settings of online training: those of preference training, plus sampling, labelling and pairing of responses."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from spin.alignment.rewards.base import ScorerSettings
 from spin.alignment.training.config import SPINConfig
 from spin.alignment.training.online.keys import OnlineKeys
 
-# Scorers that say how a response does against the others to its prompt.
+# Scorers that compare a response with the other responses to its prompt.
 COMPARATIVE = ("judge", "preference_model")
 
 
 @dataclass
 class OnlineConfig(OnlineKeys, SPINConfig):
-    """Every key of preference training and those of the loop (:class:`OnlineKeys`).
+    """Every key of preference training plus those of the online loop (:class:`OnlineKeys`).
 
-    ``per_device_train_batch_size * gradient_accumulation_steps`` counts prompts of a process here; a step is a batch of prompts.
+    ``per_device_train_batch_size * gradient_accumulation_steps`` is the number of prompts per process and step here.
     """
 
     def __post_init__(self) -> None:
@@ -38,54 +38,55 @@ class OnlineConfig(OnlineKeys, SPINConfig):
             )
         if self.max_prompt_length + self.max_new_tokens > self.max_length:
             raise InputError(
-                f"max_prompt_length {self.max_prompt_length} and max_new_tokens {self.max_new_tokens} exceed max_length "
+                f"max_prompt_length {self.max_prompt_length} plus max_new_tokens {self.max_new_tokens} exceeds max_length "
                 f"{self.max_length}: lower one, or raise max_length"
             )
         if self.reference_dir:
-            raise InputError("reference_dir is set, but the reference of an online step is never stored: remove it")
+            raise InputError("reference_dir is set, but online training stores no reference log-probs: remove it")
         if self.alpha:
             raise InputError(
-                f"alpha is {self.alpha}, but its KL term needs an opponent that stays the same, and an online reference moves: "
-                "remove it"
+                f"alpha is {self.alpha}, but its KL term needs a fixed reference, and the online reference changes: remove it"
             )
         if self.reverse:
-            raise InputError("reverse is true, but online pairs are made by their labels: remove it")
+            raise InputError("reverse is true, but online pairs are created from their labels: remove it")
         self.sampling = part_of(self, SamplingConfig, seed=self.seed)
         self._check_method()
         if self.eval_prompts and not self.scorer:
-            raise InputError("eval_prompts is set, but no scorer tells how good a response is: set scorer")
+            raise InputError("eval_prompts is set, but there is no scorer to rate the responses: set scorer")
         if not self.eval_prompts and self.eval_strategy != "no":
             raise InputError(
-                f"eval_strategy is {self.eval_strategy}, but eval_prompts names no held-out prompts: set it"
+                f"eval_strategy is {self.eval_strategy}, but there are no held-out prompts: set eval_prompts"
             )
         for name, default in (("eval_limit", 0), ("eval_split", "test"), ("eval_temperatures", [0.0, 1.0])):
             if not self.eval_prompts and getattr(self, name) != default:
                 raise InputError(
-                    f"{name} is {getattr(self, name)}, but no held-out prompts are answered: name them by eval_prompts (in "
-                    f"a run: set eval_strategy), or remove {name}"
+                    f"{name} is {getattr(self, name)}, but there are no held-out prompts: set eval_prompts (in spin run: "
+                    f"set eval_strategy), or remove {name}"
                 )
         if not self.eval_temperatures or len(set(self.eval_temperatures)) < len(self.eval_temperatures):
-            raise InputError(f"eval_temperatures is {self.eval_temperatures}: name one or more, each once")
+            raise InputError(
+                f"eval_temperatures is {self.eval_temperatures}: list one or more temperatures, without duplicates"
+            )
         super().__post_init__()
 
     def _check_method(self) -> None:
-        """Check that sampling, scorer, pairing and loss fit together."""
+        """Check that sampling, scorer, pairing and loss are compatible."""
         pairing = find_pairing(self.pairing)
         self.needs = pairing.needs
         check_num_samples(self.pairing, pairing, self.num_samples)
         if self.needs and not self.scorer:
-            raise InputError(f"pairing {self.pairing} compares scores, but scorer is not set: name a scorer")
+            raise InputError(f"pairing {self.pairing} compares scores, but no scorer is set: set scorer")
         check_loss(self.pairing, self.loss_type)
         further = [name for name in self.loss.responses if name not in SIDES]
         if further:
             raise InputError(
-                f"loss_type {self.loss_type} reads a response '{further[0]}' beside chosen and rejected, which no step of online "
-                "training draws: choose another loss_type, or train on pairs with run_spin.py"
+                f"loss_type {self.loss_type} reads a response '{further[0]}' besides chosen and rejected, which online training "
+                "does not sample: choose another loss_type, or train on stored pairs with run_spin.py"
             )
         for name, default in (("baseline", "prompt"), ("soft_mean_b", 1.0)):
             if getattr(self, name) != default and pairing.relative is None:
                 raise InputError(
-                    f"{name} is {getattr(self, name)}, but pairing {self.pairing} uses no baseline: remove it"
+                    f"{name} is {getattr(self, name)}, but pairing {self.pairing} does not use a baseline: remove it"
                 )
         given = [name for name in changed_of(self, ScorerSettings) if name != "trust_remote_code"]
         if given and not self.scorer:
@@ -93,18 +94,18 @@ class OnlineConfig(OnlineKeys, SPINConfig):
         if self.eval_prompts and self.scorer in COMPARATIVE and "chosen_score" not in self.needs:
             raise InputError(
                 f"eval_prompts is set, but the scorer {self.scorer} compares responses, and the one response to a "
-                "held-out prompt has nothing beside it: remove eval_prompts, or score with a rule or a reward model"
+                "held-out prompt has no other to compare with: remove eval_prompts, or score with a rule or a reward model"
             )
 
     @property
     def scorer_settings(self) -> ScorerSettings | None:
-        """The scorer as the scoring package takes it; None where no response is scored."""
+        """The scorer's settings as the rewards package expects them; None if responses are not scored."""
         if self.scorer is None:
             return None
         return part_of(
             self,
             ScorerSettings,
-            # The key is the policy's as well; rules and judges run no such code and would refuse it.
+            # The key also applies to the policy; rules and judges run no such code and would reject it.
             trust_remote_code=self.trust_remote_code and self.scorer in ("reward_model", "preference_model"),
             score_reference="chosen_score" in self.needs,
         )

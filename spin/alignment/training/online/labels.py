@@ -1,4 +1,4 @@
-"""From responses to the pairs of one step: labels on rows, one prompt's rows at a time, then ids and numbers for the loss."""
+"""Turns the responses of one step into pairs: labels the rows of each prompt, pairs them, and builds inputs for the loss."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class StepCounts:
-    """What became of the responses of a step: sums over this process, reduced over all when they are logged."""
+    """Counts of the responses of a step: sums over this process, reduced over all processes when logged."""
 
     prompts: int = 0
     responses: int = 0
@@ -39,7 +39,7 @@ class StepCounts:
     seconds: dict[str, float] = field(default_factory=dict)
 
     def add(self, rows: Sequence[dict[str, Any]], reads_ground_truth: bool) -> None:
-        """Count the responses to one prompt and their scores, that of the ground truth too where the pairing reads it."""
+        """Count the responses to one prompt and their scores, including the ground truth's if the pairing reads it."""
         self.responses += len(rows)
         self.tokens += sum(len(row["rejected_token_ids"]) for row in rows)
         self.truncated += sum(row["rejected_finish_reason"] == "length" for row in rows)
@@ -51,7 +51,7 @@ class StepCounts:
 
 
 def scorer_of(config: OnlineConfig) -> GroupScorer | None:
-    """Return the scorer that the settings name, checked; None where no response is scored.
+    """Return the configured scorer after checking it; None if responses are not scored.
 
     Raises:
         InputError: the scorer cannot be used.
@@ -60,7 +60,7 @@ def scorer_of(config: OnlineConfig) -> GroupScorer | None:
 
 
 class PairMaker:
-    """Turns the responses of some prompts into pairs, as the settings of the method say."""
+    """Turns the responses to some prompts into pairs, using the configured scorer and pairing."""
 
     def __init__(self, config: OnlineConfig, encoder: ChatEncoder, scorer: GroupScorer | None) -> None:
         self.config, self.encoder = config, encoder
@@ -70,10 +70,10 @@ class PairMaker:
     def make(
         self, prompts: Sequence[OnlinePrompt], responses: Sequence[Sequence[Response]], counts: StepCounts
     ) -> list[dict[str, Any]]:
-        """Return the pairs as features of a batch: ids, and the labels its loss reads; ``counts`` grows.
+        """Return the pairs as features of a batch: ids and the labels that the loss reads. Updates ``counts``.
 
         Raises:
-            InputError: the scorer or the pairing cannot use a row; it is named.
+            InputError: the scorer or the pairing cannot use a row; the message names it.
         """
         features: list[dict[str, Any]] = []
         for prompt, rows in zip(prompts, self.label(prompts, responses, counts), strict=True):
@@ -93,7 +93,7 @@ class PairMaker:
     def label(
         self, prompts: Sequence[OnlinePrompt], responses: Sequence[Sequence[Response]], counts: StepCounts
     ) -> list[list[dict[str, Any]]]:
-        """Return the rows of each prompt with their labels; ``counts`` grows."""
+        """Return the labelled rows of each prompt. Updates ``counts``."""
         rows = [self._rows(prompt, some) for prompt, some in zip(prompts, responses, strict=True)]
         if self.labeller is not None:
             self.labeller.label(rows)
@@ -123,7 +123,7 @@ class PairMaker:
             ids = pair.get(f"{side}_token_ids")
             feature[f"{side}_ids"] = list(ids or prompt.ground_truth_ids)
             for label in self.loss.labels:
-                # The baseline of a relative label, of this prompt or of all, is taken off later.
+                # A relative label starts as the plain score; the baseline (prompt or batch) is subtracted later.
                 column = SCORE.name if label == self.pairing.relative else label.name
                 feature[f"{side}_{label.name}"] = pair[f"{side}_{column}"]
         return feature
@@ -134,7 +134,7 @@ class PairMaker:
         return [] if relative is None or relative not in self.loss.labels else list(relative.columns)
 
     def subtract_baseline(self, features: Sequence[dict[str, Any]], scores: Sequence[float]) -> None:
-        """Make relative labels relative to the soft mean of ``scores`` (SPPO with rewards)."""
+        """Subtract the soft mean of ``scores`` from relative labels, in place (SPPO with rewards)."""
         import torch
 
         columns = self.relative_columns()

@@ -1,4 +1,4 @@
-"""The reference of online training: the policy as it was a few steps ago."""
+"""The reference of online training: an earlier state of the policy."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ REFERENCE_FILE = "reference.safetensors"
 
 
 class MovingReference:
-    """The trained weights as they were before the last step whose number ``frequency`` divides.
+    """The trained weights as of the start of the last step whose number is a multiple of ``frequency``.
 
-    With a frequency of 1 the reference is the policy before its update, and nothing is kept.
+    With a frequency of 1 the reference is the policy before its update, and no copy is kept.
     """
 
     def __init__(self, frequency: int) -> None:
@@ -26,17 +26,17 @@ class MovingReference:
         self._kept: dict[str, torch.Tensor] = {}
 
     def update(self, model: Any, step: int) -> None:
-        """Take a copy of the weights of an unwrapped model before a step where it is time to."""
+        """Copy the weights of an unwrapped model before a ``step`` that is a multiple of the frequency."""
         if self.frequency > 1 and step % self.frequency == 0:
             self._kept = {name: weight.detach().clone() for name, weight in _trained(model)}
 
     @contextlib.contextmanager
     def in_place_of(self, model: Any) -> Iterator[None]:
-        """Let an unwrapped model compute with the reference's weights: two pointers change places, and back."""
+        """Swap the reference's weights into an unwrapped model, and back on exit. Only pointers move."""
         pairs = [(weight, self._kept[name]) for name, weight in _trained(model)] if self._kept else []
         own = [weight.data for weight, _ in pairs]
         for weight, kept in pairs:
-            weight.data = kept
+            weight.data = kept  # the Parameter object stays, so the optimiser and wrappers are unaffected
         try:
             yield
         finally:
@@ -44,23 +44,23 @@ class MovingReference:
                 weight.data = data
 
     def save(self, checkpoint: Path) -> None:
-        """Write the reference into a checkpoint, where it is kept at all."""
+        """Write the reference to a checkpoint, if a copy is kept."""
         if self._kept:
             kept = {name: value.contiguous().cpu() for name, value in self._kept.items()}
             save_file(kept, checkpoint / REFERENCE_FILE)
 
     def load(self, checkpoint: Path, device: torch.device) -> None:
-        """Read the reference from the checkpoint that a run resumes from, where it is kept at all.
+        """Read the reference from the checkpoint that a run resumes from, if a copy is kept.
 
         Raises:
-            InputError: the checkpoint has none.
+            InputError: the checkpoint has no reference.
         """
         if self.frequency == 1:
             return
         path = checkpoint / REFERENCE_FILE
         if not path.exists():
             raise InputError(
-                f"{path} is missing, so the run cannot go on exactly: restore it, or remove the checkpoint {checkpoint}"
+                f"{path} is missing, so the run cannot resume exactly: restore it, or remove the checkpoint {checkpoint}"
             )
         self._kept = {name: value.to(device) for name, value in load_file(path).items()}
 

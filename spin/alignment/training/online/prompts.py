@@ -1,4 +1,4 @@
-"""The prompts of online training: encoded once, those that are too long counted."""
+"""The prompts of online training: encoded once; prompts that are too long are skipped and counted."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class OnlinePrompt:
-    """One prompt: its ids (generation prompt included), its turns, and the ground truth's conversation where there is one.
+    """One prompt: its ids (including the generation prompt), its turns, and the conversation with the ground truth, if any.
 
-    ``ground_truth_ids`` are those of the ground truth, truncated to ``max_length`` as offline; empty where none is trained on.
+    ``ground_truth_ids`` are truncated to ``max_length`` as in offline training; empty if the ground truth is not trained on.
     """
 
     prompt_id: str
@@ -42,12 +42,12 @@ class OnlinePrompt:
 
     @property
     def reference(self) -> str | None:
-        """The text of the ground truth."""
+        """The text of the ground truth, for the scorer."""
         return None if self.truth is None else self.truth[-1]["content"]
 
 
 class PromptDataset(torch.utils.data.Dataset):
-    """The prompts of a split, in order; ``key`` is a hash of what they say."""
+    """The prompts of a split, in order; ``key`` is a hash of their content."""
 
     def __init__(self, prompts: Sequence[OnlinePrompt], key: str) -> None:
         self.prompts, self.key = list(prompts), key
@@ -60,7 +60,7 @@ class PromptDataset(torch.utils.data.Dataset):
 
 
 def longest_pairs(prompts: Sequence[OnlinePrompt], max_new_tokens: int, end_id: int, count: int = 64) -> PairDataset:
-    """Return made-up pairs as long as any step can make them: the longest prompts, with responses of the greatest length."""
+    """Return synthetic pairs as long as any that a step can create: the longest prompts with maximum-length responses."""
     longest = sorted((prompt.token_ids for prompt in prompts), key=len)[-count:]
     response = [end_id] * max(max_new_tokens, *(len(prompt.ground_truth_ids) for prompt in prompts))
     rows = [{"prompt_ids": list(ids), "chosen_ids": response, "rejected_ids": response} for ids in longest]
@@ -70,17 +70,17 @@ def longest_pairs(prompts: Sequence[OnlinePrompt], max_new_tokens: int, end_id: 
 def load_splits(
     data: DataConfig, arguments: OnlineConfig, encoder: ChatEncoder
 ) -> tuple[dict[str, PromptDataset], dict[str, int]]:
-    """Load, mix and encode the prompts; return ``train`` (and ``test`` where held-out prompts are named) and how many prompts
-    of each are longer than ``max_prompt_length`` and left out.
+    """Load, mix and encode the prompts; return ``train`` (and ``test`` if held-out prompts are configured), and the number of
+    prompts of each that are skipped because they are longer than ``max_prompt_length``.
 
     Raises:
-        InputError: a fraction out of range, a row that cannot be encoded or lacks the ground truth that the method compares
-            with, or no prompt that is short enough.
+        InputError: a fraction out of range, a row that cannot be encoded, a ground truth that is missing but needed by the
+            pairing, or no prompt that is short enough.
     """
     sources = []
     for source, fraction in data.dataset_mixer.items():
         if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction <= 1:
-            raise InputError(f"dataset_mixer gives {source} the fraction {fraction}: set it above 0 and at most 1")
+            raise InputError(f"the fraction of {source} in dataset_mixer is {fraction}: set it above 0 and at most 1")
         for split in data.dataset_splits:
             rows = load_prompts(source, split, ground_truth_required=False)
             if fraction < 1:
@@ -96,7 +96,7 @@ def load_splits(
 
 
 def load_held_out(path: str, arguments: OnlineConfig, encoder: ChatEncoder) -> tuple[PromptDataset, int]:
-    """Return the held-out prompts of ``path``, at most ``eval_limit``, and how many are too long and left out.
+    """Return the held-out prompts of ``path``, at most ``eval_limit``, and how many are skipped as too long.
 
     Raises:
         InputError: a row cannot be encoded, or no prompt is short enough.
@@ -108,12 +108,12 @@ def load_held_out(path: str, arguments: OnlineConfig, encoder: ChatEncoder) -> t
 
 
 def to_prompts(dataset: Any, args: OnlineConfig, encoder: ChatEncoder, name: str) -> Any:
-    """Return the prompts of a ``datasets.Dataset``, encoded (see :func:`to_prompt_rows`); anything else that the trainer itself
-    understands (encoded prompts, None) as it is. Prompts longer than ``max_prompt_length`` are left out; their number is logged.
+    """Return the encoded prompts of a ``datasets.Dataset`` (see :func:`to_prompt_rows`); anything else that the trainer accepts
+    (encoded prompts, None) is returned unchanged. Prompts longer than ``max_prompt_length`` are skipped; their number is logged.
 
     Raises:
-        InputError: another kind of data set, a row that cannot be encoded, or one that lacks the ground truth that scorer or
-            pairing compare with.
+        InputError: an unsupported kind of data set, a row that cannot be encoded, or a row without the ground truth that the
+            scorer or the pairing compares with.
     """
     if not has_rows(dataset, name):
         return dataset
@@ -122,7 +122,7 @@ def to_prompts(dataset: Any, args: OnlineConfig, encoder: ChatEncoder, name: str
     prompts = [encode(row, encoder, name, trained_on, args.limits) for row in rows]
     made, left_out = _dataset([(name, rows)], prompts, args.max_prompt_length)
     if left_out:
-        logger.warning("%s: %d of %d prompts longer than max_prompt_length left out", name, left_out, len(rows))
+        logger.warning("%s: %d of %d prompts skipped: longer than max_prompt_length", name, left_out, len(rows))
     check_ground_truth(made, args.scorer)
     return made
 
@@ -131,7 +131,7 @@ def check_ground_truth(dataset: PromptDataset, scorer: str | None) -> None:
     """Check that every prompt has the ground truth that the scorer compares with.
 
     Raises:
-        InputError: naming the prompt.
+        InputError: a prompt has none; the message names it.
     """
     if scorer is None or not needs_reference(scorer):
         return
@@ -157,11 +157,11 @@ def encode(
     pairing: str | None = None,
     limits: DataConfig | None = None,
 ) -> OnlinePrompt:
-    """Encode one prompt row, its ground truth too where a ``pairing`` that trains on it is named; a row without ground truth
+    """Encode one prompt row, including its ground truth if a ``pairing`` that trains on it is given. A row without ground truth
     ends with the user's turn.
 
     Raises:
-        InputError: the row cannot be encoded, or lacks its ground truth.
+        InputError: the row cannot be encoded, or its ground truth is missing.
     """
     conversation = [dict(turn) for turn in row["chosen"]]
     truth = conversation if conversation[-1]["role"] == "assistant" else None

@@ -1,4 +1,4 @@
-"""Online training: its checks, what draws responses, and its way through a training."""
+"""The online training program: its checks, its scorer and sampler, and its trainer."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ if TYPE_CHECKING:
 
 
 def check_settings(settings: Settings) -> None:
-    """Check what needs no model: the scorer, and settings that do not go together.
+    """Check what needs no model: the scorer, and incompatible settings.
 
     Raises:
-        InputError: naming the key and the fix.
+        InputError: a setting cannot be used; the message names the key and the fix.
     """
     from spin.alignment.rewards import check_scorer
 
     arguments, model, data = settings.arguments, settings.model, settings.data
     if model.init_from_config:
         raise InputError(
-            "init_from_config has no meaning here (a policy without training says nothing): use run_sft.py"
+            "init_from_config cannot be used here (an untrained policy produces no useful responses): use run_sft.py"
         )
     if model.load_in_4bit or model.load_in_8bit:
         raise InputError(
@@ -43,29 +43,29 @@ def check_settings(settings: Settings) -> None:
     plugin = arguments.deepspeed_plugin
     if arguments.fsdp or (plugin is not None and plugin.zero_stage == 3):
         raise InputError(
-            "online training needs whole weights in every process to draw responses, which FSDP and ZeRO-3 cut into pieces: use "
+            "online training needs the full weights in every process to sample responses, but FSDP and ZeRO-3 shard them: use "
             "ZeRO-2 or plain data parallelism"
         )
     if model.use_peft and find_backend(arguments.backend).online == "engine":
         others = " or ".join(name for name in BACKENDS if find_backend(name).online == "own_module")
         raise InputError(
-            f"use_peft does not go with backend {arguments.backend} online (its weights are reloaded whole): use {others}"
+            f"use_peft does not work online with backend {arguments.backend} (it reloads full weights): use {others}"
         )
     held_out = [split for split in data.dataset_splits if split.startswith("test")]
     if held_out:
         raise InputError(
-            f"dataset_splits names {held_out[0]}, which would be trained on: remove it, and name held-out prompts by "
-            "eval_prompts"
+            f"dataset_splits contains {held_out[0]}, which would be trained on: remove it, and set eval_prompts for held-out "
+            "prompts"
         )
     if arguments.scorer_settings is not None:
         check_scorer(arguments.scorer_settings)
 
 
 def check_context(settings: Settings, splits: dict[str, PromptDataset], folder: Path) -> None:
-    """Check that the longest prompt and a response fit into the model.
+    """Check that the longest prompt plus a response fits into the model's context.
 
     Raises:
-        InputError: naming the prompt.
+        InputError: it does not; the message names the prompt.
     """
     from transformers import AutoConfig
 
@@ -85,12 +85,12 @@ def check_context(settings: Settings, splits: dict[str, PromptDataset], folder: 
         if context is not None and needed > context:
             raise InputError(
                 f"prompt {longest.prompt_id} of the {name} split and its ground truth have {needed} tokens, but the model takes "
-                f"{context}: lower max_length, to which it is cut"
+                f"{context}: lower max_length, to which they are truncated"
             )
 
 
 class OnlineTraining(TrainingProgram):
-    """Trains a policy on labelled responses that it draws itself."""
+    """Trains a policy on its own responses, sampled and labelled step by step."""
 
     arguments_class = OnlineConfig
     defaults: ClassVar[Mapping[str, Any]] = {"dataset_splits": ["train"]}
@@ -100,22 +100,22 @@ class OnlineTraining(TrainingProgram):
         self.sampler: PolicySampler | None = None
 
     def check_settings(self, settings: Settings) -> None:
-        """Check what needs no model, and that the engine that draws responses is installed."""
+        """Check what needs no model, and that the generation backend is installed."""
         check_settings(settings)
         find_backend(settings.arguments.backend).check_installed()
 
     def load_data(self, settings: Settings, encoder: ChatEncoder) -> TrainingData:
-        """Load, mix and encode the prompts; those that are too long are left out and counted by split."""
+        """Load, mix and encode the prompts; those that are too long are skipped and counted by split."""
         data = TrainingData(*load_splits(settings.data, settings.arguments, encoder))
         for prompts in data.splits.values():
             check_ground_truth(prompts, settings.arguments.scorer)
         return data
 
     def describe_data(self, data: TrainingData) -> list[str]:
-        """Return the number of prompts of each split, and of those left out."""
+        """Return a line per split with the number of prompts, and of those skipped."""
         return [
             f"{split}: {number} prompts"
-            + (f", {data.dropped[split]} longer than max_prompt_length left out" if data.dropped[split] else "")
+            + (f", {data.dropped[split]} skipped: longer than max_prompt_length" if data.dropped[split] else "")
             for split, number in data.sizes().items()
         ]
 
@@ -124,21 +124,21 @@ class OnlineTraining(TrainingProgram):
         check_context(settings, data.splits, model_folder)
 
     def data_key(self, job: TrainingJob) -> str:
-        """Return a hash of the prompts and of what encodes them and their responses."""
+        """Return a hash of the prompts and of the encoder (tokenizer and chat template)."""
         keys = (f"{split}={dataset.key}" for split, dataset in sorted(job.data.splits.items()))
         return hash_text(*keys, job.encoder.fingerprint)
 
     def inputs(self, job: TrainingJob) -> dict[str, Any]:
-        """Return what decides the result; the scorer does, too."""
+        """Return everything that determines the result, including the scorer."""
         scorer = job.settings.arguments.scorer_settings
         return super().inputs(job) | ({} if scorer is None else scorer_record(scorer))
 
     def open(self, settings: Settings) -> None:
-        """Make the scorer of the responses."""
+        """Create the scorer of the responses."""
         self.scorer = scorer_of(settings.arguments)
 
     def make_trainer(self, job: TrainingJob, model: Any) -> OnlineTrainer:
-        """Return the trainer of a policy, with what draws its responses."""
+        """Return the trainer of a policy, which also creates its sampler."""
         arguments = job.settings.arguments
         trainer = OnlineTrainer(
             model=model,
@@ -158,7 +158,7 @@ class OnlineTraining(TrainingProgram):
         return {"prompts": job.data.sizes(), "left_out": job.data.dropped}
 
     def close(self) -> None:
-        """Shut down what draws responses and what scores them."""
+        """Shut down the sampler and the scorer."""
         if self.sampler is not None:
             self.sampler.close()
         if self.scorer is not None:

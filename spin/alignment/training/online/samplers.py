@@ -1,4 +1,4 @@
-"""Responses of the policy as it is now: from its own weights in memory, or from an engine that takes them over."""
+"""Sampling from the current policy: with its own module, or with an engine that receives its weights."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 
 class PolicySampler(ABC):
-    """Draws responses from the policy; the weights are those of the moment of :meth:`refresh`."""
+    """Samples responses from the policy, with its weights as of the last :meth:`refresh`."""
 
     @abstractmethod
     def refresh(self) -> None:
-        """Take over the policy's weights."""
+        """Load the policy's current weights."""
 
     @abstractmethod
     def respond(self, requests: Sequence[PromptRequest], sampling: SamplingConfig) -> list[list[Response]]:
@@ -32,11 +32,11 @@ class PolicySampler(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Free what the sampler holds beside the policy."""
+        """Free the sampler's own resources; the policy is left untouched."""
 
 
 class InPlaceSampler(PolicySampler):
-    """The policy's own module decodes: nothing is copied, so there is nothing to refresh."""
+    """Decodes with the policy's own module, so there are no weights to copy."""
 
     def __init__(
         self,
@@ -45,19 +45,19 @@ class InPlaceSampler(PolicySampler):
         own_attention: str,
         precision: Callable[[], AbstractContextManager[Any]],
     ) -> None:
-        """``own_attention`` is the attention the model had before rows were packed; ``precision`` that of training."""
+        """``own_attention`` is the model's attention before packing, ``precision`` the autocast context of training."""
         self._model, self._settings, self._own, self._precision = model, settings, own_attention, precision
         self._backend: GenerationBackend | None = None
 
     def refresh(self) -> None:
-        """Do nothing: the weights are the policy's."""
+        """Do nothing: the weights are the policy's own."""
 
     def respond(self, requests: Sequence[PromptRequest], sampling: SamplingConfig) -> list[list[Response]]:
-        """Decode in evaluation mode and in the precision of training, then put the module back as it was."""
+        """Decode in evaluation mode and in the precision of training, then restore the module's mode and attention."""
         from spin.alignment.generation.transformers.backend import TransformersBackend
 
         was_training = self._model.training
-        before = use_attention(self._model, self._own)
+        before = use_attention(self._model, self._own)  # packed attention handles packed rows only
         self._model.eval()
         try:
             with self._precision():
@@ -69,20 +69,21 @@ class InPlaceSampler(PolicySampler):
             self._model.train(was_training)
 
     def close(self) -> None:
-        """Forget the module; its owner frees it."""
+        """Drop the reference to the module; its owner frees it."""
         self._backend = None
 
 
 class EngineSampler(PolicySampler):
-    """An engine beside the policy, in every process; its weights are reloaded in place from a folder in memory."""
+    """Samples with an engine in the same process as the policy; its weights are reloaded from a folder in memory."""
 
     def __init__(self, engine: Any, save_weights: Callable[[Path], None]) -> None:
-        """``engine`` is a backend with ``reload(folder)``; ``save_weights`` writes the policy into a folder as a model."""
+        """``engine`` is a backend with ``reload(folder)``; ``save_weights`` saves the policy to a folder as a model."""
         self._backend = engine
         self._save_weights = save_weights
 
     def refresh(self) -> None:
-        """Write the policy's weights and let the engine read them; its cached prompts belong to the old ones."""
+        """Write the policy's weights for the engine to reload, which also invalidates its prompt cache."""
+        # A RAM-backed folder avoids writing the weights to disk at every step.
         shared_memory = Path("/dev/shm")
         parent = str(shared_memory) if shared_memory.is_dir() else None
         with tempfile.TemporaryDirectory(prefix="spin-policy-", dir=parent) as folder:
@@ -90,7 +91,7 @@ class EngineSampler(PolicySampler):
             self._backend.reload(folder)
 
     def respond(self, requests: Sequence[PromptRequest], sampling: SamplingConfig) -> list[list[Response]]:
-        """Let the engine answer."""
+        """Generate with the engine."""
         return self._backend.generate(requests, sampling)
 
     def close(self) -> None:
@@ -106,10 +107,10 @@ def make_sampler(
     own_attention: str,
     precision: Callable[[], AbstractContextManager[Any]],
 ) -> PolicySampler:
-    """Return what draws the responses of this process from the policy ``model``, which was loaded from ``source``.
+    """Return the sampler of this process for the policy ``model``, which was loaded from ``source``.
 
     Raises:
-        InputError: the engine is not installed, or does not serve the model.
+        InputError: the engine is not installed, or does not support the model.
     """
     settings = BackendSettings(
         model=source.model_name_or_path,
@@ -129,7 +130,7 @@ def make_sampler(
 
 
 def save_weights(model: Any, folder: Path) -> None:
-    """Write a module's weights into a folder as a model, in the precision that its configuration names."""
+    """Save a module's weights to a folder as a model, in the precision given by its configuration."""
     import torch
 
     dtype = getattr(torch, str(model.config.dtype or torch.float32).removeprefix("torch."))

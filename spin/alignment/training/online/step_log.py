@@ -1,4 +1,4 @@
-"""What is logged of the responses of online steps, over all processes."""
+"""Metrics of the responses of online steps, over all processes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def reduced(counts: StepCounts, accelerator: Accelerator) -> dict[str, float]:
 
 
 def training_log(total: dict[str, float]) -> dict[str, float]:
-    """Return what is logged of the steps since the last log; nothing where no response was drawn."""
+    """Return the metrics of the steps since the last log; empty if no response was sampled."""
     if not total["responses"]:
         return {}
     return {
@@ -44,7 +44,7 @@ def training_log(total: dict[str, float]) -> dict[str, float]:
 
 
 def evaluation_log(total: dict[str, float], prefix: str) -> dict[str, float]:
-    """Return the mean score, length and share of truncated responses of held-out prompts."""
+    """Return the mean score, mean length and fraction of truncated responses for held-out prompts."""
     return {
         f"{prefix}_score": total["score_sum"] / max(1.0, total["scored"]),
         f"{prefix}_length": total["tokens"] / max(1.0, total["responses"]),

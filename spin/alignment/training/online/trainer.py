@@ -1,4 +1,4 @@
-"""OnlineTrainer: a step draws responses, labels and pairs them, and updates the policy against a reference of its own past."""
+"""OnlineTrainer: each step samples, labels and pairs responses, and updates the policy against an earlier state of itself."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ from spin.alignment.training.trainer import SPINTrainer
 
 
 class OnlineTrainer(SPINTrainer):
-    """The Trainer's step is one batch of prompts; checkpoints, resume, schedules and logs are the Trainer's own.
+    """A Trainer step is one batch of prompts; checkpointing, resuming, schedules and logging are the Trainer's own.
 
-    The reference is the policy at the last step whose number ``ref_update_freq`` divides. With 1 it is the policy that
-    sampled, and nothing is kept; else a copy of the trained weights is, and it is stored in every checkpoint.
+    The reference is the policy as of the last step whose number is a multiple of ``ref_update_freq``. With 1 it is the policy
+    that sampled, and no copy is kept; otherwise a copy of the trained weights is kept and stored in every checkpoint.
     """
 
     args: OnlineConfig
@@ -51,17 +51,17 @@ class OnlineTrainer(SPINTrainer):
         source: ModelConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
-        """``model``, ``processing_class`` and ``reference_hash`` are those of :class:`SPINTrainer`. The data sets hold prompts
-        (see :func:`to_prompts`); ``eval_dataset`` is by default what ``eval_prompts`` names. ``pair_maker`` labels and pairs
-        responses (default: by the scorer of ``args``). An engine loads the model from ``source`` (default: its folder or name).
+        """``model``, ``processing_class`` and ``reference_hash`` are as in :class:`SPINTrainer`. The data sets contain prompts
+        (see :func:`to_prompts`); ``eval_dataset`` defaults to the prompts of ``eval_prompts``. ``pair_maker`` labels and pairs
+        responses (default: with the scorer of ``args``). An engine loads the model from ``source`` (default: its folder or name).
 
         Raises:
-            InputError: as :class:`SPINTrainer`, or the scorer, the engine or a prompt cannot be used.
+            InputError: as in :class:`SPINTrainer`, or the scorer, the engine or a prompt cannot be used.
         """
         model, processing_class = start_model(model, args, processing_class)
         encoder = ChatEncoder(processing_class, args.system)
         if eval_dataset is not None and args.scorer is None:
-            raise InputError("eval_dataset is given, but no scorer tells how good a response is: set scorer")
+            raise InputError("eval_dataset is given, but there is no scorer to rate the responses: set scorer")
         if eval_dataset is None and args.eval_prompts:
             eval_dataset, _ = load_held_out(args.eval_prompts, args, encoder)
         self.pair_maker = pair_maker or PairMaker(args, encoder, scorer_of(args))
@@ -89,10 +89,10 @@ class OnlineTrainer(SPINTrainer):
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **settings)
 
     def attach_references(self, resumed: bool) -> None:
-        """Check packed rows and plan the token budget on made-up pairs of the greatest length; load the stored reference.
+        """Check packed rows and plan the token budget on synthetic pairs of maximum length; load the stored reference.
 
         Raises:
-            InputError: a resumed run has lost its reference.
+            InputError: the reference of a resumed run is missing.
         """
         self.prepare_batching(self.longest_pairs(), resumed)
         if resumed:
@@ -100,22 +100,22 @@ class OnlineTrainer(SPINTrainer):
             self.reference.load(self._resumed_from, self.args.device)
 
     def longest_pairs(self) -> PairDataset:
-        """Return pairs as long as any step can make them: what memory is planned for."""
+        """Return pairs as long as any that a step can create; memory is planned for these."""
         end_id = self.processing_class.eos_token_id
         return longest_pairs(self.train_dataset.prompts, self.args.max_new_tokens, end_id)
 
     def floating_point_ops(self, inputs: PairList) -> float:
-        """Return about how many operations the last update cost: 6 per weight and token."""
+        """Return the approximate number of operations of the last update: 6 per weight and token."""
         return 6.0 * sum(parameter.numel() for parameter in self.model.parameters()) * self._last_tokens
 
     def longest_pair(self) -> int:
-        """Return the most tokens a pair may have."""
+        """Return the largest number of tokens that a pair can have."""
         return max(self.pair_forward.tokens(row) for row in self.longest_pairs().rows)
 
     def training_step(
         self, model: Any, inputs: PairList, num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """Make the pairs of a batch of prompts and update the policy on them, ``updates_per_batch`` times."""
+        """Create the pairs of a batch of prompts and update the policy on them in ``updates_per_batch`` optimiser steps."""
         self.reference.update(self._unwrapped(), self.state.global_step)
         pairs = self.make_pairs(cast("list[OnlinePrompt]", inputs.features))
         started = time.monotonic()
@@ -123,7 +123,7 @@ class OnlineTrainer(SPINTrainer):
         batches = cut(pairs, self.args.updates_per_batch)
         for number, batch in enumerate(batches, start=1):
             own = batch[self.accelerator.process_index :: self.accelerator.num_processes]
-            # Every process must take part in the collectives: one without a pair of its own passes one that does not count.
+            # Every process must take part in the collectives: one without pairs runs a stand-in that does not count.
             shared = PairList(own or batch[:1], is_stand_in=not own)
             total += super().training_step(model, shared, torch.tensor(len(batch), device=self.args.device))
             if number < len(batches):
@@ -133,16 +133,17 @@ class OnlineTrainer(SPINTrainer):
         return total / max(1, len(batches))
 
     def _step_optimizer(self, model: Any) -> None:
-        """Take an optimiser step inside the Trainer's; the last one of a batch is the Trainer's own."""
+        """Take an extra optimiser step within a Trainer step; the last one of a batch is taken by the Trainer itself."""
         if self.args.max_grad_norm:
             self.accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
         self.optimizer.step()
         model.zero_grad()
 
     def make_pairs(self, prompts: Sequence[OnlinePrompt]) -> list[dict[str, Any]]:
-        """Return the pairs of all processes' prompts, the reference's log-probs attached; every process gets all."""
+        """Return the pairs of all processes with reference log-probs attached; every process gets all of them."""
         config, counts = self.args, self.counts
         started = time.monotonic()
+        # Derived from the step, so that a resumed run samples the same responses.
         seed = sample_seed(config.seed, "step", self.state.global_step) % 2**31
         sampling = SamplingConfig(**config.sampling.as_dict() | {"stop": (), "seed": seed})
         responses = self._respond(prompts, sampling)
@@ -151,6 +152,7 @@ class OnlineTrainer(SPINTrainer):
         started = self._time("label", started)
         self._attach_reference_logps(features)
         self._time("reference", started)
+        # All pairs everywhere, so that they can be divided evenly: prompts yield different numbers of pairs.
         pairs = gather_object(features) if self.accelerator.num_processes > 1 else features
         if config.baseline == "batch":
             columns = self.pair_maker.relative_columns()
@@ -171,28 +173,30 @@ class OnlineTrainer(SPINTrainer):
         return self.accelerator.unwrap_model(self.model_wrapped)
 
     def _attach_reference_logps(self, features: list[dict[str, Any]]) -> None:
-        """Put the reference's token log-probs (nats) on this process's pairs, before any update of the step."""
+        """Add the reference's token log-probs (nats) to this process's pairs, before any update of the step."""
         if not self.args.loss.needs_reference:
             return
-        # Not through DDP's wrapper: the processes have different numbers of pairs.
+        # Without DDP's wrapper, whose collectives would hang: the processes have different numbers of pairs.
         forward = replace(self.pair_forward, model=self._unwrapped())
         with forward.evaluation(), self.reference.in_place_of(forward.model):
             for indices in forward.batcher.plan(features):
+                # The chosen responses of the micro-batch, then its rejected ones; (R,) each.
                 logps = [response.numpy() for response in forward.logps([features[index] for index in indices])]
                 for place, index in enumerate(indices):
+                    # ``place`` counts pairs within the micro-batch.
                     features[index]["chosen_reference"] = logps[place]
                     features[index]["rejected_reference"] = logps[len(indices) + place]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the policy and, beside it in a checkpoint, the reference it is trained against."""
+        """Save the policy and, in a checkpoint, also the reference it is trained against."""
         super().save_model(output_dir, _internal_call)
         if _internal_call and output_dir and self.args.should_save:
             self.reference.save(Path(output_dir))
 
     def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
-        """Answer the held-out prompts at every temperature; return mean scores, lengths and truncated shares, and log them.
+        """Answer the held-out prompts at every temperature; return and log mean scores, lengths and truncated fractions.
 
-        Every process answers a share.
+        The prompts are divided among the processes.
         """
         own = self.eval_dataset.prompts[self.accelerator.process_index :: self.accelerator.num_processes]
         metrics: dict[str, float] = {}
@@ -208,7 +212,7 @@ class OnlineTrainer(SPINTrainer):
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log what the responses were like since the last log beside what is logged about pairs."""
+        """Log the metrics of the responses since the last log together with those of the pairs."""
         if not any(name.startswith("eval_") for name in logs):
             total = reduced(self.counts, self.accelerator)
             self.counts = StepCounts()
@@ -217,6 +221,6 @@ class OnlineTrainer(SPINTrainer):
 
 
 def cut(pairs: Sequence[dict[str, Any]], parts: int) -> list[list[dict[str, Any]]]:
-    """Cut pairs into at most ``parts`` neighbouring batches of nearly the same size; none is empty."""
+    """Split pairs into at most ``parts`` consecutive batches of nearly equal size; none is empty."""
     bounds = [round(number * len(pairs) / parts) for number in range(parts + 1)]
     return [list(pairs[first:last]) for first, last in pairwise(bounds) if last > first]
