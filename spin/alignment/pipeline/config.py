@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from spin.alignment.core.config import build, load_config, merge
+from spin.alignment.core.config import build, load_config
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.settings import check_settings, set_by_run, setting
 from spin.alignment.core.sides import INITIAL
 from spin.alignment.data.config import DataConfig
 from spin.alignment.evaluation.config import EvaluateConfig
 from spin.alignment.generation.config import GenerateConfig
-from spin.alignment.methods.losses import find_loss
 from spin.alignment.methods.weightings import WEIGHTINGS, Compares, Weighting, find_weighting
 from spin.alignment.models.config import ModelConfig
 from spin.alignment.pairs.config import ConvertConfig
@@ -223,22 +222,17 @@ class RunConfig:
     @property
     def trains_scorers(self) -> bool:
         """Whether the models that weigh the tokens are trained by the run itself."""
-        return self.weigh is not None and self._weighting.compares is Compares.TRAINED
+        return self.weigh is not None and self.weighting.compares is Compares.TRAINED
 
     @property
-    def _weighting(self) -> Weighting:
+    def weighting(self) -> Weighting:
+        """The weighting of the section ``weigh``; only with that section."""
         return find_weighting(str((self.weigh or {})["weighting"]))
 
     @property
     def initial_dir(self) -> Path:
         """Where the initial model's responses are, for the losses that read them."""
         return Path(self.run_dir) / INITIAL / "generated"
-
-    @property
-    def reads_initial(self) -> bool:
-        """Whether a loss of the run reads a response of the model that the first iteration starts from."""
-        names = {str(self.train_values(step).get("loss_type", "sigmoid")) for step in self.self_play_iterations}
-        return any(INITIAL in find_loss(name).responses for name in names)
 
     def generation_seed(self, iteration: int) -> int:
         """Seeds of different iterations are far apart: the same seed would repeat each prompt's random numbers."""
@@ -248,128 +242,6 @@ class RunConfig:
     def initial_seed(self) -> int:
         """The seed of the initial model's responses: not that of the first iteration, whose opponent is the same model."""
         return self.generation_seed(999)
-
-    def train_values(self, iteration: int) -> dict[str, Any]:
-        """The complete settings of run_spin.py for an iteration."""
-        values = {key: value for key, value in self.train.items() if key != "config"}
-        if "config" in self.train:
-            # A configuration of one iteration by itself: its model, data and output are the pipeline's business here.
-            alone = load_config(str(self.train["config"]))
-            values = merge(
-                {key: value for key, value in alone.items() if key not in set_by_run(*SECTIONS["train"])}, values
-            )
-        values = merge(values, self.overrides.get(iteration, {}))
-        splits = [self.data.played()[1], *([self.data.test_split] if self.data.test_pairs else [])]
-        return (
-            values
-            | self._owned(self.opponent(iteration), self.iteration_dir(iteration))
-            | {
-                "dataset_mixer": dict.fromkeys(self.train_folders(iteration), 1.0),
-                "dataset_splits": [f"{split}_prefs" for split in splits],
-            }
-        )
-
-    def scorer_values(self, iteration: int, name: str) -> dict[str, Any]:
-        """The complete settings of run_spin.py for a model that weighs tokens: ``forward`` (plain SPIN) or ``reverse``."""
-        values = {key: value for key, value in self.train_values(iteration).items() if key != "alpha"}
-        values |= (self.weigh or {}).get("train") or {}
-        values["dataset_mixer"] = dict.fromkeys(self.pair_folders(iteration), 1.0)
-        values["output_dir"] = str(self.iteration_dir(iteration) / name / "checkpoint")
-        return values | ({"reverse": True} if name == "reverse" else {})
-
-    def generate_config(self, iteration: int, held_out: bool = False) -> GenerateConfig:
-        """The settings of generate.py for an iteration: for the prompts it plays on, or for the held-out ones."""
-        path, split = (self.data.test, self.data.test_split) if held_out else self.data.played(iteration)
-        opponent = self.opponent(iteration)
-        own = {
-            "model": opponent,
-            "revision": self.model_revision if opponent == self.model else None,
-            "input_dir": path,
-            "output_dir": str(self.iteration_dir(iteration) / "generated"),
-            "split": split,
-            "data_frac": "auto",
-            "iteration": iteration,
-            "seed": self.generation_seed(iteration),
-        }
-        section = self.generate | ({"frac_len": 0} if held_out else {})
-        return section_config("generate", GenerateConfig, section | own)
-
-    def convert_config(self, iteration: int) -> ConvertConfig:
-        """The settings of convert_data.py for an iteration."""
-        folder = self.iteration_dir(iteration)
-        own = {"input_dir": str(folder / "generated"), "output_dir": str(folder / "pairs")}
-        if self.reads_initial:
-            own["initial"] = str(self.initial_dir)
-        return section_config("convert", ConvertConfig, self.convert | own)
-
-    def weights_config(self, iteration: int) -> WeightsConfig:
-        """The settings of estimate_weights.py for an iteration."""
-        return section_config("weigh", WeightsConfig, self.weights_values(iteration))
-
-    def evaluate_config(self, name: str, model: str) -> EvaluateConfig:
-        """The settings of evaluate_model.py for a model; ``name`` is the folder of its scores in the run."""
-        own = {
-            "model": model,
-            "revision": self.model_revision if model == self.model else None,
-            "input_dir": self.data.test,
-            "split": self.data.test_split,
-            "output_file": str(Path(self.run_dir) / name / "eval.json"),
-            "seed": self.seed,
-        }
-        return section_config("evaluate", EvaluateConfig, self.evaluate | own)
-
-    def weights_values(self, iteration: int) -> dict[str, Any]:
-        """The complete flags of estimate_weights.py for an iteration; sequences are cut as in its training."""
-        section = {key: value for key, value in (self.weigh or {}).items() if key != "train"}
-        folder, trained, opponent = (
-            self.iteration_dir(iteration),
-            self.train_values(iteration),
-            self.opponent(iteration),
-        )
-        params = section.get("transform_params") or {}
-        if isinstance(params, Mapping):
-            section["transform_params"] = [f"{key}={value}" for key, value in params.items()] or None
-        models: dict[str, Any]
-        if self.trains_scorers:
-            models = {f"model_{sign}": str(folder / name / "checkpoint") for sign, name in SCORERS_OF_RUN.items()}
-        else:
-            with_teacher = self._weighting.compares is Compares.TEACHER
-            role = ("model_minus", "revision_minus") if with_teacher else TOKENIZER_FLAGS
-            revision = self.model_revision if opponent == self.model else None
-            models = {role[0]: opponent, role[1]: revision}
-        # What compares no models truncates nothing.
-        inherited = ("max_length", "max_prompt_length", "system") if self._weighting.needs_models else ("system",)
-        shared: dict[str, Any] = {key: trained[key] for key in inherited if key in trained}
-        output = {"output_dir": str(folder / "weights"), "page": str(folder / "weights.html"), "seed": self.seed}
-        return {**shared, **section, **models, "input_dir": str(folder / "pairs"), **output}
-
-    def sft_values(self, name: str) -> dict[str, Any]:
-        """The complete settings of run_sft.py for the start (``sft``) or the continued-SFT control (``control``)."""
-        model = self.model if name == "sft" else self.start_model
-        return (
-            dict(getattr(self, name))
-            | self._owned(model, Path(self.run_dir) / name)
-            | {
-                "dataset_mixer": {self.data.train: 1.0},
-                "dataset_splits": [self.data.train_split],
-            }
-        )
-
-    def online_values(self) -> dict[str, Any]:
-        """The complete settings of run_online.py."""
-        section = dict(self.online or {})
-        path, split = self.data.played()
-        held_out = self.data.test and section.get("eval_strategy", "no") != "no"
-        return (
-            section
-            | self._owned(self.start_model, Path(self.run_dir) / "online")
-            | {"dataset_mixer": {path: 1.0}, "dataset_splits": [split]}
-            | ({"eval_prompts": self.data.test, "eval_split": self.data.test_split} if held_out else {})
-        )
-
-    def _owned(self, model: str, folder: Path) -> dict[str, Any]:
-        owned = {"model_name_or_path": model, "output_dir": str(folder / "checkpoint"), "seed": self.seed}
-        return owned | ({"model_revision": self.model_revision} if model == self.model and self.model_revision else {})
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -406,19 +278,6 @@ def refuse_set_by_run(values: Mapping[str, Any], classes: Sequence[type], where:
     for key in set_by_run(*classes):
         if key in values:
             raise InputError(f"'{key}' in {where} is set by the pipeline itself: remove it")
-
-
-def section_config(name: str, config_class: type[C], values: Mapping[str, Any]) -> C:
-    """Return the settings of a program from a section and what the run sets; a key without a value keeps its default.
-
-    Raises:
-        InputError: an unknown key, a value of the wrong type or out of range, with the section's name.
-    """
-    where = f"the section '{name}'"
-    try:
-        return build(config_class, {key: value for key, value in values.items() if value is not None}, where)
-    except InputError as error:
-        raise error if where in str(error) else InputError(f"{error} (in {where})") from error
 
 
 def _comparing(what: Compares) -> str:

@@ -26,6 +26,15 @@ from spin.alignment.core.settings import (
 from spin.alignment.data.config import DataConfig
 from spin.alignment.models.config import ModelConfig
 from spin.alignment.pipeline.config import SECTIONS, RunConfig, load_run_config
+from spin.alignment.pipeline.program_settings import (
+    convert_config,
+    evaluate_config,
+    generate_config,
+    online_values,
+    sft_values,
+    train_values,
+    weights_config,
+)
 from spin.alignment.training.keys import OutputConfig, SPINKeys
 from spin.alignment.training.online.keys import OnlineKeys
 from spin.alignment.training.renamed_keys import RENAMED, rename_keys
@@ -143,23 +152,31 @@ def _of_section(config: RunConfig, name: str, inside: dict[str, str], every: boo
     written = {key: origin for key, origin in inside.items() if key.partition(".")[0] not in decided}
     where = f"the section '{name}'"
     if name in ("sft", "control"):
-        yield from _of_training("run_sft", config.sft_values(name), written, where, every)
+        yield from _of_training("run_sft", sft_values(config, name), written, where, every)
     elif name == "online":
-        yield from _of_training("run_online", config.online_values(), written, where, every)
+        yield from _of_training(
+            "run_online",
+            online_values(
+                config,
+            ),
+            written,
+            where,
+            every,
+        )
     elif name == "train":
         base = origins(str(config.train["config"])) if "config" in config.train else {}
         written = {key: origin for key, origin in base.items() if key not in decided} | written
-        yield from _of_training("run_spin", config.train_values(0), written, where, every)
+        yield from _of_training("run_spin", train_values(config, 0), written, where, every)
     else:
         yield from _of_flags(_flags_of(config, name), written)
 
 
 def _flags_of(config: RunConfig, name: str) -> Any:
     if name == "generate":
-        return config.generate_config(0)
+        return generate_config(config, 0)
     if name == "convert":
-        return config.convert_config(0)
-    return config.weights_config(0) if name == "weigh" else config.evaluate_config("start", config.start_model)
+        return convert_config(config, 0)
+    return weights_config(config, 0) if name == "weigh" else evaluate_config(config, "start", config.start_model)
 
 
 def _of_flags(config: Any, written: Mapping[str, str]) -> Iterator[Resolved]:

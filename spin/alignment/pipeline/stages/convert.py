@@ -7,6 +7,7 @@ from pathlib import Path
 from spin.alignment.core.errors import InputError
 from spin.alignment.pairs.config import ConvertConfig
 from spin.alignment.pipeline.config import RunConfig
+from spin.alignment.pipeline.program_settings import convert_config, generate_config, reads_initial
 from spin.alignment.pipeline.stages.base import Source, Stage, StageKind
 from spin.alignment.pipeline.stages.generate import decoded_problems
 from spin.alignment.pipeline.stages.sources import function_sources, scorer_sources
@@ -16,7 +17,7 @@ class Convert(StageKind):
     program = "convert_data.py"
 
     def in_iteration(self, config: RunConfig, iteration: int) -> list[Stage]:
-        conversion = config.convert_config(iteration)
+        conversion = convert_config(config, iteration)
         pairs = Path(conversion.output_dir)
         return [
             Stage(
@@ -39,10 +40,10 @@ class Convert(StageKind):
         from spin.alignment.methods.pairings import check_num_samples, find_pairing
         from spin.alignment.pairs.annotate import scorer_settings
 
-        conversion = config.convert_config(0)
+        conversion = convert_config(config, 0)
         scorer_settings(conversion)
         pairing = find_pairing(conversion.pairing)
-        check_num_samples(conversion.pairing, pairing, config.generate_config(0).num_samples)
+        check_num_samples(conversion.pairing, pairing, generate_config(config, 0).num_samples)
 
     def finish(self, stage: Stage, config: RunConfig) -> None:
         assert stage.iteration is not None
@@ -82,7 +83,7 @@ def check_lineage(config: RunConfig, iteration: int) -> None:
     opponent = config.opponent(iteration)
     expected = weights(opponent)
     folder: Path = config.iteration_dir(iteration)
-    if config.reads_initial:
+    if reads_initial(config):
         initial = weights(config.start_model)
         for path in sorted(config.initial_dir.glob("*.parquet")):
             found = read_provenance(open_parquet(path).schema_arrow, path)

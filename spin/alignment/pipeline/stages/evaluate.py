@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from spin.alignment.pipeline.config import RunConfig
+from spin.alignment.pipeline.program_settings import evaluate_config
 from spin.alignment.pipeline.stages.base import Model, Stage, StageKind
 from spin.alignment.pipeline.stages.sources import data_source, model_source
 from spin.alignment.pipeline.stages.training import checkpoint_of
@@ -30,7 +31,7 @@ class Evaluate(StageKind):
         data, name = config.data, str(model.folder.relative_to(config.run_dir))
         if not data.test:
             return []
-        evaluation = config.evaluate_config(name, path)
+        evaluation = evaluate_config(config, name, path)
         managed = {key: getattr(evaluation, key) for key in ("model", "revision", "input_dir", "split", "seed")}
         return [
             Stage(
@@ -47,7 +48,7 @@ class Evaluate(StageKind):
         ]
 
     def check_settings(self, config: RunConfig, source: str) -> None:
-        config.evaluate_config("start", config.start_model).check_metric()
+        evaluate_config(config, "start", config.start_model).check_metric()
 
     def prompts(self, config: RunConfig) -> dict[tuple[str, str], bool]:
         return {(config.data.test, config.data.test_split): True} if config.data.test else {}

@@ -7,13 +7,14 @@ from dataclasses import replace
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.sides import INITIAL, SIDES
 from spin.alignment.pipeline.config import RunConfig
+from spin.alignment.pipeline.program_settings import reads_initial, train_values
 from spin.alignment.pipeline.stages.base import Stage
 from spin.alignment.pipeline.stages.generate import Generate, generations
 
 
 class Initial(Generate):
     def at_start(self, config: RunConfig) -> list[Stage]:
-        if not config.reads_initial:
+        if not reads_initial(config):
             return []
         folder, seed = str(config.initial_dir), config.initial_seed
         configs = [replace(item, output_dir=folder, seed=seed) for item in generations(config, 0)]
@@ -32,7 +33,7 @@ class Initial(Generate):
         from spin.alignment.methods.losses import find_loss
 
         for iteration in config.self_play_iterations:
-            loss_type = str(config.train_values(iteration).get("loss_type", "sigmoid"))
+            loss_type = str(train_values(config, iteration).get("loss_type", "sigmoid"))
             further = [name for name in find_loss(loss_type).responses if name not in SIDES]
             if not further:
                 continue

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from spin.alignment.pipeline.config import RunConfig
+from spin.alignment.pipeline.program_settings import train_values
 from spin.alignment.pipeline.stages.base import Model, Stage
 from spin.alignment.pipeline.stages.sources import pair_sources
 from spin.alignment.pipeline.stages.training import TrainingKind
@@ -25,13 +26,13 @@ class Train(TrainingKind):
             opponent=opponent,
             data=" + ".join(folders),
         )
-        values = config.train_values(iteration)
+        values = train_values(config, iteration)
         return [self.stage(config, f"iter{iteration}/train", values, pair_sources(folders), model)]
 
     def check_settings(self, config: RunConfig, source: str) -> None:
         for iteration in config.self_play_iterations:
             where = f"the section 'train' of {source} (iteration {iteration})"
-            check_spin_settings(config, config.train_values(iteration), where)
+            check_spin_settings(config, train_values(config, iteration), where)
 
 
 def check_spin_settings(config: RunConfig, values: Mapping[str, Any], where: str) -> None:
