@@ -131,5 +131,7 @@ def test_the_shell_scripts_find_the_programs_of_the_installed_package(folder):
 
 def test_assets_of_a_checkout_are_its_own_folders():
     assert is_checkout() and asset("configs/demo.yaml") == REPOSITORY / "configs" / "demo.yaml"
-    with pytest.raises(InputError, match=r"configs/none.yaml does not ship .* install selfplay-spin again"):
+    with pytest.raises(
+        InputError, match=r"configs/none.yaml is not part of this installation .* reinstall selfplay-spin"
+    ):
         asset("configs/none.yaml")
