@@ -254,7 +254,11 @@ def test_the_configurations_of_the_paper_fit_together(name, tmp_path):
             "loss_type sppo reads win_probs, which pairing best_vs_worst does not write: set pairing: win_rate",
         ),
         ("ground_truth", "sppo_reward", "which pairing ground_truth does not write: set pairing: every_sample"),
-        ("every_sample", "sigmoid", "pairing every_sample prefers no response, but loss_type sigmoid compares two"),
+        (
+            "every_sample",
+            "sigmoid",
+            "pairing every_sample prefers neither response, but loss_type sigmoid compares two",
+        ),
     ],
 )
 def test_a_pairing_and_a_loss_that_do_not_fit(pairing, loss_type, sentence):
