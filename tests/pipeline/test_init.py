@@ -93,7 +93,7 @@ def test_nothing_is_overwritten_and_what_is_the_same_is_kept(folder):
     (folder / "demo.yaml").write_text("run_dir: mine\n")
     before = written(folder)
     code, _, err = run_main(cli.main, "init", "wspin")
-    assert code == 2 and "demo.yaml exists with other content and is not overwritten" in err
+    assert code == 2 and "demo.yaml exists with different content and is not overwritten" in err
     assert written(folder) == before and (folder / "demo.yaml").read_text() == "run_dir: mine\n"
 
 

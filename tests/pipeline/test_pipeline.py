@@ -177,9 +177,9 @@ def test_a_run_killed_while_it_first_wrote_its_manifest_can_be_started_again(tmp
     [
         ([], "command is missing"),
         (["rum"], "unknown command 'rum'"),
-        (["status", "nowhere"], "holds no run"),
-        (["report", "nowhere"], "holds no run"),
-        (["diff", "nowhere", "elsewhere"], "holds no run"),
+        (["status", "nowhere"], "contains no run"),
+        (["report", "nowhere"], "contains no run"),
+        (["diff", "nowhere", "elsewhere"], "contains no run"),
         (["validate", "nowhere"], "does not exist"),
         (["run"], "configuration file is missing"),
         (["run", "nowhere.yaml"], "does not exist"),
@@ -253,7 +253,7 @@ def test_second_run_skips_what_is_done(tmp_path, runner, capfd):
     runner(step).run()
     runner(step).run()
     assert count(tmp_path / "run", "a/b") == 1
-    assert "a/b: done already" in capfd.readouterr().out
+    assert "a/b: already complete" in capfd.readouterr().out
 
 
 def test_changed_settings_are_refused_with_their_names_and_done_again_on_request(tmp_path, runner):

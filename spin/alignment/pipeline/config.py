@@ -25,7 +25,7 @@ from spin.alignment.training.online.keys import OnlineKeys
 C = TypeVar("C")
 
 _TRAINING = (ModelConfig, DataConfig, OutputConfig)
-# What a section holds: settings of these classes, and for a training every key of its arguments class as well.
+# The settings that a section may contain: those of these classes, and for a training also every key of its arguments class.
 SECTIONS: dict[str, tuple[type, ...]] = {
     "sft": (*_TRAINING, SFTKeys),
     "control": (*_TRAINING, SFTKeys),
@@ -36,10 +36,10 @@ SECTIONS: dict[str, tuple[type, ...]] = {
     "online": (*_TRAINING, SPINKeys, OnlineKeys),
     "evaluate": (EvaluateConfig,),
 }
-# Which models weigh the tokens when the run trains them, and where they lie in an iteration.
+# The models behind the token weights if the run trains them, and their folders in an iteration.
 SCORERS_OF_RUN = {"plus": "forward", "minus": "reverse"}
 TOKENIZER_FLAGS = ("tokenizer", "revision_tokenizer")
-# What one training run of run_online.py takes the place of.
+# Sections that a single training of run_online.py replaces.
 _ITERATED = ("generate", "convert", "weigh", "train", "overrides")
 
 
@@ -56,34 +56,34 @@ class RunData:
     )
     prompts: str | list[str] = setting(
         "",
-        "prompts that the model answers itself: one data set, or a list with one for each iteration; they need no ground truth "
-        "where the pairing needs none",
+        "prompts that the model generates responses to: one data set, or a list with one for each iteration; they need no "
+        "ground truth if the pairing needs none",
         unset="data.train",
     )
-    prompts_split: str = setting("", "their split", unset="data.train_split")
+    prompts_split: str = setting("", "split of those prompts", unset="data.train_split")
 
     def __post_init__(self) -> None:
         check_settings(self)
 
     def played(self, iteration: int = 0) -> tuple[str, str]:
-        """Return the data set and the split whose prompts the model answers in an iteration."""
+        """Return the data set and the split whose prompts the model responds to in an iteration."""
         path = self.prompts[iteration] if isinstance(self.prompts, list) else self.prompts
         return path or self.train, self.prompts_split or self.train_split
 
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """How the GPU programs are started: plain Python for one process without ``config_file``, else accelerate."""
+    """How the GPU programs are started: plain Python for one process without ``config_file``, otherwise accelerate."""
 
     num_processes: int = setting(
         1,
-        "processes of generation and of every training: one is plain Python, more is accelerate launch",
+        "processes for generation and for every training: one is plain Python, more use accelerate launch",
         group="launch",
         ge=1,
     )
     config_file: str | None = setting(None, "configuration of accelerate launch, such as configs/multi_gpu.yaml")
     parallel: bool = setting(
-        False, "train the control and score models beside the self-play, one thread each: where cores are free"
+        False, "train the control and score models in parallel with self-play, one thread each, if there are free cores"
     )
 
     def __post_init__(self) -> None:
@@ -92,7 +92,7 @@ class LaunchConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One run: every section but ``data`` and ``launch`` holds the flags or keys of the program it is named after."""
+    """One run: every section except ``data`` and ``launch`` contains the flags or keys of the program that it is named after."""
 
     run_dir: str = setting(help="folder of the run", group="run")
     model: str = setting(
@@ -100,24 +100,25 @@ class RunConfig:
     )
     data: RunData = setting(help="prompts with ground truth, see below")
     model_revision: str | None = setting(None, "revision of a Hub model")
-    iterations: int = setting(1, "how many; raise it later and the run continues", ge=1)
+    iterations: int = setting(1, "number of iterations; raise it later and the run continues", ge=1)
     history: int = setting(
-        1, "data of how many earlier iterations is added to that of the present one (the paper: 1)", ge=0
+        1, "number of earlier iterations whose data is added to that of the current one (the paper: 1)", ge=0
     )
     seed: int = setting(42, "of training and of the responses (generation of iteration t uses 1000 * seed + t)", ge=0)
     sft: dict[str, Any] | None = setting(None, "keys of run_sft.py: train the model that iteration 0 starts from")
-    control: dict[str, Any] | None = setting(None, "keys of run_sft.py: SFT continued from the start, for comparison")
+    control: dict[str, Any] | None = setting(
+        None, "keys of run_sft.py: SFT continued from the start model, for comparison"
+    )
     generate: dict[str, Any] = setting({}, "flags of generate.py, without the dashes")
     convert: dict[str, Any] = setting({}, "flags of convert_data.py")
     weigh: dict[str, Any] | None = setting(
-        None, "flags of estimate_weights.py, and train for the models that the run trains for them (docs/wspin.md)"
+        None,
+        "flags of estimate_weights.py, and train: keys for the models that the run trains to weight tokens (docs/wspin.md)",
     )
     train: dict[str, Any] = setting(
         {}, "keys of run_spin.py; config: FILE starts from the settings of a file such as configs/config.yaml"
     )
-    online: dict[str, Any] | None = setting(
-        None, "keys of run_online.py; takes the place of the iterations and their sections"
-    )
+    online: dict[str, Any] | None = setting(None, "keys of run_online.py; replaces the iterations and their sections")
     overrides: dict[Any, Any] = setting({}, "keys of run_spin.py for one iteration: {2: {learning_rate: 1.0e-7}}")
     evaluate: dict[str, Any] = setting({}, "flags of evaluate_model.py")
     launch: LaunchConfig = setting(LaunchConfig(), "how the programs are started, see below")
@@ -132,11 +133,11 @@ class RunConfig:
             raise InputError("run_dir, model and data.train must not be empty: give a folder for each")
         if self.data.test_pairs and not self.data.test:
             raise InputError("data.test_pairs is true but data.test is empty: name the held-out prompts")
-        # The training programs tell a held-out split by its name, as the original does.
+        # The training programs recognise a held-out split by its name, as the original code does.
         for name in ("train_split", "prompts_split"):
             if getattr(self.data, name).startswith("test"):
                 raise InputError(
-                    f"data.{name} is {getattr(self.data, name)}: a split named test... is never trained on"
+                    f"data.{name} is {getattr(self.data, name)}: a split named test... is never trained on, rename it"
                 )
         if isinstance(self.data.prompts, list) and len(self.data.prompts) != self.iterations:
             raise InputError(
@@ -152,9 +153,7 @@ class RunConfig:
     def _check_sections(self) -> None:
         iterated = [name for name in _ITERATED if getattr(self, name)] + (["iterations"] if self.iterations > 1 else [])
         if self.online is not None and iterated:
-            raise InputError(
-                f"the section 'online' takes the place of the iterations: remove '{iterated[0]}', or 'online'"
-            )
+            raise InputError(f"the section 'online' replaces the iterations: remove '{iterated[0]}', or 'online'")
         for name, classes in SECTIONS.items():
             refuse_set_by_run(getattr(self, name) or {}, classes, f"the section '{name}'")
         self._check_weights_section(self.weigh)
@@ -191,7 +190,9 @@ class RunConfig:
                 "itself, remove it"
             )
         if "reverse" in self.train or any("reverse" in (item or {}) for item in self.overrides.values()):
-            raise InputError("'reverse' in the section 'train' would unlearn what is weighed: remove it")
+            raise InputError(
+                "'reverse' in the section 'train' would train the policy away from the weighted tokens: remove it"
+            )
 
     @property
     def start_model(self) -> str:
@@ -200,7 +201,7 @@ class RunConfig:
 
     @property
     def self_play_iterations(self) -> range:
-        """The iterations of generation and training: none where online training takes their place."""
+        """The iterations of generation and training: none if online training replaces them."""
         return range(self.iterations if self.online is None else 0)
 
     def opponent(self, iteration: int) -> str:
@@ -216,12 +217,12 @@ class RunConfig:
         return [str(self.iteration_dir(step) / kind) for step in range(iteration, first - 1, -1)]
 
     def train_folders(self, iteration: int) -> list[str]:
-        """What an iteration trains on: its pairs, with weights where the run has the section ``weigh``."""
+        """What an iteration trains on: its pairs, with token weights if the run has the section ``weigh``."""
         return self.pair_folders(iteration, "pairs" if self.weigh is None else "weights")
 
     @property
     def trains_scorers(self) -> bool:
-        """Whether the models that weigh the tokens are trained by the run itself."""
+        """Whether the run itself trains the models behind the token weights."""
         return self.weigh is not None and self.weighting.compares is Compares.TRAINED
 
     @property
@@ -231,7 +232,7 @@ class RunConfig:
 
     @property
     def initial_dir(self) -> Path:
-        """Where the initial model's responses are, for the losses that read them."""
+        """The folder of the initial model's responses, for the losses that read them."""
         return Path(self.run_dir) / INITIAL / "generated"
 
     def generation_seed(self, iteration: int) -> int:
@@ -257,7 +258,7 @@ def load_run_config(path: str | Path, arguments: Sequence[str] = ()) -> RunConfi
 
 
 def make_run_config(values: Mapping[str, Any], source: str) -> RunConfig:
-    """Make the configuration of a run out of its keys; ``source`` names them in messages.
+    """Build the configuration of a run from its keys; ``source`` names their origin in messages.
 
     Raises:
         InputError: as :func:`load_run_config`.
@@ -270,7 +271,7 @@ def make_run_config(values: Mapping[str, Any], source: str) -> RunConfig:
 
 
 def refuse_set_by_run(values: Mapping[str, Any], classes: Sequence[type], where: str) -> None:
-    """Refuse keys that the run decides itself.
+    """Refuse keys that the run sets itself.
 
     Raises:
         InputError: naming the key.
@@ -288,9 +289,9 @@ def open_run(run_dir: str | Path) -> RunConfig:
     """Return the configuration of an existing run directory.
 
     Raises:
-        InputError: the folder holds no run.
+        InputError: the folder contains no run.
     """
     path = Path(run_dir) / "run.yaml"
     if not path.is_file():
-        raise InputError(f"{run_dir} holds no run (run.yaml is missing): give the run_dir of `spin run`")
+        raise InputError(f"{run_dir} contains no run (run.yaml is missing): give the run_dir of `spin run`")
     return load_run_config(path, [f"--run_dir={run_dir}"])

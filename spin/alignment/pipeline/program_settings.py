@@ -31,7 +31,7 @@ def train_values(config: RunConfig, iteration: int) -> dict[str, Any]:
     """The complete settings of run_spin.py for an iteration."""
     values = {key: value for key, value in config.train.items() if key != "config"}
     if "config" in config.train:
-        # A configuration of one iteration by itself: its model, data and output are the pipeline's business here.
+        # A configuration for a single iteration: its model, data and output are dropped, since the pipeline sets them.
         alone = load_config(str(config.train["config"]))
         values = merge(
             {key: value for key, value in alone.items() if key not in set_by_run(*SECTIONS["train"])}, values
@@ -49,7 +49,7 @@ def train_values(config: RunConfig, iteration: int) -> dict[str, Any]:
 
 
 def scorer_values(config: RunConfig, iteration: int, name: str) -> dict[str, Any]:
-    """The complete settings of run_spin.py for a model that weighs tokens: ``forward`` (plain SPIN) or ``reverse``."""
+    """The complete settings of run_spin.py for a model behind the token weights: ``forward`` (plain SPIN) or ``reverse``."""
     values = {key: value for key, value in train_values(config, iteration).items() if key != "alpha"}
     values |= (config.weigh or {}).get("train") or {}
     values["dataset_mixer"] = dict.fromkeys(config.pair_folders(iteration), 1.0)
@@ -58,7 +58,7 @@ def scorer_values(config: RunConfig, iteration: int, name: str) -> dict[str, Any
 
 
 def generate_config(config: RunConfig, iteration: int, held_out: bool = False) -> GenerateConfig:
-    """The settings of generate.py for an iteration: for the prompts it plays on, or for the held-out ones."""
+    """The settings of generate.py for an iteration: for its training prompts, or for the held-out ones."""
     path, split = (config.data.test, config.data.test_split) if held_out else config.data.played(iteration)
     opponent = config.opponent(iteration)
     own = {
@@ -103,7 +103,7 @@ def evaluate_config(config: RunConfig, name: str, model: str) -> EvaluateConfig:
 
 
 def weights_values(config: RunConfig, iteration: int) -> dict[str, Any]:
-    """The complete flags of estimate_weights.py for an iteration; sequences are cut as in its training."""
+    """The complete flags of estimate_weights.py for an iteration; sequences are truncated as in its training."""
     section = {key: value for key, value in (config.weigh or {}).items() if key != "train"}
     folder, trained, opponent = (
         config.iteration_dir(iteration),
@@ -121,7 +121,7 @@ def weights_values(config: RunConfig, iteration: int) -> dict[str, Any]:
         role = ("model_minus", "revision_minus") if with_teacher else TOKENIZER_FLAGS
         revision = config.model_revision if opponent == config.model else None
         models = {role[0]: opponent, role[1]: revision}
-    # What compares no models truncates nothing.
+    # Weightings that need no model do not truncate, and refuse the lengths.
     inherited = ("max_length", "max_prompt_length", "system") if config.weighting.needs_models else ("system",)
     shared: dict[str, Any] = {key: trained[key] for key in inherited if key in trained}
     output = {"output_dir": str(folder / "weights"), "page": str(folder / "weights.html"), "seed": config.seed}

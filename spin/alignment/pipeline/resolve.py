@@ -1,4 +1,4 @@
-"""``spin config``: every value of a configuration as a program will see it, and where it comes from."""
+"""``spin config``: every value of a configuration as a program will see it, and its origin."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Resolved:
 
 
 def program_of(values: Mapping[str, Any]) -> str:
-    """Return the program that a configuration is for, told by its keys: run, run_spin, run_sft or run_online."""
+    """Return the program that a configuration is for, inferred from its keys: run, run_spin, run_sft or run_online."""
     if {"run_dir", "data", *SECTIONS} & set(values):
         return "run"
     own = set(settings_of(OnlineKeys)) - set(settings_of(SPINKeys)) - set(settings_of(ModelConfig))
@@ -87,8 +87,8 @@ def resolve(path: str | Path, arguments: Sequence[str], program: str | None, eve
     """Return the program of a configuration and its resolved values.
 
     Args:
-        program: run, run_spin, run_sft or run_online; None: told by the keys.
-        every: also the keys of transformers that nobody has set.
+        program: run, run_spin, run_sft or run_online; None: inferred from the keys.
+        every: include the keys of transformers that are not set.
 
     Raises:
         InputError: an unknown key, a value of the wrong type or out of range, an unknown program.
@@ -124,7 +124,7 @@ def _of_training(
 
 
 def _origin(key: str, found: Mapping[str, str]) -> str | None:
-    """Return where a value comes from; of a mapping: where the first of what it holds does."""
+    """Return the origin of a value; for a mapping, that of its first item."""
     return found.get(key) or next((found[name] for name in found if name.startswith(f"{key}.")), None)
 
 
@@ -147,7 +147,7 @@ def _stages(config: RunConfig) -> list[str]:
 
 
 def _of_section(config: RunConfig, name: str, inside: dict[str, str], every: bool) -> Iterator[Resolved]:
-    """Yield the values of a section, for the first iteration; ``inside`` has the origins of what is written in it."""
+    """Yield the values of a section, for the first iteration; ``inside`` has the origins of its keys."""
     decided = set_by_run(*SECTIONS[name])
     written = {key: origin for key, origin in inside.items() if key.partition(".")[0] not in decided}
     where = f"the section '{name}'"
@@ -186,7 +186,7 @@ def _of_flags(config: Any, written: Mapping[str, str]) -> Iterator[Resolved]:
 
 
 def show_config(path: str | Path, arguments: Sequence[str], program: str | None = None, every: bool = False) -> None:
-    """Print every resolved value of a configuration with where it came from."""
+    """Print every resolved value of a configuration with its origin."""
     program, rows = resolve(path, arguments, program, every)
     say(f"{path}: {'spin run' if program == 'run' else f'spin/{program}.py'}")
     texts = [(row.key, _text(row.value), row.origin) for row in rows]
@@ -196,7 +196,7 @@ def show_config(path: str | Path, arguments: Sequence[str], program: str | None 
 
 
 def _text(value: Any) -> str:
-    """Return a value as it would be written in YAML, on one line."""
+    """Return a value as one line of YAML."""
     plain = list(value) if isinstance(value, tuple) else value
     dumped = yaml.dump(plain, Dumper=yaml.SafeDumper, default_flow_style=True, width=10_000, sort_keys=False)
     return dumped.removesuffix("...\n").strip()

@@ -15,16 +15,16 @@ from spin.alignment.pipeline.stages.base import Role
 if TYPE_CHECKING:
     from spin.alignment.pipeline.config import RunConfig
 
-# What every row says of its model; see :class:`Model`. The iteration is null for models outside of the iterations.
+# The fields of every row; see :class:`Model`. The iteration is null for models outside of the iterations.
 IDENTITY = ("model", "role", "iteration")
 
-# Above these a reader is warned; each is explained in docs/pipeline.md.
+# Thresholds of the warnings; each is explained in docs/pipeline.md.
 IDENTICAL_RATE, TRUNCATION_RATE, LENGTH_DRIFT, SATURATED_ACCURACY, CHOSEN_DRIFT_NATS = 0.5, 0.05, 0.2, 0.99, 0.5
 # (key, standard error, name, sign of an improvement)
 MEASURES = (
     ("sampled_exact", "sampled_exact_se", "exact match at T=1", 1),
     ("greedy_exact", "greedy_exact_se", "greedy exact match", 1),
-    ("nll", "nll_se", "NLL of the truth (nats per token)", -1),
+    ("nll", "nll_se", "NLL of the ground truth (nats per token)", -1),
 )
 
 
@@ -50,7 +50,7 @@ def _optional(path: Path) -> dict[str, Any]:
 
 
 def model_row(model: Model, evaluation: dict[str, Any], config: RunConfig) -> dict[str, Any]:
-    """Return everything known about one model, as far as its files are there; with nothing known, :data:`IDENTITY` alone."""
+    """Return everything known about one model from the files that exist; only :data:`IDENTITY` if there are none."""
     row: dict[str, Any] = dict(zip(IDENTITY, (model.name, model.role, model.iteration), strict=True))
     row |= evaluation_row(evaluation)
     metrics = _optional(model.folder / "metrics.json")
@@ -86,6 +86,7 @@ def evaluation_row(evaluation: dict[str, Any]) -> dict[str, Any]:
     shown = evaluation["temperatures"].get("1") or next(iter(evaluation["temperatures"].values()))
     row |= {name: shown[name] for name in ("mean_length", "truncation_rate")}
     row |= {name: evaluation[name] for name in ("nll", "nll_sequence", "nll_sequence_se")}
+    # The standard error is measured per sequence; scaled to nats per token by the ratio of the two means.
     row["nll_se"] = evaluation["nll_sequence_se"] * evaluation["nll"] / max(evaluation["nll_sequence"], 1e-12)
     return row
 
@@ -99,7 +100,7 @@ def exact_key(temperature: str) -> str:
 def compare(row: dict[str, Any], other: dict[str, Any], key: str, error: str) -> tuple[float, bool] | None:
     """Return (difference, beyond two standard errors); None when either row lacks the measure.
 
-    The errors are added as if the prompts were different ones, which on the same prompts is cautious.
+    The errors are combined as if the prompts were independent, which is conservative for the same prompts.
     """
     if key not in row or key not in other:
         return None
@@ -108,7 +109,7 @@ def compare(row: dict[str, Any], other: dict[str, Any], key: str, error: str) ->
 
 
 def verdicts(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Say of every model what rose or fell against the SFT start, and how the controls stand to the last iteration."""
+    """Compare every model with the SFT start, and the last iteration with the controls, one sentence per measure."""
     start, control = _of_role(rows, "start"), _of_role(rows, "control")
     lines = [line for row in rows if start and row is not start for line in _verdict(row, start, "the SFT start")]
     for row in rows:
@@ -145,7 +146,7 @@ def _verdict(row: dict[str, Any], other: dict[str, Any], name: str) -> list[str]
 
 
 def warnings(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Return what a careful reader should know before trusting the table."""
+    """Return what to know before trusting the table."""
     start = _of_role(rows, "start") or {}
     lines = []
     for row in rows:
@@ -161,10 +162,12 @@ def warnings(rows: Sequence[dict[str, Any]]) -> list[str]:
                 "convert.identical to drop"
             )
         if row.get("reward_accuracy", 0.0) >= SATURATED_ACCURACY:
-            lines.append(f"{name}: reward accuracy {row['reward_accuracy']:.3f} is saturated: fewer epochs would do")
+            lines.append(f"{name}: reward accuracy {row['reward_accuracy']:.3f} is saturated: train for fewer epochs")
         for key, what in (("truncation_rate", "held-out"), ("generated_truncation_rate", "generated")):
             if row.get(key, 0.0) > TRUNCATION_RATE:
-                lines.append(f"{name}: {row[key]:.0%} of the {what} responses were cut by max_new_tokens: raise it")
+                lines.append(
+                    f"{name}: {row[key]:.0%} of the {what} responses were truncated by max_new_tokens: raise it"
+                )
         base = start.get("mean_length")
         if base and "mean_length" in row and abs(row["mean_length"] / base - 1) > LENGTH_DRIFT:
             lines.append(f"{name}: mean length moved from {base:.1f} to {row['mean_length']:.1f} tokens since SFT")

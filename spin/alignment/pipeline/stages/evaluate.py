@@ -1,4 +1,4 @@
-"""``NAME/evaluate``: the scores of a model on the held-out prompts, where ``data.test`` names some."""
+"""``NAME/evaluate``: the scores of a model on the held-out prompts, if ``data.test`` names any."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Evaluate(StageKind):
     can_run_beside = True
 
     def at_start(self, config: RunConfig) -> list[Stage]:
-        """The model that self-play starts from, where no stage of the run makes it."""
+        """The model that self-play starts from, if no stage of the run trains it."""
         if config.sft is not None:
             return []
         return self._stages(config, Model("sft", "start", Path(config.run_dir) / "sft"), config.model, ())

@@ -74,7 +74,7 @@ def fraction_files(configs: Sequence[GenerateConfig]) -> list[Path]:
 
 @functools.lru_cache(maxsize=16)
 def _num_fractions(path: str, split: str, frac_len: int) -> int:
-    """Return how many fractions the prompts of a split make; 1 when ``frac_len`` is 0."""
+    """Return the number of fractions of a split; 1 if ``frac_len`` is 0."""
     if not frac_len:
         return 1
     from spin.alignment.data.fractions import num_fractions
@@ -84,7 +84,7 @@ def _num_fractions(path: str, split: str, frac_len: int) -> int:
 
 
 def decoded_problems(config: RunConfig, iteration: int, folder: Path) -> list[str]:
-    """Return what is wrong with generated rows or pairs, token ids checked with the tokenizer of the opponent."""
+    """Return the problems of generated rows or pairs, with token ids checked by the tokenizer of the opponent."""
     from spin.alignment.data.chat_encoder import ChatEncoder, load_tokenizer
     from spin.alignment.pipeline.data_checks import data_problems
 

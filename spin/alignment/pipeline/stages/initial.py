@@ -24,11 +24,11 @@ class Initial(Generate):
         return []
 
     def check_settings(self, config: RunConfig, source: str) -> None:
-        """Check that the run can make every response that a loss of it reads.
+        """Check that the run generates every response that its losses read.
 
         Raises:
-            InputError: a response that no stage makes, one set of prompts for each iteration, or token weights, which only the
-                chosen and the rejected response have.
+            InputError: a loss reads a response that no stage generates, or the initial model's together with prompts that differ
+                between iterations or with token weights, which only the chosen and the rejected response have.
         """
         from spin.alignment.methods.losses import find_loss
 
@@ -40,7 +40,7 @@ class Initial(Generate):
             reads = f"loss_type {loss_type} reads the initial model's responses"
             if unknown := [name for name in further if name != INITIAL]:
                 raise InputError(
-                    f"loss_type {loss_type} reads a response '{unknown[0]}', which no stage of a run makes: use run_spin.py"
+                    f"loss_type {loss_type} reads a response '{unknown[0]}', which no stage of a run generates: use run_spin.py"
                 )
             if isinstance(config.data.prompts, list):
                 raise InputError(

@@ -43,7 +43,7 @@ class Online(TrainingKind):
         from spin.alignment.training.online.run import check_settings
         from spin.alignment.training.settings import read_settings
 
-        # The model of an SFT stage does not exist yet, so its path is not looked at here.
+        # The model of an SFT stage does not exist yet, so its path is not checked here.
         values = online_values(
             config,
         ) | {"model_name_or_path": "opponent"}

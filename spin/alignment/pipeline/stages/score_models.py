@@ -1,6 +1,6 @@
-"""``iterT/forward`` and ``iterT/reverse``: the models that weigh tokens, where the run trains them (reverse DPO).
+"""``iterT/forward`` and ``iterT/reverse``: the models behind the token weights, if the run trains them (reverse DPO).
 
-The forward model is plain SPIN on the same data: in the report it stands beside the policy that learns from weighted tokens.
+The forward model is plain SPIN on the same data: the report compares it with the policy trained on weighted tokens.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``sft/train``: the SFT model that self-play starts from, where the run trains it itself."""
+"""``sft/train``: the SFT model that self-play starts from, if the run trains it itself."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Sft(TrainingKind):
         from spin.alignment.training.settings import read_settings
         from spin.alignment.training.sft import SFTArguments
 
-        # The models of later stages do not exist yet, so their paths are not looked at here.
+        # The models of later stages do not exist yet, so their paths are not checked here.
         values = sft_values(config, self.section) | {"model_name_or_path": "opponent"}
         read_settings(values, f"the section '{self.section}' of {source}", SFTArguments)
 

@@ -36,7 +36,7 @@ class Train(TrainingKind):
 
 
 def check_spin_settings(config: RunConfig, values: Mapping[str, Any], where: str) -> None:
-    """Check settings of run_spin.py, and that the pairs will have what the loss reads.
+    """Check settings of run_spin.py, and that the pairs will have the labels that the loss reads.
 
     Raises:
         InputError: a setting is unknown or out of range, or the pairing does not write what the loss reads.
@@ -45,6 +45,6 @@ def check_spin_settings(config: RunConfig, values: Mapping[str, Any], where: str
     from spin.alignment.training.settings import read_settings
     from spin.alignment.training.trainer import SPINConfig
 
-    # The models of later stages do not exist yet, so their paths are not looked at here.
+    # The models of later stages do not exist yet, so their paths are not checked here.
     settings = read_settings({**values, "model_name_or_path": "opponent"}, where, SPINConfig)
     check_loss(config.convert.get("pairing", "ground_truth"), settings.arguments.loss_type)

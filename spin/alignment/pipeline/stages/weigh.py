@@ -38,7 +38,7 @@ class Weigh(StageKind):
         ]
 
     def check_settings(self, config: RunConfig, source: str) -> None:
-        """Check the flags, and the teacher as far as that goes without its weights."""
+        """Check the flags, and the teacher as far as possible without loading its weights."""
         if config.weigh is None:
             return
         from spin.alignment.methods.weightings import Compares, find_weighting
@@ -49,7 +49,7 @@ class Weigh(StageKind):
             check_teacher(weights, config.model)
 
     def problems(self, stage: Stage, config: RunConfig) -> list[str]:
-        """Token ids are not decoded again: they are those of the pairs."""
+        """Token ids are not decoded again: the stage copies those of the pairs, which are checked there."""
         from spin.alignment.pipeline.data_checks import data_problems
 
         assert stage.folder is not None
