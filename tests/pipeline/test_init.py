@@ -109,7 +109,9 @@ def test_the_configuration_is_written_last(folder, monkeypatch):
 
 def test_unknown_and_missing_names_are_refused(folder):
     code, _, err = run_main(cli.main, "init", "onlin")
-    assert code == 2 and "there is no demo or configuration 'onlin'; did you mean 'online'? (see spin init --help)" in err
+    assert (
+        code == 2 and "there is no demo or configuration 'onlin'; did you mean 'online'? (see spin init --help)" in err
+    )
     code, _, err = run_main(cli.main, "init")
     assert code == 2 and "required: name" in err
     assert written(folder) == set()

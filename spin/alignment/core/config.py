@@ -193,6 +193,7 @@ def key_values(texts: Iterable[str], where: str) -> dict[str, str]:
 def _convert_union(value: Any, choices: tuple[Any, ...], where: str) -> Any:
     if value is None and type(None) in choices:
         return None
+    # The member of the value's own type is tried first: 1 stays an int in `float | int`.
     exact = [choice for choice in choices if isinstance(choice, type) and type(value) is choice]
     for choice in exact + [choice for choice in choices if choice is not type(None)]:
         try:
@@ -222,6 +223,6 @@ def split_config(values: Mapping[str, Any], classes: Sequence[type], source: str
         owners = [index for index, known in enumerate(names) if key in known]
         if not owners:
             raise InputError(f"unknown key '{key}' in {source}{suggestion(key, set().union(*names))}")
-        for index in owners:
+        for index in owners:  # classes may share a key, and each of them needs it
             parts[index][key] = value
     return parts

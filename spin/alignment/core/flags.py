@@ -35,6 +35,7 @@ def _argument(field: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:
     required = default is MISSING
     # A flag that is not given is left to the dataclass, so that its default is defined in one place.
     argument: dict[str, Any] = {"required": required, "default": argparse.SUPPRESS}
+    # argparse formats help with %, so a literal % is doubled below.
     shown = "" if required or default is False else f" (default: {default_text(field)})"
     argument["help"] = (declaration_of(field).help + shown).replace("%", "%%")
     if hint is bool:

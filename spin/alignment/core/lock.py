@@ -31,7 +31,7 @@ def folder_lock(folder: str | Path, setting: str) -> Iterator[None]:
     lock = FileLock(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=0)  # do not wait: a second run should be refused with a sentence
     except Timeout:
         raise InputError(
             f"{folder} is in use by {_recorded_holder(path)}: wait for it, or choose another {setting}"

@@ -68,6 +68,7 @@ def run_program(main: Callable[[Sequence[str]], int | None], arguments: Sequence
         say_error("interrupted; run the same command again to resume")
         sys.exit(EXIT_INTERRUPTED)
     except Exception:
+        # Only unexpected errors reach this point; the traceback is for a bug report.
         traceback.print_exc()
         sys.exit(EXIT_INTERNAL_ERROR)
     sys.exit(code or EXIT_DONE)

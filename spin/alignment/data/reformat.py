@@ -187,7 +187,9 @@ def select(source: Source, seed: int, test_size: float, subset: int) -> Selectio
     kept_ids, counts = np.unique(np.frombuffer(ids, dtype=np.uint64)[first], return_counts=True)
     if (counts > 1).any():
         _name_shared_id(source, seed, {int(value) for value in kept_ids[counts > 1]})
+    # (distinct prompts,): the hash of the opening of each.
     kept_openings = np.frombuffer(openings, dtype=np.uint64)[first]
+    # By opening, then by prompt: prompts that share an opening are neighbours and can stay on one side of the split.
     order = np.lexsort((unique, kept_openings))
     num_test = round(test_size * len(unique)) if test_size < 1 else int(test_size)
     if 0 < num_test < len(unique):  # all prompts of the last opening go to the test split

@@ -83,6 +83,7 @@ def score(config: EvaluateConfig, held_out: list[HeldOut], encoder: ChatEncoder)
         stop_ids=encoder.stop_ids,
         pad_id=encoder.pad_id,
     )
+    # Only sets how often progress is shown, in prompts.
     chunk = config.batch_size * 16 if find_backend(config.backend).holds_batch else len(held_out)
     backend = make_backend(config.backend, settings)
     try:

@@ -46,6 +46,7 @@ def encode_held_out(
             ground_truth_ids = encoder.response_ids(row["chosen"])
         except InputError as error:
             raise InputError(f"prompt {row['prompt_id']}: {error}") from error
+        # Both the ground truth (for the NLL) and a response of full length must fit.
         if len(ids) + max(max_new_tokens, len(ground_truth_ids)) <= context:
             request = PromptRequest(row["prompt_id"], tuple(ids))
             held_out.append(HeldOut(request, prompt[-1]["content"], answer["content"], tuple(ground_truth_ids)))

@@ -228,6 +228,7 @@ def generate(config: GenerateConfig) -> None:
     from spin.alignment.models.folder import check_model_path, model_folder
 
     config.check_files()
+    # A process that forks after a tokenizer has used its thread pool gets warnings, or a deadlock in the child.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     check_model_path(config.model, needs_weights=not find_backend(config.backend).needs_server)
     model_dir = model_folder(config.model, config.revision)
@@ -265,7 +266,7 @@ def work(config: GenerateConfig, stated: Provenance, model_dir: Path) -> int:
             )
             with stopped_by_sigterm(run):
                 run.run()
-        if not stated.extra:
+        if not stated.extra:  # the private store of a Hub data set, see open_store()
             job.store.remove()
     return len(job.store)
 

@@ -81,6 +81,7 @@ def make_provenance(split: Split, config: ConvertConfig) -> Provenance:
 
     assert split.origin is not None
     made = split.origin.provenance
+    # ID_SUMS and the fraction number differ between the fractions of one generation, so its hash leaves them out.
     facts = {name: value for name, value in made.extra.items() if name not in ID_SUMS}
     origin = asdict(made) | {"data_frac": 0, "extra": facts}
     scorer = scorer_settings(config)

@@ -93,5 +93,6 @@ def initial_record(folder: Path, split: str, made: Provenance) -> dict[str, str]
                 f"{path} was generated with a different tokenizer or chat template from the pairs ({name} differs): generate it "
                 "with the model that the first iteration started from"
             )
+    # All fractions share the rest of the record, so the first one stands for the split.
     record = asdict(found) | {"data_frac": 0, "extra": {}}
     return {"initial_hash": hash_json(record), "initial_weights": found.weights_hash}

@@ -191,7 +191,7 @@ class RunConfig:
             )
         if "reverse" in self.train or any("reverse" in (item or {}) for item in self.overrides.values()):
             raise InputError(
-                "'reverse' in the section 'train' would train the policy away from the weighted tokens: remove it"
+                "'reverse' in the section 'train' would train the policy to prefer the rejected responses: remove it"
             )
 
     @property
@@ -265,6 +265,7 @@ def make_run_config(values: Mapping[str, Any], source: str) -> RunConfig:
     """
     overrides = values.get("overrides")
     if isinstance(overrides, Mapping):
+        # `--overrides.2.beta=1` gives the text '2', YAML the number 2.
         overrides = {int(key) if str(key).isdigit() else key: item for key, item in overrides.items()}
         values = {**values, "overrides": overrides}
     return build(RunConfig, values, source)

@@ -31,6 +31,7 @@ def data_problems(path: Path, encoder: ChatEncoder | None) -> tuple[int, list[st
     for file in files:
         rows, found = file_problems(file, encoder)
         checked += rows
+        # A systematic error would otherwise print one line per row.
         problems += found[:_SHOWN_PER_FILE]
         if len(found) > _SHOWN_PER_FILE:
             problems.append(f"{file}: {len(found) - _SHOWN_PER_FILE} more problems")

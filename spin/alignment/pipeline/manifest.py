@@ -70,6 +70,7 @@ class RunManifest:
         key = (str(path.resolve()), facts.st_size, facts.st_mtime_ns)
         with self._mutex:
             if key not in self._hashes:
+                # A checkpoint of several GiB is hashed once, when its stage finishes, and not by every later status or stage.
                 known = self._recorded(path)
                 same = known and (known["size"], known["mtime_ns"]) == key[1:]
                 self._hashes[key] = known["hash"] if known and same else hash_file(path)
@@ -110,6 +111,7 @@ class RunManifest:
         """Record that a stage is running on these inputs."""
         with self._mutex:
             earlier = self.stages.get(stage)
+            # The seconds of an interrupted attempt count only if it had the same inputs, since only then its results are used.
             resumed = earlier is not None and earlier.state != "done" and earlier.inputs == dict(inputs)
             seconds = earlier.seconds if earlier is not None and resumed else 0.0
             hash_ = hash_json(dict(inputs))

@@ -43,7 +43,7 @@ class ChildPrograms:
             log.write(("$ " + " ".join(command) + "\n").encode())
             self.starter.prepare(command)  # may take seconds, and stop() must not wait for it
             with self._mutex:
-                if self._stopped:
+                if self._stopped:  # stop() was called while the server started: nothing may start after it
                     return 130
                 child, output = self._start(command)
                 self._living[child.pid] = child
@@ -191,4 +191,4 @@ def _is_alive(pid: int) -> bool:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
         return False
-    return state != "Z"
+    return state != "Z"  # a zombie has ended, its parent has only not collected it yet

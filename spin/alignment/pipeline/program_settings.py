@@ -50,6 +50,7 @@ def train_values(config: RunConfig, iteration: int) -> dict[str, Any]:
 
 def scorer_values(config: RunConfig, iteration: int, name: str) -> dict[str, Any]:
     """The complete settings of run_spin.py for a model behind the token weights: ``forward`` (plain SPIN) or ``reverse``."""
+    # These models are what the weights are computed from, so they train on unweighted pairs and without alpha.
     values = {key: value for key, value in train_values(config, iteration).items() if key != "alpha"}
     values |= (config.weigh or {}).get("train") or {}
     values["dataset_mixer"] = dict.fromkeys(config.pair_folders(iteration), 1.0)
@@ -71,6 +72,7 @@ def generate_config(config: RunConfig, iteration: int, held_out: bool = False) -
         "iteration": iteration,
         "seed": config.generation_seed(iteration),
     }
+    # Held-out prompts are few: one fraction, whatever frac_len the training prompts have.
     section = config.generate | ({"frac_len": 0} if held_out else {})
     return section_config("generate", GenerateConfig, section | own)
 
@@ -121,7 +123,7 @@ def weights_values(config: RunConfig, iteration: int) -> dict[str, Any]:
         role = ("model_minus", "revision_minus") if with_teacher else TOKENIZER_FLAGS
         revision = config.model_revision if opponent == config.model else None
         models = {role[0]: opponent, role[1]: revision}
-    # Weightings that need no model do not truncate, and refuse the lengths.
+    # A weighting that compares no models truncates nothing, so it takes no lengths.
     inherited = ("max_length", "max_prompt_length", "system") if config.weighting.needs_models else ("system",)
     shared: dict[str, Any] = {key: trained[key] for key in inherited if key in trained}
     output = {"output_dir": str(folder / "weights"), "page": str(folder / "weights.html"), "seed": config.seed}
@@ -171,4 +173,5 @@ def section_config(name: str, config_class: type[C], values: Mapping[str, Any]) 
     try:
         return build(config_class, {key: value for key, value in values.items() if value is not None}, where)
     except InputError as error:
+        # Checks across keys do not know the section, those of a single key name it already.
         raise error if where in str(error) else InputError(f"{error} (in {where})") from error

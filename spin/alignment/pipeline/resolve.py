@@ -40,7 +40,7 @@ from spin.alignment.training.online.keys import OnlineKeys
 from spin.alignment.training.renamed_keys import RENAMED, rename_keys
 
 DEFAULT, BY_THE_RUN = "default", "set by the run"
-# Training programs, by the section of `spin run` that holds the same keys.
+# Training programs, by the section of `spin run` that takes the same keys.
 _PROGRAMS = {"run_spin": "train", "run_sft": "sft", "run_online": "online"}
 
 
@@ -61,6 +61,7 @@ def program_of(values: Mapping[str, Any]) -> str:
     if own & set(values):
         return "run_online"
     preference = {field.name for group in ("method", "batches") for field in grouped(SPINKeys)[group]}
+    # SFT has these two as well, so they say nothing about the program.
     preference -= {"per_device_train_batch_size", "gradient_accumulation_steps"}
     splits = values.get("dataset_splits") or ["train_prefs"]
     if "init_from_config" in values or not (preference & set(values) or any("_prefs" in str(name) for name in splits)):

@@ -66,6 +66,7 @@ class Pipeline:
             for stage in self.stages:
                 self.runner.run(stage)
             return
+        # Self-play is one chain, what may run beside it the other; each keeps the order of the stages.
         chains = [[stage for stage in self.stages if stage.kind.can_run_beside is beside] for beside in (False, True)]
         threads = [threading.Thread(target=self._run_chain, args=(chain,)) for chain in chains]
         for thread in threads:
@@ -85,7 +86,7 @@ class Pipeline:
                 with self._turn:
                     self._unfinished.remove(stage.name)
                     self._turn.notify_all()
-        except BaseException as failure:
+        except BaseException as failure:  # run() raises it again in the main thread
             self._stop(failure)
 
     def _wait_for(self, needs: tuple[str, ...]) -> bool:

@@ -57,6 +57,7 @@ class StageRunner:
         say(f"==> {stage.name}: done in {seconds:.0f} s")
 
     def _run_programs(self, stage: Stage) -> None:
+        # On resume as well: the first attempt may have been killed before it wrote its files.
         stage.kind.prepare(stage)
         for command in stage.commands:
             code = self.children.run(stage.name, command)

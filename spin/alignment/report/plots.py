@@ -19,6 +19,7 @@ def plot(summary: dict[str, Any]) -> bytes:
     rows = [row for row in summary["rows"] if row["role"] != "control"]
     control: dict[str, Any] = next((row for row in summary["rows"] if row["role"] == "control"), {})
     figure = Figure(figsize=(11, 7), layout="constrained", facecolor="white")
+    # Drawn without pyplot, which keeps global state and may look for a display.
     FigureCanvasAgg(figure)
     exact, nll, dynamics, drift = figure.subplots(2, 2).flat
     _curve(exact, rows, "greedy_exact", "greedy", BLUE, control)

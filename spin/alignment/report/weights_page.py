@@ -93,6 +93,7 @@ def write_weights_page(
 
 
 def _weighted_rows(folder: Path) -> Iterator[dict]:
+    # Training pairs first: held-out files sort to the end.
     for file in sorted(folder.glob("*_prefs*.parquet"), key=lambda file: (file.name.startswith("test"), file.name)):
         for row in read_rows(file, batch_size=64):
             if row["chosen_weights"] is not None:

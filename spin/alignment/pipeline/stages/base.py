@@ -29,9 +29,9 @@ Role = Literal["start", "control", "policy", "unweighted", "scorer"]
 
 @dataclass(frozen=True)
 class Model:
-    """A model of a run: one row of the report, and of the lineage where the run trains it.
+    """A model of a run: one row of the report, and of the lineage if the run trains it.
 
-    ``folder`` holds its ``checkpoint/``, ``metrics.json`` and ``eval.json``. ``role`` decides what the report compares it with.
+    ``folder`` contains its ``checkpoint/``, ``metrics.json`` and ``eval.json``. ``role`` determines its comparisons.
     """
 
     name: str
@@ -86,7 +86,7 @@ class Stage:
 
 
 class StageKind:
-    """A kind of stage: where its stages stand in a run, the program they start, and what is checked before and after.
+    """A kind of stage: where its stages are in a run, the program they start, and what is checked before and after.
 
     A kind overrides the hook that puts its stages into the run, names its ``program`` and the suffix of the files
     that prove it is complete. Everything else has a default.
