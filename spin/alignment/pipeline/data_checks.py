@@ -94,7 +94,7 @@ def file_problems(file: Path, encoder: ChatEncoder | None) -> tuple[int, list[st
             if not row["prompt_id"]:
                 problems.append(f"{where}: the prompt_id is empty")
             elif key in seen:
-                problems.append(f"{where}: prompt {key[0]} with sample {key[1]} occurs more than once")
+                problems.append(f"{where}: prompt {key[0]} with sample {key[1]} appears more than once")
             seen.add(key)
             problems += row_problems(row, where, is_pair_file, encoder)
     except InputError as error:
