@@ -141,7 +141,7 @@ def test_a_plain_function_is_a_pairing_that_sees_one_prompt_at_a_time(tmp_path, 
     ]
     monkeypatch.setitem(PAIRINGS, "wide", lambda rows: [{**item, "margin": 1.0} for item in rows])
     code, _, errors = gather(folder, tmp_path / "wide", "--pairing", "wide")
-    assert code == 1 and "the pairing returns the columns margin, which the rows do not have" in errors
+    assert code == 2 and "the pairing returns the columns margin, which the rows do not have" in errors
     assert not content(tmp_path / "wide")
 
 

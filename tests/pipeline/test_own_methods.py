@@ -8,10 +8,9 @@ import sys
 import pytest
 
 from spin import cli
-from spin.alignment.pairs import convert
 from spin.alignment.pipeline.config import load_run_config
 from spin.alignment.pipeline.manifest import RunManifest
-from spin.alignment.pipeline.preflight import check_training_settings, check_weighing
+from spin.alignment.pipeline.preflight import check_settings
 from spin.alignment.pipeline.stages import make_stages
 from tests.helpers import run_main
 from tests.helpers.runs import TRAINING, tiny_run, write_config
@@ -58,19 +57,9 @@ def sections(loss="own_methods:by_length", pairing="own_methods:longest", weight
     }
 
 
-def check(config):
-    """What is checked of methods before the first stage starts."""
-    options = convert.make_parser().parse_args(
-        ["--input_dir", "a", "--output_dir", "b", "--pairing", config.convert["pairing"], "--scorer", "length_penalty"]
-    )
-    convert.check_flags(options)
-    check_training_settings(config, "config.yaml", options.pairing)
-    check_weighing(config)
-
-
 def test_own_methods_are_checked_and_noticed_when_they_change(module, tmp_path):
     config = load_run_config(write_config(tmp_path / "config.yaml", tiny_run(tmp_path, **sections())))
-    check(config)
+    check_settings(config, "config.yaml")
     own = {"iter0/convert": "pairing", "iter0/weigh": "weighting", "iter0/train": "loss_type"}
     stages = [stage for stage in make_stages(config) if stage.name in own]
     before = [stage.inputs(RunManifest(config.run_dir)) for stage in stages]

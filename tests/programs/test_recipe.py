@@ -68,12 +68,11 @@ def test_the_same_pairs(start, recipe, converted):
     from spin.alignment.data.preferences import load_preferences
 
     encoder = ChatEncoder(load_tokenizer(start / "model"))
-    ours = [vars(encode_pair(row, encoder, 128, 64)) for row in load_preferences(str(converted), "train")]
+    encoded = [encode_pair(row, encoder, 128, 64) for row in load_preferences(converted, "train")]
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
     page = [json.loads(line) for line in (recipe[0] / "pairs.jsonl").read_text().splitlines()]
-    assert sorted([pair[name] for name in names] for pair in page) == sorted(
-        [pair[name] for name in names] for pair in ours
-    )
+    ours = [[pair.prompt_ids, pair.responses["chosen"], pair.responses["rejected"]] for pair in encoded]
+    assert sorted([pair[name] for name in names] for pair in page) == sorted(ours)
     ended = [pair["rejected_ids"][-1] == encoder.end_id for pair in page]
     assert len(page) == PROMPTS and any(ended) and not all(ended)
 

@@ -83,7 +83,7 @@ BAD = {
     "text without prompt": ({"chosen": "a b", "rejected": "a c"}, "train_dataset row 0 has 'chosen' as text without 'prompt'"),
     "two prompts": (
         {"chosen": [QUESTION, RIGHT], "rejected": [{**QUESTION, "content": "?"}, WRONG]},
-        "train_dataset row 0: 'chosen' and 'rejected' do not share one prompt",
+        "train_dataset row 0: 'chosen' and 'rejected' do not share a prompt",
     ),
     "our own, two prompts": ({**OWN, "rejected": [RIGHT]}, "train_dataset row 0: 'chosen' and 'rejected' do not share"),
     "tools": ({**FORMS["TRL conversational"], "tools": "[{}]"}, "train_dataset row 0 has 'tools'"),
@@ -103,7 +103,7 @@ def test_a_missing_label_and_a_small_budget_are_named():
         pairs_of(OWN, loss_type="sppo")
     with pytest.raises(InputError, match="max_tokens_per_batch is 20, but pair 0 of train_dataset takes"):
         pairs_of(OWN, max_tokens_per_batch=20)
-    with pytest.raises(InputError, match="the data holds token id 900, but the vocabulary of the model has"):
+    with pytest.raises(InputError, match="the data contains token id 900, but the vocabulary of the model has"):
         pairs_of({**OWN, "rejected_token_ids": [900]})
     with pytest.raises(InputError, match="the longest pair has 600 tokens, but the model can attend to 512 tokens"):
         pairs_of({**OWN, "rejected_token_ids": [9] * 600}, max_length=600)

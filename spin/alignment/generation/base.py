@@ -165,6 +165,7 @@ class Backend:
         holds_batch: it decodes ``batch_size`` responses at a time in this process; others plan their batches themselves.
         online: how online training draws from the policy with it: by the policy's ``own_module``, by an ``engine`` whose
             weights are reloaded (the backend has a method ``reload(folder)``), or not at all.
+        makes_processes: it starts processes of its own, for which it wants to be the first to configure torch.
         check_installed: raises :class:`InputError` where what it needs is not installed.
     """
 
@@ -174,6 +175,7 @@ class Backend:
     flush_every: int = 512
     holds_batch: bool = False
     online: Literal["", "own_module", "engine"] = ""
+    makes_processes: bool = False
     check_installed: Callable[[], None] = lambda: None
 
     def __call__(self, settings: BackendSettings) -> GenerationBackend:

@@ -14,6 +14,8 @@ import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from spin.alignment.generation import BACKENDS, find_backend
+
 PROGRAMS = Path(__file__).resolve().parents[2]
 _NOT_SERVED = ("__init__", "__main__", "cli")  # `spin run` starts its own server
 PLAIN_STARTS_VARIABLE = "SPIN_PLAIN_STARTS"
@@ -182,19 +184,20 @@ def _receive(connection: socket.socket) -> dict[str, object] | None:
 def is_served(command: Sequence[str], cwd: Path) -> bool:
     """Return whether a command is ``python PROGRAM arguments`` with a program of this package that runs in one process.
 
-    Programs with vLLM are not served: it starts its own processes and must be the first to configure torch.
+    Backends that start their own processes are not served: they must be the first to configure torch.
     """
     if len(command) < 2 or command[0] != sys.executable or not command[1].endswith(".py"):
         return False
     program = (cwd / command[1]).resolve()
     is_program = program.parent == PROGRAMS and program.stem not in _NOT_SERVED and program.is_file()
-    return is_program and not _names_vllm(command[2:], cwd)
+    return is_program and not _makes_processes(command[2:], cwd)
 
 
-def _names_vllm(arguments: Sequence[str], cwd: Path) -> bool:
-    if any(word == "vllm" or word.endswith("=vllm") for word in arguments):
+def _makes_processes(arguments: Sequence[str], cwd: Path) -> bool:
+    """Return whether arguments, or the configuration they begin with, name a backend that makes processes of its own."""
+    names = [name for name in BACKENDS if find_backend(name).makes_processes]
+    if any(word in names or word.partition("=")[2] in names for word in arguments):
         return True
     configs = [cwd / word for word in arguments[:1] if word.endswith((".yaml", ".yml"))]
-    return any(
-        "backend: vllm" in path.read_text(encoding="utf-8", errors="replace") for path in configs if path.is_file()
-    )
+    texts = [path.read_text(encoding="utf-8", errors="replace") for path in configs if path.is_file()]
+    return any(f"backend: {name}" in text for name in names for text in texts)

@@ -161,11 +161,7 @@ class SPINTrainer(Trainer):
         super().log(logs, start_time)
 
     def prediction_step(
-        self,
-        model: Any,
-        inputs: PairList,
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
+        self, model: Any, inputs: PairList, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[torch.Tensor, None, None]:
         """Return the mean loss of an evaluation batch; its metrics are collected on the way."""
         total, pairs = torch.zeros((), device=self.args.device), 0
