@@ -1,4 +1,4 @@
-"""The ``spin`` command: init, run, config, status, report and so on. Heavy libraries are imported by the command at work."""
+"""The ``spin`` command: init, run, config, status, report and so on. Each command imports the heavy libraries that it needs."""
 
 from __future__ import annotations
 
@@ -16,28 +16,29 @@ from spin.alignment.core.program import EXIT_BAD_INPUT, EXIT_DONE, Parser, is_he
 
 USAGE = """usage: spin COMMAND ...
 
-  init NAME                           a demo or a shipped configuration, written into this folder
-  run CONFIG.yaml [--key=value ...]   all iterations of self-play; run again to go on
-  config CONFIG.yaml [--key=value ...] every value of a configuration, and where it comes from
-  status RUN                          where a run stands
-  report RUN                          table, plot and page of a run
+  init NAME                           write a demo or a shipped configuration into this folder
+  run CONFIG.yaml [--key=value ...]   run all iterations of self-play; run again to resume
+  config CONFIG.yaml [--key=value ...]
+                                      print every value of a configuration, and where it comes from
+  status RUN                          show the progress of a run
+  report RUN                          write the table, plot and page of a run
   validate PATH [--tokenizer MODEL]   check a data set, a model folder or a run against the contract
-  doctor                              which packages, devices and backends work here, and why not
-  diff RUN_A RUN_B                    how two runs differ: packages, settings, inputs, outputs
+  doctor                              check which packages, devices and backends work here
+  diff RUN_A RUN_B                    show how two runs differ: packages, settings, inputs, outputs
 
-`spin COMMAND --help` tells more. Exit codes: 0 done, 2 bad input, 130 interrupted, 1 a fault of ours."""
+See `spin COMMAND --help` for details. Exit codes: 0 done, 1 internal error, 2 bad input, 130 interrupted."""
 
 RUN_USAGE = """usage: spin run CONFIG.yaml [--key=value ...] [--rerun_changed]
 
-Runs SFT (when asked for), then generate, convert, train and evaluate for every iteration. Run it again to go on after an
+Runs SFT (if configured), then generate, convert, train and evaluate for every iteration. Run it again to resume after an
 interruption. Dots reach into sections: --train.beta=0.5. With --rerun_changed, finished stages whose settings or
-input files have changed are made again, and their old output is kept under RUN/replaced/. See docs/pipeline.md."""
+input files have changed are run again, and their old output is kept under RUN/replaced/. See docs/pipeline.md."""
 
 CONFIG_USAGE = """usage: spin config CONFIG.yaml [--key=value ...] [--program=run|run_spin|run_sft|run_online] [--all]
 
 Prints every value of a configuration as the program will see it, with where it comes from: the default, a line of a file
-of the `extends` chain, the command line, or `spin run` itself. The program is told by the keys, unless --program names it.
-With --all the keys of transformers.TrainingArguments that nobody has set are listed too."""
+of the `extends` chain, the command line, or `spin run` itself. The program is inferred from the keys unless --program names
+it. With --all, keys of transformers.TrainingArguments that are not set are listed too."""
 
 
 def init(arguments: Sequence[str]) -> None:
@@ -91,7 +92,7 @@ def config(arguments: Sequence[str]) -> None:
 
 def status(arguments: Sequence[str]) -> None:
     """``spin status RUN``."""
-    parser = Parser(prog="spin status", description="Show where a run, or a folder of fractions, stands.")
+    parser = Parser(prog="spin status", description="Show the progress of a run, or of a folder of fractions.")
     parser.add_argument("run_dir", help="folder of a run, or the output_dir of generate.py")
     options = parser.parse_args(arguments)
     from spin.alignment.pipeline.status import show_status
@@ -114,7 +115,7 @@ def validate(arguments: Sequence[str]) -> int:
     """``spin validate PATH``: print every problem of a data set, a model folder or a run."""
     parser = Parser(prog="spin validate", description="Check a data set, a model folder or a run against the contract.")
     parser.add_argument("path", help="parquet file, folder of them, model folder or run directory")
-    parser.add_argument("--tokenizer", default=None, help="model whose tokenizer made the ids: check them too")
+    parser.add_argument("--tokenizer", default=None, help="model whose tokenizer produced the ids, to check them too")
     parser.add_argument("--system", default="keep", choices=("keep", "fold"), help="as given to generate.py")
     options = parser.parse_args(arguments)
     from spin.alignment.pipeline.validate import validate as problems_of
@@ -133,8 +134,11 @@ def validate(arguments: Sequence[str]) -> int:
 
 
 def doctor(arguments: Sequence[str]) -> int:
-    """``spin doctor``: say what works on this machine and what does not."""
-    parser = Parser(prog="spin doctor", description="Say which packages, devices and backends work here, and why not.")
+    """``spin doctor``: report what works on this machine and what does not."""
+    parser = Parser(
+        prog="spin doctor",
+        description="Report which packages, devices and backends work here, and why the others do not.",
+    )
     parser.parse_args(arguments)
     from spin.alignment.pipeline.doctor import show_findings
 
@@ -143,7 +147,7 @@ def doctor(arguments: Sequence[str]) -> int:
 
 def diff(arguments: Sequence[str]) -> None:
     """``spin diff RUN_A RUN_B``."""
-    parser = Parser(prog="spin diff", description="Say how two runs differ: packages, settings, inputs and outputs.")
+    parser = Parser(prog="spin diff", description="Show how two runs differ: packages, settings, inputs and outputs.")
     parser.add_argument("left", help="folder of a run")
     parser.add_argument("right", help="folder of another run")
     options = parser.parse_args(arguments)

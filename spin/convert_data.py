@@ -1,8 +1,8 @@
 """Step 1.5: shards of generated responses -> preference parquet.
 
-Gathers the fractions of every split in a folder, proves that each prompt and sample is there exactly once, forms pairs
-prompt by prompt, and writes ``{split}_prefs-00000-of-0000N.parquet``; ``{split}_prefs.counts.json`` appears last and proves
-that the set is whole. Record batches stream through in constant memory; with ``--wait`` while fractions are still being made.
+Gathers the fractions of every split in a folder, checks that each prompt and sample is present exactly once, forms pairs
+prompt by prompt, and writes ``{split}_prefs-00000-of-0000N.parquet``; ``{split}_prefs.counts.json`` appears last and marks
+the set as complete. Record batches are streamed in constant memory; with ``--wait``, while fractions are still being generated.
 """
 
 from __future__ import annotations

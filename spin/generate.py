@@ -2,8 +2,8 @@
 
 Writes ``{output_dir}/{split}-{data_frac:05d}.parquet`` with the columns of docs/data_format.md: prompt_id, sample_index,
 chosen (ground truth), rejected (own response), rejected_token_ids, rejected_finish_reason. Any number of processes on any
-number of servers may work on one output folder: they share the prompts out among themselves through lease files, and write
-what is finished in parts, each complete or absent, so a killed process is simply started again.
+number of machines may work on one output folder: they divide the prompts among themselves through lease files and write
+finished prompts in parts, each complete or absent, so a killed process can simply be restarted.
 """
 
 from __future__ import annotations

@@ -3,12 +3,12 @@
 Writes ``{split}.parquet`` (and ``test.parquet`` when a test size is given) with the columns
 
     prompt_id   the row's own id, else a hash of its prompt; unique
-    chosen      the whole conversation, ending in the assistant turn to be played
+    chosen      the complete conversation, ending with the assistant turn that is the ground truth
 
-Rows stream through twice: once to rank every prompt by a keyed hash, once to write. The ranks decide the subset and the
-test split, so neither depends on the order of the rows. Prompts with one opening (all turns before the first answer) are
-never parted between training and test, for the answer to one may stand in the prompt of another. 24 bytes a prompt are
-held in memory, some 70 while they are sorted.
+Rows are streamed twice: once to rank every prompt by a keyed hash, once to write. The ranks determine the subset and the
+test split, so neither depends on the order of the rows. Prompts with the same opening (all turns before the first answer)
+are never split between training and test, since the answer to one may appear in the prompt of another. Memory use is
+24 bytes per prompt, about 70 while sorting.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ def test_the_functions_raise_where_the_programs_exit(tmp_path):
         spin.generate(model="m", input_dir="d", output_dir=tmp_path / "out", temprature=0.0)
     with pytest.raises(spin.InputError, match=r"model folder \./nowhere does not exist"):
         spin.generate(model="./nowhere", input_dir="d", output_dir=tmp_path / "out")
-    with pytest.raises(spin.InputError, match=r"temperatures is \[0.0, 0.0\]: name one or more, each once"):
+    with pytest.raises(spin.InputError, match=r"temperatures is \[0.0, 0.0\]: give one or more, each once"):
         spin.evaluate(model="m", input_dir="d", output_file=tmp_path / "e.json", temperatures=[0.0, 0.0])
     with pytest.raises(spin.InputError, match="unknown pairing 'best'"):
         spin.convert(input_dir="d", output_dir=tmp_path / "out", pairing="best")

@@ -135,7 +135,7 @@ def test_wrong_values_are_named(values, message):
     "content, message",
     [
         ("a: [", "not valid YAML"),
-        ("- 1\n- 2\n", "does not hold 'key: value' lines"),
+        ("- 1\n- 2\n", "does not contain 'key: value' lines"),
         ("extends: self.yaml", "extends itself"),
     ],
 )

@@ -78,9 +78,7 @@ def test_a_disk_that_cannot_be_locked_is_one_sentence(tmp_path, monkeypatch, num
         monkeypatch.setattr(fcntl, "flock", refuse)
     else:
         monkeypatch.setattr("spin.alignment.core.lock.Path.mkdir", refuse)
-    sentence = (
-        rf"cannot lock .*\({os.strerror(number)}\): choose another output_dir, on a disk that can be written and locked"
-    )
+    sentence = rf"cannot lock .*\({os.strerror(number)}\): choose another output_dir on a disk that supports writing and locking"
     with pytest.raises(InputError, match=sentence), folder_lock(tmp_path / "out", setting="output_dir"):
         pass
 

@@ -122,7 +122,7 @@ def test_a_metric_by_dotted_path_and_a_sum(tiny_model, tmp_path):
         (["--metric", "no_such_module:f"], "no_such_module"),
         (["--metric", "bleu"], "unknown metric 'bleu'"),
         (["--temperatures", "-1"], "temperatures is -1"),
-        (["--temperatures", "1", "1"], "name one or more, each once"),
+        (["--temperatures", "1", "1"], "give one or more, each once"),
         (["--limit", "-1"], "limit is -1"),
         (["--model", "./none"], "none does not exist"),
         (["--max_new_tokens", "100000"], "lower max_new_tokens"),

@@ -12,6 +12,7 @@ from spin.alignment.methods.losses.settings import loss_arguments
 from spin.alignment.methods.pairings import PAIRINGS, check_num_samples
 from spin.alignment.pairs.annotate import check_loss
 from spin.alignment.pipeline.config import load_run_config
+from spin.alignment.pipeline.program_settings import convert_config, generate_config, train_values
 from spin.alignment.training.objective import per_pair
 from spin.alignment.training.settings import read_settings
 from spin.alignment.training.trainer import SPINConfig
@@ -232,11 +233,11 @@ def test_a_pair_costs_the_mean_of_its_responses():
 def test_the_configurations_of_the_paper_fit_together(name, tmp_path):
     """Everything that can be checked without the models: sections, flags, settings, and pairing against loss and samples."""
     config = load_run_config(f"configs/{name}.yaml", [])
-    convert, sampling = config.convert_config(0), config.generate_config(0)
+    convert, sampling = convert_config(config, 0), generate_config(config, 0)
     check_num_samples(convert.pairing, PAIRINGS[convert.pairing], sampling.num_samples)
     for iteration in range(config.iterations):
         here = {"model_name_or_path": "opponent", "output_dir": str(tmp_path), "use_cpu": True}
-        settings = read_settings(config.train_values(iteration) | here, name, SPINConfig).arguments
+        settings = read_settings(train_values(config, iteration) | here, name, SPINConfig).arguments
         check_loss(convert.pairing, settings.loss_type)
         assert (settings.loss_arguments["beta"], settings.learning_rate, settings.num_train_epochs) == (0.001, 5e-7, 1)
         assert settings.pairs_per_micro_batch * config.launch.num_processes == 64
@@ -253,7 +254,11 @@ def test_the_configurations_of_the_paper_fit_together(name, tmp_path):
             "loss_type sppo reads win_probs, which pairing best_vs_worst does not write: set pairing: win_rate",
         ),
         ("ground_truth", "sppo_reward", "which pairing ground_truth does not write: set pairing: every_sample"),
-        ("every_sample", "sigmoid", "pairing every_sample prefers no response, but loss_type sigmoid compares two"),
+        (
+            "every_sample",
+            "sigmoid",
+            "pairing every_sample prefers neither response, but loss_type sigmoid compares two",
+        ),
     ],
 )
 def test_a_pairing_and_a_loss_that_do_not_fit(pairing, loss_type, sentence):

@@ -168,13 +168,13 @@ def test_a_late_split_does_not_overwrite_pairs_of_something_else(tmp_path, whole
     with Later(*late):
         code, _, errors = gather(folder, whole, "--wait", 8, "--splits", "train", "test")
     assert content(whole) == before
-    assert code == 2 and "was made from something else (prompts_hash: 'other' != 'h'" in errors
+    assert code == 2 and "was created from other inputs (prompts_hash: 'other' != 'h'" in errors
 
 
 def test_flags_of_waiting(tmp_path):
     folder = tmp_path / "in"
     folder.mkdir()
-    assert "holds no fraction files such as train-00000.parquet: pass --splits" in refusal(
+    assert "contains no fraction files such as train-00000.parquet: pass --splits" in refusal(
         folder, tmp_path / "out", "--wait", 1
     )
     assert "wait is -1.0: set it to 0" in refusal(folder, tmp_path / "out", "--wait", -1)

@@ -62,7 +62,7 @@ def test_every_pair_gets_the_response_to_its_prompt_and_sample(tmp_path):
     (file,) = (tmp_path / "out").glob("*.parquet")
     assert read_provenance(open_parquet(file).schema_arrow, file).extra["initial_weights"] == "initial"
     # the same again is complete; other responses of the initial model are noticed
-    assert "complete already" in run_convert(generated, tmp_path / "out", "--initial", initial)[1]
+    assert "already complete" in run_convert(generated, tmp_path / "out", "--initial", initial)[1]
     other = write_initial(tmp_path / "other", num_samples=2, model="another")
     code, _, errors = run_convert(generated, tmp_path / "out", "--initial", other)
     assert code == 2 and "initial_hash" in errors
@@ -76,12 +76,12 @@ def test_a_cut_initial_response_counts_as_truncated(tmp_path):
 
 def test_what_does_not_fit_is_refused(tmp_path):
     generated = write_whole(tmp_path / "in", num_samples=2)
-    assert "initial is missing, which is no folder" in refusal(generated, tmp_path / "out", "--initial", "missing")
+    assert "initial is missing, which is not a folder" in refusal(generated, tmp_path / "out", "--initial", "missing")
     few = write_initial(tmp_path / "few", num_samples=1)
     sentence = refusal(generated, tmp_path / "out", "--initial", few)
     assert "has no response to prompt p0, sample 1" in sentence and "with the same num_samples" in sentence
     foreign = write_initial(tmp_path / "foreign", num_samples=2, tokenizer_hash="other")
-    assert "another tokenizer or chat template" in refusal(generated, tmp_path / "out", "--initial", foreign)
+    assert "different tokenizer or chat template" in refusal(generated, tmp_path / "out", "--initial", foreign)
     (foreign / "train-00000.parquet").unlink()
     assert "which has no train-00000.parquet" in refusal(generated, tmp_path / "out", "--initial", foreign)
     torn = write_initial(tmp_path / "torn", num_samples=2)

@@ -93,7 +93,7 @@ def test_nothing_is_overwritten_and_what_is_the_same_is_kept(folder):
     (folder / "demo.yaml").write_text("run_dir: mine\n")
     before = written(folder)
     code, _, err = run_main(cli.main, "init", "wspin")
-    assert code == 2 and "demo.yaml exists with other content and is not overwritten" in err
+    assert code == 2 and "demo.yaml exists with different content and is not overwritten" in err
     assert written(folder) == before and (folder / "demo.yaml").read_text() == "run_dir: mine\n"
 
 
@@ -109,7 +109,9 @@ def test_the_configuration_is_written_last(folder, monkeypatch):
 
 def test_unknown_and_missing_names_are_refused(folder):
     code, _, err = run_main(cli.main, "init", "onlin")
-    assert code == 2 and "nothing called 'onlin' ships; did you mean 'online'? (see spin init --help)" in err
+    assert (
+        code == 2 and "there is no demo or configuration 'onlin'; did you mean 'online'? (see spin init --help)" in err
+    )
     code, _, err = run_main(cli.main, "init")
     assert code == 2 and "required: name" in err
     assert written(folder) == set()
@@ -131,5 +133,7 @@ def test_the_shell_scripts_find_the_programs_of_the_installed_package(folder):
 
 def test_assets_of_a_checkout_are_its_own_folders():
     assert is_checkout() and asset("configs/demo.yaml") == REPOSITORY / "configs" / "demo.yaml"
-    with pytest.raises(InputError, match=r"configs/none.yaml does not ship .* install selfplay-spin again"):
+    with pytest.raises(
+        InputError, match=r"configs/none.yaml is not part of this installation .* reinstall selfplay-spin"
+    ):
         asset("configs/none.yaml")

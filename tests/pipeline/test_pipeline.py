@@ -18,6 +18,7 @@ from spin import cli
 from spin.alignment.core.errors import InputError
 from spin.alignment.pipeline.config import load_run_config
 from spin.alignment.pipeline.lineage import lineage
+from spin.alignment.pipeline.program_settings import train_values
 from spin.alignment.pipeline.runner import Pipeline, explain
 from spin.alignment.pipeline.stage_runner import StageFailed
 from spin.alignment.pipeline.stages import Source, Stage, StageKind, make_stages
@@ -55,7 +56,7 @@ def test_lineage_says_who_plays_whom_and_on_which_data(tmp_path):
 
 def test_each_iteration_trains_from_its_opponent_with_its_overrides(tmp_path):
     config = make_config(tmp_path, history=0)
-    first, second = config.train_values(0), config.train_values(1)
+    first, second = train_values(config, 0), train_values(config, 1)
     assert first["model_name_or_path"] == str(tmp_path / "model") and "beta" not in first
     assert second["model_name_or_path"] == str(tmp_path / "run" / "iter0" / "checkpoint") and second["beta"] == 1.0
     assert list(second["dataset_mixer"]) == [str(tmp_path / "run" / "iter1" / "pairs")]
@@ -72,7 +73,7 @@ def test_one_command_makes_all_fractions_and_iterations_differ_in_their_seed(tmp
 
 def test_train_section_may_extend_a_configuration_file(tmp_path):
     base = write_config(tmp_path / "base.yaml", {"beta": 0.3, "max_steps": 9})
-    values = make_config(tmp_path, train={"config": str(base), "max_steps": 2}).train_values(0)
+    values = train_values(make_config(tmp_path, train={"config": str(base), "max_steps": 2}), 0)
     assert values["beta"] == 0.3 and values["max_steps"] == 2 and "config" not in values
 
 
@@ -86,11 +87,11 @@ def test_shipped_runs_are_read_and_planned(name, monkeypatch):
 def test_paper_run_has_the_settings_of_its_later_iterations(monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     config = load_run_config("configs/zephyr_7b.yaml")
-    rates = [(values["learning_rate"], values["beta"]) for values in map(config.train_values, range(4))]
+    rates = [(values["learning_rate"], values["beta"]) for values in (train_values(config, step) for step in range(4))]
     assert rates == [(5e-7, 0.1), (5e-7, 0.1), (1e-7, 0.1), (1e-7, 5.0)]
-    revisions = [values.get("model_revision") for values in map(config.train_values, range(2))]
+    revisions = [values.get("model_revision") for values in (train_values(config, step) for step in range(2))]
     assert revisions == [config.model_revision, None]
-    assert config.train_values(1)["dataset_splits"] == ["train_sft_prefs"]
+    assert train_values(config, 1)["dataset_splits"] == ["train_sft_prefs"]
 
 
 # --- bad configurations: one sentence, exit code 2, nothing written -----------------------------------------------------
@@ -176,9 +177,9 @@ def test_a_run_killed_while_it_first_wrote_its_manifest_can_be_started_again(tmp
     [
         ([], "command is missing"),
         (["rum"], "unknown command 'rum'"),
-        (["status", "nowhere"], "holds no run"),
-        (["report", "nowhere"], "holds no run"),
-        (["diff", "nowhere", "elsewhere"], "holds no run"),
+        (["status", "nowhere"], "contains no run"),
+        (["report", "nowhere"], "contains no run"),
+        (["diff", "nowhere", "elsewhere"], "contains no run"),
         (["validate", "nowhere"], "does not exist"),
         (["run"], "configuration file is missing"),
         (["run", "nowhere.yaml"], "does not exist"),
@@ -252,7 +253,7 @@ def test_second_run_skips_what_is_done(tmp_path, runner, capfd):
     runner(step).run()
     runner(step).run()
     assert count(tmp_path / "run", "a/b") == 1
-    assert "a/b: done already" in capfd.readouterr().out
+    assert "a/b: already complete" in capfd.readouterr().out
 
 
 def test_changed_settings_are_refused_with_their_names_and_done_again_on_request(tmp_path, runner):

@@ -191,7 +191,7 @@ def test_a_kind_from_another_file_runs_in_a_run(tmp_path, with_counting):
     ]
     assert manifest.stages["iter0/count"].inputs["expected"] == 24
     assert json.loads((run_dir / "iter0" / "counts" / "n.json").read_text()) == {"rows": 24}
-    assert "iter0/count: done already" in run_main(cli.main, "run", path)[1]
+    assert "iter0/count: already complete" in run_main(cli.main, "run", path)[1]
     code, out, _ = run_main(cli.main, "validate", run_dir)
     assert code == 2 and "iter0/count has been looked at" in out
 

@@ -54,7 +54,7 @@ FAULTS = {
     "text": ({"rejected": said("6")}, "do not decode to the text"),
     "two ends": ({"rejected_token_ids": [*IDS, ENCODER.end_id]}, "2 end tokens"),
     "no end": ({"rejected_token_ids": IDS[:-1]}, "0 end tokens"),
-    "cut with end": ({"rejected_finish_reason": "length"}, "ids hold an end token"),
+    "cut with end": ({"rejected_finish_reason": "length"}, "ids contain an end token"),
     "no ids": ({"rejected_token_ids": []}, "rejected_token_ids is empty"),
     "reason": ({"rejected_finish_reason": "eos"}, "it must be stop or length"),
     "vocabulary": ({"rejected_token_ids": [99999, *IDS]}, "outside of the tokenizer"),

@@ -129,7 +129,7 @@ def test_a_rerun_is_free_and_pairs_of_something_else_are_refused(generated, tmp_
     out = tmp_path / "out"
     run(generated, out)
     stamps = {path: path.stat().st_mtime_ns for path in out.iterdir()}
-    assert "complete already" in run(generated, out)
+    assert "already complete" in run(generated, out)
     assert "extra.identical: 'drop' != 'keep'" in refused(generated, out, "--identical", "drop")
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == stamps
     run(generated, out, "--identical", "drop", "--overwrite", "--max_rows_per_file", 3)
@@ -137,7 +137,7 @@ def test_a_rerun_is_free_and_pairs_of_something_else_are_refused(generated, tmp_
     fraction_path(generated, "test", 0).unlink()
     for number in range(3):
         write_fraction(generated, number, fraction(number), replace(MADE, model="n"))
-    assert "test_prefs-00000-of-00002.parquet was made from something else (model: 'n' != 'm')" in refused(
+    assert "test_prefs-00000-of-00002.parquet was created from other inputs (model: 'n' != 'm')" in refused(
         generated, out, "--overwrite"
     )
 
@@ -237,8 +237,8 @@ DEFECTS = {
     "no provenance": (no_provenance, [], "train-00001.parquet has no provenance", "generate it again"),
     "torn": (torn, [], "train-00001.parquet is not a readable parquet file", ""),
     "column": (no_column, [], "train-00001.parquet is missing the columns rejected", ""),
-    "identical": (all_identical, ["--identical", "drop"], "no pair of the split 'train' is left (10 identical", ""),
-    "empty folder": (all_removed, [], "holds no fraction files such as train-00000.parquet", "run spin/generate.py first"),
+    "identical": (all_identical, ["--identical", "drop"], "no pair of the split 'train' remains (10 identical", ""),
+    "empty folder": (all_removed, [], "contains no fraction files such as train-00000.parquet", "run spin/generate.py first"),
     "pairing": (nothing, ["--pairing", "best"], "unknown pairing 'best': choose one of best_vs_ground_truth, ", ""),
     "negative": (nothing, ["--num_fracs", -1], "num_fracs is -1: set it to 0 or more", ""),
     "no rows": (nothing, ["--max_rows_per_file", 0], "max_rows_per_file is 0: set it to 1 or more", ""),
@@ -259,7 +259,7 @@ def test_bad_folders_are_named(generated, tmp_path):
     assert "nowhere does not exist" in refused(tmp_path / "nowhere", tmp_path / "out")
     assert "output_dir is the input_dir" in refused(generated, generated)
     (tmp_path / "file").touch()
-    assert "choose another output_dir" in refused(generated, tmp_path / "file")
+    assert "choose another output_dir on a disk that supports writing" in refused(generated, tmp_path / "file")
 
 
 @pytest.mark.parametrize("survived", [0, 3, 4, 5, 6, 7, 8, 9])

@@ -206,9 +206,7 @@ def test_a_chosen_response_that_was_cut_is_counted(tmp_path):
     flags = ("--pairing", "best_vs_worst", "--scorer", SCORER)
     _, counts = convert(tmp_path / "in", tmp_path / "out", *flags)
     assert (counts["truncated"], counts["written"]) == (5, 5)
-    assert "5 cut by length, 1 prompts tied" in refusal(
-        tmp_path / "in", tmp_path / "none", *flags, "--truncated", "drop"
-    )
+    assert "5 truncated, 1 prompts tied" in refusal(tmp_path / "in", tmp_path / "none", *flags, "--truncated", "drop")
 
 
 def test_a_chosen_response_of_eos_alone_can_be_loaded(tmp_path):
@@ -236,7 +234,7 @@ def test_prompts_without_truth_are_scored_against_each_other(tmp_path):
 def test_a_second_call_finds_the_pairs_and_another_scorer_does_not(generated, tmp_path):
     flags = ("--pairing", "best_vs_worst", "--scorer", SCORER)
     convert(generated, tmp_path / "out", *flags)
-    assert "complete already" in gather(generated, tmp_path / "out", *flags)[1]
+    assert "already complete" in gather(generated, tmp_path / "out", *flags)[1]
     code, _, errors = gather(generated, tmp_path / "out", "--pairing", "best_vs_worst", "--scorer", "length_penalty")
     assert code == 2 and "extra.scorer" in errors
 
@@ -244,7 +242,7 @@ def test_a_second_call_finds_the_pairs_and_another_scorer_does_not(generated, tm
 SCORED = ("--scorer", SCORER)
 REFUSED = {
     "no scorer": (("--pairing", "best_vs_worst"), "pairing best_vs_worst compares scores: pass --scorer with one of"),
-    "needless scorer": (SCORED, f"scorer is {SCORER}, but pairing ground_truth reads no scores: leave it out"),
+    "needless scorer": (SCORED, f"scorer is {SCORER}, but pairing ground_truth reads no scores: remove it"),
     "needless model": (("--scorer_model", "m"), "scorer_model is m, but pairing ground_truth reads no scores"),
     "needless address": (("--base_url", "http://h:1"), "base_url is http://h:1, but pairing ground_truth"),
     "unknown scorer": (("--pairing", "win_rate", "--scorer", "rewards"), "unknown scorer 'rewards': choose one of"),
@@ -264,7 +262,7 @@ REFUSED = {
     ),
     "all tied": (
         ("--pairing", "best_vs_worst", "--scorer", "exact_match"),
-        "no pair of the split 'train' is left (0 identical, 0 cut by length, 6 prompts tied, 0 scores failed)",
+        "no pair of the split 'train' remains (0 identical, 0 truncated, 6 prompts tied, 0 scores failed)",
     ),
     "contradiction": (
         ("--pairing", "win_rate", "--scorer", "contradiction"),

@@ -113,7 +113,7 @@ def test_finished_fraction_is_recognised_without_a_model(whole, tiny_model, data
     monkeypatch.setattr("spin.alignment.data.chat_encoder.load_tokenizer", fail)
     before = (whole / "train-00000.parquet").stat()
     code, output, _ = generate(tiny_model, data, whole)
-    assert code == 0 and "complete already" in output
+    assert code == 0 and "already complete" in output
     assert (whole / "train-00000.parquet").stat().st_mtime_ns == before.st_mtime_ns
 
 
@@ -122,7 +122,7 @@ def test_same_rows_in_another_file_are_recognised_too(whole, tiny_model, data, t
     same = tmp_path / "train.json"
     same.write_text(json.dumps(rows))
     code, output, _ = generate(tiny_model, same, whole)
-    assert code == 0 and "complete already" in output
+    assert code == 0 and "already complete" in output
 
 
 def test_fraction_of_another_run_is_refused_by_name_then_replaced_on_request(tiny_model, data, tmp_path):
@@ -282,7 +282,7 @@ def test_the_shell_script_runs_engines_side_by_side_and_gathers(tiny_model, data
         f"train-{number:05d}.parquet" for number in range(3)
     ]
     again = run_shell("generate.sh", 3, "--max_new_tokens", 8, **settings, **folders)
-    assert again.returncode == 0 and again.stdout.count("complete already") == 2
+    assert again.returncode == 0 and again.stdout.count("already complete") == 2
     (pairs,) = (tmp_path / "pairs").glob("train_prefs-*.parquet")
     assert pq.read_metadata(pairs).num_rows == NUM_PROMPTS
     assert read_provenance(pq.read_schema(pairs), "").iteration == 3

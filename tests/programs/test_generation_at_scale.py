@@ -237,4 +237,4 @@ def test_finished_work_is_recognised_in_seconds_without_prompts_or_a_model(setti
     monkeypatch.setattr("spin.alignment.generation.generate.make_job", fail)
     started = time.monotonic()
     code, out, _ = generate(setting, tmp_path)
-    assert code == 0 and "complete already" in out and time.monotonic() - started < 10
+    assert code == 0 and "already complete" in out and time.monotonic() - started < 10

@@ -64,7 +64,7 @@ def test_split_and_subset_do_not_depend_on_the_order_of_rows(tmp_path):
 def test_repeated_prompts_are_counted_and_never_in_both_splits(tmp_path):
     rows = [{"question": f"{n % 20}?", "answer": str(n)} for n in range(60)]
     printed = run(write_lines(tmp_path / "a.jsonl", rows), tmp_path / "out", "--test_size", 0.25)
-    assert "60 rows read, 40 repeated prompts removed" in printed and "wrote 15 training and 5 test rows" in printed
+    assert "60 rows read, 40 duplicate prompts removed" in printed and "wrote 15 training and 5 test rows" in printed
     kept = asked(tmp_path / "out" / "train.parquet") + asked(tmp_path / "out" / "test.parquet")
     assert sorted(kept) == sorted(f"{n}?" for n in range(20))
     answers = [row["chosen"][1]["content"] for row in read_rows(tmp_path / "out" / "train.parquet")]
@@ -93,11 +93,11 @@ def test_a_rerun_is_free_and_other_settings_are_refused(tmp_path):
     data, out = write_lines(tmp_path / "a.jsonl", questions(10)), tmp_path / "out"
     run(data, out, "--test_size", 2)
     before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
-    assert "complete already" in run(data, out, "--test_size", 2)
+    assert "already complete" in run(data, out, "--test_size", 2)
     code, _, errors = run_main(reformat.main, "--data", data, "--output_dir", out, "--test_size", 3)
     assert code == 2 and "sampling.test_size: 3.0 != 2.0" in errors and "--overwrite" in errors
     code, _, errors = run_main(reformat.main, "--data", data, "--output_dir", out)
-    assert code == 2 and "held out of an earlier data set" in errors
+    assert code == 2 and "held out from an earlier data set" in errors
     assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
     run(data, out, "--overwrite")
     assert [path.name for path in out.iterdir()] == ["train.parquet"], "a stale test split would be trained on"
@@ -109,7 +109,7 @@ def test_an_official_test_split_stands_beside_the_training_split(tmp_path):
     for split, rows in (("train", 10), ("test", 3)):
         run(tmp_path, tmp_path / "out", "--split", split)
         assert len(asked(tmp_path / "out" / f"{split}.parquet")) == rows
-    assert "complete already" in run(tmp_path, tmp_path / "out")
+    assert "already complete" in run(tmp_path, tmp_path / "out")
 
 
 def test_skipping_invalid_rows_reports_them(tmp_path):
@@ -152,7 +152,7 @@ FLAGS = {
     "unknown turns": (["--data", "a.jsonl", "--turns", "first"], "--turns is 'first': choose one of last, all"),
     "negative subset": (["--data", "a.jsonl", "--subset", "-1"], "subset is -1: set it to 0 or more"),
     "negative test": (["--data", "a.jsonl", "--test_size", "-0.1"], "test_size is -0.1: set it to 0 or more"),
-    "broken test size": (["--data", "a.jsonl", "--test_size", "2.5"], "give a whole number of rows, or a share below 1"),
+    "broken test size": (["--data", "a.jsonl", "--test_size", "2.5"], "give a whole number of rows, or a proportion below 1"),
     "test size no number": (["--data", "a.jsonl", "--test_size", "nan"], "test_size is nan: set it to 0 or more"),
     "all held out": (["--data", "a.jsonl", "--test_size", "10"], "leaves 0 for training and 10 for the test split"),
     "too much held out": (["--data", "a.jsonl", "--test_size", "11"], "leaves 0 for training and 11"),
@@ -163,7 +163,7 @@ FLAGS = {
     "missing split": (["--data", ".", "--split", "dev"], "no file of the split 'dev'"),
     "empty file": (["--data", "empty.jsonl"], "empty.jsonl contains no rows"),
     "shared id": (["--data", "ids.jsonl"], "ids.jsonl row 0: the id 'x' belongs to several different prompts"),
-    "all invalid": (["--data", "bad.jsonl", "--skip_invalid"], "no usable row is left in bad.jsonl"),
+    "all invalid": (["--data", "bad.jsonl", "--skip_invalid"], "bad.jsonl has no usable row"),
     "damaged parquet": (["--data", "torn.parquet"], "torn.parquet is damaged"),
     "foreign output": (["--data", "a.jsonl", "--output_dir", "."], "train.parquet has no provenance"),
     "output is the input": (["--data", ".", "--output_dir", "."], "output_dir is the folder of the data"),
@@ -193,7 +193,7 @@ def test_gsm8k_alpaca_and_sharegpt(tmp_path, gsm8k):
     run(gsm8k, tmp_path / "gsm8k", "--test_size", 200)
     sizes = [len(asked(tmp_path / "gsm8k" / f"{split}.parquet")) for split in ("train", "test")]
     assert sizes == [7273, 200]
-    assert "14 repeated prompts removed" in run(SHARED_DATA / "alpaca_demo", tmp_path / "alpaca")
+    assert "14 duplicate prompts removed" in run(SHARED_DATA / "alpaca_demo", tmp_path / "alpaca")
     run(SHARED_DATA / "sharegpt_dummy", tmp_path / "sharegpt")
     (row, *_) = read_rows(tmp_path / "sharegpt" / "train.parquet")
     assert row["prompt_id"] == "identity_0" and [turn["role"] for turn in row["chosen"]] == ["user", "assistant"] * 2

@@ -152,7 +152,7 @@ def test_killed_in_each_stage_and_run_again_ends_with_the_same_weights(tmp_path,
     checkpoint = run_dir / "iter0" / "checkpoint"
     kill_when(config, lambda: is_json(checkpoint / "checkpoint-5" / "trainer_state.json"), with_children=True)
     said = finish(config, **{PLAIN_STARTS_VARIABLE: "1"})  # the other runs start their programs from a server
-    assert said.count("==> iter0/generate: done already") >= 2 and "==> iter0/train: going on" in said
+    assert said.count("==> iter0/generate: already complete") >= 2 and "==> iter0/train: resuming" in said
     resumed = [int(step) for step in re.findall(rf"resuming from {checkpoint}/checkpoint-(\d+)", said)]
     assert len(resumed) == 1 and 5 <= resumed[0] < TRAIN["max_steps"]
     rows = [row["prompt_id"] for path in (run_dir / "iter0" / "generated").glob("*.parquet") for row in read_rows(path)]

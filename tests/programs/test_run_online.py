@@ -290,7 +290,7 @@ REFUSED = [
     ({"scorer": "no_such_module:f"}, "no_such_module"),
     ({"scorer": "nonsense"}, "nonsense"),
     ({"loss_type": "sppo_reward"}, "loss_type sppo_reward reads rewards, which pairing best_vs_worst does not write"),
-    ({"pairing": "every_sample"}, "prefers no response, but loss_type sigmoid compares two"),
+    ({"pairing": "every_sample"}, "prefers neither response, but loss_type sigmoid compares two"),
     ({"baseline": "batch"}, "baseline is batch, but pairing best_vs_worst does not use a baseline"),
     ({"baseline": "mean"}, "is 'mean': choose one of prompt, batch"),
     ({"backend": "openai"}, "unknown online generation backend 'openai'"),

@@ -63,7 +63,7 @@ def test_the_page_of_a_run():
     assert [text for *_, text in found.of("title", "h1", "h2")] == [
         "SPIN: r<un>",
         "Self-play run r<un>",
-        *("Results", "Course", "Verdict", "Warnings", "Lineage", "Before and after"),
+        *("Results", "Progress", "Verdict", "Warnings", "Lineage", "Before and after"),
     ]
     assert [text for *_, text in found.of("th")][:2] == ["model", "exact greedy"]
     assert [text for *_, text in found.of("td")] == ["sft", "0.500", "iter0", "0.600", *LINEAGE[0]]
@@ -81,7 +81,7 @@ def test_the_page_of_a_run():
 def test_sections_without_content_are_left_out():
     bare = {"rows": [{"model": "sft", "nll": 1.0}], "verdicts": [], "warnings": []}
     found = Elements(render_page("r", bare, [], [], b""))
-    assert [text for *_, text in found.of("h2")] == ["Results", "Course", "Lineage"]
+    assert [text for *_, text in found.of("h2")] == ["Results", "Progress", "Lineage"]
     assert found.of("li", "dl") == [] and "not scored; bars" in found.of("p")[0][2]
 
 

@@ -14,6 +14,7 @@ from spin.alignment.core.parquet import read_rows
 from spin.alignment.pipeline.config import load_run_config
 from spin.alignment.pipeline.lineage import lineage
 from spin.alignment.pipeline.manifest import RunManifest
+from spin.alignment.pipeline.program_settings import train_values, weights_config
 from spin.alignment.pipeline.stages import make_stages
 from spin.alignment.report.summary import verdicts
 from tests.helpers import REPOSITORY, run_command, run_main
@@ -174,7 +175,7 @@ def test_shipped_runs_differ_in_the_weights_alone(monkeypatch):
     names = [[stage.name for stage in make_stages(config)] for config in (plain, weighted)]
     assert set(names[1]) - set(names[0]) == {f"iter{t}/weigh" for t in range(4)}
     for iteration in range(4):
-        settings = [config.train_values(iteration) for config in (plain, weighted)]
+        settings = [train_values(config, iteration) for config in (plain, weighted)]
         here = {"bf16": False, "use_cpu": True, "model_name_or_path": "opponent"}
         for values in settings:  # the published settings
             arguments = read_settings(values | here, "the configuration", SPINConfig).arguments
@@ -185,7 +186,7 @@ def test_shipped_runs_differ_in_the_weights_alone(monkeypatch):
         same = [{key: item for key, item in values.items() if key not in places} for values in settings]
         assert same[0] == same[1]
         assert len(settings[1]["dataset_mixer"]) == min(2, iteration + 1)
-    weights = weighted.weights_config(1)
+    weights = weights_config(weighted, 1)
     assert weights.transform_name == "exponential"
     assert weights.transform_settings == {"k": 1.0, "mu": 1.0, "lower": -0.5, "upper": 1.5}
     assert (weights.max_length, weights.max_prompt_length) == (512, 256)

@@ -1,7 +1,7 @@
-"""The files that ship with the project and are no modules: ``configs/``, ``data/iter0/`` and ``scripts/``.
+"""Files that ship with the project but are not modules: ``configs/``, ``data/iter0/`` and ``scripts/``.
 
-An installed package has its own copies in ``spin/assets`` (``setup.py`` puts them there); in a checkout, an editable
-install included, they are the repository's own folders. Nothing else needs to know which of the two it runs from.
+An installed package has its own copies in ``spin/assets`` (``setup.py`` puts them there); in a checkout, including an
+editable install, they are the folders of the repository. :func:`asset` hides the difference.
 """
 
 from __future__ import annotations
@@ -14,20 +14,18 @@ PACKAGE = Path(__file__).resolve().parents[2]
 
 
 def is_checkout() -> bool:
-    """Return whether this is the repository itself, an editable install included, and not an installed package."""
+    """Return whether this is the repository itself or an editable install of it, not an installed package."""
     return not (PACKAGE / "assets").is_dir()
 
 
 def asset(name: str) -> Path:
-    """Return the path of a file or folder that ships, by its place in the repository, such as ``configs/demo.yaml``.
+    """Return the path of a shipped file or folder, given its path in the repository, such as ``configs/demo.yaml``.
 
     Raises:
-        InputError: nothing of that name ships.
+        InputError: no shipped file has that name.
     """
     root = PACKAGE.parent if is_checkout() else PACKAGE / "assets"
     path = root / name
     if not path.exists():
-        raise InputError(
-            f"{name} does not ship with this installation ({path} is missing): install selfplay-spin again"
-        )
+        raise InputError(f"{name} is not part of this installation ({path} is missing): reinstall selfplay-spin")
     return path

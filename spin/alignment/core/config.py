@@ -1,4 +1,4 @@
-"""YAML files with overlays, ``--key=value`` overrides, and the dataclasses they become.
+"""YAML files with overlays, ``--key=value`` overrides, and the dataclasses built from them.
 
 A configuration is a flat mapping. ``extends: other.yaml`` (relative to the file) starts from another one, so a later
 iteration is a few lines, not a copy. Everything is checked here, before a model or a data set is opened.
@@ -53,14 +53,14 @@ def load_chain(path: str | Path, _seen: tuple[Path, ...] = ()) -> list[tuple[Pat
         raise InputError(f"{path} is not valid YAML ({reason}): correct the file") from error
     content = {} if content is None else content
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise InputError(f"{path} does not hold 'key: value' lines: write one setting a line")
+        raise InputError(f"{path} does not contain 'key: value' lines: write one setting per line")
     parent = content.pop("extends", None)
     below = [] if parent is None else load_chain(path.parent / str(parent), (*_seen, path.resolve()))
     return [*below, (path, content)]
 
 
 def merge(base: Mapping[str, Any], overlay: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``base`` with the keys of ``overlay`` on top; mappings merge, save ``dataset_mixer``."""
+    """Return ``base`` with the keys of ``overlay`` on top; mappings are merged, except ``dataset_mixer``."""
     merged = dict(base)
     for key, value in overlay.items():
         nested = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping) and key != "dataset_mixer"
@@ -72,7 +72,7 @@ def parse_overrides(arguments: Iterable[str]) -> dict[str, Any]:
     """Turn ``--key=value`` arguments into a mapping; values are YAML, dots reach into nested mappings.
 
     Raises:
-        InputError: an argument has another form.
+        InputError: an argument is not of this form.
     """
     overrides: dict[str, Any] = {}
     for argument in arguments:
@@ -95,7 +95,7 @@ def load_config(path: str | Path, arguments: Sequence[str] = ()) -> dict[str, An
 
 
 def build(config_class: type[C], values: Mapping[str, Any], source: str) -> C:
-    """Make a settings dataclass out of a mapping, converting each value to the annotated type.
+    """Build a settings dataclass from a mapping, converting each value to the annotated type.
 
     Raises:
         InputError: an unknown key (the closest valid one is named), a value of the wrong type, or a missing key.
@@ -114,12 +114,12 @@ def build(config_class: type[C], values: Mapping[str, Any], source: str) -> C:
 
 
 def convert(value: Any, hint: Any, where: str) -> Any:
-    """Convert a YAML value to a type hint: ``1e-5`` (a string in YAML) to float, an int to float, unions by trying.
+    """Convert a YAML value to a type hint: ``1e-5`` (a string in YAML) to float, an int to float, unions by trying each member.
 
-    A path becomes text, and a single value where a list is wanted a list of one.
+    A path becomes a string, and a single value becomes a list of one item where a list is expected.
 
     Raises:
-        InputError: the value does not fit; ``where`` names the key and the file.
+        InputError: the value has the wrong type; ``where`` names the key and the file.
     """
     origin = typing.get_origin(hint)
     if hint is Any:
@@ -160,7 +160,7 @@ def _convert_one(value: Any, plain: Any, hint: Any, where: str) -> Any:
 
 
 def _convert_many(value: Any, hint: Any, plain: type, where: str) -> Any:
-    """Convert a list, tuple or mapping and what it holds. A mapping may also be written as a list of ``key=value`` texts."""
+    """Convert a list, tuple or mapping and its items. A mapping may also be written as a list of ``key=value`` strings."""
     inner = typing.get_args(hint)
     if plain is dict:
         if isinstance(value, list) and all(isinstance(item, str) for item in value):
@@ -176,16 +176,16 @@ def _convert_many(value: Any, hint: Any, plain: type, where: str) -> Any:
 
 
 def key_values(texts: Iterable[str], where: str) -> dict[str, str]:
-    """Return the mapping that texts such as ``mu=1`` write.
+    """Parse strings such as ``mu=1`` into a mapping.
 
     Raises:
-        InputError: a text of another form, or a key twice; ``where`` names the key or flag.
+        InputError: a string of another form, or a repeated key; ``where`` names the key or flag.
     """
     pairs: dict[str, str] = {}
     for text in texts:
         key, equals, value = text.partition("=")
         if not equals or key in pairs:
-            raise InputError(f"{where} holds '{text}': write each setting once as key=value, such as mu=1")
+            raise InputError(f"{where} contains '{text}': write each setting once as key=value, such as mu=1")
         pairs[key] = value
     return pairs
 
@@ -193,6 +193,7 @@ def key_values(texts: Iterable[str], where: str) -> dict[str, str]:
 def _convert_union(value: Any, choices: tuple[Any, ...], where: str) -> Any:
     if value is None and type(None) in choices:
         return None
+    # The member of the value's own type is tried first: 1 stays an int in `float | int`.
     exact = [choice for choice in choices if isinstance(choice, type) and type(value) is choice]
     for choice in exact + [choice for choice in choices if choice is not type(None)]:
         try:
@@ -222,6 +223,6 @@ def split_config(values: Mapping[str, Any], classes: Sequence[type], source: str
         owners = [index for index, known in enumerate(names) if key in known]
         if not owners:
             raise InputError(f"unknown key '{key}' in {source}{suggestion(key, set().union(*names))}")
-        for index in owners:
+        for index in owners:  # classes may share a key, and each of them needs it
             parts[index][key] = value
     return parts

@@ -1,4 +1,4 @@
-"""What a program tells the person at the terminal: results on standard output, everything else on standard error."""
+"""Terminal output: results on standard output, everything else on standard error."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 
 
 def say(line: str) -> None:
-    """Write a line to standard output at once, so that it keeps its place among the lines of child programs."""
+    """Write a line to standard output and flush it, so that it stays in order with the output of child programs."""
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
 

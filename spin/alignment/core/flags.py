@@ -1,4 +1,4 @@
-"""The command line of a settings dataclass: one flag for each setting, ``--help`` from its sentences, and back to arguments."""
+"""The command line of a settings dataclass: one flag per setting, ``--help``, and the conversion back to arguments."""
 
 from __future__ import annotations
 
@@ -33,8 +33,9 @@ def parser_of(config_class: type, prog: str) -> Parser:
 def _argument(field: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:
     default = default_of(field)
     required = default is MISSING
-    # What is not given is left to the dataclass, so that its default stands in one place.
+    # A flag that is not given is left to the dataclass, so that its default is defined in one place.
     argument: dict[str, Any] = {"required": required, "default": argparse.SUPPRESS}
+    # argparse formats help with %, so a literal % is doubled below.
     shown = "" if required or default is False else f" (default: {default_text(field)})"
     argument["help"] = (declaration_of(field).help + shown).replace("%", "%%")
     if hint is bool:
@@ -63,7 +64,7 @@ def _metavar(hint: Any) -> str:
 
 
 def members_of(hint: Any) -> tuple[Any, ...]:
-    """Return the types of a union, ``None`` aside; a type of its own as the only one."""
+    """Return the types in a union, without ``None``; for any other type, that type alone."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return tuple(item for item in typing.get_args(hint) if item is not type(None))
     return (hint,)
@@ -73,7 +74,7 @@ def from_arguments(config_class: type[C], arguments: Sequence[str], prog: str) -
     """Parse a command line into a settings dataclass, checked.
 
     Raises:
-        InputError: an unknown flag (the closest one is named), a missing one, or a value of the wrong type or out of range.
+        InputError: an unknown flag (the closest one is suggested), a missing one, or a value of the wrong type or out of range.
     """
     given = vars(parser_of(config_class, prog).parse_args(list(arguments)))
     hints = hints_of(config_class)
@@ -81,7 +82,7 @@ def from_arguments(config_class: type[C], arguments: Sequence[str], prog: str) -
 
 
 def _read(text: Any, hint: Any, where: str) -> Any:
-    """Convert the text of a flag, or the texts of a flag that takes several, to the type of its setting."""
+    """Convert the string of a flag, or the strings of a flag that takes several, to the type of its setting."""
     if isinstance(text, bool):
         return text
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
@@ -92,13 +93,15 @@ def _read(text: Any, hint: Any, where: str) -> Any:
     if int in members_of(hint):
         try:
             return convert(int(text), hint, where)
-        except ValueError:  # not a whole number: another member of the union, or an error that names the flag
+        except (
+            ValueError
+        ):  # not an integer: convert() tries the other members of the union, or names the flag in its error
             pass
     return convert(text, hint, where)
 
 
 def to_arguments(config: Any) -> list[str]:
-    """Return the command line that makes this configuration: every setting that differs from its default."""
+    """Return the command line that produces this configuration: every setting that differs from its default."""
     arguments: list[str] = []
     for name, field in settings_of(type(config)).items():
         value = getattr(config, name)

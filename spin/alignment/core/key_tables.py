@@ -1,4 +1,4 @@
-"""The settings of a program for people: the key tables of the docs, and the usage of programs that take a configuration file."""
+"""Settings rendered for readers: the key tables of the docs, and the usage of programs that take a configuration file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WIDTH = 110
 
 
 def default_text(field: dataclasses.Field[Any]) -> str:
-    """Return the default of a field in words: ``0.1``, ``false``, ``none``, or what ``None`` stands for."""
+    """Return the default of a field as text: ``0.1``, ``false``, ``none``, or what ``None`` stands for."""
     default = default_of(field)
     if default is MISSING:
         return ""
@@ -35,7 +35,7 @@ def _text(value: Any) -> str:
 
 
 def key_table(fields: Iterable[dataclasses.Field[Any]], config_class: type, prefix: str = "") -> str:
-    """Return a markdown table of settings: name (behind ``prefix``), default, meaning."""
+    """Return a markdown table of settings: name (after ``prefix``), default, meaning."""
     rows = [f"| {'flag' if prefix == '--' else 'key'} | default | meaning |", "| --- | --- | --- |"]
     hints = hints_of(config_class)
     for field in fields:
@@ -47,11 +47,11 @@ def key_table(fields: Iterable[dataclasses.Field[Any]], config_class: type, pref
 
 
 def usage(command: str, summary: str, config_classes: Sequence[type], rest: str) -> str:
-    """Return the ``--help`` of a program that takes a configuration file: every key with its sentence and default.
+    """Return the ``--help`` of a program that takes a configuration file: every key with its help sentence and default.
 
     Args:
         command: the command line up to the configuration file.
-        rest: what else the file may hold, and where to read on.
+        rest: what else the file may contain, and where to read more.
     """
     lines = [f"usage: {command} CONFIG.yaml [--key=value ...]", "", *textwrap.wrap(summary, WIDTH)]
     seen: set[str] = set()

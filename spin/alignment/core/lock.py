@@ -1,4 +1,4 @@
-"""One writer per folder: a lock that the kernel drops when its holder dies."""
+"""One writer per folder: a lock that the kernel releases when its holder dies."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ LOCK_NAME = ".lock"
 
 @contextmanager
 def folder_lock(folder: str | Path, setting: str) -> Iterator[None]:
-    """Make a folder and hold its lock, the file ``.lock`` in it, which says whose it is and is removed at the end.
+    """Create a folder and hold its lock: the file ``.lock`` in it, which names the holder and is removed at the end.
 
-    A killed holder leaves the file but not the lock, so the next process takes it over. Where the file system knows no
-    locks (``flock`` is not implemented) filelock makes the file itself the lock and removes that of a dead process.
+    A killed holder leaves the file behind but not the lock, so the next process can acquire it. On file systems without
+    ``flock``, filelock uses the existence of the file as the lock and removes the file of a dead process.
 
     Args:
-        setting: what the folder is called where the user chose it, such as ``output_dir``; for messages.
+        setting: the setting that names the folder, such as ``output_dir``; for messages.
 
     Raises:
-        InputError: another process holds the lock, or the folder cannot be made, written or locked.
+        InputError: another process holds the lock, or the folder cannot be created, written or locked.
     """
     path = Path(folder) / LOCK_NAME
     lock = FileLock(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=0)  # do not wait: a second run should be refused with a sentence
     except Timeout:
         raise InputError(
             f"{folder} is in use by {_recorded_holder(path)}: wait for it, or choose another {setting}"
         ) from None
     except OSError as error:
         raise InputError(
-            f"cannot lock {folder} ({error.strerror}): choose another {setting} on a writable disk that supports locks"
+            f"cannot lock {folder} ({error.strerror}): choose another {setting} on a disk that supports writing and locking"
         ) from error
-    # filelock itself writes down who holds the substitute for a lock; only there it knows a pid.
+    # With its fallback for file systems without flock, filelock writes the pid to the file itself and has the attribute.
     is_kernel_lock = getattr(lock, "pid", None) is None
     try:
         if is_kernel_lock:
@@ -53,7 +53,7 @@ def folder_lock(folder: str | Path, setting: str) -> Iterator[None]:
 
 
 def is_locked(folder: str | Path) -> bool:
-    """Return whether a living process holds the lock of a folder, which may be one that we cannot write to."""
+    """Return whether a live process holds the lock of a folder; works without write access to it."""
     path = Path(folder) / LOCK_NAME
     try:
         descriptor = os.open(path, os.O_RDONLY)
@@ -62,7 +62,7 @@ def is_locked(folder: str | Path) -> bool:
     try:
         return not lock_descriptor(descriptor, blocking=False)
     except OSError:
-        return True  # no locks here: the file is the lock
+        return True  # no flock on this file system: the existence of the file is the lock
     finally:
         os.close(descriptor)
 
@@ -70,5 +70,5 @@ def is_locked(folder: str | Path) -> bool:
 def _recorded_holder(path: Path) -> str:
     try:
         return f"process {int(path.read_text().split()[0])}"
-    except (OSError, ValueError, IndexError):  # the holder is just writing it down
+    except (OSError, ValueError, IndexError):  # the holder is still writing its pid
         return "another process"

@@ -1,4 +1,4 @@
-"""Where each value of a configuration comes from: a file of its ``extends`` chain, with the line, or the command line."""
+"""Where each value of a configuration comes from: a file and line of its ``extends`` chain, or the command line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ COMMAND_LINE = "command line"
 
 
 def origins(path: str | Path, arguments: Sequence[str] = ()) -> dict[str, str]:
-    """Return ``file:line`` or ``command line`` for every value, by its key with dots between the levels.
+    """Return ``file:line`` or ``command line`` for every value, by dotted key.
 
     Raises:
         InputError: as :func:`spin.alignment.core.config.load_config`.
@@ -27,7 +27,7 @@ def origins(path: str | Path, arguments: Sequence[str] = ()) -> dict[str, str]:
 
 
 def leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the values of nested mappings by dotted key; ``dataset_mixer``, which is never merged, is one value."""
+    """Return the values of nested mappings by dotted key; ``dataset_mixer``, which is never merged, counts as one value."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
@@ -39,7 +39,7 @@ def leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _lines(file: Path) -> dict[str, int]:
-    """Return the line of every key of a YAML file, by dotted key, from 1."""
+    """Return the line (from 1) of every key of a YAML file, by dotted key."""
     node = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     return dict(_lines_of(node, "")) if node is not None else {}
 

@@ -16,7 +16,7 @@ EXIT_DONE, EXIT_INTERNAL_ERROR, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one sentence and whose flags are never abbreviated."""
+    """An argument parser whose errors are one sentence and whose flags cannot be abbreviated."""
 
     def __init__(self, **settings: object) -> None:
         settings.setdefault("allow_abbrev", False)
@@ -32,10 +32,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def is_help(arguments: Sequence[str], usage: str) -> bool:
-    """Print the usage of a program that takes a configuration file, where it is asked for or nothing is given.
+    """Print the usage of a program if its first argument asks for it; return whether it did.
 
     Raises:
-        InputError: no configuration file is given.
+        InputError: no argument is given (the usage is printed too).
     """
     if arguments and arguments[0] not in ("-h", "--help"):
         return False
@@ -46,9 +46,9 @@ def is_help(arguments: Sequence[str], usage: str) -> bool:
 
 
 def interrupt_on_sigterm() -> None:
-    """Let SIGTERM (launchers, schedulers) end the program as Ctrl-C does.
+    """Let SIGTERM, which launchers and schedulers send, end the program like Ctrl-C.
 
-    Raised here and not sent on as SIGINT, which a shell's background jobs ignore.
+    The handler raises KeyboardInterrupt itself instead of sending SIGINT, which background jobs of a shell ignore.
     """
 
     def interrupt(*_: object) -> NoReturn:
@@ -58,16 +58,17 @@ def interrupt_on_sigterm() -> None:
 
 
 def run_program(main: Callable[[Sequence[str]], int | None], arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run ``main(arguments)`` and exit: 0 done, 2 bad input, 130 interrupted, 1 a fault of ours."""
+    """Run ``main(arguments)`` and exit: 0 done, 1 internal error, 2 bad input, 130 interrupted."""
     try:
         code = main(sys.argv[1:] if arguments is None else arguments)
     except InputError as error:
         say_error(f"error: {error}")
         sys.exit(EXIT_BAD_INPUT)
     except KeyboardInterrupt:
-        say_error("interrupted; run the same command again to go on")
+        say_error("interrupted; run the same command again to resume")
         sys.exit(EXIT_INTERRUPTED)
     except Exception:
+        # Only unexpected errors reach this point; the traceback is for a bug report.
         traceback.print_exc()
         sys.exit(EXIT_INTERNAL_ERROR)
     sys.exit(code or EXIT_DONE)

@@ -1,4 +1,4 @@
-"""From a name in a configuration to a function: a registry's entry, or ``module:function`` of a file of the user's own."""
+"""Resolves a name in a configuration to a function: a registry entry, or ``module:function`` in the user's own code."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ T = TypeVar("T")
 
 
 def resolve(registry: Mapping[str, T], name: str, kind: str, takes: Iterable[str]) -> T | Any:
-    """Return ``registry[name]``, or what ``module:function`` names.
+    """Return ``registry[name]``, or the function that ``module:function`` names.
 
     Args:
         kind: what the name is called in errors: ``loss_type``, ``pairing``.
         takes: the positional parameters that the function is called with: ``("rows",)``.
 
     Raises:
-        InputError: an unknown name, or one that :func:`import_function` refuses.
+        InputError: an unknown name, or one that :func:`import_function` rejects.
     """
     if name in registry:
         return registry[name]
@@ -35,7 +35,7 @@ def resolve(registry: Mapping[str, T], name: str, kind: str, takes: Iterable[str
 
 
 def import_function(path: str, kind: str, takes: Iterable[str]) -> Callable[..., Any]:
-    """Return ``function`` of ``module:function``, which may be an attribute of an attribute; the current folder is on the path.
+    """Import ``module:function``, where the function may be a dotted attribute; the current folder is put on the module path.
 
     Raises:
         InputError: no such module or function, or it cannot be called with the positional parameters ``takes``.
@@ -46,14 +46,14 @@ def import_function(path: str, kind: str, takes: Iterable[str]) -> Callable[...,
         raise InputError(f"{kind} '{path}' does not name a function: write module:function")
     here = str(Path.cwd())
     if here not in sys.path:
-        # It stays there: the function may import its neighbours when it is called.
+        # Not removed afterwards: the function may import modules next to it when it is called.
         sys.path.insert(0, here)
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise InputError(
-            f"module {module_name} of {kind} '{path}' cannot be imported ({reason}): correct it, or run where it can be found"
+            f"module {module_name} of {kind} '{path}' cannot be imported ({reason}): fix it, or run from its folder"
         ) from error
     function: Any = module
     for part in function_name.split("."):
@@ -79,7 +79,7 @@ def _takes(function: Callable[..., Any], count: int) -> bool:
         inspect.signature(function).bind(*[""] * count)
     except TypeError:
         return False
-    except ValueError:  # some functions written in C tell nothing; their first call will
+    except ValueError:  # some functions written in C have no signature: the first call checks it
         return True
     return True
 
@@ -87,7 +87,7 @@ def _takes(function: Callable[..., Any], count: int) -> bool:
 def module_files(*names: str) -> dict[str, Path]:
     """Return the files of the modules among names of the form ``module:function``, by module, once they have been imported.
 
-    A record of what a result was made from keeps their hashes, so that a changed function is noticed.
+    Their hashes are stored with the results, so that a changed function is detected.
     """
     found = {}
     for name in names:

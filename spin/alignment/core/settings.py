@@ -1,4 +1,4 @@
-"""Settings declared once: a dataclass field with its type, default, range and sentence.
+"""Settings declared once: a dataclass field with its type, default, range and help sentence.
 
 The parser and ``--help`` of a program (``core/flags.py``), the keys of a configuration file and their tables in the docs
 (``core/key_tables.py``), and the checks made before anything is loaded all read the declaration::
@@ -32,17 +32,17 @@ _KEY = "setting"
 
 @dataclass(frozen=True)
 class Declaration:
-    """What a field says of itself beside its type and default.
+    """What a field declares besides its type and default.
 
     Attributes:
         help: one sentence or fragment; the only documentation of the setting.
         group: heading under which help and docs list this field and those after it, up to the next heading.
         ge, gt, le, lt: the range of a number, or of every number of a list. Numbers are always finite.
         unset: what the default ``None`` stands for, such as "the model's context".
-        set_by_run: ``spin run`` decides the value itself, so no section of its configuration may hold the key.
-        recorded: True: the value stands in the provenance of what the program writes. False: it changes no result, so a
-            training that differs in it alone is the same one.
-        origin: the class and field of which :func:`same_as` made this one.
+        set_by_run: ``spin run`` sets the value itself, so no section of its configuration may contain the key.
+        recorded: True: the value is stored in the provenance of the program's output. False: it does not affect results, so
+            trainings that differ only in it count as the same.
+        origin: the class and field that :func:`same_as` copied this one from.
     """
 
     help: str
@@ -81,17 +81,17 @@ class Declaration:
 
 
 def setting(default: Any = MISSING, help: str = "", **facts: Any) -> Any:
-    """Declare a field of a settings dataclass; without a default it must be given. See :class:`Declaration` for the facts.
+    """Declare a field of a settings dataclass; without a default it is required. See :class:`Declaration` for ``facts``.
 
-    A list or mapping as default is copied for each instance.
+    A list or mapping used as the default is copied for each instance.
     """
     return _field(default, Declaration(help, **facts))
 
 
 def same_as(config_class: type, name: str, default: Any = MISSING, **facts: Any) -> Any:
-    """Declare a field as another class does, the facts given here aside; :func:`part_of` finds its way back.
+    """Declare a field like one of another class, except for the facts given here; :func:`part_of` maps it back.
 
-    The group and who sets the value (``set_by_run``, ``recorded``) are not taken over.
+    ``group``, ``set_by_run`` and ``recorded`` are not copied: they depend on the program, not on the setting.
     """
     field = config_class.__dataclass_fields__[name]  # type: ignore[attr-defined]
     own = {"group": "", "set_by_run": False, "recorded": None, **facts}
@@ -107,12 +107,12 @@ def _field(default: Any, declaration: Declaration) -> Any:
 
 
 def declaration_of(field: dataclasses.Field[Any]) -> Declaration:
-    """Return what a field says of itself; of a field that another library declares, its help text."""
+    """Return the declaration of a field; for a field of another library, one with its help text only."""
     return field.metadata.get(_KEY) or Declaration(str(field.metadata.get("help", "")))
 
 
 def default_of(field: dataclasses.Field[Any]) -> Any:
-    """Return the default of a field; ``MISSING`` where a value must be given."""
+    """Return the default of a field; ``MISSING`` if the field is required."""
     return field.default if field.default_factory is MISSING else field.default_factory()
 
 
@@ -123,7 +123,7 @@ def settings_of(config_class: type) -> dict[str, dataclasses.Field[Any]]:
 
 
 def grouped(config_class: type) -> dict[str, list[dataclasses.Field[Any]]]:
-    """Return the settings of a class under their headings, in order."""
+    """Return the settings of a class by heading, in order of declaration."""
     groups: dict[str, list[dataclasses.Field[Any]]] = {}
     heading = ""
     for field in settings_of(config_class).values():
@@ -140,16 +140,16 @@ def hints_of(config_class: type) -> dict[str, Any]:
 def check_settings(config: Any, name_of: Callable[[str], str] = str) -> None:
     """Check every declared setting of an instance: right type, known choice, finite, in range; for ``__post_init__``.
 
-    Values of a like type (a path for a text, a tuple for a list) are converted in place. ``name_of`` gives the name under
-    which a user knows a field.
+    Values of a compatible type (a path for a string, a tuple for a list) are converted in place. ``name_of`` maps a field to
+    the name that the user sees.
 
     Raises:
-        InputError: naming the setting, its value and what it may be.
+        InputError: naming the setting, its value and the values allowed.
     """
     hints = hints_of(type(config))
     for name, field in settings_of(type(config)).items():
         value = checked_value(field, hints[name], getattr(config, name), name_of(name))
-        object.__setattr__(config, name, value)  # a frozen class as well
+        object.__setattr__(config, name, value)  # works for frozen dataclasses too
 
 
 def checked_value(field: dataclasses.Field[Any], hint: Any, value: Any, where: str) -> Any:
@@ -167,7 +167,7 @@ def checked_value(field: dataclasses.Field[Any], hint: Any, value: Any, where: s
 
 
 def numbers_in(value: Any) -> list[float]:
-    """Return the numbers that a value is or holds."""
+    """Return the numbers in a value: itself, or the items of a list or mapping."""
     if isinstance(value, Mapping):
         value = list(value.values())
     values = value if isinstance(value, list | tuple) else [value]
@@ -175,7 +175,7 @@ def numbers_in(value: Any) -> list[float]:
 
 
 def part_of(config: Any, config_class: type[C], **more: Any) -> C:
-    """Return an instance of ``config_class`` made of those fields of ``config`` that are declared :func:`same_as` its own."""
+    """Return an instance of ``config_class`` built from the fields of ``config`` declared :func:`same_as` one of its own."""
     values = {}
     for name, field in settings_of(type(config)).items():
         origin = declaration_of(field).origin
@@ -185,20 +185,20 @@ def part_of(config: Any, config_class: type[C], **more: Any) -> C:
 
 
 def changed_of(config: Any, config_class: type) -> list[str]:
-    """Return the names of the fields that are declared :func:`same_as` one of ``config_class`` and differ from their default."""
+    """Return the names of the fields declared :func:`same_as` one of ``config_class`` whose values differ from the default."""
     fields = settings_of(type(config)).items()
     own = {name: field for name, field in fields if (declaration_of(field).origin or (None,))[0] is config_class}
     return [name for name, field in own.items() if getattr(config, name) != default_of(field)]
 
 
 def recorded(config: Any) -> dict[str, Any]:
-    """Return the settings that belong in the provenance of what a program writes."""
+    """Return the settings that are stored in the provenance of a program's output."""
     fields = settings_of(type(config)).items()
     return {name: getattr(config, name) for name, field in fields if declaration_of(field).recorded}
 
 
 def set_by_run(*config_classes: type) -> list[str]:
-    """Return the settings whose values ``spin run`` decides itself."""
+    """Return the names of the settings that ``spin run`` sets itself."""
     return [
         name
         for config_class in config_classes

@@ -29,7 +29,7 @@ class DataConfig:
     )
     preprocessing_num_workers: int = setting(1, "processes that encode the data", ge=1, recorded=False)
     max_length: int = setting(1024, "longest prompt plus response, in tokens", ge=1)
-    max_prompt_length: int = setting(512, "tokens that a prompt keeps if prompt plus response exceed max_length", ge=1)
+    max_prompt_length: int = setting(512, "prompt tokens kept if prompt plus response exceed max_length", ge=1)
     system: System = setting(
         "keep", "fold moves a system turn into the first user turn, for templates without a system role"
     )

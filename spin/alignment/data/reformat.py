@@ -1,4 +1,4 @@
-"""Foreign SFT data to prompts and ground truth: reading, subset, held-out split, writing."""
+"""Converts foreign SFT data to prompts and ground truth: reading, subset, held-out split, writing."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ class ReformatConfig:
     data: str = setting(help="Hub name, folder, or parquet, json or jsonl file")
     output_dir: str = setting(help="folder for {split}.parquet and test.parquet")
     split: str = setting("train", "split of the source to read, and name of the file written", recorded=True)
-    test_size: float = setting(0.0, "rows held out (a number, or a share below 1)", ge=0, recorded=True)
+    test_size: float = setting(0.0, "rows held out (a number, or a proportion below 1)", ge=0, recorded=True)
     subset: int = setting(0, "random subset of this many training rows (0: all)", ge=0, recorded=True)
     seed: int = setting(42, "seed of the subset and of the test split", recorded=True)
-    turns: Literal["last", "all"] = setting("last", "assistant turns to play", recorded=True)
-    skip_invalid: bool = setting(False, "leave out rows that break the contract, and say so", recorded=True)
-    overwrite: bool = setting(False, "replace another data set in the output folder")
+    turns: Literal["last", "all"] = setting("last", "assistant turns that become ground truth", recorded=True)
+    skip_invalid: bool = setting(False, "skip rows that break the contract, and report them", recorded=True)
+    overwrite: bool = setting(False, "replace a different data set in the output folder")
 
     def __post_init__(self) -> None:
         check_settings(self)
         if not (self.test_size < 1 or self.test_size.is_integer()):
-            raise InputError(f"test_size is {self.test_size:g}: give a whole number of rows, or a share below 1")
+            raise InputError(f"test_size is {self.test_size:g}: give a whole number of rows, or a proportion below 1")
         if self.test_size and self.split == "test":
             raise InputError("split 'test' cannot hold out a test split of its own: set test_size to 0")
         local, folder = Path(self.data), Path(self.output_dir)
@@ -51,7 +51,7 @@ def reformat(config: ReformatConfig) -> dict[str, Path]:
     """Write the prompts of a data set; return the files, ``train`` and, with a test size, ``test``.
 
     Raises:
-        InputError: a row breaks the contract, an id is not unique, or the output folder holds another data set.
+        InputError: a row breaks the contract, an id is not unique, or the output folder contains a different data set.
     """
     folder = Path(config.output_dir)
     paths = {"train": folder / f"{config.split}.parquet"}
@@ -61,13 +61,13 @@ def reformat(config: ReformatConfig) -> dict[str, Path]:
     held_out = stale_test_split(folder, config.split) if "test" not in paths else None
     if held_out is not None and not config.overwrite:
         raise InputError(
-            f"{held_out} was held out of an earlier data set: choose another output_dir or pass --overwrite, which removes it"
+            f"{held_out} was held out from an earlier data set: choose another output_dir or pass --overwrite, which removes it"
         )
     if not config.overwrite and already_there(paths, provenance):
         from spin.alignment.core.parquet import open_parquet
 
         rows = {path.name: open_parquet(path).metadata.num_rows for path in paths.values()}
-        say(f"{folder} is complete already: {rows}")
+        say(f"{folder} is already complete: {rows}")
         return paths
     source = Source(config.data, config.split, config.turns, config.skip_invalid)
     selection = select(source, config.seed, config.test_size, config.subset)
@@ -79,7 +79,7 @@ def reformat(config: ReformatConfig) -> dict[str, Path]:
 
 
 def make_provenance(config: ReformatConfig, paths: dict[str, Path]) -> dict[str, Provenance]:
-    """Return the record of each output file: the settings, and a hash of the input files."""
+    """Return the provenance of each output file: the settings, and a hash of the input files."""
     from spin.alignment.core.provenance import Provenance, hash_text
     from spin.alignment.data.source_files import split_files
 
@@ -92,12 +92,12 @@ def make_provenance(config: ReformatConfig, paths: dict[str, Path]) -> dict[str,
 
 
 def tell_result(source: Source, selection: Selection, folder: Path) -> None:
-    """Say what became of the rows."""
+    """Report how many rows were read, dropped and written."""
     repeated = selection.num_rows - len(selection.prompts)
     unused = len(selection.prompts) - selection.num_train - selection.num_test
     say(
-        f"{selection.num_rows} rows read, {repeated} repeated prompts removed, {len(source.invalid)} invalid rows skipped, "
-        f"{unused} left out by --subset; wrote {selection.num_train} training and {selection.num_test} test rows to {folder}"
+        f"{selection.num_rows} rows read, {repeated} duplicate prompts removed, {len(source.invalid)} invalid rows skipped, "
+        f"{unused} not in the subset; wrote {selection.num_train} training and {selection.num_test} test rows to {folder}"
     )
     for reason in source.invalid[:5]:
         say(f"  skipped: {reason}")
@@ -105,7 +105,7 @@ def tell_result(source: Source, selection: Selection, folder: Path) -> None:
 
 @dataclass
 class Source:
-    """The conversations of the input, read anew at each pass, and the rows that had to be left out."""
+    """The conversations of the input, read again in each pass, and the invalid rows that were skipped."""
 
     data: str
     split: str
@@ -134,7 +134,10 @@ class Source:
 
 @dataclass(frozen=True)
 class Selection:
-    """Which distinct prompts go where: sorted by opening, the first ``num_test`` are held out, the next are training."""
+    """Which distinct prompts go where: sorted by opening, the first ``num_test`` are held out, the next ``num_train`` trained on.
+
+    ``prompts`` (sorted hashes) and ``places`` (their ranks) have the shape (distinct prompts,).
+    """
 
     prompts: np.ndarray
     places: np.ndarray
@@ -143,26 +146,26 @@ class Selection:
     num_rows: int
 
     def place(self, prompt: int) -> int:
-        """Return where the prompt with this hash stands in the order of the openings."""
+        """Return the rank of the prompt with this hash in the order of the openings."""
         import numpy as np
 
         return int(self.places[np.searchsorted(self.prompts, np.uint64(prompt))])
 
 
 def keyed_hash(seed: int, text: str) -> int:
-    """Return a 64-bit hash of a text, another one for each seed."""
+    """Return a 64-bit hash of a text that differs between seeds."""
     return int.from_bytes(hashlib.blake2b(f"{seed}\x00{text}".encode(), digest_size=8).digest(), "big")
 
 
 def prompt_key(seed: int, conversation: Conversation) -> int:
-    """Return the hash by which repeated prompts are found."""
+    """Return the hash that identifies duplicate prompts."""
     from spin.alignment.data.formats import prompt_hash
 
     return keyed_hash(seed, prompt_hash(conversation.messages[:-1]))
 
 
 def opening_key(seed: int, conversation: Conversation) -> int:
-    """Return the hash of everything before the first answer; it decides subset and test split."""
+    """Return the hash of everything before the first answer; it determines subset and test split."""
     from spin.alignment.data.formats import prompt_hash
 
     roles = [message["role"] for message in conversation.messages]
@@ -179,17 +182,17 @@ def select(source: Source, seed: int, test_size: float, subset: int) -> Selectio
         openings.append(opening_key(seed, conversation))
         ids.append(keyed_hash(seed, conversation.prompt_id))
     if not prompts:
-        raise InputError(
-            f"no usable row is left in {source.data}: {source.invalid[0] if source.invalid else 'it is empty'}"
-        )
+        raise InputError(f"{source.data} has no usable row: {source.invalid[0] if source.invalid else 'it is empty'}")
     unique, first = np.unique(np.frombuffer(prompts, dtype=np.uint64), return_index=True)
     kept_ids, counts = np.unique(np.frombuffer(ids, dtype=np.uint64)[first], return_counts=True)
     if (counts > 1).any():
         _name_shared_id(source, seed, {int(value) for value in kept_ids[counts > 1]})
+    # (distinct prompts,): the hash of the opening of each.
     kept_openings = np.frombuffer(openings, dtype=np.uint64)[first]
+    # By opening, then by prompt: prompts that share an opening are neighbours and can stay on one side of the split.
     order = np.lexsort((unique, kept_openings))
     num_test = round(test_size * len(unique)) if test_size < 1 else int(test_size)
-    if 0 < num_test < len(unique):  # the last opening of the test split goes there with all its prompts
+    if 0 < num_test < len(unique):  # all prompts of the last opening go to the test split
         last = kept_openings[order[num_test - 1]]
         num_test = int(np.searchsorted(kept_openings[order], last, side="right"))
     num_train = min(subset, len(unique) - num_test) if subset else len(unique) - num_test
@@ -227,7 +230,7 @@ def write(
     remove_leftovers(*paths.values())
     written = np.zeros(len(selection.prompts), dtype=bool)
     with ExitStack() as stack:
-        # Left in reverse order: entering the training file first makes it the last to appear, the proof of completion.
+        # Contexts exit in reverse order: the training file, entered first, appears last and marks completion.
         sinks = {
             name: stack.enter_context(ParquetSink(paths[name], PROMPT_SCHEMA, provenance[name]))
             for name in sorted(paths, key="test".__eq__)
@@ -247,12 +250,12 @@ def write(
                 batches[name] = []
         for name, batch in batches.items():
             sinks[name].write(batch)
-        # From here to its renewal there is no training file: an old one never stands beside a new test split.
+        # Removed before any new file appears: an old training file must never exist next to a new test split.
         paths["train"].unlink(missing_ok=True)
 
 
 def stale_test_split(folder: Path, split: str) -> Path | None:
-    """Return the test file that an earlier run held out of this split, if there is one: its rows may be trained on now."""
+    """Return the test file that an earlier run held out from this split, if any: its rows may now be in the training file."""
     from spin.alignment.core.parquet import open_parquet
     from spin.alignment.core.provenance import read_provenance
 
@@ -271,10 +274,10 @@ def source_hash(files: list[Path]) -> str:
 
 
 def already_there(paths: dict[str, Path], provenance: dict[str, Provenance]) -> bool:
-    """Return whether every output exists and was made from the same input and settings.
+    """Return whether every output exists and was created from the same input and settings.
 
     Raises:
-        InputError: an output exists but was made from something else.
+        InputError: an output exists but was created from other inputs or settings.
     """
     from spin.alignment.core.parquet import open_parquet
     from spin.alignment.core.provenance import read_provenance
@@ -284,6 +287,6 @@ def already_there(paths: dict[str, Path], provenance: dict[str, Provenance]) -> 
             differences = provenance[name].differences(read_provenance(open_parquet(path).schema_arrow, path))
             if differences:
                 raise InputError(
-                    f"{path} holds another data set ({'; '.join(differences)}): choose another output_dir or pass --overwrite"
+                    f"{path} contains different data ({'; '.join(differences)}): choose another output_dir or pass --overwrite"
                 )
     return all(path.exists() for path in paths.values())

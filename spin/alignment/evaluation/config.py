@@ -31,16 +31,16 @@ class EvaluateConfig:
         "exact_match", "a rule: exact_match, math_answer, module:function, or a sum (docs/scoring.md)"
     )
     limit: int = setting(0, "held-out prompts to use, drawn with a fixed seed (0: all)", ge=0)
-    samples: int = setting(3, "responses kept in full", ge=0)
+    samples: int = setting(3, "number of responses stored in full", ge=0)
 
     temperatures: list[float] = setting(
-        [0.0, 1.0, 0.5], "temperatures to answer at, each named once; 0 is greedy", group="sampling", ge=0
+        [0.0, 1.0, 0.5], "sampling temperatures, each given once; 0 is greedy", group="sampling", ge=0
     )
     max_new_tokens: int = same_as(SamplingConfig, "max_new_tokens", default=256)
     seed: int = same_as(SamplingConfig, "seed", set_by_run=True)
 
     backend: str = setting("transformers", "transformers or vllm", group="backend")
-    batch_size: int = setting(16, "prompts at once (transformers)", ge=1)
+    batch_size: int = setting(16, "prompts per batch (transformers)", ge=1)
     tensor_parallel_size: int = same_as(BackendSettings, "tensor_parallel_size")
 
     def __post_init__(self) -> None:
@@ -48,14 +48,14 @@ class EvaluateConfig:
         if find_backend(self.backend).needs_server:
             others = " or ".join(name for name in BACKENDS if not find_backend(name).needs_server)
             raise InputError(
-                f"backend {self.backend} asks a running server, and an evaluation loads its model itself: choose {others}"
+                f"backend {self.backend} needs a running server, but an evaluation loads its model itself: choose {others}"
             )
         check_backend_settings(self.backend, vars(self))
         if not self.temperatures or len(set(self.temperatures)) < len(self.temperatures):
-            raise InputError(f"temperatures is {self.temperatures}: name one or more, each once")
+            raise InputError(f"temperatures is {self.temperatures}: give one or more, each once")
 
     def sampling(self, temperature: float) -> SamplingConfig:
-        """Return how the responses at a temperature are drawn."""
+        """Return how responses are sampled at a temperature."""
         return replace(part_of(self, SamplingConfig), temperature=temperature)
 
     def check_metric(self) -> None:

@@ -1,4 +1,4 @@
-"""One model scored on held-out prompts."""
+"""Scores one model on held-out prompts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Score a model on held-out prompts; return what is written to ``output_file``: the fields of ``evaluate_model.py``.
 
     Raises:
-        InputError: the model, the prompts or the metric cannot be used, before a model is loaded.
+        InputError: the model, the prompts or the metric cannot be used; raised before a model is loaded.
     """
     from transformers import AutoConfig
 
@@ -49,7 +49,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def load_held_out(config: EvaluateConfig, encoder: ChatEncoder, context: int) -> tuple[list[HeldOut], int]:
-    """Return the held-out prompts to score and how many were left out because they do not fit."""
+    """Return the held-out prompts to score and how many were skipped because they do not fit the context."""
     from spin.alignment.data.fractions import fraction_rows
     from spin.alignment.data.rows import load_prompts
     from spin.alignment.evaluation.held_out import encode_held_out
@@ -83,6 +83,7 @@ def score(config: EvaluateConfig, held_out: list[HeldOut], encoder: ChatEncoder)
         stop_ids=encoder.stop_ids,
         pad_id=encoder.pad_id,
     )
+    # Only sets how often progress is shown, in prompts.
     chunk = config.batch_size * 16 if find_backend(config.backend).holds_batch else len(held_out)
     backend = make_backend(config.backend, settings)
     try:

@@ -1,4 +1,4 @@
-"""Scores of one model on held-out prompts: exact match at several temperatures, NLL of the truth, lengths."""
+"""Scores of one model on held-out prompts: exact match at several temperatures, NLL of the ground truth, lengths."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class HeldOut:
 def encode_held_out(
     rows: Sequence[dict[str, Any]], encoder: ChatEncoder, context: int, max_new_tokens: int
 ) -> tuple[list[HeldOut], int]:
-    """Encode held-out rows; return those that fit into ``context`` tokens with their truth and with a response, and how
-    many do not.
+    """Encode held-out rows; return those that fit into ``context`` tokens with the ground truth and with a response, and
+    how many do not.
 
     Raises:
-        InputError: no row is left, or a row cannot be encoded (it is named).
+        InputError: no row fits, or a row cannot be encoded (it is named).
     """
     held_out = []
     for row in rows:
@@ -46,6 +46,7 @@ def encode_held_out(
             ground_truth_ids = encoder.response_ids(row["chosen"])
         except InputError as error:
             raise InputError(f"prompt {row['prompt_id']}: {error}") from error
+        # Both the ground truth (for the NLL) and a response of full length must fit.
         if len(ids) + max(max_new_tokens, len(ground_truth_ids)) <= context:
             request = PromptRequest(row["prompt_id"], tuple(ids))
             held_out.append(HeldOut(request, prompt[-1]["content"], answer["content"], tuple(ground_truth_ids)))
@@ -69,8 +70,8 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 def respond(
     backend: GenerationBackend, held_out: Sequence[HeldOut], sampling: SamplingConfig, chunk: int, tell: Tell
 ) -> list[Response]:
-    """Return one response to each prompt, telling the progress after every ``chunk`` prompts."""
-    # Long prompts first: what is left for the end, when nothing more can fill the batch, is short.
+    """Return one response to each prompt, reporting progress after every ``chunk`` prompts."""
+    # Long prompts first: once nothing is left to refill the batch, only short ones are running.
     order = sorted(range(len(held_out)), key=lambda index: -len(held_out[index].request.token_ids))
     responses: dict[int, Response] = {}
     for place, answer in backend.stream((held_out[index].request for index in order), sampling):
@@ -137,6 +138,7 @@ def ground_truth_nll(model: Any, held_out: Sequence[HeldOut], pad_id: int, batch
     for start in range(0, len(order), batch_size):
         batch = stack_ground_truths(order[start : start + batch_size], pad_id)
         with torch.inference_mode():
+            # (B, R), 0 on padding, so a row's sum is the log-likelihood of its ground truth.
             logps = response_logps(model, {name: value.to(device) for name, value in batch.items()})
         sums += (-logps.double().sum(dim=-1)).tolist()
     mean, error = mean_and_error(sums)
@@ -156,4 +158,5 @@ def stack_ground_truths(items: Sequence[HeldOut], pad_id: int) -> dict[str, Tens
         }
         for item in items
     ]
+    # The collator returns (2B, ...) tensors, chosen rows first; the rejected half is only there to satisfy it.
     return {name: value[: len(items)] for name, value in PairCollator(pad_id)(features).items()}

@@ -1,4 +1,4 @@
-"""Where responses come from. One package and one line here for each backend; heavy imports wait until it is made."""
+"""Generation backends. One package and one line here for each; heavy imports wait until a backend is created."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def check_backend_settings(name: str, given: dict[str, Any], defaults: dict[str,
     """Refuse settings that a backend would have to ignore.
 
     Args:
-        given: settings by name; those of ``defaults`` among them are looked at.
+        given: settings by name; only those in ``defaults`` are checked.
 
     Raises:
         InputError: naming the setting and the backends that take it.

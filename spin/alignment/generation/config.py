@@ -22,7 +22,7 @@ class GenerateConfig:
 
     model: str = setting(help="model folder or Hub name: the opponent", group="model", set_by_run=True)
     revision: str | None = same_as(ModelConfig, "model_revision", set_by_run=True)
-    adapter: str | None = setting(None, "folder of LoRA adapters to put on the model, without merging them first")
+    adapter: str | None = setting(None, "folder of LoRA adapters to apply to the model, without merging them first")
     dtype: Dtype = same_as(ModelConfig, "dtype", recorded=True)
     system: System = same_as(DataConfig, "system")
     trust_remote_code: bool = same_as(ModelConfig, "trust_remote_code")
@@ -30,15 +30,17 @@ class GenerateConfig:
     input_dir: str = setting(
         help="prompts with ground truth: folder, file or Hub name", group="prompts and fractions", set_by_run=True
     )
-    output_dir: str = setting(help="folder of the fractions, shared by all servers", set_by_run=True)
+    output_dir: str = setting(help="folder of the fractions, shared by all machines", set_by_run=True)
     split: str = setting("train", "split of the data", set_by_run=True)
     data_frac: int | Literal["auto"] = setting(
-        0, "which fraction to generate; auto: every one that nobody has finished", ge=0, set_by_run=True
+        0, "which fraction to generate; auto: all that are not finished yet", ge=0, set_by_run=True
     )
     frac_len: int = setting(0, "prompts in a fraction (0: all in one)", ge=0)
-    max_prompt_length: int = setting(0, "longest prompt in tokens (0: what the context leaves)", ge=0, recorded=True)
+    max_prompt_length: int = setting(0, "longest prompt in tokens (0: what fits into the context)", ge=0, recorded=True)
     iteration: int = setting(0, "iteration number, recorded in the provenance", set_by_run=True)
-    overwrite: bool = setting(False, "replace a fraction that was made from something else", set_by_run=True)
+    overwrite: bool = setting(
+        False, "replace a fraction that was generated from other inputs or settings", set_by_run=True
+    )
 
     num_samples: int = same_as(SamplingConfig, "num_samples", group="sampling")
     temperature: float = same_as(SamplingConfig, "temperature")
@@ -59,12 +61,12 @@ class GenerateConfig:
     batch_invariant: bool = same_as(BackendSettings, "batch_invariant")
     flush_every: int | None = setting(
         None,
-        "finished prompts in a part: the most that a killed process loses",
+        "finished prompts per part: the most that a killed process loses",
         unset="64; vllm, openai: 512",
         ge=1,
     )
     lease_timeout: float = setting(
-        60.0, "seconds without a heartbeat after which a server's work is given to others", ge=1
+        60.0, "seconds without a heartbeat after which the work of a process is given to others", ge=1
     )
 
     def __post_init__(self) -> None:
@@ -72,12 +74,12 @@ class GenerateConfig:
         check_backend_settings(self.backend, vars(self))
         if (self.base_url is not None) != find_backend(self.backend).needs_server:
             serving = ", ".join(name for name in BACKENDS if find_backend(name).needs_server)
-            raise InputError(f"base_url and --backend {serving} belong together: give both or neither")
-        part_of(self, SamplingConfig)  # its checks
+            raise InputError(f"base_url and --backend {serving} require each other: give both or neither")
+        part_of(self, SamplingConfig)  # runs the checks of its values
 
     @property
     def sampling(self) -> SamplingConfig:
-        """How responses are drawn."""
+        """How responses are sampled."""
         return part_of(self, SamplingConfig)
 
     @property
@@ -86,10 +88,10 @@ class GenerateConfig:
         return self.flush_every or find_backend(self.backend).flush_every
 
     def check_files(self) -> None:
-        """Check the folders that are named, before a model is looked for.
+        """Check the folders that the settings name, before the model is located.
 
         Raises:
-            InputError: the output folder is a file, or the adapter is not one.
+            InputError: the output folder is a file, or the adapter folder lacks a file.
         """
         if Path(self.output_dir).exists() and not Path(self.output_dir).is_dir():
             raise InputError(f"output_dir {self.output_dir} is a file: give a folder")

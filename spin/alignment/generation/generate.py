@@ -28,9 +28,9 @@ TOKENIZER_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
 
 
 def expected_provenance(config: GenerateConfig, model_dir: Path) -> Provenance:
-    """Return what is known of the fractions' origin before a tokenizer or a row is read.
+    """Return the provenance of the fractions as far as it is known before the tokenizer or any row is read.
 
-    ``extra["inputs"]`` is one hash of every input file, so that a finished fraction is recognised in a second.
+    ``extra["inputs"]`` is one hash of every input file, so that a finished fraction is recognised within a second.
     """
     from spin.alignment.core.provenance import Provenance, hash_file, hash_text, hash_weights, package_versions
     from spin.alignment.data.source_files import split_files
@@ -38,7 +38,7 @@ def expected_provenance(config: GenerateConfig, model_dir: Path) -> Provenance:
 
     data = Path(config.input_dir)
     data_files = split_files(data, config.split) if data.exists() else []
-    # What a server has loaded is its own affair; the folder here may hold the tokenizer alone.
+    # A server chooses the weights that it loads; the local folder may contain only the tokenizer.
     has_weights = not find_backend(config.backend).needs_server or any(model_dir.glob("*.safetensors"))
     weights_hash = hash_weights(model_dir) if has_weights else ""
     settings: dict[str, Any] = recorded(config)
@@ -50,7 +50,7 @@ def expected_provenance(config: GenerateConfig, model_dir: Path) -> Provenance:
     contents = [f"{file.name}={hash_file(file)}" for file in (*texts, *data_files)]
     return Provenance(
         kind="generated",
-        # A folder may be mounted elsewhere on another server; its weights tell what it is.
+        # A folder may be mounted elsewhere on another machine; the hash of its weights identifies it.
         model=model_dir.resolve().name if Path(config.model).is_dir() else config.model,
         model_revision=config.revision or "",
         weights_hash=weights_hash,
@@ -65,7 +65,7 @@ def expected_provenance(config: GenerateConfig, model_dir: Path) -> Provenance:
 
 
 def is_already_complete(path: Path, stated: Provenance) -> bool:
-    """Return whether a fraction is there and its input files and settings are the same, byte for byte."""
+    """Return whether a fraction exists and was generated with the same settings from byte-identical input files."""
     from spin.alignment.core.parquet import open_parquet
     from spin.alignment.core.provenance import read_provenance
 
@@ -73,14 +73,14 @@ def is_already_complete(path: Path, stated: Provenance) -> bool:
         return False
     try:
         found = read_provenance(open_parquet(path).schema_arrow, path)
-    except InputError:  # torn: it is set aside later, with a word
+    except InputError:  # damaged: wanted_fractions() sets it aside and says so
         return False
     derived = ("tokenizer_hash", "chat_template_hash", "prompts_hash", "num_prompts", "data_frac", "extra")
     return not stated.differences(found, ignore=derived) and stated.extra["inputs"] == found.extra.get("inputs")
 
 
 def already_complete(config: GenerateConfig, stated: Provenance) -> int:
-    """Return the number of prompts when everything asked for is there, else 0; no prompt is read, every fraction tells it."""
+    """Return the number of prompts if all requested fractions are complete, else 0; read from the fractions, not the prompts."""
     from spin.alignment.core.parquet import open_parquet
     from spin.alignment.core.provenance import read_provenance
     from spin.alignment.data.fractions import fraction_path, num_fractions
@@ -95,7 +95,7 @@ def already_complete(config: GenerateConfig, stated: Provenance) -> int:
 
 
 def open_store(config: GenerateConfig, stated: Provenance, worker: str) -> PromptStore:
-    """Open the prompts; a store of local files is shared with other processes, that of a Hub data set is this process's own."""
+    """Open the prompts; processes share the store of local files, while each has its own store of a Hub data set."""
     from spin.alignment.data.fractions import PARTS_FOLDER
     from spin.alignment.data.prompt_store import PromptStore
 
@@ -104,10 +104,10 @@ def open_store(config: GenerateConfig, stated: Provenance, worker: str) -> Promp
 
 
 def wanted_fractions(config: GenerateConfig, stated: Provenance, store: PromptStore) -> list[int]:
-    """Return the fractions to make: those asked for that are not there yet.
+    """Return the requested fractions that are not complete yet.
 
     Raises:
-        InputError: a fraction is there, but made from something else, or the data has no such fraction.
+        InputError: a fraction exists but was generated from other inputs or settings, or the data has no such fraction.
     """
     from spin.alignment.core.parquet import open_parquet
     from spin.alignment.core.provenance import read_provenance
@@ -124,7 +124,7 @@ def wanted_fractions(config: GenerateConfig, stated: Provenance, store: PromptSt
                 found = read_provenance(open_parquet(path).schema_arrow, path)
             except InputError as error:
                 path.rename(path.with_suffix(".torn"))
-                say_error(f"set aside as {path.with_suffix('.torn').name} and made again: {error}")
+                say_error(f"set aside as {path.with_suffix('.torn').name} and generated again: {error}")
                 wanted.append(number)
                 continue
             differences = stated.differences(found)
@@ -132,16 +132,16 @@ def wanted_fractions(config: GenerateConfig, stated: Provenance, store: PromptSt
                 continue
             if not config.overwrite:
                 raise InputError(
-                    f"{path} was made from something else ({'; '.join(differences)}): pass --overwrite or another output_dir"
+                    f"{path} was generated from other inputs ({'; '.join(differences)}): pass --overwrite or another output_dir"
                 )
         wanted.append(number)
     if len(wanted) < len(numbers):
-        say(f"{len(numbers) - len(wanted)} of {len(numbers)} fractions are complete already")
+        say(f"{len(numbers) - len(wanted)} of {len(numbers)} fractions are already complete")
     return wanted
 
 
 def make_job(config: GenerateConfig, stated: Provenance, model_dir: Path, worker: str) -> GenerationJob:
-    """Open the prompts and the tokenizer; return what all fractions have in common."""
+    """Open the prompts and the tokenizer; return what all fractions share."""
     import pyarrow as pa
     from transformers import AutoConfig
 
@@ -186,7 +186,7 @@ def engine_length(
         return job.context
     if not several:
         return len(requests[0].token_ids) + config.max_new_tokens
-    # The engine is started once, for prompts of later fractions too.
+    # The engine is started once and also serves the prompts of later fractions, which may be longer.
     if config.max_prompt_length:
         return min(config.max_prompt_length + config.max_new_tokens, job.context or sys.maxsize)
     return job.context
@@ -216,32 +216,33 @@ def load_backend(
 
 
 def generate(config: GenerateConfig) -> None:
-    """Generate the fractions asked for, together with whoever else works on the output folder.
+    """Generate the requested fractions, together with any other processes that work on the output folder.
 
-    SIGTERM lets the responses in flight be finished and written; then KeyboardInterrupt is raised.
+    On SIGTERM the responses in flight are finished and written, then KeyboardInterrupt is raised.
 
     Raises:
-        InputError: the model, the prompts or the output folder cannot be used, before a model is loaded.
+        InputError: the model, the prompts or the output folder cannot be used; raised before a model is loaded.
     """
     from spin.alignment.generation import find_backend
     from spin.alignment.generation.fraction_journal import clear_parts
     from spin.alignment.models.folder import check_model_path, model_folder
 
     config.check_files()
+    # A process that forks after a tokenizer has used its thread pool gets warnings, or a deadlock in the child.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     check_model_path(config.model, needs_weights=not find_backend(config.backend).needs_server)
     model_dir = model_folder(config.model, config.revision)
     stated = expected_provenance(config, model_dir)
     num_prompts = already_complete(config, stated)
     if num_prompts:
-        say(f"{config.output_dir} is complete already ({config.split}, fraction {config.data_frac})")
+        say(f"{config.output_dir} is already complete ({config.split}, fraction {config.data_frac})")
     else:
         num_prompts = work(config, stated, model_dir)
     clear_parts(Path(config.output_dir), config.split, num_prompts, config.frac_len)
 
 
 def work(config: GenerateConfig, stated: Provenance, model_dir: Path) -> int:
-    """Work on the fractions asked for until they are merged; return the number of prompts of the split."""
+    """Work on the requested fractions until they are merged; return the number of prompts of the split."""
     from spin.alignment.data.fractions import PARTS_FOLDER
     from spin.alignment.generation.leases import Worker
     from spin.alignment.generation.progress import GenerationProgress
@@ -265,14 +266,14 @@ def work(config: GenerateConfig, stated: Provenance, model_dir: Path) -> int:
             )
             with stopped_by_sigterm(run):
                 run.run()
-        if not stated.extra:
+        if not stated.extra:  # the private store of a Hub data set, see open_store()
             job.store.remove()
     return len(job.store)
 
 
 @contextmanager
 def stopped_by_sigterm(run: GenerationRun) -> Iterator[None]:
-    """Let SIGTERM stop a run in good order for as long as it lasts. Only the main thread can hear signals."""
+    """Let SIGTERM stop the run gracefully inside the context. Only the main thread can install signal handlers."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -17,15 +17,15 @@ class ModelConfig:
 
     model_name_or_path: str = setting(
         "",
-        "folder or Hub name of the initial model of training, which in self-play is also the opponent",
+        "folder or Hub name of the model that training starts from; in self-play it is also the opponent",
         group="model",
         unset="must be given",
         set_by_run=True,
     )
     model_revision: str | None = setting(None, "revision of a Hub model", set_by_run=True)
-    dtype: Dtype = setting("auto", "precision of the weights; auto is that of the checkpoint")
+    dtype: Dtype = setting("auto", "precision of the weights; auto: that of the checkpoint")
     attn_implementation: str | None = setting(
-        None, "attention of transformers: sdpa, flash_attention_2 ...", unset="transformers' own choice"
+        None, "attention implementation of transformers: sdpa, flash_attention_2 ...", unset="transformers' own choice"
     )
     trust_remote_code: bool = setting(False, "run code that ships with the model")
     init_from_config: bool = setting(False, "start from random weights (run_sft.py only)")

@@ -1,4 +1,4 @@
-"""Scores of generated responses before they are paired: which scorer the pairing needs, and its labels on the rows."""
+"""Scores generated responses before they are paired: the scorer that the pairing needs, and its labels on the rows."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Labeller:
-    """Puts a scorer's labels on generated rows, all prompts of a record batch at a time."""
+    """Adds a scorer's labels to generated rows, all prompts of a record batch at a time."""
 
     scorer: GroupScorer
 
@@ -47,16 +47,16 @@ class Labeller:
 
 
 def count_failures(rows: Sequence[dict[str, Any]], reads_ground_truth: bool) -> int:
-    """Return on how many responses to one prompt, its ground truth included where that is read, the scorer failed."""
+    """Return how many responses to one prompt the scorer failed on, including the ground truth if it is scored."""
     failed = sum(row["rejected_score"] is None for row in rows)
     return failed + (reads_ground_truth and rows[0]["chosen_score"] is None)
 
 
 def scorer_settings(config: ConvertConfig) -> ScorerSettings | None:
-    """Return the checked scorer of a conversion; None where the pairing reads no scores.
+    """Return the checked scorer of a conversion; None if the pairing reads no scores.
 
     Raises:
-        InputError: the pairing needs a scorer and none is named, or the reverse; or the scorer cannot work as it is set.
+        InputError: the pairing needs a scorer and none is named, or the reverse; or the scorer's settings are invalid.
     """
     from spin.alignment.rewards import GROUP_SCORERS, SCORERS, ScorerSettings, check_scorer
 
@@ -66,7 +66,7 @@ def scorer_settings(config: ConvertConfig) -> ScorerSettings | None:
         if given:
             readers = ", ".join(sorted(name for name in PAIRINGS if find_pairing(name).needs))
             raise InputError(
-                f"{given[0]} is {getattr(config, given[0])}, but pairing {config.pairing} reads no scores: leave it out, or "
+                f"{given[0]} is {getattr(config, given[0])}, but pairing {config.pairing} reads no scores: remove it, or "
                 f"choose one of {readers}"
             )
         return None
@@ -84,7 +84,7 @@ def check_loss(pairing_name: str, loss_type: str) -> None:
     """Check that a pairing writes what a loss reads.
 
     Raises:
-        InputError: it does not, or the loss compares two responses of which the pairing prefers none.
+        InputError: it does not, or the loss compares two responses and the pairing prefers neither.
     """
     from spin.alignment.methods.losses import LOSSES, find_loss
 
@@ -99,12 +99,12 @@ def check_loss(pairing_name: str, loss_type: str) -> None:
     if loss.compares and not pairing.prefers:
         others = ", ".join(name for name in LOSSES if not find_loss(name).compares)
         raise InputError(
-            f"pairing {pairing_name} prefers no response, but loss_type {loss_type} compares two: set loss_type: {others}"
+            f"pairing {pairing_name} prefers neither response, but loss_type {loss_type} compares two: set loss_type: {others}"
         )
 
 
 def scorer_record(settings: ScorerSettings) -> dict[str, Any]:
-    """Return what decides a scorer's labels: its name and settings, and hashes of its weights or its own module."""
+    """Return what determines a scorer's labels: its name and settings, and hashes of its weights or its own module."""
     from spin.alignment.core.provenance import hash_file
 
     record: dict[str, Any] = {"scorer": settings.name, "scorer_model": settings.model}
@@ -112,14 +112,14 @@ def scorer_record(settings: ScorerSettings) -> dict[str, Any]:
     if settings.name in ("reward_model", "preference_model") and settings.model:
         record["scorer_weights"] = _weights_hash(settings.model)
         record["scorer_tokenizer"] = _tokenizer_hash(settings.model)
-    if settings.name == "judge" and settings.model is None:  # whatever that server serves
+    if settings.name == "judge" and settings.model is None:  # the judge is whatever model that server has loaded
         record["base_url"] = settings.base_url
     record |= {f"scorer_module_{name}": hash_file(path) for name, path in rule_files(settings.name).items()}
     return {name: value for name, value in record.items() if value is not None}
 
 
 def rule_files(scorer: str) -> dict[str, Path]:
-    """Return the module files of a scorer's terms ``module:function``, by module; :func:`scorer_settings` has imported them."""
+    """Return the files of a scorer's terms ``module:function`` by module, once :func:`scorer_settings` has imported them."""
     return module_files(*(term.rpartition("*")[2].strip() for term in scorer.split("+")))
 
 
@@ -133,7 +133,7 @@ def _weights_hash(model: str) -> str:
 
 @functools.cache
 def _tokenizer_hash(model: str) -> str:
-    """Return a hash of what a model is beside its weights: configuration, tokenizer, chat template."""
+    """Return a hash of the other files of a model: configuration, tokenizer, chat template."""
     from spin.alignment.core.provenance import hash_file, hash_text
     from spin.alignment.models.folder import model_files, model_folder
 

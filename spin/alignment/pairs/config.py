@@ -22,10 +22,10 @@ class ConvertConfig:
     )
     output_dir: str = setting(help="folder for {split}_prefs-*.parquet", set_by_run=True)
     splits: list[str] = setting([], "splits to gather", unset="those found at the start", set_by_run=True)
-    num_fracs: int = setting(0, "training fractions that must be there (0: as recorded)", ge=0, set_by_run=True)
+    num_fracs: int = setting(0, "number of training fractions to expect (0: as recorded)", ge=0, set_by_run=True)
     wait: float = setting(
         0.0,
-        "gather while fractions are still being made; end after this many seconds without a new one (0: do not wait)",
+        "gather while fractions are still being generated; stop after this many seconds without a new one (0: do not wait)",
         ge=0,
         set_by_run=True,
     )
@@ -38,9 +38,9 @@ class ConvertConfig:
         set_by_run=True,
     )
     identical: Literal["keep", "drop"] = setting("keep", "pairs whose responses are equal", recorded=True)
-    truncated: Literal["keep", "drop"] = setting("keep", "responses cut by length (no EOS)", recorded=True)
+    truncated: Literal["keep", "drop"] = setting("keep", "truncated responses (no EOS)", recorded=True)
     max_rows_per_file: int = setting(100_000, "rows in one output file", ge=1, recorded=True)
-    overwrite: bool = setting(False, "replace pairs made from something else")
+    overwrite: bool = setting(False, "replace pairs that were created from other inputs or settings")
 
     scorer: str | None = same_as(ScorerSettings, "name", default=None, group="scorer")
     scorer_model: str | None = same_as(ScorerSettings, "model")
@@ -56,10 +56,10 @@ class ConvertConfig:
         find_pairing(self.pairing)
 
     def check_files(self) -> None:
-        """Check the folders that are named.
+        """Check the folders that the settings name.
 
         Raises:
-            InputError: there is no input folder, or it is the output folder as well, or there is no folder of initial responses.
+            InputError: the input folder or the folder of initial responses does not exist, or input and output are the same.
         """
         input_dir = Path(self.input_dir)
         if not input_dir.is_dir():
@@ -68,5 +68,5 @@ class ConvertConfig:
             raise InputError(f"output_dir is the input_dir {input_dir}: choose another folder")
         if self.initial is not None and not Path(self.initial).is_dir():
             raise InputError(
-                f"initial is {self.initial}, which is no folder: give the output folder of spin/generate.py"
+                f"initial is {self.initial}, which is not a folder: give the output folder of spin/generate.py"
             )

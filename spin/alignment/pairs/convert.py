@@ -1,4 +1,4 @@
-"""Generated fractions to preference files: pairing, selection, progress."""
+"""Converts generated fractions to preference files: pairing, selection, progress."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def convert(config: ConvertConfig) -> dict[str, dict[str, int]]:
     """Gather the fractions of every split, form pairs and write them; return the counts of each split.
 
     Raises:
-        InputError: a setting, a folder or a fraction cannot be used; nothing is written then.
+        InputError: a setting, a folder or a fraction cannot be used; nothing is written.
     """
     from spin.alignment.core.files import read_json
     from spin.alignment.core.lock import folder_lock
@@ -39,7 +39,7 @@ def convert(config: ConvertConfig) -> dict[str, dict[str, int]]:
     sets = {split.name: make_files(split, config) for split in splits if split.origin}
     check_output(output_dir, sets, splits, config.overwrite)
     if not config.overwrite and len(sets) == len(splits) and all(files.is_complete() for files in sets.values()):
-        say(f"{output_dir} is complete already")
+        say(f"{output_dir} is already complete")
         counts = {split: read_json(files.counts_path) for split, files in sets.items()}
         show_counts(counts)
         return counts
@@ -53,14 +53,14 @@ def convert(config: ConvertConfig) -> dict[str, dict[str, int]]:
 
 
 def find_splits(config: ConvertConfig) -> list[Split]:
-    """Return the splits to gather, by name, with the headers of what is there checked."""
+    """Return the splits to gather, sorted by name, with the headers of their existing fractions checked."""
     from spin.alignment.pairs.gather import Split, find_fractions
 
     folder = Path(config.input_dir)
     names = sorted(set(config.splits or find_fractions(folder)))
     if not names:
-        mend = "pass --splits to wait for them" if config.wait else "run spin/generate.py first"
-        raise InputError(f"{folder} holds no fraction files such as train-00000.parquet: {mend}")
+        fix = "pass --splits to wait for them" if config.wait else "run spin/generate.py first"
+        raise InputError(f"{folder} contains no fraction files such as train-00000.parquet: {fix}")
     splits = [Split(folder, name, config.num_fracs, patient=config.wait > 0) for name in names]
     for split in splits:
         split.survey()
@@ -69,7 +69,7 @@ def find_splits(config: ConvertConfig) -> list[Split]:
 
 
 def make_provenance(split: Split, config: ConvertConfig) -> Provenance:
-    """Return the record of the pairs: the generator's, with a hash of it and the settings of this step."""
+    """Return the provenance of the pairs: that of the responses, a hash of it, and the settings of this step."""
     from dataclasses import asdict
 
     from spin.alignment.core.provenance import hash_json
@@ -81,6 +81,7 @@ def make_provenance(split: Split, config: ConvertConfig) -> Provenance:
 
     assert split.origin is not None
     made = split.origin.provenance
+    # ID_SUMS and the fraction number differ between the fractions of one generation, so its hash leaves them out.
     facts = {name: value for name, value in made.extra.items() if name not in ID_SUMS}
     origin = asdict(made) | {"data_frac": 0, "extra": facts}
     scorer = scorer_settings(config)
@@ -98,7 +99,7 @@ def make_files(split: Split, config: ConvertConfig) -> PreferenceFiles:
     """Return the output files of a split whose fraction 0 has been seen.
 
     Raises:
-        InputError: the pairing cannot work with this many responses to a prompt.
+        InputError: the pairing does not support this many responses per prompt.
     """
     from spin.alignment.methods.pairings import check_num_samples, find_pairing
     from spin.alignment.pairs.initial import with_initial
@@ -126,14 +127,14 @@ def check_one_run(splits: Sequence[Split]) -> None:
         if differences:
             raise InputError(
                 f"the splits {known[0][0].name} and {split.name} in {split.folder} come from different runs "
-                f"({'; '.join(differences)}): generate one of them again"
+                f"({'; '.join(differences)}): regenerate one of them"
             )
 
 
 def check_output(folder: Path, sets: dict[str, PreferenceFiles], splits: Sequence[Split], overwrite: bool) -> None:
-    """Refuse a folder that holds pairs made from something else; ``overwrite`` allows it for the splits to be written.
+    """Refuse a folder with pairs from other inputs or settings; ``overwrite`` allows it for the splits to be written.
 
-    Splits of which nothing is known yet are left for later.
+    Splits without a fraction so far are checked when their first one arrives.
 
     Raises:
         InputError: naming the file and what differs.
@@ -152,14 +153,14 @@ def check_output(folder: Path, sets: dict[str, PreferenceFiles], splits: Sequenc
         found = read_provenance(open_parquet(path).schema_arrow, path)
         differences = wanted.differences(found, ignore=() if own else OF_ONE_SPLIT)
         if differences:
-            mend = "pass --overwrite" if own else "remove it"
+            fix = "pass --overwrite" if own else "remove it"
             raise InputError(
-                f"{path} was made from something else ({'; '.join(differences)}): choose another output_dir or {mend}"
+                f"{path} was created from other inputs ({'; '.join(differences)}): choose another output_dir or {fix}"
             )
 
 
 def show_counts(counts: dict[str, dict[str, int]]) -> None:
-    """Print one line a split: its rows, and what became of them."""
+    """Print one line per split: its rows by outcome."""
     names = list(next(iter(counts.values())))
     width = max(map(len, ("split", *counts))) + 1
     say("split".ljust(width) + "".join(name.rjust(11) for name in names))
@@ -168,7 +169,7 @@ def show_counts(counts: dict[str, dict[str, int]]) -> None:
 
 
 class Progress:
-    """Says every ten seconds how many rows have passed, and how fast."""
+    """Reports the number of rows and the rate every ten seconds."""
 
     def __init__(self) -> None:
         self.rows, self._said_rows, self._said = 0, 0, time.monotonic()
@@ -183,7 +184,7 @@ class Progress:
 
 @contextmanager
 def make_selection(config: ConvertConfig) -> Iterator[Selection]:
-    """Yield what forms the pairs; its scorer, where there is one, is closed afterwards."""
+    """Yield the selection that forms the pairs; its scorer, if it has one, is closed afterwards."""
     from spin.alignment.methods.pairings import find_pairing
     from spin.alignment.pairs.annotate import Labeller, scorer_settings
     from spin.alignment.pairs.preference_files import Selection
@@ -199,10 +200,10 @@ def make_selection(config: ConvertConfig) -> Iterator[Selection]:
 
 
 def write_hidden(splits: Sequence[Split], sets: dict[str, PreferenceFiles], config: ConvertConfig) -> None:
-    """Write the pairs of all splits under hidden names, and prove them complete; late splits are added to ``sets``.
+    """Write the pairs of all splits under hidden names and check completeness; late splits are added to ``sets``.
 
     Raises:
-        InputError: the proof fails, a fraction did not come in time, or no pair is left.
+        InputError: prompts or samples are missing, a fraction did not arrive in time, or no pair remains.
     """
     from spin.alignment.pairs.gather import arriving
     from spin.alignment.pairs.initial import InitialResponses
@@ -231,27 +232,28 @@ def write_hidden(splits: Sequence[Split], sets: dict[str, PreferenceFiles], conf
 
 
 def finish(split: Split, files: PreferenceFiles) -> None:
-    """Close the last hidden file of a split that was proven complete."""
+    """Close the last hidden file of a split that is known to be complete."""
     files.finish()
     files.counts["skipped"] = split.num_skipped
     if not files.counts["written"]:
         counts = files.counts
         scored = f", {counts['ties']} prompts tied, {counts['failed']} scores failed" if "ties" in counts else ""
         raise InputError(
-            f"no pair of the split '{split.name}' is left ({counts['identical']} identical, "
-            f"{counts['truncated']} cut by length{scored}): pass --identical keep or --truncated keep, or sample at a higher "
+            f"no pair of the split '{split.name}' remains ({counts['identical']} identical, "
+            f"{counts['truncated']} truncated{scored}): pass --identical keep or --truncated keep, or sample at a higher "
             "temperature"
         )
 
 
 def write_sets(splits: Sequence[Split], sets: dict[str, PreferenceFiles], config: ConvertConfig) -> None:
-    """Write the pairs of all splits, then name them. An error on the way leaves the earlier pairs as they were."""
+    """Write the pairs of all splits under hidden names, then publish them; an error before that keeps earlier pairs."""
     try:
         write_hidden(splits, sets, config)
     except BaseException:
         for files in sets.values():
             files.discard()
         raise
+    # All old sets go before the first new one appears: a crash in between must not leave a mixture that looks complete.
     for files in sets.values():
         files.withdraw()
     for split in splits:

@@ -1,4 +1,4 @@
-"""Responses of the initial model, put beside the pairs of any iteration: the third response that some losses read."""
+"""Responses of the initial model, joined to the pairs of any iteration: the third response that some losses read."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ _COLUMNS = {
 
 
 class InitialResponses:
-    """The initial model's responses to the prompts of one split, in memory (about the size of their parquet files, unpacked)."""
+    """The initial model's responses to the prompts of one split, in memory (about the uncompressed size of their files)."""
 
     def __init__(self, folder: Path, split: str) -> None:
         """Read all fractions of a split.
 
         Raises:
-            InputError: a fraction is missing or damaged, or a prompt stands twice.
+            InputError: a fraction is missing or damaged, or a prompt occurs twice.
         """
         self.folder = folder
         fractions = Split(folder, split)
@@ -52,7 +52,7 @@ class InitialResponses:
         initial model to the same prompt with the same sample index.
 
         Raises:
-            InputError: it did not respond to a prompt, or not as often; the prompt is named.
+            InputError: it has no response to a prompt, or too few; the prompt is named.
         """
         numbers = []
         for key in zip(pairs.column("prompt_id").to_pylist(), pairs.column("sample_index").to_pylist(), strict=True):
@@ -68,18 +68,18 @@ class InitialResponses:
 
 
 def with_initial(schema: pa.Schema) -> pa.Schema:
-    """Return the columns of pairs that have a third response."""
+    """Return the schema of pairs extended by the columns of the third response."""
     from spin.alignment.data.rows import OPTIONAL_COLUMNS
 
     return pa.schema([*schema, *(pa.field(name, OPTIONAL_COLUMNS[name]) for name in _COLUMNS.values())])
 
 
 def initial_record(folder: Path, split: str, made: Provenance) -> dict[str, str]:
-    """Return what the pairs say of the initial model's responses: a hash of where they come from.
+    """Return what the provenance of the pairs records of the initial model: hashes of its responses' provenance and its weights.
 
     Raises:
-        InputError: there are none for the split, or another tokenizer or chat template made them than ``made``, the responses
-            they are put beside.
+        InputError: there are no responses for the split, or their tokenizer or chat template differs from that of ``made``, the
+            responses of the pairs.
     """
     path = fraction_path(folder, split, 0)
     if not path.is_file():
@@ -90,8 +90,9 @@ def initial_record(folder: Path, split: str, made: Provenance) -> dict[str, str]
     for name in ("tokenizer_hash", "chat_template_hash"):
         if getattr(found, name) != getattr(made, name):
             raise InputError(
-                f"{path} was generated with another tokenizer or chat template than the pairs ({name} differs): generate it "
+                f"{path} was generated with a different tokenizer or chat template from the pairs ({name} differs): generate it "
                 "with the model that the first iteration started from"
             )
+    # All fractions share the rest of the record, so the first one stands for the split.
     record = asdict(found) | {"data_frac": 0, "extra": {}}
     return {"initial_hash": hash_json(record), "initial_weights": found.weights_hash}

@@ -1,1 +1,1 @@
-"""spin run: configuration, stages, the record of a run, and the commands that look at it."""
+"""spin run: configuration, stages, the record of a run, and the commands that inspect it."""

@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from spin.alignment.core.config import build, load_config, merge
+from spin.alignment.core.config import build, load_config
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.settings import check_settings, set_by_run, setting
 from spin.alignment.core.sides import INITIAL
 from spin.alignment.data.config import DataConfig
 from spin.alignment.evaluation.config import EvaluateConfig
 from spin.alignment.generation.config import GenerateConfig
-from spin.alignment.methods.losses import find_loss
 from spin.alignment.methods.weightings import WEIGHTINGS, Compares, Weighting, find_weighting
 from spin.alignment.models.config import ModelConfig
 from spin.alignment.pairs.config import ConvertConfig
@@ -26,7 +25,7 @@ from spin.alignment.training.online.keys import OnlineKeys
 C = TypeVar("C")
 
 _TRAINING = (ModelConfig, DataConfig, OutputConfig)
-# What a section holds: settings of these classes, and for a training every key of its arguments class as well.
+# The settings that a section may contain: those of these classes, and for a training also every key of its arguments class.
 SECTIONS: dict[str, tuple[type, ...]] = {
     "sft": (*_TRAINING, SFTKeys),
     "control": (*_TRAINING, SFTKeys),
@@ -37,10 +36,10 @@ SECTIONS: dict[str, tuple[type, ...]] = {
     "online": (*_TRAINING, SPINKeys, OnlineKeys),
     "evaluate": (EvaluateConfig,),
 }
-# Which models weigh the tokens when the run trains them, and where they lie in an iteration.
+# The models behind the token weights if the run trains them, and their folders in an iteration.
 SCORERS_OF_RUN = {"plus": "forward", "minus": "reverse"}
 TOKENIZER_FLAGS = ("tokenizer", "revision_tokenizer")
-# What one training run of run_online.py takes the place of.
+# Sections that a single training of run_online.py replaces.
 _ITERATED = ("generate", "convert", "weigh", "train", "overrides")
 
 
@@ -57,34 +56,34 @@ class RunData:
     )
     prompts: str | list[str] = setting(
         "",
-        "prompts that the model answers itself: one data set, or a list with one for each iteration; they need no ground truth "
-        "where the pairing needs none",
+        "prompts that the model generates responses to: one data set, or a list with one for each iteration; they need no "
+        "ground truth if the pairing needs none",
         unset="data.train",
     )
-    prompts_split: str = setting("", "their split", unset="data.train_split")
+    prompts_split: str = setting("", "split of those prompts", unset="data.train_split")
 
     def __post_init__(self) -> None:
         check_settings(self)
 
     def played(self, iteration: int = 0) -> tuple[str, str]:
-        """Return the data set and the split whose prompts the model answers in an iteration."""
+        """Return the data set and the split whose prompts the model responds to in an iteration."""
         path = self.prompts[iteration] if isinstance(self.prompts, list) else self.prompts
         return path or self.train, self.prompts_split or self.train_split
 
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """How the GPU programs are started: plain Python for one process without ``config_file``, else accelerate."""
+    """How the GPU programs are started: plain Python for one process without ``config_file``, otherwise accelerate."""
 
     num_processes: int = setting(
         1,
-        "processes of generation and of every training: one is plain Python, more is accelerate launch",
+        "processes for generation and for every training: one is plain Python, more use accelerate launch",
         group="launch",
         ge=1,
     )
     config_file: str | None = setting(None, "configuration of accelerate launch, such as configs/multi_gpu.yaml")
     parallel: bool = setting(
-        False, "train the control and score models beside the self-play, one thread each: where cores are free"
+        False, "train the control and score models in parallel with self-play, one thread each, if there are free cores"
     )
 
     def __post_init__(self) -> None:
@@ -93,7 +92,7 @@ class LaunchConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One run: every section but ``data`` and ``launch`` holds the flags or keys of the program it is named after."""
+    """One run: every section except ``data`` and ``launch`` contains the flags or keys of the program that it is named after."""
 
     run_dir: str = setting(help="folder of the run", group="run")
     model: str = setting(
@@ -101,24 +100,25 @@ class RunConfig:
     )
     data: RunData = setting(help="prompts with ground truth, see below")
     model_revision: str | None = setting(None, "revision of a Hub model")
-    iterations: int = setting(1, "how many; raise it later and the run continues", ge=1)
+    iterations: int = setting(1, "number of iterations; raise it later and the run continues", ge=1)
     history: int = setting(
-        1, "data of how many earlier iterations is added to that of the present one (the paper: 1)", ge=0
+        1, "number of earlier iterations whose data is added to that of the current one (the paper: 1)", ge=0
     )
     seed: int = setting(42, "of training and of the responses (generation of iteration t uses 1000 * seed + t)", ge=0)
     sft: dict[str, Any] | None = setting(None, "keys of run_sft.py: train the model that iteration 0 starts from")
-    control: dict[str, Any] | None = setting(None, "keys of run_sft.py: SFT continued from the start, for comparison")
+    control: dict[str, Any] | None = setting(
+        None, "keys of run_sft.py: SFT continued from the start model, for comparison"
+    )
     generate: dict[str, Any] = setting({}, "flags of generate.py, without the dashes")
     convert: dict[str, Any] = setting({}, "flags of convert_data.py")
     weigh: dict[str, Any] | None = setting(
-        None, "flags of estimate_weights.py, and train for the models that the run trains for them (docs/wspin.md)"
+        None,
+        "flags of estimate_weights.py, and train: keys for the models that the run trains to weight tokens (docs/wspin.md)",
     )
     train: dict[str, Any] = setting(
         {}, "keys of run_spin.py; config: FILE starts from the settings of a file such as configs/config.yaml"
     )
-    online: dict[str, Any] | None = setting(
-        None, "keys of run_online.py; takes the place of the iterations and their sections"
-    )
+    online: dict[str, Any] | None = setting(None, "keys of run_online.py; replaces the iterations and their sections")
     overrides: dict[Any, Any] = setting({}, "keys of run_spin.py for one iteration: {2: {learning_rate: 1.0e-7}}")
     evaluate: dict[str, Any] = setting({}, "flags of evaluate_model.py")
     launch: LaunchConfig = setting(LaunchConfig(), "how the programs are started, see below")
@@ -133,11 +133,11 @@ class RunConfig:
             raise InputError("run_dir, model and data.train must not be empty: give a folder for each")
         if self.data.test_pairs and not self.data.test:
             raise InputError("data.test_pairs is true but data.test is empty: name the held-out prompts")
-        # The training programs tell a held-out split by its name, as the original does.
+        # The training programs recognise a held-out split by its name, as the original code does.
         for name in ("train_split", "prompts_split"):
             if getattr(self.data, name).startswith("test"):
                 raise InputError(
-                    f"data.{name} is {getattr(self.data, name)}: a split named test... is never trained on"
+                    f"data.{name} is {getattr(self.data, name)}: a split named test... is never trained on, rename it"
                 )
         if isinstance(self.data.prompts, list) and len(self.data.prompts) != self.iterations:
             raise InputError(
@@ -153,9 +153,7 @@ class RunConfig:
     def _check_sections(self) -> None:
         iterated = [name for name in _ITERATED if getattr(self, name)] + (["iterations"] if self.iterations > 1 else [])
         if self.online is not None and iterated:
-            raise InputError(
-                f"the section 'online' takes the place of the iterations: remove '{iterated[0]}', or 'online'"
-            )
+            raise InputError(f"the section 'online' replaces the iterations: remove '{iterated[0]}', or 'online'")
         for name, classes in SECTIONS.items():
             refuse_set_by_run(getattr(self, name) or {}, classes, f"the section '{name}'")
         self._check_weights_section(self.weigh)
@@ -192,7 +190,9 @@ class RunConfig:
                 "itself, remove it"
             )
         if "reverse" in self.train or any("reverse" in (item or {}) for item in self.overrides.values()):
-            raise InputError("'reverse' in the section 'train' would unlearn what is weighed: remove it")
+            raise InputError(
+                "'reverse' in the section 'train' would train the policy to prefer the rejected responses: remove it"
+            )
 
     @property
     def start_model(self) -> str:
@@ -201,7 +201,7 @@ class RunConfig:
 
     @property
     def self_play_iterations(self) -> range:
-        """The iterations of generation and training: none where online training takes their place."""
+        """The iterations of generation and training: none if online training replaces them."""
         return range(self.iterations if self.online is None else 0)
 
     def opponent(self, iteration: int) -> str:
@@ -217,28 +217,23 @@ class RunConfig:
         return [str(self.iteration_dir(step) / kind) for step in range(iteration, first - 1, -1)]
 
     def train_folders(self, iteration: int) -> list[str]:
-        """What an iteration trains on: its pairs, with weights where the run has the section ``weigh``."""
+        """What an iteration trains on: its pairs, with token weights if the run has the section ``weigh``."""
         return self.pair_folders(iteration, "pairs" if self.weigh is None else "weights")
 
     @property
     def trains_scorers(self) -> bool:
-        """Whether the models that weigh the tokens are trained by the run itself."""
-        return self.weigh is not None and self._weighting.compares is Compares.TRAINED
+        """Whether the run itself trains the models behind the token weights."""
+        return self.weigh is not None and self.weighting.compares is Compares.TRAINED
 
     @property
-    def _weighting(self) -> Weighting:
+    def weighting(self) -> Weighting:
+        """The weighting of the section ``weigh``; only with that section."""
         return find_weighting(str((self.weigh or {})["weighting"]))
 
     @property
     def initial_dir(self) -> Path:
-        """Where the initial model's responses are, for the losses that read them."""
+        """The folder of the initial model's responses, for the losses that read them."""
         return Path(self.run_dir) / INITIAL / "generated"
-
-    @property
-    def reads_initial(self) -> bool:
-        """Whether a loss of the run reads a response of the model that the first iteration starts from."""
-        names = {str(self.train_values(step).get("loss_type", "sigmoid")) for step in self.self_play_iterations}
-        return any(INITIAL in find_loss(name).responses for name in names)
 
     def generation_seed(self, iteration: int) -> int:
         """Seeds of different iterations are far apart: the same seed would repeat each prompt's random numbers."""
@@ -248,128 +243,6 @@ class RunConfig:
     def initial_seed(self) -> int:
         """The seed of the initial model's responses: not that of the first iteration, whose opponent is the same model."""
         return self.generation_seed(999)
-
-    def train_values(self, iteration: int) -> dict[str, Any]:
-        """The complete settings of run_spin.py for an iteration."""
-        values = {key: value for key, value in self.train.items() if key != "config"}
-        if "config" in self.train:
-            # A configuration of one iteration by itself: its model, data and output are the pipeline's business here.
-            alone = load_config(str(self.train["config"]))
-            values = merge(
-                {key: value for key, value in alone.items() if key not in set_by_run(*SECTIONS["train"])}, values
-            )
-        values = merge(values, self.overrides.get(iteration, {}))
-        splits = [self.data.played()[1], *([self.data.test_split] if self.data.test_pairs else [])]
-        return (
-            values
-            | self._owned(self.opponent(iteration), self.iteration_dir(iteration))
-            | {
-                "dataset_mixer": dict.fromkeys(self.train_folders(iteration), 1.0),
-                "dataset_splits": [f"{split}_prefs" for split in splits],
-            }
-        )
-
-    def scorer_values(self, iteration: int, name: str) -> dict[str, Any]:
-        """The complete settings of run_spin.py for a model that weighs tokens: ``forward`` (plain SPIN) or ``reverse``."""
-        values = {key: value for key, value in self.train_values(iteration).items() if key != "alpha"}
-        values |= (self.weigh or {}).get("train") or {}
-        values["dataset_mixer"] = dict.fromkeys(self.pair_folders(iteration), 1.0)
-        values["output_dir"] = str(self.iteration_dir(iteration) / name / "checkpoint")
-        return values | ({"reverse": True} if name == "reverse" else {})
-
-    def generate_config(self, iteration: int, held_out: bool = False) -> GenerateConfig:
-        """The settings of generate.py for an iteration: for the prompts it plays on, or for the held-out ones."""
-        path, split = (self.data.test, self.data.test_split) if held_out else self.data.played(iteration)
-        opponent = self.opponent(iteration)
-        own = {
-            "model": opponent,
-            "revision": self.model_revision if opponent == self.model else None,
-            "input_dir": path,
-            "output_dir": str(self.iteration_dir(iteration) / "generated"),
-            "split": split,
-            "data_frac": "auto",
-            "iteration": iteration,
-            "seed": self.generation_seed(iteration),
-        }
-        section = self.generate | ({"frac_len": 0} if held_out else {})
-        return section_config("generate", GenerateConfig, section | own)
-
-    def convert_config(self, iteration: int) -> ConvertConfig:
-        """The settings of convert_data.py for an iteration."""
-        folder = self.iteration_dir(iteration)
-        own = {"input_dir": str(folder / "generated"), "output_dir": str(folder / "pairs")}
-        if self.reads_initial:
-            own["initial"] = str(self.initial_dir)
-        return section_config("convert", ConvertConfig, self.convert | own)
-
-    def weights_config(self, iteration: int) -> WeightsConfig:
-        """The settings of estimate_weights.py for an iteration."""
-        return section_config("weigh", WeightsConfig, self.weights_values(iteration))
-
-    def evaluate_config(self, name: str, model: str) -> EvaluateConfig:
-        """The settings of evaluate_model.py for a model; ``name`` is the folder of its scores in the run."""
-        own = {
-            "model": model,
-            "revision": self.model_revision if model == self.model else None,
-            "input_dir": self.data.test,
-            "split": self.data.test_split,
-            "output_file": str(Path(self.run_dir) / name / "eval.json"),
-            "seed": self.seed,
-        }
-        return section_config("evaluate", EvaluateConfig, self.evaluate | own)
-
-    def weights_values(self, iteration: int) -> dict[str, Any]:
-        """The complete flags of estimate_weights.py for an iteration; sequences are cut as in its training."""
-        section = {key: value for key, value in (self.weigh or {}).items() if key != "train"}
-        folder, trained, opponent = (
-            self.iteration_dir(iteration),
-            self.train_values(iteration),
-            self.opponent(iteration),
-        )
-        params = section.get("transform_params") or {}
-        if isinstance(params, Mapping):
-            section["transform_params"] = [f"{key}={value}" for key, value in params.items()] or None
-        models: dict[str, Any]
-        if self.trains_scorers:
-            models = {f"model_{sign}": str(folder / name / "checkpoint") for sign, name in SCORERS_OF_RUN.items()}
-        else:
-            with_teacher = self._weighting.compares is Compares.TEACHER
-            role = ("model_minus", "revision_minus") if with_teacher else TOKENIZER_FLAGS
-            revision = self.model_revision if opponent == self.model else None
-            models = {role[0]: opponent, role[1]: revision}
-        # What compares no models truncates nothing.
-        inherited = ("max_length", "max_prompt_length", "system") if self._weighting.needs_models else ("system",)
-        shared: dict[str, Any] = {key: trained[key] for key in inherited if key in trained}
-        output = {"output_dir": str(folder / "weights"), "page": str(folder / "weights.html"), "seed": self.seed}
-        return {**shared, **section, **models, "input_dir": str(folder / "pairs"), **output}
-
-    def sft_values(self, name: str) -> dict[str, Any]:
-        """The complete settings of run_sft.py for the start (``sft``) or the continued-SFT control (``control``)."""
-        model = self.model if name == "sft" else self.start_model
-        return (
-            dict(getattr(self, name))
-            | self._owned(model, Path(self.run_dir) / name)
-            | {
-                "dataset_mixer": {self.data.train: 1.0},
-                "dataset_splits": [self.data.train_split],
-            }
-        )
-
-    def online_values(self) -> dict[str, Any]:
-        """The complete settings of run_online.py."""
-        section = dict(self.online or {})
-        path, split = self.data.played()
-        held_out = self.data.test and section.get("eval_strategy", "no") != "no"
-        return (
-            section
-            | self._owned(self.start_model, Path(self.run_dir) / "online")
-            | {"dataset_mixer": {path: 1.0}, "dataset_splits": [split]}
-            | ({"eval_prompts": self.data.test, "eval_split": self.data.test_split} if held_out else {})
-        )
-
-    def _owned(self, model: str, folder: Path) -> dict[str, Any]:
-        owned = {"model_name_or_path": model, "output_dir": str(folder / "checkpoint"), "seed": self.seed}
-        return owned | ({"model_revision": self.model_revision} if model == self.model and self.model_revision else {})
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -385,20 +258,21 @@ def load_run_config(path: str | Path, arguments: Sequence[str] = ()) -> RunConfi
 
 
 def make_run_config(values: Mapping[str, Any], source: str) -> RunConfig:
-    """Make the configuration of a run out of its keys; ``source`` names them in messages.
+    """Build the configuration of a run from its keys; ``source`` names their origin in messages.
 
     Raises:
         InputError: as :func:`load_run_config`.
     """
     overrides = values.get("overrides")
     if isinstance(overrides, Mapping):
+        # `--overrides.2.beta=1` gives the text '2', YAML the number 2.
         overrides = {int(key) if str(key).isdigit() else key: item for key, item in overrides.items()}
         values = {**values, "overrides": overrides}
     return build(RunConfig, values, source)
 
 
 def refuse_set_by_run(values: Mapping[str, Any], classes: Sequence[type], where: str) -> None:
-    """Refuse keys that the run decides itself.
+    """Refuse keys that the run sets itself.
 
     Raises:
         InputError: naming the key.
@@ -406,19 +280,6 @@ def refuse_set_by_run(values: Mapping[str, Any], classes: Sequence[type], where:
     for key in set_by_run(*classes):
         if key in values:
             raise InputError(f"'{key}' in {where} is set by the pipeline itself: remove it")
-
-
-def section_config(name: str, config_class: type[C], values: Mapping[str, Any]) -> C:
-    """Return the settings of a program from a section and what the run sets; a key without a value keeps its default.
-
-    Raises:
-        InputError: an unknown key, a value of the wrong type or out of range, with the section's name.
-    """
-    where = f"the section '{name}'"
-    try:
-        return build(config_class, {key: value for key, value in values.items() if value is not None}, where)
-    except InputError as error:
-        raise error if where in str(error) else InputError(f"{error} (in {where})") from error
 
 
 def _comparing(what: Compares) -> str:
@@ -429,9 +290,9 @@ def open_run(run_dir: str | Path) -> RunConfig:
     """Return the configuration of an existing run directory.
 
     Raises:
-        InputError: the folder holds no run.
+        InputError: the folder contains no run.
     """
     path = Path(run_dir) / "run.yaml"
     if not path.is_file():
-        raise InputError(f"{run_dir} holds no run (run.yaml is missing): give the run_dir of `spin run`")
+        raise InputError(f"{run_dir} contains no run (run.yaml is missing): give the run_dir of `spin run`")
     return load_run_config(path, [f"--run_dir={run_dir}"])

@@ -1,4 +1,4 @@
-"""What is wrong with the rows of data files and with a model folder: one sentence for each problem."""
+"""Problems in the rows of data files and in a model folder, one sentence for each."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SHOWN_PER_FILE = 20
 
 
 def data_problems(path: Path, encoder: ChatEncoder | None) -> tuple[int, list[str]]:
-    """Return how many rows a data file, or the files of a folder, have, and their problems.
+    """Return the number of rows in a data file, or in the files of a folder, and their problems.
 
     With an ``encoder`` token ids are checked too: they must decode to the text and end as the finish reason says.
 
@@ -26,13 +26,12 @@ def data_problems(path: Path, encoder: ChatEncoder | None) -> tuple[int, list[st
     """
     files = [path] if path.is_file() else sorted(path.glob("*.parquet"))
     if not files:
-        raise InputError(
-            f"{path} holds no parquet file, no model and no run: reformat foreign data with spin/reformat.py"
-        )
+        raise InputError(f"{path} contains no parquet file, model or run: reformat foreign data with spin/reformat.py")
     checked, problems = 0, file_set_problems(files)
     for file in files:
         rows, found = file_problems(file, encoder)
         checked += rows
+        # A systematic error would otherwise print one line per row.
         problems += found[:_SHOWN_PER_FILE]
         if len(found) > _SHOWN_PER_FILE:
             problems.append(f"{file}: {len(found) - _SHOWN_PER_FILE} more problems")
@@ -40,7 +39,7 @@ def data_problems(path: Path, encoder: ChatEncoder | None) -> tuple[int, list[st
 
 
 def file_set_problems(files: Sequence[Path]) -> list[str]:
-    """Problems between files: provenance that does not fit together, and gaps in numbered sets."""
+    """Problems between files: provenance that does not match, and gaps in numbered sets."""
     import re
 
     from spin.alignment.core.parquet import open_parquet
@@ -55,7 +54,7 @@ def file_set_problems(files: Sequence[Path]) -> list[str]:
         try:
             found = read_provenance(open_parquet(file).schema_arrow, file)
         except InputError:
-            continue  # file_problems says so
+            continue  # reported by file_problems
         split = f"{found.kind} {found.split}"
         other, provenance = first.setdefault(split, (file, found))
         if differing := provenance.differences(found):
@@ -95,7 +94,7 @@ def file_problems(file: Path, encoder: ChatEncoder | None) -> tuple[int, list[st
             if not row["prompt_id"]:
                 problems.append(f"{where}: the prompt_id is empty")
             elif key in seen:
-                problems.append(f"{where}: prompt {key[0]} with sample {key[1]} stands more than once")
+                problems.append(f"{where}: prompt {key[0]} with sample {key[1]} appears more than once")
             seen.add(key)
             problems += row_problems(row, where, is_pair_file, encoder)
     except InputError as error:
@@ -110,7 +109,7 @@ def _rows(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def row_problems(row: dict[str, Any], where: str, is_pair: bool, encoder: ChatEncoder | None) -> list[str]:
-    """Return what breaks the row contract: turns, token ids, finish reasons, weights."""
+    """Return the violations of the row contract: turns, token ids, finish reasons, weights."""
     from spin.alignment.data.formats import check_conversation
     from spin.alignment.data.preferences import check_pair
 
@@ -138,7 +137,7 @@ def row_problems(row: dict[str, Any], where: str, is_pair: bool, encoder: ChatEn
 
 
 def label_problems(row: dict[str, Any], side: str) -> list[str]:
-    """Return which labels of a response are no numbers, or no probabilities where they should be."""
+    """Return which labels of a response are not finite, or not in [0, 1] although they are probabilities."""
     from spin.alignment.methods.pairings import known_labels
 
     problems = []
@@ -151,7 +150,7 @@ def label_problems(row: dict[str, Any], side: str) -> list[str]:
 
 
 def side_problems(row: dict[str, Any], side: str, encoder: ChatEncoder | None) -> list[str]:
-    """Return what is wrong with one response: its ids against its text, its end, and its weights."""
+    """Return the problems of one response: its ids against its text, its end, and its weights."""
     ids, reason, weights = (row.get(f"{side}_{name}") for name in ("token_ids", "finish_reason", "weights"))
     problems = []
     if reason is not None and reason not in FINISH_REASONS:
@@ -161,27 +160,28 @@ def side_problems(row: dict[str, Any], side: str, encoder: ChatEncoder | None) -
     if not ids:
         problems.append(f"{side}_token_ids is empty: a response has at least its end token")
     if reason is None:
-        problems.append(f"{side}_token_ids has no {side}_finish_reason beside it")
+        problems.append(f"{side}_token_ids has no {side}_finish_reason")
     if weights is not None and len(weights) != len(ids):
         problems.append(f"{len(weights)} {side}_weights for {len(ids)} {side}_token_ids")
     if encoder is None or not ids:
         return problems
     if not 0 <= min(ids) <= max(ids) < len(encoder.tokenizer):
-        return [*problems, f"{side}_token_ids holds ids outside of the tokenizer's 0 to {len(encoder.tokenizer) - 1}"]
+        return [
+            *problems,
+            f"{side}_token_ids contains ids outside of the tokenizer's 0 to {len(encoder.tokenizer) - 1}",
+        ]
     ends = [position for position, token in enumerate(ids) if token in encoder.stop_ids]
     if reason == "stop" and ends != [len(ids) - 1]:
-        problems.append(
-            f"{side}_finish_reason is stop, but {len(ends)} end tokens stand in the ids, not one at the end"
-        )
+        problems.append(f"{side}_finish_reason is stop, but the ids contain {len(ends)} end tokens, not one at the end")
     if reason == "length" and ends:
-        problems.append(f"{side}_finish_reason is length, but the ids hold an end token")
+        problems.append(f"{side}_finish_reason is length, but the ids contain an end token")
     if encoder.decode(ids) != row[side][-1]["content"]:
         problems.append(f"{side}_token_ids do not decode to the text of the {side} response")
     return problems
 
 
 def model_problems(folder: Path) -> list[str]:
-    """Return what would keep a model folder from being an opponent: weights, tokenizer, template, end token."""
+    """Return what prevents a model folder from being an opponent: weights, tokenizer, template, end token."""
     from spin.alignment.data.chat_encoder import ChatEncoder, load_tokenizer
     from spin.alignment.models.folder import check_model_path
 
@@ -200,7 +200,7 @@ def model_problems(folder: Path) -> list[str]:
 
 
 def weight_problems(path: Path) -> list[str]:
-    """Return whether a weight file is torn or holds numbers that are not finite."""
+    """Return whether a weight file is damaged or contains numbers that are not finite."""
     import torch
     from safetensors import SafetensorError, safe_open
 
@@ -213,4 +213,4 @@ def weight_problems(path: Path) -> list[str]:
                     broken.append(name)
     except (SafetensorError, OSError) as error:
         return [f"{path} is damaged ({error}): save the model again"]
-    return [f"{path}: the weight {name} holds numbers that are not finite" for name in broken]
+    return [f"{path}: the weight {name} contains numbers that are not finite" for name in broken]

@@ -10,7 +10,7 @@ from spin.alignment.pipeline.manifest import RunManifest
 
 
 def differences(left: RunManifest, right: RunManifest) -> list[tuple[str, str, str, str]]:
-    """Return (where, key, left, right) for everything two runs were not made alike in: packages, inputs, outputs."""
+    """Return (where, key, left, right) for every difference between two runs: packages, inputs, outputs."""
     rows = _mapping_differences("environment", left.environment, right.environment)
     for stage in [*left.stages, *(name for name in right.stages if name not in left.stages)]:
         mine, theirs = left.stages.get(stage), right.stages.get(stage)
@@ -31,10 +31,10 @@ def _mapping_differences(
 
 
 def show_differences(left: str, right: str) -> None:
-    """Print a table of everything two runs differ in.
+    """Print a table of every difference between two runs.
 
     Raises:
-        InputError: one of the folders holds no run.
+        InputError: one of the folders contains no run.
     """
     from rich.console import Console
     from rich.table import Table

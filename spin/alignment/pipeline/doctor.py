@@ -18,9 +18,9 @@ Verdict = Literal["ok", "absent", "broken"]
 
 
 DISTRIBUTION = "selfplay-spin"
-# Scientific Python's developer tool: its distribution, its module and its command are all called spin.
+# Scientific Python's developer tool, whose distribution, module and command are all called spin.
 OTHER_DISTRIBUTION = "spin"
-# The oldest Python that works, and the first one that is too new.
+# The oldest Python that works, and the first that is too new.
 PYTHONS = ((3, 11), (3, 14))
 CORE = ("torch", "transformers", "accelerate", "trl", "datasets", "pyarrow", "pyyaml", "rich", "matplotlib")
 # name -> (distributions that provide it, statement that proves it works, what it is for, the extra that installs it)
@@ -45,7 +45,7 @@ class Finding:
 
 
 def run_python(code: str, *flags: str, timeout: float = 120.0) -> tuple[bool, str]:
-    """Run code in another interpreter (a broken import may abort its process); return success and the last line said."""
+    """Run code in another interpreter (a broken import may abort it); return success and its output, on failure the last line."""
     try:
         done = subprocess.run(
             [sys.executable, *flags, "-c", code], capture_output=True, text=True, timeout=timeout, check=False
@@ -57,7 +57,7 @@ def run_python(code: str, *flags: str, timeout: float = 120.0) -> tuple[bool, st
 
 
 def devices() -> str:
-    """Return what torch can compute on, one line a device."""
+    """Return the devices that torch can use, one per line."""
     import torch
 
     lines = [f"{torch.get_num_threads()} CPU threads"]
@@ -71,7 +71,7 @@ def devices() -> str:
 
 
 def pins() -> dict[str, str]:
-    """Return the versions that this project was tested with, by distribution name; those of the extras are left out."""
+    """Return the versions that this project was tested with, by distribution name, without those of the extras."""
     from packaging.requirements import Requirement
 
     try:
@@ -83,13 +83,13 @@ def pins() -> dict[str, str]:
 
 
 def install_command(extra: str | None = None) -> str:
-    """Return the command that installs this project again, from the checkout if this is one."""
+    """Return the command that reinstalls this project, from the checkout if this is one."""
     option, name = ("-e ", ".") if is_checkout() else ("", DISTRIBUTION)
     return f"pip install {option}'{name}[{extra}]'" if extra else f"pip install {option}{name}"
 
 
 def package_findings() -> list[Finding]:
-    """The core packages: there, of a tested version, and importable."""
+    """The core packages: installed, and in a tested version."""
     from packaging.specifiers import SpecifierSet
 
     wanted, findings = pins(), []
@@ -137,7 +137,7 @@ def name_findings() -> list[Finding]:
 
 def _module_finding() -> Finding:
     what, again = "import spin", f"then install {DISTRIBUTION} again"
-    # As the programs of a run import it: without the current folder on the path.
+    # Imported as in the programs of a run: without the current folder on the path.
     works, found = run_python("import sys, spin; sys.stdout.write(spin.__file__ or '')", "-P")
     if not works or Path(found).resolve().parent != PACKAGE:
         where = f"finds {found}" if works else f"fails ({found})"

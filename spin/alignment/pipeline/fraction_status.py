@@ -1,4 +1,4 @@
-"""How far the fractions of a generation are, and who works on them."""
+"""The progress of the fractions of a generation, and the processes that work on them."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ def workers_of(output_dir: Path) -> list[dict[str, Any]]:
             continue
         if record.get("state") == "working" and is_known_dead(record):
             record["state"] = "killed"
-        # By the file server's clock against ours: a hint for the reader, nothing decides by it.
+        # Compares the file server's clock with this machine's: only shown to the user, no decision depends on it.
         record["age"] = max(0.0, time.time() - path.stat().st_mtime)
         found.append(record)
     return found
 
 
 def describe_worker(record: dict[str, Any]) -> str:
-    """Return one line on a worker: its rates, its share of cut responses, and when it was last heard of."""
+    """Return one line on a worker: its rates, its share of truncated responses, and the age of its last heartbeat."""
     name, seconds = record["worker"], record.get("seconds", 0)
     if not seconds:
         return f"{name}: has written nothing yet"
     rows, tokens = record["rows"], record["tokens"]
     return (
         f"{name}: {record['prompts']} prompts, {rows / seconds:.1f} rows/s, {tokens / seconds:.0f} tokens/s, "
-        f"{record['cut'] / max(rows, 1):.1%} cut, heard of {record['age']:.0f} s ago"
+        f"{record['cut'] / max(rows, 1):.1%} truncated, last heartbeat {record['age']:.0f} s ago"
     )
 
 
 def show_fractions(folder: Path) -> bool:
-    """Print how far the fractions in a folder are and who works on them; return False when it holds none."""
+    """Print the progress of the fractions in a folder and who works on them; return False if it contains none."""
     from rich.console import Console
 
     from spin.alignment.core.parquet import open_parquet
@@ -62,7 +62,7 @@ def show_fractions(folder: Path) -> bool:
         total = num_fractions(made.num_prompts, made.frac_len)
         console.print(f"{split}: {len(paths)} of {total} fractions, {rows} rows")
     for path in open_folders:
-        console.print(f"{path.name.rpartition('-')[0]}: {finished_prompts(path)} prompts finished, not whole yet")
+        console.print(f"{path.name.rpartition('-')[0]}: {finished_prompts(path)} prompts finished, not complete yet")
     for record in workers:
         left = f", {record.get('seconds_left', 0):.0f} s left" if record["state"] == "working" else ""
         console.print(f"{describe_worker(record)}{left} ({record['state']})", soft_wrap=True)

@@ -1,4 +1,4 @@
-"""``spin init NAME``: a shipped configuration, with everything it names that ships too, written into a folder of one's own."""
+"""``spin init NAME``: writes a shipped configuration, and the shipped files that it names, into the user's folder."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ Files = dict[Path, Path]
 DEMOS = {"online": "demo_online", "sppo": "demo_sppo", "wspin": "demo_wspin"}
 SHIPPED_DATA, MADE_DATA = "data/iter0", "data/sorting"
 SCRIPTS = "scripts"
-# What drives the single programs by shell. The other scripts set up and test a checkout.
+# Scripts that run the single programs. The others set up and test a checkout.
 SCRIPT_FILES = ("finetune.sh", "generate.sh", "generate_vllm.sh", "run_iterations.sh", "slurm/*.sbatch")
 SCRIPT_CONFIGS = ("config*.yaml", "deepspeed_zero3.yaml")
 
 
 def config_names() -> list[str]:
-    """Return the names of the configurations that ship."""
+    """Return the names of the shipped configurations."""
     return sorted(path.stem for path in asset("configs").glob("*.yaml"))
 
 
 def describe() -> str:
-    """Return one line for each name that ``spin init`` knows, the demos first: the name, and how its file begins."""
+    """Return one line for each name that ``spin init`` knows, the demos first: the name, and the first sentence of its file."""
     demos = {"demo": "demo", **DEMOS}
     names = demos | {name: name for name in config_names() if name not in demos.values()}
     lines = [(name, _first_sentence(asset(f"configs/{file}.yaml"))) for name, file in names.items()]
@@ -45,16 +45,16 @@ def describe() -> str:
 
 
 def _first_sentence(path: Path) -> str:
-    """Return the first sentence of the comment at the head of a configuration, up to a command that it may name."""
+    """Return the first sentence of the comment at the head of a configuration, without a command that it may end with."""
     head = path.read_text(encoding="utf-8").partition("\n#  ")[0].splitlines()
     comment = " ".join(line[1:].strip() for line in takewhile(lambda line: line.startswith("#"), head))
     return re.split(r"\.(?:\s|$)|:(?:\s\s|$)", comment)[0]
 
 
 def init(name: str, folder: Path) -> None:
-    """Write what ``name`` stands for into ``folder`` and say what to run next.
+    """Write the files of ``name`` into ``folder`` and say what to run next.
 
-    A file that is there already with the same content is kept. The rest is written only if no other file is in its place.
+    A file that already exists with the same content is kept; the others are written only if no file is in the way.
 
     Raises:
         InputError: unknown name, or a file with other content is in the way; nothing has been written.
@@ -62,11 +62,11 @@ def init(name: str, folder: Path) -> None:
     name = DEMOS.get(name, name)
     if name not in [*config_names(), SCRIPTS]:
         names = sorted({*config_names(), *DEMOS, SCRIPTS})
-        raise InputError(f"nothing called '{name}' ships{suggestion(name, names)} (see spin init --help)")
+        raise InputError(f"there is no demo or configuration '{name}'{suggestion(name, names)} (see spin init --help)")
     with tempfile.TemporaryDirectory() as scratch:
         files = script_files() if name == SCRIPTS else config_files(f"{name}.yaml", Path(scratch))
         new = _new_files(files, folder)
-        # The configuration last: where it is, all that it names is there too.
+        # The configuration is written last: if it exists, so do all the files that it names.
         for path in reversed(new):
             with files[path].open("rb") as source, atomic_file(folder / path) as target:
                 shutil.copyfileobj(source, target)
@@ -83,10 +83,10 @@ def script_files() -> Files:
 
 
 def config_files(file_name: str, scratch: Path) -> Files:
-    """Return a configuration, those it extends beside it, and the shipped configurations and data that it names.
+    """Return a configuration, those that it extends, and the shipped configurations and data that it names.
 
     Args:
-        scratch: an empty folder for data that no file ships of and that are made here.
+        scratch: an empty folder for data that is generated here instead of shipped.
     """
     files = _with_extended(Path(file_name))
     names = set(_texts(load_yaml(asset(f"configs/{file_name}"))))
@@ -128,10 +128,10 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _new_files(files: Files, folder: Path) -> list[Path]:
-    """Return the places where nothing is yet.
+    """Return the paths where nothing exists yet.
 
     Raises:
-        InputError: a place is taken by something else.
+        InputError: something else exists at one of the paths.
     """
     new = []
     for place, source in files.items():
@@ -140,13 +140,13 @@ def _new_files(files: Files, folder: Path) -> list[Path]:
             new.append(place)
         elif not (target.is_file() and target.read_bytes() == source.read_bytes()):
             raise InputError(
-                f"{target} exists with other content and is not overwritten: move it away, or use another folder"
+                f"{target} exists with different content and is not overwritten: move it away, or use another folder"
             )
     return new
 
 
 def _shown(places: list[Path], folder: Path) -> list[str]:
-    """Return what is said of the new files: those under data/ by their folder."""
+    """Return the new files to list for the user; those under data/ as their folder."""
     shown = [
         f"{folder / Path(*place.parts[:2])}/" if place.parts[0] == "data" else str(folder / place) for place in places
     ]

@@ -9,7 +9,7 @@ from spin.alignment.pipeline.stages.training import checkpoint_of
 
 
 def lineage(config: RunConfig) -> list[tuple[str, str, str, str]]:
-    """Return (model made, starts from, opponent, data) for every trained model of the run."""
+    """Return (trained model, starts from, opponent, data) for every trained model of the run."""
     rows = []
     for stage in make_stages(config):
         if stage.makes is not None:

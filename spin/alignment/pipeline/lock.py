@@ -12,7 +12,7 @@ from spin.alignment.pipeline.processes import end_processes, orphans
 
 @contextmanager
 def run_lock(run_dir: str | Path) -> Iterator[None]:
-    """Hold a run directory. Programs that outlived a killed holder are ended first: they would write into the same files.
+    """Hold a run directory. Programs that outlived a killed holder are ended first, as they would write to the same files.
 
     Raises:
         InputError: another run holds the directory, or it cannot be written.

@@ -1,4 +1,4 @@
-"""The record of a run: which stage is done, and what it was made from."""
+"""The record of a run: which stages are done, and the inputs that they were run on."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class RunManifest:
     """The records of one run directory. Safe to use from several threads of one process; see :func:`run_lock` for others."""
 
     def __init__(self, run_dir: str | Path) -> None:
-        """Read ``manifest.json`` when there is one.
+        """Read ``manifest.json`` if it exists.
 
         Raises:
             InputError: it is damaged, or of a newer format.
@@ -65,11 +65,12 @@ class RunManifest:
             write_json_atomic(self.path, {"environment": self.environment, "stages": stages})
 
     def content_hash(self, path: Path) -> str:
-        """Return a file's content hash; an unchanged size and modification time spare reading it again."""
+        """Return a file's content hash; a file with unchanged size and modification time is not read again."""
         facts = path.stat()
         key = (str(path.resolve()), facts.st_size, facts.st_mtime_ns)
         with self._mutex:
             if key not in self._hashes:
+                # A checkpoint of several GiB is hashed once, when its stage finishes, and not by every later status or stage.
                 known = self._recorded(path)
                 same = known and (known["size"], known["mtime_ns"]) == key[1:]
                 self._hashes[key] = known["hash"] if known and same else hash_file(path)
@@ -86,20 +87,20 @@ class RunManifest:
         return hash_json({path.name: self.content_hash(path) for path in paths})
 
     def changes(self, stage: str, inputs: Mapping[str, Any]) -> list[str]:
-        """Return ``key: then -> now`` for every input that differs from what the stage's record was made from."""
+        """Return ``key: then -> now`` for every input that differs from the stage's record."""
         then = self.stages[stage].inputs
         keys = [key for key in {**then, **inputs} if then.get(key) != inputs.get(key)]
         return [f"{key}: {then.get(key, 'absent')} -> {inputs.get(key, 'absent')}" for key in sorted(keys)]
 
     def is_done(self, stage: str) -> bool:
-        """Return whether the stage's record is done and every output is there with the recorded content."""
+        """Return whether the stage's record is done and every output exists with the recorded content."""
         record = self.stages.get(stage)
         if record is None or record.state != "done":
             return False
         return not self.damaged_outputs(stage)
 
     def damaged_outputs(self, stage: str) -> list[str]:
-        """Return the outputs of a stage that are gone or have another content."""
+        """Return the outputs of a stage that are missing or have changed content."""
         return [
             name
             for name, facts in self.stages[stage].outputs.items()
@@ -110,6 +111,7 @@ class RunManifest:
         """Record that a stage is running on these inputs."""
         with self._mutex:
             earlier = self.stages.get(stage)
+            # The seconds of an interrupted attempt count only if it had the same inputs, since only then its results are used.
             resumed = earlier is not None and earlier.state != "done" and earlier.inputs == dict(inputs)
             seconds = earlier.seconds if earlier is not None and resumed else 0.0
             hash_ = hash_json(dict(inputs))

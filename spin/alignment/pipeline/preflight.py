@@ -15,7 +15,7 @@ def check_before_start(config: RunConfig, source: str) -> None:
     """Check every setting of every program, the data and the tokenizer, before any process starts.
 
     Raises:
-        InputError: what is wrong, with the section or file it stands in.
+        InputError: naming the problem and its section or file.
     """
     from spin.alignment.models.folder import check_model_path
 
@@ -25,7 +25,7 @@ def check_before_start(config: RunConfig, source: str) -> None:
 
 
 def check_settings(config: RunConfig, source: str) -> None:
-    """Check the settings of every kind of stage as its program will; ``source`` is the file they stand in."""
+    """Check the settings of every kind of stage as its program will; ``source`` is the file that contains them."""
     from spin.alignment.pipeline.stages import KINDS
 
     for kind in KINDS.values():
@@ -33,15 +33,15 @@ def check_settings(config: RunConfig, source: str) -> None:
 
 
 def check_data(config: RunConfig) -> None:
-    """Read the prompts and encode some of them, so that an unusable template shows before hours of training.
+    """Read the prompts and encode some of them, so that an unusable template is found before hours of training.
 
-    Only SFT, the evaluation and pairings that compare with the ground truth need one.
+    A ground truth is required only for SFT, evaluation, and pairings that compare with it.
     """
     from spin.alignment.data.chat_encoder import ChatEncoder, load_tokenizer
     from spin.alignment.data.formats import prompt_turns
     from spin.alignment.data.rows import load_prompts
 
-    # What the program that reads the prompts is told: run_online.py where it takes the place of generate.py.
+    # The settings of the program that reads the prompts: run_online.py if it replaces generate.py.
     told: dict[str, Any] = {**config.generate, **(config.online or {})}
     tokenizer = load_tokenizer(config.model, config.model_revision, bool(told.get("trust_remote_code")))
     encoder = ChatEncoder(tokenizer, told.get("system", "keep"))
@@ -55,7 +55,7 @@ def check_data(config: RunConfig) -> None:
 
 
 def data_sources(config: RunConfig) -> dict[tuple[str, str], bool]:
-    """Return every data set and split of a run, and whether its rows must have their ground truth."""
+    """Return every data set and split of a run, and whether its rows must have a ground truth."""
     from spin.alignment.pipeline.stages import KINDS
 
     sources: dict[tuple[str, str], bool] = {}
@@ -66,7 +66,7 @@ def data_sources(config: RunConfig) -> dict[tuple[str, str], bool]:
 
 
 def check_run_dir(run_dir: Path) -> None:
-    """Refuse a folder that holds something else than a run; what a run killed in its first moments left is none."""
+    """Refuse a folder with files that are not from a run; leftovers of a run that was killed at its start are allowed."""
     from spin.alignment.core.files import is_leftover
     from spin.alignment.core.lock import LOCK_NAME
     from spin.alignment.pipeline.manifest import MANIFEST_NAME
@@ -81,4 +81,6 @@ def check_run_dir(run_dir: Path) -> None:
             if path.name not in (*own, LOCK_NAME) and not any(is_leftover(path, run_dir / name) for name in own)
         )
         if foreign:
-            raise InputError(f"run_dir {run_dir} holds {foreign[0]} but no run of this program: choose an empty folder")
+            raise InputError(
+                f"run_dir {run_dir} contains {foreign[0]} but no run of this program: choose an empty folder"
+            )

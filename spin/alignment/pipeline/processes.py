@@ -18,10 +18,10 @@ _CHUNK_BYTES = 65536
 
 
 class ChildPrograms:
-    """Starts programs for a run directory and keeps track of those that live. Safe to use from several threads."""
+    """Starts programs for a run directory and keeps track of those that are running. Safe to use from several threads."""
 
     def __init__(self, run_dir: Path, one_thread: bool, prefix: bool) -> None:
-        """``one_thread`` gives each child one OpenMP thread; ``prefix`` marks each line with the stage it came from."""
+        """``one_thread`` gives each child one OpenMP thread; ``prefix`` starts each line with the stage that it came from."""
         self.run_dir, self.prefix = run_dir, prefix
         self.environment = {**os.environ, RUN_VARIABLE: str(run_dir.resolve()), "PYTHONUNBUFFERED": "1"}
         if one_thread:
@@ -35,15 +35,15 @@ class ChildPrograms:
         return self.run_dir / "logs" / f"{stage.replace('/', '-')}.log"
 
     def run(self, stage: str, command: Sequence[str]) -> int:
-        """Run one command to its end; return its exit code (130 when it was stopped by a signal)."""
+        """Run one command and wait for it; return its exit code (130 if a signal stopped it)."""
         log_path = self.log_path(stage)
         log_path.parent.mkdir(parents=True, exist_ok=True)
         with log_path.open("ab") as log:
             start = log.tell()
             log.write(("$ " + " ".join(command) + "\n").encode())
-            self.starter.prepare(command)  # may take seconds, in which stop() must not have to wait
+            self.starter.prepare(command)  # may take seconds, and stop() must not wait for it
             with self._mutex:
-                if self._stopped:
+                if self._stopped:  # stop() was called while the server started: nothing may start after it
                     return 130
                 child, output = self._start(command)
                 self._living[child.pid] = child
@@ -61,7 +61,7 @@ class ChildPrograms:
         return self._exit_code(code, log_path, start)
 
     def _start(self, command: Sequence[str]) -> tuple[subprocess.Popen[bytes] | ServedProgram, BinaryIO]:
-        """Start a command; return it and the end of the pipe that both its outputs go to."""
+        """Start a command; return it and the read end of the pipe for both of its outputs."""
         read_end, write_end = os.pipe()
         output = os.fdopen(read_end, "rb", buffering=0)
         try:
@@ -73,7 +73,7 @@ class ChildPrograms:
             os.close(write_end)
 
     def _show(self, stage: str, output: BinaryIO, log: BinaryIO) -> None:
-        """Copy the output to the log and the terminal. Progress bars (carriage returns) reach a terminal only."""
+        """Copy the output to the log and the terminal. Progress bars (carriage returns) are only shown on a terminal."""
         mark = f"[{stage}] ".encode() if self.prefix else b""
         pending = b""
         while chunk := os.read(output.fileno(), _CHUNK_BYTES):
@@ -96,7 +96,7 @@ class ChildPrograms:
 
     @staticmethod
     def _exit_code(code: int, log_path: Path, start: int) -> int:
-        """Map to 0, 1, 2 or 130; accelerate reports 1 whatever its children said, so their sentence decides."""
+        """Map to 0, 1, 2 or 130; accelerate returns 1 for any failure of its children, so an error line in the log means 2."""
         if code in (-signal.SIGINT, -signal.SIGTERM, 130):
             return 130
         if code in (0, 2):
@@ -108,17 +108,17 @@ class ChildPrograms:
         return 2 if bad_input else 1
 
     def stop(self) -> None:
-        """End every living child and its process group: ask first, kill after 20 seconds. Nothing is started after this."""
+        """End every running child and its process group: SIGTERM first, SIGKILL after 20 seconds. Nothing starts after this."""
         with self._mutex:
             self._stopped = True
             living = list(self._living)
         groups = [pid for leader in living for pid in group_members(leader)]
         end_processes(groups)
-        self.starter.close()  # it reports how they ended first
+        self.starter.close()  # only now: the server has to report how its programs ended
 
 
 def group_members(leader: int) -> list[int]:
-    """Return the processes in the group of a leader (the leader alone where /proc is absent)."""
+    """Return the processes in the group of a leader (only the leader if there is no /proc)."""
     members = [leader]
     for entry in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -145,7 +145,7 @@ def accelerate_command(
     if config_file is not None:
         launcher.append(f"--config_file={config_file}")
     else:
-        # --multi_gpu is accelerate's word for "start N processes here"; without GPUs they run on the CPU.
+        # --multi_gpu makes accelerate start N processes on this machine; without GPUs they run on the CPU.
         launcher += ["--multi_gpu", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
         launcher.append("--main_process_port=0")
     return [*launcher, str(program), *arguments]
@@ -170,7 +170,7 @@ def orphans(run_dir: Path) -> list[int]:
 
 
 def end_processes(pids: list[int]) -> None:
-    """Ask processes to end, and kill those that do not within 20 seconds."""
+    """Send SIGTERM to processes, and SIGKILL to those that have not ended after 20 seconds."""
     _signal_all(pids, signal.SIGTERM)
     deadline = time.monotonic() + _TERMINATION_SECONDS
     while (pids := [pid for pid in pids if _is_alive(pid)]) and time.monotonic() < deadline:
@@ -191,4 +191,4 @@ def _is_alive(pid: int) -> bool:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
         return False
-    return state != "Z"
+    return state != "Z"  # a zombie has ended, its parent has only not collected it yet

@@ -1,4 +1,4 @@
-"""``spin config``: every value of a configuration as a program will see it, and where it comes from."""
+"""``spin config``: every value of a configuration as a program will see it, and its origin."""
 
 from __future__ import annotations
 
@@ -26,12 +26,21 @@ from spin.alignment.core.settings import (
 from spin.alignment.data.config import DataConfig
 from spin.alignment.models.config import ModelConfig
 from spin.alignment.pipeline.config import SECTIONS, RunConfig, load_run_config
+from spin.alignment.pipeline.program_settings import (
+    convert_config,
+    evaluate_config,
+    generate_config,
+    online_values,
+    sft_values,
+    train_values,
+    weights_config,
+)
 from spin.alignment.training.keys import OutputConfig, SPINKeys
 from spin.alignment.training.online.keys import OnlineKeys
 from spin.alignment.training.renamed_keys import RENAMED, rename_keys
 
 DEFAULT, BY_THE_RUN = "default", "set by the run"
-# Training programs, by the section of `spin run` that holds the same keys.
+# Training programs, by the section of `spin run` that takes the same keys.
 _PROGRAMS = {"run_spin": "train", "run_sft": "sft", "run_online": "online"}
 
 
@@ -45,13 +54,14 @@ class Resolved:
 
 
 def program_of(values: Mapping[str, Any]) -> str:
-    """Return the program that a configuration is for, told by its keys: run, run_spin, run_sft or run_online."""
+    """Return the program that a configuration is for, inferred from its keys: run, run_spin, run_sft or run_online."""
     if {"run_dir", "data", *SECTIONS} & set(values):
         return "run"
     own = set(settings_of(OnlineKeys)) - set(settings_of(SPINKeys)) - set(settings_of(ModelConfig))
     if own & set(values):
         return "run_online"
     preference = {field.name for group in ("method", "batches") for field in grouped(SPINKeys)[group]}
+    # SFT has these two as well, so they say nothing about the program.
     preference -= {"per_device_train_batch_size", "gradient_accumulation_steps"}
     splits = values.get("dataset_splits") or ["train_prefs"]
     if "init_from_config" in values or not (preference & set(values) or any("_prefs" in str(name) for name in splits)):
@@ -78,8 +88,8 @@ def resolve(path: str | Path, arguments: Sequence[str], program: str | None, eve
     """Return the program of a configuration and its resolved values.
 
     Args:
-        program: run, run_spin, run_sft or run_online; None: told by the keys.
-        every: also the keys of transformers that nobody has set.
+        program: run, run_spin, run_sft or run_online; None: inferred from the keys.
+        every: include the keys of transformers that are not set.
 
     Raises:
         InputError: an unknown key, a value of the wrong type or out of range, an unknown program.
@@ -115,7 +125,7 @@ def _of_training(
 
 
 def _origin(key: str, found: Mapping[str, str]) -> str | None:
-    """Return where a value comes from; of a mapping: where the first of what it holds does."""
+    """Return the origin of a value; for a mapping, that of its first item."""
     return found.get(key) or next((found[name] for name in found if name.startswith(f"{key}.")), None)
 
 
@@ -138,28 +148,36 @@ def _stages(config: RunConfig) -> list[str]:
 
 
 def _of_section(config: RunConfig, name: str, inside: dict[str, str], every: bool) -> Iterator[Resolved]:
-    """Yield the values of a section, for the first iteration; ``inside`` has the origins of what is written in it."""
+    """Yield the values of a section, for the first iteration; ``inside`` has the origins of its keys."""
     decided = set_by_run(*SECTIONS[name])
     written = {key: origin for key, origin in inside.items() if key.partition(".")[0] not in decided}
     where = f"the section '{name}'"
     if name in ("sft", "control"):
-        yield from _of_training("run_sft", config.sft_values(name), written, where, every)
+        yield from _of_training("run_sft", sft_values(config, name), written, where, every)
     elif name == "online":
-        yield from _of_training("run_online", config.online_values(), written, where, every)
+        yield from _of_training(
+            "run_online",
+            online_values(
+                config,
+            ),
+            written,
+            where,
+            every,
+        )
     elif name == "train":
         base = origins(str(config.train["config"])) if "config" in config.train else {}
         written = {key: origin for key, origin in base.items() if key not in decided} | written
-        yield from _of_training("run_spin", config.train_values(0), written, where, every)
+        yield from _of_training("run_spin", train_values(config, 0), written, where, every)
     else:
         yield from _of_flags(_flags_of(config, name), written)
 
 
 def _flags_of(config: RunConfig, name: str) -> Any:
     if name == "generate":
-        return config.generate_config(0)
+        return generate_config(config, 0)
     if name == "convert":
-        return config.convert_config(0)
-    return config.weights_config(0) if name == "weigh" else config.evaluate_config("start", config.start_model)
+        return convert_config(config, 0)
+    return weights_config(config, 0) if name == "weigh" else evaluate_config(config, "start", config.start_model)
 
 
 def _of_flags(config: Any, written: Mapping[str, str]) -> Iterator[Resolved]:
@@ -169,7 +187,7 @@ def _of_flags(config: Any, written: Mapping[str, str]) -> Iterator[Resolved]:
 
 
 def show_config(path: str | Path, arguments: Sequence[str], program: str | None = None, every: bool = False) -> None:
-    """Print every resolved value of a configuration with where it came from."""
+    """Print every resolved value of a configuration with its origin."""
     program, rows = resolve(path, arguments, program, every)
     say(f"{path}: {'spin run' if program == 'run' else f'spin/{program}.py'}")
     texts = [(row.key, _text(row.value), row.origin) for row in rows]
@@ -179,7 +197,7 @@ def show_config(path: str | Path, arguments: Sequence[str], program: str | None 
 
 
 def _text(value: Any) -> str:
-    """Return a value as it would be written in YAML, on one line."""
+    """Return a value as one line of YAML."""
     plain = list(value) if isinstance(value, tuple) else value
     dumped = yaml.dump(plain, Dumper=yaml.SafeDumper, default_flow_style=True, width=10_000, sort_keys=False)
     return dumped.removesuffix("...\n").strip()

@@ -1,4 +1,4 @@
-"""Runs the stages of a run, in order or beside each other."""
+"""Runs the stages of a run, in order or in parallel."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Pipeline:
         self._failure: BaseException | None = None
 
     def changed_stages(self) -> dict[str, list[str]]:
-        """Return the finished stages that were made from other settings or files, and what differs."""
+        """Return the finished stages whose settings or input files have changed, and what differs."""
         changed = {}
         for stage in self.stages:
             record = self.manifest.stages.get(stage.name)
@@ -46,32 +46,33 @@ class Pipeline:
         return changed
 
     def refuse_changes(self) -> None:
-        """Raise :class:`InputError` when a finished stage would have to be made again and nobody asked for that."""
+        """Raise :class:`InputError` if a finished stage would have to run again without ``rerun_changed``."""
         changed = self.changed_stages()
         if changed and not self.rerun_changed:
             name, differing = next(iter(changed.items()))
             others = f" (and {len(changed) - 1} more stages)" if len(changed) > 1 else ""
             raise InputError(
-                f"{self.manifest.run_dir} was made from other settings or files: {name}{others}: {'; '.join(differing)}; "
-                "choose another run_dir, or pass --rerun_changed to make these stages again"
+                f"{self.manifest.run_dir} was created with other settings or files: {name}{others}: {'; '.join(differing)}; "
+                "choose another run_dir, or pass --rerun_changed to run these stages again"
             )
 
     def run(self) -> None:
-        """Run every stage that is not done; with ``launch.parallel``, scoring and the control beside self-play.
+        """Run every stage that is not done; with ``launch.parallel``, scoring and the control in parallel with self-play.
 
         Raises:
-            StageFailed: a program ended with another code than 0; what ran beside it has been stopped.
+            StageFailed: a program ended with a nonzero exit code; programs in parallel with it have been stopped.
         """
         if not self.parallel:
             for stage in self.stages:
                 self.runner.run(stage)
             return
+        # Self-play is one chain, what may run beside it the other; each keeps the order of the stages.
         chains = [[stage for stage in self.stages if stage.kind.can_run_beside is beside] for beside in (False, True)]
         threads = [threading.Thread(target=self._run_chain, args=(chain,)) for chain in chains]
         for thread in threads:
             thread.start()
         for thread in threads:
-            while thread.is_alive():  # a join without a timeout would not let a signal through
+            while thread.is_alive():  # a join without a timeout would block signal handlers
                 thread.join(timeout=0.2)
         if self._failure is not None:
             raise self._failure
@@ -85,17 +86,17 @@ class Pipeline:
                 with self._turn:
                     self._unfinished.remove(stage.name)
                     self._turn.notify_all()
-        except BaseException as failure:
+        except BaseException as failure:  # run() raises it again in the main thread
             self._stop(failure)
 
     def _wait_for(self, needs: tuple[str, ...]) -> bool:
-        """Wait until these stages are finished; return False when the run has failed meanwhile."""
+        """Wait until these stages are finished; return False if the run has failed in the meantime."""
         with self._turn:
             self._turn.wait_for(lambda: self._failure is not None or self._unfinished.isdisjoint(needs))
             return self._failure is None
 
     def interrupt(self) -> None:
-        """End every child; both chains come to their end."""
+        """End every child; both chains then stop."""
         self._stop(KeyboardInterrupt())
 
     def _stop(self, failure: BaseException) -> None:
@@ -142,9 +143,9 @@ def run_stages(
 
 
 def explain(failure: StageFailed) -> int:
-    """Say which stage ended how; return the exit code of the run."""
+    """Report which stage failed and why; return the exit code of the run."""
     code = failure.code if failure.code in (EXIT_BAD_INPUT, EXIT_INTERRUPTED) else EXIT_INTERNAL_ERROR
     reason = {EXIT_BAD_INPUT: "its input is bad, see the sentence above", EXIT_INTERRUPTED: "it was interrupted"}
     said = reason.get(code, f"its program failed (exit code {failure.code})")
-    say_error(f"error: {failure.stage} stopped: {said}; log: {failure.log}; run again to go on")
+    say_error(f"error: {failure.stage} stopped: {said}; log: {failure.log}; run again to resume")
     return code

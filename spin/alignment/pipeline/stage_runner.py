@@ -1,4 +1,4 @@
-"""Runs one stage: skips it when it is done, starts its programs, and records what they made."""
+"""Runs one stage: skips it if it is done, starts its programs, and records their outputs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class StageFailed(Exception):
-    """A stage's program ended with another code than 0."""
+    """A program of a stage ended with a nonzero exit code."""
 
     def __init__(self, stage: str, code: int, log: Path) -> None:
         super().__init__(stage)
@@ -31,20 +31,20 @@ class StageRunner:
         self.config, self.manifest, self.children = config, manifest, children
 
     def run(self, stage: Stage) -> None:
-        """Run a stage unless it is done; what it must not take for its own complete output is moved aside first.
+        """Run a stage unless it is done; stale or damaged output is moved aside first.
 
         Raises:
-            StageFailed: a program ended with another code than 0.
-            InputError: what the programs wrote is not what the run asked for.
+            StageFailed: a program ended with a nonzero exit code.
+            InputError: the output of the programs is not what the run requires.
         """
         inputs = stage.inputs(self.manifest)
         record = self.manifest.stages.get(stage.name)
         if record is not None and record.inputs == inputs and self.manifest.is_done(stage.name):
-            say(f"==> {stage.name}: done already")
+            say(f"==> {stage.name}: already complete")
             return
         self._clear(stage, record, inputs)
-        goes_on = record is not None and record.inputs == inputs and record.state != "done"
-        say(f"==> {stage.name}: {'going on' if goes_on else 'starting'}")
+        resumed = record is not None and record.inputs == inputs and record.state != "done"
+        say(f"==> {stage.name}: {'resuming' if resumed else 'starting'}")
         self.manifest.start(stage.name, inputs)
         started = time.monotonic()
         try:
@@ -57,6 +57,7 @@ class StageRunner:
         say(f"==> {stage.name}: done in {seconds:.0f} s")
 
     def _run_programs(self, stage: Stage) -> None:
+        # On resume as well: the first attempt may have been killed before it wrote its files.
         stage.kind.prepare(stage)
         for command in stage.commands:
             code = self.children.run(stage.name, command)
@@ -64,11 +65,11 @@ class StageRunner:
                 raise StageFailed(stage.name, code, self.children.log_path(stage.name))
         missing = stage.kind.missing_outputs(stage)
         if missing:
-            raise RuntimeError(f"{stage.name} ended well but did not write {', '.join(missing)}")
+            raise RuntimeError(f"{stage.name} succeeded but did not write {', '.join(missing)}")
         stage.kind.finish(stage, self.config)
 
     def _clear(self, stage: Stage, record: StageRecord | None, inputs: dict[str, Any]) -> None:
-        """Move output aside that was made from other inputs, or that was changed since it was complete."""
+        """Move aside output that is from other inputs, or that has changed since it was complete."""
         if record is None:
             return
         if record.inputs != inputs:
@@ -79,7 +80,7 @@ class StageRunner:
             self._keep_replaced(stage, suspects, "files of its output were changed or removed")
 
     def _keep_replaced(self, stage: Stage, paths: list[Path], reason: str) -> None:
-        """Keep output that is not to be used any more: nothing of it may leak into the new one."""
+        """Move output that must not be used any more to RUN/replaced/, so that none of it ends up in the new output."""
         run_dir = self.manifest.run_dir
         kept = run_dir / "replaced" / time.strftime("%Y%m%d-%H%M%S")
         present = [path for path in paths if path.exists()]

@@ -1,4 +1,4 @@
-"""Starts programs: from the start server where it can serve them, as new processes otherwise. Both behave alike."""
+"""Starts programs: forked by the start server if it can serve them, otherwise as new processes. Both behave the same."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from pathlib import Path
 from spin.alignment.generation import BACKENDS, find_backend
 
 PROGRAMS = Path(__file__).resolve().parents[2]
-_NOT_SERVED = ("__init__", "__main__", "cli")  # `spin run` has a server of its own
+_NOT_SERVED = ("__init__", "__main__", "cli")  # `spin run` starts its own server
 PLAIN_STARTS_VARIABLE = "SPIN_PLAIN_STARTS"
 _READY_SECONDS = 300.0
 _CLOSE_SECONDS = 5.0
-# As in a plain start, the folder of the caller is not on the module path.
+# As in a plain start, the current folder is not on the module path.
 _SERVER = (
     "import sys\n"
     "if not sys.flags.safe_path: del sys.path[0]\n"
@@ -32,7 +32,7 @@ _SERVER = (
 
 
 class ServedProgram:
-    """A program forked by the start server, with the part of ``subprocess.Popen`` that its starters use."""
+    """A program forked by the start server, with the part of the ``subprocess.Popen`` interface that callers use."""
 
     def __init__(self, pid: int, report: socket.socket) -> None:
         self.pid = pid
@@ -42,10 +42,10 @@ class ServedProgram:
     def wait(self, timeout: float | None = None) -> int:
         """Wait for the end; return the exit code, negative for a signal.
 
-        When the server has been killed nobody can learn the exit code: what is left of the program is killed too.
+        If the server has been killed, the exit code is unknown and the rest of the program is killed too.
 
         Raises:
-            subprocess.TimeoutExpired: the program still runs after ``timeout`` seconds.
+            subprocess.TimeoutExpired: the program is still running after ``timeout`` seconds.
         """
         if self._code is None:
             self._report.settimeout(timeout)
@@ -61,15 +61,15 @@ class ServedProgram:
 
 
 def kill_group(leader: int) -> None:
-    """Kill what is left of a process group."""
+    """Kill the remaining processes of a group."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(leader, signal.SIGKILL)
 
 
 class ProgramStarter:
-    """Starts programs in one environment, which the server shares. Safe to use from several threads.
+    """Starts programs in one environment, shared with the server. Safe to use from several threads.
 
-    ``problem`` says why programs are started plainly, once that is known.
+    ``problem`` is the reason why programs are started as new processes, once there is one.
     """
 
     def __init__(self, environment: Mapping[str, str]) -> None:
@@ -82,7 +82,7 @@ class ProgramStarter:
         self._mutex = threading.Lock()
 
     def prepare(self, command: Sequence[str], cwd: Path | None = None) -> None:
-        """Wait for the server where the command is one that it serves; the first call starts it."""
+        """Wait for the server if it serves this command; the first call starts it."""
         if not is_served(command, cwd or Path.cwd()):
             return
         with self._mutex:
@@ -92,7 +92,7 @@ class ProgramStarter:
     def start(
         self, command: Sequence[str], stdout: int, stderr: int, cwd: Path | None = None
     ) -> ServedProgram | subprocess.Popen[bytes]:
-        """Start a command as the leader of a session of its own, without standard input."""
+        """Start a command as the leader of its own session, without standard input."""
         folder = cwd or Path.cwd()
         self.prepare(command, folder)
         served = self._ask(command[1:], folder, stdout, stderr) if is_served(command, folder) else None
@@ -109,15 +109,15 @@ class ProgramStarter:
         )
 
     def close(self) -> None:
-        """End the server; programs that it started go on, as does a thread that waits for it. Later starts are plain."""
+        """End the server; programs that it started continue, as do threads waiting for them. Later starts are new processes."""
         self.problem = self.problem or "the server was closed"
         control = self._control
         if control is not None:
-            with contextlib.suppress(OSError):  # it has ended already
+            with contextlib.suppress(OSError):  # it has already ended
                 control.shutdown(socket.SHUT_RDWR)
 
     def _start_server(self) -> str | None:
-        """Start the server and wait until it is ready; return why it cannot serve, None when it can."""
+        """Start the server and wait until it is ready; return why it cannot serve, or None if it can."""
         try:
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             with theirs:
@@ -145,7 +145,7 @@ class ProgramStarter:
         return None if message["problem"] is None else str(message["problem"])
 
     def _ask(self, arguments: Sequence[str], cwd: Path, stdout: int, stderr: int) -> ServedProgram | None:
-        """Let the server start a program; return None where it cannot, and do not ask again."""
+        """Let the server start a program; return None if it cannot, and do not ask it again."""
         if self.problem is not None or self._control is None:
             return None
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -173,7 +173,7 @@ def _end_server(control: socket.socket, server: subprocess.Popen[bytes]) -> None
 
 
 def _receive(connection: socket.socket) -> dict[str, object] | None:
-    """Return the next message; None when the other end has closed."""
+    """Return the next message; None if the other end has closed."""
     try:
         message = connection.recv(65536)
     except ConnectionError:
@@ -184,7 +184,7 @@ def _receive(connection: socket.socket) -> dict[str, object] | None:
 def is_served(command: Sequence[str], cwd: Path) -> bool:
     """Return whether a command is ``python PROGRAM arguments`` with a program of this package that runs in one process.
 
-    A backend that makes processes of its own wants to be the first to configure torch.
+    Backends that start their own processes are not served: they must be the first to configure torch.
     """
     if len(command) < 2 or command[0] != sys.executable or not command[1].endswith(".py"):
         return False

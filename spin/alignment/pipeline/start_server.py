@@ -1,14 +1,15 @@
 """The start server of a run: a process that has imported the heavy libraries and forks the programs that need them.
 
-Importing torch, transformers and the Trainer costs about eight seconds of processor time. Here it is paid once: each program is a
-fork of this process, which does nothing else. A fork is safe because this process has one thread, has never touched a GPU and
-has run no code of any program; where one of these does not hold, the server says so and ends, and programs start plainly.
+Importing torch, transformers and the Trainer takes about eight seconds of processor time. Here that happens once: each
+program is a fork of this process, which does nothing else. A fork is safe because this process has one thread, has never touched
+a GPU and has run no code of any program; if one of these is not true, the server reports it and ends, and programs are started as
+new processes.
 
 Protocol (``SOCK_SEQPACKET``, JSON): the server first sends ``{"problem": null}`` or why it cannot serve. Each request is
 ``{"arguments": [program, ...], "cwd": folder}`` with three descriptors: a socket for reports on this program, its standard
-output and its standard error. On the program's socket come ``{"pid": N}`` once it leads a session of its own, and
-``{"code": N}`` when it has ended (negative: the signal). When the client's end closes, the server ends; programs go on, as
-children of a killed parent do.
+output and its standard error. On the program's socket come ``{"pid": N}`` once it leads its own session, and
+``{"code": N}`` when it has ended (negative: the signal). When the client's end closes, the server ends; programs continue, like
+children of a killed parent.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from pathlib import Path
 from typing import NoReturn
 
 MAX_REQUEST_BYTES = 1 << 20
-# What any program may need. None of it starts a thread that outlives a fork, touches a GPU or draws a random number.
+# Modules that any program may need. None of them starts a thread that outlives a fork, touches a GPU or draws a random number.
 LIBRARIES = (
     "numpy",
     "torch",
@@ -49,19 +50,19 @@ LIBRARIES = (
     "spin.alignment.pairs.convert",
     "spin.alignment.token_weights.estimate",
 )
-# The Trainer imports peft and with it bitsandbytes, which initialises CUDA where there is a GPU: for machines without one.
+# Only on machines without a GPU: the Trainer imports peft and with it bitsandbytes, which initialises CUDA.
 TRAINING_LIBRARIES = (
     "spin.alignment.training.preference",
     "spin.alignment.training.sft",
     "spin.alignment.training.online.run",
 )
-# Read by a library when it is loaded: a GPU is looked for without CUDA, and pyarrow's spare allocator starts no thread.
+# Read by libraries on import: torch detects GPUs without initialising CUDA, and pyarrow's spare allocator starts no thread.
 _WHILE_IMPORTING = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
 
 
 @dataclass
 class Request:
-    """A program to start: its words, its folder, and where its output and the reports about it go."""
+    """A program to start: its arguments, its folder, and where its output and the reports about it go."""
 
     arguments: list[str]
     cwd: str
@@ -76,7 +77,7 @@ class Request:
 
 
 def import_libraries() -> None:
-    """Import what programs need. What libraries write into the environment meanwhile is taken back: programs get it as given."""
+    """Import what programs need. Changes that libraries make to the environment are reverted: programs get it unchanged."""
     given = dict(os.environ)
     os.environ.update({**_WHILE_IMPORTING, **given})
     try:
@@ -93,7 +94,7 @@ def import_libraries() -> None:
 
 
 def fork_problem() -> str | None:
-    """Return why a fork of this process would not be as good as a new process; None when it would be.
+    """Return why a fork of this process is not equivalent to a new process; None if it is.
 
     The trial fork also ends the idle threads of OpenBLAS, which shuts them down before every fork.
     """
@@ -127,7 +128,7 @@ class StartServer:
         signal.set_wakeup_fd(wakeup_write.fileno())
 
     def serve(self) -> Request | None:
-        """Serve until the client's end closes, then return None. In each forked process, return its request at once."""
+        """Serve until the client's end closes, then return None. In each forked process, return its request immediately."""
         while True:
             readable, _, _ = select.select([self.control, self._wakeup], [], [])
             if self._wakeup in readable:
@@ -150,7 +151,7 @@ class StartServer:
         return Request(**json.loads(message), report=socket.socket(fileno=report), stdout=stdout, stderr=stderr)
 
     def _fork(self, request: Request) -> int:
-        """Return the number of the new process, 0 in it, and -1 where there can be none (its report ends without a word)."""
+        """Return the number of the new process, 0 in it, and -1 if the fork failed (then no report is sent)."""
         try:
             pid = os.fork()
         except OSError:
@@ -170,7 +171,7 @@ class StartServer:
                 _send(report, {"code": os.waitstatus_to_exitcode(status)})
 
     def _leave(self) -> None:
-        """In a forked process: let go of everything that is the server's."""
+        """In a forked process: close everything that belongs to the server."""
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, self._previous_handler)
         for held in (self.control, self._wakeup, self._wakeup_write, *self.reports.values()):
@@ -179,12 +180,12 @@ class StartServer:
 
 
 def _send(connection: socket.socket, message: dict[str, object]) -> None:
-    with contextlib.suppress(OSError):  # nobody listens any more
+    with contextlib.suppress(OSError):  # the client no longer listens
         connection.send(json.dumps(message).encode())
 
 
 def become_program(request: Request) -> str:
-    """Make this forked process what ``python program arguments`` would have started; return the program's path.
+    """Turn this forked process into what ``python program arguments`` would have started; return the program's path.
 
     Its session, folder, output, arguments, module path and random states are its own (``random`` reseeds itself after a fork).
     """
@@ -201,7 +202,7 @@ def become_program(request: Request) -> str:
         sys.path.insert(0, str(Path(program).resolve().parent))
     numpy.random.seed()
     torch.default_generator.seed()
-    with contextlib.suppress(OSError):  # what `top` shows
+    with contextlib.suppress(OSError):  # the name shown by `top`
         Path("/proc/self/comm").write_text(Path(program).stem, encoding="utf-8")
     _send(request.report, {"pid": os.getpid()})
     request.close()
@@ -224,9 +225,9 @@ def run_program_file(program: str) -> int:
 
 
 def leave(code: int) -> NoReturn:
-    """End this forked process as the interpreter does, but for freeing every object: that alone costs a second or two.
+    """End this forked process like the interpreter, but without freeing every object, which alone takes a second or two.
 
-    Threads are waited for, what libraries registered for the exit runs, output is flushed.
+    Threads are joined, exit handlers run, output is flushed.
     """
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
@@ -243,7 +244,7 @@ def leave(code: int) -> NoReturn:
 
 
 def main(control: socket.socket) -> None:
-    """Serve the client at the other end; in a forked process, run the program to its end."""
+    """Serve the client at the other end; in a forked process, run the program and exit."""
     import_libraries()
     problem = fork_problem()
     _send(control, {"problem": problem})

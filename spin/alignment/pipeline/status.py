@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def stage_state(stage: Stage, manifest: RunManifest, is_held: bool) -> str:
-    """Return pending, running, interrupted, failed, done, or done with what became of it since."""
+    """Return pending, running, interrupted, failed or done, and for done whether an output has changed since."""
     record = manifest.stages.get(stage.name)
     if record is None:
         return "pending"

@@ -1,4 +1,4 @@
-"""``spin validate PATH``: a data set, a model folder or a run directory against the contract. Lists every kind of problem."""
+"""``spin validate PATH``: checks a data set, a model folder or a run directory against the contract and lists the problems."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def validate(path: Path, encoder: ChatEncoder | None) -> tuple[int, list[str]]:
 
 
 def validate_run(run_dir: Path) -> tuple[int, list[str]]:
-    """Check a run: the outputs of every stage that is done against the manifest, and what its kind checks beyond that."""
+    """Check a run: the outputs of every stage that is done against the manifest, and the further checks of its kind."""
     from spin.alignment.pipeline.config import open_run
     from spin.alignment.pipeline.manifest import RunManifest
     from spin.alignment.pipeline.stages import make_stages

@@ -1,4 +1,4 @@
-"""What came out of a run: the summary for machines, and the table, the plot and the page for people."""
+"""The results of a run: a machine-readable summary, and a table, a plot and a page for readers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def show_lineage(config: RunConfig) -> None:
-    """Print which model starts, which is the opponent and which data trains, for every model of the run."""
+    """Print what every model of the run starts from, its opponent and its training data."""
     from rich.console import Console
 
     from spin.alignment.pipeline.lineage import lineage
@@ -24,7 +24,7 @@ def write_report(config: RunConfig) -> Path:
     """Write summary.json, report.png and report.html into the run directory and print the table; return the page.
 
     Raises:
-        InputError: no stage of the run has left anything to report yet.
+        InputError: no stage of the run has produced results yet.
     """
     from rich.console import Console
 
@@ -50,7 +50,7 @@ def write_report(config: RunConfig) -> Path:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     for sample in samples:
         console.print(
-            f"\n{sample['prompt']}  (truth: {sample['truth']})", markup=False, highlight=False, soft_wrap=True
+            f"\n{sample['prompt']}  (ground truth: {sample['truth']})", markup=False, highlight=False, soft_wrap=True
         )
         for model, response in sample["responses"].items():
             console.print(f"  {model}: {response}", markup=False, highlight=False, soft_wrap=True)

@@ -19,6 +19,7 @@ def plot(summary: dict[str, Any]) -> bytes:
     rows = [row for row in summary["rows"] if row["role"] != "control"]
     control: dict[str, Any] = next((row for row in summary["rows"] if row["role"] == "control"), {})
     figure = Figure(figsize=(11, 7), layout="constrained", facecolor="white")
+    # Drawn without pyplot, which keeps global state and may look for a display.
     FigureCanvasAgg(figure)
     exact, nll, dynamics, drift = figure.subplots(2, 2).flat
     _curve(exact, rows, "greedy_exact", "greedy", BLUE, control)
@@ -29,7 +30,7 @@ def plot(summary: dict[str, Any]) -> bytes:
     _curve(dynamics.twinx(), rows, "margin", "margin (nats, times beta; right)", ORANGE)
     _curve(drift, rows, "chosen_drift", "chosen drift (nats)", GREEN)
     _curve(drift.twinx(), rows, "mean_length", "mean length (tokens; right)", GREY)
-    titles = ("Exact match, held-out", "NLL of the truth (nats per token)", "Preference", "Drift and length")
+    titles = ("Exact match, held-out", "NLL of the ground truth (nats per token)", "Preference", "Drift and length")
     for axes, title in zip((exact, nll, dynamics, drift), titles, strict=True):
         _style(axes, title, [row["model"] for row in rows])
     exact.set_ylim(0, max(0.1, 1.15 * exact.get_ylim()[1]))
@@ -59,7 +60,7 @@ def _curve(
 
 
 def _cooler(axes: Axes, rows: list[dict[str, Any]]) -> None:
-    """The temperature control: what the first model reaches when it is merely sampled cooler."""
+    """The temperature control: the accuracy of the first model when it is only sampled at a lower temperature."""
     for temperature, value in (rows[0].get("exact_at", {}) if rows else {}).items():
         if 0 < float(temperature) < 1:
             axes.axhline(value, color=GREY, linestyle="--", label=f"{rows[0]['model']} at T={temperature}")

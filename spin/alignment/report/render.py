@@ -1,4 +1,4 @@
-"""Pages from the templates in ``templates/``: what a model or a user wrote is escaped, a value a template lacks is an error."""
+"""Renders the templates in ``templates/``: all values are escaped, and a missing value is an error."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def render(template: str, **values: Any) -> str:
-    """Return the page that ``templates/{template}.html.jinja`` makes of the values."""
+    """Return the page of ``templates/{template}.html.jinja`` with the values filled in."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.table import Table
 
-# (heading, key, format); columns of other temperatures are put in behind T=1.
+# (heading, key, format); columns of other temperatures are inserted after T=1.
 COLUMNS = (
     ("exact greedy", "greedy_exact", "{:.3f}"),
     ("exact T=1", "sampled_exact", "{:.3f}"),
@@ -18,17 +18,17 @@ COLUMNS = (
     ("margin", "margin", "{:.3f}"),
     ("chosen drift", "chosen_drift", "{:+.2f}"),
     ("length", "mean_length", "{:.1f}"),
-    ("cut", "truncation_rate", "{:.1%}"),
+    ("truncated", "truncation_rate", "{:.1%}"),
 )
 CAPTION = (
-    "exact: share of held-out prompts answered right; NLL: nats per token of the truth; identical: generated responses equal "
-    "to the truth; reward acc., margin, chosen drift (nats): last training log; length in tokens and cut by length: held-out"
+    "exact: share of held-out prompts answered right; NLL: nats per token of the ground truth; identical: generated responses "
+    "equal to it; reward acc., margin, chosen drift (nats): last training log; length (tokens) and truncated: held-out responses"
 )
 LINEAGE_HEADINGS = ("model", "starts from", "opponent and reference", "data")
 
 
 def cells(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Return the headings and one list of texts per model; a measure that no model has makes no column."""
+    """Return the headings and one list of texts per model; a measure that no model has gets no column."""
     from spin.alignment.report.summary import exact_key
 
     rows: Sequence[dict[str, Any]] = summary["rows"]

@@ -1,4 +1,4 @@
-"""The page of token weights: a few pairs, every token on a background that says how much it counts. Self-contained."""
+"""The page of token weights: a few pairs, every token on a background that shows its weight. Self-contained."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _BREAKS = {"\n": "⏎\n", "\t": "⇥\t"}
 
 @dataclass(frozen=True)
 class Token:
-    """What is shown of one token: its text (empty where several tokens make one character), its name, and its weight."""
+    """One token on the page: its text (empty if several tokens form one character), its name, and its weight."""
 
     text: str
     name: str
@@ -41,12 +41,12 @@ class Token:
 
     @property
     def shown(self) -> str:
-        """The text with line breaks and tabs made visible, or the token's name where it has no text."""
+        """The text with visible line breaks and tabs, or the token's name if it has no text."""
         return "".join(_BREAKS.get(letter, letter) for letter in self.text) or self.name
 
     @property
     def title(self) -> str:
-        """What is shown while the mouse is over the token."""
+        """The tooltip of the token."""
         return f"{self.name}: {self.weight:.3f}" if self.is_scored else f"{self.name}: not scored"
 
 
@@ -65,7 +65,7 @@ class Scale:
         return cls(min(known), sum(known) / len(known), max(known))
 
     def marks(self) -> list[float]:
-        """Return the weights of the legend: the middle, both ends, and what is half way to them."""
+        """Return the weights of the legend: the middle, both ends, and the points half way between."""
         low, middle, high = self.low, self.middle, self.high
         return list(dict.fromkeys((low, (low + middle) / 2, middle, (middle + high) / 2, high)))
 
@@ -80,7 +80,7 @@ class Scale:
 def write_weights_page(
     path: Path, weights_dir: Path, encoder: ChatEncoder, facts: Sequence[str], count: int = 8
 ) -> None:
-    """Write the page of the first ``count`` weighed pairs in a folder."""
+    """Write the page of the first ``count`` weighted pairs in a folder."""
     pairs = list(islice(_weighted_rows(weights_dir), count))
     shown = [
         (
@@ -93,6 +93,7 @@ def write_weights_page(
 
 
 def _weighted_rows(folder: Path) -> Iterator[dict]:
+    # Training pairs first: held-out files sort to the end.
     for file in sorted(folder.glob("*_prefs*.parquet"), key=lambda file: (file.name.startswith("test"), file.name)):
         for row in read_rows(file, batch_size=64):
             if row["chosen_weights"] is not None:
@@ -100,7 +101,7 @@ def _weighted_rows(folder: Path) -> Iterator[dict]:
 
 
 def tokens_of(ids: Sequence[int], weights: Sequence[float], encoder: ChatEncoder) -> list[Token]:
-    """Return the tokens of a response with the text that each stands for."""
+    """Return the tokens of a response with the text of each."""
     from spin.alignment.token_weights.model_scores import student_text
 
     text, spans = student_text(encoder, ids)

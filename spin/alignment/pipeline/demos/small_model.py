@@ -1,4 +1,4 @@
-"""A tokenizer made from the texts of a data set, and the configuration of a small Llama: a start for runs from scratch.
+"""A tokenizer trained on the texts of a data set, and the configuration of a small Llama: a start for runs from scratch.
 
     python -m spin.alignment.pipeline.demos.small_model --input_dir data/gsm8k --output_dir data/gsm8k_model
 
@@ -22,7 +22,7 @@ TEMPLATE = (
 
 
 def make_parser() -> Parser:
-    parser = Parser(prog="small_model", description="Make a tokenizer and a small model's configuration.")
+    parser = Parser(prog="small_model", description="Train a tokenizer and write the configuration of a small model.")
     add = parser.add_argument
     add("--input_dir", required=True, help="prompts with ground truth: folder, file or Hub name")
     add("--split", default="train", help="split of the data")

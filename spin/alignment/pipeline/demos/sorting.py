@@ -1,7 +1,7 @@
 """Sorting ten letters out of sixteen, ``cab...`` -> ``abc...``: the data of the demos with rewards.
 
 Few rows have the answer written out (400 in ``train``, 500 in ``test``). The 40,000 prompts of ``prompts/`` have none:
-``sorting_checker.py`` tells whether a response is right. ``plenty/`` has 6,000 answered rows, for the regime in which
+``sorting_checker.py`` decides whether a response is right. ``plenty/`` has 6,000 answered rows, for the regime in which
 supervised fine-tuning is the better choice.
 """
 
@@ -23,7 +23,7 @@ SEED = 0
 
 
 def problems() -> Iterator[str]:
-    """Yield different words of random letters, without end."""
+    """Yield distinct words of random letters, endlessly."""
     draw, seen = random.Random(SEED), set[str]()
     while True:
         word = "".join(draw.choices(LETTERS, k=LENGTH))
@@ -33,7 +33,7 @@ def problems() -> Iterator[str]:
 
 
 def row(word: str, answered: bool) -> dict[str, object]:
-    """Return a prompt row, with the answer where it is given."""
+    """Return a prompt row, with the answer if ``answered``."""
     turns = [{"role": "user", "content": word}]
     if answered:
         turns.append({"role": "assistant", "content": "".join(sorted(word))})

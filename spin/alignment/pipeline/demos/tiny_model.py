@@ -1,4 +1,4 @@
-"""What the demos' models share: a tokenizer of one token per character and the configuration of a two-layer Llama."""
+"""The tiny models of the demos: a tokenizer of one token per character and the configuration of a two-layer Llama."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The stages of a run. One file and one line here for each kind, in the order in which they come within an iteration."""
+"""The stages of a run. Each kind has one file and one line here, in the order of the stages within an iteration."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ KINDS: dict[str, StageKind] = {
 
 
 def make_stages(config: RunConfig) -> list[Stage]:
-    """Return all stages of a run in an order that respects what they need of each other."""
+    """Return all stages of a run in an order that respects their dependencies."""
     kinds = list(KINDS.values())
     stages = _with_followers(config, (kind.at_start(config) for kind in kinds))
     for iteration in config.self_play_iterations:
@@ -42,7 +42,7 @@ def make_stages(config: RunConfig) -> list[Stage]:
 
 
 def _with_followers(config: RunConfig, groups: Iterable[list[Stage]]) -> list[Stage]:
-    """Put what follows on the models that a group of stages trains, such as their scores, right behind the group."""
+    """Insert the stages that follow a training, such as its evaluation, directly after the group."""
     stages: list[Stage] = []
     for group in groups:
         trained = [stage for stage in group if stage.makes is not None]
@@ -52,7 +52,7 @@ def _with_followers(config: RunConfig, groups: Iterable[list[Stage]]) -> list[St
 
 
 def models_of(stages: Iterable[Stage]) -> list[Model]:
-    """Return the models that stages make or score, each once: the start first, then the control."""
+    """Return the models that stages train or score, each once: the start first, then the control."""
     models = {model.name: model for stage in stages if (model := stage.makes or stage.scores) is not None}
     first = {"start": 0, "control": 1}
     return sorted(models.values(), key=lambda model: first.get(model.role, len(first)))

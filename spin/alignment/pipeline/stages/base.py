@@ -22,16 +22,16 @@ class Source:
     files: Callable[[], list[Path]]
 
 
-# The model that self-play starts from; SFT continued from it; a policy that self-play made; plain SPIN on the data of a policy
-# that learned from weighted tokens; a model that exists only to weigh tokens.
+# The model that self-play starts from; SFT continued from it; a policy trained by self-play; plain SPIN on the data of a policy
+# that was trained with token weights; a model used only to compute token weights.
 Role = Literal["start", "control", "policy", "unweighted", "scorer"]
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model of a run: one row of the report, and of the lineage where the run trains it.
+    """A model of a run: one row of the report, and of the lineage if the run trains it.
 
-    ``folder`` holds its ``checkpoint/``, ``metrics.json`` and ``eval.json``. ``role`` decides what the report compares it with.
+    ``folder`` contains its ``checkpoint/``, ``metrics.json`` and ``eval.json``. ``role`` determines its comparisons.
     """
 
     name: str
@@ -50,12 +50,12 @@ class Model:
 
 @dataclass(frozen=True)
 class Stage:
-    """One skippable step of a run: programs that turn sources into outputs.
+    """One step of a run, skipped once it is complete: programs that turn sources into outputs.
 
     ``configs`` holds the settings of each program that is run, one after the other: the dataclass that its command line is
-    made of, or the mapping that it reads as YAML. ``settings`` is what the manifest records of them. ``folder`` holds partial
-    results, and is moved aside when the inputs have changed. ``needs`` names the stages whose outputs it reads. ``makes`` is
-    the model that it trains, ``scores`` the one that it evaluates.
+    built from, or the mapping that it reads as YAML. ``settings`` is what the manifest records of them. ``folder`` contains
+    partial results, and is moved aside if the inputs have changed. ``needs`` names the stages whose outputs it reads.
+    ``makes`` is the model that it trains, ``scores`` the one that it evaluates.
     """
 
     kind: StageKind
@@ -76,7 +76,7 @@ class Stage:
         return [self.kind.command(self, config) for config in self.configs]
 
     def inputs(self, manifest: RunManifest) -> dict[str, Any]:
-        """Return what the stage is made from: its settings, and the content hash of every source."""
+        """Return what the outputs of the stage depend on: its settings, and the content hash of every source."""
         run_dir = str(manifest.run_dir)
         values = {key: portable(value, run_dir) for key, value in flatten(self.settings).items()}
         for source in self.sources:
@@ -86,16 +86,16 @@ class Stage:
 
 
 class StageKind:
-    """A kind of stage: where its stages stand in a run, the program they start, and what is checked before and after.
+    """A kind of stage: where its stages are in a run, the program they start, and what is checked before and after.
 
-    A kind overrides the hook that puts its stages into the run, names its ``program`` and the suffix of the files without
-    which it has not done its work. All else has a default.
+    A kind overrides the hook that puts its stages into the run, names its ``program`` and the suffix of the files
+    that prove it is complete. Everything else has a default.
     """
 
     program: ClassVar[str]
     # At least one output of a complete stage ends with this.
     result_suffix: ClassVar[str] = ".parquet"
-    # Self-play does not wait for these stages: with launch.parallel they run beside it.
+    # Self-play does not wait for these stages: with launch.parallel they run in parallel with it.
     can_run_beside: ClassVar[bool] = False
 
     # Where in a run.
@@ -113,20 +113,20 @@ class StageKind:
         return []
 
     def after_training(self, config: RunConfig, stage: Stage) -> list[Stage]:
-        """Return the stages that follow on one that makes a model."""
+        """Return the stages that follow a stage that trains a model."""
         return []
 
     # Before the run.
 
     def check_settings(self, config: RunConfig, source: str) -> None:
-        """Check the settings of all stages of this kind before any process starts; ``source`` is the file they stand in.
+        """Check the settings of all stages of this kind before any process starts; ``source`` is the file that contains them.
 
         Raises:
-            InputError: a setting is unknown, out of range, or does not go with another.
+            InputError: a setting is unknown, out of range, or conflicts with another.
         """
 
     def prompts(self, config: RunConfig) -> dict[tuple[str, str], bool]:
-        """Return the (data set, split) of the user that stages of this kind read, and whether the ground truth must be there."""
+        """Return the (data set, split) of the user that stages of this kind read, and whether they need the ground truth."""
         return {}
 
     # Around a program.
@@ -140,17 +140,17 @@ class StageKind:
         return accelerate_command(PROGRAMS / self.program, arguments, launch.num_processes, launch.config_file)
 
     def prepare(self, stage: Stage) -> None:
-        """Write what the program reads beside its arguments."""
+        """Write the files that the program reads besides its arguments."""
 
     def finish(self, stage: Stage, config: RunConfig) -> None:
-        """Check and complete what the programs have written.
+        """Check and complete the outputs of the programs.
 
         Raises:
-            InputError: it is not what the run asked for.
+            InputError: they are not what the run requires.
         """
 
     def missing_outputs(self, stage: Stage) -> list[str]:
-        """Return the outputs that the programs of a stage, which ended well, have not left behind."""
+        """Return the outputs that are missing although the programs of the stage succeeded."""
         paths = stage.outputs()
         missing = [str(path) for path in paths if not path.is_file()]
         if not any(path.name.endswith(self.result_suffix) for path in paths):
@@ -158,17 +158,17 @@ class StageKind:
         return missing
 
     def suspects(self, stage: Stage, damaged: list[Path]) -> list[Path]:
-        """Return the files that the program must not take for its own complete output once some of them are damaged."""
+        """Return the files to move aside if some are damaged, so that the program does not take them for complete output."""
         return damaged
 
     # For people.
 
     def progress(self, stage: Stage) -> str:
-        """Return how far a stage that is not done has come, from the files it writes on the way."""
+        """Return the progress of a stage that is not done, from the files that it writes while running."""
         return ""
 
     def problems(self, stage: Stage, config: RunConfig) -> list[str]:
-        """Return what is wrong with the outputs of a stage that is done, beyond their content hashes (``spin validate``)."""
+        """Return the problems of the outputs of a completed stage, beyond their content hashes (``spin validate``)."""
         return []
 
 
@@ -184,5 +184,5 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def portable(value: Any, run_dir: str) -> Any:
-    """Name places inside the run directory independently of where it lies, so that two runs can be compared."""
+    """Make paths inside the run directory independent of its location, so that two runs can be compared."""
     return value.replace(f"{run_dir}/", "RUN/") if isinstance(value, str) else value

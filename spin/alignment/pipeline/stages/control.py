@@ -1,4 +1,4 @@
-"""``control/train``: SFT continued from the start on the same data, which self-play has to beat."""
+"""``control/train``: SFT continued from the start on the same data, as the baseline for self-play."""
 
 from __future__ import annotations
 

@@ -1,10 +1,11 @@
-"""``NAME/evaluate``: the scores of a model on the held-out prompts, where ``data.test`` names some."""
+"""``NAME/evaluate``: the scores of a model on the held-out prompts, if ``data.test`` names any."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from spin.alignment.pipeline.config import RunConfig
+from spin.alignment.pipeline.program_settings import evaluate_config
 from spin.alignment.pipeline.stages.base import Model, Stage, StageKind
 from spin.alignment.pipeline.stages.sources import data_source, model_source
 from spin.alignment.pipeline.stages.training import checkpoint_of
@@ -16,7 +17,7 @@ class Evaluate(StageKind):
     can_run_beside = True
 
     def at_start(self, config: RunConfig) -> list[Stage]:
-        """The model that self-play starts from, where no stage of the run makes it."""
+        """The model that self-play starts from, if no stage of the run trains it."""
         if config.sft is not None:
             return []
         return self._stages(config, Model("sft", "start", Path(config.run_dir) / "sft"), config.model, ())
@@ -30,7 +31,7 @@ class Evaluate(StageKind):
         data, name = config.data, str(model.folder.relative_to(config.run_dir))
         if not data.test:
             return []
-        evaluation = config.evaluate_config(name, path)
+        evaluation = evaluate_config(config, name, path)
         managed = {key: getattr(evaluation, key) for key in ("model", "revision", "input_dir", "split", "seed")}
         return [
             Stage(
@@ -47,7 +48,7 @@ class Evaluate(StageKind):
         ]
 
     def check_settings(self, config: RunConfig, source: str) -> None:
-        config.evaluate_config("start", config.start_model).check_metric()
+        evaluate_config(config, "start", config.start_model).check_metric()
 
     def prompts(self, config: RunConfig) -> dict[tuple[str, str], bool]:
         return {(config.data.test, config.data.test_split): True} if config.data.test else {}

@@ -9,6 +9,7 @@ from pathlib import Path
 from spin.alignment.core.errors import InputError
 from spin.alignment.generation.config import GenerateConfig
 from spin.alignment.pipeline.config import RunConfig
+from spin.alignment.pipeline.program_settings import generate_config
 from spin.alignment.pipeline.stages.base import Stage, StageKind
 from spin.alignment.pipeline.stages.sources import data_source, model_source, needs_ground_truth
 
@@ -36,7 +37,7 @@ class Generate(StageKind):
         )
 
     def check_settings(self, config: RunConfig, source: str) -> None:
-        config.generate_config(0).check_files()
+        generate_config(config, 0).check_files()
 
     def prompts(self, config: RunConfig) -> dict[tuple[str, str], bool]:
         required = needs_ground_truth(config.convert, "ground_truth")
@@ -58,8 +59,8 @@ class Generate(StageKind):
 
 def generations(config: RunConfig, iteration: int) -> list[GenerateConfig]:
     """Return the generations of an iteration: its training prompts, and the held-out ones with ``data.test_pairs``."""
-    held_out = [config.generate_config(iteration, held_out=True)] if config.data.test_pairs else []
-    return [config.generate_config(iteration), *held_out]
+    held_out = [generate_config(config, iteration, held_out=True)] if config.data.test_pairs else []
+    return [generate_config(config, iteration), *held_out]
 
 
 def fraction_files(configs: Sequence[GenerateConfig]) -> list[Path]:
@@ -73,7 +74,7 @@ def fraction_files(configs: Sequence[GenerateConfig]) -> list[Path]:
 
 @functools.lru_cache(maxsize=16)
 def _num_fractions(path: str, split: str, frac_len: int) -> int:
-    """Return how many fractions the prompts of a split make; 1 when ``frac_len`` is 0."""
+    """Return the number of fractions of a split; 1 if ``frac_len`` is 0."""
     if not frac_len:
         return 1
     from spin.alignment.data.fractions import num_fractions
@@ -83,7 +84,7 @@ def _num_fractions(path: str, split: str, frac_len: int) -> int:
 
 
 def decoded_problems(config: RunConfig, iteration: int, folder: Path) -> list[str]:
-    """Return what is wrong with generated rows or pairs, token ids checked with the tokenizer of the opponent."""
+    """Return the problems of generated rows or pairs, with token ids checked by the tokenizer of the opponent."""
     from spin.alignment.data.chat_encoder import ChatEncoder, load_tokenizer
     from spin.alignment.pipeline.data_checks import data_problems
 

@@ -7,13 +7,14 @@ from dataclasses import replace
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.sides import INITIAL, SIDES
 from spin.alignment.pipeline.config import RunConfig
+from spin.alignment.pipeline.program_settings import reads_initial, train_values
 from spin.alignment.pipeline.stages.base import Stage
 from spin.alignment.pipeline.stages.generate import Generate, generations
 
 
 class Initial(Generate):
     def at_start(self, config: RunConfig) -> list[Stage]:
-        if not config.reads_initial:
+        if not reads_initial(config):
             return []
         folder, seed = str(config.initial_dir), config.initial_seed
         configs = [replace(item, output_dir=folder, seed=seed) for item in generations(config, 0)]
@@ -23,23 +24,23 @@ class Initial(Generate):
         return []
 
     def check_settings(self, config: RunConfig, source: str) -> None:
-        """Check that the run can make every response that a loss of it reads.
+        """Check that the run generates every response that its losses read.
 
         Raises:
-            InputError: a response that no stage makes, one set of prompts for each iteration, or token weights, which only the
-                chosen and the rejected response have.
+            InputError: a loss reads a response that no stage generates, or the initial model's together with prompts that differ
+                between iterations or with token weights, which only the chosen and the rejected response have.
         """
         from spin.alignment.methods.losses import find_loss
 
         for iteration in config.self_play_iterations:
-            loss_type = str(config.train_values(iteration).get("loss_type", "sigmoid"))
+            loss_type = str(train_values(config, iteration).get("loss_type", "sigmoid"))
             further = [name for name in find_loss(loss_type).responses if name not in SIDES]
             if not further:
                 continue
             reads = f"loss_type {loss_type} reads the initial model's responses"
             if unknown := [name for name in further if name != INITIAL]:
                 raise InputError(
-                    f"loss_type {loss_type} reads a response '{unknown[0]}', which no stage of a run makes: use run_spin.py"
+                    f"loss_type {loss_type} reads a response '{unknown[0]}', which no stage of a run generates: use run_spin.py"
                 )
             if isinstance(config.data.prompts, list):
                 raise InputError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from spin.alignment.pipeline.config import RunConfig
+from spin.alignment.pipeline.program_settings import online_values
 from spin.alignment.pipeline.stages.base import Model, Stage
 from spin.alignment.pipeline.stages.sources import data_source, needs_ground_truth, scorer_sources
 from spin.alignment.pipeline.stages.training import TrainingKind
@@ -16,7 +17,12 @@ class Online(TrainingKind):
     def at_end(self, config: RunConfig) -> list[Stage]:
         if config.online is None:
             return []
-        values, data = config.online_values(), config.data
+        values, data = (
+            online_values(
+                config,
+            ),
+            config.data,
+        )
         sources = [data_source(*data.played()), *scorer_sources(values)]
         if "eval_prompts" in values:
             sources.append(data_source(data.test, data.test_split))
@@ -37,8 +43,10 @@ class Online(TrainingKind):
         from spin.alignment.training.online.run import check_settings
         from spin.alignment.training.settings import read_settings
 
-        # The model of an SFT stage does not exist yet, so its path is not looked at here.
-        values = config.online_values() | {"model_name_or_path": "opponent"}
+        # The model of an SFT stage does not exist yet, so its path is not checked here.
+        values = online_values(
+            config,
+        ) | {"model_name_or_path": "opponent"}
         check_settings(read_settings(values, f"the section 'online' of {source}", OnlineConfig))
 
     def prompts(self, config: RunConfig) -> dict[tuple[str, str], bool]:

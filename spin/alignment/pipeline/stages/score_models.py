@@ -1,11 +1,12 @@
-"""``iterT/forward`` and ``iterT/reverse``: the models that weigh tokens, where the run trains them (reverse DPO).
+"""``iterT/forward`` and ``iterT/reverse``: the models behind the token weights, if the run trains them (reverse DPO).
 
-The forward model is plain SPIN on the same data: in the report it stands beside the policy that learns from weighted tokens.
+The forward model is plain SPIN on the same data: the report compares it with the policy trained on weighted tokens.
 """
 
 from __future__ import annotations
 
 from spin.alignment.pipeline.config import SCORERS_OF_RUN, RunConfig
+from spin.alignment.pipeline.program_settings import scorer_values
 from spin.alignment.pipeline.stages.base import Model, Stage
 from spin.alignment.pipeline.stages.sources import pair_sources
 from spin.alignment.pipeline.stages.train import check_spin_settings
@@ -32,11 +33,11 @@ class ScoreModels(TrainingKind):
             opponent=opponent,
             data=" + ".join(folders) + ("" if is_plain_spin else " (reversed)"),
         )
-        values = config.scorer_values(iteration, name)
+        values = scorer_values(config, iteration, name)
         return self.stage(config, f"iter{iteration}/{name}", values, pair_sources(folders), model)
 
     def check_settings(self, config: RunConfig, source: str) -> None:
         for iteration in config.self_play_iterations if config.trains_scorers else ():
             for name in SCORERS_OF_RUN.values():
                 where = f"the section 'weigh.train' of {source} (iteration {iteration}, {name})"
-                check_spin_settings(config, config.scorer_values(iteration, name), where)
+                check_spin_settings(config, scorer_values(config, iteration, name), where)

@@ -1,10 +1,11 @@
-"""``sft/train``: the SFT model that self-play starts from, where the run trains it itself."""
+"""``sft/train``: the SFT model that self-play starts from, if the run trains it itself."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from spin.alignment.pipeline.config import RunConfig
+from spin.alignment.pipeline.program_settings import sft_values
 from spin.alignment.pipeline.stages.base import Model, Role, Stage
 from spin.alignment.pipeline.stages.sources import data_source
 from spin.alignment.pipeline.stages.training import TrainingKind
@@ -22,7 +23,7 @@ class Sft(TrainingKind):
         section = getattr(config, self.section)
         if section is None:
             return []
-        values, data = config.sft_values(self.section), config.data
+        values, data = sft_values(config, self.section), config.data
         model = Model(
             name=self.row,
             role=self.role,
@@ -40,8 +41,8 @@ class Sft(TrainingKind):
         from spin.alignment.training.settings import read_settings
         from spin.alignment.training.sft import SFTArguments
 
-        # The models of later stages do not exist yet, so their paths are not looked at here.
-        values = config.sft_values(self.section) | {"model_name_or_path": "opponent"}
+        # The models of later stages do not exist yet, so their paths are not checked here.
+        values = sft_values(config, self.section) | {"model_name_or_path": "opponent"}
         read_settings(values, f"the section '{self.section}' of {source}", SFTArguments)
 
     def prompts(self, config: RunConfig) -> dict[tuple[str, str], bool]:

@@ -1,4 +1,4 @@
-"""What stages are made from: models, data sets, pairs, and the scorers of responses."""
+"""The sources of stages: models, data sets, pairs, and the scorers of responses."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def pair_sources(folders: Sequence[str]) -> list[Source]:
 
 
 def scorer_sources(section: Mapping[str, Any]) -> list[Source]:
-    """What the scores of a section depend on beside its settings: the scoring model, or the modules of its own rules."""
+    """What the scores of a section depend on besides its settings: the scoring model, or the modules of its own rules."""
     from spin.alignment.pairs.annotate import rule_files
 
     name, model = str(section.get("scorer") or ""), section.get("scorer_model")
@@ -37,12 +37,12 @@ def scorer_sources(section: Mapping[str, Any]) -> list[Source]:
     return sources + ([Source(f"scorer {name}", lambda: list(rule_files(name).values()))] if ":" in name else [])
 
 
-# The keys that may name a function of the user's own as module:function.
+# The keys that may name a user's function as module:function.
 METHOD_KEYS = ("pairing", "weighting", "loss_type")
 
 
 def function_sources(section: Mapping[str, Any]) -> list[Source]:
-    """The files of the pairing, weighting and loss of a section that are the user's own; the checks have imported them."""
+    """The files of the user's own pairing, weighting and loss in a section, which the checks have already imported."""
     names = {key: str(section.get(key) or "") for key in METHOD_KEYS}
     return [
         Source(f"{key} {name}", lambda name=name: list(module_files(name).values()))  # type: ignore[misc]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from spin.alignment.pipeline.config import RunConfig
+from spin.alignment.pipeline.program_settings import train_values
 from spin.alignment.pipeline.stages.base import Model, Stage
 from spin.alignment.pipeline.stages.sources import pair_sources
 from spin.alignment.pipeline.stages.training import TrainingKind
@@ -25,17 +26,17 @@ class Train(TrainingKind):
             opponent=opponent,
             data=" + ".join(folders),
         )
-        values = config.train_values(iteration)
+        values = train_values(config, iteration)
         return [self.stage(config, f"iter{iteration}/train", values, pair_sources(folders), model)]
 
     def check_settings(self, config: RunConfig, source: str) -> None:
         for iteration in config.self_play_iterations:
             where = f"the section 'train' of {source} (iteration {iteration})"
-            check_spin_settings(config, config.train_values(iteration), where)
+            check_spin_settings(config, train_values(config, iteration), where)
 
 
 def check_spin_settings(config: RunConfig, values: Mapping[str, Any], where: str) -> None:
-    """Check settings of run_spin.py, and that the pairs will have what the loss reads.
+    """Check settings of run_spin.py, and that the pairs will have the labels that the loss reads.
 
     Raises:
         InputError: a setting is unknown or out of range, or the pairing does not write what the loss reads.
@@ -44,6 +45,6 @@ def check_spin_settings(config: RunConfig, values: Mapping[str, Any], where: str
     from spin.alignment.training.settings import read_settings
     from spin.alignment.training.trainer import SPINConfig
 
-    # The models of later stages do not exist yet, so their paths are not looked at here.
+    # The models of later stages do not exist yet, so their paths are not checked here.
     settings = read_settings({**values, "model_name_or_path": "opponent"}, where, SPINConfig)
     check_loss(config.convert.get("pairing", "ground_truth"), settings.arguments.loss_type)

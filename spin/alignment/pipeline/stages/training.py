@@ -1,4 +1,4 @@
-"""The kind of stage that all trainings share."""
+"""The base of all stages that train a model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from spin.alignment.pipeline.stages.sources import function_sources, model_sourc
 
 
 class TrainingKind(StageKind):
-    """A training: its program reads a YAML file, writes ``checkpoint/`` and logs ``metrics.json``, which is copied beside it."""
+    """A training: its program reads a YAML file, writes ``checkpoint/`` and logs ``metrics.json``, which is copied next to it."""
 
     result_suffix = ".safetensors"
 
@@ -62,7 +62,7 @@ class TrainingKind(StageKind):
         write_text_atomic(config_file(stage).with_name(metrics.name), metrics.read_text(encoding="utf-8"))
 
     def suspects(self, stage: Stage, damaged: list[Path]) -> list[Path]:
-        """A training takes any checkpoint that is there for complete: all of a damaged one must go."""
+        """A training takes an existing checkpoint for complete, so all files of a damaged one are moved aside."""
         return stage.outputs()
 
     def progress(self, stage: Stage) -> str:
