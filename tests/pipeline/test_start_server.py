@@ -20,8 +20,11 @@ from spin.alignment.pipeline.start_programs import PLAIN_STARTS_VARIABLE, Progra
 from tests.helpers import REPOSITORY, program_environment, run_command, shared_starter
 from tests.helpers.starts import LIGHT_SERVER
 
+# The modules of spin/ that end as programs do; `spin` itself starts the server.
 PROGRAM_NAMES = sorted(
-    path.name for path in (REPOSITORY / "spin").glob("*.py") if path.stem not in ("cli", "__init__", "__main__")
+    path.name
+    for path in (REPOSITORY / "spin").glob("*.py")
+    if "\n    run_program(main)" in path.read_text() and path.stem != "cli"
 )
 
 FACTS = """
@@ -166,6 +169,10 @@ def test_nothing_is_left_for_the_next_program(folder, served, tmp_path):
     assert run(served, write(folder, LEAVE_STATE), tmp_path)[0] == 0
     assert run(served, write(folder, look), tmp_path)[1].split() == ["False", "False"]
     assert json.loads(run(served, write(folder, FACTS), tmp_path)[1])[0] == before
+
+
+def test_all_programs_are_tried():
+    assert {"reformat.py", "generate.py", "run_sft.py", "run_spin.py", "evaluate_model.py"} < set(PROGRAM_NAMES)
 
 
 @pytest.mark.parametrize("name", PROGRAM_NAMES)
