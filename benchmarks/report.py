@@ -1,4 +1,4 @@
-"""From measured turns to rates, ratios, the table and the plot."""
+"""Rates, ratios, the table and the plot of the fine-tuning benchmark, from its measured turns."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def rates(turns: list[dict[str, float]], tokens_per_pair: float, reference_rate:
 
 
 def ratios(ours: list[float], peer: list[float]) -> tuple[float, float, float]:
-    """Return the median, the least and the greatest ratio ours / peer, each over one repetition."""
+    """Return the median, minimum and maximum of the ratio ours / peer over the repetitions."""
     each = [first / second for first, second in zip(ours, peer, strict=True)]
     return median(each), min(each), max(each)
 
 
 def pool(each: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the facts of a contender that was measured several times: medians over all repetitions, the greatest peak."""
+    """Return the facts of a contender that was measured several times: medians over all repetitions, the maximum peak."""
     worked = [facts for facts in each if "error" not in facts]
     if len(each) == 1 or not worked:
         return each[0]
@@ -55,7 +55,7 @@ def pool(each: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def add_ratios(result: dict[str, Any]) -> None:
-    """Add ``ratios`` (ours / peer in pairs/s), ``ratio_spread`` (least, greatest) and, ours / peer too, ``peak_memory_ratio``
+    """Add ``ratios`` (ours / peer in pairs/s), ``ratio_spread`` (minimum, maximum) and, as ours / peer too, ``peak_memory_ratio``
     and ``peak_above_baseline_ratio``.
     """
     found = {name: facts for name, facts in result["contenders"].items() if "error" not in facts}
@@ -75,7 +75,7 @@ def add_ratios(result: dict[str, Any]) -> None:
 
 
 def loss_differences(records: dict[str, list[dict[str, float]]], verified: int) -> dict[str, dict[str, float]]:
-    """Return how far each contender is from the first one in the verified steps.
+    """Return how much each contender differs from the first one in the verified steps.
 
     * logps: relative difference of the summed log-probs of the responses before the first update;
     * loss: difference of the loss after the first update on the same batch, relative to what that update took off it.
