@@ -114,7 +114,7 @@ def check_options(options: Any) -> None:
 def resolve(options: Any) -> dict[str, float]:
     """Replace automatic choices by their values on this machine; return its rates of matrix products.
 
-    The precision is that whose matrix products are faster.
+    The precision is the one with the faster matrix products.
     """
     import torch
 
@@ -276,8 +276,8 @@ def cpu_name() -> str:
 
 
 def summarize_all(groups: list[dict[str, Entry]], plan: Plan, options: Any) -> dict[str, Any]:
-    """Return the facts of each contender. One that took turns with several others is pooled, and what it did beside each of
-    them stands in the other's ``ours_beside``.
+    """Return the facts of each contender. One that took turns with several others is pooled; its facts from the turns with
+    each of them are in the other's ``ours_beside``.
     """
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in options.contenders}
     for entries in groups:

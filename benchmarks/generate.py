@@ -1,4 +1,4 @@
-"""Compares our generation step on vLLM with the engine alone, and our transformers backend with the original's loop, turn by turn.
+"""Compares our generation on vLLM with the engine alone, and our transformers backend with the original's loop, turn by turn.
 
 Then it measures everything around the model, in generation and gathering, at scale: with a backend that answers immediately.
 

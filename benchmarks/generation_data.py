@@ -85,8 +85,8 @@ def save_model(folder: Path, seed: int) -> int:
 def _let_responses_end(model: Any) -> None:
     """Change weights so that the stop id is sampled with probability 1 / ``MEAN_TOKENS``, regardless of the context.
 
-    The first number of every embedding is the same and no layer adds to it, so that of every hidden state is about the same
-    too; a larger one in the row of the stop id then acts as a bias that every engine computes.
+    The first number of every embedding is the same and no layer adds to it, so the first number of every hidden state is also
+    nearly the same. A larger one in the head's row of the stop id then acts as a bias, in every engine.
     """
     import torch
 

@@ -1,6 +1,6 @@
 """Generation and gathering of many rows without a model: speed of everything around the model, and growth of memory.
 
-As a program (``python -m benchmarks.generation_scale STEP flags``) it runs one step in this process and prints what that took.
+As a program (``python -m benchmarks.generation_scale STEP flags``) it runs one step in this process and prints its measurements.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def measure_step(step: str, flags: dict[str, Any], log: Path, threads: int) -> d
     """Run a step in a new process.
 
     Raises:
-        RuntimeError: it failed; the message is the end of what it said.
+        RuntimeError: it failed; the message is the end of its output.
     """
     words = [f"--{name}={value}" for name, value in flags.items()]
     environment = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}

@@ -19,7 +19,7 @@ def run(job: Job, turns: Turns, **settings: Any) -> None:
 def run_uncached(job: Job, turns: Turns) -> None:
     """Train with SPINTrainer, and pass every micro-batch through a second model as if its log-probs were not stored.
 
-    The loss uses the stored ones all the same; they are equal.
+    The loss still uses the stored ones, which are equal.
     """
     import torch
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 def run_naive(job: Job, turns: Turns) -> None:
     """Train as uclaml/SPIN does: two models in memory, a padded block of chosen and rejected, logits of all positions in
-    float32, log-softmax and gather, the opponent's forward pass in every step.
+    float32, log-softmax and gather, a forward pass of the reference in every step.
     """
     import torch
 

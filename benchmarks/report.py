@@ -16,11 +16,12 @@ BLUE, GREY = "#2563eb", "#9ca3af"
 def rates(turns: list[dict[str, float]], tokens_per_pair: float, reference_rate: float | None, epochs: float) -> Any:
     """Return one contender's rates, one value per repetition.
 
-    ``turns`` have seconds and tokens (distinct ones). ``reference_rate`` is that of the opponent's pass in tokens/s, None
-    without one. Rates of pairs are rates of tokens over the mean tokens of a pair, so repetitions with longer pairs compare.
+    ``turns`` contain seconds and distinct tokens. ``reference_rate`` is the rate of the reference pass in tokens/s, or None if
+    there is none. Rates in pairs are rates in tokens divided by the mean tokens of a pair, so that repetitions with longer
+    pairs are comparable.
 
-    * tokens_per_second, step_pairs_per_second: training steps alone;
-    * pairs_per_second: pairs trained on per second over ``epochs`` epochs with one pass of the opponent.
+    * tokens_per_second, step_pairs_per_second: training steps only;
+    * pairs_per_second: pairs trained per second over ``epochs`` epochs, including one reference pass.
     """
     tokens = [turn["tokens"] / turn["seconds"] for turn in turns]
     reference = 0.0 if reference_rate is None else 1 / (epochs * reference_rate)
@@ -78,7 +79,7 @@ def loss_differences(records: dict[str, list[dict[str, float]]], verified: int) 
     """Return how much each contender differs from the first one in the verified steps.
 
     * logps: relative difference of the summed log-probs of the responses before the first update;
-    * loss: difference of the loss after the first update on the same batch, relative to what that update took off it.
+    * loss: difference of the loss after the first update on the same batch, relative to the decrease caused by that update.
     """
     first, *_ = records.values()
     gain = abs(first[0]["loss"] - first[verified - 1]["loss"])

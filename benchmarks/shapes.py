@@ -109,7 +109,7 @@ def as_text(ids: Sequence[int]) -> str:
 def draw_lengths(shape: Shape, count: int, rng: np.random.Generator) -> NDArray[np.int64]:
     """Return lengths of prompt, chosen and rejected in tokens, int64 of shape ``(count, 3)``.
 
-    Prompt and response together are cut to the shape's max_length, the prompt to two thirds of it.
+    Prompt plus response are truncated to the shape's max_length, the prompt to two thirds of it.
     """
     medians = np.array([shape.prompt, shape.chosen, shape.rejected], dtype=float)
     lengths = np.exp(np.log(medians) + shape.spread * rng.standard_normal((count, 3))).astype(np.int64)
@@ -152,8 +152,8 @@ class Plan:
 def make_plan(shape: Shape, batch_size: int, warmup: int, measured: int, vocab_size: int, seed: int) -> Plan:
     """Return the pairs of ``warmup`` and ``measured`` batches of both kinds.
 
-    The shuffled ones are drawn at random. The grouped ones are drawn evenly, from the longest to the shortest, from the
-    batches that the sampler makes of whole mega-batches, so that they are grouped as well as in a real run.
+    Shuffled batches are drawn at random. Grouped batches are selected evenly, from the longest to the shortest, from those that
+    the sampler forms of complete mega-batches, so that they are grouped as well as in a real run.
     """
     import torch
     from transformers.trainer_pt_utils import get_length_grouped_indices
@@ -205,10 +205,10 @@ class ModelSize:
 def flops_per_pair(size: ModelSize, lengths: Sequence[int], epochs: float) -> float:
     """Return the floating-point operations that a pair needs per epoch, regardless of the method that trains on it.
 
-    ``lengths`` are those of prompt, chosen and rejected in tokens.
+    ``lengths`` are the lengths of prompt, chosen and rejected in tokens.
 
     ``(6 + 2/E) (N D + H T) + (3 + 1/E) A`` with N trunk and H head weights, D = P + C + R and T = C + R tokens and the forward
-    pass of attention A: a training step costs three forward passes and the opponent one in E epochs. The prompt is read
+    pass of attention A: a training step costs three forward passes, the reference one in E epochs. The prompt is read
     once: causal attention over P + C, and R over P and itself, 4 operations per layer, query, key and unit of width.
     """
     prompt, chosen, rejected = lengths

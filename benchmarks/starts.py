@@ -2,8 +2,8 @@
 
     python benchmarks/starts.py --out benchmarks/results/starts-cpu.json
 
-Both kinds take turns, program by program, so that a machine that slows down does so for both. Writes one JSON file: machine,
-versions, settings; ``server`` (what getting it ready costs, once a run); ``programs.NAME.plain`` and ``.served`` (medians over
+Both kinds take turns, program by program, so that a slowdown of the machine affects both. Writes one JSON file: machine,
+versions, settings; ``server`` (the cost of starting it, once per run); ``programs.NAME.plain`` and ``.served`` (medians over
 the turns of ``seconds`` and ``processor_seconds`` from the start to the end of the job; ``asked``, the seconds until the program
 exists; ``turns``, the values of each turn); ``sum`` of the medians over all programs. See ``benchmarks/README.md``.
 """

@@ -38,8 +38,8 @@ def common_arguments(job: Job) -> dict[str, Any]:
 class TurnCallback(TrainerCallback):
     """Runs a Trainer one turn after the other, and records the loss and the log-probs of every step.
 
-    A measured turn lasts from the end of one optimiser step to the end of another: fetching data, the Trainer's own work and
-    the steps. When training begins with the opponent's pass, that is the first turn.
+    A measured turn lasts from the end of one optimiser step to the end of another: fetching data, the Trainer's overhead and
+    the steps. If training begins with a reference pass, that is the first turn.
     """
 
     def __init__(self, job: Job, turns: Turns, reference_on_train_begin: bool) -> None:
