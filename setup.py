@@ -7,16 +7,16 @@ from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
-# What ships beside the modules, by its place in the repository; spin/alignment/core/assets.py finds it again.
+# Folders that ship with the modules, relative to the repository; spin/alignment/core/assets.py locates them.
 ASSETS = ("configs", "data/iter0", "scripts")
 
 
 class BuildWithAssets(build_py):
-    """Copies the assets into ``spin/assets`` of the wheel. An editable install reads the repository's own folders."""
+    """Copies the assets to ``spin/assets`` in the wheel. An editable install uses the repository's own folders."""
 
     def run(self) -> None:
         if not self.editable_mode:
-            # An earlier build leaves modules behind that have been moved or removed since.
+            # An earlier build may contain modules that have since been moved or removed.
             shutil.rmtree(Path(self.build_lib) / "spin", ignore_errors=True)
         super().run()
         if not self.editable_mode:
@@ -25,8 +25,8 @@ class BuildWithAssets(build_py):
                 shutil.copytree(HERE / name, Path(self.build_lib) / "spin" / "assets" / name, ignore=ignore)
 
 
-# The whole suite runs with the lower bounds, a part of it with the newest below the upper ones: see docs/installation.md
-# before moving one of them. The extra `dev` holds the versions of the whole suite.
+# The whole suite is tested with the lower bounds, a part of it with the newest versions below the upper bounds. The extra `dev`
+# pins the versions of the whole suite. Update docs/installation.md when changing a bound.
 CORE = [
     "torch>=2.13.0,<2.15",
     "transformers>=5.19.0,<5.25",
@@ -81,7 +81,7 @@ setup(
     cmdclass={"build_py": BuildWithAssets},
     install_requires=CORE,
     extras_require=EXTRAS,
-    # The second name is for environments in which another package provides a command `spin`.
+    # The second name is for environments in which another package also installs a command `spin`.
     entry_points={"console_scripts": ["spin=spin.cli:entry_point", "selfplay-spin=spin.cli:entry_point"]},
     classifiers=[
         "Operating System :: POSIX :: Linux",

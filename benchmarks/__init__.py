@@ -1,1 +1,1 @@
-"""Speed and memory measurements; every number in ``docs/`` about speed comes from a program here."""
+"""Measurements of speed and memory. Every number about speed in ``docs/`` comes from a program in this folder."""

@@ -1,4 +1,4 @@
-"""The registry of contenders: what each is called, how it runs, and in which order it reads the pairs."""
+"""The registry of contenders: the label of each, how it runs, and in which order it reads the pairs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.harness import Job, Turns
 
 @dataclass(frozen=True)
 class Contender:
-    """``run(job, turns)`` prepares and trains; ``grouped``: batches grouped by length; ``cached``: opponent computed once."""
+    """``run(job, turns)`` prepares and trains; ``grouped``: batches grouped by length; ``cached``: reference computed once."""
 
     label: str
     run: Callable[[Job, Turns], None]
@@ -25,7 +25,7 @@ CONTENDERS = {
     "unshared": Contender("ours, prompts not shared", partial(ours.run, share_prompts=False)),
     "unfused": Contender("ours, head not fused", partial(ours.run, fused_head=False)),
     "padded": Contender("ours, padded batches", partial(ours.run, batching="padded")),
-    "uncached": Contender("ours, opponent every step", ours.run_uncached, cached=False),
+    "uncached": Contender("ours, reference every step", ours.run_uncached, cached=False),
     "naive": Contender("uclaml/SPIN semantics", peers.run_naive, cached=False),
     "trl_default": Contender("TRL, defaults", peers.run_trl_default, cached=False),
     "trl_best": Contender("TRL, best settings", peers.run_trl_best),

@@ -1,4 +1,4 @@
-"""Measures a preference fine-tuning step of this project against its peers, all in one run and turn by turn.
+"""Compares a preference fine-tuning step of this project with its peers, all in one run, turn by turn.
 
     python benchmarks/finetune.py --shape uc --out results.json --plot results.png
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from benchmarks.shapes import ModelSize, Plan
 
 VERIFIED_STEPS = 2  # the short batch, twice: before and after one update
-# Largest differences from the first contender: log-probs (relative) and loss (share of the first update's effect).
+# Maximum differences from the first contender: log-probs (relative) and loss (as a share of the effect of the first update).
 TOLERANCES = {"bf16": {"logps": 2e-3, "loss": 0.1}, "fp32": {"logps": 1e-5, "loss": 1e-3}}
 CLOCKS = {"wall": "wall_seconds", "processor": "processor_seconds"}
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "numpy")
@@ -57,7 +57,7 @@ def make_parser() -> Parser:
     add("--reps", type=int, default=3, help="turns of each contender")
     add("--steps", type=int, default=1, help="optimiser steps per turn")
     add("--warmup", type=int, default=1, help="full-sized optimiser steps before the first turn")
-    add("--epochs", type=float, default=3, help="epochs over which one pass of the opponent is spread")
+    add("--epochs", type=float, default=3, help="epochs over which the single pass of the reference is spread")
     add("--batch_size", type=int, default=0, help="pairs per optimiser step (0: the shape's own)")
     add(
         "--precision",
@@ -112,9 +112,9 @@ def check_options(options: Any) -> None:
 
 
 def resolve(options: Any) -> dict[str, float]:
-    """Replace what is chosen automatically by what it means on this machine; return its rates of matrix products.
+    """Replace automatic choices by their values on this machine; return its rates of matrix products.
 
-    The precision is that whose matrix products are faster.
+    The precision is the one with the faster matrix products.
     """
     import torch
 
@@ -148,7 +148,7 @@ def rows_file(folder: Path, grouped: bool) -> Path:
 
 
 def make_job(name: str, options: Any, folder: Path, group: int) -> Job:
-    """Return what the worker of one contender is told; ``group`` is the place of those it takes turns with."""
+    """Return the job of one contender; ``group`` is the index of the group it takes turns with."""
     shared = (
         "device",
         "precision",
@@ -174,7 +174,7 @@ def make_job(name: str, options: Any, folder: Path, group: int) -> Job:
 
 
 def schedule(options: Any) -> list[list[str]]:
-    """Return who is alive at the same time and takes turns with each other."""
+    """Return the groups of contenders that run at the same time and take turns with each other."""
     names = list(options.contenders)
     if options.schedule == "sequential":
         return [[name] for name in [MATMUL, *names]]
@@ -185,7 +185,7 @@ def schedule(options: Any) -> list[list[str]]:
 
 
 def measure(options: Any, folder: Path) -> list[dict[str, Entry]]:
-    """Let each group take its turns: the opponent's pass, the warm-up, the repetitions."""
+    """Let each group take its turns: the reference pass, the warm-up, the repetitions."""
     groups = []
     for number, names in enumerate(schedule(options)):
         entries = {name: Entry(make_job(name, options, folder, number)) for name in names}
@@ -197,7 +197,7 @@ def measure(options: Any, folder: Path) -> list[dict[str, Entry]]:
             for turn in range(2 + options.reps):
                 for entry in entries.values():
                     entry.take_turn()
-                say(f"turn {turn + 1} of {2 + options.reps} is over ({', '.join(names)})")
+                say(f"turn {turn + 1} of {2 + options.reps} is complete ({', '.join(names)})")
             for entry in entries.values():
                 entry.finish()
         finally:
@@ -205,7 +205,7 @@ def measure(options: Any, folder: Path) -> list[dict[str, Entry]]:
                 entry.close()
         for name, entry in entries.items():
             if entry.error:
-                say(f"{name} has failed: {entry.error}")
+                say(f"{name} failed: {entry.error}")
     return groups
 
 
@@ -214,7 +214,7 @@ def say(message: str) -> None:
 
 
 def summarize(name: str, entry: Entry, plan: Plan, options: Any) -> dict[str, Any]:
-    """Return what is reported of one contender."""
+    """Return the facts to report about one contender."""
     if entry.error:
         return {"label": CONTENDERS[name].label, "error": entry.error}
     tokens = [distinct_tokens(pair) for pair in plan.pairs(CONTENDERS[name].grouped)]
@@ -276,8 +276,8 @@ def cpu_name() -> str:
 
 
 def summarize_all(groups: list[dict[str, Entry]], plan: Plan, options: Any) -> dict[str, Any]:
-    """Return the facts of each contender. One that took turns with several others is pooled, and what it did beside each of
-    them stands in the other's ``ours_beside``.
+    """Return the facts of each contender. One that took turns with several others is pooled; its facts from the turns with
+    each of them are in the other's ``ours_beside``.
     """
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in options.contenders}
     for entries in groups:
@@ -340,7 +340,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def conclude(result: dict[str, Any]) -> int:
-    """Print what the reader must know about the run; return the exit code: 1 if its numbers do not compare."""
+    """Print what the reader must know about the run; return the exit code: 1 if its numbers are not comparable."""
     rate, checked = result["matmul_flops_per_second"], result["verification"]
     print(f"matrix products: {rate / 1e9:.0f} GFLOP/s; {result['flops_per_pair'] / 1e9:.0f} GFLOP per pair and epoch")
     for name, difference in checked["differences"].items():
@@ -349,10 +349,10 @@ def conclude(result: dict[str, Any]) -> int:
     waited = [name for name, facts in found.items() if facts["processor_share"] < 0.9]
     if waited and result["settings"]["device"] == "cpu" and result["settings"]["clock"] == "wall":
         say(
-            f"other programs took the processor from {', '.join(waited)}: wait until it is quiet, or set --clock processor"
+            f"other programs used the processor during {', '.join(waited)}: use an idle machine, or set --clock processor"
         )
     if not checked["agree"]:
-        say(f"the contenders do not compute the same: limits {checked['tolerances']}")
+        say(f"the contenders do not compute the same values: limits {checked['tolerances']}")
     failed = OURS in result["contenders"] and OURS not in found
     return int(not checked["agree"] or failed)
 

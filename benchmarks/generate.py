@@ -1,5 +1,6 @@
-"""Measures generation: our step on vLLM against the engine alone, our transformers backend against the original's loop, all in
-one run and turn by turn; then generation's and gathering's own machinery at scale, with a backend that needs no time.
+"""Compares our generation on vLLM with the engine alone, and our transformers backend with the original's loop, turn by turn.
+
+Then it measures everything around the model, in generation and gathering, at scale: with a backend that answers immediately.
 
     python benchmarks/generate.py --out results.json --plot results.png
 
@@ -31,7 +32,7 @@ from spin.alignment.core.files import atomic_file, write_json_atomic
 from spin.alignment.core.program import Parser, interrupt_on_sigterm, run_program
 from spin.alignment.core.provenance import package_versions
 
-SAME_RESPONSES = 0.95  # below this both uses of vLLM have not done the same work
+SAME_RESPONSES = 0.95  # below this, the two uses of vLLM have not done the same work
 
 
 def make_parser() -> Parser:
@@ -70,7 +71,7 @@ def check_options(options: Any) -> None:
 
 
 def take_turns(options: Any, folder: Path) -> dict[str, Seat]:
-    """Let all contenders take their turns on the same prompts, in an order that turns round each time; the first warms up."""
+    """Let all contenders take their turns on the same prompts, in an order that reverses every time; the first turn warms up."""
     for turn in range(options.reps + 1):
         save_prompts(folder / "data" / f"turn-{turn}", make_prompts(options.prompts, turn, options.seed))
     shared = {name: getattr(options, name) for name in ("prompts", "reps", "seed", "threads", "allocator")}
@@ -83,18 +84,18 @@ def take_turns(options: Any, folder: Path) -> dict[str, Seat]:
         for turn in range(options.reps + 1):
             for seat in seats.values() if turn % 2 else reversed(seats.values()):
                 seat.take_turn()
-            say(f"turn {turn} of {options.reps} is over")
+            say(f"turn {turn} of {options.reps} is complete")
     finally:
         for seat in seats.values():
             seat.close()
     for name, seat in seats.items():
         if seat.error:
-            say(f"{name} has failed: {seat.error}")
+            say(f"{name} failed: {seat.error}")
     return seats
 
 
 def measure_at_scale(options: Any, folder: Path) -> dict[int, dict[str, dict[str, float]]]:
-    """Measure generation and gathering of a tenth of the rows, then of all."""
+    """Measure generation and gathering of a tenth of the rows, then of all rows."""
     found = {}
     for rows in (options.gather_rows // 10, options.gather_rows) if options.gather_rows else ():
         say(f"generating and gathering {rows:,} rows without a model")
@@ -116,7 +117,7 @@ def describe(options: Any, parameters: int) -> dict[str, Any]:
 
 
 def add_contenders(result: dict[str, Any], seats: dict[str, Seat], clock: str) -> None:
-    """Add ``contenders`` and what follows from them; the first turn is left out."""
+    """Add ``contenders`` and the results derived from them, without the first turn."""
     result["contenders"] = {
         name: {"label": CONTENDERS[name].label, "error": seat.error}
         if seat.error
@@ -148,7 +149,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def conclude(result: dict[str, Any]) -> int:
-    """Print what the reader must know about the run; return the exit code: 1 if its numbers do not compare."""
+    """Print what the reader must know about the run; return the exit code: 1 if its numbers are not comparable."""
     for name, facts in result["goals"].items():
         if not facts["met"]:
             print(f"goal not met: {name} is {facts['reached']:.4g}, goal {facts['goal']:g}")

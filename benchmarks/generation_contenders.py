@@ -26,24 +26,24 @@ if TYPE_CHECKING:
     from benchmarks.generation_process import Task
 
 ORIGINAL_BATCH = 16
-# Of the device's memory, so that several engines can wait beside each other on one GPU.
+# A share of the device's memory, so that several waiting engines fit on one GPU.
 MEMORY_SHARE = 0.3
 
 
 class Contender(ABC):
-    """A loaded model that answers the prompts of one turn after the other."""
+    """A loaded model that answers prompts, one turn after the other."""
 
     @abstractmethod
     def prepare(self, turn: int) -> None:
-        """Have the prompts of a turn ready; outside the clock."""
+        """Prepare the prompts of a turn; not timed."""
 
     @abstractmethod
     def work(self) -> None:
-        """Answer them; what the clock measures."""
+        """Answer them; this is what is timed."""
 
     @abstractmethod
     def responses(self) -> dict[str, list[int]]:
-        """Return the sampled ids of each prompt, up to and with the stop id."""
+        """Return the sampled ids of each prompt, up to and including the stop id."""
 
     @abstractmethod
     def close(self) -> None:
@@ -96,7 +96,7 @@ class Bare(Contender):
 
 
 class _Lasting(GenerationBackend):
-    """A backend that outlives the runs it is lent to."""
+    """A backend that stays loaded after the runs that use it."""
 
     def __init__(self, backend: GenerationBackend) -> None:
         self.backend = backend
@@ -107,11 +107,11 @@ class _Lasting(GenerationBackend):
         return self.backend.stream(requests, sampling)
 
     def close(self) -> None:
-        """Do nothing: the next turn needs it."""
+        """Do nothing: the next turn uses the backend again."""
 
 
 class OurStep(Contender):
-    """All that spin/generate.py does with a loaded model: encode, claim, generate, decode, write parts, merge the fraction."""
+    """The work of spin/generate.py with a loaded model: encode, claim, generate, decode, write parts, merge the fraction."""
 
     def __init__(self, task: Task, backend: str) -> None:
         from spin.alignment.data.chat_encoder import ChatEncoder, load_tokenizer
@@ -166,7 +166,7 @@ class OurStep(Contender):
 
 
 class Original(Contender):
-    """The loop of the original program: batches of 16 in data order, padded on the left, ``model.generate``, ``batch_decode``."""
+    """The loop of the original program: batches of 16 in data order, left-padded, ``model.generate``, ``batch_decode``."""
 
     def __init__(self, task: Task) -> None:
         import torch
@@ -192,7 +192,7 @@ class Original(Contender):
             texts = self._texts[begin : begin + ORIGINAL_BATCH]
             inputs = self._tokenizer(texts, padding=True, add_special_tokens=False, return_tensors="pt")
             ids, mask = (inputs[name].to(self._model.device) for name in ("input_ids", "attention_mask"))
-            # The library's own top_k would be 50.
+            # The library's default for top_k is 50.
             output = self._model.generate(
                 input_ids=ids,
                 attention_mask=mask,
@@ -216,7 +216,7 @@ class Original(Contender):
 
 
 def real_tokens(ids: list[int]) -> list[int]:
-    """Return sampled ids without the padding behind the stop id."""
+    """Return sampled ids without the padding after the stop id."""
     return ids[: ids.index(EOS_ID) + 1] if EOS_ID in ids else ids
 
 

@@ -1,4 +1,4 @@
-"""What all contenders of the generation benchmark share: a random model that ends its responses, and prompts of mixed lengths."""
+"""Shared by all contenders of the generation benchmark: a random model that ends its responses, and prompts of mixed lengths."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 VOCAB_SIZE = 4096
 PROMPT_TOKENS = (16, 300)
 MAX_NEW_TOKENS = 192
-MEAN_TOKENS = 64  # of a response, were it never cut
+MEAN_TOKENS = 64  # of a response that is not truncated
 SPLIT = "train"
 CONSTANT = 0.3  # the first number of every embedding; the other numbers have a spread of 0.02
 TEMPLATE = "{% for m in messages %} {{ m['content'] }}{% if m['role'] == 'assistant' %} </s>{% endif %}{% endfor %}"
@@ -36,7 +36,7 @@ class Prompt:
 
 
 def make_prompts(count: int, turn: int, seed: int) -> list[Prompt]:
-    """Return the prompts of one turn: random words, lengths even over ``PROMPT_TOKENS``. Each turn has prompts of its own."""
+    """Return the prompts of one turn: random words, lengths uniform over ``PROMPT_TOKENS``. Each turn has different prompts."""
     rng = np.random.default_rng((seed, turn))
     shortest, longest = PROMPT_TOKENS
     lengths = rng.integers(shortest, longest + 1, count)
@@ -47,14 +47,14 @@ def make_prompts(count: int, turn: int, seed: int) -> list[Prompt]:
 
 
 def save_prompts(folder: Path, prompts: list[Prompt]) -> None:
-    """Write prompts as a data set in a folder of its own, with a short ground truth."""
+    """Write prompts to a new folder as a data set with a short ground truth."""
     folder.mkdir(parents=True)
     rows = ({"prompt_id": one.prompt_id, "prompt": one.text, "response": "w2 w3"} for one in prompts)
     (folder / f"{SPLIT}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def save_model(folder: Path, seed: int) -> int:
-    """Write a random float32 Llama whose responses have about ``MEAN_TOKENS`` tokens, with a tokenizer; return its parameters."""
+    """Write a random float32 Llama whose responses have about ``MEAN_TOKENS`` tokens, and a tokenizer; return its size."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -83,10 +83,10 @@ def save_model(folder: Path, seed: int) -> int:
 
 
 def _let_responses_end(model: Any) -> None:
-    """Change weights so that the stop id is drawn with probability 1 / ``MEAN_TOKENS``, whatever stands before it.
+    """Change weights so that the stop id is sampled with probability 1 / ``MEAN_TOKENS``, regardless of the context.
 
-    The first number of every embedding is the same and no layer adds to it, so that of every hidden state is about the same
-    too; a larger one in the row of the stop id then acts as a bias that every engine computes.
+    The first number of every embedding is the same and no layer adds to it, so the first number of every hidden state is also
+    nearly the same. A larger one in the head's row of the stop id then acts as a bias, in every engine.
     """
     import torch
 

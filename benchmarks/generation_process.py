@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from benchmarks.generation_contenders import Contender
 
 END_SECONDS = 30.0
-# vLLM would otherwise bind its threads to cores of its own choice, two engines to the same ones.
+# Otherwise vLLM would bind its threads to cores of its choice, and two engines to the same cores.
 VLLM_SETTINGS = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "2"}
 
 
 @dataclass(frozen=True)
 class Task:
-    """All a process is told. Turn 0 warms up, turns 1 to ``reps`` are measured."""
+    """Everything a process needs to know. Turn 0 is a warm-up, turns 1 to ``reps`` are measured."""
 
     contender: str
     folder: str
@@ -84,7 +84,7 @@ class Player(Worker):
             raise
 
     def close(self) -> None:
-        """Let the process end, and with it the engine it may have started; kill both when they do not."""
+        """Let the process and any engine it started end; kill them if they do not."""
         assert self._process.stdin is not None and self._process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
@@ -97,7 +97,7 @@ class Player(Worker):
 
 
 class Seat:
-    """One contender's part in the benchmark: what it measured, or the error that ended it, so that the others go on."""
+    """One contender's part in the benchmark: what it measured, or the error that ended it, so that the others continue."""
 
     def __init__(self, task: Task) -> None:
         self.task = task
@@ -129,7 +129,7 @@ class Seat:
 
 
 def processor_seconds() -> float:
-    """Return the time on the CPU of this process and of its living children: an engine may be a process of its own."""
+    """Return the time on the CPU of this process and of its living children: an engine may run in its own process."""
     import psutil
 
     own = psutil.Process()
@@ -145,7 +145,7 @@ def measure(contender: Contender, turn: int) -> dict[str, Any]:
     """Let a contender answer the prompts of a turn.
 
     Returns:
-        seconds of both clocks, tokens sampled in all (stop ids included), and for each prompt id a checksum of its response.
+        seconds of both clocks, the number of sampled tokens (including stop ids), and a checksum of the response for each prompt id.
     """
     contender.prepare(turn)
     gc.collect()
@@ -180,7 +180,7 @@ def play(task: Task, orders: IO[str], answers: IO[str]) -> None:
 
 def main(arguments: Sequence[str]) -> None:
     task = Task(**json.loads(arguments[0]))
-    # Libraries may print: their output goes to the log, the answers to a pipe of their own.
+    # Libraries may print: their output goes to the log, the answers to a separate pipe.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     play(task, sys.stdin, answers)

@@ -1,4 +1,4 @@
-"""From the turns of the generation benchmark to rates, ratios, the table and the plot."""
+"""Rates, ratios, the table and the plot of the generation benchmark, from its measured turns."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from benchmarks.report import BLUE, GREY, ratios
 # ratio -> (ours, peer, goal)
 RATIOS = {"vllm_vs_bare": ("vllm", "bare_vllm", 0.97), "transformers_vs_original": ("transformers", "original", 2.0)}
 GATHER_GOAL = 20_000  # rows per second and core
-FLAT_BYTES = 100 * 2**20  # ten times the rows may add this much
+FLAT_BYTES = 100 * 2**20  # maximum increase for ten times the rows
 MIB = 2**20
 
 
 def summarize(label: str, turns: list[dict[str, Any]], clock: str) -> dict[str, Any]:
-    """Return what is reported of a contender's measured turns; ``clock`` is the key of their seconds."""
+    """Return the facts to report about a contender's measured turns; ``clock`` is the key of their seconds."""
     each = [turn["tokens"] / turn[clock] for turn in turns]
     kept = ("tokens", "wall_seconds", "processor_seconds")
     return {
@@ -29,7 +29,7 @@ def summarize(label: str, turns: list[dict[str, Any]], clock: str) -> dict[str, 
 
 
 def add_ratios(result: dict[str, Any]) -> None:
-    """Add each ratio of tokens/s, the median over turns, and ``ratio_spread`` (least, greatest), where both contenders ran."""
+    """Add each ratio of tokens/s, the median over turns, and ``ratio_spread`` (minimum, maximum), if both contenders ran."""
     found = {name: facts for name, facts in result["contenders"].items() if "error" not in facts}
     result["ratio_spread"] = {}
     for name, (ours, peer, _) in RATIOS.items():
@@ -48,7 +48,7 @@ def same_responses(first: list[dict[str, Any]], second: list[dict[str, Any]]) ->
 
 
 def add_scale(result: dict[str, Any], scale: dict[int, dict[str, dict[str, float]]]) -> None:
-    """Add ``scale`` (by number of rows), the rates at the most rows, and how much memory ten times the rows have added."""
+    """Add ``scale`` (by number of rows), the rates at the most rows, and the increase of memory for ten times the rows."""
     if not scale:
         return
     few, many = min(scale), max(scale)
@@ -60,7 +60,7 @@ def add_scale(result: dict[str, Any], scale: dict[int, dict[str, dict[str, float
 
 
 def add_goals(result: dict[str, Any]) -> None:
-    """Add ``goals``: for everything that was measured, the goal, what was reached, and whether that meets it."""
+    """Add ``goals``: for everything that was measured, the goal, the value reached, and whether it meets the goal."""
     goals = {name: {"goal": goal, "reached": result[name]} for name, (_, _, goal) in RATIOS.items() if name in result}
     if "gather_rows_per_s" in result:
         goals["gather_rows_per_s"] = {"goal": GATHER_GOAL, "reached": result["gather_rows_per_s"]}

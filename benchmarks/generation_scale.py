@@ -1,6 +1,6 @@
-"""Generation and gathering of many rows without a model: how fast everything around one is, and whether its memory stays flat.
+"""Generation and gathering of many rows without a model: speed of everything around the model, and growth of memory.
 
-As a program (``python -m benchmarks.generation_scale STEP flags``) it runs one step in this process and prints what that took.
+As a program (``python -m benchmarks.generation_scale STEP flags``) it runs one step in this process and prints its measurements.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from spin.alignment.generation.base import (
 PROMPT_CHARACTERS, GROUND_TRUTH_CHARACTERS = 100, 500
 FRACTION_ROWS = 20_000
 IN_FLIGHT = 256
-LONGEST_ANSWER = 160  # tokens; 80 in the mean, about 480 characters
+LONGEST_ANSWER = 160  # tokens; the mean is 80, about 480 characters
 WATCH_SECONDS = 0.05
 _CHUNK = 10_000
 _POOL_WORDS = 100_000
 
 
 def save_many(folder: Path, rows: int) -> None:
-    """Write a data set of synthetic prompts and ground truths, whole words, as one parquet file."""
+    """Write a data set of synthetic prompts and ground truths, made of complete words, as one parquet file."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -63,12 +63,12 @@ def save_many(folder: Path, rows: int) -> None:
 
 
 def _words(text: str, start: int, characters: int) -> str:
-    """Return about so many characters from a blank on, without the word that is cut."""
+    """Return approximately the given number of characters, starting at a space and without the last, incomplete word."""
     return text[start : start + characters + 1].strip().rpartition(" ")[0]
 
 
 class InstantBackend(GenerationBackend):
-    """Answers at once with ids from a pool, out of order like an engine that has many requests in flight."""
+    """Answers immediately with ids from a pool, out of order like an engine with many requests in flight."""
 
     def __init__(self, settings: BackendSettings) -> None:
         self._stop = settings.stop_ids[0]
@@ -94,11 +94,11 @@ class InstantBackend(GenerationBackend):
         return number, responses
 
     def close(self) -> None:
-        """There is nothing to free."""
+        """Do nothing: there is nothing to free."""
 
 
 class MemoryWatch:
-    """The peaks of this process's memory while a block runs."""
+    """Peak memory of this process while a block runs."""
 
     def __enter__(self) -> MemoryWatch:
         self._anonymous = 0
@@ -118,7 +118,7 @@ class MemoryWatch:
             self._anonymous = max(self._anonymous, memory.rss - memory.shared)
 
     def facts(self) -> dict[str, int]:
-        """Return the peak of resident memory, and that without pages of files, which the system takes back when it needs them."""
+        """Return the peak of resident memory, and the same without pages of files, which the system can reclaim."""
         return {"peak_bytes": peak_bytes("cpu"), "peak_anonymous_bytes": self._anonymous}
 
 
@@ -136,10 +136,10 @@ def run_step(step: str, arguments: Sequence[str]) -> dict[str, float]:
 
 
 def measure_step(step: str, flags: dict[str, Any], log: Path, threads: int) -> dict[str, float]:
-    """Run a step in a process of its own.
+    """Run a step in a new process.
 
     Raises:
-        RuntimeError: it failed; the message is the end of what it said.
+        RuntimeError: it failed; the message is the end of its output.
     """
     words = [f"--{name}={value}" for name, value in flags.items()]
     environment = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -160,7 +160,7 @@ def measure_step(step: str, flags: dict[str, Any], log: Path, threads: int) -> d
 
 
 def measure_scale(rows: int, model_folder: Path, folder: Path, threads: int) -> dict[str, dict[str, float]]:
-    """Generate and gather ``rows`` rows; return for each step its rates, rows per second of either clock, and its peaks."""
+    """Generate and gather ``rows`` rows; return the rates of each step (rows per second of both clocks) and its memory peaks."""
     data, made, pairs = (folder / name for name in ("data", "generated", "pairs"))
     save_many(data, rows)
     generate = {
@@ -185,7 +185,7 @@ def measure_scale(rows: int, model_folder: Path, folder: Path, threads: int) -> 
 
 
 def main(arguments: Sequence[str]) -> None:
-    # What the programs print goes to the log, the numbers to a pipe of their own.
+    # The output of the programs goes to the log, the numbers to a separate pipe.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     answers.write(json.dumps(run_step(arguments[0], arguments[1:])))

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-# glibc keeps freed memory instead of giving it back and faulting it in again at the next large tensor.
+# glibc keeps freed memory instead of returning it and faulting it in again for the next large tensor.
 TUNED_ALLOCATOR = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
     "MALLOC_MMAP_MAX_": "0",
@@ -27,12 +27,12 @@ TUNED_ALLOCATOR = {
 
 
 class WorkerError(RuntimeError):
-    """A worker ended before its turn was over; the message is the end of its log."""
+    """A worker ended before its turn was complete; the message is the end of its log."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """All a worker is told. The rows are read from ``rows_file``; turns end after the steps of ``turn_ends``."""
+    """Everything a worker needs to know. The rows are read from ``rows_file``; turns end after the steps of ``turn_ends``."""
 
     contender: str
     folder: str
@@ -66,7 +66,7 @@ class Worker:
     """The parent's end: starts a process, gives it turns, reads what it measured."""
 
     def __init__(self, job: Job) -> None:
-        """Start the process and wait until its model is loaded. ``facts`` is what it says about itself then."""
+        """Start the process and wait until its model is loaded. ``facts`` is what it reports at that point."""
         self.name = job.contender
         folder = Path(job.folder)
         folder.mkdir(parents=True)
@@ -87,7 +87,7 @@ class Worker:
         self.facts = self._read()
 
     def turn(self) -> dict[str, Any]:
-        """Let the worker run until its turn is over; return what it measured.
+        """Let the worker run until its turn is complete; return what it measured.
 
         Raises:
             WorkerError: it ended instead.
@@ -101,7 +101,7 @@ class Worker:
         return self._read()
 
     def close(self) -> None:
-        """End the process, whatever it is doing."""
+        """End the process, regardless of its state."""
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.kill()
         self._process.wait()
@@ -109,7 +109,7 @@ class Worker:
         try:
             self._process.stdin.close()
         except BrokenPipeError:
-            return  # an unsent "go" of a worker that is gone
+            return  # an unsent "go" for a worker that has exited
 
     def _read(self) -> dict[str, Any]:
         assert self._process.stdout is not None
@@ -122,13 +122,13 @@ class Worker:
 
     def _last_words(self) -> str:
         code = self._process.poll()
-        how = "was killed, as happens when the memory is full" if code == -signal.SIGKILL else f"ended with code {code}"
+        how = "was killed, as happens when memory runs out" if code == -signal.SIGKILL else f"ended with code {code}"
         lines = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         return "\n".join([f"{self.name} {how}; the end of its log:", *lines[-15:]])
 
 
 class Entry:
-    """One contender's part in the benchmark: what it measured, or the error that ended it, so that the others go on."""
+    """One contender's part in the benchmark: what it measured, or the error that ended it, so that the others continue."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -148,7 +148,7 @@ class Entry:
                 self.turns.append(self._worker.turn())
 
     def finish(self) -> None:
-        """Fetch what the worker reports at its end."""
+        """Fetch the final report of the worker."""
         with self._surviving():
             if self._worker:
                 self.facts |= self._worker.turn()
@@ -168,7 +168,7 @@ class Entry:
 
 
 class Turns:
-    """The worker's end. Between two turns it holds no memory that the allocator could give back."""
+    """The worker's end. Between two turns it holds no memory that the allocator could return."""
 
     def __init__(self, job: Job, orders: IO[str], answers: IO[str]) -> None:
         self.device = job.device
@@ -178,12 +178,12 @@ class Turns:
         self.records: list[dict[str, float]] = []
 
     def baseline(self) -> None:
-        """Take the memory now as the baseline: libraries imported, the weights of one model loaded."""
+        """Record the current memory as the baseline: libraries imported, the weights of one model loaded."""
         gc.collect()
         self._baseline = resident_bytes(self.device)
 
     def ready(self) -> None:
-        """Tell the parent that the preparations are over."""
+        """Tell the parent that preparation is complete."""
         self._send({"baseline_bytes": self._baseline})
 
     def begin(self) -> None:
@@ -202,7 +202,7 @@ class Turns:
         self._send(facts | {"peak_bytes": peak_bytes(self.device)})
 
     def end_if_begun(self, **facts: Any) -> None:
-        """Stop the clock and report if a turn is going on."""
+        """Stop the clock and report if a turn is in progress."""
         if self._started is not None:
             self.end(**facts)
 
@@ -228,7 +228,7 @@ class Turns:
 
 
 def _status_bytes(field: str) -> int:
-    """Return a field of Linux's account of this process. It begins anew with each program, unlike getrusage's peak."""
+    """Return a field of /proc/self/status. Unlike getrusage's peak, it starts anew with each program."""
     for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith(field):
             return int(line.split()[1]) * 1024
@@ -236,7 +236,7 @@ def _status_bytes(field: str) -> int:
 
 
 def resident_bytes(device: str) -> int:
-    """Return the memory in use now: resident memory of the process, on a GPU what its tensors take there."""
+    """Return the memory currently in use: resident memory of the process, on a GPU that of its tensors."""
     if device == "cuda":
         import torch
 
@@ -245,7 +245,7 @@ def resident_bytes(device: str) -> int:
 
 
 def peak_bytes(device: str) -> int:
-    """Return the most memory that was ever in use: resident memory of the process, on a GPU its tensors there."""
+    """Return the peak of memory in use: resident memory of the process, on a GPU that of its tensors."""
     if device == "cuda":
         import torch
 
@@ -254,7 +254,7 @@ def peak_bytes(device: str) -> int:
 
 
 def release_idle_memory(device: str) -> None:
-    """Give memory that the allocator merely keeps back to the system or the GPU."""
+    """Return memory that the allocator holds without using it to the system or the GPU."""
     if device == "cuda":
         import torch
 

@@ -1,4 +1,4 @@
-"""The machine's rate of matrix products at the sizes of the model: as a contender that takes turns, and by precision."""
+"""The machine's rate of matrix products at the sizes of the model, measured as a contender that takes turns, and by precision."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _TOKENS = {"cpu": 2048, "cuda": 8192}
 
 
 class LayerProducts:
-    """The matrix products of one decoder layer's forward pass, attention aside."""
+    """The matrix products of one decoder layer's forward pass, without attention."""
 
     def __init__(self, shape: ModelShape, precision: str, device: str) -> None:
         import torch
@@ -75,6 +75,6 @@ def run(job: Job, turns: Turns) -> None:
     products.multiply(0)
     turns.baseline()
     turns.ready()
-    for _ in range(2 + job.reps):  # the turns of the opponent, of the warm-up and of the steps
+    for _ in range(2 + job.reps):  # the turns of the reference pass, of the warm-up and of the steps
         turns.begin()
         turns.end(flops=products.multiply(1))

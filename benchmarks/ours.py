@@ -1,4 +1,4 @@
-"""This project as a contender, and with one of its ideas off at a time."""
+"""This project as a contender, also with one of its optimisations disabled at a time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def run(job: Job, turns: Turns, **settings: Any) -> None:
 def run_uncached(job: Job, turns: Turns) -> None:
     """Train with SPINTrainer, and pass every micro-batch through a second model as if its log-probs were not stored.
 
-    The loss uses the stored ones all the same; they are equal.
+    The loss still uses the stored ones, which are equal.
     """
     import torch
 
@@ -30,7 +30,7 @@ def run_uncached(job: Job, turns: Turns) -> None:
     class UncachedTrainer(SPINTrainer):
         def __init__(self, **settings: Any) -> None:
             super().__init__(**settings)
-            # Not self.opponent: the trainer would compute its whole distributions.
+            # Not self.opponent: the trainer would compute full distributions with it.
             self.second_model = load_model(job.model_folder).to(job.device).eval()
             install_packed_forward(self.second_model)
 
@@ -54,7 +54,7 @@ def _train(trainer_class: Any, job: Job, turns: Turns, settings: dict[str, Any])
     if unknown:
         raise SystemExit(f"SPINConfig has no key {', '.join(sorted(unknown))}")
     if job.optimizer == "rmsprop":
-        settings = {"optim_args": "bias_correction=false"} | settings  # as the peers' RMSprop
+        settings = {"optim_args": "bias_correction=false"} | settings  # like the peers' RMSprop
     model = load_model(job.model_folder)
     turns.baseline()
     trainer = trainer_class(

@@ -1,4 +1,4 @@
-"""The peers: the semantics of uclaml/SPIN in plain PyTorch, and TRL's DPOTrainer with its defaults and at its best."""
+"""The peers: the semantics of uclaml/SPIN in plain PyTorch, and TRL's DPOTrainer with its defaults and with its best settings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 def run_naive(job: Job, turns: Turns) -> None:
     """Train as uclaml/SPIN does: two models in memory, a padded block of chosen and rejected, logits of all positions in
-    float32, log-softmax and gather, the opponent's forward pass in every step.
+    float32, log-softmax and gather, a forward pass of the reference in every step.
     """
     import torch
 
@@ -25,7 +25,7 @@ def run_naive(job: Job, turns: Turns) -> None:
     rows = job.rows()
     turns.ready()
     turns.begin()
-    turns.end()  # no pass of the opponent before training
+    turns.end()  # no reference pass before training
     policy.train()
     step = 0
     for end in job.turn_ends:
@@ -87,22 +87,22 @@ def _naive_logps(model: Any, batch: dict[str, Tensor]) -> Tensor:
 
 
 def run_trl_default(job: Job, turns: Turns) -> None:
-    """Train with TRL's DPOTrainer as a user finds it: activations recomputed, a reference model run in every step."""
+    """Train with TRL's DPOTrainer with its defaults: activations recomputed, a reference model run in every step."""
     trainer = _trl_trainer(job, turns, {})
     turns.ready()
     turns.begin()
-    turns.end()  # no pass of the opponent before training
+    turns.end()  # no reference pass before training
     trainer.train()
 
 
 def run_trl_best(job: Job, turns: Turns) -> None:
-    """Train with TRL's DPOTrainer at its fastest: reference log-probs computed once, activations kept."""
+    """Train with TRL's DPOTrainer with its fastest settings: reference log-probs computed once, activations kept."""
     trainer = _trl_trainer(job, turns, {"precompute_ref_log_probs": True, "gradient_checkpointing": False})
     trainer.train()
 
 
 def _trl_trainer(job: Job, turns: Turns, settings: dict[str, Any]) -> Any:
-    """Return a DPOTrainer. With precomputed log-probs their pass is the first turn, and it happens in here."""
+    """Return a DPOTrainer. If log-probs are precomputed, that pass is the first turn and happens here."""
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
@@ -131,5 +131,5 @@ def _trl_trainer(job: Job, turns: Turns, settings: dict[str, Any]) -> Any:
     )
     for ids in names.values():
         if list(trainer.train_dataset[ids]) != [row[ids] for row in rows]:
-            raise SystemExit(f"TRL trains on other {ids} than the benchmark made")
+            raise SystemExit(f"TRL trains on {ids} that differ from those of the benchmark")
     return trainer

@@ -1,4 +1,4 @@
-"""From measured turns to rates, ratios, the table and the plot."""
+"""Rates, ratios, the table and the plot of the fine-tuning benchmark, from its measured turns."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ BLUE, GREY = "#2563eb", "#9ca3af"
 def rates(turns: list[dict[str, float]], tokens_per_pair: float, reference_rate: float | None, epochs: float) -> Any:
     """Return one contender's rates, one value per repetition.
 
-    ``turns`` have seconds and tokens (distinct ones). ``reference_rate`` is that of the opponent's pass in tokens/s, None
-    without one. Rates of pairs are rates of tokens over the mean tokens of a pair, so repetitions with longer pairs compare.
+    ``turns`` contain seconds and distinct tokens. ``reference_rate`` is the rate of the reference pass in tokens/s, or None if
+    there is none. Rates in pairs are rates in tokens divided by the mean tokens of a pair, so that repetitions with longer
+    pairs are comparable.
 
-    * tokens_per_second, step_pairs_per_second: training steps alone;
-    * pairs_per_second: pairs trained on per second over ``epochs`` epochs with one pass of the opponent.
+    * tokens_per_second, step_pairs_per_second: training steps only;
+    * pairs_per_second: pairs trained per second over ``epochs`` epochs, including one reference pass.
     """
     tokens = [turn["tokens"] / turn["seconds"] for turn in turns]
     reference = 0.0 if reference_rate is None else 1 / (epochs * reference_rate)
@@ -32,13 +33,13 @@ def rates(turns: list[dict[str, float]], tokens_per_pair: float, reference_rate:
 
 
 def ratios(ours: list[float], peer: list[float]) -> tuple[float, float, float]:
-    """Return the median, the least and the greatest ratio ours / peer, each over one repetition."""
+    """Return the median, minimum and maximum of the ratio ours / peer over the repetitions."""
     each = [first / second for first, second in zip(ours, peer, strict=True)]
     return median(each), min(each), max(each)
 
 
 def pool(each: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the facts of a contender that was measured several times: medians over all repetitions, the greatest peak."""
+    """Return the facts of a contender that was measured several times: medians over all repetitions, the maximum peak."""
     worked = [facts for facts in each if "error" not in facts]
     if len(each) == 1 or not worked:
         return each[0]
@@ -55,7 +56,7 @@ def pool(each: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def add_ratios(result: dict[str, Any]) -> None:
-    """Add ``ratios`` (ours / peer in pairs/s), ``ratio_spread`` (least, greatest) and, ours / peer too, ``peak_memory_ratio``
+    """Add ``ratios`` (ours / peer in pairs/s), ``ratio_spread`` (minimum, maximum) and, as ours / peer too, ``peak_memory_ratio``
     and ``peak_above_baseline_ratio``.
     """
     found = {name: facts for name, facts in result["contenders"].items() if "error" not in facts}
@@ -75,10 +76,10 @@ def add_ratios(result: dict[str, Any]) -> None:
 
 
 def loss_differences(records: dict[str, list[dict[str, float]]], verified: int) -> dict[str, dict[str, float]]:
-    """Return how far each contender is from the first one in the verified steps.
+    """Return how much each contender differs from the first one in the verified steps.
 
     * logps: relative difference of the summed log-probs of the responses before the first update;
-    * loss: difference of the loss after the first update on the same batch, relative to what that update took off it.
+    * loss: difference of the loss after the first update on the same batch, relative to the decrease caused by that update.
     """
     first, *_ = records.values()
     gain = abs(first[0]["loss"] - first[verified - 1]["loss"])

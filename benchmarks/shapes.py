@@ -1,4 +1,4 @@
-"""What is measured: models of known size with random weights, pairs of known lengths, and the arithmetic they need."""
+"""What is measured: models of known size with random weights, pairs of known lengths, and the number of operations they need."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Pair = dict[str, list[int]]  # prompt_ids, chosen_ids, rejected_ids; responses e
 
 @dataclass(frozen=True)
 class Shape:
-    """Log-normal lengths in tokens, all with one spread (the standard deviation of their logarithm)."""
+    """Log-normal lengths in tokens, all with the same spread (the standard deviation of their logarithm)."""
 
     prompt: int
     chosen: int
@@ -32,7 +32,7 @@ class Shape:
     max_length: int
 
 
-# The spreads give the ratios of padded to distinct tokens of shuffled batches that such data have: about 2.2 and 1.95.
+# The spreads reproduce the ratio of padded to distinct tokens in shuffled batches of such data: about 2.2 and 1.95.
 SHAPES = {
     "uc": Shape(prompt=153, chosen=252, rejected=256, spread=0.5, batch_size=8, max_length=1024),
     "lp": Shape(prompt=701, chosen=150, rejected=149, spread=0.15, batch_size=4, max_length=1536),
@@ -102,14 +102,14 @@ def make_tokenizer(vocab_size: int) -> Any:
 
 
 def as_text(ids: Sequence[int]) -> str:
-    """Return the text of ids, each word after a blank, so that texts can be joined."""
+    """Return the text of ids, each word preceded by a space, so that texts can be concatenated."""
     return "".join(" </s>" if number == EOS_ID else f" w{number}" for number in ids)
 
 
 def draw_lengths(shape: Shape, count: int, rng: np.random.Generator) -> NDArray[np.int64]:
     """Return lengths of prompt, chosen and rejected in tokens, int64 of shape ``(count, 3)``.
 
-    Prompt and response together are cut to the shape's max_length, the prompt to two thirds of it.
+    Prompt plus response are truncated to the shape's max_length, the prompt to two thirds of it.
     """
     medians = np.array([shape.prompt, shape.chosen, shape.rejected], dtype=float)
     lengths = np.exp(np.log(medians) + shape.spread * rng.standard_normal((count, 3))).astype(np.int64)
@@ -150,10 +150,10 @@ class Plan:
 
 
 def make_plan(shape: Shape, batch_size: int, warmup: int, measured: int, vocab_size: int, seed: int) -> Plan:
-    """Return the pairs of ``warmup`` and ``measured`` batches of either kind.
+    """Return the pairs of ``warmup`` and ``measured`` batches of both kinds.
 
-    The shuffled ones are drawn at random. The grouped ones are drawn evenly, from the longest to the shortest, from the
-    batches that the sampler makes of whole mega-batches, so that they are grouped as well as in a real run.
+    Shuffled batches are drawn at random. Grouped batches are selected evenly, from the longest to the shortest, from those that
+    the sampler forms of complete mega-batches, so that they are grouped as well as in a real run.
     """
     import torch
     from transformers.trainer_pt_utils import get_length_grouped_indices
@@ -174,19 +174,19 @@ def make_plan(shape: Shape, batch_size: int, warmup: int, measured: int, vocab_s
 
 
 def distinct_tokens(pair: Pair) -> int:
-    """Return P + C + R: the tokens that any method has to read at least once."""
+    """Return P + C + R: the tokens that any method must read at least once."""
     return sum(map(len, pair.values()))
 
 
 def padded_tokens(pairs: Sequence[Pair]) -> int:
-    """Return the size of the padded block in which the pairs make one batch of ``2B`` rows."""
+    """Return the size of the padded block of the pairs as one batch of ``2B`` rows."""
     widths = [len(pair["prompt_ids"]) + max(len(pair["chosen_ids"]), len(pair["rejected_ids"])) for pair in pairs]
     return 2 * len(pairs) * max(widths)
 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """What the arithmetic depends on: weights in the trunk's and the head's matrices, layers, width of all heads."""
+    """The sizes that decide the number of operations: weights of trunk and head, layers, total width of the attention heads."""
 
     trunk: int
     head: int
@@ -203,12 +203,12 @@ class ModelSize:
 
 
 def flops_per_pair(size: ModelSize, lengths: Sequence[int], epochs: float) -> float:
-    """Return the floating-point operations that a pair needs per epoch, whatever the method that trains on it.
+    """Return the floating-point operations that a pair needs per epoch, regardless of the method that trains on it.
 
-    ``lengths`` are those of prompt, chosen and rejected in tokens.
+    ``lengths`` are the lengths of prompt, chosen and rejected in tokens.
 
     ``(6 + 2/E) (N D + H T) + (3 + 1/E) A`` with N trunk and H head weights, D = P + C + R and T = C + R tokens and the forward
-    pass of attention A: a training step costs three forward passes and the opponent one in E epochs. The prompt is read
+    pass of attention A: a training step costs three forward passes, the reference one in E epochs. The prompt is read
     once: causal attention over P + C, and R over P and itself, 4 operations per layer, query, key and unit of width.
     """
     prompt, chosen, rejected = lengths

@@ -1,9 +1,9 @@
-"""Measures what starting a program costs: each program does a job of a moment, started plainly and from the start server.
+"""Measures the cost of starting a program: each program does a minimal job, started as a new process and from the start server.
 
     python benchmarks/starts.py --out benchmarks/results/starts-cpu.json
 
-Both kinds take turns, program by program, so that a machine that slows down does so for both. Writes one JSON file: machine,
-versions, settings; ``server`` (what getting it ready costs, once a run); ``programs.NAME.plain`` and ``.served`` (medians over
+Both kinds take turns, program by program, so that a slowdown of the machine affects both. Writes one JSON file: machine,
+versions, settings; ``server`` (the cost of starting it, once per run); ``programs.NAME.plain`` and ``.served`` (medians over
 the turns of ``seconds`` and ``processor_seconds`` from the start to the end of the job; ``asked``, the seconds until the program
 exists; ``turns``, the values of each turn); ``sum`` of the medians over all programs. See ``benchmarks/README.md``.
 """
@@ -33,7 +33,7 @@ from spin.alignment.pipeline.start_programs import PROGRAMS, ProgramStarter
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 KINDS = ("plain", "served")
-# In an order in which each finds what it reads.
+# In an order in which each program finds its input.
 PROGRAM_NAMES = (
     "reformat",
     "run_sft",
@@ -63,7 +63,7 @@ def make_parser() -> Parser:
     parser = Parser(prog="starts.py", description="Time of program starts, plain and from the start server.")
     parser.add_argument("--turns", type=int, default=3, help="turns of each kind")
     parser.add_argument(
-        "--programs", nargs="+", default=None, help="some programs only; the earlier ones feed the later"
+        "--programs", nargs="+", default=None, help="only these programs; later ones read the output of earlier ones"
     )
     parser.add_argument("--out", required=True, help="JSON file to write")
     return parser
@@ -119,7 +119,7 @@ def write_config(path: Path, values: Mapping[str, Any]) -> Path:
 
 
 def processor_seconds(server: int | None) -> float:
-    """Return the processor time so far of the children of the server, or, without one, of this process's own."""
+    """Return the processor time so far of the server's children or, without a server, of this process's children."""
     if server is None:
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
         return used.ru_utime + used.ru_stime
@@ -128,10 +128,10 @@ def processor_seconds(server: int | None) -> float:
 
 
 def take_turn(starter: ProgramStarter, command: list[str], log: Path) -> dict[str, float]:
-    """Run one job to its end.
+    """Run one job until it ends.
 
     Raises:
-        InputError: it failed; the message ends with what it said.
+        InputError: it failed; the message ends with its output.
     """
     before, started = processor_seconds(starter.server_pid), time.monotonic()
     with log.open("wb") as output:
@@ -146,7 +146,7 @@ def take_turn(starter: ProgramStarter, command: list[str], log: Path) -> dict[st
 
 
 def measure(turns: int, names: Sequence[str] | None) -> dict[str, Any]:
-    """Return the result: the server's own cost, and every turn of every program."""
+    """Return the result: the cost of the server, and every turn of every program."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     starters = {
         "plain": ProgramStarter({**environment, "SPIN_PLAIN_STARTS": "1"}),
@@ -155,7 +155,7 @@ def measure(turns: int, names: Sequence[str] | None) -> dict[str, Any]:
     started = time.monotonic()
     starters["served"].prepare(python_command(PROGRAMS / "run_sft.py", []))
     if starters["served"].problem is not None:
-        raise InputError(f"there is no start server here: {starters['served'].problem}")
+        raise InputError(f"the start server is not available here: {starters['served'].problem}")
     server: dict[str, Any] = {"ready_seconds": round(time.monotonic() - started, 2)}
     status = Path(f"/proc/{starters['served'].server_pid}/stat").read_text().rpartition(")")[2].split()
     server["processor_seconds"] = (int(status[11]) + int(status[12])) / os.sysconf("SC_CLK_TCK")

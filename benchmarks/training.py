@@ -1,4 +1,4 @@
-"""What the contenders that use transformers' Trainer share: its settings, and the callback that takes turns."""
+"""Shared by the contenders that use transformers' Trainer: its settings, and the callback that takes turns."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def common_arguments(job: Job) -> dict[str, Any]:
         "bf16": job.precision == "bf16",
         "use_cpu": job.device == "cpu",
         "dataloader_pin_memory": job.device == "cuda",
-        "train_sampling_strategy": "sequential",  # the plan of the run shuffles or groups the pairs
+        "train_sampling_strategy": "sequential",  # the pairs are already shuffled or grouped by the plan of the run
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",
@@ -36,10 +36,10 @@ def common_arguments(job: Job) -> dict[str, Any]:
 
 
 class TurnCallback(TrainerCallback):
-    """Lets a Trainer run one turn after the other, and records the loss and the log-probs of every step.
+    """Runs a Trainer one turn after the other, and records the loss and the log-probs of every step.
 
-    A measured turn lasts from the end of one optimiser step to the end of another: fetching data, the Trainer's own work and
-    the steps. When training begins with the opponent's pass, that is the first turn.
+    A measured turn lasts from the end of one optimiser step to the end of another: fetching data, the Trainer's overhead and
+    the steps. If training begins with a reference pass, that is the first turn.
     """
 
     def __init__(self, job: Job, turns: Turns, reference_on_train_begin: bool) -> None:

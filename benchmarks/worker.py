@@ -12,7 +12,7 @@ from benchmarks.harness import Job, Turns
 
 def main() -> None:
     job = Job(**json.loads(sys.argv[1]))
-    # Libraries may print: their output goes to the log, the answers to a pipe of their own.
+    # Libraries may print: their output goes to the log, the answers to a separate pipe.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     turns = Turns(job, sys.stdin, answers)

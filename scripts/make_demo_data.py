@@ -1,4 +1,4 @@
-"""Makes the data, tokenizer and model configuration of the demo; the same rows at every run.
+"""Creates the data, tokenizer and model configuration of the demo; the rows are the same in every run.
 
 python scripts/make_demo_data.py [OUTPUT_DIR]      (default: data/iter0 of this repository)
 """

@@ -1,13 +1,19 @@
-"""Writes the tables of keys and flags in docs/*.md from the settings' own declarations.
+"""Writes the generated sections of docs/*.md: tables of keys and flags from the declared settings, and the map of modules.
 
-    python scripts/make_docs.py          # after a setting was added or changed; a test fails when a table is stale
+    python scripts/make_docs.py          # after changing a setting or a module's docstring; a test fails if a section is stale
 
-A table stands between ``<!-- keys: CLASS -->`` and ``<!-- end -->``; ``flags:`` writes the names with two dashes, and
-``CLASS / group, group`` takes some groups alone.
+A generated section is enclosed by a marker and ``<!-- end -->``:
+
+    <!-- keys: CLASS -->                 the settings of a class
+    <!-- flags: CLASS -->                the same, with two dashes before each name
+    <!-- keys: CLASS / group, group -->  only the settings of these groups
+    <!-- packages -->                    the packages of spin/alignment in the order of imports
+    <!-- modules -->                     one table of modules per package, from the first paragraph of each docstring
 """
 
 from __future__ import annotations
 
+import ast
 import re
 import sys
 from pathlib import Path
@@ -38,13 +44,26 @@ CLASSES: dict[str, type] = {
         *(RunConfig, RunData, LaunchConfig),
     )
 }
-# Sections of `spin run`: what stands before their keys.
+# Prefixes of the keys in sections of `spin run`.
 PREFIXES = {"RunData": "data.", "LaunchConfig": "launch."}
+# The packages of spin/alignment from the bottom up: a package imports only packages of earlier rows, and itself.
+# tests/test_imports.py checks this table against the real imports.
+LAYERS = (
+    ("core",),
+    ("data", "methods", "models"),
+    ("rewards", "logprobs"),
+    ("generation", "pairs", "token_weights"),
+    ("training",),
+    ("evaluation",),
+    ("pipeline",),
+    ("report",),
+)
 TABLE = re.compile(r"<!-- (keys|flags): (\w+)(?: / ([\w, ]+))? -->\n.*?<!-- end -->", re.DOTALL)
+MAP = re.compile(r"<!-- (packages|modules) -->\n.*?<!-- end -->", re.DOTALL)
 
 
 def table(match: re.Match[str]) -> str:
-    """Return the place of a table with the table as it must be."""
+    """Return the up-to-date text of a table of settings, markers included."""
     kind, name, groups = match.groups()
     config_class = lookup(CLASSES, name, "settings class")
     known = grouped(config_class)
@@ -55,9 +74,56 @@ def table(match: re.Match[str]) -> str:
     return f"{opening}\n{key_table(fields, config_class, prefix)}\n<!-- end -->"
 
 
+def summary(path: Path) -> str:
+    """Return the first paragraph of a module's docstring as one line of a Markdown table."""
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    line = " ".join(docstring.partition("\n\n")[0].split())
+    # From reStructuredText to Markdown: roles such as :func:`~a.b.c` and double backquotes. A bar would end the cell.
+    line = re.sub(r":\w+:`~?([^`]+)`", r"`\1`", line).replace("``", "`")
+    return line.replace("|", "\\|")
+
+
+def package_table() -> str:
+    """Return the table of the packages of spin/alignment, one line per package, in the order of imports."""
+    lines = ["| row | package | contents |", "| --- | --- | --- |"]
+    for number, row in enumerate(LAYERS, start=1):
+        for package in row:
+            lines.append(
+                f"| {number} | `{package}/` | {summary(ROOT / 'spin' / 'alignment' / package / '__init__.py')} |"
+            )
+    return "\n".join(lines)
+
+
+def module_tables() -> str:
+    """Return a table of the programs, and one of the modules of each package, with its subpackages."""
+    programs = [path for path in sorted((ROOT / "spin").glob("*.py")) if path.name != "__init__.py"]
+    parts = [module_table("spin", programs, ROOT / "spin")]
+    for package in (name for row in LAYERS for name in row):
+        folder = ROOT / "spin" / "alignment" / package
+        modules = [path for path in sorted(folder.rglob("*.py")) if path != folder / "__init__.py"]
+        parts.append(module_table(f"spin/alignment/{package}", modules, folder))
+    return "\n\n".join(parts)
+
+
+def module_table(title: str, paths: list[Path], folder: Path) -> str:
+    """Return a heading and a table of modules; a subpackage's ``__init__.py`` is listed as the subpackage itself."""
+    lines = [f"### `{title}/`", "", "| module | contents |", "| --- | --- |"]
+    for path in paths:
+        name = path.relative_to(folder).as_posix().removesuffix("__init__.py")
+        lines.append(f"| `{name}` | {summary(path)} |")
+    return "\n".join(lines)
+
+
+def map_section(match: re.Match[str]) -> str:
+    """Return the up-to-date text of a section about packages or modules, markers included."""
+    kind = match.group(1)
+    text = package_table() if kind == "packages" else module_tables()
+    return f"<!-- {kind} -->\n{text}\n<!-- end -->"
+
+
 def up_to_date(text: str) -> str:
-    """Return a page with every table as the settings declare it."""
-    return TABLE.sub(table, text)
+    """Return a page with all of its generated sections up to date."""
+    return MAP.sub(map_section, TABLE.sub(table, text))
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Makes the data, tokenizer and model configuration of the demos with rewards; the same rows at every run.
+"""Creates the data, tokenizer and model configuration of the demos with rewards; the rows are the same in every run.
 
 python scripts/make_sorting_data.py [OUTPUT_DIR]      (default: data/sorting of this repository)
 """

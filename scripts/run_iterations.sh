@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
-# N iterations by separate launches: responses, pairs and training, for those who drive by shell. `spin run` does more.
+# Runs N iterations with separate launches of generation, pairing and training. `spin run` does the same and more in one program.
 set -euo pipefail
 usage() {
     cat <<'TEXT'
 usage: MODEL=... bash scripts/run_iterations.sh N [--key=value ...]
 
-Runs iterations 0 to N-1: generate.sh (responses, then pairs), finetune.sh. Killed and started again, it
-goes on: every step recognises its finished output. Settings (--key=value) go to the training of every iteration.
+Runs iterations 0 to N-1: generate.sh (responses, then pairs), then finetune.sh. If it is killed, run the same command again to
+resume: every step recognises its finished output. Settings (--key=value) are passed to the training of every iteration.
 
-  MODEL      the SFT model: folder or Hub name; start and first opponent (required)
+  MODEL      folder or Hub name of the SFT model: initial model and first opponent (required)
   RUN_DIR    iterations are written to RUN_DIR/iterT/{generated,pairs,checkpoint} (default: outputs)
   BACKEND    transformers or vllm (default: transformers)
   GENERATE   further flags of spin/generate.py, for example "--max_new_tokens 256"
   CONVERT    further flags of spin/convert_data.py, for example "--identical drop"
 
-and what generate.sh (INPUT_DIR, FRAC_LEN, ENGINES, GPUS ...) and finetune.sh (LAUNCH_CONFIG ...) read. Iteration t trains
-on the pairs of t and t-1 with the settings of configs/config.yaml or configs/config_iterT.yaml.
+and the variables of generate.sh (INPUT_DIR, FRAC_LEN, ENGINES, GPUS ...) and finetune.sh (LAUNCH_CONFIG ...). Iteration t trains
+on the pairs of iterations t and t-1 with the settings of configs/config.yaml or configs/config_iterT.yaml.
 TEXT
 }
 case "${1:-}" in
@@ -48,7 +48,7 @@ for ((iteration = 0; iteration < iterations; iteration++)); do
         bash scripts/generate.sh "$iteration" "${generate_flags[@]}"
     config=configs/config_iter$iteration.yaml
     [ -f "$config" ] || config=configs/config.yaml
-    # A local opponent has no Hub revision; the paper's start keeps its own.
+    # A local opponent has no Hub revision; a Hub model in iteration 0 keeps the one in the configuration.
     revision=()
     [ "$iteration" = 0 ] && [ ! -d "$opponent" ] || revision=(--model_revision=null)
     CONFIG=${CONFIG:-$config} bash scripts/finetune.sh "$iteration" --model_name_or_path="$opponent" "${revision[@]}" \

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Lint, types and the whole test suite, in an environment of its own.
+# Runs lint, type checks and the whole test suite in a virtual environment.
 set -euo pipefail
 usage() {
     cat <<'TEXT'
 usage: bash scripts/test.sh [pytest arguments]
 
-Makes a virtual environment (SPIN_VENV, default .venv), installs the project with its test extras and vLLM, then runs
-ruff, mypy and pytest. On a machine where vLLM cannot be installed its tests are skipped with a reason;
-SPIN_TEST_VLLM=1 makes that an error, SPIN_TEST_VLLM=0 skips the installation. Test files are spread over
+Creates a virtual environment (SPIN_VENV, default .venv), installs the project with its test extras and vLLM, then runs
+ruff, mypy and pytest. If vLLM cannot be installed, its tests are skipped with a reason; SPIN_TEST_VLLM=1 makes that an
+error, SPIN_TEST_VLLM=0 skips the installation. Test files are distributed over
 SPIN_TEST_WORKERS processes (default 2).
 TEXT
 }

@@ -1,10 +1,12 @@
-"""The tables of keys and flags in the docs are those that the settings declare."""
+"""The generated sections of the docs match the declared settings and the docstrings of the modules."""
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
-from scripts.make_docs import CLASSES, TABLE, up_to_date
+from scripts.make_docs import CLASSES, MAP, TABLE, up_to_date
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.settings import declaration_of, settings_of
 from tests.helpers import REPOSITORY
@@ -13,7 +15,7 @@ PAGES = sorted((REPOSITORY / "docs").glob("*.md"))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_no_table_is_stale(page):
+def test_no_generated_section_is_stale(page):
     text = page.read_text(encoding="utf-8")
     assert up_to_date(text) == text, "run python scripts/make_docs.py"
 
@@ -32,3 +34,16 @@ def test_a_changed_table_is_seen():
     assert "| `launch.num_processes` | 1 |" in up_to_date(page) and "old" not in up_to_date(page)
     with pytest.raises(InputError, match="unknown settings class 'NoConfig'"):
         up_to_date("<!-- keys: NoConfig -->\n<!-- end -->")
+
+
+def test_every_module_is_in_the_map_with_a_sentence():
+    page = (REPOSITORY / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert [match.group(1) for match in MAP.finditer(page)] == ["packages", "modules"]
+    listed = set()
+    for heading, table in re.findall(r"^### `(\S+)/`\n\n((?:\|.*\n)+)", page, re.MULTILINE):
+        rows = re.findall(r"^\| `(\S+)` \| (.+) \|$", table, re.MULTILINE)
+        assert all(sentence.endswith((".", ":")) for _, sentence in rows), heading
+        listed |= {f"{heading}/{name}" for name, _ in rows}
+    files = {path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "spin").rglob("*.py")}
+    inits = {"spin/__init__.py"} | {name for name in files if re.fullmatch(r"spin/alignment/(\w+/)?__init__.py", name)}
+    assert listed == {name.removesuffix("__init__.py") for name in files - inits}

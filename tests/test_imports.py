@@ -7,19 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from scripts.make_docs import LAYERS
 from tests.helpers import REPOSITORY
 
-# The packages of spin/alignment from the bottom up. A package may import those of the rows below its own, and itself.
-LAYERS = (
-    ("core",),
-    ("data", "methods", "models"),
-    ("rewards", "logprobs"),
-    ("generation", "pairs", "token_weights"),
-    ("training",),
-    ("evaluation",),
-    ("pipeline",),
-    ("report",),
-)
 LEVEL = {package: level for level, row in enumerate(LAYERS) for package in row}
 
 
