@@ -124,28 +124,27 @@ class OurStep(Contender):
     def prepare(self, turn: int) -> None:
         from spin.alignment.data.fractions import PARTS_FOLDER
         from spin.alignment.generation import generate
+        from spin.alignment.generation.config import GenerateConfig
         from spin.alignment.generation.leases import Worker
         from spin.alignment.generation.progress import GenerationProgress
         from spin.alignment.generation.worker import GenerationRun
 
         self._output = Path(self.task.folder) / f"turn-{turn}"
-        flags = {
-            "model": self.task.model_folder,
-            "input_dir": self.task.turn_data(turn),
-            "output_dir": self._output,
-            "split": SPLIT,
-            "backend": self.backend_name,
-            "max_new_tokens": MAX_NEW_TOKENS,
-            "seed": self.task.seed,
-        }
-        options = generate.make_parser().parse_args([f"--{name}={value}" for name, value in flags.items()])
-        sampling = generate.check_options(options)
-        stated = generate.stated_provenance(options, sampling, Path(options.model))
+        config = GenerateConfig(
+            model=self.task.model_folder,
+            input_dir=self.task.turn_data(turn),
+            output_dir=str(self._output),
+            split=SPLIT,
+            backend=self.backend_name,
+            max_new_tokens=MAX_NEW_TOKENS,
+            seed=self.task.seed,
+        )
+        stated = generate.expected_provenance(config, Path(config.model))
         self._open = ExitStack()
         worker = self._open.enter_context(Worker(self._output / PARTS_FOLDER / "workers"))
-        self._job = generate.make_job(options, sampling, stated, Path(options.model), worker.name)
+        self._job = generate.make_job(config, stated, Path(config.model), worker.name)
         progress = GenerationProgress("fraction 0")
-        self._run = GenerationRun(self._job, [0], worker, lambda _: self._backend, options.flush_every, progress)
+        self._run = GenerationRun(self._job, [0], worker, lambda _: self._backend, config.prompts_in_part, progress)
 
     def work(self) -> None:
         self._run.run()

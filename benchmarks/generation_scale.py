@@ -33,7 +33,7 @@ from spin.alignment.generation.base import (
     sample_seed,
 )
 
-PROMPT_CHARACTERS, TRUTH_CHARACTERS = 100, 500
+PROMPT_CHARACTERS, GROUND_TRUTH_CHARACTERS = 100, 500
 FRACTION_ROWS = 20_000
 IN_FLIGHT = 256
 LONGEST_ANSWER = 160  # tokens; 80 in the mean, about 480 characters
@@ -48,7 +48,7 @@ def save_many(folder: Path, rows: int) -> None:
     import pyarrow.parquet as pq
 
     text = as_text(np.random.default_rng(0).integers(FIRST_WORD_ID, VOCAB_SIZE, _POOL_WORDS).tolist())
-    starts = [place for place in range(len(text) - TRUTH_CHARACTERS - 8) if text[place] == " "]
+    starts = [place for place in range(len(text) - GROUND_TRUTH_CHARACTERS - 8) if text[place] == " "]
     schema = pa.schema([(name, pa.string()) for name in ("prompt_id", "prompt", "response")])
     folder.mkdir(parents=True)
     with pq.ParquetWriter(folder / f"{SPLIT}.parquet", schema) as writer:
@@ -57,7 +57,7 @@ def save_many(folder: Path, rows: int) -> None:
             columns = [
                 [f"prompt-{number}" for number in numbers],
                 [_words(text, starts[number * 31 % len(starts)], PROMPT_CHARACTERS) for number in numbers],
-                [_words(text, starts[number * 37 % len(starts)], TRUTH_CHARACTERS) for number in numbers],
+                [_words(text, starts[number * 37 % len(starts)], GROUND_TRUTH_CHARACTERS) for number in numbers],
             ]
             writer.write_table(pa.table(columns, schema=schema))
 
@@ -77,12 +77,12 @@ class InstantBackend(GenerationBackend):
     def stream(
         self, requests: Iterable[PromptRequest], sampling: SamplingConfig
     ) -> Iterator[tuple[int, list[Response]]]:
-        flying: list[tuple[int, PromptRequest]] = []
+        in_flight: list[tuple[int, PromptRequest]] = []
         for number, request in enumerate(requests):
-            flying.append((number, request))
-            if len(flying) == IN_FLIGHT:
-                yield self._answer(*flying.pop(number * 37 % IN_FLIGHT), sampling)
-        for number, request in flying:
+            in_flight.append((number, request))
+            if len(in_flight) == IN_FLIGHT:
+                yield self._answer(*in_flight.pop(number * 37 % IN_FLIGHT), sampling)
+        for number, request in in_flight:
             yield self._answer(number, request, sampling)
 
     def _answer(self, number: int, request: PromptRequest, sampling: SamplingConfig) -> tuple[int, list[Response]]:
@@ -124,12 +124,13 @@ class MemoryWatch:
 
 def run_step(step: str, arguments: Sequence[str]) -> dict[str, float]:
     """Run a program of this project in this process; return its seconds on both clocks and its memory peaks."""
-    from spin import convert_data, generate
+    from spin.convert_data import main as convert
+    from spin.generate import main as generate
 
     BACKENDS["instant"] = InstantBackend
     started, processor = time.perf_counter(), time.process_time()
     with MemoryWatch() as watch:
-        (generate if step == "generate" else convert_data).main(arguments)
+        (generate if step == "generate" else convert)(arguments)
     seconds = {"wall_seconds": time.perf_counter() - started, "processor_seconds": time.process_time() - processor}
     return {**seconds, **watch.facts()}
 

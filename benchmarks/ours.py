@@ -62,7 +62,7 @@ def _train(trainer_class: Any, job: Job, turns: Turns, settings: dict[str, Any])
         args=SPINConfig(**(common_arguments(job) | settings)),
         train_dataset=PairDataset(Dataset.from_list(job.rows())),
         processing_class=make_tokenizer(model.config.vocab_size),
-        opponent_hash="benchmark",
+        reference_hash="benchmark",
         callbacks=[TurnCallback(job, turns, reference_on_train_begin=True)],
     )
     turns.ready()

@@ -1,4 +1,4 @@
-"""The ``spin`` command: init, run, status, report and so on. Heavy libraries are imported by the command at work."""
+"""The ``spin`` command: init, run, config, status, report and so on. Heavy libraries are imported by the command at work."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ USAGE = """usage: spin COMMAND ...
 
   init NAME                           a demo or a shipped configuration, written into this folder
   run CONFIG.yaml [--key=value ...]   all iterations of self-play; run again to go on
+  config CONFIG.yaml [--key=value ...] every value of a configuration, and where it comes from
   status RUN                          where a run stands
   report RUN                          table, plot and page of a run
   validate PATH [--tokenizer MODEL]   check a data set, a model folder or a run against the contract
@@ -31,6 +32,12 @@ RUN_USAGE = """usage: spin run CONFIG.yaml [--key=value ...] [--rerun_changed]
 Runs SFT (when asked for), then generate, convert, train and evaluate for every iteration. Run it again to go on after an
 interruption. Dots reach into sections: --train.beta=0.5. With --rerun_changed, finished stages whose settings or
 input files have changed are made again, and their old output is kept under RUN/replaced/. See docs/pipeline.md."""
+
+CONFIG_USAGE = """usage: spin config CONFIG.yaml [--key=value ...] [--program=run|run_spin|run_sft|run_online] [--all]
+
+Prints every value of a configuration as the program will see it, with where it comes from: the default, a line of a file
+of the `extends` chain, the command line, or `spin run` itself. The program is told by the keys, unless --program names it.
+With --all the keys of transformers.TrainingArguments that nobody has set are listed too."""
 
 
 def init(arguments: Sequence[str]) -> None:
@@ -69,6 +76,17 @@ def run(arguments: Sequence[str]) -> int:
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
+
+
+def config(arguments: Sequence[str]) -> None:
+    """``spin config CONFIG.yaml``: print every resolved value with where it came from."""
+    if is_help(arguments, CONFIG_USAGE):
+        return
+    from spin.alignment.pipeline.resolve import show_config
+
+    program = next((item.partition("=")[2] for item in arguments if item.startswith("--program=")), None)
+    overrides = [item for item in arguments[1:] if item != "--all" and not item.startswith("--program=")]
+    show_config(arguments[0], overrides, program, every="--all" in arguments)
 
 
 def status(arguments: Sequence[str]) -> None:
@@ -137,6 +155,7 @@ def diff(arguments: Sequence[str]) -> None:
 COMMANDS = {
     "init": init,
     "run": run,
+    "config": config,
     "status": status,
     "report": report,
     "validate": validate,

@@ -8,40 +8,17 @@ that the set is whole. Record batches stream through in constant memory; with ``
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
+from spin.alignment.core.flags import from_arguments
 from spin.alignment.core.program import interrupt_on_sigterm, run_program
-from spin.alignment.pairs.convert import (
-    check_options,
-    check_output,
-    find_splits,
-    make_files,
-    make_parser,
-    show_counts,
-    write_sets,
-)
+from spin.alignment.pairs.config import ConvertConfig
+from spin.alignment.pairs.convert import convert
 
 
 def main(arguments: Sequence[str]) -> None:
-    options = make_parser().parse_args(arguments)
-    check_options(options)
+    config = from_arguments(ConvertConfig, arguments, "convert_data.py")
     interrupt_on_sigterm()
-    from spin.alignment.core.files import read_json
-    from spin.alignment.pairs.preference_files import sole_writer
-
-    output_dir = Path(options.output_dir)
-    splits = find_splits(options)
-    sets = {split.name: make_files(split, options) for split in splits if split.origin}
-    check_output(output_dir, sets, splits, options.overwrite)
-    if not options.overwrite and len(sets) == len(splits) and all(files.is_whole() for files in sets.values()):
-        print(f"{output_dir} is complete already")
-        show_counts({split: read_json(files.counts_path) for split, files in sets.items()})
-        return
-    with sole_writer(output_dir):
-        write_sets(splits, sets, options)
-    show_counts({split.name: sets[split.name].counts for split in splits})
-    for item in (skipped for split in splits for skipped in split.skipped):
-        print(f"  skipped by generation: {item['prompt_id']} ({item['reason']})")
+    convert(config)
 
 
 if __name__ == "__main__":

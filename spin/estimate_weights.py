@@ -10,44 +10,23 @@ appears last.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from pathlib import Path
 
+from spin.alignment.core.flags import from_arguments
 from spin.alignment.core.program import interrupt_on_sigterm, run_program
-from spin.alignment.token_weights.options import (
-    check_options,
-    make_accelerator,
-    make_limits,
-    make_parser,
-    open_judges,
-    report,
-)
+from spin.alignment.token_weights.config import WeightsConfig
 
 
 def main(arguments: Sequence[str]) -> None:
-    options = make_parser().parse_args(arguments)
-    transform, settings = check_options(options)
+    config = from_arguments(WeightsConfig, arguments, "estimate_weights.py")
     interrupt_on_sigterm()
-    from spin.alignment.token_weights.estimate import Method, describe, open_splits, weigh_splits
+    from spin.alignment.report.weights_page import write_weights_page
+    from spin.alignment.token_weights.estimate import estimate_weights
     from spin.alignment.training.run import setup_logging
 
-    method = Method(options.weighting, transform, settings, options.seed, make_limits(options), options.batching)
-    *judges, encoder = open_judges(options)
-    accelerator = make_accelerator()
-    setup_logging(accelerator.is_main_process)
-    input_dir, output_dir = Path(options.input_dir), Path(options.output_dir)
-    splits = open_splits(input_dir, output_dir, method, judges, encoder, options.overwrite)
-    accelerator.wait_for_everyone()  # all have looked at the output before the main process replaces it
-    if not splits:
-        report([f"{output_dir} is complete already"], accelerator)
-    weigh_splits(splits, output_dir, method, judges, accelerator)
-    if accelerator.is_main_process and options.page:
-        from spin.alignment.report.weights_page import write_weights_page
-
-        write_weights_page(Path(options.page), output_dir, encoder, describe(output_dir, method), options.page_rows)
-    report(describe(output_dir, method), accelerator)
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+    setup_logging(is_main=os.environ.get("RANK", "0") == "0")
+    estimate_weights(config, write_weights_page)
 
 
 if __name__ == "__main__":

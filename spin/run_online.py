@@ -10,23 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from spin.alignment.core.key_tables import usage
 from spin.alignment.core.program import is_help, run_program
+from spin.alignment.data.config import DataConfig
+from spin.alignment.models.config import ModelConfig
+from spin.alignment.training.keys import OutputConfig, SPINKeys
+from spin.alignment.training.online.keys import OnlineKeys
 
-USAGE = """usage: accelerate launch spin/run_online.py CONFIG.yaml [--key=value ...]
-
-Trains a policy on labelled responses that it draws itself, step by step. CONFIG.yaml and --key=value hold
-
-  model     model_name_or_path model_revision dtype attn_implementation trust_remote_code
-            use_peft lora_r lora_alpha lora_target_modules
-  data      dataset_mixer dataset_splits max_length max_prompt_length system
-  sampling  backend num_samples temperature top_p top_k max_new_tokens generation_batch_size gpu_memory_utilization
-  labels    scorer scorer_model scorer_batch_size scorer_max_length scorer_dtype base_url score_cache
-            pairing baseline soft_mean_b
-  method    loss_type loss_settings beta eta label_smoothing length_normalize nll_weight updates_per_batch ref_update_freq
-  held out  eval_prompts eval_split eval_strategy eval_steps eval_temperatures eval_limit
-  output    output_dir overwrite_output_dir resume_from_checkpoint
-
-and every key of transformers.TrainingArguments (batch sizes count prompts). docs/online.md explains each."""
+USAGE = usage(
+    "accelerate launch spin/run_online.py",
+    "Trains a policy on labelled responses that it draws itself, step by step. CONFIG.yaml and --key=value hold these keys:",
+    (ModelConfig, DataConfig, OnlineKeys, SPINKeys, OutputConfig),
+    "and every key of transformers.TrainingArguments (batch sizes count prompts). docs/online.md tells more.",
+)
 
 
 def main(arguments: Sequence[str]) -> None:

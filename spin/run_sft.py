@@ -9,18 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from spin.alignment.core.key_tables import usage
 from spin.alignment.core.program import is_help, run_program
+from spin.alignment.data.config import DataConfig
+from spin.alignment.models.config import ModelConfig
+from spin.alignment.training.keys import OutputConfig, SFTKeys
 
-USAGE = """usage: accelerate launch spin/run_sft.py CONFIG.yaml [--key=value ...]
-
-Fine-tunes on the ground truth. CONFIG.yaml and --key=value hold
-
-  model    model_name_or_path model_revision dtype attn_implementation trust_remote_code init_from_config
-           use_peft lora_r lora_alpha lora_target_modules load_in_4bit load_in_8bit
-  data     dataset_mixer dataset_splits max_length max_prompt_length system preprocessing_num_workers
-  output   output_dir overwrite_output_dir resume_from_checkpoint
-
-and every key of trl.SFTConfig. docs/configuration.md explains each."""
+USAGE = usage(
+    "accelerate launch spin/run_sft.py",
+    "Fine-tunes on the ground truth. CONFIG.yaml and --key=value hold these keys:",
+    (ModelConfig, DataConfig, SFTKeys, OutputConfig),
+    "and every key of trl.SFTConfig. docs/configuration.md tells more.",
+)
 
 
 def main(arguments: Sequence[str]) -> None:

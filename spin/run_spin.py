@@ -10,22 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from spin.alignment.core.key_tables import usage
 from spin.alignment.core.program import is_help, run_program
+from spin.alignment.data.config import DataConfig
+from spin.alignment.models.config import ModelConfig
+from spin.alignment.training.keys import OutputConfig, SPINKeys
 
-USAGE = """usage: accelerate launch spin/run_spin.py CONFIG.yaml [--key=value ...]
-
-Trains a policy against its own earlier responses. CONFIG.yaml and --key=value hold
-
-  model    model_name_or_path model_revision dtype attn_implementation trust_remote_code
-           use_peft lora_r lora_alpha lora_target_modules load_in_4bit load_in_8bit
-  data     dataset_mixer dataset_splits max_length max_prompt_length system preprocessing_num_workers
-  method   loss_type loss_settings beta eta alpha noise_ratio label_smoothing length_normalize nll_weight reverse
-           reference_dir
-  batches  batching max_tokens_per_batch share_prompts fused_head packed_attention
-  output   output_dir overwrite_output_dir resume_from_checkpoint
-
-and every key of transformers.TrainingArguments. docs/configuration.md explains each; configs/config.yaml is the paper's
-first iteration."""
+USAGE = usage(
+    "accelerate launch spin/run_spin.py",
+    "Trains a policy against its own earlier responses. CONFIG.yaml and --key=value hold these keys:",
+    (ModelConfig, DataConfig, SPINKeys, OutputConfig),
+    "and every key of transformers.TrainingArguments. docs/configuration.md tells more; configs/config.yaml is the paper's "
+    "first iteration.",
+)
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -14,7 +14,7 @@ from benchmarks.generation_contenders import real_tokens
 from benchmarks.generation_data import MEAN_TOKENS, PROMPT_TOKENS, make_prompts, save_model, save_prompts
 from benchmarks.generation_process import Seat, Task
 from benchmarks.generation_report import add_goals, add_ratios, add_scale, same_responses, summarize, table
-from benchmarks.generation_scale import PROMPT_CHARACTERS, TRUTH_CHARACTERS, save_many
+from benchmarks.generation_scale import GROUND_TRUTH_CHARACTERS, PROMPT_CHARACTERS, save_many
 from benchmarks.shapes import EOS_ID
 from tests.helpers import run_command
 
@@ -113,7 +113,7 @@ def test_synthetic_rows_have_the_length_they_should(tmp_path: Path) -> None:
     save_many(tmp_path / "data", 300)
     rows = list(stream_prompts(str(tmp_path / "data"), "train"))
     assert len({row["prompt_id"] for row in rows}) == 300
-    for place, characters in ((0, PROMPT_CHARACTERS), (1, TRUTH_CHARACTERS)):
+    for place, characters in ((0, PROMPT_CHARACTERS), (1, GROUND_TRUTH_CHARACTERS)):
         lengths = [len(row["chosen"][place]["content"]) for row in rows]
         assert characters - 8 <= min(lengths) and max(lengths) <= characters
 

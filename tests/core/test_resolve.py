@@ -59,7 +59,7 @@ def test_a_plain_function_is_a_loss_a_pairing_and_a_weighting(module):
         ("own_resolved:three", "module own_resolved has no three: correct the loss_type"),
         ("own_resolved:NUMBER", "NUMBER of loss_type 'own_resolved:NUMBER' is not callable"),
         ("own_resolved:two", r"does not take one positional argument: define it as two\(inputs\)"),
-        ("own_resolved:", "names no function: write module:function"),
+        ("own_resolved:", "does not name a function: write module:function"),
     ],
 )
 def test_other_names_are_refused(module, name, sentence):

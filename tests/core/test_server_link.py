@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from spin.alignment.core.errors import InputError
-from spin.alignment.core.server_link import RetryPolicy, is_this_machine, told_delay
+from spin.alignment.core.server_link import RetryPolicy, is_this_machine, retry_after_delay
 from spin.alignment.generation import make_backend
 from spin.alignment.generation.base import BackendSettings
 from spin.alignment.generation.openai.backend import OpenAIBackend, find_model
@@ -79,9 +79,9 @@ def test_the_context_of_the_server_must_suffice(server, connect):
     ("changes", "message"),
     [
         ({"base_url": None}, "needs the address of a running server: pass --base_url http://host:port/v1"),
-        ({"base_url": "127.0.0.1:8000/v1"}, "is no address"),
-        ({"base_url": "ftp://host/v1"}, "ftp://host/v1 is no address of a server"),
-        ({"base_url": "http://me:secret@host/v1"}, "holds a user name or a password: leave it out"),
+        ({"base_url": "127.0.0.1:8000/v1"}, "is not the address of a server"),
+        ({"base_url": "ftp://host/v1"}, "ftp://host/v1 is not the address of a server"),
+        ({"base_url": "http://me:secret@host/v1"}, "contains a user name or password: remove it"),
         ({"model": "huge"}, "serves tiny, not huge: start one with `vllm serve huge"),
         ({"dtype": "float32"}, "dtype is float32.*start the server with --dtype float32"),
         ({"tensor_parallel_size": 2}, "leave it at 1 here"),
@@ -107,7 +107,7 @@ def test_a_server_that_is_not_there_or_another_kind_is_refused(server, connect, 
         with pytest.raises(InputError, match="/models lists no models"):
             connect()
     monkeypatch.setenv("OPENAI_API_KEY", "sk-\x07secret")
-    with pytest.raises(InputError, match="holds characters that no key has") as caught:
+    with pytest.raises(InputError, match="contains characters that are not allowed in a key") as caught:
         connect()
     assert "secret" not in str(caught.value)
 
@@ -131,15 +131,15 @@ def test_loopback_addresses_are_known():
 
 
 def test_the_wait_doubles_up_to_a_limit_and_never_undercuts_the_server():
-    policy = RetryPolicy(first_delay=1.0, longest_delay=10.0, longest_told_delay=100.0)
+    policy = RetryPolicy(first_delay=1.0, max_delay=10.0, max_retry_after=100.0)
     for failures, full in ((1, 1.0), (2, 2.0), (4, 8.0), (5, 10.0), (500, 10.0)):
         waits = [policy.delay(failures) for _ in range(50)]
         assert all(full / 2 <= wait <= full for wait in waits) and len(set(waits)) > 1
     assert policy.delay(1, told=30.0) == 30.0 and policy.delay(1, told=1e6) == 100.0
     assert 5.0 <= policy.delay(5, told=1.0) <= 10.0
-    assert told_delay(None) is None and told_delay("soon") is None
-    assert told_delay("7") == 7.0 and told_delay("-1") == 0.0
-    assert 57.0 < (told_delay(email.utils.formatdate(time.time() + 60, usegmt=True)) or 0.0) <= 60.0
+    assert retry_after_delay(None) is None and retry_after_delay("soon") is None
+    assert retry_after_delay("7") == 7.0 and retry_after_delay("-1") == 0.0
+    assert 57.0 < (retry_after_delay(email.utils.formatdate(time.time() + 60, usegmt=True)) or 0.0) <= 60.0
 
 
 def test_the_backend_is_in_the_registry_and_closes_twice(server):

@@ -100,7 +100,7 @@ def test_pad_equal_to_eos_keeps_the_terminal_id():
     [
         (lambda: char_tokenizer(template=None), "no chat template"),
         (lambda: char_tokenizer(special=["[A]"], eos_token=None, template="{{ messages[-1]['content'] }}"), "EOS"),
-        (lambda: char_tokenizer(template="{{ messages[0]['content'] }}"), "leaves out the assistant's text"),
+        (lambda: char_tokenizer(template="{{ messages[0]['content'] }}"), "omits the assistant's text"),
     ],
 )
 def test_unusable_tokenizers_are_refused(tokenizer, message):
@@ -110,7 +110,7 @@ def test_unusable_tokenizers_are_refused(tokenizer, message):
 
 def test_wrong_turns_and_control_tokens_are_refused():
     encoder = ChatEncoder(FAMILIES["mistral"].tokenizer())
-    with pytest.raises(InputError, match="refuses the turns 'user, user'"):
+    with pytest.raises(InputError, match="rejects the turns 'user, user'"):
         encoder.prompt_ids([QUESTION, QUESTION])
     with pytest.raises(InputError, match="must end with a user turn"):
         encoder.prompt_ids([QUESTION, ANSWER])

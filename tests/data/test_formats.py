@@ -76,7 +76,7 @@ PROMPTS = {
 
 @pytest.mark.parametrize(("record", "messages"), PROMPTS.values(), ids=PROMPTS.keys())
 def test_a_prompt_may_stand_alone_where_no_truth_is_required(record, messages):
-    (conversation,) = to_conversations(record, "row", truth_required=False)
+    (conversation,) = to_conversations(record, "row", ground_truth_required=False)
     assert conversation.messages == readers.prompt_turns(messages) == messages
     assert conversation.prompt_id == record.get("prompt_id", readers.prompt_hash(messages))
     with pytest.raises(InputError, match="row"):
@@ -85,7 +85,7 @@ def test_a_prompt_may_stand_alone_where_no_truth_is_required(record, messages):
 
 @pytest.mark.parametrize(("record", "messages"), RECORDS.values(), ids=RECORDS.keys())
 def test_a_row_with_truth_is_read_the_same_where_none_is_required(record, messages):
-    assert to_conversations(record, "row", truth_required=False) == to_conversations(record, "row")
+    assert to_conversations(record, "row", ground_truth_required=False) == to_conversations(record, "row")
     assert readers.prompt_turns(messages) == messages[:-1]
 
 
@@ -102,14 +102,14 @@ def test_a_row_with_truth_is_read_the_same_where_none_is_required(record, messag
 )
 def test_a_bad_prompt_without_truth_is_named(record, message):
     with pytest.raises(InputError, match=message):
-        to_conversations(record, "row", truth_required=False)
+        to_conversations(record, "row", ground_truth_required=False)
 
 
 BAD = {
     "no known form": ({"text": "a"}, "columns text: rename them to one of"),
     "no columns": ({}, r"\(none\)"),
     "turns no list": ({"messages": "hello"}, "'messages' is str, not a list"),
-    "turn without content": ({"messages": [{"role": "user"}]}, "must hold turns of 'role' and 'content'"),
+    "turn without content": ({"messages": [{"role": "user"}]}, "must contain turns with 'role' and 'content'"),
     "no assistant": ({"messages": [USER]}, "no assistant turn"),
     "no turns": ({"messages": []}, "no assistant turn"),
     "null": ({"chosen": None}, "'chosen' is NoneType"),
@@ -119,16 +119,16 @@ BAD = {
     "role null": (message(None, "x"), "role order None assistant"),
     "empty question": (message("user", " \n"), r"empty user turn \(turn 0\)"),
     "empty answer": ({"question": "a", "answer": ""}, r"empty assistant turn \(turn 1\)"),
-    "content null": (message("user", None), "holds NoneType where the text of turn 0"),
-    "content number": ({"question": "a", "answer": 5}, "holds int where the text of turn 1"),
-    "content parts": (message("user", [{"type": "text", "text": "x"}]), "holds list where the text of turn 0"),
+    "content null": (message("user", None), "has NoneType instead of text in turn 0"),
+    "content number": ({"question": "a", "answer": 5}, "has int instead of text in turn 1"),
+    "content parts": (message("user", [{"type": "text", "text": "x"}]), "has list instead of text in turn 0"),
     "surrogate": ({"question": "a", "answer": "\ud83d"}, "half a character"),
     "alpaca instruction": ({"instruction": None, "input": 3, "output": "x"}, "'input' is int, not text"),
     "alpaca nothing": ({"instruction": None, "output": "x"}, "empty user turn"),
     "alpaca history": ({"instruction": "a", "output": "x", "history": ["q"]}, r"\[question, answer\] pairs"),
     "sharegpt starts with gpt": ({"conversations": SHAREGPT[::-1] + SHAREGPT}, "role order assistant user user"),
     "sharegpt speaker": ({"conversations": [{"from": "bing", "value": "x"}]}, "unknown speaker 'bing': use one of"),
-    "sharegpt turn": ({"conversations": [{"human": "x"}]}, "turns of 'from' and 'value'"),
+    "sharegpt turn": ({"conversations": [{"human": "x"}]}, "turns with 'from' and 'value'"),
 }
 
 
@@ -162,16 +162,16 @@ def test_all_file_kinds_give_the_same_rows(tmp_path):
 
 
 CONTENTS = {
-    "empty.jsonl": (b"", "empty.jsonl holds no rows"),
-    "empty.json": (b"[]", "empty.json holds no rows"),
+    "empty.jsonl": (b"", "empty.jsonl contains no rows"),
+    "empty.json": (b"[]", "empty.json contains no rows"),
     "line.jsonl": (b'{"a": 1}\n{"a": ', "line.jsonl line 2 is not JSON"),
     "open.json": (b'[{"a": 1}, {"a": 2', "open.json is not JSON at row 1"),
     "unclosed.json": (b'[{"a": 1}', "unclosed.json is not JSON at row 0"),
-    "comma.json": (b'[{"a": 1} {"a": 2}]', "neither a comma nor a closing bracket behind row 0"),
+    "comma.json": (b'[{"a": 1} {"a": 2}]', "neither a comma nor a closing bracket after row 0"),
     "number.jsonl": (b"3", "number.jsonl row 0 is int, not an object"),
     "latin.jsonl": ('{"a": "é"}'.encode("latin-1"), "latin.jsonl is not UTF-8 text"),
     "torn.parquet": (b"PAR1 nothing", "torn.parquet is not a readable parquet file"),
-    "table.csv": (b"a,b", r"unknown kind: give a file that ends in \.parquet, \.jsonl, \.json"),
+    "table.csv": (b"a,b", r"unknown file type: give a file that ends in \.parquet, \.jsonl, \.json"),
 }
 
 
@@ -186,7 +186,9 @@ def test_bad_files_are_named(tmp_path, name):
 def test_missing_sources_are_named(tmp_path):
     with pytest.raises(InputError, match=r"nowhere\.jsonl does not exist"):
         list(read_records("nowhere.jsonl"))
-    with pytest.raises(InputError, match=r"'no-such/data-set' is neither a file or folder here nor a data set"):
+    with pytest.raises(
+        InputError, match=r"'no-such/data-set' is neither a local file or folder nor a reachable Hub data set"
+    ):
         list(read_records("no-such/data-set"))
     with pytest.raises(InputError, match="no data file"):
         list(read_records(str(tmp_path)))
@@ -217,7 +219,7 @@ def test_files_of_a_split(tmp_path, files, split, expected):
         (["train.jsonl"], "test", r"no file of the split 'test' \(found train.jsonl\)"),
         (["test.jsonl"], "train", r"no file of the split 'train' \(found test.jsonl\)"),
         (["train_sft.jsonl", "train_gen.jsonl"], "train", r"several splits like 'train' \(train_gen, train_sft\)"),
-        (["train-00000-of-00003.parquet", "train-00002-of-00003.parquet"], "train", "lacks the file train-00001-of-00003"),
+        (["train-00000-of-00003.parquet", "train-00002-of-00003.parquet"], "train", "is missing train-00001-of-00003"),
         (["train.jsonl", "train.parquet"], "train", "'train' as .jsonl and .parquet files: remove one kind"),
         (["train-0-of-1.parquet", "train-0-of-2.parquet", "train-1-of-2.parquet"], "train", "sets of different sizes"),
     ],

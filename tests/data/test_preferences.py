@@ -52,7 +52,7 @@ def test_prompts_keep_ids_and_order(tmp_path):
 def test_shared_prompt_ids_are_named(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", [{"question": "a", "answer": answer} for answer in "xy"])
     with pytest.raises(
-        InputError, match=r"a.jsonl row 1 and .*a.jsonl row 0 share the prompt id .*: run spin/reformat"
+        InputError, match=r"a.jsonl row 1 and .*a.jsonl row 0 have the same prompt id .*: run spin/reformat"
     ):
         load_prompts(path, "train")
 
@@ -93,10 +93,13 @@ def test_an_explicit_prompt_column_joins_its_responses(tmp_path):
 BAD = {
     "no rejected": ({"chosen": [USER, CHOSEN]}, "row 0 lacks the column 'rejected'"),
     "no chosen": ({"rejected": [USER, CHOSEN]}, "row 0 lacks the column 'chosen'"),
-    "other prompt": ({"chosen": [USER, CHOSEN], "rejected": [CHOSEN, USER, REJECTED]}, "do not share one prompt"),
-    "ends with user": ({"chosen": [USER, CHOSEN], "rejected": [USER, USER]}, "do not share one prompt"),
+    "other prompt": ({"chosen": [USER, CHOSEN], "rejected": [CHOSEN, USER, REJECTED]}, "do not share a prompt"),
+    "ends with user": ({"chosen": [USER, CHOSEN], "rejected": [USER, USER]}, "do not share a prompt"),
     "rejected null": ({"chosen": [USER, CHOSEN], "rejected": [USER, {**REJECTED, "content": None}]}, "is not text"),
-    "turn without role": ({"chosen": [USER, CHOSEN], "rejected": [{"content": "x"}]}, "turns of 'role' and 'content'"),
+    "turn without role": (
+        {"chosen": [USER, CHOSEN], "rejected": [{"content": "x"}]},
+        "turns with 'role' and 'content'",
+    ),
     "token ids": ({**pair("a"), "rejected_token_ids": ["x"]}, "a value of the wrong type"),
 }
 
@@ -110,13 +113,13 @@ def test_bad_pairs_are_named(tmp_path, row, message):
 def test_own_files_are_checked_like_foreign_ones(tmp_path):
     broken = {**pair("a"), "rejected": [CHOSEN, REJECTED]}
     folder = write_pairs(tmp_path / "train_prefs-00000-of-00001.parquet", [pair("b"), broken])
-    with pytest.raises(InputError, match=r"00001\.parquet row 1: 'chosen' and 'rejected' do not share one prompt"):
+    with pytest.raises(InputError, match=r"00001\.parquet row 1: 'chosen' and 'rejected' do not share a prompt"):
         load_preferences(folder, "train")
     write_pairs(tmp_path / "train_prefs-00000-of-00001.parquet", [pair("b", 1), pair("b", 1)])
-    with pytest.raises(InputError, match="holds sample 1 of prompt b 2 times"):
+    with pytest.raises(InputError, match="contains sample 1 of prompt b 2 times"):
         load_preferences(folder, "train")
     write_pairs(tmp_path / "train_prefs-00000-of-00001.parquet", [])
-    with pytest.raises(InputError, match="holds no pairs of the split 'train'"):
+    with pytest.raises(InputError, match="contains no pairs of the split 'train'"):
         load_preferences(folder, "train")
 
 

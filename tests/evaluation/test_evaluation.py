@@ -10,7 +10,7 @@ import torch
 
 from spin import evaluate_model
 from spin.alignment.data.chat_encoder import ChatEncoder, load_tokenizer
-from spin.alignment.evaluation.held_out import encode_held_out, mean_and_error, score_responses, truth_nll
+from spin.alignment.evaluation.held_out import encode_held_out, ground_truth_nll, mean_and_error, score_responses
 from spin.alignment.generation.base import Response
 from spin.alignment.models.config import ModelConfig
 from spin.alignment.models.loading import load_model
@@ -36,16 +36,16 @@ def test_nll_equals_a_plain_forward_pass_row_by_row(tiny_model):
     assert left_out == 0
     sums, tokens = [], 0
     for item in held_out:
-        ids = torch.tensor([[*item.request.token_ids, *item.truth_ids]])
+        ids = torch.tensor([[*item.request.token_ids, *item.ground_truth_ids]])
         with torch.no_grad():
             logps = model(ids).logits.log_softmax(-1)
         start = len(item.request.token_ids)
         sums.append(-sum(logps[0, t - 1, ids[0, t]].item() for t in range(start, ids.shape[1])))
-        tokens += len(item.truth_ids)
-    found = truth_nll(model, held_out, encoder.pad_id, batch_size=2)
+        tokens += len(item.ground_truth_ids)
+    found = ground_truth_nll(model, held_out, encoder.pad_id, batch_size=2)
     assert found["nll"] == pytest.approx(sum(sums) / tokens, rel=1e-5)
     assert found["nll_sequence"] == pytest.approx(sum(sums) / len(sums), rel=1e-5)
-    assert all(item.truth_ids[-1] == encoder.end_id for item in held_out)
+    assert all(item.ground_truth_ids[-1] == encoder.end_id for item in held_out)
 
 
 def test_standard_error_by_hand():
@@ -121,8 +121,8 @@ def test_a_metric_by_dotted_path_and_a_sum(tiny_model, tmp_path):
     [
         (["--metric", "no_such_module:f"], "no_such_module"),
         (["--metric", "bleu"], "unknown metric 'bleu'"),
-        (["--temperatures", "-1"], "temperature is -1"),
-        (["--temperatures", "1", "1"], "names one value twice"),
+        (["--temperatures", "-1"], "temperatures is -1"),
+        (["--temperatures", "1", "1"], "name one or more, each once"),
         (["--limit", "-1"], "limit is -1"),
         (["--model", "./none"], "none does not exist"),
         (["--max_new_tokens", "100000"], "lower max_new_tokens"),

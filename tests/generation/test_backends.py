@@ -103,7 +103,7 @@ def test_sampling_follows_temperature_and_top_p():
         ({"max_new_tokens": -1}, "max_new_tokens is -1"),
         ({"min_p": 1.0}, "min_p is 1.0"),
         ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0"),
-        ({"stop": ("",)}, "stop holds an empty text"),
+        ({"stop": ("",)}, "stop contains an empty text"),
         ({"seed": -1}, "seed is -1"),
     ],
 )

@@ -132,7 +132,7 @@ def test_parts_of_another_model_are_not_taken(tmp_path):
 def test_a_folder_that_vanished_is_not_made_again(tmp_path):
     writer = journal(tmp_path / "mount", 2)
     (tmp_path / "mount").rename(tmp_path / "elsewhere")
-    with pytest.raises(InputError, match=r"has vanished .* still mounted"):
+    with pytest.raises(InputError, match=r"disappeared during generation.* still mounted"):
         writer.write("a", {0: rows(0)})
     assert not (tmp_path / "mount").exists()
     (tmp_path / "elsewhere").rename(tmp_path / "mount")

@@ -254,7 +254,7 @@ def test_half_precision_follows_the_model():
 def test_weights_that_are_not_finite_are_told():
     model = tiny_llama(vocab_size=60)
     model.lm_head.weight.data[7] = float("nan")
-    with pytest.raises(FloatingPointError, match="not finite behind prompt p"):
+    with pytest.raises(FloatingPointError, match="not finite after prompt p"):
         backend(model).generate(requests(), SamplingConfig())
 
 
@@ -275,7 +275,7 @@ def test_positions_that_depend_on_neighbours_are_refused():
     model = build("Phi3", rope_parameters=rope, original_max_position_embeddings=32)
     served = backend(model)
     assert served.generate(requests()[:1], SamplingConfig(max_new_tokens=29))
-    with pytest.raises(InputError, match="prompt p0 with 30 new tokens goes beyond position 32"):
+    with pytest.raises(InputError, match="prompt p0 with 30 new tokens exceeds position 32"):
         served.generate(requests(), SamplingConfig(max_new_tokens=30))
 
 

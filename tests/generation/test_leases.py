@@ -96,8 +96,8 @@ def test_a_killed_worker_of_this_machine_is_known_at_once(folder):
 def test_a_far_worker_lives_while_its_heart_beats_whatever_its_clock_says(folder, skew):
     held_by(folder, "far-1")
     with worker(folder) as second:
-        ours = Leases(folder / "claims", second, patience=0.4)
-        for beat in range(12):  # three times as long as the patience
+        ours = Leases(folder / "claims", second, lease_timeout=0.4)
+        for beat in range(12):  # three times as long as the lease_timeout
             path = foreign_worker(folder, beat=beat)
             os.utime(path, (time.time() + skew, time.time() + skew))
             assert not ours.claim("block")
@@ -111,7 +111,7 @@ def test_a_far_worker_without_a_heartbeat_is_given_the_same_time(folder):
     held_by(folder, "far-1")
     held_by(folder, "", "just-created")
     with worker(folder) as second:
-        ours = Leases(folder / "claims", second, patience=0.3)
+        ours = Leases(folder / "claims", second, lease_timeout=0.3)
         assert not ours.claim("block") and not ours.claim("just-created")
         time.sleep(0.4)
         assert ours.claim("block") and ours.claim("just-created")

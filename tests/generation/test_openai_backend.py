@@ -196,7 +196,7 @@ def test_tries_are_bounded(server, connect, caplog):
 
 
 def test_a_restarted_server_goes_on(server, connect):
-    backend = connect(replace(QUICK, attempts=12, first_delay=0.05, longest_delay=0.2), batch_size=4)
+    backend = connect(replace(QUICK, attempts=12, first_delay=0.05, max_delay=0.2), batch_size=4)
     stream = backend.stream(REQUESTS, SAMPLING)
     server.behave = lambda handler, body: time.sleep(0.05) or False
     rows = dict([next(stream)])
@@ -217,12 +217,12 @@ def test_a_restarted_server_goes_on(server, connect):
     [
         (400, {"error": {"message": "context is 64 tokens"}}, "refused prompt p0 with HTTP 400: context is 64 tokens"),
         (404, {"message": "no model tiny"}, "refused prompt p0 with HTTP 404: no model tiny"),
-        (401, {"error": "Unauthorized"}, "HTTP 401: Unauthorized: set OPENAI_API_KEY to a key the server knows"),
+        (401, {"error": "Unauthorized"}, "HTTP 401: Unauthorized: set OPENAI_API_KEY to a key that the server accepts"),
         (422, b"too hot", "refused prompt p0 with HTTP 422: too hot"),
         (501, b"", "refused prompt p0 with HTTP 501: Not Implemented"),
         (302, b"", "refused prompt p0 with HTTP 302: Found"),
-        (200, b"<html>", "answered with something that is not JSON"),
-        (200, {"choices": []}, "to prompt p0 holds no completion"),
+        (200, b"<html>", "is not JSON: base_url must be"),
+        (200, {"choices": []}, "to prompt p0 contains no completion"),
     ],
 )
 def test_a_refusal_is_not_tried_again(server, connect, monkeypatch, caplog, status, answer, message):
@@ -243,20 +243,23 @@ CHOICE = {"finish_reason": "length", "token_ids": [10] * 8, "prompt_token_ids": 
     [
         ({"token_ids": None}, "returned text but no token ids: this backend needs a server that takes and returns"),
         ({"prompt_token_ids": [1, 5, 6, 7]}, "changed the token ids of prompt p0"),
-        ({"finish_reason": "content_filter"}, "did not finish prompt p0: its reason is 'content_filter'"),
-        ({"finish_reason": None}, "did not finish prompt p0: its reason is None"),
+        ({"finish_reason": "content_filter"}, "did not finish prompt p0: the finish reason is 'content_filter'"),
+        ({"finish_reason": None}, "did not finish prompt p0: the finish reason is None"),
         (
             {"finish_reason": "abort"},
-            r"did not answer prompt p0 after 4 tries \(last: it gave the request up \(abort\)",
+            r"did not answer prompt p0 after 4 tries \(last: it aborted the request",
         ),
         (
             {"token_ids": [10] * 5},
             r"ended prompt p0 \(length\) after 5 of 8 tokens, the last is 10.*--generation-config vllm",
         ),
         ({"finish_reason": "stop", "stop_reason": 10}, r"ended prompt p0 \(stop\) after 8 of 8 tokens"),
-        ({"finish_reason": "stop", "token_ids": []}, r"ended prompt p0 \(stop\) after 0 of 8 tokens, for no reason"),
-        ({"logprobs": {"token_logprobs": [-1.0]}}, "no log-prob for each token of prompt p0"),
-        ({"logprobs": None}, "no log-prob for each token of prompt p0"),
+        (
+            {"finish_reason": "stop", "token_ids": []},
+            r"ended prompt p0 \(stop\) after 0 of 8 tokens, without a requested reason",
+        ),
+        ({"logprobs": {"token_logprobs": [-1.0]}}, "did not return a log-prob for each token of prompt p0"),
+        ({"logprobs": None}, "did not return a log-prob for each token of prompt p0"),
     ],
 )
 def test_an_answer_that_is_not_what_was_asked_for_is_refused(server, connect, changes, message):

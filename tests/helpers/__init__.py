@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
 import signal
@@ -12,7 +13,10 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from spin.alignment.pipeline.start_programs import ProgramStarter, ServedProgram
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHARED_DATA = Path(os.environ.get("SPIN_TEST_DATA", REPOSITORY.parent / "shared" / "data"))
@@ -83,9 +87,30 @@ def run_main(main: Callable[[Sequence[str]], int | None], *arguments: object) ->
 
 
 def program_environment(**extra: str) -> dict[str, str]:
-    """The environment of a child program: offline, one thread."""
+    """The environment of a child program: offline, one thread, the same in every test."""
     offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
-    return {**os.environ, **offline, **extra}
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+    return {**inherited, **offline, **extra}
+
+
+@functools.cache
+def shared_starter() -> ProgramStarter:
+    """The start server of this pytest process: programs in the environment of tests start as they do in ``spin run``."""
+    from spin.alignment.pipeline.start_programs import ProgramStarter
+
+    return ProgramStarter(program_environment())
+
+
+def start_program(
+    words: Sequence[str], environment: dict[str, str], stdout: IO[Any], stderr: IO[Any]
+) -> subprocess.Popen[bytes] | ServedProgram:
+    """Start a program from the repository root in a session of its own: from the server where that is the same."""
+    starter = shared_starter()
+    if environment == starter.environment:
+        return starter.start(words, stdout.fileno(), stderr.fileno(), REPOSITORY)
+    return subprocess.Popen(
+        words, cwd=REPOSITORY, env=environment, stdout=stdout, stderr=stderr, start_new_session=True
+    )
 
 
 def hear_ctrl_c() -> None:
@@ -104,14 +129,7 @@ def run_command(
     words = [str(word) for word in command]
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         # Files, not pipes: a grandchild that outlives the program would keep a pipe open.
-        process = subprocess.Popen(
-            words,
-            cwd=REPOSITORY,
-            env=program_environment(**environment),
-            stdout=out,
-            stderr=err,
-            start_new_session=True,
-        )
+        process = start_program(words, program_environment(**environment), out, err)
         try:
             code = process.wait(timeout)
         except BaseException as error:

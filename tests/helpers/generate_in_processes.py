@@ -17,9 +17,9 @@ import transformers
 
 import spin.alignment.data.chat_encoder
 import spin.alignment.generation.worker  # noqa: F401
-from spin import generate
 from spin.alignment.core.program import run_program
 from spin.alignment.generation import BACKENDS
+from spin.generate import main
 from tests.helpers.generate_with_fake import FakeBackend
 
 transformers.AutoConfig, transformers.AutoTokenizer  # noqa: B018  (lazy: loaded by the mention)
@@ -34,7 +34,7 @@ def start(arguments: list[str]) -> int:
     code = 1
     try:
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115
-        run_program(generate.main, arguments)
+        run_program(main, arguments)
     except SystemExit as stop:
         code = int(stop.code or 0)
     finally:

@@ -7,7 +7,6 @@ import random
 import time
 from collections.abc import Iterable, Iterator
 
-from spin import generate
 from spin.alignment.core.program import run_program
 from spin.alignment.generation import BACKENDS
 from spin.alignment.generation.base import (
@@ -18,6 +17,7 @@ from spin.alignment.generation.base import (
     SamplingConfig,
     sample_seed,
 )
+from spin.generate import main
 
 
 class FakeBackend(GenerationBackend):
@@ -36,16 +36,16 @@ class FakeBackend(GenerationBackend):
         self, requests: Iterable[PromptRequest], sampling: SamplingConfig
     ) -> Iterator[tuple[int, list[Response]]]:
         source = enumerate(requests)
-        flying: list[tuple[int, PromptRequest]] = []
+        in_flight: list[tuple[int, PromptRequest]] = []
         exhausted = False
-        while flying or not exhausted:
-            while not exhausted and len(flying) < self.window:
+        while in_flight or not exhausted:
+            while not exhausted and len(in_flight) < self.window:
                 drawn = next(source, None)
                 exhausted = drawn is None
                 if drawn is not None:
-                    flying.append(drawn)
-            if flying:
-                index, request = flying.pop(self.order.randrange(len(flying)))
+                    in_flight.append(drawn)
+            if in_flight:
+                index, request = in_flight.pop(self.order.randrange(len(in_flight)))
                 if self.delay:
                     time.sleep(self.delay)
                 yield index, [self._answer(request, sample, sampling) for sample in range(sampling.num_samples)]
@@ -63,4 +63,4 @@ class FakeBackend(GenerationBackend):
 
 if __name__ == "__main__":
     BACKENDS["fake"] = FakeBackend
-    run_program(generate.main)
+    run_program(main)

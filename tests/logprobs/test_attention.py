@@ -128,7 +128,7 @@ def test_kernels_are_chosen_by_device_precision_and_model():
     [
         ("mamba", {"state_size": 4}, "linear_attention"),
         ("qwen3_next", {"num_experts": 2, "layer_types": ["linear_attention", "full_attention"]}, "linear_attention"),
-        ("bloom", {"n_head": 4}, "does not let its attention be chosen"),
+        ("bloom", {"n_head": 4}, "does not allow its attention to be replaced"),
     ],
 )
 def test_other_architectures_are_refused_by_name(architecture, settings, reason):

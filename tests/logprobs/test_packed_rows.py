@@ -9,35 +9,35 @@ from typing import Any
 import pytest
 import torch
 
-from spin.alignment.core.sides import SIDES
+from spin.alignment.core.sides import INITIAL, SIDES
 from spin.alignment.logprobs import collators as batching
 from spin.alignment.logprobs.attention import Tree, check_architecture
 from spin.alignment.logprobs.collators import PackedCollator, PairCollator
 from spin.alignment.logprobs.forward import batch_loss, install_packed_forward
 from spin.alignment.logprobs.head import LogitTransform, logps_and_slopes
 from spin.alignment.logprobs.plans import plan_by_tokens, stretch_plan
-from spin.alignment.methods.losses import LOSSES, LossInputs, find_loss
+from spin.alignment.methods.losses import LOSSES, LossInputs
 from tests.helpers import tiny_llama
 
 VOCAB = 64
-# A loss that reads a third response has tests of its own (test_third_response.py).
-OF_TWO_RESPONSES = sorted(name for name in LOSSES if find_loss(name).responses == SIDES)
 PAIRS = [
     {"prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": [4, 5]},
     {"prompt_ids": [6], "chosen_ids": [7, 8], "rejected_ids": [9]},
 ]
 
 
-def random_pairs(count: int, seed: int = 0, longest: int = 14, weights: bool = False) -> list[dict[str, Any]]:
-    """Pairs of uneven lengths with opponent's log-probs near those of a random model, and labels of both responses."""
+def random_pairs(
+    count: int, seed: int = 0, longest: int = 14, weights: bool = False, responses: tuple[str, ...] = SIDES
+) -> list[dict[str, Any]]:
+    """Pairs of uneven lengths with reference log-probs near those of a random model, and labels of all responses."""
     draw, labels = random.Random(seed), random.Random(seed + 1)
     found = []
     for _ in range(count):
         pair: dict[str, Any] = {
             f"{name}_ids": [draw.randrange(VOCAB) for _ in range(draw.randint(1, longest))]
-            for name in ("prompt", "chosen", "rejected")
+            for name in ("prompt", *responses)
         }
-        for half in ("chosen", "rejected"):
+        for half in responses:
             pair[f"{half}_reference"] = [-4.2 + 0.2 * draw.random() for _ in pair[f"{half}_ids"]]
             if weights:
                 pair[f"{half}_weights"] = [2 * draw.random() for _ in pair[f"{half}_ids"]]
@@ -121,10 +121,11 @@ def naive(model: torch.nn.Module, pairs: list[dict[str, Any]], objective) -> tup
     """Loss and gradient with one plain forward for each response: no batching, no padding, no sharing."""
     losses = []
     for pair in pairs:
-        width = max(len(pair["chosen_ids"]), len(pair["rejected_ids"]))
-        streams = torch.zeros(3, 2, width, dtype=torch.float64)
+        names = tuple(name for name in (*SIDES, INITIAL) if f"{name}_ids" in pair)
+        width = max(len(pair[f"{name}_ids"]) for name in names)
+        streams = torch.zeros(3, len(names), width, dtype=torch.float64)
         policy = []
-        for row, half in enumerate(("chosen", "rejected")):
+        for row, half in enumerate(names):
             prompt, response = pair["prompt_ids"], pair[f"{half}_ids"]
             logits = model(torch.tensor([[*prompt, *response]]), use_cache=False).logits[0, len(prompt) - 1 : -1]
             logps = logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None])[:, 0]
@@ -133,10 +134,10 @@ def naive(model: torch.nn.Module, pairs: list[dict[str, Any]], objective) -> tup
             streams[1, row, : len(response)] = torch.tensor(pair[f"{half}_reference"])
             streams[2, row, : len(response)] = torch.tensor(pair.get(f"{half}_weights", [1.0] * len(response)))
         labels = {
-            label: torch.tensor([pair[f"chosen_{label}"], pair[f"rejected_{label}"]], dtype=torch.float64)
+            label: torch.tensor([pair[f"{name}_{label}"] for name in names], dtype=torch.float64)
             for label in ("win_prob", "pair_win_prob", "reward")
         }
-        inputs = LossInputs(torch.stack(policy), streams[1], streams[0], streams[2], None, labels)
+        inputs = LossInputs(torch.stack(policy), streams[1], streams[0], streams[2], None, labels, names)
         losses.append(objective(inputs))
     loss = torch.stack(losses).sum()
     loss.backward()
@@ -178,15 +179,16 @@ def test_logps_and_gradients_of_every_architecture_equal_the_naive_ones(name):
     assert relative(gradients(model), wanted) < 1e-6
 
 
-@pytest.mark.parametrize("loss", OF_TWO_RESPONSES)
+@pytest.mark.parametrize("loss", sorted(LOSSES))
 @pytest.mark.parametrize("fused", [True, False], ids=["fused head", "recomputed head"])
 def test_float32_stays_within_1e_5_of_float64_for_every_loss(loss, fused, monkeypatch):
     monkeypatch.setattr(batching, "GROUP_ELEMENTS", 20 * VOCAB)  # several groups
-    pairs = random_pairs(6, weights=True)
+    responses = LOSSES[loss].responses
+    pairs = random_pairs(6, weights=True, responses=responses)
     wanted_loss, wanted = naive(tiny("llama").double(), pairs, objective_of(loss))
     model = tiny("llama")
     assert install_packed_forward(model, fused) == fused
-    batch = PackedCollator(vocab_size=VOCAB)(pairs)
+    batch = PackedCollator(vocab_size=VOCAB, responses=responses)(pairs)
     assert len(batch.groups) > 2
     found = batch_loss(model, batch, objective_of(loss))
     found.backward()

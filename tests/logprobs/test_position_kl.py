@@ -13,7 +13,7 @@ from spin.alignment.logprobs.attention import PACKED_ATTENTION
 from spin.alignment.logprobs.collators import PackedCollator, PairCollator
 from spin.alignment.logprobs.forward import batch_loss, install_packed_forward, use_attention
 from spin.alignment.logprobs.head import LogitTransform
-from spin.alignment.logprobs.position_kl import check_can_keep_opponent, frozen_copy, position_kl
+from spin.alignment.logprobs.position_kl import check_can_keep_reference, frozen_copy, position_kl
 from spin.alignment.methods.losses import LOSSES
 from tests.logprobs.test_packed_rows import VOCAB, random_pairs, tiny
 from tests.training.test_packed_training import run
@@ -160,10 +160,10 @@ def test_training_with_alpha_starts_at_ln_2_and_keeps_the_opponent(tmp_path, bat
 
 def test_models_held_in_pieces_are_refused_by_name(monkeypatch):
     monkeypatch.delenv("ACCELERATE_USE_FSDP", raising=False)
-    check_can_keep_opponent(SimpleNamespace(alpha=0.0, fsdp="full_shard", deepspeed_plugin=None))
-    check_can_keep_opponent(SimpleNamespace(alpha=0.5, fsdp="", deepspeed_plugin=SimpleNamespace(zero_stage=2)))
-    with pytest.raises(InputError, match=r"alpha is 0\.5.*DeepSpeed ZeRO-3 holds models in pieces: set alpha to 0"):
-        check_can_keep_opponent(SimpleNamespace(alpha=0.5, fsdp="", deepspeed_plugin=SimpleNamespace(zero_stage=3)))
+    check_can_keep_reference(SimpleNamespace(alpha=0.0, fsdp="full_shard", deepspeed_plugin=None))
+    check_can_keep_reference(SimpleNamespace(alpha=0.5, fsdp="", deepspeed_plugin=SimpleNamespace(zero_stage=2)))
+    with pytest.raises(InputError, match=r"alpha is 0\.5.*DeepSpeed ZeRO-3 shards models: set alpha to 0"):
+        check_can_keep_reference(SimpleNamespace(alpha=0.5, fsdp="", deepspeed_plugin=SimpleNamespace(zero_stage=3)))
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(InputError, match="FSDP holds models in pieces"):
-        check_can_keep_opponent(SimpleNamespace(alpha=0.5, fsdp="", deepspeed_plugin=None))
+    with pytest.raises(InputError, match="FSDP shards models"):
+        check_can_keep_reference(SimpleNamespace(alpha=0.5, fsdp="", deepspeed_plugin=None))

@@ -82,7 +82,7 @@ def test_reference_log_probs_of_three_responses_are_stored_by_name(tmp_path):
     dataset = PairDataset(Dataset.from_list(ROWS))
     key = ReferenceKey("w", hash_tokens(dataset.rows), "float32")
     path, model = store_path(tmp_path, "train", key), tiny_llama(20)
-    forward = PairForward.of(model, 0, torch.device("cpu"), torch.float32, 1, responses=RESPONSES)
+    forward = PairForward.of(model, 0, torch.device("cpu"), torch.float32, pairs_per_batch=1, responses=RESPONSES)
     compute_reference(forward, dataset, path, key, Accelerator(cpu=True), lambda done, total: None)
     dataset.reference = ReferenceLogps(path, key, dataset.rows)
     with torch.no_grad():

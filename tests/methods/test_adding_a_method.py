@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from spin import generate
+from spin.generate import main
 from tests.helpers import REPOSITORY, run_command, run_main
 from tests.helpers.online import write_prompts
 from tests.helpers.training import metrics, write_config
@@ -29,7 +29,7 @@ def test_the_example_pairs_and_trains(tmp_path, example, tiny_model):
     prompts = write_prompts(tmp_path / "prompts", count=12)
     generated = tmp_path / "generated"
     code, _, error = run_main(
-        *(generate.main, "--model", tiny_model, "--input_dir", prompts, "--output_dir", generated),
+        *(main, "--model", tiny_model, "--input_dir", prompts, "--output_dir", generated),
         *("--num_samples", 3, "--max_new_tokens", 6),
     )
     assert code == 0, error

@@ -7,13 +7,11 @@ import pytest
 import torch
 
 from spin.alignment.core.errors import InputError
-from spin.alignment.generation import generate
 from spin.alignment.methods.losses import LOSSES, LossInputs, LossOutputs, soft_mean
 from spin.alignment.methods.losses.settings import loss_arguments
 from spin.alignment.methods.pairings import PAIRINGS, check_num_samples
-from spin.alignment.pairs import convert as convert_data
 from spin.alignment.pairs.annotate import check_loss
-from spin.alignment.pipeline.config import flags, load_run_config
+from spin.alignment.pipeline.config import load_run_config
 from spin.alignment.training.objective import per_pair
 from spin.alignment.training.settings import read_settings
 from spin.alignment.training.trainer import SPINConfig
@@ -234,11 +232,8 @@ def test_a_pair_costs_the_mean_of_its_responses():
 def test_the_configurations_of_the_paper_fit_together(name, tmp_path):
     """Everything that can be checked without the models: sections, flags, settings, and pairing against loss and samples."""
     config = load_run_config(f"configs/{name}.yaml", [])
-    convert = convert_data.make_parser().parse_args(["--input_dir", "a", "--output_dir", "b", *flags(config.convert)])
-    sampling = generate.make_parser().parse_args(
-        ["--model", "m", "--input_dir", "a", "--output_dir", "b", *flags(config.generate)]
-    )
-    check_num_samples(convert.pairing, PAIRINGS[convert.pairing], generate.check_options(sampling).num_samples)
+    convert, sampling = config.convert_config(0), config.generate_config(0)
+    check_num_samples(convert.pairing, PAIRINGS[convert.pairing], sampling.num_samples)
     for iteration in range(config.iterations):
         here = {"model_name_or_path": "opponent", "output_dir": str(tmp_path), "use_cpu": True}
         settings = read_settings(config.train_values(iteration) | here, name, SPINConfig).arguments

@@ -13,7 +13,7 @@ from spin.alignment.methods.weightings import (
     WEIGHTINGS,
     PairTokens,
     check_transform,
-    settings_of_side,
+    side_settings,
     weights_of_pair,
 )
 from spin.alignment.methods.weightings.drift import common_subsequence
@@ -41,8 +41,8 @@ def test_rejected_side_is_equation_11_with_minus_mu():
     chosen, rejected = weights_of_pair("reverse_dpo", pair)
     assert chosen == approx([math.exp(1.5), math.exp(-0.5)])
     assert rejected == approx([math.exp(-1.5), math.exp(0.5)])
-    assert settings_of_side("exponential", {"lower": -1.0}, "rejected") == {"lower": -1.5, "upper": 1.0}
-    assert settings_of_side("threshold", {"lower": -1.0}, "rejected") == {"lower": -1.0}
+    assert side_settings("exponential", {"lower": -1.0}, "rejected") == {"lower": -1.5, "upper": 1.0}
+    assert side_settings("threshold", {"lower": -1.0}, "rejected") == {"lower": -1.0}
 
 
 def test_origin_is_as_is_and_the_sign_is_turned_before_it():

@@ -104,7 +104,7 @@ def test_an_evaluation_leaves_the_gradients_through_a_quantised_base_as_they_are
 
 @pytest.mark.parametrize(
     "length, token, message",
-    [(513, 1, "can attend to 512 tokens: lower max_length"), (5, 10_000, "the data holds token id 10000")],
+    [(513, 1, "can attend to 512 tokens: lower max_length"), (5, 10_000, "the data contains token id 10000")],
 )
 def test_data_that_does_not_fit_the_model(tiny_model, length, token, message):
     with pytest.raises(InputError, match=message):

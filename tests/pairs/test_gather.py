@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -14,11 +15,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from spin.alignment.core.lock import folder_lock
 from spin.alignment.data.fractions import fraction_path
 from spin.alignment.data.preferences import load_preferences
 from spin.alignment.data.rows import GENERATED_SCHEMA
 from spin.alignment.methods.pairings import PAIRINGS, EveryRow
-from spin.alignment.pairs.preference_files import Selection, last_contents, sole_writer
+from spin.alignment.pairs.preference_files import Selection, last_contents
 from tests.helpers import REPOSITORY, hear_ctrl_c, program_environment
 from tests.helpers.gathering import (
     LOGPROBS,
@@ -139,7 +141,7 @@ def test_a_plain_function_is_a_pairing_that_sees_one_prompt_at_a_time(tmp_path, 
     ]
     monkeypatch.setitem(PAIRINGS, "wide", lambda rows: [{**item, "margin": 1.0} for item in rows])
     code, _, errors = gather(folder, tmp_path / "wide", "--pairing", "wide")
-    assert code == 1 and "the pairing returns the columns margin, which the rows do not have" in errors
+    assert code == 2 and "the pairing returns the columns margin, which the rows do not have" in errors
     assert not content(tmp_path / "wide")
 
 
@@ -182,9 +184,13 @@ def test_columns_must_agree_in_all_but_their_order(tmp_path):
 
 def test_one_gathering_at_a_time_writes_a_folder(tmp_path):
     folder = write_whole(tmp_path / "in")
-    with sole_writer(tmp_path / "out"):
-        assert "another convert_data.py writes to" in refusal(folder, tmp_path / "out")
+    with folder_lock(tmp_path / "out", setting="output_dir"):
+        code, _, errors = gather(folder, tmp_path / "out")
+        assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
+    assert code == 2
+    assert f"out is in use by process {os.getpid()}: wait for it, or choose another output_dir" in errors
     assert gather(folder, tmp_path / "out")[0] == 0
+    assert not (tmp_path / "out" / ".lock").exists()
 
 
 def test_progress_is_told(tmp_path, monkeypatch):

@@ -100,20 +100,20 @@ def with_fraction(number: int, keys: list[Key], num_samples: int = 1) -> list[li
     return [keys if index == number else own_keys(index, num_samples) for index in range(NUM_FRACTIONS)]
 
 
-TWICE = "prompt p1 stands more than once, in train-00000.parquet and train-00002.parquet"
-MOVED = "train-00000.parquet lacks prompt p1, which stands in train-0000"
+TWICE = "prompt p1 appears more than once, in train-00000.parquet and train-00002.parquet"
+MOVED = "train-00000.parquet is missing prompt p1, which is in train-0000"
 FAULTS = {
-    "sample missing": (with_fraction(1, [(2, 0), (2, 1), (3, 1)], 2), 2, "00001.parquet holds the samples [1] of prompt p3"),
-    "sample twice": (with_fraction(1, [(2, 0), (2, 0), (3, 0), (3, 1)], 2), 2, "holds the samples [0, 0] of prompt p2"),
-    "apart": (with_fraction(1, [(2, 0), (3, 0), (2, 1), (3, 1)], 2), 2, "does not keep the 2 rows of prompt p2 together"),
-    "prompt twice in a file": (with_fraction(2, [(4, 0), (4, 0)]), 1, "holds the samples [0, 0] of prompt p4"),
+    "sample missing": (with_fraction(1, [(2, 0), (2, 1), (3, 1)], 2), 2, "00001.parquet contains the samples [1] of prompt p3"),
+    "sample twice": (with_fraction(1, [(2, 0), (2, 0), (3, 0), (3, 1)], 2), 2, "contains the samples [0, 0] of prompt p2"),
+    "apart": (with_fraction(1, [(2, 0), (3, 0), (2, 1), (3, 1)], 2), 2, "the 2 rows of prompt p2 in "),
+    "prompt twice in a file": (with_fraction(2, [(4, 0), (4, 0)]), 1, "contains the samples [0, 0] of prompt p4"),
     "prompt in two files": (with_fraction(2, [(4, 0), (1, 0)]), 1, TWICE),
     "surplus prompt": (with_fraction(2, [(4, 0), (5, 0), (1, 0)]), 1, TWICE),
     "moved": ([[(0, 0)], [(2, 0), (3, 0), (1, 0)], [(4, 0), (5, 0)]], 1, MOVED + "1.parquet"),
     "changed places": (swapped((0, 1), (2, 0)), 1, MOVED + "2.parquet"),
-    "lost": (with_fraction(1, [(3, 0)]), 1, "train-00001.parquet holds 1 prompts where 2 are expected"),
-    "not of the data": (with_fraction(1, [(2, 0), (99, 0)]), 1, "train-00001.parquet holds other prompts than those of its"),
-    "one too many": (with_fraction(1, [(2, 0), (3, 0), (99, 0)]), 1, "holds 3 prompts where 2 are expected"),
+    "lost": (with_fraction(1, [(3, 0)]), 1, "train-00001.parquet contains 1 prompts, but 2 are expected"),
+    "not of the data": (with_fraction(1, [(2, 0), (99, 0)]), 1, "train-00001.parquet contains prompts that do not belong to its"),
+    "one too many": (with_fraction(1, [(2, 0), (3, 0), (99, 0)]), 1, "contains 3 prompts, but 2 are expected"),
 }  # fmt: skip
 
 
@@ -129,25 +129,25 @@ def test_prompts_left_out_count_and_may_not_be_answered_as_well(tmp_path):
     code, printed, errors = gather(folder, tmp_path / "out")
     assert code == 0 and "skipped by generation: p3 (too long)" in printed, errors
     write(folder, 1, [row(2, 0)], record(1), skipped=["p2"])
-    assert "prompt p2 stands more than once, in train-00001.parquet: generate" in refusal(folder, tmp_path / "other")
+    assert "prompt p2 appears more than once, in train-00001.parquet: generate" in refusal(folder, tmp_path / "other")
     write(folder, 1, [row(2, 0)], record(1), skipped=["p99"])
-    assert "train-00001.parquet holds other prompts" in refusal(folder, tmp_path / "other")
+    assert "contains prompts that do not belong to its fraction" in refusal(folder, tmp_path / "other")
 
 
 def test_a_copied_fraction_is_known_by_its_record(tmp_path):
     folder = write_whole(tmp_path / "in")
     fraction_path(folder, "train", 1).write_bytes(fraction_path(folder, "train", 0).read_bytes())
-    assert "train-00001.parquet is fraction 0 by its record" in refusal(folder, tmp_path / "out")
+    assert "train-00001.parquet records that it is fraction 0" in refusal(folder, tmp_path / "out")
 
 
 def test_fractions_that_agree_with_themselves_must_make_up_the_data(tmp_path):
     folder = write_whole(tmp_path / "in")
     write(folder, 1, [row(0, 0), row(1, 0)], record(1, fraction_ids=id_sum([0, 1])))
-    assert "prompt p0 stands more than once, in train-00000.parquet and train-00001.parquet" in refusal(
+    assert "prompt p0 appears more than once, in train-00000.parquet and train-00001.parquet" in refusal(
         folder, tmp_path / "out"
     )
     write(folder, 1, [row(2, 0), row(99, 0)], record(1, fraction_ids=id_sum([2, 99])))
-    assert "do not hold the prompts of the data set they were cut from" in refusal(folder, tmp_path / "out")
+    assert "do not contain the prompts of their data set" in refusal(folder, tmp_path / "out")
     write(folder, 1, [row(2, 0), row(3, 0)], record(1, all_ids="0" * 16))
     assert f"(extra.all_ids: {id_sum(range(NUM_PROMPTS))} != 0000000000000000)" in refusal(folder, tmp_path / "out")
     write(folder, 1, [row(2, 0), row(3, 0)], record(1, fraction_ids="12"))
@@ -160,7 +160,7 @@ def test_old_and_new_fractions_are_proven_together(tmp_path, keyless):
     write(folder, keyless, [row(prompt, 0) for prompt in own_prompts(keyless)], record(keyless, keyed=False))
     assert gather(folder, tmp_path / "out")[0] == 0
     write(folder, keyless, [row(own_prompts(keyless)[0], 0), row(5, 0)], record(keyless, keyed=False))
-    assert "prompt p5 stands more than once" in refusal(folder, tmp_path / "other")
+    assert "prompt p5 appears more than once" in refusal(folder, tmp_path / "other")
 
 
 def test_a_part_of_the_fractions_is_proven_without_the_rest(tmp_path):
@@ -168,7 +168,7 @@ def test_a_part_of_the_fractions_is_proven_without_the_rest(tmp_path):
     fraction_path(folder, "train", 2).unlink()
     assert gather(folder, tmp_path / "out", "--num_fracs", 2)[0] == 0
     write(folder, 1, [row(2, 0), row(1, 0)], record(1, keyed=False))
-    assert "prompt p1 stands more than once, in train-00000.parquet and train-00001.parquet" in refusal(
+    assert "prompt p1 appears more than once, in train-00000.parquet and train-00001.parquet" in refusal(
         folder, tmp_path / "other", "--num_fracs", 2
     )
 
@@ -176,7 +176,7 @@ def test_a_part_of_the_fractions_is_proven_without_the_rest(tmp_path):
 def test_rows_without_an_id_are_refused(tmp_path):
     folder = write_whole(tmp_path / "in")
     write(folder, 1, [row(2, 0), row(3, 0, prompt_id=None)], record(1))
-    assert "train-00001.parquet holds a row without prompt_id or sample_index" in refusal(folder, tmp_path / "out")
+    assert "train-00001.parquet contains a row without prompt_id or sample_index" in refusal(folder, tmp_path / "out")
 
 
 @pytest.mark.parametrize("batch_rows", [1, 2, 7, 100])

@@ -11,8 +11,9 @@ import time
 import pytest
 
 from spin.alignment.core.errors import InputError
+from spin.alignment.core.lock import is_locked
 from spin.alignment.pipeline.diff import differences
-from spin.alignment.pipeline.lock import RunLock
+from spin.alignment.pipeline.lock import run_lock
 from spin.alignment.pipeline.manifest import RunManifest
 from spin.alignment.pipeline.processes import RUN_VARIABLE, orphans
 from tests.helpers import REPOSITORY
@@ -105,19 +106,19 @@ def test_diff_names_settings_outputs_and_missing_stages(tmp_path):
 
 
 def test_second_run_in_one_directory_is_refused_by_name(tmp_path):
-    with RunLock(tmp_path):
-        assert RunLock.is_held(tmp_path)
-        with pytest.raises(InputError, match=f"in use by process {os.getpid()}"), RunLock(tmp_path):
+    with run_lock(tmp_path):
+        assert is_locked(tmp_path)
+        with pytest.raises(InputError, match=f"in use by process {os.getpid()}"), run_lock(tmp_path):
             pass
-    assert not RunLock.is_held(tmp_path)
+    assert not is_locked(tmp_path)
 
 
 def test_lock_of_a_killed_run_is_taken_over_and_its_children_are_ended(tmp_path):
     code = (
         "import os, subprocess, sys, time\n"
         "from pathlib import Path\n"
-        "from spin.alignment.pipeline.lock import RunLock\n"
-        "with RunLock(sys.argv[1]):\n"
+        "from spin.alignment.pipeline.lock import run_lock\n"
+        "with run_lock(sys.argv[1]):\n"
         "    subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
         "    Path(sys.argv[1], 'ready').touch()\n"
         "    time.sleep(60)\n"
@@ -131,5 +132,5 @@ def test_lock_of_a_killed_run_is_taken_over_and_its_children_are_ended(tmp_path)
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     assert len(orphans(tmp_path)) == 1
-    with RunLock(tmp_path):
+    with run_lock(tmp_path):
         assert orphans(tmp_path) == []

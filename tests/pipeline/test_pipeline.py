@@ -16,10 +16,11 @@ import pytest
 
 from spin import cli
 from spin.alignment.core.errors import InputError
-from spin.alignment.pipeline.config import flags, load_run_config
+from spin.alignment.pipeline.config import load_run_config
 from spin.alignment.pipeline.lineage import lineage
-from spin.alignment.pipeline.runner import Pipeline, StageFailed, explain
-from spin.alignment.pipeline.stages import Source, Stage, make_stages
+from spin.alignment.pipeline.runner import Pipeline, explain
+from spin.alignment.pipeline.stage_runner import StageFailed
+from spin.alignment.pipeline.stages import Source, Stage, StageKind, make_stages
 from tests.helpers import REPOSITORY, char_tokenizer, run_main
 from tests.helpers.runs import TRAINING, tiny_run, write_config
 
@@ -63,7 +64,7 @@ def test_each_iteration_trains_from_its_opponent_with_its_overrides(tmp_path):
 def test_one_command_makes_all_fractions_and_iterations_differ_in_their_seed(tmp_path):
     stages = {stage.name: stage for stage in make_stages(make_config(tmp_path))}
     (command,) = stages["iter0/generate"].commands  # the model is loaded once
-    assert command[command.index("--data_frac") + 1] == "auto"
+    assert "--data_frac=auto" in command
     assert [path.name for path in stages["iter0/generate"].outputs()] == ["train-00000.parquet", "train-00001.parquet"]
     seeds = {stages[f"iter{t}/generate"].settings["seed"] for t in (0, 1)}
     assert len(seeds) == 2
@@ -92,10 +93,6 @@ def test_paper_run_has_the_settings_of_its_later_iterations(monkeypatch):
     assert config.train_values(1)["dataset_splits"] == ["train_sft_prefs"]
 
 
-def test_flags_of_a_section():
-    assert flags({"a": 1, "b": True, "c": False, "d": None, "e": [0, 0.5]}) == ["--a", "1", "--b", "--e", "0", "0.5"]
-
-
 # --- bad configurations: one sentence, exit code 2, nothing written -----------------------------------------------------
 
 
@@ -108,8 +105,11 @@ def test_flags_of_a_section():
         ({"model": None}, "lacks the key 'model'"),
         ({"model": "./nowhere"}, "nowhere does not exist"),
         ({"data": {"train": "./no-data"}}, "no-data"),
-        ({"generate": {"temprature": 1}}, "unknown argument --temprature.*--temperature"),
-        ({"generate": {"temperature": -1}}, "temperature is -1"),
+        (
+            {"generate": {"temprature": 1}},
+            "unknown key 'temprature' in the section 'generate'; did you mean 'temperature'",
+        ),
+        ({"generate": {"temperature": -1}}, "temperature is -1.*in the section 'generate'"),
         (
             {"generate": {"backend": "jax"}},
             "unknown generation backend 'jax': choose one of openai, transformers, vllm",
@@ -154,6 +154,23 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path):
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.tex"]
 
 
+def test_a_run_killed_while_it_first_wrote_its_manifest_can_be_started_again(tmp_path, monkeypatch):
+    """What it leaves is its lock and half a manifest, which are no foreign files, and which the next run removes."""
+    run_dir = tmp_path / "run"
+    kill = "import os, sys, signal; import spin.alignment.core.files as files; from spin import cli\n"
+    kill += "files.fsync_folder = lambda folder: None\n"
+    kill += "files.os.fsync = lambda file: os.kill(os.getpid(), signal.SIGKILL)\ncli.main(sys.argv[1:])\n"
+    config = write_config(tmp_path / "config.yaml", tiny_run(tmp_path))
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    killed = subprocess.run([sys.executable, "-c", kill, "run", str(config)], env=environment, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    left = sorted(path.name for path in run_dir.iterdir())
+    assert left[0] == ".lock" and left[1].startswith(".manifest.json.") and left[1].endswith(".tmp") and len(left) == 2
+    monkeypatch.setattr(Pipeline, "run", lambda line: None)
+    run_main(cli.main, "run", config)
+    assert sorted(path.name for path in run_dir.iterdir()) == ["manifest.json", "run.yaml"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
@@ -181,18 +198,31 @@ def test_help_is_light():
 # --- the runner -------------------------------------------------------------------------------------------------------
 
 
-def stage(run_dir: Path, name: str, code: str, program: str = "convert_data.py", **settings: object) -> Stage:
-    """A stage whose program is ``code``, given its output file as ``sys.argv[1]``; it reads input.txt."""
+class Script(StageKind):
+    """A kind whose stages run Python code, given its output file as ``sys.argv[1]``."""
+
+    def __init__(self, can_run_beside: bool = False) -> None:
+        self.can_run_beside = can_run_beside
+
+    def command(self, stage, config):
+        return [sys.executable, "-c", config["code"], config["output"]]
+
+
+def stage(
+    run_dir: Path, name: str, code: str, beside: bool = False, needs: tuple[str, ...] = (), **settings: object
+) -> Stage:
+    """A stage that runs ``code`` and reads input.txt."""
     output = run_dir / name.replace("/", "-") / "out.parquet"
     output.parent.mkdir(parents=True, exist_ok=True)
     return Stage(
+        kind=Script(beside),
         name=name,
-        commands=[[sys.executable, "-c", code, str(output)]],
-        settings=dict(settings),
+        configs=[{"code": code, "output": str(output)}],
+        settings=settings,
         sources=[Source("input", lambda: [run_dir.parent / "input.txt"])],
         outputs=lambda: [output],
-        folders=[output.parent],
-        program=program,
+        folder=output.parent,
+        needs=needs,
     )
 
 
@@ -294,29 +324,21 @@ def test_scoring_runs_beside_self_play_and_waits_for_its_model(tmp_path, runner)
     slow = "import time; time.sleep(0.5); "
     wait = "import sys; from pathlib import Path; assert Path(sys.argv[1]).parent.with_name('iter0-train')"
     wait += ".joinpath('out.parquet').exists(); "
-    stages = [
+    line = runner(
         stage(run_dir, "iter0/train", slow + WRITE),
-        stage(run_dir, "iter0/evaluate", wait + WRITE.replace("out.parquet", "out.json"), program="evaluate_model.py"),
+        stage(run_dir, "iter0/evaluate", wait + WRITE, beside=True, needs=("iter0/train",)),
         stage(run_dir, "iter1/generate", WRITE),
-    ]
-    stages[1] = dataclasses.replace(stages[1], outputs=lambda: [_as_json(run_dir / "iter0-evaluate" / "out.parquet")])
-    line = runner(*stages, parallel=True)
+        parallel=True,
+    )
     line.run()
-    assert all(line.manifest.is_done(item.name) for item in stages)
-
-
-def _as_json(path: Path) -> Path:
-    copy = path.with_suffix(".json")
-    if path.exists():
-        copy.write_text("{}")
-    return copy
+    assert all(line.manifest.is_done(item.name) for item in line.stages)
 
 
 def test_failure_beside_stops_the_other_chain(tmp_path, runner):
     run_dir = tmp_path / "run"
     line = runner(
         stage(run_dir, "iter0/train", "import time; time.sleep(60)"),
-        stage(run_dir, "control/train", "raise SystemExit(2)"),
+        stage(run_dir, "control/train", "raise SystemExit(2)", beside=True),
         parallel=True,
     )
     started = time.monotonic()

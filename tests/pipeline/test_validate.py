@@ -58,9 +58,9 @@ FAULTS = {
     "no ids": ({"rejected_token_ids": []}, "rejected_token_ids is empty"),
     "reason": ({"rejected_finish_reason": "eos"}, "it must be stop or length"),
     "vocabulary": ({"rejected_token_ids": [99999, *IDS]}, "outside of the tokenizer"),
-    "prompts": ({"rejected": [{"role": "user", "content": "other"}, said("5")[-1]]}, "do not share one prompt"),
+    "prompts": ({"rejected": [{"role": "user", "content": "other"}, said("5")[-1]]}, "do not share a prompt"),
     "roles": ({"chosen": [*PROMPT, *PROMPT]}, "row 1"),
-    "twice": ({"prompt_id": "p0"}, "prompt p0 with sample 0 stands more than once"),
+    "twice": ({"prompt_id": "p0"}, "prompt p0 with sample 0 appears more than once"),
     "no id": ({"prompt_id": ""}, "prompt_id is empty"),
 }
 
@@ -89,13 +89,13 @@ def test_torn_file_and_missing_provenance_are_named(tmp_path):
     whole = write(tmp_path / "b.parquet", good_row()).read_bytes()
     (tmp_path / "b.parquet").write_bytes(whole[: len(whole) // 2])
     found = problems(tmp_path)
-    assert "a.parquet carries no provenance" in found and "b.parquet is not a readable parquet" in found
+    assert "a.parquet has no provenance" in found and "b.parquet is not a readable parquet" in found
 
 
 def test_prompt_rows(tmp_path):
     rows = [{"prompt_id": name, "chosen": said("4")} for name in ("p0", "p0")]
     path = write(tmp_path / "train.parquet", *rows, provenance=Provenance("prompts"), schema=PROMPT_SCHEMA)
-    assert "stands more than once" in problems(path)
+    assert "appears more than once" in problems(path)
 
 
 def test_model_folder(tmp_path):

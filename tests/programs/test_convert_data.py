@@ -211,7 +211,7 @@ def all_identical(folder: Path) -> None:
         write_fraction(folder, number, [{**row, "rejected": row["chosen"]} for row in fraction(number)])
 
 
-def all_gone(folder: Path) -> None:
+def all_removed(folder: Path) -> None:
     for path in folder.iterdir():
         path.unlink()
 
@@ -224,25 +224,25 @@ DEFECTS = {
     "gap": (gap, [], "train fraction 1 of 3 is missing in", "run generate.py --split train with --data_frac 1"),
     "gaps": (two_gaps, [], "train fraction 1, 2 of 3 are missing in", "--data_frac 1 and --data_frac 2"),
     "gap behind num_fracs": (two_gaps, ["--num_fracs", 2], "fraction 1 of 2 is missing", "--data_frac 1"),
-    "too many asked": (nothing, ["--num_fracs", 4], "num_fracs is 4, but 5 prompts in pieces of 2 make 3 fractions", ""),
-    "too few asked": (nothing, ["--num_fracs", 2], "holds more than 2 train fractions (train-00002.parquet)", ""),
+    "too many asked": (nothing, ["--num_fracs", 4], "num_fracs is 4, but 5 prompts with frac_len 2 give 3 fractions", ""),
+    "too few asked": (nothing, ["--num_fracs", 2], "contains more than 2 train fractions (train-00002.parquet)", ""),
     "model": (other_model, [], "train-00000.parquet and train-00001.parquet", "(model: 'm' != 'n')"),
     "sampling": (other_sampling, [], "come from different runs", "sampling.temperature: None != 0.5"),
     "model of test": (other_test_model, [], "the splits test and train", "(model: 'n' != 'm')"),
-    "kind": (other_kind, [], "train-00001.parquet holds preferences rows, not generated ones", ""),
-    "sample twice": (repeated_sample, [], f"holds the samples [0, 0] of prompt {fraction(1)[0]['prompt_id']}", ""),
-    "prompt lost": (lost_prompt, [], "train-00001.parquet holds 1 prompts where 2 are expected", ""),
+    "kind": (other_kind, [], "train-00001.parquet contains preferences rows, not generated ones", ""),
+    "sample twice": (repeated_sample, [], f"contains the samples [0, 0] of prompt {fraction(1)[0]['prompt_id']}", ""),
+    "prompt lost": (lost_prompt, [], "train-00001.parquet contains 1 prompts, but 2 are expected", ""),
     "prompt twice": (
-        repeated_fraction, [], "stands more than once", "in train-00000.parquet and train-00001.parquet"),
-    "no provenance": (no_provenance, [], "train-00001.parquet carries no provenance", "generate it again"),
+        repeated_fraction, [], "appears more than once", "in train-00000.parquet and train-00001.parquet"),
+    "no provenance": (no_provenance, [], "train-00001.parquet has no provenance", "generate it again"),
     "torn": (torn, [], "train-00001.parquet is not a readable parquet file", ""),
-    "column": (no_column, [], "train-00001.parquet lacks the columns rejected", ""),
+    "column": (no_column, [], "train-00001.parquet is missing the columns rejected", ""),
     "identical": (all_identical, ["--identical", "drop"], "no pair of the split 'train' is left (10 identical", ""),
-    "empty folder": (all_gone, [], "holds no fraction files such as train-00000.parquet", "run spin/generate.py first"),
+    "empty folder": (all_removed, [], "holds no fraction files such as train-00000.parquet", "run spin/generate.py first"),
     "pairing": (nothing, ["--pairing", "best"], "unknown pairing 'best': choose one of best_vs_ground_truth, ", ""),
-    "negative": (nothing, ["--num_fracs", -1], "num_fracs must be 0 or more", ""),
-    "no rows": (nothing, ["--max_rows_per_file", 0], "max_rows_per_file at least 1", ""),
-    "choice": (nothing, ["--identical", "maybe"], "argument --identical: invalid choice: 'maybe'", ""),
+    "negative": (nothing, ["--num_fracs", -1], "num_fracs is -1: set it to 0 or more", ""),
+    "no rows": (nothing, ["--max_rows_per_file", 0], "max_rows_per_file is 0: set it to 1 or more", ""),
+    "choice": (nothing, ["--identical", "maybe"], "--identical is 'maybe': choose one of keep, drop", ""),
     "flag": (nothing, ["--pair", "x"], "unknown argument --pair; did you mean '--pairing'?", ""),
 }  # fmt: skip
 
@@ -259,7 +259,7 @@ def test_bad_folders_are_named(generated, tmp_path):
     assert "nowhere does not exist" in refused(tmp_path / "nowhere", tmp_path / "out")
     assert "output_dir is the input_dir" in refused(generated, generated)
     (tmp_path / "file").touch()
-    assert "choose a folder you may write to" in refused(generated, tmp_path / "file")
+    assert "choose another output_dir" in refused(generated, tmp_path / "file")
 
 
 @pytest.mark.parametrize("survived", [0, 3, 4, 5, 6, 7, 8, 9])
@@ -280,7 +280,11 @@ def test_killed_anywhere_a_rerun_gives_the_same_and_no_reader_takes_half(generat
         try:
             assert len(load_preferences(str(out), split)) == rows
         except ValueError as error:
-            assert "not whole" in str(error) or "no file of the split" in str(error) or "no data file" in str(error)
+            assert (
+                "set is incomplete" in str(error)
+                or "no file of the split" in str(error)
+                or "no data file" in str(error)
+            )
     run(generated, out, "--max_rows_per_file", 4)
     assert content(out) == content(whole)
     assert not [name for name in os.listdir(out) if name.startswith(".")]  # noqa: PTH208

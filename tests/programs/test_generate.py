@@ -141,7 +141,7 @@ def test_prompts_that_do_not_fit_are_named_and_the_others_go_on(tiny_model, tmp_
     assert code == 0 and {row["prompt_id"] for row in rows_of(tmp_path / "out")} == {"q0", "q1"}
     skipped = {item["prompt_id"]: item["reason"] for item in read_skipped(tmp_path / "out" / "train-00000.parquet")}
     assert set(skipped) == {"long", "control"} and "tokens" in skipped["long"] and "<|im_end|>" in skipped["control"]
-    assert all(f"left out prompt {name}" in error for name in skipped)
+    assert all(f"skipped prompt {name}" in error for name in skipped)
 
 
 def save(folder: Path, tokenizer: Any) -> Path:
@@ -171,7 +171,7 @@ def write_file(tmp_path: Path, name: str, text: str) -> Path:
 BAD_INPUT = {
     "missing model": (lambda tmp, data: {"model": tmp / "none"}, "does not exist"),
     "model without config": (lambda tmp, data: {"model": data.parent}, "no config.json"),
-    "unreachable hub model": (lambda tmp, data: {"model": "no-such-org/none"}, "neither a folder here nor a Hub"),
+    "unreachable hub model": (lambda tmp, data: {"model": "no-such-org/none"}, "neither a local folder nor a Hub"),
     "no chat template": (
         lambda tmp, data: {"model": save(tmp / "model", char_tokenizer(template=None))},
         "has no chat template",
@@ -186,14 +186,17 @@ BAD_INPUT = {
     "negative frac_len": (lambda tmp, data: {"frac_len": -5}, "frac_len is -5"),
     "batch_size zero": (lambda tmp, data: {"batch_size": 0}, "batch_size is 0"),
     "flush_every zero": (lambda tmp, data: {"flush_every": 0}, "flush_every is 0"),
-    "fraction by name": (lambda tmp, data: {"data_frac": "all"}, "data_frac is 'all': give a number, or auto"),
+    "fraction by name": (
+        lambda tmp, data: {"data_frac": "all"},
+        "data_frac is 'all', which is not a whole number or 'auto'",
+    ),
     "lease_timeout": (lambda tmp, data: {"lease_timeout": 0}, "lease_timeout is 0.0"),
     "min_p": (lambda tmp, data: {"min_p": 1}, "min_p is 1.0"),
     "repetition_penalty": (lambda tmp, data: {"repetition_penalty": 0}, "repetition_penalty is 0.0"),
-    "empty stop": (lambda tmp, data: {"stop": ""}, "stop holds an empty text"),
+    "empty stop": (lambda tmp, data: {"stop": ""}, "stop contains an empty text"),
     "server without backend": (lambda tmp, data: {"base_url": "http://x/v1"}, "base_url and --backend openai belong"),
     "backend without server": (lambda tmp, data: {"backend": "openai"}, "base_url and --backend openai belong"),
-    "no adapter": (lambda tmp, data: {"adapter": tmp / "none"}, "holds no adapter_config.json"),
+    "no adapter": (lambda tmp, data: {"adapter": tmp / "none"}, "lacks adapter_config.json"),
     "temperature": (lambda tmp, data: {"temperature": -1}, "temperature is -1.0"),
     "unknown backend": (lambda tmp, data: {"backend": "hf"}, "choose one of openai, transformers, vllm"),
     "tensor parallel": (lambda tmp, data: {"tensor_parallel_size": 2}, "tensor_parallel_size is for vllm"),

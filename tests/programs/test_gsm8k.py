@@ -8,12 +8,13 @@ import math
 import pytest
 import yaml
 
-from spin import convert_data, evaluate_model, generate, reformat, run_spin
+from spin import convert_data, evaluate_model, reformat, run_spin
+from spin.generate import main as generate
 from tests.helpers import run_main, save_tiny_model
 
 
-def run(program, *arguments: object) -> str:
-    code, out, error = run_main(program.main, *arguments)
+def run(main, *arguments: object) -> str:
+    code, out, error = run_main(main, *arguments)
     assert code == 0, error
     return out
 
@@ -21,7 +22,7 @@ def run(program, *arguments: object) -> str:
 @pytest.mark.slow
 def test_the_whole_line_on_gsm8k(gsm8k, tmp_path):
     model = save_tiny_model(tmp_path / "model", max_position_embeddings=1024)
-    out = run(reformat, "--data", gsm8k, "--output_dir", tmp_path / "data", "--subset", 60, "--test_size", 20)
+    out = run(reformat.main, "--data", gsm8k, "--output_dir", tmp_path / "data", "--subset", 60, "--test_size", 20)
     assert "7473 rows read" in out
     assert "wrote 60 training and 20 test rows" in out
     for split in ("train", "test"):
@@ -31,7 +32,9 @@ def test_the_whole_line_on_gsm8k(gsm8k, tmp_path):
                 *("--split", split, "--data_frac", fraction, "--frac_len", 30 if split == "train" else 0),
                 *("--max_new_tokens", 24, "--batch_size", 30, "--max_prompt_length", 600),
             )
-    out = run(convert_data, "--input_dir", tmp_path / "generated", "--output_dir", tmp_path / "pairs", "--num_fracs", 2)
+    out = run(
+        convert_data.main, "--input_dir", tmp_path / "generated", "--output_dir", tmp_path / "pairs", "--num_fracs", 2
+    )
     counts = json.loads((tmp_path / "pairs" / "train_prefs.counts.json").read_text())
     assert counts["rows"] + counts["skipped"] == 60
     assert counts["written"] == counts["rows"]
@@ -51,13 +54,21 @@ def test_the_whole_line_on_gsm8k(gsm8k, tmp_path):
         "disable_tqdm": True,
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    run(run_spin, tmp_path / "config.yaml")
+    run(run_spin.main, tmp_path / "config.yaml")
     metrics = json.loads((tmp_path / "iter0" / "metrics.json").read_text())
     assert metrics["first_loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert metrics["pairs"] == {"train": counts["written"], "test": 20}
     assert metrics["final"]["rewards/margins"] > 0
     run(
-        *(evaluate_model, "--model", tmp_path / "iter0", "--input_dir", tmp_path / "data", "--metric", "math_answer"),
+        *(
+            evaluate_model.main,
+            "--model",
+            tmp_path / "iter0",
+            "--input_dir",
+            tmp_path / "data",
+            "--metric",
+            "math_answer",
+        ),
         *("--output_file", tmp_path / "eval.json", "--max_new_tokens", 24, "--limit", 10, "--temperatures", 0),
     )
     scores = json.loads((tmp_path / "eval.json").read_text())

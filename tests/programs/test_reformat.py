@@ -124,9 +124,9 @@ def test_skipping_invalid_rows_reports_them(tmp_path):
 def test_a_killed_run_leaves_nothing_and_the_next_one_cleans_up(tmp_path):
     data, out = write_lines(tmp_path / "a.jsonl", questions(50)), tmp_path / "out"
     killer = (
-        "import os, sys; from spin import reformat; from spin.alignment import shards\n"
-        "count = iter(range(9)); replace = shards.Path.replace\n"
-        "shards.Path.replace = lambda *a: replace(*a) if next(count) == 0 else os.kill(os.getpid(), 9)\n"
+        "import os, sys; from spin import reformat; from spin.alignment.core import files\n"
+        "count = iter(range(9)); replace = files.Path.replace\n"
+        "files.Path.replace = lambda *a: replace(*a) if next(count) == 0 else os.kill(os.getpid(), 9)\n"
         "reformat.main(sys.argv[1:])"
     )
     flags = ["--data", data, "--output_dir", out, "--test_size", 10]
@@ -148,24 +148,24 @@ def torn(folder: Path) -> Path:
 FLAGS = {
     "no data": ([], "the following arguments are required: --data"),
     "unknown flag": (["--data", "a.jsonl", "--subsett", "3"], "unknown argument --subsett; did you mean '--subset'?"),
-    "not a number": (["--data", "a.jsonl", "--subset", "many"], "argument --subset: invalid int value: 'many'"),
-    "unknown turns": (["--data", "a.jsonl", "--turns", "first"], "argument --turns: invalid choice: 'first'"),
-    "negative subset": (["--data", "a.jsonl", "--subset", "-1"], "must not be negative"),
-    "negative test": (["--data", "a.jsonl", "--test_size", "-0.1"], "must not be negative"),
+    "not a number": (["--data", "a.jsonl", "--subset", "many"], "--subset is 'many', which is not a whole number"),
+    "unknown turns": (["--data", "a.jsonl", "--turns", "first"], "--turns is 'first': choose one of last, all"),
+    "negative subset": (["--data", "a.jsonl", "--subset", "-1"], "subset is -1: set it to 0 or more"),
+    "negative test": (["--data", "a.jsonl", "--test_size", "-0.1"], "test_size is -0.1: set it to 0 or more"),
     "broken test size": (["--data", "a.jsonl", "--test_size", "2.5"], "give a whole number of rows, or a share below 1"),
-    "test size no number": (["--data", "a.jsonl", "--test_size", "nan"], "give a whole number of rows"),
+    "test size no number": (["--data", "a.jsonl", "--test_size", "nan"], "test_size is nan: set it to 0 or more"),
     "all held out": (["--data", "a.jsonl", "--test_size", "10"], "leaves 0 for training and 10 for the test split"),
     "too much held out": (["--data", "a.jsonl", "--test_size", "11"], "leaves 0 for training and 11"),
     "none held out": (["--data", "a.jsonl", "--test_size", "0.01"], "leaves 10 for training and 0 for the test split"),
     "test of test": (["--data", "a.jsonl", "--split", "test", "--test_size", "2"], "cannot hold out a test split"),
     "missing file": (["--data", "b.jsonl"], "b.jsonl does not exist"),
-    "missing data set": (["--data", "someone/something"], "nor a data set that can be reached"),
+    "missing data set": (["--data", "someone/something"], "nor a reachable Hub data set"),
     "missing split": (["--data", ".", "--split", "dev"], "no file of the split 'dev'"),
-    "empty file": (["--data", "empty.jsonl"], "empty.jsonl holds no rows"),
+    "empty file": (["--data", "empty.jsonl"], "empty.jsonl contains no rows"),
     "shared id": (["--data", "ids.jsonl"], "ids.jsonl row 0: the id 'x' belongs to several different prompts"),
     "all invalid": (["--data", "bad.jsonl", "--skip_invalid"], "no usable row is left in bad.jsonl"),
     "damaged parquet": (["--data", "torn.parquet"], "torn.parquet is damaged"),
-    "foreign output": (["--data", "a.jsonl", "--output_dir", "."], "train.parquet carries no provenance"),
+    "foreign output": (["--data", "a.jsonl", "--output_dir", "."], "train.parquet has no provenance"),
     "output is the input": (["--data", ".", "--output_dir", "."], "output_dir is the folder of the data"),
     "output is a file": (["--data", "a.jsonl", "--output_dir", "a.jsonl"], "choose a folder you may write to"),
 }  # fmt: skip

@@ -20,6 +20,7 @@ from spin.alignment.core.parquet import read_rows
 from spin.alignment.core.provenance import hash_weights
 from spin.alignment.pipeline.manifest import RunManifest
 from spin.alignment.pipeline.processes import orphans
+from spin.alignment.pipeline.start_programs import PLAIN_STARTS_VARIABLE
 from tests.helpers import REPOSITORY, program_environment, run_main
 from tests.helpers.runs import TRAINING, tiny_run, write_config
 
@@ -30,15 +31,16 @@ TRAIN = {**TRAINING, "max_steps": 30}
 SFT = {**TRAINING, "max_steps": 2, "save_strategy": "no", "learning_rate": 1e-3}
 
 
-def start(config: Path) -> subprocess.Popen[bytes]:
+def start(config: Path, **environment: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "spin", "run", str(config)]
     log = config.with_suffix(".log").open("ab")
-    return subprocess.Popen(command, cwd=REPOSITORY, env=program_environment(), stdout=log, stderr=subprocess.STDOUT)
+    environment = program_environment(**environment)
+    return subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
 
-def finish(config: Path) -> str:
+def finish(config: Path, **environment: str) -> str:
     """Run to the end; return all that was said in this configuration's runs."""
-    code = start(config).wait()
+    code = start(config, **environment).wait()
     said = config.with_suffix(".log").read_text()
     assert code == 0, said[-3000:]
     return said
@@ -149,7 +151,7 @@ def test_killed_in_each_stage_and_run_again_ends_with_the_same_weights(tmp_path,
     assert not list(pairs.glob("train_prefs-*.parquet"))
     checkpoint = run_dir / "iter0" / "checkpoint"
     kill_when(config, lambda: is_json(checkpoint / "checkpoint-5" / "trainer_state.json"), with_children=True)
-    said = finish(config)
+    said = finish(config, **{PLAIN_STARTS_VARIABLE: "1"})  # the other runs start their programs from a server
     assert said.count("==> iter0/generate: done already") >= 2 and "==> iter0/train: going on" in said
     resumed = [int(step) for step in re.findall(rf"going on from {checkpoint}/checkpoint-(\d+)", said)]
     assert len(resumed) == 1 and 5 <= resumed[0] < TRAIN["max_steps"]

@@ -27,15 +27,14 @@ import torch
 def main():
     from transformers import AutoModelForCausalLM
     from spin.alignment.data.chat_encoder import ChatEncoder, load_tokenizer
-    from spin.alignment.generation import BackendSettings, PromptRequest, SamplingConfig
-    from spin.alignment.generation.transformers_backend import TransformersBackend
-    from spin.alignment.training.online.samplers import EngineSampler
-    from spin.run_online import save_weights
+    from spin.alignment.generation import BackendSettings, PromptRequest, SamplingConfig, make_backend
+    from spin.alignment.generation.transformers.backend import TransformersBackend
+    from spin.alignment.training.online.samplers import EngineSampler, save_weights
     folder = sys.argv[1]
     encoder = ChatEncoder(load_tokenizer(folder))
     settings = BackendSettings(folder, stop_ids=encoder.stop_ids, max_model_len=64, batch_size=8)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    sampler = EngineSampler(settings, lambda target: save_weights(model, target))
+    sampler = EngineSampler(make_backend("vllm", settings), lambda target: save_weights(model, target))
     requests = [PromptRequest(f"p{n}", tuple(range(5, 12 + n))) for n in range(6)]
     greedy = SamplingConfig(temperature=0.0, max_new_tokens=16)
     said = []

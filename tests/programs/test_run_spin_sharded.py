@@ -9,6 +9,7 @@ import shutil
 import pytest
 import torch
 
+from tests.helpers import run_script
 from tests.helpers.training import (
     TWO_PROCESSES,
     difference,
@@ -68,8 +69,8 @@ def test_small_steps_on_bfloat16_weights_are_not_rounded_away(tiny_model, pairs,
     AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16).save_pretrained(start)
     settings = {"learning_rate": 1e-4, "max_steps": 60, "lr_scheduler_type": "constant", "warmup_steps": 0}
     train(write_config(tmp_path / "c.yaml", start, pairs, bf16=True, **settings))
-    warned = train(write_config(tmp_path / "p.yaml", start, pairs, output_dir=str(tmp_path / "pure"), **settings))
-    assert "warning: the trained weights have 16 bits" in warned
+    pure = write_config(tmp_path / "p.yaml", start, pairs, output_dir=str(tmp_path / "pure"), **settings)
+    assert "warning: the trained weights have 16 bits" in run_script("spin/run_spin.py", pure).stderr
     name = "model.norm.weight"
     assert weights(tmp_path / "out")[name].dtype == torch.bfloat16  # saved as it was loaded
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"

@@ -9,7 +9,7 @@ from spin.alignment.core.errors import InputError
 from spin.alignment.core.files import read_json
 from spin.alignment.core.parquet import read_rows
 from spin.alignment.pipeline.config import load_run_config
-from spin.alignment.pipeline.preflight import check_training_settings
+from spin.alignment.pipeline.preflight import check_settings
 from spin.alignment.pipeline.stages import make_stages
 from spin.alignment.pipeline.validate import validate
 from tests.helpers import run_main
@@ -38,13 +38,13 @@ def rows_of(folder):
 def test_the_initial_model_is_a_stage_of_its_own(tmp_path):
     config = load_run_config(tspin_run(tmp_path))
     stages = {stage.name: stage for stage in make_stages(config)}
-    assert next(iter(stages)) == "initial/generate" and not stages["initial/generate"].is_beside
+    assert next(iter(stages)) == "initial/generate" and not stages["initial/generate"].kind.can_run_beside
     folder = str(config.initial_dir)
     for iteration in (0, 1):
         stage = stages[f"iter{iteration}/convert"]
-        assert stage.commands[0][-2:] == ["--initial", folder] or folder in stage.commands[0]
+        assert stage.commands[0][-1] == f"--initial={folder}"
         assert folder in [source.name for source in stage.sources]
-    assert stages["initial/generate"].settings["seed"] != stages["iter0/generate"].settings["seed"]
+    assert stages["initial/generate"].configs[0].seed != stages["iter0/generate"].configs[0].seed
     plain = load_run_config(tspin_run(tmp_path), ["--train.loss_type=sigmoid", "--train.loss_settings=null"])
     assert "initial/generate" not in [stage.name for stage in make_stages(plain)]
 
@@ -53,14 +53,14 @@ def test_the_initial_model_is_a_stage_of_its_own(tmp_path):
     ("changes", "sentence"),
     [
         (["--weigh.weighting=drift"], "which get no token weights: remove the section 'weigh'"),
-        (["--data.prompts=[a, b]"], "made once for all iterations: name a single data set as data.prompts"),
+        (["--data.prompts=[a, b]"], "generated once for all iterations: name a single data set as data.prompts"),
         (["--train.loss_settings.historic=1"], "names 'historic', which loss_type tspin does not know"),
     ],
 )
 def test_what_a_run_of_triplets_cannot_do_is_refused(tmp_path, changes, sentence):
     config = load_run_config(tspin_run(tmp_path), changes)
     with pytest.raises(InputError, match=sentence):
-        check_training_settings(config, "config.yaml")
+        check_settings(config, "config.yaml")
 
 
 @pytest.mark.slow

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
-from types import SimpleNamespace
 
 import pytest
 
@@ -16,7 +15,8 @@ from spin.alignment.pipeline.config import load_run_config
 from spin.alignment.pipeline.manifest import RunManifest
 from spin.alignment.pipeline.stages import make_stages
 from spin.alignment.rewards import ScorerSettings
-from spin.alignment.training.settings import inputs_record
+from spin.alignment.training.online.config import OnlineConfig
+from spin.alignment.training.settings import inputs_record, read_settings
 from tests.helpers import char_tokenizer, save_tiny_model
 from tests.helpers.chat_templates import GEMMA
 from tests.helpers.runs import tiny_run, write_config
@@ -69,10 +69,9 @@ def test_online_prompts_are_tried_as_online_training_reads_them(tmp_path):
     turns = [{"role": role, "content": "1+1"} for role in ("system", "user", "assistant")]
     for split in ("train", "test"):
         (tmp_path / "data" / f"{split}.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
-    generation = SimpleNamespace(trust_remote_code=False, system="keep")
-    preflight.check_data(config, generation)
+    preflight.check_data(config)
     with pytest.raises(InputError, match="system"):
-        preflight.check_data(dataclasses.replace(config, online={"scorer": "length_penalty"}), generation)
+        preflight.check_data(dataclasses.replace(config, online={"scorer": "length_penalty"}))
 
 
 @pytest.mark.parametrize(
@@ -92,7 +91,7 @@ def test_rules_that_compare_need_a_ground_truth_before_anything_starts(tmp_path,
 def test_models_that_weigh_are_checked_against_the_pairing(tmp_path):
     weigh = {"weighting": "reverse_dpo", "train": {"loss_type": "sppo"}}
     with pytest.raises(InputError, match="loss_type sppo reads win_probs, which pairing ground_truth does not write"):
-        preflight.check_training_settings(make_config(tmp_path, **OFFLINE, weigh=weigh), "config.yaml")
+        preflight.check_settings(make_config(tmp_path, **OFFLINE, weigh=weigh), "config.yaml")
 
 
 def test_the_record_of_a_scorer_knows_all_that_decides_its_scores(tmp_path):
@@ -112,7 +111,11 @@ def test_the_record_of_a_scorer_knows_all_that_decides_its_scores(tmp_path):
 
 
 def test_kept_scores_change_no_training():
-    settings = SimpleNamespace(
-        values={"score_cache": "kept", "scorer": "reward_model"}, arguments=SimpleNamespace(world_size=1)
-    )
-    assert inputs_record(settings, "hash", "data") == {"model": "hash", "data": "data", "scorer": "reward_model"}
+    values = {"model_name_or_path": "model", "score_cache": "kept", "scorer": "reward_model", "use_cpu": True}
+    values |= {"output_dir": "out", "dataset_mixer": {"data": 1.0}}
+    with_cache = read_settings(values, "the configuration", OnlineConfig)
+    without = read_settings(values | {"score_cache": None}, "the configuration", OnlineConfig)
+    other = read_settings(values | {"scorer": "length_penalty"}, "the configuration", OnlineConfig)
+    records = [inputs_record(settings, "hash", "data") for settings in (with_cache, without, other)]
+    assert records[0] == records[1] != records[2]
+    assert "score_cache" not in records[0] and records[0]["scorer"] == "reward_model"

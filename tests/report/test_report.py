@@ -29,7 +29,7 @@ def evaluation(greedy: float, sampled: float, cooler: float, nll: float) -> dict
 def finished_run(tmp_path):
     """A run directory with results, but no models."""
     run_dir = tmp_path / "run"
-    config = write_config(tmp_path / "config.yaml", tiny_run(tmp_path))
+    config = write_config(tmp_path / "config.yaml", tiny_run(tmp_path, control={"max_steps": 1}))
     run_dir.mkdir()
     (run_dir / "run.yaml").write_text(config.read_text())
     numbers = {"sft": (0.5, 0.3, 0.45, 0.5), "control": (0.52, 0.31, 0.46, 0.48)}
@@ -94,8 +94,17 @@ def test_two_standard_errors_by_hand():
 
 
 def test_warnings_of_length_saturation_and_cut():
-    rows = [{"model": "sft", "mean_length": 10.0}]
-    rows.append({"model": "iter0", "mean_length": 13.0, "reward_accuracy": 1.0, "truncation_rate": 0.2})
+    rows = [{"model": "sft", "role": "start", "iteration": None, "mean_length": 10.0}]
+    rows.append(
+        {
+            "model": "iter0",
+            "role": "policy",
+            "iteration": 0,
+            "mean_length": 13.0,
+            "reward_accuracy": 1.0,
+            "truncation_rate": 0.2,
+        }
+    )
     said = "\n".join(warnings(rows))
     assert "saturated" in said and "20% of the held-out" in said and "moved from 10.0 to 13.0" in said
     assert warnings(rows[:1]) == [] and verdicts(rows[:1]) == []

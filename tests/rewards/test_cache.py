@@ -86,5 +86,5 @@ def test_damage_is_named(tmp_path, line):
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     cache = ScoreCache(str(tmp_path / "kept"), "reward_model", "w")
     (tmp_path / "kept").touch()
-    with pytest.raises(InputError, match=r"cannot keep scores in .*choose another score_cache"):
+    with pytest.raises(InputError, match=r"cannot write scores to .*choose another score_cache"):
         cache.add({"a": 1.0})

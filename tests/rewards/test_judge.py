@@ -127,7 +127,7 @@ def test_unreadable_replies_are_counted_and_cost_the_score(server, connect, capl
     assert one.scores == [0.25, None, 0.75]
     assert one.win_probs == [[0.5, 0.5, 0.0], [0.5, 0.5, 0.5], [1.0, 0.5, 0.5]]
     assert other.scores == [None, None]
-    assert judge.unreadable == 6 and "judge: 6 of 8 replies could not be read" in caplog.text
+    assert judge.unreadable == 6 and "judge: 6 of 8 replies could not be parsed" in caplog.text
 
 
 def test_one_readable_order_is_enough(server, connect):
@@ -200,5 +200,5 @@ def test_the_server_must_serve_the_judge(server, connect):
 def test_a_server_that_is_not_there_is_found_out_at_once():
     fake = FakeServer()
     fake.close()
-    with pytest.raises(InputError, match=r"did not answer the question for its models after 3 tries"):
+    with pytest.raises(InputError, match=r"did not answer the request for its models after 3 tries"):
         Judge(ScorerSettings("judge", base_url=fake.url), QUICK)

@@ -161,10 +161,10 @@ def test_a_dotted_path_is_a_function_of_the_current_folder(my_rules):
         ("my_rules:value", "value of scorer 'my_rules:value' is not callable"),
         ("my_rules:absent", "module my_rules has no absent: correct the scorer 'my_rules:absent'"),
         ("my_rules:Box.absent", r"module my_rules has no Box\.absent"),
-        ("my_rules:", "names no function"),
+        ("my_rules:", "does not name a function"),
         ("no_such_module:f", "module no_such_module of scorer .* cannot be imported .ModuleNotFoundError"),
         ("unfinished:f", "module unfinished of scorer .* cannot be imported .SyntaxError"),
-        ("my_rules:scaled:size=3", "has no parameter 'size': it knows scale"),
+        ("my_rules:scaled:size=3", "has no parameter 'size': it has scale"),
     ],
 )
 def test_bad_dotted_path_is_one_sentence(my_rules, name, sentence):
@@ -178,17 +178,17 @@ def test_bad_dotted_path_is_one_sentence(my_rules, name, sentence):
         ("bleu", "unknown scorer 'bleu': choose one of exact_match, format, judge, .*or write module:function"),
         ("", "scorer '' has an empty term"),
         ("math_answer+", "has an empty term: join rules as in"),
-        ("half*format", "'half' in the scorer's term 'half.format' is no weight"),
-        ("0*format", "'0' in the scorer's term .* is no weight"),
-        ("nan*format", "is no weight"),
+        ("half*format", "'half' in the scorer's term 'half.format' is not a weight"),
+        ("0*format", "'0' in the scorer's term .* is not a weight"),
+        ("nan*format", "is not a weight"),
         ("math_answer+reward_model", "reward_model is a model and cannot be part of the sum"),
         (
             "length_penalty:max_chars=0",
             "max_chars of scorer length_penalty is '0': write a number above 0, such as 1000",
         ),
         ("length_penalty:max_chars=many", "max_chars of scorer length_penalty is 'many'"),
-        ("length_penalty:words=3", "scorer length_penalty has no parameter 'words': it knows max_chars"),
-        ("exact_match:strict=1", "scorer exact_match has no parameter 'strict': it knows none"),
+        ("length_penalty:words=3", "scorer length_penalty has no parameter 'words': it has max_chars"),
+        ("exact_match:strict=1", "scorer exact_match has no parameter 'strict': it has none"),
     ],
 )
 def test_bad_name_is_one_sentence(name, sentence):
@@ -197,7 +197,7 @@ def test_bad_name_is_one_sentence(name, sentence):
 
 
 def test_a_model_is_no_rule_function():
-    with pytest.raises(InputError, match="judge is a model, and only a rule function will do here"):
+    with pytest.raises(InputError, match="judge is a model, but only rule functions are supported here"):
         find_scorer("judge")
 
 

@@ -227,7 +227,7 @@ def test_too_long_is_refused_unless_it_may_be_cut(decoder, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         label = scorer.label([make_group(), long])[1]
     assert (
-        "reward_model: 2 inputs were longer than scorer_max_length 100 and lost the start of their prompt"
+        "reward_model: 2 inputs were longer than scorer_max_length 100 and had the start of their prompt truncated"
         in caplog.text
     )
     tokenizer = AutoTokenizer.from_pretrained(decoder)
@@ -310,7 +310,7 @@ def test_a_template_that_refuses_names_the_row(tmp_path):
     folder = save_decoder(tmp_path / "m")
     char_tokenizer(template="{{ raise_exception('no system here') }}").save_pretrained(folder)
     with pytest.raises(
-        InputError, match=r"prompt p1, sample 0: the chat template of .* refuses the turns 'user, assistant'"
+        InputError, match=r"prompt p1, sample 0: the chat template of .* rejects the turns 'user, assistant'"
     ):
         make_scorer(settings("reward_model", folder)).label([make_group()])
 
@@ -322,9 +322,9 @@ def test_bad_settings_are_one_sentence_before_anything_is_loaded(decoder, tmp_pa
     cases = [
         (
             ScorerSettings("reward_model"),
-            "the scorer reward_model needs a model: give the folder or Hub name of a reward model",
+            "the scorer reward_model needs a model: set scorer_model to the folder or Hub name of a reward model",
         ),
-        (ScorerSettings("preference_model"), "as scorer_model"),
+        (ScorerSettings("preference_model"), "set scorer_model to"),
         (settings("reward_model", tmp_path / "none"), "model folder .*none does not exist"),
         (settings("reward_model", two), "two has 2 outputs .num_labels., but a reward model has one"),
         (
@@ -340,11 +340,11 @@ def test_bad_settings_are_one_sentence_before_anything_is_loaded(decoder, tmp_pa
             ScorerSettings("judge", base_url="http://x/v1", dtype="bfloat16"),
             "the scorer judge does not read scorer_dtype",
         ),
-        (ScorerSettings("judge"), "the scorer judge needs a running server: give its address as base_url"),
-        (ScorerSettings("judge", base_url="nowhere"), "base_url nowhere is no address of a server"),
+        (ScorerSettings("judge"), "the scorer judge needs a running server: set base_url to its address"),
+        (ScorerSettings("judge", base_url="nowhere"), "base_url nowhere is not the address of a server"),
         (settings("reward_model", decoder, batch_size=0), "scorer_batch_size is 0: set it to 1 or more"),
         (settings("reward_model", decoder, max_length=0), "scorer_max_length is 0: set it to 1 or more"),
-        (settings("reward_model", decoder, dtype="int8"), "unknown scorer_dtype 'int8': choose one of auto"),
+        (settings("reward_model", decoder, dtype="int8"), "scorer_dtype is 'int8': choose one of auto"),
         (settings("reward_model", decoder, cache_dir=str(tmp_path / "file" / "x")), "score_cache .* cannot be written"),
     ]
     for chosen, sentence in cases:

@@ -11,7 +11,7 @@ import pytest
 
 from spin import cli
 from spin.alignment.core.parquet import read_rows
-from spin.alignment.pipeline.config import flags, load_run_config
+from spin.alignment.pipeline.config import load_run_config
 from spin.alignment.pipeline.lineage import lineage
 from spin.alignment.pipeline.manifest import RunManifest
 from spin.alignment.pipeline.stages import make_stages
@@ -28,17 +28,15 @@ def make_config(tmp_path, **changes):
 
 def flag(command: list[str], name: str) -> list[str]:
     """The values of a flag in a command."""
-    start = command.index(f"--{name}") + 1
-    end = next((number for number in range(start, len(command)) if command[number].startswith("--")), len(command))
-    return command[start:end]
+    return [item.partition("=")[2] for item in command if item.startswith(f"--{name}=")]
 
 
 def test_plan_of_reverse_dpo(tmp_path):
     config = make_config(tmp_path, weigh={**REVERSE, "train": {"max_steps": 3}}, train={**TRAINING, "alpha": 0.5})
     stages = {stage.name: stage for stage in make_stages(config)}
-    steps = ["generate", "convert", "forward", "reverse", "weigh", "forward/evaluate", "train", "evaluate"]
+    steps = ["generate", "convert", "forward", "reverse", "forward/evaluate", "weigh", "train", "evaluate"]
     assert [name for name in stages if name.startswith("iter0/")] == [f"iter0/{step}" for step in steps]
-    forward, reverse, train = (stages[f"iter1/{name}"].config for name in ("forward", "reverse", "train"))
+    forward, reverse, train = (stages[f"iter1/{name}"].configs[0] for name in ("forward", "reverse", "train"))
     assert forward["max_steps"] == reverse["max_steps"] == 3 and train["max_steps"] == 10
     assert reverse["reverse"] is True and "reverse" not in forward and "alpha" not in forward and train["alpha"] == 0.5
     # all start from the opponent; the scorers read the pairs, the policy reads the weights, of this iteration and the last
@@ -66,7 +64,7 @@ def test_plan_of_a_teacher_and_of_drift(tmp_path):
     assert flag(command, "model_minus") == [str(tmp_path / "run" / "iter0" / "checkpoint")]
     config = make_config(tmp_path, weigh={"weighting": "drift"})
     (command,) = next(stage for stage in make_stages(config) if stage.name == "iter0/weigh").commands
-    assert flag(command, "tokenizer") == [str(tmp_path / "model")] and "--model_plus" not in command
+    assert flag(command, "tokenizer") == [str(tmp_path / "model")] and flag(command, "model_plus") == []
 
 
 def test_without_the_section_nothing_changes(tmp_path):
@@ -76,10 +74,13 @@ def test_without_the_section_nothing_changes(tmp_path):
 
 
 def test_verdict_against_spin_without_weights():
-    def row(name, exact):
-        return {"model": name, "greedy_exact": exact, "greedy_exact_se": 0.01, "exact_at": {}}
+    def row(name, role, iteration, exact):
+        identity = {"model": name, "role": role, "iteration": iteration}
+        return {**identity, "greedy_exact": exact, "greedy_exact_se": 0.01, "exact_at": {}}
 
-    lines = verdicts([row("sft", 0.5), row("iter0_spin", 0.6), row("iter0", 0.7)])
+    rows = [row("sft", "start", None, 0.5), row("iter0_spin", "unweighted", 0, 0.6), row("iter0", "policy", 0, 0.7)]
+    lines = verdicts([*rows, row("iter1", "policy", 1, 0.8)])
+    assert not any(line.startswith("iter1 against SPIN") for line in lines)
     assert "iter0 against SPIN without weights (iter0_spin): greedy exact match 0.600 -> 0.700 (better)" in lines
 
 
@@ -90,7 +91,10 @@ def test_verdict_against_spin_without_weights():
         ({"weighting": "attention"}, "unknown weighting 'attention': choose one of drift"),
         ({**REVERSE, "transform": "exp"}, "unknown transform 'exp'"),
         ({**REVERSE, "transform_params": {"nu": 1}}, "names 'nu', which the transform exponential does not know"),
-        ({**REVERSE, "transfrom": "binary"}, "unknown argument --transfrom.*--transform"),
+        (
+            {**REVERSE, "transfrom": "binary"},
+            "unknown key 'transfrom' in the section 'weigh'; did you mean 'transform'",
+        ),
         ({**REVERSE, "model_plus": "x"}, "weigh.model_plus is for teacher"),
         ({**REVERSE, "output_dir": "x"}, "'output_dir' in the section 'weigh' is set by the pipeline itself"),
         ({**REVERSE, "train": {"reverse": True}}, "'reverse' in weigh.train is set by the pipeline itself"),
@@ -162,7 +166,6 @@ def test_help_of_the_run_is_light():
 
 
 def test_shipped_runs_differ_in_the_weights_alone(monkeypatch):
-    from spin.alignment.token_weights.options import check_options, make_parser
     from spin.alignment.training.settings import read_settings
     from spin.alignment.training.trainer import SPINConfig
 
@@ -182,6 +185,7 @@ def test_shipped_runs_differ_in_the_weights_alone(monkeypatch):
         same = [{key: item for key, item in values.items() if key not in places} for values in settings]
         assert same[0] == same[1]
         assert len(settings[1]["dataset_mixer"]) == min(2, iteration + 1)
-    options = make_parser().parse_args(flags(weighted.weigh_values(1)))
-    assert check_options(options) == ("exponential", {"k": 1.0, "mu": 1.0, "lower": -0.5, "upper": 1.5})
-    assert (options.max_length, options.max_prompt_length) == (512, 256)
+    weights = weighted.weights_config(1)
+    assert weights.transform_name == "exponential"
+    assert weights.transform_settings == {"k": 1.0, "mu": 1.0, "lower": -0.5, "upper": 1.5}
+    assert (weights.max_length, weights.max_prompt_length) == (512, 256)

@@ -29,15 +29,15 @@ def test_a_long_ground_truth_is_cut_and_planned_for(tmp_path, tiny_model):
     data = DataConfig(dataset_mixer={str(folder): 1.0}, dataset_splits=["train"], max_length=96, max_prompt_length=64)
     (prompt,) = load_splits(data, settings, encoder)[0]["train"].prompts
     whole = encoder.response_ids(turns)
-    assert list(prompt.truth_ids) == whole[: 96 - len(prompt.token_ids)] != whole
+    assert list(prompt.ground_truth_ids) == whole[: 96 - len(prompt.token_ids)] != whole
     (planned,) = longest_pairs([prompt], settings.max_new_tokens, encoder.end_id).rows
-    assert len(planned["chosen_ids"]) == len(prompt.truth_ids)
+    assert len(planned["chosen_ids"]) == len(prompt.ground_truth_ids)
     (own,) = load_splits(data, SimpleNamespace(**vars(settings) | {"pairing": "best_vs_worst"}), encoder)[0][
         "train"
     ].prompts
-    assert own.truth_ids == ()  # nothing is trained on it
-    broken = DataConfig(dataset_mixer={str(folder): "1"}, dataset_splits=["train"], max_length=96, max_prompt_length=64)
-    with pytest.raises(InputError, match="the fraction 1: set it above 0 and at most 1"):
+    assert own.ground_truth_ids == ()  # nothing is trained on it
+    broken = DataConfig(dataset_mixer={str(folder): 1.5}, dataset_splits=["train"], max_length=96, max_prompt_length=64)
+    with pytest.raises(InputError, match=r"the fraction 1\.5: set it above 0 and at most 1"):
         load_splits(broken, settings, encoder)
 
 
@@ -64,7 +64,7 @@ def test_a_ground_truth_that_could_not_be_scored_is_counted():
 
     row = {"rejected_token_ids": [1], "rejected_finish_reason": "stop", "rejected_score": 1.0, "chosen_score": None}
     read, unread = StepCounts(), StepCounts()
-    read.add([row, row | {"rejected_score": None}], reads_truth=True)
-    unread.add([row], reads_truth=False)
+    read.add([row, row | {"rejected_score": None}], reads_ground_truth=True)
+    unread.add([row], reads_ground_truth=False)
     assert (read.scored, read.failed) == (1, 2)
     assert (unread.scored, unread.failed) == (1, 0)

@@ -12,21 +12,23 @@ from datasets import Dataset
 
 from spin import run_spin
 from spin.alignment.core.errors import InputError
+from spin.alignment.core.sides import SIDES
 from spin.alignment.logprobs import reference
 from spin.alignment.logprobs.batch import PairDataset
 from spin.alignment.logprobs.micro_batches import MicroBatcher
 from spin.alignment.logprobs.pair_forward import PairForward
 from spin.alignment.logprobs.reference import compute_reference
 from spin.alignment.logprobs.reference_store import ReferenceKey, ReferenceLogps, store_path
+from spin.alignment.methods.losses import LOSSES
 from spin.alignment.training.trainer import SPINConfig, SPINTrainer
 from tests.helpers import char_tokenizer, run_main, save_tiny_model, tiny_llama
-from tests.logprobs.test_packed_rows import OF_TWO_RESPONSES, VOCAB, random_pairs, tiny
+from tests.logprobs.test_packed_rows import VOCAB, random_pairs, tiny
 
 STEPS = 20
 
 
-def dataset(count: int = 40, weights: bool = False) -> PairDataset:
-    pairs = random_pairs(count, weights=weights)
+def dataset(count: int = 40, weights: bool = False, responses: tuple[str, ...] = SIDES) -> PairDataset:
+    pairs = random_pairs(count, weights=weights, responses=responses)
     return PairDataset(Dataset.from_list([{k: v for k, v in pair.items() if "reference" not in k} for pair in pairs]))
 
 
@@ -47,7 +49,13 @@ def run(folder, model=None, weights: bool = False, resume: str | None = None, **
         "seed": 1,
     }
     arguments = SPINConfig(output_dir=str(folder), **{**values, **settings})
-    trainer = SPINTrainer(model or tiny("llama"), arguments, dataset(weights=weights), char_tokenizer(), "opponent")
+    trainer = SPINTrainer(
+        model=model or tiny("llama"),
+        args=arguments,
+        train_dataset=dataset(weights=weights, responses=arguments.loss.responses),
+        processing_class=char_tokenizer(),
+        reference_hash="opponent",
+    )
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
@@ -97,7 +105,7 @@ def test_twenty_steps_follow_the_padded_trajectory(padded, tmp_path, settings):
         assert values[0] == pytest.approx(values[1], abs=1e-3), name
 
 
-@pytest.mark.parametrize("loss", OF_TWO_RESPONSES)
+@pytest.mark.parametrize("loss", sorted(LOSSES))
 def test_weighted_tokens_and_the_nll_term_follow_too(tmp_path, loss):
     settings = {"loss_type": loss, "nll_weight": 0.5, "weights": True, "max_steps": 5}
     packed, padded = (run(tmp_path / name, batching=name, **settings) for name in ("packed", "padded"))
@@ -134,7 +142,7 @@ def test_a_model_that_reads_the_row_as_one_sequence_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"batching": "pakced"}, "unknown batching 'pakced'"),
+        ({"batching": "pakced"}, "batching is 'pakced': choose one of packed, padded"),
         ({"packed_attention": "flash"}, "unknown packed_attention 'flash'"),
         ({"max_tokens_per_batch": 0}, "max_tokens_per_batch is 0"),
         ({"batching": "padded", "max_tokens_per_batch": 512}, "but batching is padded"),

@@ -54,8 +54,11 @@ class Recorded(TrainingProgram):
 
 @pytest.fixture
 def job(tmp_path):
-    arguments = SimpleNamespace(process_index=0, resume_from_checkpoint=None, save_only_model=False)
-    settings = SimpleNamespace(output_dir=tmp_path / "out", overwrite=False, arguments=arguments, push=False)
+    arguments = SimpleNamespace(process_index=0, save_only_model=False)
+    output = SimpleNamespace(resume_from_checkpoint=None)
+    settings = SimpleNamespace(
+        output_dir=tmp_path / "out", output=output, overwrite=False, arguments=arguments, push=False
+    )
     return TrainingJob(settings, None, TrainingData({"train": [1, 2, 3]}, {}), "weights")
 
 

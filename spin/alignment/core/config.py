@@ -7,6 +7,9 @@ iteration is a few lines, not a copy. Everything is checked here, before a model
 from __future__ import annotations
 
 import dataclasses
+import enum
+import math
+import os
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,11 +23,23 @@ from spin.alignment.core.errors import InputError, suggestion
 C = TypeVar("C")
 
 
-def load_yaml(path: str | Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+def load_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML mapping, resolving ``extends`` first; nested mappings are merged key by key.
 
     Raises:
         InputError: the file is missing, is not valid YAML, is not a mapping, or extends itself.
+    """
+    values: dict[str, Any] = {}
+    for _, content in load_chain(path):
+        values = merge(values, content)
+    return values
+
+
+def load_chain(path: str | Path, _seen: tuple[Path, ...] = ()) -> list[tuple[Path, dict[str, Any]]]:
+    """Read a YAML file and those it extends; return each with its own content, the file that extends nothing first.
+
+    Raises:
+        InputError: as :func:`load_yaml`.
     """
     path = Path(path)
     if not path.is_file():
@@ -35,14 +50,13 @@ def load_yaml(path: str | Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
-        raise InputError(f"{path} is not valid YAML ({reason}): mend the file") from error
+        raise InputError(f"{path} is not valid YAML ({reason}): correct the file") from error
     content = {} if content is None else content
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise InputError(f"{path} does not hold 'key: value' lines: write one setting a line")
     parent = content.pop("extends", None)
-    if parent is None:
-        return content
-    return merge(load_yaml(path.parent / str(parent), (*_seen, path.resolve())), content)
+    below = [] if parent is None else load_chain(path.parent / str(parent), (*_seen, path.resolve()))
+    return [*below, (path, content)]
 
 
 def merge(base: Mapping[str, Any], overlay: Mapping[str, Any]) -> dict[str, Any]:
@@ -102,6 +116,8 @@ def build(config_class: type[C], values: Mapping[str, Any], source: str) -> C:
 def convert(value: Any, hint: Any, where: str) -> Any:
     """Convert a YAML value to a type hint: ``1e-5`` (a string in YAML) to float, an int to float, unions by trying.
 
+    A path becomes text, and a single value where a list is wanted a list of one.
+
     Raises:
         InputError: the value does not fit; ``where`` names the key and the file.
     """
@@ -117,6 +133,12 @@ def convert(value: Any, hint: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
         return build(typing.cast(type, hint), value, where)
     plain = origin or hint
+    if plain in (list, tuple, dict):
+        return _convert_many(value, hint, plain, where)
+    return _convert_one(value, plain, hint, where)
+
+
+def _convert_one(value: Any, plain: Any, hint: Any, where: str) -> Any:
     if plain is float and isinstance(value, int | float | str) and not isinstance(value, bool):
         try:
             return float(value)
@@ -124,13 +146,48 @@ def convert(value: Any, hint: Any, where: str) -> Any:
             pass
     elif plain is bool and isinstance(value, bool):
         return value
-    elif plain is int and isinstance(value, int | float) and not isinstance(value, bool) and int(value) == value:
-        return int(value)
-    elif plain is str and isinstance(value, str | int | float) and not isinstance(value, bool):
-        return str(value)
+    elif plain is int and isinstance(value, int | float) and not isinstance(value, bool):
+        if math.isfinite(value) and int(value) == value:
+            return int(value)
+    elif plain is str and isinstance(value, str | int | float | os.PathLike) and not isinstance(value, bool):
+        return value if isinstance(value, str) else str(value)
+    elif isinstance(plain, type) and issubclass(plain, enum.Enum):
+        if value in [item.value for item in plain]:
+            return value
     elif isinstance(plain, type) and plain not in (bool, int, str) and isinstance(value, plain):
         return value
     raise InputError(f"{where} is {value!r}, which is not {_describe(hint)}: correct the value")
+
+
+def _convert_many(value: Any, hint: Any, plain: type, where: str) -> Any:
+    """Convert a list, tuple or mapping and what it holds. A mapping may also be written as a list of ``key=value`` texts."""
+    inner = typing.get_args(hint)
+    if plain is dict:
+        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+            value = key_values(value, where)
+        if isinstance(value, Mapping):
+            kinds = inner or (Any, Any)
+            return {convert(key, kinds[0], where): convert(item, kinds[1], where) for key, item in value.items()}
+    elif isinstance(value, list | tuple):
+        return plain(convert(item, inner[0], where) for item in value) if inner else plain(value)
+    elif isinstance(value, str | int | float) and not isinstance(value, bool) and inner:
+        return plain([convert(value, inner[0], where)])
+    raise InputError(f"{where} is {value!r}, which is not {_describe(hint)}: correct the value")
+
+
+def key_values(texts: Iterable[str], where: str) -> dict[str, str]:
+    """Return the mapping that texts such as ``mu=1`` write.
+
+    Raises:
+        InputError: a text of another form, or a key twice; ``where`` names the key or flag.
+    """
+    pairs: dict[str, str] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or key in pairs:
+            raise InputError(f"{where} holds '{text}': write each setting once as key=value, such as mu=1")
+        pairs[key] = value
+    return pairs
 
 
 def _convert_union(value: Any, choices: tuple[Any, ...], where: str) -> Any:
@@ -148,6 +205,8 @@ def _convert_union(value: Any, choices: tuple[Any, ...], where: str) -> Any:
 
 def _describe(hint: Any) -> str:
     names = {float: "a number", int: "a whole number", bool: "true or false", str: "text", type(None): "empty"}
+    if typing.get_origin(hint) is typing.Literal:
+        return " or ".join(map(repr, typing.get_args(hint)))
     return names.get(hint, str(getattr(hint, "__name__", hint)))
 
 

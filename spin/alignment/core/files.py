@@ -1,4 +1,4 @@
-"""Files that are complete or absent: written beside their place, fsynced, then renamed."""
+"""Atomic file writes: to a temporary file in the same folder, fsynced, then renamed, so a file is complete or absent."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from spin.alignment.core.errors import InputError
 
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
-    """Open a temporary file beside ``path``; at a clean exit fsync and rename it, otherwise remove it.
+    """Open a temporary file next to ``path``; on a clean exit fsync and rename it, otherwise remove it.
 
     Raises:
-        InputError: the folder cannot be written, or the disk is full. ``path`` is then as it was before.
+        InputError: the folder is not writable, or the disk is full; ``path`` is then unchanged.
     """
     path = Path(path)
+    # Same folder, hence same file system: a rename across file systems is not atomic.
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,7 +40,7 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make renames inside ``folder`` survive a power cut."""
+    """Make renames inside ``folder`` durable; fsync of a file does not cover its directory entry."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -48,32 +49,38 @@ def fsync_folder(folder: Path) -> None:
 
 
 def remove_leftovers(*paths: Path) -> None:
-    """Remove the temporary files that killed writers of ``paths`` left; only for a file's one writer to call."""
+    """Remove temporary files left by killed writers of ``paths``; only the sole writer of a file may call this."""
     for path in paths:
         remove_files(path.parent.glob(f".{path.name}.*.tmp"))
+
+
+def is_leftover(path: Path, target: Path) -> bool:
+    """Return whether a file is a temporary one that a killed writer of ``target`` left."""
+    return path.match(f".{target.name}.*.tmp") and path.parent == target.parent
 
 
 def _explained(error: OSError, path: Path) -> InputError | None:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return InputError(f"no space left on the disk while writing {path}: free some and run the same command again")
+    # ENOTDIR and EEXIST: a parent of the path is a file.
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
         return InputError(f"cannot write {path} ({error.strerror}): choose a folder you may write to")
     return None
 
 
 def write_text_atomic(path: str | Path, text: str) -> None:
-    """Write a text file: the whole new content appears, or the old one stays."""
+    """Write a text file atomically: readers see all of the new content or all of the old."""
     with atomic_file(path) as file:
         file.write(text.encode())
 
 
 def write_json_atomic(path: str | Path, value: Any) -> None:
-    """Write an indented JSON file atomically; keys keep their order."""
+    """Write an indented JSON file atomically, keeping the order of keys."""
     write_text_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(path: str | Path) -> Any:
-    """Read a JSON file; raise :class:`InputError` when it is missing or not JSON."""
+    """Read a JSON file; raise :class:`InputError` if it is missing or not JSON."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -81,6 +88,6 @@ def read_json(path: str | Path) -> Any:
 
 
 def remove_files(paths: Iterable[Path]) -> None:
-    """Remove files that may be gone already."""
-    for path in list(paths):
+    """Remove files, ignoring those that do not exist."""
+    for path in list(paths):  # ``paths`` may be a glob that is still reading the folder
         path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Parquet written and read row group by row group, in constant memory."""
+"""Streaming reads and writes of parquet files, one row group at a time, in constant memory."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from spin.alignment.core.files import atomic_file
 from spin.alignment.core.provenance import Provenance
 
 SKIPPED_KEY = b"spin.skipped"
-ROW_GROUP_BYTES = 64 * 2**20
+ROW_GROUP_BYTES = 64 * 2**20  # uncompressed, in memory
 
 
 class ParquetSink:
-    """A parquet file written row group by row group that appears only when it is complete (a context manager)."""
+    """Context manager for a parquet file written one row group at a time that appears only once it is complete."""
 
     def __init__(
         self,
@@ -30,7 +30,7 @@ class ParquetSink:
         skipped: Sequence[dict[str, str]] = (),
         metadata: Mapping[bytes, bytes] | None = None,
     ) -> None:
-        """``skipped`` names the prompts left out, with reasons; ``metadata`` is further schema metadata."""
+        """``skipped`` lists the skipped prompts with reasons; ``metadata`` is additional schema metadata."""
         self.path = Path(path)
         record = {SKIPPED_KEY: json.dumps(list(skipped), ensure_ascii=False).encode()} if skipped else {}
         attached = provenance.attach(schema)
@@ -44,7 +44,7 @@ class ParquetSink:
         return self
 
     def write(self, rows: Sequence[dict[str, Any]] | pa.Table) -> None:
-        """Append rows (in the schema's columns)."""
+        """Append rows that have the columns of the schema."""
         table = rows.cast(self.schema) if isinstance(rows, pa.Table) else pa.Table.from_pylist(list(rows), self.schema)
         self.num_rows += table.num_rows
         self._buffer.append(table)
@@ -60,12 +60,12 @@ class ParquetSink:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool | None:
         if kind is not None:
-            self._writer.is_open = False  # else its destructor writes a footer into the removed file
+            self._writer.is_open = False  # otherwise its destructor writes a footer to the removed file
             return self._file_context.__exit__(kind, error, trace)
         try:
             self._flush()
             self._writer.close()
-        except BaseException as failure:
+        except BaseException as failure:  # the disk may be full: remove the temporary file and explain
             self._writer.is_open = False
             if not self._file_context.__exit__(type(failure), failure, failure.__traceback__):
                 raise
@@ -73,9 +73,9 @@ class ParquetSink:
 
 
 def open_parquet(path: str | Path) -> pq.ParquetFile:
-    """Open a parquet file; raise :class:`InputError` when it is missing, torn or not parquet."""
+    """Open a parquet file; raise :class:`InputError` if it is missing, truncated or not parquet."""
     try:
-        # Pre-buffering keeps every chunk ever read: memory would grow with the file.
+        # Pre-buffering keeps every chunk it has read, so memory would grow with the file.
         return pq.ParquetFile(path, pre_buffer=False, buffer_size=2**20)
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist: check the path") from error
@@ -87,10 +87,10 @@ def open_parquet(path: str | Path) -> pq.ParquetFile:
 def read_batches(
     path: str | Path, batch_size: int = 1024, columns: Sequence[str] | None = None
 ) -> Iterator[pa.RecordBatch]:
-    """Stream a parquet file, a record batch in memory at a time.
+    """Stream the record batches of a parquet file, one in memory at a time.
 
     Raises:
-        InputError: the file is missing or damaged.
+        InputError: the file is missing or corrupt.
     """
     batches = open_parquet(path).iter_batches(batch_size=batch_size, columns=columns)
     while True:
@@ -107,12 +107,12 @@ def read_batches(
 def read_rows(
     path: str | Path, batch_size: int = 1024, columns: Sequence[str] | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Stream the rows of a parquet file, a record batch in memory at a time."""
+    """Stream the rows of a parquet file, one record batch in memory at a time."""
     for batch in read_batches(path, batch_size, columns):
         yield from batch.to_pylist()
 
 
 def read_skipped(path: str | Path) -> list[dict[str, str]]:
-    """Return the prompts that generation left out of this file, each with ``prompt_id`` and ``reason``."""
+    """Return the prompts that generation skipped for this file, each with ``prompt_id`` and ``reason``."""
     record = (open_parquet(path).schema_arrow.metadata or {}).get(SKIPPED_KEY)
     return json.loads(record) if record else []

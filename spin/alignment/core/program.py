@@ -12,7 +12,7 @@ from typing import NoReturn
 from spin.alignment.core.console import say, say_error
 from spin.alignment.core.errors import InputError, suggestion
 
-EXIT_DONE, EXIT_FAULT, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
+EXIT_DONE, EXIT_INTERNAL_ERROR, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
 class Parser(argparse.ArgumentParser):
@@ -69,5 +69,5 @@ def run_program(main: Callable[[Sequence[str]], int | None], arguments: Sequence
         sys.exit(EXIT_INTERRUPTED)
     except Exception:
         traceback.print_exc()
-        sys.exit(EXIT_FAULT)
+        sys.exit(EXIT_INTERNAL_ERROR)
     sys.exit(code or EXIT_DONE)

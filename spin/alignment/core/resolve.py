@@ -43,7 +43,7 @@ def import_function(path: str, kind: str, takes: Iterable[str]) -> Callable[...,
     module_name, _, function_name = path.partition(":")
     wanted = tuple(takes)
     if not module_name or not function_name:
-        raise InputError(f"{kind} '{path}' names no function: write module:function")
+        raise InputError(f"{kind} '{path}' does not name a function: write module:function")
     here = str(Path.cwd())
     if here not in sys.path:
         # It stays there: the function may import its neighbours when it is called.

@@ -1,4 +1,4 @@
-"""JSON over HTTP to a server that may be busy, restart or vanish: many requests in flight, each tried a few times."""
+"""JSON over HTTP to a server that may be busy, restart or disappear: many concurrent requests, each with retries."""
 
 from __future__ import annotations
 
@@ -21,55 +21,55 @@ from spin.alignment.core.errors import InputError
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
-# Request timeout, too early, too many requests: the same request may succeed later. Every 5xx too, except "not implemented".
+# Request timeout, too early, too many requests: worth a retry, as is every 5xx except "not implemented".
 PASSING_STATUS = frozenset({408, 425, 429})
 NOT_IMPLEMENTED = 501
 CONNECT_TIMEOUT = 10.0  # seconds
-# Its own, so that a failing server does not move the random numbers of the program.
+# A separate generator, so that a failing server does not advance the program's random state.
 _jitter = random.Random()
 
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How often and how patiently a request is tried. All times in seconds.
+    """Retries, exponential backoff and timeouts of a request. All times in seconds.
 
-    The defaults wait three to six minutes in all, which is long enough for a server to load its model again.
+    The defaults wait three to six minutes in total, long enough for a server to reload its model.
 
     Attributes:
-        attempts: tries of one request, the first included.
-        first_delay: wait behind the first failure; it doubles with every further one.
-        longest_delay: the doubling ends here.
-        longest_told_delay: a server that asks (Retry-After) for more than this gets this.
-        timeout: how long an answer may take, beside what its length adds (:attr:`seconds_per_token`).
-        seconds_per_token: the slowest decoding that is still taken for life.
+        attempts: attempts per request, the first included.
+        first_delay: wait after the first failure; it doubles with each further failure.
+        max_delay: upper limit of the doubling.
+        max_retry_after: upper limit of the wait that a server requests (Retry-After).
+        timeout: time allowed for a response, plus :attr:`seconds_per_token` per token of it.
+        seconds_per_token: the slowest decoding that is not treated as a hang.
     """
 
     attempts: int = 12
     first_delay: float = 1.0
-    longest_delay: float = 60.0
-    longest_told_delay: float = 600.0
+    max_delay: float = 60.0
+    max_retry_after: float = 600.0
     timeout: float = 600.0
     seconds_per_token: float = 0.2
 
-    def delay(self, failures: int, told: float | None = None) -> float:
-        """Return the wait behind the ``failures``-th failure: doubled each time, spread so that a crowd does not return at once.
+    def delay(self, failures: int, retry_after: float | None = None) -> float:
+        """Return the wait after the ``failures``-th failure: doubled each time, with jitter so that clients spread out.
 
-        ``told`` is what the server asked for; the wait is never shorter than that.
+        ``retry_after`` is the wait that the server requested; the result is never shorter, up to ``max_retry_after``.
         """
-        full = min(self.longest_delay, self.first_delay * 2.0 ** (failures - 1))
-        return max(min(told or 0.0, self.longest_told_delay), full * _jitter.uniform(0.5, 1.0))
+        full = min(self.max_delay, self.first_delay * 2.0 ** (failures - 1))
+        return max(min(retry_after or 0.0, self.max_retry_after), full * _jitter.uniform(0.5, 1.0))
 
 
 class TryAgain(Exception):
-    """This answer is none, but the next may be: ``told`` is the number of seconds the server asked to be left alone."""
+    """The request failed but may succeed later; ``retry_after`` is the wait in seconds that the server requested."""
 
-    def __init__(self, reason: str, told: float | None = None) -> None:
+    def __init__(self, reason: str, retry_after: float | None = None) -> None:
         super().__init__(reason)
-        self.told = told
+        self.retry_after = retry_after
 
 
-def told_delay(header: str | None) -> float | None:
-    """Return the seconds that a Retry-After header asks for (a number or a date, RFC 9110 10.2.3); None for none."""
+def retry_after_delay(header: str | None) -> float | None:
+    """Return the seconds that a Retry-After header requests (a number or a date, RFC 9110 10.2.3), or None."""
     if header is None:
         return None
     try:
@@ -83,7 +83,7 @@ def told_delay(header: str | None) -> float | None:
 
 
 def is_this_machine(host: str) -> bool:
-    """Return whether a host name or address is the loopback, where no proxy belongs in between."""
+    """Return whether a host name or address is the loopback interface, which must not be reached through a proxy."""
     if host == "localhost" or host.endswith(".localhost"):
         return True
     try:
@@ -94,43 +94,43 @@ def is_this_machine(host: str) -> bool:
 
 
 def checked_url(base_url: str | None) -> httpx2.URL:
-    """Return the address of the server; raise :class:`InputError` for one that cannot be that."""
+    """Return the server's address as a URL; raise :class:`InputError` if it is not a valid one."""
     mend = "pass --base_url http://host:port/v1"
     if not base_url:
         raise InputError(f"the openai backend needs the address of a running server: {mend}")
     try:
         url = httpx2.URL(base_url.strip().rstrip("/"))
     except httpx2.InvalidURL as error:
-        raise InputError(f"base_url {base_url} is no address ({error}): {mend}") from error
+        raise InputError(f"base_url {base_url} is not a valid URL ({error}): {mend}") from error
     if url.userinfo:
-        raise InputError("base_url holds a user name or a password: leave it out and set OPENAI_API_KEY")
+        raise InputError("base_url contains a user name or password: remove it and set OPENAI_API_KEY")
     if url.scheme not in ("http", "https") or not url.host:
-        raise InputError(f"base_url {base_url} is no address of a server: {mend}")
+        raise InputError(f"base_url {base_url} is not the address of a server: {mend}")
     return url
 
 
 class ServerLink:
-    """A client on an event loop in a thread of its own, so that a request in flight can be given up at any moment."""
+    """An HTTP client on an event loop in its own thread, so that a request in flight can be cancelled at any time."""
 
     def __init__(self, base_url: str | None, connections: int, api_key: str = "") -> None:
-        """Open nothing yet; ``connections`` is the number of requests in flight at most."""
+        """Start the loop without opening a connection; ``connections`` limits the requests in flight."""
         self.url = checked_url(base_url)
-        # A header that cannot be sent would be quoted in the error, and the key with it.
+        # httpx would quote an invalid header, and with it the key, in its error.
         if not (api_key.isascii() and api_key.isprintable()):
-            raise InputError("OPENAI_API_KEY holds characters that no key has: set it again")
-        self._told = 0.0
+            raise InputError("OPENAI_API_KEY contains characters that are not allowed in a key: set it again")
+        self._last_warning = 0.0
         self._client = httpx2.AsyncClient(
             headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
             limits=httpx2.Limits(max_connections=connections, max_keepalive_connections=connections),
             trust_env=not is_this_machine(self.url.host),
-            follow_redirects=False,
+            follow_redirects=False,  # a redirect would send the key to another address
         )
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="server-link", daemon=True)
         self._thread.start()
 
     def start(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
-        """Run a coroutine on the loop; cancelling its future closes its connection, and the server stops working on it."""
+        """Run a coroutine on the loop; cancelling its future closes the connection, so the server stops working on it."""
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     async def send(
@@ -142,15 +142,15 @@ class ServerLink:
         tokens: int = 0,
         check: Callable[[Any], None] = lambda answer: None,
     ) -> Any:
-        """Return the JSON answer of GET ``path``, or of POST when there is a ``body``.
+        """Return the JSON response to GET ``path``, or to POST if there is a ``body``.
 
         Args:
-            purpose: what the request is for, in the words of an error ("prompt p7").
-            tokens: the longest answer, which the time limit allows for.
-            check: may raise :class:`TryAgain` about an answer.
+            purpose: what the request is for, as named in errors ("prompt p7").
+            tokens: the longest possible response, for which the timeout is extended.
+            check: may raise :class:`TryAgain` to reject a response.
 
         Raises:
-            InputError: refused (4xx), not JSON, or no answer after all tries.
+            InputError: the request was refused (4xx), the response is not JSON, or all attempts failed.
         """
         for failures in range(1, policy.attempts + 1):
             try:
@@ -160,26 +160,29 @@ class ServerLink:
             except TryAgain as failure:
                 last = failure
             if failures < policy.attempts:
-                delay = policy.delay(failures, last.told)
-                self._tell(f"the server at {self.url} did not answer ({last}): trying again")
+                delay = policy.delay(failures, last.retry_after)
+                self._warn(f"the server at {self.url} did not answer ({last}): trying again")
                 await asyncio.sleep(delay)
         raise InputError(
             f"the server at {self.url} did not answer {purpose} after {policy.attempts} tries (last: {last}): "
             "start it and run the same command again"
         ) from last
 
-    async def _send_once(self, path: str, purpose: str, body: dict[str, Any] | None, patience: float) -> Any:
-        timeout = httpx2.Timeout(patience, connect=CONNECT_TIMEOUT, pool=None)
+    async def _send_once(self, path: str, purpose: str, body: dict[str, Any] | None, timeout_seconds: float) -> Any:
+        # No limit on waiting for a free connection: with many requests in flight that is normal.
+        timeout = httpx2.Timeout(timeout_seconds, connect=CONNECT_TIMEOUT, pool=None)
         address, method = f"{self.url}{path}", "GET" if body is None else "POST"
         try:
             response = await self._client.request(method, address, json=body, timeout=timeout)
         except httpx2.TransportError as error:
             raise TryAgain(": ".join(filter(None, (type(error).__name__, str(error))))) from error
         except httpx2.DecodingError as error:
-            raise TryAgain(f"an answer cut short: {error}") from error
+            raise TryAgain(f"truncated response: {error}") from error
         status = response.status_code
         if status in PASSING_STATUS or (status >= 500 and status != NOT_IMPLEMENTED):
-            raise TryAgain(f"HTTP {status}: {error_message(response)}", told_delay(response.headers.get("retry-after")))
+            raise TryAgain(
+                f"HTTP {status}: {error_message(response)}", retry_after_delay(response.headers.get("retry-after"))
+            )
         if status != 200:
             raise InputError(
                 f"the server at {self.url} refused {purpose} with HTTP {status}: {error_message(response)}"
@@ -189,19 +192,19 @@ class ServerLink:
             return response.json()
         except ValueError as error:
             raise InputError(
-                f"{address} answered with something that is not JSON: base_url must be the address of an "
+                f"the response from {address} is not JSON: base_url must be the address of an "
                 "OpenAI-compatible server, such as http://host:port/v1"
             ) from error
 
-    def _tell(self, message: str) -> None:
-        """Log a warning, but not one for each of many requests that meet the same trouble."""
+    def _warn(self, message: str) -> None:
+        """Log a warning at most every ten seconds, as many requests fail for the same reason."""
         now = time.monotonic()
-        if now - self._told > 10.0:
-            self._told = now
+        if now - self._last_warning > 10.0:
+            self._last_warning = now
             logger.warning(message)
 
     def close(self) -> None:
-        """Give up what is in flight, close the connections, end the thread. May be called twice."""
+        """Cancel requests in flight, close the connections and stop the thread. May be called twice."""
         if self._loop.is_closed():
             return
         self.start(self._finish()).result()
@@ -218,7 +221,7 @@ class ServerLink:
 
 
 def error_message(response: httpx2.Response) -> str:
-    """Return what the server says went wrong: ``error.message`` of the OpenAI form, else the start of the body."""
+    """Return the server's error message: ``error.message`` as in the OpenAI API, otherwise the start of the body."""
     try:
         answer = response.json()
     except ValueError:
@@ -232,9 +235,9 @@ def error_message(response: httpx2.Response) -> str:
 
 
 def hint(status: int, path: str) -> str:
-    """Return the mend for a refusal that is not about one request."""
+    """Return the fix for a refusal that does not concern a single request, or an empty string."""
     if status in (401, 403):
-        return ": set OPENAI_API_KEY to a key the server knows"
+        return ": set OPENAI_API_KEY to a key that the server accepts"
     if status == 404 and path == "/models":
         return ": base_url must be the address of an OpenAI-compatible server, such as http://host:port/v1"
     return ""

@@ -1,1 +1,1 @@
-"""Rows: foreign forms read, our own format written, conversations encoded to token ids."""
+"""Rows: reading data in other formats, the project's own row format, and encoding conversations to token ids."""

@@ -1,7 +1,7 @@
-"""The only place where text becomes token ids, and where truncation happens.
+"""The only place where text is converted to token ids.
 
-Generation, SFT and preference training all take their prompt from :meth:`ChatEncoder.prompt_ids`, so the ids a model was
-sampled with are the ids it is trained on. Nothing here looks at a pad id: padding is masked by length, so pad = EOS is safe.
+Generation, SFT and preference training all take their prompts from :meth:`ChatEncoder.prompt_ids`, so a model is trained on
+the ids that it was sampled with. Nothing here inspects the pad id: padding is masked by length, so pad = EOS is safe.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from spin.alignment.data.formats import Message
 
 SystemPolicy = Literal["keep", "fold"]
 SYSTEM_POLICIES: tuple[SystemPolicy, ...] = ("keep", "fold")
+# Text that no template contains itself: rendered to see what a template does with a turn.
 _PROBE = "Reply 7"
 
 
@@ -25,7 +26,7 @@ def load_tokenizer(model: str | Path, revision: str | None = None, trust_remote_
     """Load the tokenizer of a model folder or Hub name.
 
     Raises:
-        InputError: there is none, or it cannot be reached.
+        InputError: there is none, or the Hub cannot be reached.
     """
     from transformers import AutoTokenizer
 
@@ -38,13 +39,13 @@ def load_tokenizer(model: str | Path, revision: str | None = None, trust_remote_
         where = f"{name} at revision {revision}" if revision else name
         reason = " ".join(str(error).split())[:200]
         raise InputError(
-            f"cannot load the tokenizer of {where} ({reason}): give a folder that holds tokenizer files, "
+            f"cannot load the tokenizer of {where} ({reason}): give a folder that contains tokenizer files, "
             "or a Hub name that is cached or reachable (HF_HUB_OFFLINE unset)"
         ) from error
 
 
 def fold_system(messages: Sequence[Message]) -> list[Message]:
-    """Put the text of the leading system turn in front of the first user turn, a blank line between."""
+    """Prepend the text of the leading system turn to the first user turn, separated by a blank line."""
     if len(messages) < 2 or messages[0]["role"] != "system":
         return list(messages)
     system, user, *rest = messages
@@ -52,19 +53,19 @@ def fold_system(messages: Sequence[Message]) -> list[Message]:
 
 
 class ChatEncoder:
-    """Conversations to token ids and back, through the tokenizer's own chat template.
+    """Converts conversations to token ids and back with the tokenizer's own chat template.
 
     Attributes:
-        end_id: the end-of-turn id the template writes after a response (the EOS where it writes none).
-        stop_ids: the ids that end a response when sampled: end-of-turn and EOS, ascending.
-        pad_id: an id to fill tensors with; never tell padding by it, it may be the EOS.
+        end_id: the end-of-turn id that the template writes after a response (the EOS if it writes none).
+        stop_ids: the ids that end a sampled response: end-of-turn and EOS, ascending.
+        pad_id: an id to pad tensors with; never detect padding by it, since it may be the EOS.
     """
 
     def __init__(self, tokenizer: Any, system: SystemPolicy = "keep") -> None:
         """Probe the template once.
 
         Raises:
-            InputError: the tokenizer has no chat template, its template cannot be rendered, or nothing ends a turn.
+            InputError: the tokenizer has no chat template, the template cannot be rendered, or no token ends a turn.
         """
         if system not in SYSTEM_POLICIES:
             raise InputError(f"unknown system policy '{system}': choose one of {', '.join(SYSTEM_POLICIES)}")
@@ -83,22 +84,22 @@ class ChatEncoder:
         self._reserved = self._reserved_texts()
 
     def prompt_ids(self, prompt: Sequence[Message]) -> list[int]:
-        """Return the ids of a prompt, generation prompt included, at most one BOS.
+        """Return the ids of a prompt, including the generation prompt, with at most one BOS.
 
         Args:
             prompt: the conversation before the response; its last turn is not the assistant's.
 
         Raises:
-            InputError: the template refuses the conversation.
+            InputError: the template rejects the conversation.
         """
         if not prompt or prompt[-1]["role"] == "assistant":
             raise InputError("a prompt must end with a user turn: give the conversation without its final response")
         return self._one_bos(self._render(self._prepare(prompt), tokenize=True, add_generation_prompt=True))
 
     def response_ids(self, conversation: Sequence[Message], prompt_ids: list[int] | None = None) -> list[int]:
-        """Return the ids of the final assistant turn, prompt excluded, with exactly one terminal end-of-turn id.
+        """Return the ids of the final assistant turn without the prompt, ending with exactly one end-of-turn id.
 
-        ``prompt_ids`` are those of the conversation before it, where the caller has them already.
+        ``prompt_ids`` are the ids of the preceding conversation, if the caller already has them.
 
         Raises:
             InputError: the conversation does not end with an assistant turn, or its response contains the end-of-turn token.
@@ -114,10 +115,10 @@ class ChatEncoder:
     def aligned_ids(
         self, conversation: Sequence[Message], ended: bool
     ) -> tuple[list[int], list[int], list[tuple[int, int]]]:
-        """Return the ids of a conversation's prompt, those of its last turn, and for each of the latter the characters of that
-        turn's text it stands for, ``(start, end)``.
+        """Return the ids of a conversation's prompt, those of its last turn, and for each of the latter its span of characters
+        in the text of that turn, ``(start, end)``.
 
-        With ``ended`` the end-of-turn id comes last, with an empty span. Needs a tokenizer with character offsets.
+        With ``ended`` the end-of-turn id is appended, with an empty span. Requires a tokenizer with character offsets.
         """
         text = conversation[-1]["content"]
         prompt_ids = self.prompt_ids(conversation[:-1])
@@ -128,11 +129,12 @@ class ChatEncoder:
     def _tokens_in_place(
         self, conversation: Sequence[Message], prompt_ids: list[int]
     ) -> tuple[list[int], list[tuple[int, int]]] | None:
-        """The tokens of the last turn's text as they follow the prompt; None where the template or a merge hides the border."""
+        """The tokens of the last turn's text as they follow the prompt; None if the template or a token that crosses the
+        boundary hides where the text starts."""
         messages, text = self._prepare(conversation), conversation[-1]["content"]
         before = self._render(messages[:-1], tokenize=False, add_generation_prompt=True)
         whole = self._render(messages, tokenize=False, add_generation_prompt=False)
-        said = text if text in whole[len(before) :] else text.strip()  # some templates strip white space
+        said = text if text in whole[len(before) :] else text.strip()  # some templates strip whitespace
         start = whole.find(said, len(before)) if said and whole.startswith(before) else -1
         if start < 0:
             return None
@@ -142,6 +144,7 @@ class ChatEncoder:
         last = max(number for number, (begin, _) in enumerate(offsets) if begin < end)
         if self._one_bos(ids[:first]) != prompt_ids:
             return None
+        # From offsets in the rendered conversation to offsets in the text of the turn.
         moved = start - text.index(said)
         places = offsets[first : last + 1]
         return ids[first : last + 1], [(begin - moved, min(until, end) - moved) for begin, until in places]
@@ -151,13 +154,13 @@ class ChatEncoder:
         return list(encoded["input_ids"]), [(begin, end) for begin, end in encoded["offset_mapping"]]
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Return the response text of sampled ids: end-of-turn and other special tokens left out."""
+        """Return the response text of sampled ids, without end-of-turn and other special tokens."""
         text = self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        # Some templates open a response with text of their own (Mistral: a space): not part of what was said.
+        # Some templates start a response with text of their own (Mistral: a space), which is not part of it.
         return text.removeprefix(self.response_prefix)
 
     def refusal(self, messages: Sequence[Message]) -> str | None:
-        """Return why a conversation cannot be encoded faithfully (its text holds a control token), or None."""
+        """Return why a conversation cannot be encoded faithfully (its text contains a control token), or None."""
         for message in messages:
             for text in self._reserved:
                 if text in message["content"]:
@@ -172,12 +175,12 @@ class ChatEncoder:
 
     @cached_property
     def tokenizer_hash(self) -> str:
-        """Content hash of everything that turns text into ids."""
+        """Content hash of everything that affects how text is converted to ids."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is None:
             return hash_json({"vocabulary": self.tokenizer.get_vocab(), "special": self.tokenizer.all_special_tokens})
         state = json.loads(backend.to_str())
-        # Padding and truncation are how a caller last used it, not what it is.
+        # Padding and truncation reflect the last call, not the tokenizer itself.
         state.pop("padding", None)
         state.pop("truncation", None)
         return hash_json({"tokenizer": state, "eos": self.tokenizer.eos_token, "bos": self.tokenizer.bos_token})
@@ -189,7 +192,7 @@ class ChatEncoder:
 
     @cached_property
     def _has_system_role(self) -> bool:
-        """Whether the template writes the text of a system turn: some raise, some silently leave it out."""
+        """Whether the template renders the text of a system turn: some raise, some silently omit it."""
         messages = [{"role": "system", "content": _PROBE}, {"role": "user", "content": "Hi"}]
         try:
             return _PROBE in self._render(messages, tokenize=False, add_generation_prompt=True)
@@ -204,24 +207,24 @@ class ChatEncoder:
         if not self._has_system_role:
             raise InputError(
                 f"the chat template of {self.name} has no system role but the data has system turns: "
-                "give --system fold to put their text into the first user turn"
+                "pass --system fold to move their text into the first user turn"
             )
         return list(messages)
 
     def _render(self, messages: Sequence[Message], tokenize: bool, add_generation_prompt: bool) -> Any:
-        """Apply the template: text, or ids (list of int) when ``tokenize``."""
+        """Apply the template; return text, or ids (a list of int) if ``tokenize``."""
         try:
             return self.tokenizer.apply_chat_template(
                 list(messages), tokenize=tokenize, add_generation_prompt=add_generation_prompt, return_dict=False
             )
-        except Exception as error:  # a template may raise anything; what it says is what the user needs
+        except Exception as error:  # a template may raise anything, and its message is what the user needs
             roles = ", ".join(message["role"] for message in messages)
             raise InputError(
-                f"the chat template of {self.name} refuses the turns '{roles}' ({error}): mend the row or the template"
+                f"the chat template of {self.name} rejects the turns '{roles}' ({error}): fix the row or the template"
             ) from error
 
     def _probe_response(self) -> tuple[str, int]:
-        """Return the text the template puts before a response, and the id it puts after one."""
+        """Return the text that the template writes before a response, and the id it writes after one."""
         user = [{"role": "user", "content": "Hi"}]
         prompt = self._render(user, tokenize=False, add_generation_prompt=True)
         whole = self._render(
@@ -229,8 +232,9 @@ class ChatEncoder:
         )
         before, found, after = whole.rpartition(_PROBE)
         if not found:
-            raise InputError(f"the chat template of {self.name} leaves out the assistant's text: mend the template")
+            raise InputError(f"the chat template of {self.name} omits the assistant's text: fix the template")
         prefix = before.removeprefix(prompt) if before.startswith(prompt) else ""
+        # Only a control token can end a turn: a template that writes plain text after a response ends with the EOS.
         control = {int(token) for token in getattr(self.tokenizer, "added_tokens_decoder", {})}
         control.update(self.tokenizer.all_special_ids)
         ids = self.tokenizer(after.strip(), add_special_tokens=False)["input_ids"] if after.strip() else []
@@ -238,12 +242,12 @@ class ChatEncoder:
         if end_id is None:
             raise InputError(
                 f"the tokenizer of {self.name} has neither an EOS token nor an end-of-turn token in its template, "
-                "so no response could end: set eos_token in tokenizer_config.json"
+                "so a response could never end: set eos_token in tokenizer_config.json"
             )
         return prefix, int(end_id)
 
     def _reserved_texts(self) -> list[str]:
-        """The token texts that content may not hold: they would open or end a turn."""
+        """The texts of tokens that content must not contain, because they would start or end a turn."""
         ids = {*self.stop_ids, self.tokenizer.bos_token_id} - {None}
         return [str(token) for token in self.tokenizer.convert_ids_to_tokens(sorted(ids))]
 
@@ -251,12 +255,12 @@ class ChatEncoder:
         return f"the {role} turn contains the control token '{text}' as text: remove it from the row"
 
     def _response_tokens(self, conversation: Sequence[Message], prompt: list[int]) -> list[int]:
-        """The final turn's ids as the template writes them, anything after the end of turn included."""
+        """The ids of the final turn as the template writes them, including anything after the end of turn."""
         messages = self._prepare(conversation)
         whole = self._one_bos(self._render(messages, tokenize=True, add_generation_prompt=False))
         if whole[: len(prompt)] == prompt:
             return whole[len(prompt) :]
-        # Not a prefix: tokens merged across the border, or the template rewrites the past. The text may still line up.
+        # Not a prefix: a token crosses the boundary, or the template rewrites earlier turns. The text may still align.
         prompt_text = self._render(messages[:-1], tokenize=False, add_generation_prompt=True)
         whole_text = self._render(messages, tokenize=False, add_generation_prompt=False)
         aligned = whole_text.startswith(prompt_text)
@@ -264,6 +268,7 @@ class ChatEncoder:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _one_bos(self, ids: list[int]) -> list[int]:
+        """Drop a repeated BOS: some templates write one and the tokenizer adds another."""
         bos = self.tokenizer.bos_token_id
         start = 0
         while bos is not None and ids[start : start + 2] == [bos, bos]:

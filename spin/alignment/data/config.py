@@ -1,4 +1,4 @@
-"""The settings of training data: which rows, and how they are truncated."""
+"""Settings of the training data: which rows are used, and how they are truncated."""
 
 from __future__ import annotations
 
@@ -6,24 +6,38 @@ import dataclasses
 import typing
 
 from spin.alignment.core.errors import InputError
+from spin.alignment.core.settings import check_settings, setting
+
+System = typing.Literal["keep", "fold"]
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Which pairs are trained on, and how they are cut to length (in tokens)."""
+    """Which pairs are trained on, and how they are truncated. Lengths in tokens."""
 
-    dataset_mixer: dict[str, float] = dataclasses.field(default_factory=dict)
-    dataset_splits: list[str] = dataclasses.field(default_factory=lambda: ["train_prefs"])
-    preprocessing_num_workers: int = 1
-    max_length: int = 1024
-    max_prompt_length: int = 512
-    system: typing.Literal["keep", "fold"] = "keep"
+    dataset_mixer: dict[str, float] = setting(
+        {},
+        "'path: fraction' lines: folders of preference parquet (run_sft.py, run_online.py: prompts)",
+        group="data",
+        unset="must be given",
+        set_by_run=True,
+    )
+    dataset_splits: list[str] = setting(
+        ["train_prefs"],
+        "splits to load (run_sft.py, run_online.py: train); add test_prefs to evaluate",
+        set_by_run=True,
+    )
+    preprocessing_num_workers: int = setting(1, "processes that encode the data", ge=1, recorded=False)
+    max_length: int = setting(1024, "longest prompt plus response, in tokens", ge=1)
+    max_prompt_length: int = setting(512, "tokens that a prompt keeps if prompt plus response exceed max_length", ge=1)
+    system: System = setting(
+        "keep", "fold moves a system turn into the first user turn, for templates without a system role"
+    )
 
     def __post_init__(self) -> None:
-        if self.max_prompt_length < 1 or self.max_length <= self.max_prompt_length:
+        check_settings(self)
+        if self.max_length <= self.max_prompt_length:
             raise InputError(
                 f"max_prompt_length is {self.max_prompt_length} and max_length {self.max_length}: "
-                "the prompt needs at least 1 token and must leave room for a response"
+                "the prompt must leave room for a response"
             )
-        if self.preprocessing_num_workers < 1:
-            raise InputError(f"preprocessing_num_workers is {self.preprocessing_num_workers}: set it to 1 or more")

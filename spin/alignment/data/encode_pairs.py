@@ -1,4 +1,4 @@
-"""A preference row to the token ids of its prompt and its responses; truncation happens here."""
+"""Encoding a preference row as token ids of its prompt and its responses, with truncation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from spin.alignment.data.chat_encoder import ChatEncoder
 
 @dataclass(frozen=True)
 class EncodedPair:
-    """The responses of one preference row as ids, by name; all follow the same prompt. A response cut short carries no EOS."""
+    """The responses of one preference row as ids, by name; all follow the same prompt. A truncated response has no EOS."""
 
     prompt_ids: list[int]
     responses: Mapping[str, list[int]]
@@ -38,14 +38,14 @@ def encode_pair(
     max_prompt_length: int,
     responses: Sequence[str] = SIDES,
 ) -> EncodedPair | str:
-    """Encode and truncate a preference row; return the reason instead when it has to be dropped.
+    """Encode and truncate a preference row; if it has to be dropped, return the reason instead.
 
-    Sampled ids (``chosen_token_ids``, ``rejected_token_ids``) are used as they are. When prompt plus the longest response
-    exceeds ``max_length`` tokens, the prompt keeps its BOS and its last tokens, ``max_prompt_length`` in all, then all
-    responses are cut to what remains. ``responses`` are the columns to encode.
+    Sampled ids (``chosen_token_ids``, ``rejected_token_ids``) are used as they are. If the prompt plus the longest response
+    exceeds ``max_length`` tokens, the prompt keeps its BOS and its last tokens, ``max_prompt_length`` in total, and all
+    responses are truncated to what remains. ``responses`` are the columns to encode.
 
     Raises:
-        InputError: the conversations have different prompts, or the template refuses them.
+        InputError: the conversations have different prompts, or the template rejects them.
     """
     prompt = list(row[responses[0]][:-1])
     for name in responses[1:]:
@@ -71,8 +71,8 @@ def encode_pair(
 
 
 def truncate_pair(pair: EncodedPair, max_length: int, max_prompt_length: int, bos_id: int | None) -> EncodedPair:
-    """Cut a row whose prompt and longest response exceed ``max_length`` tokens: the prompt from the left, then all responses
-    from the right.
+    """Truncate a row whose prompt and longest response exceed ``max_length`` tokens: the prompt on the left, then all responses
+    on the right.
     """
     if len(pair.prompt_ids) + max(map(len, pair.responses.values())) <= max_length:
         return pair
@@ -82,7 +82,7 @@ def truncate_pair(pair: EncodedPair, max_length: int, max_prompt_length: int, bo
 
 
 def truncate_prompt(ids: list[int], max_prompt_length: int, bos_id: int | None) -> list[int]:
-    """Keep the last ``max_prompt_length`` tokens, the first of them given to the BOS where the prompt begins with one."""
+    """Keep the last ``max_prompt_length`` tokens; if the prompt starts with a BOS, it replaces the first of them."""
     if len(ids) <= max_prompt_length:
         return ids
     if bos_id is not None and ids[0] == bos_id:
@@ -91,13 +91,14 @@ def truncate_prompt(ids: list[int], max_prompt_length: int, bos_id: int | None) 
 
 
 def _response_ids(row: Mapping[str, Any], side: str, encoder: ChatEncoder, prompt_ids: list[int]) -> list[int] | str:
-    """The ids of one response, or why there are none."""
+    """The ids of one response, or the reason why there are none."""
     sampled = row.get(f"{side}_token_ids")
     if sampled is not None:
         return [int(token) for token in sampled] or f"empty {side} response"
     if not row[side][-1]["content"]:
-        return [encoder.end_id]  # it ended at once
+        return [encoder.end_id]  # the model answered with the end of turn alone
     if reason := encoder.refusal(row[side][-1:]):
         return reason
     ids = encoder.response_ids(row[side], prompt_ids)
+    # A response that reached the length limit did not end, so the model must not learn an end of turn there.
     return ids[:-1] or f"empty {side} response" if row.get(f"{side}_finish_reason") == "length" else ids

@@ -1,4 +1,4 @@
-"""Foreign rows of several forms, read as conversations."""
+"""Reading rows in other formats (ShareGPT, Alpaca, ...) as conversations."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assista
 
 @dataclass(frozen=True)
 class Conversation:
-    """A prompt and its ground truth: ``messages`` ends with the assistant turn that is to be played.
+    """A prompt and its ground truth: ``messages`` ends with the assistant turn to be played against.
 
-    Where there is no ground truth, ``messages`` is the prompt alone and ends with the user's turn.
+    Without a ground truth, ``messages`` is the prompt alone and ends with a user turn.
     """
 
     prompt_id: str
@@ -38,7 +38,7 @@ def _chosen_form(record: Mapping[str, Any], where: str) -> list[Message]:
 
 
 def whole_conversation(record: Mapping[str, Any], column: str, where: str) -> list[Message]:
-    """Return the conversation of ``column``: whole as it stands, or a bare response behind the column ``prompt``."""
+    """Return the conversation in ``column``: as it is if complete, otherwise the column ``prompt`` followed by it."""
     response, prompt = record[column], record.get("prompt")
     tail = _message_list(response, "assistant", where, column)
     if prompt is None or (tail and tail[0]["role"] != "assistant"):
@@ -63,7 +63,7 @@ def _alpaca_form(record: Mapping[str, Any], where: str) -> list[Message]:
     messages = [_message("system", record["system"])] if record.get("system") else []
     for turn in record.get("history") or []:
         if not isinstance(turn, list | tuple) or len(turn) != 2:
-            raise InputError(f"{where}: 'history' must hold [question, answer] pairs: correct the row")
+            raise InputError(f"{where}: 'history' must contain [question, answer] pairs: correct the row")
         messages += [_message("user", turn[0]), _message("assistant", turn[1])]
     question = "\n\n".join(part for part in (record["instruction"], record.get("input")) if part)
     return [*messages, _message("user", question), _message("assistant", record["output"])]
@@ -73,7 +73,7 @@ def _sharegpt_form(record: Mapping[str, Any], where: str) -> list[Message]:
     messages = []
     for turn in _as_list(record["conversations"], where, "conversations"):
         if not isinstance(turn, Mapping) or "from" not in turn or "value" not in turn:
-            raise InputError(f"{where}: 'conversations' must hold turns of 'from' and 'value': correct the row")
+            raise InputError(f"{where}: 'conversations' must contain turns with 'from' and 'value': correct the row")
         speaker = str(turn["from"])
         if speaker not in _SHAREGPT_ROLES:
             raise InputError(f"{where}: unknown speaker '{speaker}': use one of {', '.join(sorted(_SHAREGPT_ROLES))}")
@@ -85,7 +85,7 @@ def _question_answer_form(record: Mapping[str, Any], where: str) -> list[Message
     return [_message("user", record["question"]), _message("assistant", record["answer"])]
 
 
-# Columns that mark a form -> its reader; the first form whose columns are all there is used.
+# Columns that identify a format -> its reader. The order matters: the first format whose columns are all present is used.
 FORMATS: dict[tuple[str, ...], Callable[[Mapping[str, Any], str], list[Message]]] = {
     ("real",): _real_form,
     ("chosen",): _chosen_form,
@@ -99,23 +99,24 @@ FORMATS: dict[tuple[str, ...], Callable[[Mapping[str, Any], str], list[Message]]
 
 
 def to_conversations(
-    record: Mapping[str, Any], where: str, turns: Turns = "last", truth_required: bool = True
+    record: Mapping[str, Any], where: str, turns: Turns = "last", ground_truth_required: bool = True
 ) -> list[Conversation]:
-    """Turn one raw row into the conversations to be played: the last assistant turn, or every one (``turns="all"``).
+    """Convert one raw row to the conversations to be played: up to the last assistant turn, or one for each (``turns="all"``).
 
-    A user turn behind the last assistant turn has no answer to learn from and is left off. With ``truth_required=False`` a
-    row may lack the ground truth: a conversation without assistant turn, or a column ``prompt`` alone (text, or turns of
-    which the last is the user's), whose other answer columns are absent or null.
+    A user turn after the last assistant turn has no answer to learn from and is dropped. With ``ground_truth_required=False`` a
+    row may lack the ground truth: a conversation without an assistant turn, or a column ``prompt`` alone (text, or turns
+    that end with the user's) whose answer columns are absent or null.
 
     Raises:
-        InputError: no known form fits, a turn is empty or no text, roles do not alternate, or no assistant turn is there.
+        InputError: the format is unknown, a turn is empty or not text, roles do not alternate, or there is no assistant turn.
     """
-    prompt_only = not truth_required and _is_prompt_only(record)
+    prompt_only = not ground_truth_required and _is_prompt_only(record)
     messages = _prompt_form(record, where) if prompt_only else _read_form(record, where)
+    # A column ``prompt`` alone is kept as it is: its last user turn is the question.
     trails = len(messages) > 1 and messages[-1]["role"] == "user" and messages[-2]["role"] == "assistant"
     if trails and not prompt_only:
         messages = messages[:-1]
-    check_conversation(messages, where, truth_required)
+    check_conversation(messages, where, ground_truth_required)
     own_id = record.get("prompt_id", record.get("id"))
     ends = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if messages[-1]["role"] == "user":
@@ -126,6 +127,7 @@ def to_conversations(
     for number, end in enumerate(ends):
         played = messages[: end + 1]
         name = prompt_hash(played[:-1]) if own_id in (None, "") else str(own_id)
+        # Several conversations of one row would share its id; hashed ids differ by themselves.
         suffix = f"#{number}" if turns == "all" and own_id not in (None, "") and len(ends) > 1 else ""
         conversations.append(Conversation(name + suffix, played))
     return conversations
@@ -142,6 +144,7 @@ def _prompt_form(record: Mapping[str, Any], where: str) -> list[Message]:
 
 def _read_form(record: Mapping[str, Any], where: str) -> list[Message]:
     for columns, reader in FORMATS.items():
+        # Present is enough, even if null: the reader then names the row instead of guessing another format.
         if all(column in record for column in columns):
             return reader(record, where)
     known = ", ".join("+".join(columns) for columns in FORMATS)
@@ -149,45 +152,46 @@ def _read_form(record: Mapping[str, Any], where: str) -> list[Message]:
 
 
 def prompt_turns(conversation: Sequence[Message]) -> list[Message]:
-    """Return the prompt of a prompt row's conversation: all of it where there is no ground truth, else all but the last turn."""
+    """Return the prompt of a prompt row's conversation: all but the last turn, or all of it if there is no ground truth."""
     return list(conversation if conversation[-1]["role"] == "user" else conversation[:-1])
 
 
 def prompt_hash(prompt: Sequence[Message]) -> str:
-    """Return the id of a prompt that has none of its own: a hash of its messages."""
+    """Return an id for a prompt whose row has none: a hash of its messages."""
     return hash_text(*(part for message in prompt for part in (message["role"], message["content"])))
 
 
-def check_conversation(messages: Sequence[Message], where: str, truth_required: bool = True) -> None:
-    """Check the row contract: an optional system turn, then user and assistant in turn, ending with the assistant (or, unless
-    ``truth_required``, with the user).
+def check_conversation(messages: Sequence[Message], where: str, ground_truth_required: bool = True) -> None:
+    """Check the row contract: an optional system turn, then alternating user and assistant turns, ending with the assistant
+    (or, unless ``ground_truth_required``, with the user).
 
     Raises:
-        InputError: naming ``where`` and what is wrong.
+        InputError: it does not hold; the error names ``where`` and the violation.
     """
     roles = [message["role"] for message in messages]
-    if "assistant" not in roles and truth_required:
+    if "assistant" not in roles and ground_truth_required:
         raise InputError(
             f"{where} has no assistant turn: there is no ground truth to learn from; remove or complete the row"
         )
     body = roles[1:] if roles[:1] == ["system"] else roles
     expected = (["user", "assistant"] * (len(body) // 2 + 1))[: len(body)]
-    if not body or body != expected or (truth_required and len(body) % 2):
+    if not body or body != expected or (ground_truth_required and len(body) % 2):
         raise InputError(
-            f"{where} has the role order {' '.join(roles) or '(no turn)'}: it must be [system] user assistant [user "
+            f"{where} has the role order {' '.join(roles) or '(no turns)'}: it must be [system] user assistant [user "
             "assistant ...]"
         )
     for number, message in enumerate(messages):
         if not isinstance(message["content"], str):
             kind = type(message["content"]).__name__
-            raise InputError(f"{where} holds {kind} where the text of turn {number} should be: correct the row")
+            raise InputError(f"{where} has {kind} instead of text in turn {number}: correct the row")
         if not message["content"].strip() and message["role"] != "system":
             raise InputError(f"{where} has an empty {message['role']} turn (turn {number}): remove or complete the row")
         if not _is_unicode(message["content"]):
-            raise InputError(f"{where} holds half a character (a lone surrogate) in turn {number}: correct the row")
+            raise InputError(f"{where} has an unpaired surrogate (half a character) in turn {number}: correct the row")
 
 
 def _is_unicode(text: str) -> bool:
+    # JSON can escape an unpaired surrogate ("\ud83d"), which Python accepts but parquet cannot store.
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -209,6 +213,6 @@ def _as_messages(value: Any, where: str, column: str) -> list[Message]:
     messages = []
     for turn in _as_list(value, where, column):
         if not isinstance(turn, Mapping) or "role" not in turn or "content" not in turn:
-            raise InputError(f"{where}: '{column}' must hold turns of 'role' and 'content': correct the row")
+            raise InputError(f"{where}: '{column}' must contain turns with 'role' and 'content': correct the row")
         messages.append(_message(str(turn["role"]), turn["content"]))
     return messages

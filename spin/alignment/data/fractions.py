@@ -1,4 +1,4 @@
-"""How the prompts of a split are divided into fractions: the same shuffled order on every server."""
+"""Dividing the prompts of a split into fractions, in the same shuffled order on every server."""
 
 from __future__ import annotations
 
@@ -10,57 +10,58 @@ import numpy as np
 
 from spin.alignment.core.errors import InputError
 
-# The shuffle before fractions is part of the file contract: every server must cut the same deck the same way.
+# Part of the file contract: every server must shuffle and divide the rows in the same way.
 SHUFFLE_SEED = 42
 PARTS_FOLDER = ".parts"
 
 
 @functools.lru_cache(maxsize=1)
 def shuffled_rows(num_rows: int) -> np.ndarray:
-    """Return all row indices in the order that fractions are cut from: shuffled with seed 42, as in the original."""
+    """Return all row indices in the order from which fractions are taken: shuffled with seed 42, as in the original."""
     order = list(range(num_rows))
+    # Python's generator, as in the original: numpy's gives another order.
     random.Random(SHUFFLE_SEED).shuffle(order)
     return np.array(order, dtype=np.int64)
 
 
 def fraction_rows(num_rows: int, data_frac: int, frac_len: int) -> list[int]:
-    """Return the row indices of a fraction: shuffle all rows with seed 42, then cut slices of ``frac_len`` rows.
+    """Return the row indices of a fraction: a slice of ``frac_len`` rows of the data shuffled with seed 42.
 
-    ``frac_len`` 0 is one fraction that holds everything. Fractions are disjoint and together cover the data.
+    With ``frac_len`` 0 there is one fraction with all rows. Fractions are disjoint and together cover the data.
 
     Raises:
-        InputError: a negative number, or a fraction behind the end of the data.
+        InputError: a negative number, or a fraction beyond the end of the data.
     """
     check_fraction(num_rows, data_frac, frac_len)
     return shuffled_rows(num_rows)[frac_len * data_frac :][: frac_len or None].tolist()
 
 
 def check_fraction(num_rows: int, data_frac: int, frac_len: int) -> None:
-    """Refuse a fraction that the data does not have.
+    """Check that a fraction exists.
 
     Raises:
-        InputError: a negative number, or a fraction behind the end of the data.
+        InputError: a negative number, or a fraction beyond the end of the data.
     """
     total = num_fractions(num_rows, frac_len)
     if not 0 <= data_frac < total:
         raise InputError(
-            f"data_frac is {data_frac}, but {num_rows} rows in pieces of frac_len {frac_len} make the fractions 0 to {total - 1}"
+            f"data_frac is {data_frac}, but {num_rows} rows with frac_len {frac_len} give the fractions 0 to {total - 1}"
         )
 
 
 def fraction_size(num_rows: int, data_frac: int, frac_len: int) -> int:
-    """Return how many rows a fraction holds."""
+    """Return the number of rows in a fraction."""
     check_fraction(num_rows, data_frac, frac_len)
     return min(frac_len or num_rows, num_rows - frac_len * data_frac)
 
 
 def num_fractions(num_rows: int, frac_len: int) -> int:
-    """Return how many fractions of ``frac_len`` rows the data makes (1 when ``frac_len`` is 0)."""
+    """Return the number of fractions of ``frac_len`` rows (1 if ``frac_len`` is 0)."""
     if frac_len < 0:
-        raise InputError(f"frac_len is {frac_len}: set it to 0 (everything) or to the rows of one fraction")
+        raise InputError(f"frac_len is {frac_len}: set it to 0 (all rows) or to the number of rows per fraction")
     return max(1, -(-num_rows // frac_len)) if frac_len else 1
 
 
 def fraction_path(output_dir: str | Path, split: str, data_frac: int) -> Path:
-    """Return the file of one fraction."""
+    """Return the path of a fraction's file."""
     return Path(output_dir) / f"{split}-{data_frac:05d}.parquet"

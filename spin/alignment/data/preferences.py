@@ -1,4 +1,4 @@
-"""Preference rows: loading, checking and mixing them."""
+"""Loading, checking and mixing preference rows."""
 
 from __future__ import annotations
 
@@ -22,8 +22,15 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
+# Columns that mark rows in the format of docs/data_format.md.
+OWN_COLUMNS = frozenset({"prompt_id", "sample_index", "chosen", "rejected"})
+
+# Columns of TRL's data sets that change what a template makes of a conversation.
+PROMPT_COLUMNS = ("tools", "chat_template_kwargs", "image", "images", "videos")
+
+
 def split_prompt(chosen: Sequence[Message], rejected: Sequence[Message]) -> list[Message]:
-    """Return the prompt of a pair: the common prefix of both conversations, at most all but the last turn of each."""
+    """Return the prompt of a pair: the common prefix of both conversations, excluding the last turn of each."""
     prompt: list[Message] = []
     for ours, theirs in zip(chosen[:-1], rejected[:-1], strict=False):
         if ours != theirs:
@@ -32,38 +39,66 @@ def split_prompt(chosen: Sequence[Message], rejected: Sequence[Message]) -> list
     return prompt
 
 
-def load_preferences(path: str, split: str) -> Dataset:
-    """Load preference rows of a split (``train`` and ``train_prefs`` name the same) in the format of docs/data_format.md.
+def load_preferences(path: str | Path, split: str) -> Dataset:
+    """Load the preference rows of a split (``train`` is the same as ``train_prefs``) in the format of docs/data_format.md.
 
     The original's ``real``/``generated`` columns, rows with a column ``prompt``, and rows without ids or token ids are
-    accepted: a missing ``prompt_id`` is the hash of the prompt, a missing ``sample_index`` counts the rows of a prompt.
+    accepted: a missing ``prompt_id`` becomes the hash of the prompt, a missing ``sample_index`` counts the rows of a prompt.
 
     Raises:
-        InputError: a file is missing or damaged, a column is missing, a row breaks the contract, one sample stands twice,
+        InputError: a file is missing or damaged, a column is missing, a row violates the contract, a sample appears twice,
             or the files come from different runs.
     """
     from datasets import Dataset
 
+    path = str(path)
     tables = _preference_tables(path, split)
     table = pa.concat_tables(tables, promote_options="default")
     if table.num_rows == 0:
-        raise InputError(f"{path} holds no pairs of the split '{split}': generate and convert some first")
+        raise InputError(f"{path} contains no pairs of the split '{split}': generate and convert some first")
     _check_repeated(table, path)
     return Dataset(table)
 
 
+def to_preferences(rows: Dataset, name: str) -> Dataset:
+    """Return preference rows in memory in the format of docs/data_format.md.
+
+    Rows with the columns of that format are checked and keep every other column they have. All others are converted: a text or
+    conversation ``prompt`` with a text or conversation as ``chosen`` and ``rejected``, or whole conversations without
+    ``prompt``. A text is one turn of a conversation: the user's as ``prompt``, the assistant's as a response.
+
+    Args:
+        name: what messages call the data set.
+
+    Raises:
+        InputError: no rows, a missing column, a row that breaks the contract, or one sample stands twice.
+    """
+    from datasets import Dataset
+
+    if len(rows) == 0:
+        raise InputError(f"{name} has no rows: give at least one pair")
+    rows = rows.with_format(None)
+    if set(rows.column_names) >= OWN_COLUMNS:
+        for number, row in enumerate(rows):
+            check_pair(row["chosen"], row["rejected"], f"{name} row {number}", row.get("chosen_token_ids") is not None)
+    else:
+        rows = Dataset(_converted_table(((f"{name} row {number}", row) for number, row in enumerate(rows)), name))
+    _check_repeated(rows.with_format("arrow")[:], name)
+    return rows
+
+
 def _preference_tables(path: str, split: str) -> list[pa.Table]:
-    if not Path(path).exists():
-        return [_foreign_table(read_records(path, split.removesuffix("_prefs")), path)]
+    if not Path(path).exists():  # the name of a data set on the Hub
+        return [_converted_table(read_records(path, split.removesuffix("_prefs")), path)]
     tables = []
     files = split_files(Path(path), split.removesuffix("_prefs"))
     _check_one_provenance(files)
     for file in files:
         columns = set(open_parquet(file).schema_arrow.names) if file.suffix == ".parquet" else set()
-        if {"prompt_id", "sample_index", "chosen", "rejected"} <= columns:
+        if columns >= OWN_COLUMNS:
             tables.append(_own_table(file))
         else:
-            tables.append(_foreign_table(read_records(str(file), None), str(file)))
+            tables.append(_converted_table(read_records(str(file), None), str(file)))
     return tables
 
 
@@ -82,9 +117,20 @@ def _check_one_provenance(files: Sequence[Path]) -> None:
             )
 
 
+def conversion_record(path: str, split: str) -> dict[str, Any]:
+    """Return what the files of a split say of their conversion (``extra`` of the provenance); empty for files from elsewhere."""
+    files = split_files(Path(path), split.removesuffix("_prefs")) if Path(path).exists() else []
+    for file in files:
+        schema = open_parquet(file).schema_arrow if file.suffix == ".parquet" else pa.schema([])
+        if METADATA_KEY in (schema.metadata or {}):
+            return read_provenance(schema, file).extra
+    return {}
+
+
 def _own_table(file: Path) -> pa.Table:
     batches, row = [], 0
     for batch in read_batches(file):
+        # Sampled ids mark a chosen response that a model generated, which may be empty.
         sampled = batch.column("chosen_token_ids") if "chosen_token_ids" in batch.schema.names else None
         own = sampled.is_valid().to_pylist() if sampled is not None else [False] * batch.num_rows
         for pair, is_own in zip(batch.select(["chosen", "rejected"]).to_pylist(), own, strict=True):
@@ -92,12 +138,13 @@ def _own_table(file: Path) -> pa.Table:
             row += 1
         batches.append(batch)
     schema = open_parquet(file).schema_arrow
+    # Provenance is dropped here: it has been checked, and tables with different metadata cannot be concatenated.
     return pa.Table.from_batches(batches, schema).replace_schema_metadata(None)
 
 
-def _foreign_table(records: Iterator[tuple[str, Mapping[str, Any]]], source: str) -> pa.Table:
+def _converted_table(records: Iterator[tuple[str, Mapping[str, Any]]], source: str) -> pa.Table:
     fields = {field.name: field.type for field in PREFERENCE_SCHEMA} | OPTIONAL_COLUMNS
-    rows, samples, present = [], Counter[str](), {"prompt_id", "sample_index", "chosen", "rejected"}
+    rows, samples, present = [], Counter[str](), set(OWN_COLUMNS)
     for where, record in records:
         row = _preference_row(record, where)
         row.setdefault("sample_index", samples[row["prompt_id"]])
@@ -109,7 +156,7 @@ def _foreign_table(records: Iterator[tuple[str, Mapping[str, Any]]], source: str
     try:
         return pa.Table.from_pylist(rows, schema)
     except pa.ArrowException as error:
-        raise InputError(f"{source} holds a value of the wrong type ({error}): see docs/data_format.md") from error
+        raise InputError(f"{source} contains a value of the wrong type ({error}): see docs/data_format.md") from error
 
 
 def _label_columns(rows: Sequence[Mapping[str, Any]], known: Iterable[str]) -> list[str]:
@@ -130,6 +177,13 @@ def _preference_row(record: Mapping[str, Any], where: str) -> dict[str, Any]:
     for name in SIDES:
         if name not in row:
             raise InputError(f"{where} lacks the column '{name}': convert the data with spin/convert_data.py")
+    if isinstance(row["chosen"], str) and "prompt" not in row:
+        raise InputError(f"{where} has 'chosen' as text without 'prompt': add that column, or give conversations")
+    for name in PROMPT_COLUMNS:
+        if row.get(name):
+            raise InputError(
+                f"{where} has '{name}', which would change the prompt and is not supported: remove the column"
+            )
     conversations = {name: whole_conversation(row, name, where) for name in (*SIDES, INITIAL) if name in row}
     row |= conversations
     check_pair(row["chosen"], row["rejected"], where, row.get("chosen_token_ids") is not None)
@@ -142,30 +196,31 @@ def _check_repeated(table: pa.Table, path: str) -> None:
     repeated = counts.filter(pc.greater(counts["count_all"], 1)).to_pylist()
     if repeated:
         raise InputError(
-            f"{path} holds sample {repeated[0]['sample_index']} of prompt {repeated[0]['prompt_id']} "
+            f"{path} contains sample {repeated[0]['sample_index']} of prompt {repeated[0]['prompt_id']} "
             f"{repeated[0]['count_all']} times: remove the repeated rows or convert the data again"
         )
 
 
 def check_pair(chosen: Any, rejected: Any, where: str, own_chosen: bool = False) -> None:
-    """Check one pair: two conversations that differ in their last (assistant) turn only.
+    """Check one pair: two conversations that differ only in their last (assistant) turn.
 
-    An empty response of the model itself (``rejected``, and ``chosen`` with ``own_chosen``) is allowed here: it may have
+    A response generated by a model (``rejected``, and ``chosen`` with ``own_chosen``) may be empty: the model may have
     answered with EOS alone.
 
     Raises:
-        InputError: naming ``where`` and what is wrong.
+        InputError: the check failed; the error names ``where`` and the reason.
     """
     for name, messages in (("chosen", chosen), ("rejected", rejected)):
         if not isinstance(messages, list) or not all(_is_turn(turn) for turn in messages):
-            raise InputError(f"{where}: '{name}' must hold turns of 'role' and 'content': convert the data again")
+            raise InputError(f"{where}: '{name}' must contain turns with 'role' and 'content': convert the data again")
     if own_chosen and chosen and chosen[-1]["content"] == "":
+        # A placeholder, because the row contract does not allow an empty turn.
         check_conversation([*chosen[:-1], {**chosen[-1], "content": "EOS"}], where)
     else:
         check_conversation(chosen, where)
     if not rejected or rejected[-1]["role"] != "assistant" or list(chosen[:-1]) != list(rejected[:-1]):
         raise InputError(
-            f"{where}: 'chosen' and 'rejected' do not share one prompt: both must differ in the last turn only"
+            f"{where}: 'chosen' and 'rejected' do not share a prompt: they must differ only in the last turn"
         )
     if not isinstance(rejected[-1]["content"], str):
         raise InputError(f"{where}: the rejected response is not text: convert the data again")
@@ -178,11 +233,11 @@ def _is_turn(turn: Any) -> bool:
 def mix_preferences(dataset_mixer: Mapping[str, float], splits: Sequence[str], seed: int) -> dict[str, Dataset]:
     """Load and mix the data sets of ``dataset_mixer`` (path -> fraction of its training rows, in (0, 1]).
 
-    Returns ``{"train": ..., "test": ...}`` as far as ``splits`` names them; test splits are taken whole, as in the
-    original. A column ``source`` names the path each row came from; the training rows are shuffled with ``seed``.
+    Returns ``{"train": ..., "test": ...}`` with the splits named in ``splits``; test splits are used in full, as in the
+    original. A column ``source`` gives the path each row came from; the training rows are shuffled with ``seed``.
 
     Raises:
-        InputError: no data set, a fraction out of range, or an unreadable data set.
+        InputError: no data set is given, a fraction is out of range, or a data set cannot be read.
     """
     from datasets import concatenate_datasets
 
@@ -198,6 +253,7 @@ def mix_preferences(dataset_mixer: Mapping[str, float], splits: Sequence[str], s
         for path, fraction in dataset_mixer.items():
             rows = load_preferences(path, split)
             if name == "train" and fraction < 1:
+                # A random subset, because the first rows of a data set may all be of one kind.
                 rows = rows.shuffle(seed=seed).select(range(max(1, int(fraction * len(rows)))))
             pieces.append(rows.add_column("source", [path] * len(rows)))
         joined = concatenate_datasets(_aligned(pieces))
@@ -213,5 +269,6 @@ def _aligned(pieces: list[Dataset]) -> list[Dataset]:
     columns = [{*piece.column_names} for piece in pieces]
     if all(names == columns[0] for names in columns):
         return pieces
+    # datasets cannot concatenate pieces with different columns; Arrow fills the missing ones with nulls.
     union = pa.concat_tables([piece.with_format("arrow")[:] for piece in pieces], promote_options="default")
     return [Dataset(union)]

@@ -1,4 +1,4 @@
-"""The prompts of a split on disk, memory-mapped: any row at once, in constant memory, shared by all processes of a machine."""
+"""Memory-mapped prompts of a split: random access in constant memory, shared by all processes on a machine."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from spin.alignment.core.files import atomic_file
 from spin.alignment.core.provenance import hash_texts, id_number
 from spin.alignment.data.rows import PROMPT_SCHEMA, prompt_texts, stream_prompts
 
-_ROWS = 1024
+_ROWS = 1024  # per record batch; all batches but the last are full, so a row is found by division
 ID_MODULUS = 2**64
 
 
 def ids_sum(prompt_ids: Iterator[str]) -> str:
-    """Return the sum of the ids' numbers modulo 2**64 in 16 hex digits: equal for the same ids in any order."""
+    """Return the sum of :func:`id_number` over ids modulo 2**64 as 16 hex digits: equal for the same ids in any order."""
     return f"{sum(map(id_number, prompt_ids)) % ID_MODULUS:016x}"
 
 
 class PromptStore:
-    """The prompts of one split as an Arrow file of equal record batches.
+    """The prompts of one split in an Arrow file with record batches of equal size.
 
     Attributes:
-        num_rows: how many prompts there are.
-        prompts_hash: the hash of all rows in order (:func:`spin.alignment.data.prompts_hash`).
-        all_ids: the sum of all prompt ids (:func:`ids_sum`).
+        num_rows: number of prompts.
+        prompts_hash: hash of all rows in order (:func:`spin.alignment.data.rows.prompts_hash`).
+        all_ids: sum of all prompt ids (:func:`ids_sum`).
     """
 
     def __init__(self, path: Path) -> None:
@@ -44,11 +44,12 @@ class PromptStore:
 
     @classmethod
     def open(cls, path: Path, input_dir: str, split: str) -> PromptStore:
-        """Open ``path``, made from the data set first where it is not there yet. Any number of processes may do this.
+        """Open ``path``, creating it from the data set if it does not exist. Several processes may do this at once.
 
         Raises:
-            InputError: a row breaks the row contract, or two share an id.
+            InputError: a row violates the row contract, or two rows share an id.
         """
+        # The JSON file is written last. Processes that race here write equal files and rename them atomically.
         if not path.with_suffix(".json").exists() or not path.exists():
             cls.create(path, input_dir, split)
         try:
@@ -58,10 +59,11 @@ class PromptStore:
 
     @staticmethod
     def create(path: Path, input_dir: str, split: str) -> None:
-        """Stream the prompts of a data set into ``path`` and what is known of all of them into a JSON file beside it."""
-        rows = stream_prompts(input_dir, split, truth_required=False)
+        """Stream the prompts of a data set to ``path`` and their count and hashes to a JSON file next to it."""
+        rows = stream_prompts(input_dir, split, ground_truth_required=False)
         count, total = 0, 0
 
+        # Hashing, counting and writing share one pass over the data.
         def texts() -> Iterator[str]:
             nonlocal count, total
             while batch := list(islice(rows, _ROWS)):
@@ -80,11 +82,11 @@ class PromptStore:
         return self.num_rows
 
     def row(self, index: int) -> dict[str, Any]:
-        """Return one row: ``prompt_id`` and ``chosen``, which ends with the user's turn where there is no ground truth."""
+        """Return one row: ``prompt_id`` and ``chosen``, which ends with a user turn if there is no ground truth."""
         batch = self._reader.get_batch(index // _ROWS)
         return batch.slice(index % _ROWS, 1).to_pylist()[0]
 
     def remove(self) -> None:
-        """Remove the files; processes that have them open read on."""
+        """Remove the files; processes that have them open can still read them."""
         self.path.with_suffix(".json").unlink(missing_ok=True)
         self.path.unlink(missing_ok=True)

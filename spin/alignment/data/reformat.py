@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from spin.alignment.core.console import say
 from spin.alignment.core.errors import InputError
-from spin.alignment.core.program import Parser
+from spin.alignment.core.settings import check_settings, recorded, setting
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,20 +22,85 @@ if TYPE_CHECKING:
     from spin.alignment.data.formats import Conversation
 
 
-def make_parser() -> Parser:
-    parser = Parser(prog="reformat.py", description="Turn foreign SFT data into prompts with their ground truth.")
-    parser.add_argument("--data", required=True, help="Hub name, folder, or parquet, json or jsonl file")
-    parser.add_argument("--output_dir", required=True, help="folder for {split}.parquet and test.parquet")
-    parser.add_argument("--split", default="train", help="split of the source to read, and name of the file written")
-    parser.add_argument("--test_size", type=float, default=0.0, help="rows held out (a number, or a share below 1)")
-    parser.add_argument("--subset", type=int, default=0, help="random subset of this many training rows (0: all)")
-    parser.add_argument("--seed", type=int, default=42, help="seed of the subset and of the test split")
-    parser.add_argument("--turns", choices=("last", "all"), default="last", help="assistant turns to play")
-    parser.add_argument(
-        "--skip_invalid", action="store_true", help="leave out rows that break the contract, and say so"
+@dataclass(frozen=True, kw_only=True)
+class ReformatConfig:
+    """Turn foreign SFT data into prompts with their ground truth."""
+
+    data: str = setting(help="Hub name, folder, or parquet, json or jsonl file")
+    output_dir: str = setting(help="folder for {split}.parquet and test.parquet")
+    split: str = setting("train", "split of the source to read, and name of the file written", recorded=True)
+    test_size: float = setting(0.0, "rows held out (a number, or a share below 1)", ge=0, recorded=True)
+    subset: int = setting(0, "random subset of this many training rows (0: all)", ge=0, recorded=True)
+    seed: int = setting(42, "seed of the subset and of the test split", recorded=True)
+    turns: Literal["last", "all"] = setting("last", "assistant turns to play", recorded=True)
+    skip_invalid: bool = setting(False, "leave out rows that break the contract, and say so", recorded=True)
+    overwrite: bool = setting(False, "replace another data set in the output folder")
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        if not (self.test_size < 1 or self.test_size.is_integer()):
+            raise InputError(f"test_size is {self.test_size:g}: give a whole number of rows, or a share below 1")
+        if self.test_size and self.split == "test":
+            raise InputError("split 'test' cannot hold out a test split of its own: set test_size to 0")
+        local, folder = Path(self.data), Path(self.output_dir)
+        if local.is_dir() and local.resolve() == folder.resolve():
+            raise InputError(f"output_dir is the folder of the data, {folder}: choose another one")
+
+
+def reformat(config: ReformatConfig) -> dict[str, Path]:
+    """Write the prompts of a data set; return the files, ``train`` and, with a test size, ``test``.
+
+    Raises:
+        InputError: a row breaks the contract, an id is not unique, or the output folder holds another data set.
+    """
+    folder = Path(config.output_dir)
+    paths = {"train": folder / f"{config.split}.parquet"}
+    if config.test_size:
+        paths["test"] = folder / "test.parquet"
+    provenance = make_provenance(config, paths)
+    held_out = stale_test_split(folder, config.split) if "test" not in paths else None
+    if held_out is not None and not config.overwrite:
+        raise InputError(
+            f"{held_out} was held out of an earlier data set: choose another output_dir or pass --overwrite, which removes it"
+        )
+    if not config.overwrite and already_there(paths, provenance):
+        from spin.alignment.core.parquet import open_parquet
+
+        rows = {path.name: open_parquet(path).metadata.num_rows for path in paths.values()}
+        say(f"{folder} is complete already: {rows}")
+        return paths
+    source = Source(config.data, config.split, config.turns, config.skip_invalid)
+    selection = select(source, config.seed, config.test_size, config.subset)
+    write(source, selection, config.seed, paths, provenance)
+    if held_out is not None:
+        held_out.unlink()
+    tell_result(source, selection, folder)
+    return paths
+
+
+def make_provenance(config: ReformatConfig, paths: dict[str, Path]) -> dict[str, Provenance]:
+    """Return the record of each output file: the settings, and a hash of the input files."""
+    from spin.alignment.core.provenance import Provenance, hash_text
+    from spin.alignment.data.source_files import split_files
+
+    local = Path(config.data)
+    content = source_hash(split_files(local, config.split)) if local.exists() else hash_text(config.data)
+    return {
+        name: Provenance("prompts", sampling=recorded(config), prompts_hash=content, split=path.stem)
+        for name, path in paths.items()
+    }
+
+
+def tell_result(source: Source, selection: Selection, folder: Path) -> None:
+    """Say what became of the rows."""
+    repeated = selection.num_rows - len(selection.prompts)
+    unused = len(selection.prompts) - selection.num_train - selection.num_test
+    say(
+        f"{selection.num_rows} rows read, {repeated} repeated prompts removed, {len(source.invalid)} invalid rows skipped, "
+        f"{unused} left out by --subset; wrote {selection.num_train} training and {selection.num_test} test rows to {folder}"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace another data set in the output folder")
-    return parser
+    for reason in source.invalid[:5]:
+        say(f"  skipped: {reason}")
 
 
 @dataclass

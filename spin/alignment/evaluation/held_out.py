@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from spin.alignment.core.errors import InputError
@@ -26,7 +26,7 @@ class HeldOut:
     request: PromptRequest
     prompt: str
     truth: str
-    truth_ids: tuple[int, ...]
+    ground_truth_ids: tuple[int, ...]
 
 
 def encode_held_out(
@@ -43,12 +43,12 @@ def encode_held_out(
         *prompt, answer = row["chosen"]
         try:
             ids = encoder.prompt_ids(prompt)
-            truth_ids = encoder.response_ids(row["chosen"])
+            ground_truth_ids = encoder.response_ids(row["chosen"])
         except InputError as error:
             raise InputError(f"prompt {row['prompt_id']}: {error}") from error
-        if len(ids) + max(max_new_tokens, len(truth_ids)) <= context:
+        if len(ids) + max(max_new_tokens, len(ground_truth_ids)) <= context:
             request = PromptRequest(row["prompt_id"], tuple(ids))
-            held_out.append(HeldOut(request, prompt[-1]["content"], answer["content"], tuple(truth_ids)))
+            held_out.append(HeldOut(request, prompt[-1]["content"], answer["content"], tuple(ground_truth_ids)))
     if not held_out:
         raise InputError(
             f"no held-out prompt fits with {max_new_tokens} new tokens into the context of {context}: lower max_new_tokens"
@@ -102,8 +102,7 @@ def evaluate_responses(
     held_out: Sequence[HeldOut],
     encoder: ChatEncoder,
     scorer: Scorer,
-    sampling: SamplingConfig,
-    temperatures: Sequence[float],
+    samplings: Sequence[SamplingConfig],
     num_samples_shown: int,
     chunk: int,
     tell: Tell,
@@ -114,16 +113,16 @@ def evaluate_responses(
         {"prompt_id": item.request.prompt_id, "prompt": item.prompt, "truth": item.truth, "responses": {}}
         for item in held_out[:num_samples_shown]
     ]
-    for temperature in temperatures:
-        responses = respond(backend, held_out, replace(sampling, temperature=temperature), chunk, tell)
+    for sampling in samplings:
+        responses = respond(backend, held_out, sampling, chunk, tell)
         texts = [encoder.decode(response.token_ids) for response in responses]
-        by_temperature[f"{temperature:g}"] = score_responses(held_out, responses, texts, scorer)
+        by_temperature[f"{sampling.temperature:g}"] = score_responses(held_out, responses, texts, scorer)
         for item, text in zip(shown, texts, strict=False):
-            item["responses"][f"{temperature:g}"] = text
+            item["responses"][f"{sampling.temperature:g}"] = text
     return {"temperatures": by_temperature, "samples": shown}
 
 
-def truth_nll(model: Any, held_out: Sequence[HeldOut], pad_id: int, batch_size: int) -> dict[str, float]:
+def ground_truth_nll(model: Any, held_out: Sequence[HeldOut], pad_id: int, batch_size: int) -> dict[str, float]:
     """Return the negative log-likelihood of the ground truth in nats, EOS included.
 
     ``nll`` is per token over all tokens, ``nll_sequence`` (with ``nll_sequence_se``) the mean of the sums.
@@ -136,21 +135,25 @@ def truth_nll(model: Any, held_out: Sequence[HeldOut], pad_id: int, batch_size: 
     order = sorted(held_out, key=lambda item: -len(item.request.token_ids))
     sums: list[float] = []
     for start in range(0, len(order), batch_size):
-        batch = stack_truths(order[start : start + batch_size], pad_id)
+        batch = stack_ground_truths(order[start : start + batch_size], pad_id)
         with torch.inference_mode():
             logps = response_logps(model, {name: value.to(device) for name, value in batch.items()})
         sums += (-logps.double().sum(dim=-1)).tolist()
     mean, error = mean_and_error(sums)
-    tokens = sum(len(item.truth_ids) for item in held_out)
+    tokens = sum(len(item.ground_truth_ids) for item in held_out)
     return {"nll": sum(sums) / tokens, "nll_sequence": mean, "nll_sequence_se": error}
 
 
-def stack_truths(items: Sequence[HeldOut], pad_id: int) -> dict[str, Tensor]:
-    """Return the tensors of ``B`` prompts, each followed by its ground truth, in the layout of ``batching.py``."""
+def stack_ground_truths(items: Sequence[HeldOut], pad_id: int) -> dict[str, Tensor]:
+    """Return the tensors of ``B`` prompts, each followed by its ground truth, in the layout of ``collators.py``."""
     from spin.alignment.logprobs.collators import PairCollator
 
     features = [
-        {"prompt_ids": item.request.token_ids, "chosen_ids": item.truth_ids, "rejected_ids": item.truth_ids[:1]}
+        {
+            "prompt_ids": item.request.token_ids,
+            "chosen_ids": item.ground_truth_ids,
+            "rejected_ids": item.ground_truth_ids[:1],
+        }
         for item in items
     ]
     return {name: value[: len(items)] for name, value in PairCollator(pad_id)(features).items()}

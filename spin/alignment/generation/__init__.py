@@ -43,7 +43,13 @@ def _openai(settings: BackendSettings) -> GenerationBackend:
 
 BACKENDS: dict[str, Backend] = {
     "transformers": Backend(_transformers, flush_every=64, holds_batch=True, online="own_module"),
-    "vllm": Backend(_vllm, takes=frozenset(BACKEND_SETTINGS), online="engine", check_installed=_vllm_installed),
+    "vllm": Backend(
+        _vllm,
+        takes=frozenset(BACKEND_SETTINGS),
+        online="engine",
+        makes_processes=True,
+        check_installed=_vllm_installed,
+    ),
     "openai": Backend(_openai, needs_server=True),
 }
 

@@ -1,4 +1,4 @@
-"""What every generation backend receives and returns: token ids in, token ids out, one sampling specification."""
+"""The interface of generation backends: token ids in, token ids out, one sampling specification."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from spin.alignment.core.errors import InputError
+from spin.alignment.core.settings import check_settings, setting
 from spin.alignment.models.config import Dtype
 
 FinishReason = Literal["stop", "length"]
@@ -16,44 +17,36 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How responses are drawn; the same meaning in every backend.
+    """How responses are sampled, with the same meaning in every backend."""
 
-    Attributes:
-        temperature: 0 is greedy.
-        top_k: 0 is off.
-        min_p: keeps the tokens at least this likely relative to the likeliest one; 0 is off.
-        repetition_penalty: divides (or multiplies, below 0) the logits of tokens seen in prompt or response; 1 is off.
-        max_new_tokens: 0 is what the context leaves behind each prompt.
-        stop: texts that end a response where they appear; they stay in the ids and are cut from the text.
-        logprobs: return the model's own log-prob (nats, before temperature and cut-offs) of every sampled token.
-    """
-
-    num_samples: int = 1
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    max_new_tokens: int = 1024
-    stop: tuple[str, ...] = ()
-    logprobs: bool = False
-    seed: int = 42
+    num_samples: int = setting(1, "responses per prompt", ge=1)
+    temperature: float = setting(1.0, "divides the logits; 0 is greedy", ge=0)
+    top_p: float = setting(
+        1.0, "nucleus sampling: the most likely tokens with this total probability; 1 is off", gt=0, le=1
+    )
+    top_k: int = setting(0, "this many most likely tokens; 0 is off", ge=0)
+    min_p: float = setting(0.0, "minimum probability relative to the most likely token; 0 is off", ge=0, lt=1)
+    repetition_penalty: float = setting(
+        1.0,
+        "divides positive and multiplies negative logits of tokens that occur in prompt or response; 1 is off",
+        gt=0,
+    )
+    max_new_tokens: int = setting(
+        1024,
+        "maximum tokens of a response, including the end-of-turn token; 0: as many as fit in the context after each prompt",
+        ge=0,
+    )
+    stop: tuple[str, ...] = setting((), "texts that end a response; they are kept in the ids and removed from the text")
+    logprobs: bool = setting(
+        False, "store the model's own log-prob (nats, temperature 1, no truncation) of every sampled token"
+    )
+    seed: int = setting(42, "seed of the responses", ge=0)
 
     def __post_init__(self) -> None:
-        for name, valid, range_ in (
-            ("num_samples", self.num_samples >= 1, "at least 1"),
-            ("temperature", 0.0 <= self.temperature < float("inf"), "0 (greedy) or more"),
-            ("top_p", 0.0 < self.top_p <= 1.0, "in (0, 1]"),
-            ("top_k", self.top_k >= 0, "0 (off) or more"),
-            ("min_p", 0.0 <= self.min_p < 1.0, "in [0, 1)"),
-            ("repetition_penalty", 0.0 < self.repetition_penalty < float("inf"), "above 0 (1 is off)"),
-            ("max_new_tokens", self.max_new_tokens >= 0, "0 (what the context leaves) or more"),
-            ("seed", self.seed >= 0, "0 or more"),
-        ):
-            if not valid:
-                raise InputError(f"{name} is {getattr(self, name)}: set it to a value {range_}")
+        check_settings(self)
         if any(not text for text in self.stop):
-            raise InputError("stop holds an empty text, which would end every response at once: remove it")
+            raise InputError("stop contains an empty text, which would end every response immediately: remove it")
+        # Identical samples would waste the computation and give identical pairs.
         if self.temperature == 0.0 and self.num_samples > 1:
             raise InputError(
                 "temperature 0 draws the same response every time: set num_samples to 1 or raise temperature"
@@ -64,7 +57,7 @@ class SamplingConfig:
         return asdict(self) | {"stop": list(self.stop)}
 
     def longest(self, request: PromptRequest) -> int:
-        """Return the most tokens a response to this request may have.
+        """Return the maximum number of tokens of a response to this request.
 
         Raises:
             ValueError: neither ``max_new_tokens`` nor the request sets a limit.
@@ -77,9 +70,9 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class PromptRequest:
-    """One prompt: its id and its token ids, at most one BOS, generation prompt included.
+    """One prompt: its id and its token ids, with at most one BOS and including the generation prompt.
 
-    ``room`` is the number of tokens the model's context leaves behind the prompt, None where it sets no limit.
+    ``room`` is the number of tokens that fit in the model's context after the prompt, None without a limit.
     """
 
     prompt_id: str
@@ -89,10 +82,10 @@ class PromptRequest:
 
 @dataclass(frozen=True)
 class Response:
-    """The sampled ids, prompt excluded.
+    """The sampled ids, without the prompt.
 
-    ``finish_reason`` is ``stop`` exactly when the last id is an end-of-turn id or completes a stop text. ``logprobs`` holds
-    one number (nats) for each id when the sampling asks for them.
+    ``finish_reason`` is ``stop`` if and only if the last id is an end-of-turn id or completes a stop text. ``logprobs``
+    contains one number (nats) per id if requested.
     """
 
     token_ids: list[int]
@@ -101,16 +94,16 @@ class Response:
 
 
 class GenerationBackend(ABC):
-    """Turns prompts into responses; owns the model for as long as it lives."""
+    """Generates responses to prompts; owns the model until it is closed."""
 
     @abstractmethod
     def stream(
         self, requests: Iterable[PromptRequest], sampling: SamplingConfig
     ) -> Iterator[tuple[int, list[Response]]]:
-        """Yield ``(n, responses)`` for the n-th request as soon as the last of its ``num_samples`` responses is there.
+        """Yield ``(n, responses)`` for the n-th request as soon as all of its ``num_samples`` responses are finished.
 
-        Requests are drawn from the iterable only as room for them becomes free, so the caller decides late what comes next;
-        when it ends, those in flight are finished. Closing the iterator gives up what is in flight.
+        Requests are taken from the iterable only when there is capacity for them, so the caller decides late what comes next;
+        once it is exhausted, requests in flight are finished. Closing the iterator cancels them.
         """
 
     @abstractmethod
@@ -124,9 +117,10 @@ class GenerationBackend(ABC):
 
 
 def sample_seed(seed: int, prompt_id: str, sample_index: int) -> int:
-    """Return the 63-bit seed of one response: it depends on nothing but (seed, prompt id, sample index)."""
+    """Return the 63-bit seed of one response, which depends only on (seed, prompt id, sample index)."""
+    # NUL separates the parts, so that (1, "2") and (12, "") differ.
     digest = hashlib.sha256(f"{seed}\x00{prompt_id}\x00{sample_index}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+    return int.from_bytes(digest[:8], "big") >> 1  # 63 bits fit a signed 64-bit integer, which vLLM requires
 
 
 @dataclass(frozen=True)
@@ -134,30 +128,27 @@ class BackendSettings:
     """What a backend needs to load a model.
 
     Attributes:
-        adapter: folder of LoRA adapters to serve on top of the model.
-        dtype: auto (that of the checkpoint), float32, bfloat16 or float16.
-        batch_size: responses in flight; None leaves it to the backend.
-        max_model_len: the longest prompt plus response, in tokens.
-        stop_ids: the ids that end a response.
-        decode: sampled ids -> text; stop texts are looked for in it.
-        batch_invariant: let the engine compute every response the same in any batch (vllm on an H100 or newer; slower).
-        base_url: address of an OpenAI-compatible server (openai).
+        max_model_len: maximum length of prompt plus response, in tokens.
+        stop_ids: ids that end a response.
+        decode: sampled ids -> text, in which stop texts are searched for.
     """
 
     model: str
     revision: str | None = None
     adapter: str | None = None
     dtype: Dtype = "auto"
-    batch_size: int | None = None
-    tensor_parallel_size: int = 1
+    batch_size: int | None = setting(None, "responses in flight at once", unset="the backend's own", ge=1)
+    tensor_parallel_size: int = setting(1, "GPUs of one engine (vllm)", ge=1)
     max_model_len: int | None = None
-    gpu_memory_utilization: float = 0.9
+    gpu_memory_utilization: float = setting(0.9, "share of GPU memory that the engine takes (vllm)", gt=0, le=1)
     trust_remote_code: bool = False
     stop_ids: list[int] = field(default_factory=list)
     pad_id: int = 0
     decode: Callable[[Sequence[int]], str] | None = None
-    batch_invariant: bool = False
-    base_url: str | None = None
+    batch_invariant: bool = setting(False, "the same responses in any batch (vllm, H100 or newer; slower)")
+    base_url: str | None = setting(
+        None, "address of a running OpenAI-compatible server, such as http://host:8000/v1 (openai)"
+    )
 
 
 @dataclass(frozen=True)
@@ -174,6 +165,7 @@ class Backend:
         holds_batch: it decodes ``batch_size`` responses at a time in this process; others plan their batches themselves.
         online: how online training draws from the policy with it: by the policy's ``own_module``, by an ``engine`` whose
             weights are reloaded (the backend has a method ``reload(folder)``), or not at all.
+        makes_processes: it starts processes of its own, for which it wants to be the first to configure torch.
         check_installed: raises :class:`InputError` where what it needs is not installed.
     """
 
@@ -183,6 +175,7 @@ class Backend:
     flush_every: int = 512
     holds_batch: bool = False
     online: Literal["", "own_module", "engine"] = ""
+    makes_processes: bool = False
     check_installed: Callable[[], None] = lambda: None
 
     def __call__(self, settings: BackendSettings) -> GenerationBackend:

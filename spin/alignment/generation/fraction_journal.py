@@ -1,4 +1,4 @@
-"""The parts of a fraction while it is generated, and their merge into one file."""
+"""The parts of a fraction during generation, and merging them into one file."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ _CACHED_BYTES = 128 * 2**20
 
 
 def clear_parts(output_dir: Path, split: str, num_rows: int, frac_len: int) -> None:
-    """Remove what the workers on a split left behind, once every fraction of it is there; keep what another split needs."""
+    """Remove the working files of a split once all of its fractions exist; keep what another split needs."""
     parts = output_dir / PARTS_FOLDER
     numbers = range(num_fractions(num_rows, frac_len))
     if not all(fraction_path(output_dir, split, number).exists() for number in numbers):
         return
-    # A worker killed between merging and cleaning leaves parts of fractions that are whole.
+    # A worker killed between merging and cleaning up leaves parts of complete fractions.
     for left in [*parts.glob(f"{split}-[0-9][0-9][0-9][0-9][0-9]*"), *parts.glob(f"*prompts-{split}-*")]:
         remove_folder(left) if left.is_dir() else left.unlink(missing_ok=True)
     if not any(parts.glob("*-*")):
         remove_files((parts / "workers").glob("*"))
         for folder in (parts / "workers", parts):
-            # Not empty: a worker that ends a moment later has the last word.
+            # If it is not empty, another worker is still running and will remove it.
             with contextlib.suppress(OSError):
                 folder.rmdir()
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder to which others may add a last file, or which they may be removing too."""
+    """Remove a folder while other processes may still add a file to it or remove it too."""
 
     def raise_unless_racing(_: Any, path: str, failure: Any) -> None:
         if failure[1].errno not in (errno.ENOENT, errno.ENOTEMPTY):
@@ -56,18 +56,18 @@ def remove_folder(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class _Part:
-    """One file of finished rows: which prompts of the fraction it holds, in the order of its rows."""
+    """One file of finished rows, and the positions of its prompts in the fraction, in the order of its rows."""
 
     path: Path
     positions: list[int]
 
 
 class FractionJournal:
-    """The finished rows of one fraction while it is made, in parts that any number of workers add to.
+    """The finished rows of one fraction during generation, in parts written by any number of workers.
 
-    A prompt is named by its *position* among the prompts of the fraction. A part holds all samples of some prompts, whichever
-    were finished; it is complete or absent. The parts lie in a hidden folder beside the result, named after the provenance,
-    so parts of another run are never taken for these.
+    A prompt is identified by its *position* among the prompts of the fraction. A part contains all samples of the prompts that
+    had finished when it was written; it is complete or absent. The parts are in a hidden folder next to the result, whose name
+    contains a hash of the provenance, so parts of another run are never mistaken for these.
     """
 
     def __init__(
@@ -82,12 +82,13 @@ class FractionJournal:
         self._written = 0
 
     def open(self) -> None:
-        """Make the folder, and see what is there already.
+        """Create the folder, and see which parts exist already.
 
         Raises:
-            InputError: the output folder, which was there at the start, has vanished.
+            InputError: the output folder, which existed at the start, has disappeared.
         """
         try:
+            # Without parents=True: see accepts_parts().
             self.folder.parent.mkdir(exist_ok=True)
             self.folder.mkdir(exist_ok=True)
         except FileNotFoundError:
@@ -95,9 +96,9 @@ class FractionJournal:
         self.scan()
 
     def scan(self) -> None:
-        """Take note of parts that were written since the last look, by whomever.
+        """Register parts that any worker has written since the last scan.
 
-        A part that cannot be read is moved aside and listed in ``torn``: its prompts are made again.
+        A part that cannot be read is renamed and listed in ``torn``; its prompts will be generated again.
         """
         for path in sorted(self.folder.glob("part-*.parquet")):
             if path.name in self._parts:
@@ -120,7 +121,7 @@ class FractionJournal:
         """Write the rows of some prompts, keyed by position, as one part.
 
         Raises:
-            InputError: the folder is full, read-only or gone.
+            InputError: the disk is full, or the folder is read-only or has disappeared.
         """
         if not self.accepts_parts():
             return
@@ -133,11 +134,11 @@ class FractionJournal:
         self._note(path, positions)
 
     def accepts_parts(self) -> bool:
-        """Return whether the folder of the parts is there; False when others have merged the fraction meanwhile.
+        """Return whether the folder of the parts exists; False if another worker has merged the fraction in the meantime.
 
         Raises:
-            InputError: the folder has vanished for another reason. It is not made again: below a lost mount there may be another
-                disk, which nobody would look at.
+            InputError: the folder has disappeared for another reason. It is not created again: under a lost mount point that
+                would write to a different disk, where the rows would be lost.
         """
         if self.folder.is_dir():
             return True
@@ -148,25 +149,26 @@ class FractionJournal:
     @staticmethod
     def _vanished(folder: Path) -> InputError:
         return InputError(
-            f"{folder} has vanished while rows were made: see whether its disk is still mounted, then run the same command again"
+            f"{folder} disappeared during generation: check that its disk is still mounted, then run the same command again"
         )
 
     def is_complete(self) -> bool:
-        """Return whether every prompt is in a part that this process knows of."""
+        """Return whether every prompt is in a part that this process has seen."""
         return bool(self.finished.all())
 
     def is_merged(self) -> bool:
-        """Return whether the fraction's file is there and made from the same things."""
+        """Return whether the fraction's file exists and has the same provenance."""
         if not self.path.exists():
             return False
+        # ``extra`` contains hashes of inputs and ids that the other fields cover already; files of older versions lack them.
         found = read_provenance(open_parquet(self.path).schema_arrow, self.path)
         return not self.provenance.differences(found, ignore=("extra",))
 
     def merge(self, skipped: Sequence[dict[str, str]] = ()) -> None:
-        """Stream the rows of all parts, by position, into the fraction's file, then remove the parts.
+        """Stream the rows of all parts, ordered by position, to the fraction's file, then remove the parts.
 
-        The file depends on the rows alone: not on who made them, nor in which order. A prompt that stands in two parts (its
-        worker was thought dead) is taken from the first of them.
+        The file depends only on the rows, not on which worker wrote them or in which order. A prompt in two parts (its worker
+        was presumed dead) is taken from the first.
         """
         with ParquetSink(self.path, self.schema, self.provenance, skipped) as sink:
             for table in self._in_order():
@@ -174,12 +176,13 @@ class FractionJournal:
         self.remove_parts()
 
     def remove_parts(self) -> None:
-        """Remove the parts of this fraction, those of other runs of it included."""
+        """Remove the parts of this fraction, including those of other runs."""
         for folder in self.folder.parent.glob(f"{self.path.stem}-*"):
             remove_folder(folder)
 
     def _in_order(self) -> Iterator[pa.Table]:
         """Yield the rows by position, a few hundred prompts at a time."""
+        # position -> the first part that contains the prompt, and its rank there; each prompt is taken once
         place: dict[int, tuple[str, int]] = {}
         for name in sorted(self._parts):
             for rank, position in enumerate(self._parts[name].positions):
@@ -202,7 +205,7 @@ class FractionJournal:
 
 
 def finished_prompts(folder: Path) -> int:
-    """Return how many prompts the parts in a journal's folder hold; those being written or removed do not count."""
+    """Return the number of prompts in the parts of a journal's folder, ignoring parts that are being written or removed."""
     positions: set[int] = set()
     for path in folder.glob("part-*.parquet"):
         with contextlib.suppress(InputError, KeyError, ValueError):
@@ -211,7 +214,7 @@ def finished_prompts(folder: Path) -> int:
 
 
 class _TableCache:
-    """The tables read last, up to a number of bytes: neighbouring positions lie in few parts."""
+    """The most recently read tables, up to a number of bytes; neighbouring positions are in few parts."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit

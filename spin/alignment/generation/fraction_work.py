@@ -1,4 +1,4 @@
-"""One fraction being made: its prompts as ids, the journal of its finished rows, and the blocks that workers claim."""
+"""One fraction being generated: its encoded prompts, the journal of its finished rows, and the blocks that workers claim."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from spin.alignment.data.formats import prompt_turns
 from spin.alignment.data.fractions import fraction_path, fraction_rows
 from spin.alignment.data.prompt_store import PromptStore, ids_sum
 from spin.alignment.generation.base import PromptRequest, Response, SamplingConfig
+from spin.alignment.generation.config import GenerateConfig
 from spin.alignment.generation.fraction_journal import FractionJournal
 from spin.alignment.generation.leases import Leases, Worker
 
@@ -25,14 +26,14 @@ if TYPE_CHECKING:
     from spin.alignment.core.provenance import Provenance
     from spin.alignment.data.chat_encoder import ChatEncoder
 
-# Blocks are what workers claim: small enough that no worker idles for long at the end, large enough that claims cost nothing.
+# Workers claim blocks of prompts: small enough that no worker is idle for long at the end, large enough that claims are cheap.
 _BLOCKS_PER_FRACTION = 64
 _LARGEST_BLOCK = 64
 
 
 @dataclass(frozen=True)
 class EncodedPrompts:
-    """The prompts of a fraction that can be answered, longest first, and those that cannot."""
+    """The prompts of a fraction that fit, longest first, and those that are skipped."""
 
     requests: list[PromptRequest]
     rows: list[int]
@@ -44,11 +45,11 @@ class GenerationJob:
     """What all fractions of a data set have in common.
 
     Attributes:
-        longest_prompt: prompts above this many tokens are left out.
-        context: tokens the model attends to; None where it sets no limit.
-        provenance: of every fraction, but for ``data_frac`` and the sum of the fraction's ids.
-        overwrite: whether fractions made from something else may be replaced.
-        patience: seconds after which a worker whose heartbeat stands still counts as dead.
+        longest_prompt: prompts with more tokens are skipped.
+        context: number of tokens the model can attend to; None without a limit.
+        provenance: that of every fraction, except for ``data_frac`` and the sum of the fraction's ids.
+        overwrite: whether existing fractions with other provenance may be replaced.
+        lease_timeout: seconds without a heartbeat after which a worker counts as dead.
     """
 
     store: PromptStore
@@ -61,18 +62,18 @@ class GenerationJob:
     longest_prompt: int
     context: int | None
     provenance: Provenance
-    patience: float
+    lease_timeout: float
     overwrite: bool = False
 
     def for_another_thread(self) -> GenerationJob:
-        """Return this job with an encoder of its own: a tokenizer is not safe to share between threads."""
+        """Return this job with a copy of its encoder, because tokenizers are not thread-safe."""
         return replace(self, encoder=copy.deepcopy(self.encoder))
 
     def encode(self, number: int) -> EncodedPrompts:
         """Encode the prompts of a fraction.
 
         Raises:
-            InputError: the template refuses a prompt (it is named).
+            InputError: the template rejects a prompt; the error names it.
         """
         kept: list[tuple[int, PromptRequest]] = []
         skipped = []
@@ -83,7 +84,7 @@ class GenerationJob:
                 skipped.append({"prompt_id": row["prompt_id"], "reason": request})
             else:
                 kept.append((index, request))
-        # Long prompts first: what is left for the end, when nothing more can fill the engine, is short.
+        # Long prompts first, so that the tail, when no more prompts can fill the engine, consists of short ones.
         kept.sort(key=lambda item: -len(item[1].token_ids))
         return EncodedPrompts([request for _, request in kept], [index for index, _ in kept], skipped)
 
@@ -97,28 +98,26 @@ class GenerationJob:
             raise InputError(f"prompt {row['prompt_id']}: {error}") from error
         if len(ids) > self.longest_prompt:
             return f"prompt of {len(ids)} tokens, at most {self.longest_prompt} fit"
+        # An array of C ints: a list of Python ints would take several times the memory for a whole fraction.
         room = None if self.context is None else self.context - len(ids)
         return PromptRequest(row["prompt_id"], array("i", ids), room)
 
     def fraction_provenance(self, number: int, prompts: EncodedPrompts) -> Provenance:
-        """Return the record of one fraction, with the sum of its prompt ids: proof that none is missing or repeated."""
+        """Return the provenance of one fraction, with the sum of its prompt ids as proof that none is missing or repeated."""
         ids = [request.prompt_id for request in prompts.requests] + [item["prompt_id"] for item in prompts.skipped]
         extra = self.provenance.extra | {"fraction_ids": ids_sum(iter(ids)), "all_ids": self.store.all_ids}
         return replace(self.provenance, data_frac=number, extra=extra)
 
     def rows(self, index: int, responses: list[Response]) -> list[dict[str, Any]]:
-        """Return the generated rows of the prompt that stands at ``index`` in the store.
-
-        Where it has no ground truth, ``chosen`` is null.
-        """
+        """Return the generated rows of the prompt at ``index`` in the store; ``chosen`` is null without a ground truth."""
         row = self.store.row(index)
         prompt = prompt_turns(row["chosen"])
-        truth = row["chosen"] if len(prompt) < len(row["chosen"]) else None
+        ground_truth = row["chosen"] if len(prompt) < len(row["chosen"]) else None
         return [
             {
                 "prompt_id": row["prompt_id"],
                 "sample_index": sample,
-                "chosen": truth,
+                "chosen": ground_truth,
                 "rejected": [*prompt, {"role": "assistant", "content": self._text(response)}],
                 "rejected_token_ids": response.token_ids,
                 "rejected_finish_reason": response.finish_reason,
@@ -134,13 +133,13 @@ class GenerationJob:
 
 
 class FractionWork:
-    """One fraction, as one of the workers sees it."""
+    """One fraction from the point of view of one worker."""
 
     def __init__(self, job: GenerationJob, number: int, worker: Worker, prompts: EncodedPrompts | None = None) -> None:
         """Encode the fraction (unless that was done ahead), and see what is finished and claimed.
 
         Raises:
-            InputError: a prompt is refused by the template, or no prompt of the fraction fits.
+            InputError: the template rejects a prompt, or no prompt of the fraction fits.
         """
         self.job, self.number = job, number
         self.prompts = prompts or job.encode(number)
@@ -154,17 +153,17 @@ class FractionWork:
         provenance = job.fraction_provenance(number, self.prompts)
         self.journal = FractionJournal(path, job.schema, provenance, count, job.sampling.num_samples)
         self.journal.open()
-        # Only now: others may have merged it while the prompts were encoded, and would not see the folder just made.
+        # Checked only now: another worker may have merged it during encoding, and would not remove the folder just created.
         self.merged = self.journal.is_merged()
         if self.merged:
             self.journal.remove_parts()
-        self.leases = Leases(self.journal.folder, worker, job.patience)
+        self.leases = Leases(self.journal.folder, worker, job.lease_timeout)
         self._block = max(1, min(_LARGEST_BLOCK, count // _BLOCKS_PER_FRACTION))
         self._candidates = deque(range(-(-count // self._block)))
         self._elsewhere: list[int] = []
 
     def claims(self) -> Iterator[list[int]]:
-        """Claim one block after the other; yield the positions in it that are not finished."""
+        """Claim one block after another; yield the unfinished positions in each."""
         while self._candidates and self.journal.accepts_parts():
             block = self._candidates.popleft()
             positions = range(block * self._block, min((block + 1) * self._block, len(self.journal.finished)))
@@ -173,19 +172,19 @@ class FractionWork:
             if not self.leases.claim(f"block-{block:06d}"):
                 self._elsewhere.append(block)
                 continue
-            # Its last owner may have finished some of it before it died.
+            # A previous owner may have finished part of the block before it died.
             self.journal.scan()
             if pending := [position for position in positions if not self.journal.finished[position]]:
                 yield pending
 
     def look_again(self) -> None:
-        """See what others have finished, and let the blocks they hold be claimed if they have died."""
+        """See what others have finished, and try the blocks they hold again in case they have died."""
         self.journal.scan()
         self._candidates.extend(self._elsewhere)
         self._elsewhere = []
 
     def merge_if_complete(self) -> bool:
-        """Merge the parts when every prompt is finished and nobody else does it; return whether this worker did.
+        """Merge the parts if every prompt is finished and no other worker does so; return whether this worker did.
 
         Raises:
             InputError: a fraction made from something else has come into its place.
@@ -198,7 +197,7 @@ class FractionWork:
             return False
         if self.journal.path.exists() and not self.job.overwrite:
             raise InputError(
-                f"{self.journal.path} appeared meanwhile and was made from something else: give the same flags on every server, "
+                f"{self.journal.path} was created by another run with different provenance: pass the same flags on every server, "
                 "or another output_dir; what was generated here is kept"
             )
         self.journal.merge(self.prompts.skipped)
@@ -206,19 +205,19 @@ class FractionWork:
         return True
 
 
-def longest_prompt(options: Any, context: int | None) -> int:
-    """Return the longest prompt allowed, in tokens: what ``max_prompt_length`` and the model's context leave.
+def longest_prompt(config: GenerateConfig, context: int | None) -> int:
+    """Return the longest prompt allowed by ``max_prompt_length`` and the model's context, in tokens.
 
     Raises:
-        InputError: the context has no room for ``max_new_tokens`` behind any prompt, or nothing limits a response.
+        InputError: ``max_new_tokens`` does not fit in the context after any prompt, or nothing limits a response.
     """
     if context is None:
-        if not options.max_new_tokens:
-            raise InputError("max_new_tokens is 0, but the model sets no limit to its context: set max_new_tokens")
-        return options.max_prompt_length or sys.maxsize
-    if context <= options.max_new_tokens:
+        if not config.max_new_tokens:
+            raise InputError("max_new_tokens is 0, but the model's context has no limit: set max_new_tokens")
+        return config.max_prompt_length or sys.maxsize
+    if context <= config.max_new_tokens:
         raise InputError(
-            f"max_new_tokens {options.max_new_tokens} leaves no room for a prompt in the context of {context} tokens: "
+            f"max_new_tokens {config.max_new_tokens} leaves no room for a prompt in the context of {context} tokens: "
             "lower it"
         )
-    return min(options.max_prompt_length or sys.maxsize, context - max(options.max_new_tokens, 1))
+    return min(config.max_prompt_length or sys.maxsize, context - max(config.max_new_tokens, 1))

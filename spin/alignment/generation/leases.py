@@ -1,8 +1,8 @@
-"""Who works on what, among processes that share nothing but a folder: heartbeats and leases, without a cluster manager.
+"""Dividing work among processes that share only a folder: heartbeats and leases, without a cluster manager.
 
-A lease is a file that one worker creates and nobody overwrites. Its owner is alive as long as the owner's heartbeat file keeps
-changing, as seen by the clock of whoever looks: the clocks of two servers are never compared. Leases save work, they do not
-guard data: two workers that both believe they hold one write the same rows to files of their own, and the gathering of a
+A lease is a file that one worker creates and no other overwrites. Its owner is alive as long as its heartbeat file keeps
+changing, measured by the observer's own clock: the clocks of two servers are never compared. Leases avoid duplicate work but do
+not protect data: two workers that both believe they hold a lease write the same rows to files of their own, and merging a
 fraction takes each prompt once.
 """
 
@@ -19,12 +19,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-BEAT_SECONDS = 5.0
-LEASE_SECONDS = 60.0
+HEARTBEAT_INTERVAL = 5.0
+LEASE_TIMEOUT = 60.0
 
 
 def _host_key() -> str:
-    """Names this machine, boot and process namespace: inside it a process number means one process."""
+    """Identifies the machine, boot and process namespace within which a process id is unique."""
     parts = [socket.gethostname()]
     try:
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip())
@@ -35,20 +35,22 @@ def _host_key() -> str:
 
 
 def _start_of(pid: int) -> str | None:
-    """When a process of this machine started, in clock ticks since boot; None when there is none, or no /proc."""
+    """Start time of a process on this machine in clock ticks since boot; None if it does not exist, or without /proc."""
     try:
+        # Field 22 of proc(5)'s stat, counted from after the command name, which may itself contain spaces and brackets.
         return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[19]
     except (OSError, IndexError):
         return None
 
 
 class Worker:
-    """This process as the others see it: a name, and a heartbeat file that also says how far it is (a context manager).
+    """Context manager that makes this process visible to others: a name, and a heartbeat file that also reports progress.
 
-    The file is rewritten every ``beat`` seconds by a thread of its own until the worker ends; a killed one stops changing.
+    A thread rewrites the file every ``beat`` seconds (the heartbeat interval) until the worker ends; that of a killed worker
+    stops changing.
     """
 
-    def __init__(self, folder: Path, beat: float = BEAT_SECONDS) -> None:
+    def __init__(self, folder: Path, beat: float = HEARTBEAT_INTERVAL) -> None:
         self.folder, self.beat = folder, beat
         self.name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
         self.path = folder / f"{self.name}.json"
@@ -66,18 +68,18 @@ class Worker:
     def __exit__(self, *_: object) -> None:
         self._end.set()
         self._thread.join()
-        # Where it cannot be written nobody is misled: a heartbeat that stands still ends the leases too, only later.
+        # Not essential: if the file cannot be written, the leases expire when the heartbeat stops.
         with contextlib.suppress(OSError):
             self._write("ended")
 
     def tell(self, **facts: Any) -> None:
-        """Set what the next heartbeat says about the work."""
+        """Set the progress reported by the next heartbeat."""
         self.facts = {**self.facts, **facts}
 
     def _beat(self) -> None:
         while not self._end.wait(self.beat):
-            # A beat that a full disk or a lost mount prevents costs others' patience only; the next rows to be written stop
-            # the program with the reason.
+            # A heartbeat missed because of a full disk or a lost mount is harmless; writing the next rows will stop the
+            # program with the reason.
             with contextlib.suppress(OSError):
                 self._write("working")
 
@@ -93,14 +95,14 @@ class Worker:
             "state": state,
             **self.facts,
         }
-        # The folder is not made again: after a lost mount that would write to the disk below it.
+        # The folder is not created again: under a lost mount point that would write to a different disk.
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text(json.dumps(record), encoding="utf-8")
         temporary.replace(self.path)
 
 
 def read_worker(path: Path) -> dict[str, Any] | None:
-    """Return what a heartbeat file says; None when it is not there or not readable (yet)."""
+    """Return the content of a heartbeat file; None if it does not exist or is not readable (yet)."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -109,38 +111,39 @@ def read_worker(path: Path) -> dict[str, Any] | None:
 
 
 def is_known_dead(record: dict[str, Any] | None) -> bool:
-    """Return whether a heartbeat proves by itself that its worker works no more: it said so, or its process here is gone."""
+    """Return whether a heartbeat alone proves that its worker has stopped: it says so, or its process on this machine ended."""
     if record is None:
         return False
     if record.get("state") == "ended":
         return True
     if record.get("host") != _host_key() or not Path("/proc/self/stat").exists():
         return False
+    # A process id may have been reused; together with its start time it identifies one process.
     return _start_of(int(record["pid"])) != record.get("start")
 
 
 @dataclass
 class _Sighting:
-    """The last change of something, by this process's own clock."""
+    """A value, and when this process saw it change, by its own clock."""
 
     value: Any
     since: float = field(default_factory=time.monotonic)
 
 
 class Leases:
-    """The lease files of one folder, as one worker sees and takes them."""
+    """The lease files of one folder, from the point of view of one worker."""
 
-    def __init__(self, folder: Path, worker: Worker, patience: float = LEASE_SECONDS) -> None:
-        """``patience`` is how many seconds a heartbeat may stand still before its worker counts as dead."""
-        self.folder, self.worker, self.patience = folder, worker, patience
+    def __init__(self, folder: Path, worker: Worker, lease_timeout: float = LEASE_TIMEOUT) -> None:
+        """``lease_timeout`` is the lease timeout: seconds without a heartbeat after which a worker counts as dead."""
+        self.folder, self.worker, self.lease_timeout = folder, worker, lease_timeout
         self.held: set[str] = set()
-        self._beats: dict[str, _Sighting] = {}
+        self._heartbeats: dict[str, _Sighting] = {}
 
     def path(self, name: str) -> Path:
         return self.folder / f"{name}.lease"
 
     def claim(self, name: str) -> bool:
-        """Take a lease if nobody has it, or if its owner is dead; return whether this worker has it now."""
+        """Take a lease if it is free or its owner is dead; return whether this worker holds it now."""
         if name in self.held:
             return True
         path = self.path(name)
@@ -156,31 +159,31 @@ class Leases:
         return True
 
     def release(self, name: str) -> None:
-        """Give a lease of this worker back."""
+        """Release a lease held by this worker."""
         self.held.discard(name)
         if self.owner(name) == self.worker.name:
             self.path(name).unlink(missing_ok=True)
 
     def owner(self, name: str) -> str | None:
-        """Return the worker that holds a lease; None when nobody does."""
+        """Return the worker that holds a lease, or None."""
         try:
-            # A file just created may still be empty: its owner, whoever it is, is given the usual time.
+            # A new file may still be empty: its unknown owner gets the same lease timeout.
             return self.path(name).read_text(encoding="utf-8") or f"unknown owner of {name}"
         except FileNotFoundError:
             return None
 
     def is_alive(self, owner: str) -> bool:
-        """Return whether a worker may still be working: its heartbeat changed in the last ``patience`` seconds."""
+        """Return whether a worker may still be working: its heartbeat changed in the last ``lease_timeout`` seconds."""
         if owner == self.worker.name:
             return True
         record = read_worker(self.worker.folder / f"{owner}.json")
         if is_known_dead(record):
             return False
         beat = None if record is None else record.get("beat")
-        seen = self._beats.get(owner)
+        seen = self._heartbeats.get(owner)
         if seen is None or seen.value != beat:
-            self._beats[owner] = seen = _Sighting(beat)
-        return time.monotonic() - seen.since < self.patience
+            self._heartbeats[owner] = seen = _Sighting(beat)
+        return time.monotonic() - seen.since < self.lease_timeout
 
     def _create(self, path: Path) -> bool:
         try:
@@ -188,7 +191,7 @@ class Leases:
         except FileExistsError:
             return False
         except FileNotFoundError:
-            # The folder is gone: what it is about is finished, or the disk is lost. Whoever looks at the work itself finds out.
+            # The folder has been removed: the work is finished, or the disk is lost. The caller finds out when it checks.
             return False
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(self.worker.name)
@@ -196,7 +199,7 @@ class Leases:
 
     @staticmethod
     def _withdraw(path: Path) -> None:
-        """Remove a dead worker's lease; of several that try, the one whose rename works goes on as if it had."""
+        """Remove a dead worker's lease; of several workers that try, only one succeeds in renaming it."""
         aside = path.with_suffix(f".{secrets.token_hex(4)}.dead")
         try:
             path.rename(aside)

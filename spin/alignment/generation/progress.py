@@ -1,4 +1,4 @@
-"""What a person watches while responses are made: a bar on a terminal, else a line every ten seconds."""
+"""Progress display during generation: a bar on a terminal, otherwise a line every ten seconds."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ _SHOW_SECONDS = 0.5
 
 
 class GenerationProgress:
-    """Counts of one worker (prompts, rows, tokens, share of responses cut by length) and the time that is left for all."""
+    """Counts of one worker (prompts, rows, tokens, truncated responses) and the estimated time left for all workers."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.prompts = self.rows = self.tokens = self.cut = 0
         self.done = self.total = self._done_before = 0
-        self.started = self._told = self._shown = time.monotonic()
+        self.started = self._last_report = self._shown = time.monotonic()
         self._bar: Bar | None = None
 
     def start(self, done: int, total: int) -> None:
-        """Start the clock: the model is loaded, and ``done`` of ``total`` prompts are finished already."""
+        """Start the clock once the model is loaded; ``done`` of ``total`` prompts are already complete."""
         self.done = self._done_before = done
         self.total = total
-        self.started = self._told = time.monotonic()
+        self.started = self._last_report = time.monotonic()
         if sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -46,40 +46,41 @@ class GenerationProgress:
         self.cut += sum(row["rejected_finish_reason"] == "length" for row in rows)
 
     def show(self, count_done: Callable[[], int]) -> bool:
-        """Bring the display up to date, twice a second at most; return whether it was due.
+        """Update the display, at most twice a second; return whether it was due.
 
-        ``count_done()`` prompts are finished, by whomever.
+        ``count_done()`` returns the number of prompts finished by all workers.
         """
         if time.monotonic() - self._shown < _SHOW_SECONDS:
             return False
         self._shown = time.monotonic()
+        # Never less than this worker's own count, which includes rows that are not in a file yet.
         self.done = max(count_done(), self._done_before + self.prompts)
         if self._bar is not None:
             self._bar.update(self._task, completed=self.done, description=self.summary())
-        elif time.monotonic() - self._told > _LINE_SECONDS:
-            self._told = time.monotonic()
+        elif time.monotonic() - self._last_report > _LINE_SECONDS:
+            self._last_report = time.monotonic()
             self._say(f"{self.summary()}, {self.seconds_left():.0f} s left")
         return True
 
     def seconds_left(self) -> float:
-        """Return the time the rest takes at the rate of all workers so far; 0 before the first is done."""
+        """Return the estimated time left at the rate of all workers so far; 0 until the first prompt is finished."""
         made = self.done - self._done_before
         return (self.total - self.done) / made * self.seconds if made else 0.0
 
     @property
     def seconds(self) -> float:
-        return max(time.monotonic() - self.started, 1e-9)
+        return max(time.monotonic() - self.started, 1e-9)  # never 0, because rates are divided by it
 
     def summary(self) -> str:
         share = self.cut / max(self.rows, 1)
         own = "" if self.prompts == self.done - self._done_before else f" ({self.prompts} here)"
         return (
             f"{self.name}: {self.done}/{self.total} prompts{own}, {self.rows / self.seconds:.1f} rows/s, "
-            f"{self.tokens / self.seconds:.0f} tokens/s, {share:.1%} cut"
+            f"{self.tokens / self.seconds:.0f} tokens/s, {share:.1%} truncated"
         )
 
     def facts(self) -> dict[str, Any]:
-        """Return the counts for the heartbeat, which ``spin status`` reads."""
+        """Return the counts for the heartbeat file, which ``spin status`` reads."""
         return {
             "prompts": self.prompts,
             "rows": self.rows,
@@ -90,7 +91,7 @@ class GenerationProgress:
         }
 
     def close(self, done: int) -> None:
-        """Leave the last line standing."""
+        """Stop the bar and print the final counts."""
         self.done = done
         if self._bar is not None:
             self._bar.stop()

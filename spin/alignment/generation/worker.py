@@ -1,7 +1,7 @@
-"""The loop of a generation step: claim prompts, stream them through the backend, write what is finished, merge fractions.
+"""The main loop of generation: claim prompts, stream them through the backend, write finished rows, merge fractions.
 
-Any number of workers run it on one folder, each a process of its own with an engine of its own. They meet in the lease files
-only, so uneven work cannot hang anybody.
+Any number of workers can run on one folder, each in its own process with its own engine. They coordinate only through lease
+files, so no worker can hang waiting for another.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from spin.alignment.generation.progress import GenerationProgress
 
 FLUSH_SECONDS = 60.0
 POLL_SECONDS = 1.0
-_TELL_SECONDS = 15.0
+_REPORT_SECONDS = 15.0
 _SKIPPED_SHOWN = 5
 
 
 @dataclass
 class _Unwritten:
-    """Finished rows of one fraction that are not in a file yet, by position."""
+    """Finished rows of one fraction that have not been written yet, by position."""
 
     work: FractionWork
     rows: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
 
 
 class GenerationRun:
-    """One worker's part in making some fractions."""
+    """One worker's share of generating some fractions."""
 
     def __init__(
         self,
@@ -49,16 +49,18 @@ class GenerationRun:
         flush_every: int,
         progress: GenerationProgress,
     ) -> None:
-        """``load_backend`` is called once, with the prompts of the first fraction, when there is something to generate."""
+        """``load_backend`` is called once, with the prompts of the first fraction, if there is anything to generate."""
         self.job, self.worker, self.progress = job, worker, progress
         self.flush_every, self._load_backend = flush_every, load_backend
         self._unmerged = list(fractions)
         self._total = sum(self._size(number) for number in fractions)
         self._works: dict[int, FractionWork] = {}
-        self._leases = Leases(job.output_dir / PARTS_FOLDER, worker, job.patience)
+        # One lease per fraction, only to spread workers over fractions; blocks within a fraction have their own.
+        self._leases = Leases(job.output_dir / PARTS_FOLDER, worker, job.lease_timeout)
         self._backend: GenerationBackend | None = None
         self._unwritten: dict[int, _Unwritten] = {}
         self._flushed = time.monotonic()
+        # One thread each for writing parts and for encoding the next fraction, so that the engine never waits for either.
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="writer")
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="reader")
         self._write: Future[None] | None = None
@@ -66,17 +68,17 @@ class GenerationRun:
         self._streaming = self.stopping = False
 
     def stop(self) -> None:
-        """Finish what is in flight, write it, and end with KeyboardInterrupt; called twice, or before the start, end at once."""
-        if self.stopping or not self._streaming:
+        """Finish requests in flight, write them and raise KeyboardInterrupt; if called twice, or before the start, at once."""
+        if self.stopping or not self._streaming:  # nothing in flight, or the user insists
             raise KeyboardInterrupt
         self.stopping = True
-        say_error("asked to end: finishing the responses in flight")
+        say_error("interrupted: finishing the responses in flight")
 
     def run(self) -> None:
-        """Work until every fraction asked for is merged, by whomever.
+        """Work until every requested fraction has been merged, by this or another worker.
 
         Raises:
-            InputError: what the user has to mend; everything flushed stays.
+            InputError: an error the user has to fix; everything flushed is kept.
             KeyboardInterrupt: after :meth:`stop`.
         """
         try:
@@ -97,7 +99,7 @@ class GenerationRun:
             self._close()
 
     def _close(self) -> None:
-        """Write what is finished, also when an error or an interrupt ends the run."""
+        """Write finished rows, also after an error or an interrupt."""
         try:
             self._settle()
         finally:
@@ -108,12 +110,13 @@ class GenerationRun:
                 self._backend.close()
 
     def _stream_claims(self) -> bool:
-        """Generate everything that can be claimed now; return whether there was anything."""
-        drawn: dict[int, tuple[FractionWork, int]] = {}
+        """Generate everything that can be claimed now; return whether anything could."""
+        drawn: dict[int, tuple[FractionWork, int]] = {}  # request in flight -> its fraction and position
         requests = self._claimed_requests(drawn)
         first = next(requests, None)
         if first is None:
             return False
+        # Loaded only once there is work: a rerun on complete fractions must not load a model.
         if self._backend is None:
             self._backend = self._load_backend(drawn[0][0].prompts.requests)
             self.progress.start(self._finished(), self._total)
@@ -123,10 +126,10 @@ class GenerationRun:
             for index, responses in stream:
                 self._take(*drawn.pop(index), responses)
         except Exception as error:
-            # An engine that the same signal reached may break off; what it has finished is written all the same.
+            # An engine that received the same signal may fail; the rows it finished are still written.
             if not self.stopping or isinstance(error, InputError):
                 raise
-            say_error(f"the engine broke off ({type(error).__name__})")
+            say_error(f"the engine stopped ({type(error).__name__})")
         finally:
             self._streaming = False
         return True
@@ -136,13 +139,14 @@ class GenerationRun:
         self._unwritten.setdefault(work.number, _Unwritten(work)).rows[position] = rows
         self.progress.add(rows)
         count = sum(len(item.rows) for item in self._unwritten.values())
+        # By time as well, so that slow responses are not lost in a kill.
         if count >= self.flush_every or time.monotonic() - self._flushed > FLUSH_SECONDS:
             self._flush()
         if self.progress.show(lambda: self._finished() + count):
             self._tell_others()
 
     def _claimed_requests(self, drawn: dict[int, tuple[FractionWork, int]]) -> Iterator[PromptRequest]:
-        """Claim blocks and yield their requests one by one, noting in ``drawn`` what each of them is."""
+        """Claim blocks and yield their requests one by one, recording in ``drawn`` which prompt each of them is."""
         count = 0
         for work in self._open_fractions():
             for position in chain.from_iterable(work.claims()):
@@ -153,7 +157,7 @@ class GenerationRun:
                 yield work.prompts.requests[position]
 
     def _open_fractions(self) -> Iterator[FractionWork]:
-        """Yield fractions nobody is working on, then those that others are working on: few are left then, so they are shared."""
+        """Yield fractions that no worker has claimed, then those of other workers, whose remaining blocks are shared."""
         others = []
         for number in list(self._unmerged):
             if number in self._works or len(self._unmerged) == 1 or self._leases.claim(self._lease(number)):
@@ -169,8 +173,8 @@ class GenerationRun:
         return f"{self.job.split}-{number:05d}"
 
     def _open(self, number: int) -> FractionWork | None:
-        """Open a fraction and begin to encode the next; None when it is merged already."""
-        # What is merged goes at once: memory must not grow with the number of fractions.
+        """Open a fraction and start encoding the next one; None if it has already been merged."""
+        # Merged fractions are dropped immediately: memory must not grow with the number of fractions.
         for done in [work.number for work in self._works.values() if work.merged]:
             self._forget(done)
         if number not in self._unmerged:
@@ -183,7 +187,7 @@ class GenerationRun:
             prompts = ahead.result() if ahead is not None else None
             work = self._works[number] = FractionWork(self.job, number, self.worker, prompts)
             for path in work.journal.torn:
-                say_error(f"{path} is torn: set aside, its prompts are made again")
+                say_error(f"{path} is damaged: skipped, its prompts will be generated again")
             if work.merged:
                 self._forget(number)
                 return None
@@ -191,7 +195,7 @@ class GenerationRun:
         return self._works[number]
 
     def _is_merged_by_others(self, number: int) -> bool:
-        """Return whether a fraction that is not open here has been merged."""
+        """Return whether a fraction that this worker has not opened has been merged."""
         path = fraction_path(self.job.output_dir, self.job.split, number)
         if not path.exists():
             return False
@@ -203,7 +207,7 @@ class GenerationRun:
         self._leases.release(self._lease(number))
 
     def _encode_ahead(self, number: int) -> None:
-        """Encode the fraction this worker would take next while this one is generated."""
+        """Encode the fraction that this worker would claim next, while the current one is generated."""
         for other in self._unmerged:
             owner = self._leases.owner(self._lease(other))
             if other > number and other not in self._works and (owner is None or not self._leases.is_alive(owner)):
@@ -212,7 +216,7 @@ class GenerationRun:
                 return
 
     def _finished(self) -> int:
-        """Return how many of the prompts asked for are in files, by whomever, as far as this worker knows."""
+        """Return how many of the requested prompts are in files, written by any worker, as far as this worker knows."""
         unmerged = sum(self._size(number) for number in self._unmerged)
         opened = sum(int(work.journal.finished.sum()) + len(work.prompts.skipped) for work in self._works.values())
         return self._total - unmerged + opened
@@ -221,8 +225,8 @@ class GenerationRun:
         return fraction_size(len(self.job.store), number, self.job.frac_len)
 
     def _flush(self) -> None:
-        """Hand the finished rows to the writer; wait for what it had before, so at most one part is in its hands."""
-        self._wait_for_writer()
+        """Pass the finished rows to the writer thread, after it has written the previous ones."""
+        self._wait_for_writer()  # also raises what the writer raised, for instance a full disk
         batch, self._unwritten = self._unwritten, {}
         self._flushed = time.monotonic()
         self._tell_others()
@@ -242,9 +246,9 @@ class GenerationRun:
             return
         skipped = work.prompts.skipped
         for item in skipped[:_SKIPPED_SHOWN]:
-            say_error(f"left out prompt {item['prompt_id']}: {item['reason']}")
+            say_error(f"skipped prompt {item['prompt_id']}: {item['reason']}")
         if skipped[_SKIPPED_SHOWN:]:
-            say_error(f"left out {len(skipped)} prompts in all; the file's metadata names them")
+            say_error(f"skipped {len(skipped)} prompts in total; they are listed in the file's metadata")
         say_error(f"wrote {work.journal.path}")
 
     def _wait_for_writer(self) -> None:
@@ -253,13 +257,13 @@ class GenerationRun:
             write.result()
 
     def _settle(self) -> None:
-        """Have everything finished in files."""
+        """Write all finished rows and wait until they are on disk."""
         if self._unwritten:
             self._flush()
         self._wait_for_writer()
 
     def _merge_complete(self) -> None:
-        """Merge what is complete and forget what is merged."""
+        """Merge complete fractions and forget merged ones."""
         for number in list(self._unmerged):
             work = self._works.get(number)
             if work is not None and not work.merged and work.journal.accepts_parts():
@@ -269,10 +273,10 @@ class GenerationRun:
                 self._forget(number)
 
     def _wait(self, since: float) -> float:
-        """Let time pass while living workers hold all that is left; say so now and then."""
-        if time.monotonic() - since > _TELL_SECONDS:
+        """Sleep while other live workers hold all remaining blocks; report it every few seconds."""
+        if time.monotonic() - since > _REPORT_SECONDS:
             since = time.monotonic()
             numbers = ", ".join(map(str, self._unmerged[:5]))
-            say_error(f"other workers hold the rest of fraction {numbers}: waiting for them")
+            say_error(f"waiting for other workers to finish fraction {numbers}")
         time.sleep(POLL_SECONDS)
         return since

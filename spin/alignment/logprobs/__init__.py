@@ -1,1 +1,1 @@
-"""Token log-probs of preference pairs under a model: batches, attention, forward passes, the stored reference."""
+"""Token log-probs of preference pairs under a model: batches, attention, forward passes, stored reference log-probs."""

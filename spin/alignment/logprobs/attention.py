@@ -1,8 +1,10 @@
-"""Attention over packed rows, plugged into transformers' attention interface: no model code is patched.
+"""Attention over packed rows, registered with transformers' attention interface, so no model code is patched.
 
-A packed row holds several *trees* one behind the other. A tree is a prompt P and its branches B1, B2 ... (the responses): P
-and B1 follow each other as in any sequence, every further branch attends to P and to itself, never to another branch. No
+A packed row contains several *trees*, one after another. A tree is a prompt P and its branches B1, B2 ... (the responses): P
+followed by B1 is an ordinary sequence, and every further branch attends to P and to itself, never to another branch. No
 ``T x T`` mask is built on the paths used for training.
+
+Shapes: T tokens in the row, H query heads, KV key-value heads, D head size.
 """
 
 from __future__ import annotations
@@ -22,13 +24,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PACKED_ATTENTION = "spin_packed"
-PADDED_MEND = "set batching: padded (slower, the same loss)"
+PADDED_FIX = "set batching: padded (slower, the same loss)"
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 
 
 @dataclass(frozen=True)
 class Tree:
-    """Lengths in tokens of a prompt and of the branches that continue it."""
+    """Lengths, in tokens, of a prompt and of the branches that continue it."""
 
     prompt: int
     branches: tuple[int, ...]
@@ -40,7 +42,7 @@ class Tree:
 
 @dataclass
 class PackedLayout:
-    """Where the trees of one packed row lie; the kernels' index tensors are made once per row and shared by its layers."""
+    """The trees of one packed row; the index tensors of the kernels are built once per row and shared by all layers."""
 
     trees: Sequence[Tree]
     device: torch.device
@@ -49,22 +51,22 @@ class PackedLayout:
 
     @cached_property
     def query_lengths(self) -> list[int]:
-        """Lengths of the query segments: prompt with first branch, then each further branch."""
+        """Lengths of the query segments: the prompt with the first branch, then each further branch."""
         return [n for tree in self.trees for n in (tree.prompt + tree.branches[0], *tree.branches[1:])]
 
     @cached_property
     def segment_lengths(self) -> list[int]:
-        """Lengths of the row's pieces: prompt, first branch, further branches, next prompt ..."""
+        """Lengths of the row's pieces: prompt, first branch, further branches, next prompt, and so on."""
         return [n for tree in self.trees for n in (tree.prompt, *tree.branches)]
 
     @cached_property
     def key_lengths(self) -> list[int]:
-        """Number of keys that each query segment attends to: the prompt's and its own branch's."""
+        """Number of keys that each query segment attends to: those of the prompt and of its own branch."""
         return [tree.prompt + branch for tree in self.trees for branch in tree.branches]
 
     @cached_property
     def key_index(self) -> Tensor:
-        """Positions in the row of the keys of all query segments, of shape ``(sum of key_lengths,)``."""
+        """Positions in the row of the keys of all query segments, shape ``(sum of key_lengths,)``."""
         pieces, start = [], 0
         for tree in self.trees:
             branch_start = start + tree.prompt
@@ -76,7 +78,7 @@ class PackedLayout:
 
     @cached_property
     def cumulative_lengths(self) -> tuple[Tensor, Tensor]:
-        """Cumulative query and key lengths, int32 with a leading 0, as variable-length kernels take them."""
+        """Cumulative query and key lengths, int32, shape ``(segments + 1,)``, as variable-length kernels expect them."""
         both = (self.query_lengths, self.key_lengths)
         first, second = (torch.tensor([0, *accumulate(n)], dtype=torch.int32, device=self.device) for n in both)
         return first, second
@@ -94,15 +96,16 @@ class PackedLayout:
         return trees, branches, positions
 
     def causal_mask(self, queries: int, keys: int, window: int | None, dtype: torch.dtype) -> Tensor:
-        """Return the additive mask of queries that are the last of the keys, of shape ``(queries, keys)``.
+        """Return the additive mask, shape ``(queries, keys)``, for queries that are the last of the keys.
 
-        A query sees itself and what is before it, with a window the last ``window`` keys only.
+        A query sees itself and earlier keys; with a window, only the last ``window`` keys.
         """
         name = (queries, keys, window, dtype)
         if name not in self._masks:
             distance = torch.arange(keys - queries, keys, device=self.device)[:, None] - torch.arange(
                 keys, device=self.device
             )
+            # distance: (queries, keys), from key to query, negative for future keys
             hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
             self._masks[name] = torch.zeros(queries, keys, dtype=dtype, device=self.device).masked_fill_(
                 hidden, float("-inf")
@@ -114,7 +117,7 @@ class PackedLayout:
         return {}
 
     def block_mask(self, window: int | None) -> Any:
-        """Return FlexAttention's block mask of the row."""
+        """Return FlexAttention's block mask for the row."""
         if window not in self._block_masks:
             from torch.nn.attention.flex_attention import create_block_mask
 
@@ -133,42 +136,44 @@ class PackedLayout:
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """What one layer asks for: the scale of the scores, its window (keys) and its soft cap, as far as it has them."""
+    """The attention settings of one layer: the scale of the scores, the window (in keys) and the soft cap, or None."""
 
     scaling: float | None
     window: int | None
     softcap: float | None
 
 
-# A kernel gets query (1, H, T, D), key and value (1, KV, T, D) and returns the attended values as (1, T, H, D).
+# A kernel takes query (1, H, T, D), key and value (1, KV, T, D) and returns the attended values as (1, T, H, D).
 Kernel = Callable[["Tensor", "Tensor", "Tensor", PackedLayout, AttentionCall], "Tensor"]
 
 
 def sdpa_kernel(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, call: AttentionCall) -> Tensor:
-    """Attend segment by segment with PyTorch's scaled dot-product attention; soft-capped scores are computed in full."""
-    # split and cat have cheap gradients; slicing would fill a whole row of zeros for each slice.
-    keys, values = (piece.split(layout.segment_lengths, dim=2) for piece in (key, value))
+    """Attend segment by segment with PyTorch's scaled dot-product attention; soft-capped scores are materialised."""
+    # split and cat have cheap gradients; the gradient of a slice is a whole row of zeros.
+    keys, values = (piece.split(layout.segment_lengths, dim=2) for piece in (key, value))  # pieces (1, KV, length, D)
     grouped = query.shape[1] != key.shape[1]
     outputs, segment, piece = [], iter(query.split(layout.query_lengths, dim=2)), 0
     for tree in layout.trees:
         for branch in range(1, len(tree.branches) + 1):
-            part = next(segment)
-            k = torch.cat([keys[piece], keys[piece + branch]], dim=2)
+            part = next(segment)  # (1, H, Q, D)
+            k = torch.cat([keys[piece], keys[piece + branch]], dim=2)  # (1, KV, prompt + branch, D)
             v = torch.cat([values[piece], values[piece + branch]], dim=2)
             outputs.append(_attend(part, k, v, layout, call, grouped))
         piece += 1 + len(tree.branches)
-    return torch.cat(outputs, dim=2).transpose(1, 2)
+    return torch.cat(outputs, dim=2).transpose(1, 2)  # (1, T, H, D)
 
 
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, call: AttentionCall, grouped: bool
 ) -> Tensor:
+    """Attend from queries ``(1, H, Q, D)`` to keys ``(1, KV, K, D)``, of which the queries are the last Q; ``(1, H, Q, D)``."""
     queries, keys = query.shape[2], key.shape[2]
     window = None if call.window is None or call.window >= keys else call.window
     if call.softcap is not None:
         mask = layout.causal_mask(queries, keys, window, torch.float32)
         return _softcapped(query, key, value, mask, call)
     settings: dict[str, Any] = {"scale": call.scaling, "enable_gqa": grouped}
+    # is_causal aligns the diagonal to the first key, so it only fits a prompt with its first branch (queries == keys).
     if queries == keys and window is None:
         return scaled_dot_product_attention(query, key, value, is_causal=True, **settings)
     mask = layout.causal_mask(queries, keys, window, query.dtype)
@@ -180,26 +185,26 @@ def _softcapped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, call: A
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scores = query @ key.transpose(2, 3) * (call.scaling if call.scaling is not None else query.shape[-1] ** -0.5)
     assert call.softcap is not None
-    scores = torch.tanh(scores / call.softcap) * call.softcap + mask
+    scores = torch.tanh(scores / call.softcap) * call.softcap + mask  # (1, H, Q, K)
     wide = scores.dtype if scores.dtype == torch.float64 else torch.float32
     return torch.softmax(scores, dim=-1, dtype=wide).to(value.dtype) @ value
 
 
 def varlen_kernel(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, call: AttentionCall) -> Tensor:
-    """Attend with one variable-length flash-attention call; the prompt's keys are gathered once for each branch.
+    """Attend with one variable-length flash-attention call; the prompt's keys are gathered once per branch.
 
     Raises:
-        InputError: the layer caps its scores, which the kernel cannot.
+        InputError: the layer caps its scores, which the kernel does not support.
     """
     if call.softcap is not None:
         raise InputError("packed_attention varlen cannot cap attention scores: set packed_attention: flex")
     from torch.nn.attention.varlen import varlen_attn
 
-    # The causal diagonal of the kernel is aligned to the last key: queries are the last tokens of their keys.
+    # The kernel aligns the causal diagonal to the last key, which is right because queries are the last of their keys.
     index, (queries, keys) = layout.key_index, layout.cumulative_lengths
     attended = varlen_attn(
-        query[0].transpose(0, 1),
-        key[0].index_select(1, index).transpose(0, 1),
+        query[0].transpose(0, 1),  # (T, H, D)
+        key[0].index_select(1, index).transpose(0, 1),  # (sum of key lengths, KV, D)
         value[0].index_select(1, index).transpose(0, 1),
         queries,
         keys,
@@ -209,11 +214,11 @@ def varlen_kernel(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayou
         window_size=(-1 if call.window is None else call.window - 1, 0),
         enable_gqa=query.shape[1] != key.shape[1],
     )
-    return attended.unsqueeze(0)
+    return attended.unsqueeze(0)  # (1, T, H, D)
 
 
 def flex_kernel(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, call: AttentionCall) -> Tensor:
-    """Attend with FlexAttention: blocks that nobody sees are skipped, soft caps are applied inside the kernel."""
+    """Attend with FlexAttention: fully masked blocks are skipped, soft caps are applied inside the kernel."""
     cap = call.softcap
 
     def score(value: Tensor, batch: Tensor, head: Tensor, query_index: Tensor, key_index: Tensor) -> Tensor:
@@ -236,7 +241,7 @@ def flex_kernel(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout,
 def _flex_attention(device: str) -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
-    # Uncompiled it materialises the scores, which is good enough to test the mask on a CPU.
+    # Without compilation it materialises the scores, which is good enough to test the mask on a CPU.
     return flex_attention if device == "cpu" else torch.compile(flex_attention, dynamic=True)
 
 
@@ -263,26 +268,28 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """The function registered with transformers: query ``(1, H, T, D)`` -> ``(1, T, H, D)``.
 
-    ``layout`` reaches it as a keyword argument of the model's forward.
+    ``layout`` is passed as a keyword argument of the model's forward. ``attention_mask`` is ignored.
 
     Raises:
-        InputError: the layer has attention sinks, which no packed kernel computes.
+        InputError: the layer has attention sinks, which no packed kernel supports.
     """
     if s_aux is not None:
-        raise InputError(f"{type(module).__name__} uses attention sinks, which packed rows lack: {PADDED_MEND}")
+        raise InputError(
+            f"{type(module).__name__} uses attention sinks, which packed rows do not support: {PADDED_FIX}"
+        )
     call = AttentionCall(scaling, sliding_window, softcap)
     return KERNELS[layout.kernel](query, key, value, layout, call), None
 
 
 def register() -> None:
-    """Make ``PACKED_ATTENTION`` known to transformers."""
+    """Register ``PACKED_ATTENTION`` with transformers."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(PACKED_ATTENTION, packed_attention)
 
 
 def check_architecture(model: Any) -> None:
-    """Check what a configuration tells about packed rows; what it does not tell is found by comparing log-probs.
+    """Check whether a model's configuration permits packed rows; a later comparison of log-probs covers the rest.
 
     Raises:
         InputError: the model's attention cannot be replaced, or a layer is not plain attention.
@@ -292,22 +299,22 @@ def check_architecture(model: Any) -> None:
     unknown = sorted(set(getattr(config, "layer_types", None) or ()) - _KNOWN_LAYERS)
     if unknown:
         raise InputError(
-            f"{name} has layers of type {', '.join(unknown)}, which packed rows cannot pass: {PADDED_MEND}"
+            f"{name} has layers of type {', '.join(unknown)}, which packed rows do not support: {PADDED_FIX}"
         )
     if config.is_encoder_decoder or not getattr(model, "_supports_attention_backend", False):
-        raise InputError(f"{name} does not let its attention be chosen, so rows cannot be packed: {PADDED_MEND}")
+        raise InputError(f"{name} does not allow its attention to be replaced, so rows cannot be packed: {PADDED_FIX}")
 
 
 def choose_kernel(model: Any, device: torch.device, dtype: torch.dtype, wanted: str = "auto") -> str:
-    """Return the name of the kernel for a device and a compute dtype: the fastest that can do what the model asks for.
+    """Return the name of the fastest kernel that supports the model on a device in a compute dtype, or the ``wanted`` one.
 
     Raises:
-        InputError: the kernel asked for does not work here.
+        InputError: the wanted kernel is not supported here.
     """
     config = model.config.get_text_config()
     softcap = getattr(config, "attn_logit_softcapping", None) is not None
     half = dtype in (torch.bfloat16, torch.float16)
-    reasons = {
+    reasons = {  # why a kernel cannot be used, fastest first
         "varlen": None
         if device.type == "cuda" and half and not softcap
         else "it needs a GPU, 16-bit precision and scores without a soft cap",

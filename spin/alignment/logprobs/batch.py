@@ -1,4 +1,4 @@
-"""Preference pairs as the trainer holds them, and the tensors of a packed micro-batch."""
+"""Preference pairs as the trainer receives them, and the tensors of a packed micro-batch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Feature = Mapping[str, Any]
 
-# Logits of one group of pairs, in elements: large matmuls, and still small beside the activations.
+# Logits of one group of pairs, in elements: large enough for efficient matmuls, small compared to the activations.
 GROUP_ELEMENTS = 2**26
 
 
@@ -45,14 +45,14 @@ class PairDataset(torch.utils.data.Dataset):
 
 
 class PairList:
-    """The pairs of one optimiser batch of one process, as the data loader hands them over: not yet tensors.
+    """The pairs of one process in an optimiser batch, as the data loader returns them: not yet tensors.
 
-    ``stands_in``: the process has no pair of its own, and these only keep the others company.
+    ``is_stand_in``: the process has no pairs of its own; these only keep it in step with the other processes.
     """
 
-    def __init__(self, features: Sequence[Feature], stands_in: bool = False) -> None:
+    def __init__(self, features: Sequence[Feature], is_stand_in: bool = False) -> None:
         self.features = list(features)
-        self.stands_in = stands_in
+        self.is_stand_in = is_stand_in
 
     def __len__(self) -> int:
         return len(self.features)
@@ -60,11 +60,11 @@ class PairList:
 
 @dataclass(frozen=True)
 class PairGroup:
-    """b pairs whose response tokens are neighbours in the batch: all chosen responses, then all rejected ones.
+    """b pairs whose response tokens are contiguous in the batch: all chosen responses, then all rejected ones.
 
-    ``rows`` is their slice of the N response tokens; ``completion_mask`` has shape ``(2b, R)``; ``reference_logps`` (nats)
-    and ``weights`` have it too, where the data has them; each of the ``labels`` has shape ``(2b,)``. With k ``responses`` to a
-    row, all of them are ``kb`` long.
+    ``rows`` is their slice of the N response tokens; ``completion_mask`` has shape ``(2b, R)``, as have ``reference_logps``
+    (nats) and ``weights`` if the data has them; each of the ``labels`` has shape ``(2b,)``. With k ``responses`` per row, all
+    of them have length ``kb``.
     """
 
     rows: slice
@@ -79,7 +79,7 @@ class PairGroup:
         return len(self.completion_mask) // len(self.responses)
 
     def loss_inputs(self, logps: torch.Tensor, kl: torch.Tensor | None = None) -> LossInputs:
-        """Return the streams of the losses for log-probs, and KL where it is known, ``(n,)`` in the order of ``rows``."""
+        """Return the inputs of a loss from flat log-probs, and KL if given, of shape ``(n,)`` in the order of ``rows``."""
         policy, position_kl = (
             None
             if flat is None
@@ -109,7 +109,7 @@ class PackedBatch:
     """Pairs in one row of T tokens without padding.
 
     ``input_ids`` and ``position_ids`` have shape ``(1, T)``; ``predictors`` (N,) gives the position in the row whose hidden
-    state predicts each response token, ``targets`` (N,) the token. ``groups`` cut the N tokens into groups of whole pairs.
+    state predicts each response token, ``targets`` (N,) the token. ``groups`` divide the N tokens into groups of whole pairs.
     """
 
     input_ids: torch.Tensor
@@ -122,5 +122,6 @@ class PackedBatch:
     def to(self, device: torch.device) -> PackedBatch:
         names = ("input_ids", "position_ids", "predictors", "targets")
         moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        # Rebuilt rather than moved: its index tensors are created lazily on the device.
         layout = PackedLayout(self.layout.trees, device, self.layout.kernel)
         return replace(self, **moved, layout=layout, groups=tuple(group.to(device) for group in self.groups))

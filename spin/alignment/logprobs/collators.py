@@ -1,4 +1,4 @@
-"""Pairs to tensors: packed into one row that shares prompts, or padded."""
+"""Collating pairs to tensors: packed into one row with shared prompts, or padded."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class PackedCollator:
         targets        3 7 8 4 5 9          (chosen of both pairs, rejected of both pairs)
         predictors     1 5 6 1 3 5
 
-    ``share_prompts=False`` writes the prompt in front of every further response once more. ``vocab_size`` sets how many pairs
-    a group of logits holds; ``responses`` are those of a row, in the order of the loss's streams.
+    ``share_prompts=False`` repeats the prompt before every further response. ``vocab_size`` determines how many pairs are in
+    a group of logits; ``responses`` are those of a row, in the order of the loss's streams.
     """
 
     kernel: str = "sdpa"
@@ -37,16 +37,16 @@ class PackedCollator:
     responses: tuple[str, ...] = SIDES
 
     def tokens(self, feature: Feature) -> int:
-        """Return how many tokens of a row a pair takes."""
+        """Return the number of tokens that a pair takes in a row."""
         prompt, *responses = (len(feature[f"{name}_ids"]) for name in ("prompt", *self.responses))
         return prompt * (1 if self.share_prompts else len(responses)) + sum(responses)
 
     def __call__(self, features: Sequence[Feature]) -> PackedBatch:
-        """Return the packed row of some pairs, in their order."""
+        """Return the packed row of some pairs, in order."""
         ids: list[int] = []
         positions: list[int] = []
         trees: list[Tree] = []
-        starts: list[list[list[int]]] = []  # of each pair: the predictors of its responses
+        starts: list[list[list[int]]] = []  # per pair: the predictors of its responses
         for feature in features:
             prompt, *responses = (list(feature[f"{name}_ids"]) for name in ("prompt", *self.responses))
             predictors: list[list[int]] = []
@@ -55,8 +55,10 @@ class PackedCollator:
                     last_of_prompt = len(ids) + len(prompt) - 1
                     ids += prompt
                     positions += range(len(prompt))
+                # The first response token is predicted at the end of the prompt, every other one at the token before it.
                 predictors.append([last_of_prompt, *range(len(ids), len(ids) + len(response) - 1)])
                 ids += response
+                # Both responses continue the positions of the prompt, as if each followed it directly.
                 positions += range(len(prompt), len(prompt) + len(response))
             lengths = tuple(map(len, responses))
             shared = (lengths,) if self.share_prompts else tuple((length,) for length in lengths)
@@ -66,17 +68,17 @@ class PackedCollator:
         picked = [position for number, place in order for position in starts[number][place]]
         labels = [token for number, place in order for token in features[number][f"{self.responses[place]}_ids"]]
         return PackedBatch(
-            input_ids=torch.tensor([ids]),
-            position_ids=torch.tensor([positions]),
+            input_ids=torch.tensor([ids]),  # (1, T)
+            position_ids=torch.tensor([positions]),  # (1, T)
             layout=PackedLayout(tuple(trees), torch.device("cpu"), self.kernel),
-            predictors=torch.tensor(picked),
-            targets=torch.tensor(labels),
+            predictors=torch.tensor(picked),  # (N,)
+            targets=torch.tensor(labels),  # (N,)
             groups=groups,
         )
 
     def _groups(self, features: Sequence[Feature]) -> tuple[tuple[PairGroup, ...], list[tuple[int, int]]]:
-        """Cut the pairs into groups; return them and the order (pair, place among its responses) of the responses."""
-        limit = max(1, GROUP_ELEMENTS // self.vocab_size)
+        """Divide the pairs into groups; return them and the order (pair, index of the response) of the responses."""
+        limit = max(1, GROUP_ELEMENTS // self.vocab_size)  # response tokens per group
         lengths = [sum(len(feature[f"{name}_ids"]) for name in self.responses) for feature in features]
         groups, order, start = [], [], 0
         for numbers in consecutive(lengths, limit):
@@ -89,8 +91,8 @@ class PackedCollator:
 def _group(features: Sequence[Feature], rows: slice, names: tuple[str, ...]) -> PairGroup:
     responses = [feature[f"{name}_ids"] for name in names for feature in features]
     width = max(map(len, responses))
-    lengths = torch.tensor([len(response) for response in responses])
-    mask = torch.arange(width) < lengths[:, None]
+    lengths = torch.tensor([len(response) for response in responses])  # (2b,)
+    mask = torch.arange(width) < lengths[:, None]  # (2b, R)
     streams = _streams(features, names, responses, width)
     return PairGroup(rows, mask, **streams, labels=_labels(features, names), responses=names)
 
@@ -98,7 +100,7 @@ def _group(features: Sequence[Feature], rows: slice, names: tuple[str, ...]) -> 
 def _streams(
     features: Sequence[Feature], names: Sequence[str], responses: Sequence[Sequence[int]], width: int
 ) -> dict[str, torch.Tensor]:
-    """Return reference_logps and weights of shape ``(2B, width)``, as far as the features have them."""
+    """Return reference_logps and weights of shape ``(2B, width)``, those that the features have."""
     streams = {}
     for stream, column in (("reference_logps", "reference"), ("weights", "weights")):
         if f"{names[0]}_{column}" in features[0]:
@@ -120,7 +122,7 @@ def _labels(features: Sequence[Feature], names: Sequence[str]) -> dict[str, torc
 class PairCollator:
     """Stacks B pairs into tensors of 2B padded rows: the chosen half, then the rejected half, in the same order.
 
-    Prompts are padded on the left and responses on the right, so every response starts in one column. With the pairs
+    Prompts are padded on the left and responses on the right, so all responses start in the same column. With the pairs
     ``[1 2 | 3 | 4 5]`` and ``[6 | 7 8 | 9]`` (prompt | chosen | rejected) and pad id 0::
 
         input_ids        1 2 3 0      completion_mask  1 0
@@ -133,20 +135,20 @@ class PairCollator:
     responses: tuple[str, ...] = SIDES
 
     def tokens(self, feature: Feature) -> int:
-        """Return how many distinct tokens a pair has; padding is left out."""
+        """Return the number of distinct tokens in a pair, without padding."""
         return sum(len(feature[f"{name}_ids"]) for name in ("prompt", *self.responses))
 
     def __call__(self, features: Sequence[Feature]) -> dict[str, torch.Tensor]:
-        """Return input_ids, attention_mask and position_ids of shape ``(2B, P + R)`` and, of shape ``(2B, R)``,
-        completion_mask and, as far as the features have them, reference_logps (nats) and weights; of shape ``(2B,)`` each
-        label X as ``label/X``. With k ``responses`` to a row, 2 reads k.
+        """Return input_ids, attention_mask and position_ids of shape ``(2B, P + R)``, completion_mask of shape ``(2B, R)``
+        and, if the features have them, reference_logps (nats) and weights of shape ``(2B, R)`` and each label X, of shape
+        ``(2B,)``, as ``label/X``. With k ``responses`` per row, read k for 2.
         """
         prompts = [feature["prompt_ids"] for _ in self.responses for feature in features]
         responses = [feature[f"{name}_ids"] for name in self.responses for feature in features]
         width, height = max(map(len, responses)), len(prompts)
         left = max(map(len, prompts))
-        input_ids = torch.full((height, left + width), self.pad_id, dtype=torch.long)
-        attention_mask = torch.zeros_like(input_ids)
+        input_ids = torch.full((height, left + width), self.pad_id, dtype=torch.long)  # (2B, P + R)
+        attention_mask = torch.zeros_like(input_ids)  # (2B, P + R)
         for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
             start, end = left - len(prompt), left + len(response)
             input_ids[row, start:end] = torch.tensor([*prompt, *response])
@@ -154,6 +156,7 @@ class PairCollator:
         return {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
+            # Counted from the first real token, so that left padding does not shift positions.
             "position_ids": (attention_mask.cumsum(dim=1) - 1).clamp(min=0),
             "completion_mask": attention_mask[:, left:].clone(),
             **_streams(features, self.responses, responses, width),
@@ -165,12 +168,12 @@ Collator = PackedCollator | PairCollator
 
 
 def pad_streams(streams: Sequence[Sequence[float]], responses: Sequence[Sequence[int]], width: int) -> torch.Tensor:
-    """Return float32 streams of shape ``(2B, width)``, zero behind the end of each response.
+    """Return float32 streams of shape ``(2B, width)``, zero after the end of each response.
 
     Raises:
         ValueError: a stream is not as long as its response.
     """
-    padded = torch.zeros(len(streams), width)
+    padded = torch.zeros(len(streams), width)  # (2B, R)
     for row, (stream, response) in enumerate(zip(streams, responses, strict=True)):
         if len(stream) != len(response):
             raise ValueError(f"a stream of {len(stream)} values does not fit a response of {len(response)} tokens")

@@ -1,7 +1,9 @@
-"""Token log-probabilities at response positions: the head never runs over the prompt.
+"""Token log-probabilities at response positions; the head never runs over the prompt.
 
-Both ways of batching end here: packed rows through the decoder with the fused head, padded rows through the model's own
-forward. Either passes the wrapped model (DDP, DeepSpeed, FSDP), so gathering and reducing weights work as usual.
+Both ways of batching end here: packed rows go through the decoder with the fused head, padded rows through the model's own
+forward. Both call the wrapped model (DDP, DeepSpeed, FSDP), so gathering weights and reducing gradients work as usual.
+
+Shapes: B pairs, R response columns, N response tokens of a packed row, d hidden size, V vocabulary size.
 """
 
 from __future__ import annotations
@@ -18,20 +20,20 @@ from spin.alignment.logprobs.attention import PACKED_ATTENTION, register
 from spin.alignment.logprobs.batch import PackedBatch
 from spin.alignment.logprobs.collators import LABEL
 from spin.alignment.logprobs.head import FusedHeadLoss, LogitTransform, Objective, grouped_logps
-from spin.alignment.logprobs.position_kl import OpponentStates, grouped_logps_and_kl, padded_kl
+from spin.alignment.logprobs.position_kl import ReferenceStates, grouped_logps_and_kl, padded_kl
 from spin.alignment.methods.losses import LossInputs
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_FLOAT32_ELEMENTS = 2**24
+_FLOAT32_ELEMENTS = 2**24  # logits converted to float32 at a time, 64 MiB
 
 
 def install_packed_forward(model: Any, fused_head: bool = True) -> bool:
-    """Teach a model object ``model(packed=batch)`` and ``model(packed=batch, objective=f)``; return whether the head is fused.
+    """Add the calls ``model(packed=batch)`` and ``model(packed=batch, objective=f)``; return whether the head is fused.
 
     The first returns the log-probs (N,) of the response tokens, the second the sum of the objective over the groups. The
-    head is fused when it is one weight matrix. Any other call is the model's own forward.
+    head is fused if it is a single weight matrix. Any other call is passed to the model's own forward.
     """
     register()
     causal = causal_model(model)
@@ -40,13 +42,13 @@ def install_packed_forward(model: Any, fused_head: bool = True) -> bool:
     fused_head = fused_head and type(head) is torch.nn.Linear
     plain_forward, plain_head = model.forward, head.forward
 
-    # The head computes inside its own call: hooks of ZeRO-3 and FSDP have gathered its weight there.
+    # The loss is computed inside the call of the head, because that is where hooks of ZeRO-3 and FSDP gather its weight.
     def head_forward(
         module: Any,
         hidden: Tensor,
         packed: PackedBatch | None = None,
         objective: Objective | None = None,
-        opponent: OpponentStates | None = None,
+        opponent: ReferenceStates | None = None,
     ) -> Tensor:
         if packed is None:
             return plain_head(hidden)
@@ -69,12 +71,12 @@ def install_packed_forward(model: Any, fused_head: bool = True) -> bool:
         *args: Any,
         packed: PackedBatch | None = None,
         objective: Objective | None = None,
-        opponent: OpponentStates | None = None,
+        opponent: ReferenceStates | None = None,
         **kwargs: Any,
     ) -> Any:
         if packed is None:
             return plain_forward(*args, **kwargs)
-        states = packed_states(decoder, packed)
+        states = packed_states(decoder, packed)  # (N, d)
         extra = {} if opponent is None else {"opponent": opponent}
         return head(states, packed=packed, objective=objective, **extra)
 
@@ -87,12 +89,12 @@ def install_packed_forward(model: Any, fused_head: bool = True) -> bool:
 def packed_states(decoder: Any, packed: PackedBatch) -> Tensor:
     """Return a decoder's hidden states ``(N, d)`` that predict the response tokens of a packed row."""
     rows = {"input_ids": packed.input_ids, "position_ids": packed.position_ids}
-    hidden = decoder(**rows, use_cache=False, layout=packed.layout).last_hidden_state
-    return hidden[0].index_select(0, packed.predictors)
+    hidden = decoder(**rows, use_cache=False, layout=packed.layout).last_hidden_state  # (1, T, d)
+    return hidden[0].index_select(0, packed.predictors)  # (N, d)
 
 
 def use_attention(model: Any, name: str) -> str:
-    """Switch the attention of a model; return the name of the one it had."""
+    """Set a model's attention implementation; return the name of the previous one."""
     causal = causal_model(model)
     before = causal.config._attn_implementation
     causal.set_attn_implementation(name)
@@ -107,6 +109,7 @@ def causal_model(model: Any) -> Any:
 
 
 def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """The dtype of the head's matmul: a custom autograd function is not cast by autocast."""
     device = hidden.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
@@ -118,40 +121,40 @@ def batch_loss(
     opponent: Any | None = None,
     responses: tuple[str, ...] = SIDES,
 ) -> Tensor:
-    """Return the sum of the objective over a micro-batch, with gradient where the model is trained.
+    """Return the sum of the objective over a micro-batch, with gradients if the model is being trained.
 
-    ``responses`` are those of a row of a padded batch; a packed one knows its own.
+    ``responses`` are those of a row of a padded batch; a packed batch records its own.
 
-    With an ``opponent`` (a frozen model, switched to packed attention where rows are packed) the objective gets the KL at each
-    response position too.
+    With an ``opponent`` (the frozen reference, set to packed attention if rows are packed) the objective also receives the KL
+    at each response position.
     """
     if isinstance(batch, PackedBatch):
         if opponent is None:
             return model(packed=batch, objective=objective)
         causal = causal_model(opponent)
         with torch.no_grad():
-            states = OpponentStates(packed_states(causal.get_decoder(), batch), causal.get_output_embeddings())
+            states = ReferenceStates(packed_states(causal.get_decoder(), batch), causal.get_output_embeddings())
         return model(packed=batch, objective=objective, opponent=states)
     labels = {name.removeprefix(LABEL): value for name, value in batch.items() if name.startswith(LABEL)}
     mask, width = batch["completion_mask"], batch["completion_mask"].shape[1]
-    logits = response_logits(model, batch)
-    policy = token_logps(logits, batch["input_ids"][:, -width:], mask)
+    logits = response_logits(model, batch)  # (2B, R, V)
+    policy = token_logps(logits, batch["input_ids"][:, -width:], mask)  # (2B, R)
     kl = None
     if opponent is not None:
         with torch.no_grad():
-            theirs = response_logits(opponent, batch)
+            theirs = response_logits(opponent, batch)  # (2B, R, V)
         kl = padded_kl(logits, theirs, mask)
     reference, weights = batch.get("reference_logps"), batch.get("weights")
     return objective(LossInputs(policy, reference, mask, weights, kl, labels, responses))
 
 
 def batch_logps(model: Any, batch: PackedBatch | dict[str, Tensor]) -> list[Tensor]:
-    """Return the log-probs of each response, float32 on the CPU, without padding: chosen ones, then rejected ones."""
+    """Return the log-probs of each response (nats), float32 on the CPU, without padding: chosen ones, then rejected ones."""
     if not isinstance(batch, PackedBatch):
-        logps = response_logps(model, batch).float().cpu()
+        logps = response_logps(model, batch).float().cpu()  # (2B, R)
         lengths = batch["completion_mask"].sum(dim=1).tolist()
         return [row[:length] for row, length in zip(logps, lengths, strict=True)]
-    flat = model(packed=batch).float().cpu()
+    flat = model(packed=batch).float().cpu()  # (N,)
     places: list[list[Tensor]] = [[] for _ in batch.groups[0].responses]
     for group in batch.groups:
         found = group.unpadded(flat[group.rows])
@@ -161,7 +164,7 @@ def batch_logps(model: Any, batch: PackedBatch | dict[str, Tensor]) -> list[Tens
 
 
 def response_logps(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """Return ``log pi(y_t | x, y_<t)`` in nats, float32, of shape ``(2B, R)``; 0 behind the end of a response."""
+    """Return ``log pi(y_t | x, y_<t)`` in nats, float32, of shape ``(2B, R)``; 0 after the end of a response."""
     mask = batch["completion_mask"]
     return token_logps(response_logits(model, batch), batch["input_ids"][:, -mask.shape[1] :], mask)
 
@@ -169,21 +172,21 @@ def response_logps(model: Any, batch: dict[str, Tensor]) -> Tensor:
 def response_logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
     """Return the logits that predict each response position of padded rows, ``(2B, R, V)``.
 
-    ``logits_to_keep`` keeps the head inside the model's own forward, so parameters that ZeRO-3 or FSDP hold in pieces are
-    gathered as usual and no model code is patched.
+    ``logits_to_keep`` leaves the head inside the model's own forward, so parameters sharded by ZeRO-3 or FSDP are gathered as
+    usual and no model code is patched.
     """
     width = batch["completion_mask"].shape[1]
     known = inspect.signature(type(causal_model(model)).forward).parameters
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in known}
     if "logits_to_keep" in known:
-        inputs["logits_to_keep"] = width + 1
+        inputs["logits_to_keep"] = width + 1  # the first response token is predicted one column before it
     return model(**inputs, use_cache=False).logits[:, -width - 1 : -1]
 
 
 def token_logps(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-    """Return the log-probs of ``labels`` ``(N, R)`` under ``logits`` ``(N, R, V)``, in float32; 0 where the mask is 0.
+    """Return the log-probs of ``labels`` ``(2B, R)`` under ``logits`` ``(2B, R, V)``, in float32; 0 where the mask is 0.
 
-    A few rows are turned to float32 at a time, and again in the backward pass: the log-softmax of the full block would be
+    A few rows are converted to float32 at a time, and again in the backward pass: the log-softmax of the full block would be
     the largest tensor of the step.
     """
     rows = max(1, _FLOAT32_ELEMENTS // max(1, logits[0].numel()))
@@ -197,4 +200,5 @@ def token_logps(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
 
 
 def _piece_logps(logits: Tensor, labels: Tensor) -> Tensor:
+    # (n, R, V) and (n, R) -> (n * R,)
     return -torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none")

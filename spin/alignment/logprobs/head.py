@@ -1,8 +1,10 @@
-"""The output head on response positions only: logits exist for one group of pairs at a time.
+"""The output head on response positions only, with logits of one group of pairs in memory at a time.
 
-With the opponent's log-probs stored, the loss of a pair is known as soon as its logits are. Its gradient is taken there and
-then, so a step costs three head matmuls (logits, gradient of the hidden states, gradient of the weight) and the logits of a
-group are gone before the next group's are made.
+Since the reference log-probs are stored, the loss of a pair is known as soon as its logits are. Its gradient is computed at
+once, so a step costs three head matmuls (logits, gradient of the hidden states, gradient of the weight) and the logits of a
+group are freed before those of the next group are computed.
+
+Shapes: N response tokens, n of them in a group, d hidden size, V vocabulary size.
 """
 
 from __future__ import annotations
@@ -20,16 +22,16 @@ if TYPE_CHECKING:
     from spin.alignment.logprobs.batch import PairGroup
     from spin.alignment.methods.losses import LossInputs
 
-# A function of one group's streams that returns the sum of its losses; it may keep what it wants for the metrics.
+# A function of the loss inputs of one group that returns the sum of its losses; it may store values for the metrics.
 Objective = Callable[["LossInputs"], "Tensor"]
 
-# float32 working space of the softmax, in elements: small enough for a CPU's cache, large enough to fill a GPU.
+# float32 workspace of the softmax, in elements: small enough for a CPU's cache, large enough to fill a GPU.
 _TILE_ELEMENTS = {"cpu": 2**19, "other": 2**26}
 
 
 @dataclass(frozen=True)
 class LogitTransform:
-    """What a model does to its logits: ``softcap * tanh(scale * logits / softcap)``; Gemma, Cohere and Granite use it."""
+    """A model's transform of its logits, ``softcap * tanh(scale * logits / softcap)``, as in Gemma, Cohere and Granite."""
 
     scale: float = 1.0
     softcap: float | None = None
@@ -48,7 +50,7 @@ class LogitTransform:
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
     def slope(self, transformed: Tensor) -> Tensor | float:
-        """Return the derivative of the transform where it took the values ``transformed``."""
+        """Return the derivative of the transform at the logits that it mapped to ``transformed``."""
         return self.scale if self.softcap is None else self.scale * (1 - (transformed / self.softcap) ** 2)
 
     @property
@@ -57,7 +59,7 @@ class LogitTransform:
 
 
 class FusedHeadLoss(torch.autograd.Function):
-    """Sum of the objective over all groups, with the gradients of hidden states and head taken on the way.
+    """Sum of the objective over all groups, with the gradients of hidden states and head computed in the forward pass.
 
     ``hidden`` (N, d), ``weight`` (V, d), ``bias`` (V,) or None, ``targets`` (N,). Matmuls run in the dtype of ``hidden``;
     softmax, log-probs and the sum of the head's gradient over groups in float32 (float64 for float64 input).
@@ -74,22 +76,22 @@ class FusedHeadLoss(torch.autograd.Function):
         objective: Objective,
         transform: LogitTransform,
     ) -> Tensor:
-        compute_weight = weight.to(hidden.dtype)
+        compute_weight = weight.to(hidden.dtype)  # (V, d)
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
         grad_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and ctx.needs_input_grad[2] else None
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         for group in groups:
-            states, labels = hidden[group.rows], targets[group.rows]
-            logits = torch.mm(states, compute_weight.t())
+            states, labels = hidden[group.rows], targets[group.rows]  # (n, d), (n,)
+            logits = torch.mm(states, compute_weight.t())  # (n, V)
             if bias is not None:
                 logits += bias.to(logits.dtype)
-            logps = logps_and_slopes(logits, labels, transform)  # logits now hold -dlogp/dlogits
-            loss, slopes = _differentiate(objective, group, logps)
+            logps = logps_and_slopes(logits, labels, transform)  # (n,); logits now contain -dlogp/dlogits
+            loss, slopes = _differentiate(objective, group, logps)  # (), (n,)
             total += loss
-            # The rows are scaled on the narrow side of each product, never across the vocabulary.
-            factors = -slopes[:, None].to(hidden.dtype)
+            # Rows are scaled on the narrow (d) side of each product, never across the vocabulary.
+            factors = -slopes[:, None].to(hidden.dtype)  # (n, 1)
             if grad_hidden is not None:
                 grad_hidden[group.rows] = torch.mm(logits, compute_weight).mul_(factors)
             if grad_weight is not None:
@@ -107,12 +109,15 @@ class FusedHeadLoss(torch.autograd.Function):
             None if found is None else found.mul_(grad.to(found.dtype)).to(dtype)
             for found, dtype in zip(ctx.gradients, ctx.dtypes, strict=True)
         ]
-        ctx.gradients = None
+        ctx.gradients = None  # scaled in place above, so a second backward pass must fail
         return (*scaled, None, None, None, None)
 
 
 def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add ``left^T right`` to a float32 total without rounding the product to 16 bits where the device can."""
+    """Add ``left^T right`` to a float32 total, without rounding the product to 16 bits if the device supports that.
+
+    ``left`` is ``(n, V)``, ``right`` ``(n, d)``, ``total`` ``(V, d)``.
+    """
     if left.dtype == total.dtype:
         total.addmm_(left.t(), right)
     elif left.is_cuda:
@@ -122,7 +127,7 @@ def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def _differentiate(objective: Objective, group: PairGroup, logps: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a group's loss and its derivative by each response token's log-prob, ``(n,)``."""
+    """Return a group's loss and its derivative with respect to each response token's log-prob, ``(n,)``."""
     with torch.enable_grad():
         leaf = logps.detach().requires_grad_()
         loss = objective(group.loss_inputs(leaf))
@@ -131,16 +136,16 @@ def _differentiate(objective: Objective, group: PairGroup, logps: Tensor) -> tup
 
 
 def logps_and_slopes(logits: Tensor, targets: Tensor, transform: LogitTransform) -> Tensor:
-    """Return the log-probs ``(n,)`` of the targets and turn the logits ``(n, V)`` in place into ``softmax - onehot``
-    (times the slope of the transform): minus the derivative of each log-prob.
+    """Return the log-probs ``(n,)`` of the targets and replace the logits ``(n, V)`` in place by ``softmax - onehot``
+    (times the slope of the transform), minus the derivative of each log-prob.
 
-    The entry of the target is ``expm1(logp)``: subtracting 1 in 16 bits would lose it where the model is sure.
+    The entry of the target is ``expm1(logp)``: subtracting 1 in 16 bits would lose it where the model is confident.
     """
     found = []
     for tile, labels in _tiles(logits, targets):
-        values = transform.apply(tile.to(_wide(tile.dtype)))
-        logprobs = torch.log_softmax(values, dim=-1)
-        logps = logprobs.gather(1, labels[:, None])
+        values = transform.apply(tile.to(_wide(tile.dtype)))  # (rows, V)
+        logprobs = torch.log_softmax(values, dim=-1)  # (rows, V)
+        logps = logprobs.gather(1, labels[:, None])  # (rows, 1)
         slopes = logprobs.exp_().scatter_(1, labels[:, None], torch.expm1(logps))
         if not transform.is_identity:
             slopes = slopes * transform.slope(values)
@@ -150,7 +155,7 @@ def logps_and_slopes(logits: Tensor, targets: Tensor, transform: LogitTransform)
 
 
 def logps_of(logits: Tensor, targets: Tensor, transform: LogitTransform) -> Tensor:
-    """Return the log-probs ``(n,)`` in nats, float32, of the targets under logits ``(n, V)``."""
+    """Return the log-probs ``(n,)`` of the targets under logits ``(n, V)``, in nats, float32 (float64 for float64 input)."""
     found = [
         torch.log_softmax(transform.apply(tile.to(_wide(tile.dtype))), dim=-1).gather(1, labels[:, None])[:, 0]
         for tile, labels in _tiles(logits, targets)
@@ -159,6 +164,7 @@ def logps_of(logits: Tensor, targets: Tensor, transform: LogitTransform) -> Tens
 
 
 def _tiles(logits: Tensor, targets: Tensor) -> zip[tuple[Tensor, Tensor]]:
+    """Split logits and targets into tiles of whole rows that fit the workspace."""
     limit = _TILE_ELEMENTS.get(logits.device.type, _TILE_ELEMENTS["other"])
     rows = max(1, limit // logits.shape[1])
     return zip(logits.split(rows), targets.split(rows), strict=True)
@@ -175,9 +181,9 @@ def grouped_logps(
     groups: Sequence[PairGroup],
     transform: LogitTransform,
 ) -> Tensor:
-    """Return the log-probs ``(N,)`` of all targets; a group's logits are made again in the backward pass.
+    """Return the log-probs ``(N,)`` of all targets; a group's logits are recomputed in the backward pass.
 
-    For heads that are more than one weight matrix (with adapters, quantised) and for passes without gradient.
+    For heads that are not a single weight matrix (with adapters, quantised) and for passes without gradients.
     """
 
     def group_logps(states: Tensor, labels: Tensor) -> Tensor:

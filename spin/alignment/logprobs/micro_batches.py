@@ -1,4 +1,4 @@
-"""From the pairs of an optimiser step to its micro-batches: the same number in every process, whatever their lengths."""
+"""Dividing the pairs of an optimiser step into micro-batches, the same number in every process."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one forward and backward pass takes. ``counted`` is false for one that only keeps the other processes company."""
+    """The input of one forward and backward pass. ``counted`` is false if it only keeps this process in step with others."""
 
     batch: PackedBatch | dict[str, Tensor]
     pairs: int
@@ -28,14 +28,14 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class MicroBatcher:
-    """Cuts a list of pairs by token budget when they are packed, by number of pairs when they are padded."""
+    """Divides a list of pairs by token budget if they are packed, by number of pairs if they are padded."""
 
     collator: Collator
     token_budget: int
     pairs: int
 
     def plan(self, features: Sequence[Feature]) -> list[list[int]]:
-        """Return the pairs of each micro-batch, by their index."""
+        """Return the indices of the pairs in each micro-batch."""
         if isinstance(self.collator, PackedCollator):
             return plan_by_tokens([self.collator.tokens(feature) for feature in features], self.token_budget)
         return plan_by_pairs(len(features), self.pairs)
@@ -43,17 +43,19 @@ class MicroBatcher:
     def micro_batches(
         self, features: Sequence[Feature], accelerator: Accelerator, counted: bool = True
     ) -> list[MicroBatch]:
-        """Return the micro-batches of some pairs, on the device. Every process must call it, one without pairs of its own with
+        """Return the micro-batches of some pairs, on the device. Every process must call it; one without pairs of its own passes
         a stand-in that is not ``counted``.
         """
         plan = self.plan(features) if counted else [[]]
         if accelerator.num_processes > 1:
+            # Each forward pass is a collective operation under ZeRO-3 and FSDP: with unequal numbers the processes would hang.
             counts = accelerator.gather(torch.tensor([len(plan)], device=accelerator.device))
             plan = stretch_plan(plan, int(counts.max()))
         return [self.collate(features, indices, accelerator.device) for indices in plan]
 
     def collate(self, features: Sequence[Feature], indices: Sequence[int], device: torch.device) -> MicroBatch:
-        """Return one micro-batch; without indices the first pair stands in and is not counted."""
+        """Return one micro-batch; without indices it consists of the first pair and is not counted."""
+        # An uncounted batch still needs tensors, because its forward pass takes part in collectives; its loss is dropped.
         chosen = [features[index] for index in indices or [0]]
         batch = self.collator(chosen)
         moved = (

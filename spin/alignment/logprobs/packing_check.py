@@ -9,7 +9,7 @@ import torch
 
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.sides import SIDES
-from spin.alignment.logprobs.attention import PADDED_MEND
+from spin.alignment.logprobs.attention import PADDED_FIX
 from spin.alignment.logprobs.batch import PairDataset
 from spin.alignment.logprobs.forward import causal_model
 from spin.alignment.logprobs.pair_forward import PairForward
@@ -50,6 +50,6 @@ def check_packed_forward(forward: PairForward, pairs: PairDataset) -> None:
     if not difference <= tolerance:
         raise InputError(
             f"{type(causal).__name__} gives other log-probs for packed rows than for padded ones (by "
-            f"{difference:.2g} nats per token): {PADDED_MEND}"
+            f"{difference:.2g} nats per token): {PADDED_FIX}"
         )
     logger.info("packed rows give the log-probs of padded ones (mean difference %.1e nats per token)", difference)

@@ -1,4 +1,4 @@
-"""Which pairs of an optimiser batch go into which micro-batch."""
+"""Assigning the pairs of an optimiser batch to micro-batches."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def consecutive(sizes: Sequence[int], limit: int) -> list[list[int]]:
-    """Cut indices into runs whose sizes add up to at most a limit; an index that exceeds it stands alone."""
+    """Divide indices into runs whose sizes sum to at most ``limit``; an index that exceeds it is a run of its own."""
     runs: list[list[int]] = []
     total = 0
     for index, size in enumerate(sizes):
@@ -19,11 +19,12 @@ def consecutive(sizes: Sequence[int], limit: int) -> list[list[int]]:
 
 
 def plan_by_tokens(sizes: Sequence[int], budget: int) -> list[list[int]]:
-    """Distribute pairs over as few micro-batches as possible (first fit, longest first); none holds more tokens than the
-    budget, unless a single pair does.
+    """Distribute pairs over few micro-batches (first fit, longest first); none exceeds the budget of tokens, unless it is a
+    single pair that does.
     """
     plan: list[list[int]] = []
     room: list[int] = []
+    # First-fit decreasing: at most 11/9 of the optimal number of micro-batches, plus one.
     for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
         fitting = next((number for number, free in enumerate(room) if free >= sizes[index]), None)
         if fitting is None:
@@ -36,13 +37,13 @@ def plan_by_tokens(sizes: Sequence[int], budget: int) -> list[list[int]]:
 
 
 def plan_by_pairs(number: int, pairs: int) -> list[list[int]]:
-    """Cut pairs into micro-batches of a fixed number of pairs, in their order."""
+    """Divide pairs into micro-batches of a fixed number of pairs, in order."""
     return [list(range(start, min(start + pairs, number))) for start in range(0, number, pairs)]
 
 
 def stretch_plan(plan: Sequence[Sequence[int]], count: int) -> list[list[int]]:
-    """Return a plan of exactly ``count`` micro-batches: the fullest are halved; where single pairs are left, empty
-    micro-batches are added. Processes that share collectives must take the same number of forwards.
+    """Return a plan of exactly ``count`` micro-batches: the fullest are halved, and once only single pairs are left, empty
+    micro-batches are added. Processes that take part in collectives must run the same number of forward passes.
     """
     stretched = [list(indices) for indices in plan]
     while len(stretched) < count:

@@ -1,4 +1,4 @@
-"""The reference model's log-probs, computed once for a split before training."""
+"""Computing the reference log-probs of a split once, before training."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_PART_PAIRS = 512
+_PART_PAIRS = 512  # pairs per part, the most that a killed process has to recompute
 
 
 def _schema(responses: Sequence[str]) -> pa.Schema:
@@ -53,10 +53,10 @@ def compute_reference(
     accelerator: Accelerator,
     progress: Callable[[int, int], None],
 ) -> None:
-    """Compute and store the log-probs of all pairs, each process a share of the micro-batches.
+    """Compute and store the log-probs of all pairs, dividing the micro-batches among processes.
 
-    Finished pairs are written in parts on the way; a run that was killed computes the missing ones only. Every process runs
-    the same number of forwards, as ZeRO-3 and FSDP need; the surplus ones repeat the last micro-batch.
+    Finished pairs are written in parts along the way; after a kill, only the missing ones are computed. Every process runs
+    the same number of forward passes, as ZeRO-3 and FSDP require; surplus ones repeat the last micro-batch.
     """
     missing = _missing(path, key, len(dataset), accelerator)
     batches = longest_first(dataset.rows, missing, forward.batcher)
@@ -64,6 +64,7 @@ def compute_reference(
     rounds = -(-len(batches) // count)
     schema = _schema(forward.batcher.collator.responses)
     results: dict[int, list[np.ndarray]] = {}
+    # Through the prepared model, so that rounding is the same as in training and the first loss is ln 2.
     with forward.evaluation():
         for turn in range(rounds):
             indices = batches[min(turn * count + rank, len(batches) - 1)]
@@ -80,7 +81,8 @@ def compute_reference(
 
 
 def _missing(path: Path, key: ReferenceKey, num_rows: int, accelerator: Accelerator) -> list[int]:
-    """Return the pairs that no part holds, as the main process sees the folder."""
+    """Return the indices of the pairs that are in no part, as seen by the main process."""
+    # One process decides: others may see the folder of a network file system differently, and would then hang.
     found: list[Any] = [None]
     if accelerator.is_main_process:
         parts = _parts(path, key)
@@ -90,7 +92,7 @@ def _missing(path: Path, key: ReferenceKey, num_rows: int, accelerator: Accelera
 
 
 def longest_first(rows: Dataset, indices: Sequence[int], batcher: MicroBatcher) -> list[list[int]]:
-    """Return micro-batches of row indices, longest pairs first, so that running out of memory happens at once."""
+    """Return micro-batches of row indices, longest pairs first, so that an out-of-memory error comes at once."""
     features = rows.select_columns(["prompt_ids", *(f"{name}_ids" for name in batcher.collator.responses)])
     sizes = {index: batcher.collator.tokens(features[index]) for index in indices}
     order = sorted(indices, key=lambda index: -sizes[index])
@@ -124,8 +126,8 @@ def _parts(path: Path, key: ReferenceKey) -> list[pa.Table]:
 
 def _merge(path: Path, key: ReferenceKey, num_rows: int) -> None:
     table = pa.concat_tables(_parts(path, key))
-    indices, first = np.unique(table.column("index").to_numpy(), return_index=True)  # surplus batches come twice
+    indices, first = np.unique(table.column("index").to_numpy(), return_index=True)  # surplus batches are duplicates
     if len(indices) != num_rows:
-        raise RuntimeError(f"{len(indices)} of {num_rows} pairs have reference log-probs; a process lost its share")
+        raise RuntimeError(f"only {len(indices)} of {num_rows} pairs have reference log-probs: a process lost its part")
     _write_table(path, table.take(first), key)
     remove_files(path.parent.glob(f".{path.name}.part-*"))

@@ -1,4 +1,4 @@
-"""The reference model's log-probs on disk, keyed by hashes of weights and tokens."""
+"""Reference log-probs on disk, keyed by hashes of weights and tokens."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _KEY = b"spin.reference"
 
 @dataclass(frozen=True)
 class ReferenceKey:
-    """Everything the opponent's log-probs depend on; a store with another key is refused."""
+    """Everything that the reference log-probs depend on; a store with another key is refused."""
 
     weights: str
     tokens: str
@@ -34,7 +34,7 @@ class ReferenceKey:
 
 
 def hash_tokens(rows: Dataset) -> str:
-    """Return one hash of all prompt and response ids, in order."""
+    """Return a hash of all prompt and response ids, in order."""
     columns = ("prompt_ids", *(f"{name}_ids" for name in responses_of(rows.column_names)))
     return hash_text(*(np.asarray(row[name], dtype=np.int32).tobytes().hex() for row in rows for name in columns))
 
@@ -46,31 +46,33 @@ def responses_of(columns: Sequence[str]) -> tuple[str, ...]:
 
 
 class ReferenceLogps:
-    """A store on disk, memory-mapped: ``store[i]`` gives the token log-probs (nats) of each response of pair i, by name."""
+    """A memory-mapped store on disk; ``store[i]`` returns the token log-probs (nats) of each response of pair i, by name."""
 
     def __init__(self, path: Path, key: ReferenceKey, rows: Dataset) -> None:
-        """Open a store and check that it belongs to these weights, tokens and precision.
+        """Open a store and check that it was computed for these weights, tokens and precision.
 
         Raises:
-            InputError: the store is damaged, belongs to something else, or lacks rows.
+            InputError: the store is damaged, was computed for something else, or rows are missing.
         """
         try:
             table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
         except (pa.ArrowException, OSError) as error:
-            raise InputError(f"{path} is damaged ({error}): remove it and it is computed again") from error
+            raise InputError(f"{path} is damaged ({error}): remove it to compute it again") from error
+        # The name contains a hash of the key, but files can be renamed or copied.
         found = json.loads((table.schema.metadata or {}).get(_KEY, b"{}"))
         differing = [name for name, value in asdict(key).items() if found.get(name) != value]
         if differing or table.num_rows != len(rows):
             what = ", ".join(differing) or "the number of rows"
             raise InputError(
-                f"{path} belongs to another opponent or data set ({what} differs): remove it to compute it anew"
+                f"{path} belongs to another reference or data set ({what} differs): remove it to compute it again"
             )
-        self._columns = {name: table.column(name).combine_chunks() for name in responses_of(rows.column_names)}
+        responses = [name for name in table.column_names if name != "index"]
+        self._columns = {name: table.column(name).combine_chunks() for name in responses}
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         return {name: column[index].values.to_numpy(zero_copy_only=False) for name, column in self._columns.items()}
 
 
 def store_path(folder: str | Path, split: str, key: ReferenceKey) -> Path:
-    """Return where the store of a split lies."""
+    """Return the path of a split's store."""
     return Path(folder) / f"{split}-{key.name()}.arrow"

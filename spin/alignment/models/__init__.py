@@ -1,1 +1,1 @@
-"""Models: their folder, loading, precision, adapters, saving."""
+"""Models: folders of saved models, loading, precision, adapters and saving."""

@@ -1,4 +1,4 @@
-"""LoRA adapters: added before training, merged after it."""
+"""LoRA adapters: added before training, merged after training."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def add_adapters(model: PreTrainedModel, config: ModelConfig) -> Any:
-    """Wrap a model with fresh LoRA adapters: their product is zero, so the policy starts as its opponent.
+    """Wrap a model with new LoRA adapters; their product is zero, so the policy initially equals the reference.
 
     Raises:
         InputError: peft is not installed.
@@ -29,7 +29,7 @@ def add_adapters(model: PreTrainedModel, config: ModelConfig) -> Any:
     settings = LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
-        lora_dropout=0.0,
+        lora_dropout=0.0,  # the policy must equal the reference at step 0
         target_modules=config.lora_target_modules,
         task_type="CAUSAL_LM",
     )
@@ -39,20 +39,20 @@ def add_adapters(model: PreTrainedModel, config: ModelConfig) -> Any:
 def merge_adapters(model: Any, state_dict: dict[str, Any], config: ModelConfig) -> PreTrainedModel:
     """Return the base model with the trained adapters merged into its weights.
 
-    The base is loaded anew, without quantisation, on the CPU: merging into 4-bit weights would round the update away, and
-    under ZeRO-3 or FSDP no process holds the base whole. ``state_dict`` is the gathered state of the adapted model.
+    The base model is reloaded without quantisation on the CPU: merging into 4-bit weights would round the update away, and
+    under ZeRO-3 or FSDP no process has the full base model. ``state_dict`` is the gathered state of the adapted model.
     """
     from dataclasses import replace
 
     from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-    # One process alone merges: loading into ZeRO-3 partitions would wait for the others for ever.
+    # Only one process merges: loading into ZeRO-3 partitions is a collective operation and would hang.
     unset_hf_deepspeed_config()
     adapters = get_peft_model_state_dict(model, state_dict=state_dict)
     base = load_model(replace(config, load_in_4bit=False, load_in_8bit=False))
     adapted = get_peft_model(base, model.peft_config["default"])
     outcome = set_peft_model_state_dict(adapted, adapters)
     if outcome.unexpected_keys:
-        raise RuntimeError(f"adapter weights without a place in the base model: {outcome.unexpected_keys[:3]}")
+        raise RuntimeError(f"adapter weights that the base model does not have: {outcome.unexpected_keys[:3]}")
     return adapted.merge_and_unload()

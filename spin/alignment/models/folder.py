@@ -1,8 +1,9 @@
-"""A model folder, as far as it can be checked before its weights are loaded."""
+"""Checks of a model folder that need no weights to be loaded."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,27 +11,28 @@ from spin.alignment.core.errors import InputError
 
 
 def check_model_path(name: str, needs_weights: bool = True) -> None:
-    """Check what can be known of a model before it is loaded; Hub names are checked when they are resolved.
+    """Check a model folder before the model is loaded; Hub names are checked when they are resolved.
 
     Raises:
-        InputError: no name, a missing folder, no config, no weights, or weights as pickles only.
+        InputError: no name, a missing folder, no config, no weights, or only pickled weights.
     """
     if not name:
         raise InputError("model_name_or_path is missing: name a model folder or a Hub model")
     folder = Path(name)
     if not folder.is_dir():
+        # A Hub name has the form name or owner/name; anything else is meant as a path.
         if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
             raise InputError(f"model folder {name} does not exist: check the path")
         return
     if not (folder / "config.json").is_file():
-        raise InputError(f"{name} holds no config.json: give the folder of a saved model")
+        raise InputError(f"{name} contains no config.json: give the folder of a saved model")
     if needs_weights and not any(folder.glob("*.safetensors")):
         found = "only pickled weights" if any(folder.glob("*.bin")) else "no weights"
-        raise InputError(f"{name} holds {found}: save the model as safetensors (save_pretrained) first")
+        raise InputError(f"{name} contains {found}: save the model as safetensors (save_pretrained) first")
 
 
 def model_folder(name: str, revision: str | None = None) -> Path:
-    """Return the local folder of a model: itself, or the Hub snapshot of a revision (fetched unless offline).
+    """Return the local folder of a model: the folder itself, or the Hub snapshot of a revision (downloaded unless offline).
 
     Raises:
         InputError: the Hub model is neither cached nor reachable.
@@ -45,7 +47,7 @@ def model_folder(name: str, revision: str | None = None) -> Path:
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"model '{name}' is neither a folder here nor a Hub model that is cached or reachable ({reason}): "
+            f"model '{name}' is neither a local folder nor a Hub model that is cached or reachable ({reason}): "
             "check the name, or unset HF_HUB_OFFLINE"
         ) from error
 
@@ -54,30 +56,39 @@ def check_fits(folder: Path, longest: int, max_token_id: int) -> None:
     """Check sequences against a model's configuration before its weights are loaded.
 
     Raises:
-        InputError: sequences are longer than the model's context, or hold ids outside its vocabulary.
+        InputError: sequences exceed the model's context, or contain ids outside its vocabulary.
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config = config.get("text_config", config)
+    check_config_fits(config, str(folder), longest, max_token_id)
+
+
+def check_config_fits(config: Mapping[str, Any], name: str, longest: int, max_token_id: int) -> None:
+    """Check sequences against the content of a model's ``config.json``; ``name`` is the model's in messages.
+
+    Raises:
+        InputError: as :func:`check_fits`.
+    """
+    config = config.get("text_config", config)  # of a multimodal model, the language model's
     context, vocabulary = config.get("max_position_embeddings"), config.get("vocab_size")
     if context and longest > context:
         raise InputError(
-            f"the longest pair has {longest} tokens, but {folder} can attend to {context} tokens: lower max_length"
+            f"the longest pair has {longest} tokens, but {name} can attend to {context} tokens: lower max_length"
         )
     if vocabulary and max_token_id >= vocabulary:
         raise InputError(
-            f"the data holds token id {max_token_id}, but the vocabulary of {folder} has {vocabulary} entries: give the model "
-            "whose tokenizer made the data"
+            f"the data contains token id {max_token_id}, but the vocabulary of {name} has {vocabulary} entries: give the "
+            "model whose tokenizer encoded the data"
         )
 
 
 def is_complete_checkpoint(path: str | Path) -> bool:
-    """Return whether a folder holds a model that :func:`save_checkpoint` finished."""
+    """Return whether a folder contains a model that :func:`save_checkpoint` finished writing."""
     folder = Path(path)
     return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
 
 
 def context_length(model_config: Any) -> int | None:
-    """Return the number of tokens a model can attend to, from its configuration; None when it sets no limit."""
+    """Return the number of tokens a model can attend to, from its configuration; None if there is no limit."""
     text_config = getattr(model_config, "text_config", None) or model_config
     for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
         value = getattr(text_config, name, None)
@@ -86,7 +97,7 @@ def context_length(model_config: Any) -> int | None:
     return None
 
 
-# What makes a saved model: a checkpoint folder also holds logs and trainer state, which say nothing about the next stage.
+# The files of a saved model. A checkpoint folder also contains logs and trainer state, which do not affect later stages.
 MODEL_PATTERNS = (
     "*.safetensors",
     "*.safetensors.index.json",
@@ -102,5 +113,5 @@ MODEL_PATTERNS = (
 
 
 def model_files(folder: str | Path) -> list[Path]:
-    """Return the files that make a saved model, in order of their names."""
+    """Return the files of a saved model, sorted by name."""
     return sorted({path for pattern in MODEL_PATTERNS for path in Path(folder).glob(pattern) if path.is_file()})

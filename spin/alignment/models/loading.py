@@ -1,4 +1,4 @@
-"""Loading a causal language model: precision, quantisation, dropout off."""
+"""Loading a causal language model: precision, quantisation, dropout disabled."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 
 def load_model(config: ModelConfig, seed: int = 42) -> PreTrainedModel:
-    """Load a causal language model with dropout off, without adapters (see :func:`add_adapters`).
+    """Load a causal language model with dropout disabled, without adapters (see :func:`add_adapters`).
 
-    ``init_from_config`` starts from random weights drawn with ``seed`` instead.
+    With ``init_from_config`` the weights are initialised at random with ``seed`` instead.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -29,7 +29,7 @@ def load_model(config: ModelConfig, seed: int = 42) -> PreTrainedModel:
     name, revision, dtype = config.model_name_or_path, config.model_revision, resolve_dtype(config.dtype)
     if config.init_from_config:
         model_config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=config.trust_remote_code)
-        torch.manual_seed(seed)
+        torch.manual_seed(seed)  # every process must draw the same weights
         model = AutoModelForCausalLM.from_config(
             model_config, dtype=torch.float32 if dtype == "auto" else dtype, **common
         )
@@ -43,18 +43,19 @@ def load_model(config: ModelConfig, seed: int = 42) -> PreTrainedModel:
         if config.load_in_4bit:
             _keep_differentiable(model)
     disable_dropout(model)
-    _mend_generation_config(model)
+    _fix_generation_config(model)
     return model
 
 
-def _mend_generation_config(model: PreTrainedModel) -> None:
-    """Let a generation config with sampling values but ``do_sample: false`` sample: transformers refuses to save it as it is."""
+def _fix_generation_config(model: PreTrainedModel) -> None:
+    """Set ``do_sample`` in a generation config that has sampling values but no sampling, which transformers refuses to save."""
     settings = getattr(model, "generation_config", None)
     if settings is None:
         return
     try:
         settings.validate(strict=True)
     except ValueError:
+        # Only if that was the fault: validated again, and any other error is raised here rather than after training.
         settings.do_sample = True
         settings.validate(strict=True)
 
@@ -92,13 +93,13 @@ def _keep_differentiable(model: torch.nn.Module) -> None:
 
 
 def disable_dropout(model: torch.nn.Module) -> None:
-    """Set every dropout to 0: the policy must equal its opponent at step 0, and log-probs must be those of generation."""
+    """Set every dropout to 0: the policy must equal the reference at step 0, and log-probs must match those of generation."""
     import torch
 
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-        # Functional dropout reads its rate from the module (attention_dropout, dropout, layerdrop) or from the config.
+        # Functional dropout takes its rate from the module (attention_dropout, dropout, layerdrop) or from the config.
         for holder in (module, getattr(module, "config", None)):
             for name, value in list(vars(holder).items()) if holder is not None else ():
                 if isinstance(value, float) and ("drop" in name or name == "router_jitter_noise"):

@@ -1,4 +1,4 @@
-"""Saving a checkpoint that is complete or absent."""
+"""Saving a checkpoint atomically: it is complete or absent."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ def save_checkpoint(
     state_dict: dict[str, Any] | None = None,
     dtypes: Mapping[str, torch.dtype] | None = None,
 ) -> Path:
-    """Save a model that loads by itself: weights, config, generation config, tokenizer and template.
+    """Save everything needed to load a model: weights, config, generation config, tokenizer and chat template.
 
-    Everything is written into a hidden folder, fsynced and moved in place, ``config.json`` last: its existence proves
-    completion. Other files of ``output_dir`` (trainer checkpoints, metrics) stay. ``dtypes`` gives the precision of each
-    weight where it is not that of the model in memory.
+    Everything is written to a hidden folder, fsynced and moved into place, ``config.json`` last: its existence proves
+    completion. Other files in ``output_dir`` (trainer checkpoints, metrics) are kept. ``dtypes`` gives the precision of
+    each weight where it differs from the model in memory.
 
     Raises:
         FloatingPointError: a weight is not finite; nothing is written.
     """
     state_dict = dict(model.state_dict() if state_dict is None else state_dict)
     for copy in getattr(model, "all_tied_weights_keys", None) or {}:
-        state_dict.pop(copy, None)  # gathering shards gives tied weights twice
+        state_dict.pop(copy, None)  # a state gathered from shards contains tied weights twice
     for name, weight in state_dict.items():
         if weight.is_floating_point() and not weight.isfinite().all():
             raise FloatingPointError(
@@ -44,7 +44,7 @@ def save_checkpoint(
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     hidden = output_dir / f".saving-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    for stale in output_dir.glob(".saving-*"):
+    for stale in output_dir.glob(".saving-*"):  # left by a killed run
         shutil.rmtree(stale)
     model.save_pretrained(hidden, state_dict=state_dict)
     if dtypes:
@@ -54,6 +54,7 @@ def save_checkpoint(
     for path in files:
         with path.open("rb") as file:
             os.fsync(file.fileno())
+    # config.json goes first and comes back last: a crash in between leaves a folder that no reader takes for a model.
     for stale in [output_dir / "config.json", *output_dir.glob("*.safetensors*")]:
         stale.unlink(missing_ok=True)
     for path in files:
@@ -63,6 +64,7 @@ def save_checkpoint(
 
 
 def _write_dtype(config_file: Path, dtype: torch.dtype) -> None:
+    """Record the precision of the saved weights; ``save_pretrained`` wrote that of the model in memory."""
     config = json.loads(config_file.read_text(encoding="utf-8"))
     config["dtype"] = str(dtype).removeprefix("torch.")
     config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

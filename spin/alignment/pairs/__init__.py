@@ -1,1 +1,1 @@
-"""Generated rows to preference pairs: gathered, labelled, paired, written."""
+"""From generated rows to preference pairs: gathering fractions, labelling, pairing and writing."""

@@ -10,21 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.resolve import module_files
+from spin.alignment.core.settings import changed_of, part_of
 from spin.alignment.methods.pairings import PAIRINGS, find_pairing, label_rows, writers
 
 if TYPE_CHECKING:
+    from spin.alignment.pairs.config import ConvertConfig
     from spin.alignment.rewards import GroupScorer, ScorerSettings
-
-# Flags that say something about a scorer, with the value that says nothing.
-SCORER_FLAGS: dict[str, Any] = {
-    "scorer_model": None,
-    "scorer_batch_size": 16,
-    "scorer_max_length": None,
-    "scorer_dtype": "auto",
-    "base_url": None,
-    "score_cache": None,
-    "trust_remote_code": False,
-}
 
 
 @dataclass(frozen=True)
@@ -55,67 +46,36 @@ class Labeller:
             label_rows(rows, labels.scores, labels.win_probs, labels.reference_score)
 
 
-def count_failures(rows: Sequence[dict[str, Any]], reads_truth: bool) -> int:
+def count_failures(rows: Sequence[dict[str, Any]], reads_ground_truth: bool) -> int:
     """Return on how many responses to one prompt, its ground truth included where that is read, the scorer failed."""
     failed = sum(row["rejected_score"] is None for row in rows)
-    return failed + (reads_truth and rows[0]["chosen_score"] is None)
+    return failed + (reads_ground_truth and rows[0]["chosen_score"] is None)
 
 
-def add_scorer_flags(add: Any) -> None:
-    """Add the flags of a scorer to a command line, by its ``add_argument``."""
-    add(
-        "--scorer", help="what scores the responses: a rule (math_answer, module:function) or a model (docs/scoring.md)"
-    )
-    add("--scorer_model", help="folder or Hub name of the reward or preference model; name of the judge")
-    add("--scorer_batch_size", type=int, default=16, help="sequences in one forward pass, requests in flight (judge)")
-    add(
-        "--scorer_max_length",
-        type=int,
-        default=None,
-        help="tokens of a sequence (default: the scoring model's context)",
-    )
-    add("--scorer_dtype", default="auto", help="precision of the scoring model: auto, float32, bfloat16, float16")
-    add("--base_url", help="address of the judge's server")
-    add("--score_cache", help="folder in which the scores of models are kept")
-    add("--trust_remote_code", action="store_true", help="run code that comes with the scoring model")
-
-
-def scorer_settings(options: Any) -> ScorerSettings | None:
-    """Return the checked scorer of a command line; None where the pairing reads no scores.
+def scorer_settings(config: ConvertConfig) -> ScorerSettings | None:
+    """Return the checked scorer of a conversion; None where the pairing reads no scores.
 
     Raises:
         InputError: the pairing needs a scorer and none is named, or the reverse; or the scorer cannot work as it is set.
     """
-    pairing = find_pairing(options.pairing)
+    from spin.alignment.rewards import GROUP_SCORERS, SCORERS, ScorerSettings, check_scorer
+
+    pairing = find_pairing(config.pairing)
     if not pairing.needs:
-        given = [
-            name for name, default in {"scorer": None, **SCORER_FLAGS}.items() if getattr(options, name) != default
-        ]
+        given = changed_of(config, ScorerSettings)
         if given:
             readers = ", ".join(sorted(name for name in PAIRINGS if find_pairing(name).needs))
             raise InputError(
-                f"{given[0]} is {getattr(options, given[0])}, but pairing {options.pairing} reads no scores: leave it out, or "
+                f"{given[0]} is {getattr(config, given[0])}, but pairing {config.pairing} reads no scores: leave it out, or "
                 f"choose one of {readers}"
             )
         return None
-    from spin.alignment.rewards import GROUP_SCORERS, SCORERS, ScorerSettings, check_scorer
-
-    if not options.scorer:
+    if not config.scorer:
         names = ", ".join(sorted([*SCORERS, *GROUP_SCORERS]))
         raise InputError(
-            f"pairing {options.pairing} compares scores: pass --scorer with one of {names}, or module:function"
+            f"pairing {config.pairing} compares scores: pass --scorer with one of {names}, or module:function"
         )
-    settings = ScorerSettings(
-        name=options.scorer,
-        model=options.scorer_model,
-        batch_size=options.scorer_batch_size,
-        max_length=options.scorer_max_length,
-        base_url=options.base_url,
-        score_reference=pairing.reads_truth,
-        cache_dir=options.score_cache,
-        dtype=options.scorer_dtype,
-        trust_remote_code=options.trust_remote_code,
-    )
+    settings = part_of(config, ScorerSettings, score_reference=pairing.reads_ground_truth)
     check_scorer(settings)
     return settings
 

@@ -11,96 +11,70 @@ from typing import TYPE_CHECKING, Any
 
 from spin.alignment.core.console import say, say_error
 from spin.alignment.core.errors import InputError
-from spin.alignment.core.program import Parser
+from spin.alignment.core.settings import recorded
 
 if TYPE_CHECKING:
     from spin.alignment.core.provenance import Provenance
+    from spin.alignment.pairs.config import ConvertConfig
     from spin.alignment.pairs.gather import Split
     from spin.alignment.pairs.preference_files import PreferenceFiles, Selection
 
 PROGRESS_SECONDS = 10.0
 
 
-def make_parser() -> Parser:
-    from spin.alignment.pairs.annotate import add_scorer_flags
+def convert(config: ConvertConfig) -> dict[str, dict[str, int]]:
+    """Gather the fractions of every split, form pairs and write them; return the counts of each split.
 
-    parser = Parser(prog="convert_data.py", description="Gather generated fractions into preference parquet files.")
-    add = parser.add_argument
-    add("--input_dir", required=True, help="folder of {split}-{fraction}.parquet files from generate.py")
-    add("--output_dir", required=True, help="folder for {split}_prefs-*.parquet")
-    add("--splits", nargs="+", action="extend", help="splits to gather (default: those found at the start)")
-    add("--num_fracs", type=int, default=0, help="training fractions that must be there (0: as recorded)")
-    add(
-        "--wait",
-        type=float,
-        default=0.0,
-        help="gather while fractions are still being made; end after this many seconds without a new one (0: do not wait)",
-    )
-    add(
-        "--pairing",
-        default="ground_truth",
-        help="which response is chosen and which rejected: a name, or module:function",
-    )
-    add(
-        "--initial",
-        default=None,
-        help="folder of the initial model's responses to the same prompts: a third response, for the losses that read one",
-    )
-    add_scorer_flags(add)
-    add("--identical", choices=("keep", "drop"), default="keep", help="pairs whose responses are equal")
-    add("--truncated", choices=("keep", "drop"), default="keep", help="responses cut by length (no EOS)")
-    add("--max_rows_per_file", type=int, default=100_000, help="rows in one output file")
-    add("--overwrite", action="store_true", help="replace pairs made from something else")
-    return parser
-
-
-def check_flags(options: Any) -> None:
-    """Check everything that the flags say, scorer and pairing included; no file of the data is looked at."""
+    Raises:
+        InputError: a setting, a folder or a fraction cannot be used; nothing is written then.
+    """
+    from spin.alignment.core.files import read_json
+    from spin.alignment.core.lock import folder_lock
     from spin.alignment.pairs.annotate import scorer_settings
 
-    if options.num_fracs < 0 or options.max_rows_per_file < 1:
-        raise InputError("num_fracs must be 0 or more and max_rows_per_file at least 1: correct the flag")
-    if not 0 <= options.wait < float("inf"):
-        raise InputError(f"wait is {options.wait}: set it to 0 (do not wait) or to a number of seconds")
-    scorer_settings(options)
+    scorer_settings(config)
+    config.check_files()
+    output_dir = Path(config.output_dir)
+    splits = find_splits(config)
+    sets = {split.name: make_files(split, config) for split in splits if split.origin}
+    check_output(output_dir, sets, splits, config.overwrite)
+    if not config.overwrite and len(sets) == len(splits) and all(files.is_complete() for files in sets.values()):
+        say(f"{output_dir} is complete already")
+        counts = {split: read_json(files.counts_path) for split, files in sets.items()}
+        show_counts(counts)
+        return counts
+    with folder_lock(output_dir, setting="output_dir"):
+        write_sets(splits, sets, config)
+    counts = {split.name: sets[split.name].counts for split in splits}
+    show_counts(counts)
+    for item in (skipped for split in splits for skipped in split.skipped):
+        say(f"  skipped by generation: {item['prompt_id']} ({item['reason']})")
+    return counts
 
 
-def check_options(options: Any) -> None:
-    """Check every flag and both folders before a file is opened."""
-    check_flags(options)
-    input_dir, output_dir = Path(options.input_dir), Path(options.output_dir)
-    if not input_dir.is_dir():
-        raise InputError(f"input_dir {input_dir} does not exist: give the output folder of spin/generate.py")
-    if input_dir.resolve() == output_dir.resolve():
-        raise InputError(f"output_dir is the input_dir {input_dir}: choose another folder")
-    if options.initial is not None and not Path(options.initial).is_dir():
-        raise InputError(
-            f"initial is {options.initial}, which is no folder: give the output folder of spin/generate.py"
-        )
-
-
-def find_splits(options: Any) -> list[Split]:
+def find_splits(config: ConvertConfig) -> list[Split]:
     """Return the splits to gather, by name, with the headers of what is there checked."""
     from spin.alignment.pairs.gather import Split, find_fractions
 
-    folder = Path(options.input_dir)
-    names = sorted(set(options.splits or find_fractions(folder)))
+    folder = Path(config.input_dir)
+    names = sorted(set(config.splits or find_fractions(folder)))
     if not names:
-        mend = "pass --splits to wait for them" if options.wait else "run spin/generate.py first"
+        mend = "pass --splits to wait for them" if config.wait else "run spin/generate.py first"
         raise InputError(f"{folder} holds no fraction files such as train-00000.parquet: {mend}")
-    splits = [Split(folder, name, options.num_fracs, patient=options.wait > 0) for name in names]
+    splits = [Split(folder, name, config.num_fracs, patient=config.wait > 0) for name in names]
     for split in splits:
         split.survey()
     check_one_run(splits)
     return splits
 
 
-def make_provenance(split: Split, options: Any) -> Provenance:
+def make_provenance(split: Split, config: ConvertConfig) -> Provenance:
     """Return the record of the pairs: the generator's, with a hash of it and the settings of this step."""
     from dataclasses import asdict
 
     from spin.alignment.core.provenance import hash_json
     from spin.alignment.core.resolve import module_record
+    from spin.alignment.methods.pairings import find_pairing
     from spin.alignment.pairs.annotate import scorer_record, scorer_settings
     from spin.alignment.pairs.fraction_file import ID_SUMS
     from spin.alignment.pairs.initial import initial_record
@@ -109,17 +83,18 @@ def make_provenance(split: Split, options: Any) -> Provenance:
     made = split.origin.provenance
     facts = {name: value for name, value in made.extra.items() if name not in ID_SUMS}
     origin = asdict(made) | {"data_frac": 0, "extra": facts}
-    settings = {name: getattr(options, name) for name in ("pairing", "identical", "truncated", "max_rows_per_file")}
-    scorer = scorer_settings(options)
+    scorer = scorer_settings(config)
     scored = scorer_record(scorer) if scorer is not None else {}
-    own = module_record("pairing", options.pairing)
-    if options.initial is not None:
-        own |= initial_record(Path(options.initial), split.name, made)
-    extra = {"generated_hash": hash_json(origin), "fractions": split.total, **settings, **own, **scored}
+    own: dict[str, Any] = module_record("pairing", config.pairing)
+    if not find_pairing(config.pairing).prefers:
+        own["prefers"] = False
+    if config.initial is not None:
+        own |= initial_record(Path(config.initial), split.name, made)
+    extra = {"generated_hash": hash_json(origin), "fractions": split.total, **recorded(config), **own, **scored}
     return replace(made, kind="preferences", data_frac=0, extra=extra)
 
 
-def make_files(split: Split, options: Any) -> PreferenceFiles:
+def make_files(split: Split, config: ConvertConfig) -> PreferenceFiles:
     """Return the output files of a split whose fraction 0 has been seen.
 
     Raises:
@@ -130,15 +105,15 @@ def make_files(split: Split, options: Any) -> PreferenceFiles:
     from spin.alignment.pairs.preference_files import COUNTS, EVEN_COUNTS, SCORED_COUNTS, PreferenceFiles, pair_schema
 
     assert split.origin is not None
-    pairing = find_pairing(options.pairing)
-    check_num_samples(options.pairing, pairing, split.origin.num_samples)
+    pairing = find_pairing(config.pairing)
+    check_num_samples(config.pairing, pairing, split.origin.num_samples)
     schema = pair_schema(pairing, split.origin.schema)
-    schema = schema if options.initial is None else with_initial(schema)
+    schema = schema if config.initial is None else with_initial(schema)
     counts: tuple[str, ...] = COUNTS
     if pairing.needs:
         counts = EVEN_COUNTS if pairing.even else SCORED_COUNTS
-    folder, provenance = Path(options.output_dir), make_provenance(split, options)
-    return PreferenceFiles(folder, split.name, provenance, schema, options.max_rows_per_file, counts)
+    folder, provenance = Path(config.output_dir), make_provenance(split, config)
+    return PreferenceFiles(folder, split.name, provenance, schema, config.max_rows_per_file, counts)
 
 
 def check_one_run(splits: Sequence[Split]) -> None:
@@ -207,15 +182,15 @@ class Progress:
 
 
 @contextmanager
-def make_selection(options: Any) -> Iterator[Selection]:
+def make_selection(config: ConvertConfig) -> Iterator[Selection]:
     """Yield what forms the pairs; its scorer, where there is one, is closed afterwards."""
     from spin.alignment.methods.pairings import find_pairing
     from spin.alignment.pairs.annotate import Labeller, scorer_settings
     from spin.alignment.pairs.preference_files import Selection
     from spin.alignment.rewards import make_scorer
 
-    settings = scorer_settings(options)
-    selection = Selection(find_pairing(options.pairing), options.identical == "drop", options.truncated == "drop")
+    settings = scorer_settings(config)
+    selection = Selection(find_pairing(config.pairing), config.identical == "drop", config.truncated == "drop")
     if settings is None:
         yield selection
         return
@@ -223,7 +198,7 @@ def make_selection(options: Any) -> Iterator[Selection]:
         yield replace(selection, labeller=Labeller(scorer))
 
 
-def write_hidden(splits: Sequence[Split], sets: dict[str, PreferenceFiles], options: Any) -> None:
+def write_hidden(splits: Sequence[Split], sets: dict[str, PreferenceFiles], config: ConvertConfig) -> None:
     """Write the pairs of all splits under hidden names, and prove them complete; late splits are added to ``sets``.
 
     Raises:
@@ -236,16 +211,16 @@ def write_hidden(splits: Sequence[Split], sets: dict[str, PreferenceFiles], opti
     progress = Progress()
     for files in sets.values():
         files.discard()
-    with make_selection(options) as selection:
-        for split, fraction in arriving(splits, options.wait, say_error):
+    with make_selection(config) as selection:
+        for split, fraction in arriving(splits, config.wait, say_error):
             if split.name not in sets:
-                sets[split.name] = make_files(split, options)
+                sets[split.name] = make_files(split, config)
                 check_one_run(splits)
-                check_output(Path(options.output_dir), sets, splits, options.overwrite)
+                check_output(Path(config.output_dir), sets, splits, config.overwrite)
                 sets[split.name].discard()
             files = sets[split.name]
-            if options.initial is not None and split.name not in initial:
-                initial[split.name] = InitialResponses(Path(options.initial), split.name)
+            if config.initial is not None and split.name not in initial:
+                initial[split.name] = InitialResponses(Path(config.initial), split.name)
             forming = replace(selection, initial=initial.get(split.name))
             for batch in split.read(fraction):
                 files.write(forming.apply(batch, fraction.num_samples, files.counts))
@@ -269,10 +244,10 @@ def finish(split: Split, files: PreferenceFiles) -> None:
         )
 
 
-def write_sets(splits: Sequence[Split], sets: dict[str, PreferenceFiles], options: Any) -> None:
+def write_sets(splits: Sequence[Split], sets: dict[str, PreferenceFiles], config: ConvertConfig) -> None:
     """Write the pairs of all splits, then name them. An error on the way leaves the earlier pairs as they were."""
     try:
-        write_hidden(splits, sets, options)
+        write_hidden(splits, sets, config)
     except BaseException:
         for files in sets.values():
             files.discard()

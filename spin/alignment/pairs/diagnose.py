@@ -1,7 +1,7 @@
-"""What is wrong with fractions that fail the proof of completeness: the slow search that names it.
+"""Diagnosing fractions that fail the proof of completeness: a slow search for the fault.
 
-Reads ids and sample numbers only. Called when a gathering is lost anyway, and, for fractions without recorded sums, to look
-for prompts that stand twice (8 bytes a prompt).
+Only ids and sample indices are read. It runs when a gathering has failed anyway and, for fractions without recorded sums, to
+look for repeated prompts (8 bytes per prompt).
 """
 
 from __future__ import annotations
@@ -25,11 +25,10 @@ if TYPE_CHECKING:
 _BATCH_ROWS = 8192
 
 
-def name_fault(fraction: Fraction, files: Mapping[int, Path]) -> InputError:
-    """Return what is wrong with a fraction that does not hold what it must.
+def diagnose_fraction(fraction: Fraction, files: Mapping[int, Path]) -> InputError:
+    """Return an error that says what is wrong with a fraction that does not contain the expected rows.
 
-    ``files`` are the fractions of its split that are there: a prompt that is missing here or stands here too often may be in one
-    of them.
+    ``files`` are the existing fractions of its split: a prompt that is missing or repeated here may be in one of them.
     """
     if broken := _broken_prompt(fraction):
         return broken
@@ -45,20 +44,20 @@ def _is_readable(path: Path) -> bool:
 
 
 def _broken_prompt(fraction: Fraction) -> InputError | None:
-    """Find a prompt whose rows do not stand together, or that has a sample too many or too few."""
+    """Find a prompt whose rows are not adjacent, or that has too many or too few samples."""
     path, wanted = fraction.path, list(range(fraction.num_samples))
     for prompt_id, samples in _groups(path):
         if prompt_id is None or None in samples:
-            return InputError(f"{path} holds a row without prompt_id or sample_index: generate this fraction again")
+            return InputError(f"{path} contains a row without prompt_id or sample_index: generate this fraction again")
         if sorted(samples) == wanted:
             continue
         everywhere = sorted(item for found, items in _groups(path) if found == prompt_id for item in items)
         if everywhere == wanted:
             return InputError(
-                f"{path} does not keep the {len(wanted)} rows of prompt {prompt_id} together: generate this fraction again"
+                f"the {len(wanted)} rows of prompt {prompt_id} in {path} are not adjacent: generate this fraction again"
             )
         return InputError(
-            f"{path} holds the samples {everywhere} of prompt {prompt_id} where 0 to {len(wanted) - 1} are "
+            f"{path} contains the samples {everywhere} of prompt {prompt_id}, but 0 to {len(wanted) - 1} are "
             "expected once each: generate this fraction again"
         )
     return None
@@ -71,8 +70,8 @@ def _groups(path: Path) -> Iterator[tuple[str, list[int]]]:
 
 
 def _prompts(path: Path, num_samples: int) -> Iterator[str]:
-    """Yield the id of every prompt of a file: that of each ``num_samples``-th row, then those left out by generation."""
-    start = 0
+    """Yield the id of every prompt in a file: that of each ``num_samples``-th row, then those that generation skipped."""
+    start = 0  # number of the batch's first row, which may be in the middle of a prompt
     for batch in read_batches(path, _BATCH_ROWS, ["prompt_id"]):
         yield from (
             batch.column(0).take(pa.array(np.arange(-start % num_samples, batch.num_rows, num_samples))).to_pylist()
@@ -86,7 +85,7 @@ def _numbers(path: Path, num_samples: int) -> npt.NDArray[np.uint64]:
 
 
 def repeated_prompt(files: Mapping[int, Path], num_samples: int) -> InputError | None:
-    """Look for a prompt that stands more than once in some files; return the refusal that names it and where it stands.
+    """Look for a prompt that appears more than once in some files; return an error that names it and its files.
 
     Raises:
         InputError: a file cannot be read.
@@ -97,6 +96,7 @@ def repeated_prompt(files: Mapping[int, Path], num_samples: int) -> InputError |
     repeated = set(unique[counts > 1].tolist())
     if not repeated:
         return None
+    # A second pass for the names: the first keeps only 64-bit numbers.
     places: dict[str, list[str]] = {}
     for _, path in sorted(files.items()):
         for prompt_id in _prompts(path, num_samples):
@@ -105,17 +105,18 @@ def repeated_prompt(files: Mapping[int, Path], num_samples: int) -> InputError |
     prompt_id, names = next(item for item in places.items() if len(item[1]) > 1)
     where = " and ".join(dict.fromkeys(names))
     return InputError(
-        f"prompt {prompt_id} stands more than once, in {where}: generate {'it' if len(set(names)) == 1 else 'one of them'} again"
+        f"prompt {prompt_id} appears more than once, in {where}: generate {'it' if len(set(names)) == 1 else 'one of them'} again"
     )
 
 
 def _stray_prompt(fraction: Fraction, files: Mapping[int, Path]) -> InputError | None:
-    """Find the one prompt that this fraction lacks in another: the recorded sum tells its number."""
+    """Find the single prompt missing from this fraction in another one; the recorded sum gives its number."""
     own = _numbers(fraction.path, fraction.num_samples)
     if fraction.fraction_ids is None or len(own) not in (fraction.expected, fraction.expected - 1):
         return None
+    # uint64 arithmetic wraps around, which is the sum modulo 2**64.
     lacking = np.array([fraction.fraction_ids], dtype=np.uint64) - own.sum(dtype=np.uint64)
-    # With as many prompts as expected, one of them has taken the place of the missing one.
+    # If the number of prompts is right, one of them has replaced the missing one: try each.
     wanted = lacking + own if len(own) == fraction.expected else lacking
     for _, path in sorted(files.items()):
         if path == fraction.path:
@@ -125,7 +126,7 @@ def _stray_prompt(fraction: Fraction, files: Mapping[int, Path]) -> InputError |
         ):
             if found:
                 return InputError(
-                    f"{fraction.path} lacks prompt {prompt_id}, which stands in {path.name}: generate both fractions again"
+                    f"{fraction.path} is missing prompt {prompt_id}, which is in {path.name}: generate both fractions again"
                 )
     return None
 
@@ -134,5 +135,5 @@ def _wrong_number(fraction: Fraction) -> InputError:
     found = sum(1 for _ in _prompts(fraction.path, fraction.num_samples))
     here, expected = found - len(fraction.skipped), fraction.expected - len(fraction.skipped)
     if here != expected:
-        return InputError(f"{fraction.path} holds {here} prompts where {expected} are expected: generate it again")
-    return InputError(f"{fraction.path} holds other prompts than those of its fraction: generate it again")
+        return InputError(f"{fraction.path} contains {here} prompts, but {expected} are expected: generate it again")
+    return InputError(f"{fraction.path} contains prompts that do not belong to its fraction: generate it again")

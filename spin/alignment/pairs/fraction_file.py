@@ -1,4 +1,4 @@
-"""One fraction on disk: what its file says of itself, and its rows in batches."""
+"""The file of one fraction: its metadata, and its rows in batches."""
 
 from __future__ import annotations
 
@@ -18,23 +18,24 @@ from spin.alignment.core.provenance import read_provenance
 from spin.alignment.data.fractions import fraction_size
 from spin.alignment.data.rows import GENERATED_SCHEMA
 
+# Rows vary from a few bytes to a few hundred kilobytes, so a batch is limited by both.
 _BATCH_BYTES = 4 * 2**20
 _BATCH_ROWS = 2048
 
 
 class Fraction:
-    """The file of one fraction, opened once: what it says of itself, and its rows.
+    """The file of one fraction, opened once: its metadata and its rows.
 
     Attributes:
-        expected: prompts it must hold, those left out by generation (``skipped``) included.
-        fraction_ids, all_ids: the recorded sums of id numbers, None where there are none.
+        expected: number of prompts it must contain, including those that generation ``skipped``.
+        fraction_ids, all_ids: the recorded sums of id numbers, or None.
     """
 
     def __init__(self, file: pq.ParquetFile, path: Path, number: int) -> None:
-        """Read the header.
+        """Read the metadata.
 
         Raises:
-            InputError: no provenance, rows of another kind, or a column is missing or of another type.
+            InputError: there is no provenance, the rows are of another kind, or a column is missing or of the wrong type.
         """
         self.path, self.number, self._file = path, number, file
         schema = file.schema_arrow
@@ -50,10 +51,10 @@ class Fraction:
     def _check_kind(self) -> None:
         kind = self.provenance.kind
         if kind != "generated":
-            raise InputError(f"{self.path} holds {kind} rows, not generated ones: give generate.py's output folder")
+            raise InputError(f"{self.path} contains {kind} rows, not generated ones: give generate.py's output folder")
         missing = set(GENERATED_SCHEMA.names) - set(self.schema.names)
         if missing:
-            raise InputError(f"{self.path} lacks the columns {', '.join(sorted(missing))}: generate it again")
+            raise InputError(f"{self.path} is missing the columns {', '.join(sorted(missing))}: generate it again")
         for field in GENERATED_SCHEMA:
             found = self.schema.field(field.name).type
             if found != field.type:
@@ -74,13 +75,14 @@ class Fraction:
         return fraction_size(self.provenance.num_prompts, self.number, self.provenance.frac_len)
 
     def batches(self) -> Iterator[pa.RecordBatch]:
-        """Stream the rows in batches of whole prompts, each ``num_samples`` rows; the last may end in a broken one.
+        """Stream the rows in batches of whole prompts (``num_samples`` rows each); the last batch may end in a partial one.
 
         Raises:
             InputError: the file is damaged.
         """
         rest: pa.RecordBatch | None = None
         for batch in self._raw_batches():
+            # A record batch may end with a row group, between the samples of a prompt.
             if rest is not None:
                 batch = pa.Table.from_batches([rest, batch]).combine_chunks().to_batches()[0]
             whole = batch.num_rows // self.num_samples * self.num_samples
@@ -109,17 +111,19 @@ class Fraction:
 
 
 def prompt_ids(batch: pa.RecordBatch, num_samples: int) -> list[str] | None:
-    """Return the ids of the prompts in a batch; None unless each has the samples 0 to ``num_samples`` - 1 once, together."""
+    """Return the ids of the prompts in a batch; None unless each has the samples 0 to ``num_samples`` - 1 in adjacent rows."""
     ids, samples = batch.column("prompt_id"), batch.column("sample_index")
     if batch.num_rows % num_samples or ids.null_count or samples.null_count:
         return None
     if num_samples > 1:
+        # Equal to its predecessor wherever the predecessor is of the same prompt.
         same = pc.equal(ids.slice(1), ids.slice(0, len(ids) - 1)).to_numpy(zero_copy_only=False)
         inside = np.arange(1, len(ids)) % num_samples != 0
         if not same[inside].all():
             return None
     if (np.sort(samples.to_numpy().reshape(-1, num_samples), axis=1) != np.arange(num_samples)).any():
         return None
+    # The first row of each prompt gives its id.
     heads: list[str] = ids.take(pa.array(np.arange(0, len(ids), num_samples))).to_pylist()
     return heads
 

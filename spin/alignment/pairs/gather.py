@@ -1,4 +1,4 @@
-"""Fractions of a split gathered: read once, proven complete, in constant memory."""
+"""Gathering the fractions of a split: each is read once and proven complete, in constant memory."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from spin.alignment.core.errors import InputError
 from spin.alignment.core.parquet import open_parquet
 from spin.alignment.core.provenance import id_number
 from spin.alignment.data.fractions import fraction_path, num_fractions
-from spin.alignment.pairs.diagnose import name_fault, repeated_prompt
+from spin.alignment.pairs.diagnose import diagnose_fraction, repeated_prompt
 from spin.alignment.pairs.fraction_file import Fraction, prompt_ids
 
 FRACTION_NAME = re.compile(r"(?P<split>.+)-(?P<number>\d{5,})\.parquet")
-# What may differ between the splits of one run.
+# The fields of the provenance that may differ between the splits of one run.
 OF_ONE_SPLIT = ("split", "prompts_hash", "num_prompts", "data_frac", "frac_len", "extra")
 _POLL_SECONDS = 2.0
-_SAY_SECONDS = 60.0
-_EXAMPLES = 5
+_REPORT_SECONDS = 60.0
+_EXAMPLES = 5  # skipped prompts kept to be shown
 
 
 class Split:
     """The fractions of one split in a folder, taken in the order of their numbers.
 
     Attributes:
-        patient: fractions may still come: one that is missing or cannot be read yet is no error.
-        reference: the first fraction that was seen; all others must agree with it.
+        patient: fractions may still arrive, so one that is missing or not yet readable is not an error.
+        reference: the first fraction seen; all others must agree with it.
         origin: fraction 0, whose provenance and columns become those of the pairs.
-        total: fractions to expect; 0 while none has been seen.
-        num_skipped, skipped: how many prompts generation left out, and the first of them with their reasons.
+        total: number of fractions to expect; 0 until one has been seen.
+        num_skipped, skipped: number of prompts that generation skipped, and the first of them with their reasons.
     """
 
     def __init__(self, folder: Path, name: str, num_fracs: int = 0, patient: bool = False) -> None:
@@ -42,18 +42,18 @@ class Split:
         self.origin: Fraction | None = None
         self.total = 0
         self.num_skipped, self.skipped = 0, list[dict[str, str]]()
-        self._next = 0
-        self._sum = 0
-        self._unproven = False  # a fraction without a recorded sum was read
+        self._next = 0  # number of the next fraction to take
+        self._sum = 0  # of the id numbers read so far, modulo 2**64
+        self._unproven = False  # whether a fraction without a recorded sum was read
         self._all_ids: int | None = None
         self._unreadable: dict[int, InputError] = {}
 
     def files(self) -> dict[int, Path]:
-        """Return the fraction files that are there, by number."""
+        """Return the existing fraction files by number."""
         return find_fractions(self.folder).get(self.name, {})
 
     def survey(self) -> None:
-        """Check the headers of all fractions that are there, and, unless patient, that none is missing.
+        """Check the headers of all existing fractions and, unless patient, that none is missing.
 
         Raises:
             InputError: naming the fraction and what is wrong.
@@ -65,7 +65,7 @@ class Split:
             raise missing_error([self], f"in {self.folder}")
 
     def _open(self, number: int) -> Fraction | None:
-        """Open a fraction and compare it with the first one; None when a patient split has it not, or not readable."""
+        """Open a fraction and compare it with the first one; None if it is missing or unreadable in a patient split."""
         path = fraction_path(self.folder, self.name, number)
         try:
             file = open_parquet(path)
@@ -89,10 +89,11 @@ class Split:
     def _expected_total(self, fraction: Fraction) -> int:
         num_prompts, frac_len = fraction.provenance.num_prompts, fraction.provenance.frac_len
         recorded = num_fractions(num_prompts, frac_len)
+        # num_fracs limits training data; a test split is always gathered in full.
         expected = self.num_fracs if self.num_fracs and self.name == "train" else recorded
         if expected > recorded:
             raise InputError(
-                f"num_fracs is {expected}, but {num_prompts} prompts in pieces of {frac_len or 'all'} make {recorded} "
+                f"num_fracs is {expected}, but {num_prompts} prompts with frac_len {frac_len} give {recorded} "
                 "fractions: correct num_fracs"
             )
         return expected
@@ -113,22 +114,22 @@ class Split:
         recorded = fraction.provenance.data_frac
         if fraction.fraction_ids is not None and recorded != fraction.number:
             raise InputError(
-                f"{fraction.path} is fraction {recorded} by its record: generate fraction {fraction.number} again"
+                f"{fraction.path} records that it is fraction {recorded}: generate fraction {fraction.number} again"
             )
         if fraction.num_rows != (fraction.expected - len(fraction.skipped)) * fraction.num_samples:
-            raise name_fault(fraction, self.files())
+            raise diagnose_fraction(fraction, self.files())
 
     def check_surplus(self) -> None:
-        """Refuse fractions behind the expected ones."""
+        """Refuse fractions beyond the expected number."""
         surplus = [path.name for number, path in sorted(self.files().items()) if self.total and number >= self.total]
         if surplus:
             raise InputError(
-                f"{self.folder} holds more than {self.total} {self.name} fractions ({', '.join(surplus)}): "
+                f"{self.folder} contains more than {self.total} {self.name} fractions ({', '.join(surplus)}): "
                 "correct num_fracs or remove them"
             )
 
     def missing(self) -> list[int]:
-        """Return the numbers of the fractions that are still to come; [0] while nothing is known of the split."""
+        """Return the numbers of the fractions that are still missing; [0] until a fraction of the split has been seen."""
         present = self.files().keys() - self._unreadable.keys()
         return [number for number in range(self._next, max(1, self.total)) if number not in present]
 
@@ -141,7 +142,7 @@ class Split:
         return f"{self.name} fraction {numbers} of {self.total}"
 
     def reasons(self) -> list[str]:
-        """Return why fractions that are there could not be read."""
+        """Return why existing fractions could not be read."""
         return [str(error) for number, error in sorted(self._unreadable.items()) if number in self.files()]
 
     def is_done(self) -> bool:
@@ -149,12 +150,13 @@ class Split:
         return self.total > 0 and self._next == self.total
 
     def take(self) -> Fraction | None:
-        """Return the fraction next in order, or None when it is not there (yet).
+        """Return the next fraction in order, or None if it does not exist yet.
 
-        Whichever fraction comes first tells how many there are.
+        Whichever fraction arrives first determines how many there are.
         """
         if self.reference is None:
             any(self._open(number) for number in sorted(self.files()))
+        # A fraction that was still being copied may be readable by now.
         for number in self._unreadable.keys() - {self._next}:
             self._open(number)
         if self.is_done() or not fraction_path(self.folder, self.name, self._next).exists():
@@ -167,7 +169,7 @@ class Split:
         """Stream the rows of a fraction in batches of whole prompts, in the column order of fraction 0.
 
         Raises:
-            InputError: once a batch, or at the end the fraction, does not hold what it must; the message names it.
+            InputError: a batch, or in the end the fraction, does not contain the expected rows; the error names the fault.
         """
         assert self.origin is not None
         names = self.origin.schema.names
@@ -175,13 +177,14 @@ class Split:
         for batch in fraction.batches():
             ids = prompt_ids(batch, fraction.num_samples)
             if ids is None:
-                raise name_fault(fraction, self.files())
+                raise diagnose_fraction(fraction, self.files())
             found += len(ids)
             total += sum(map(id_number, ids))
             yield batch.select(names) if fraction.schema.names != names else batch
         total %= 2**64
+        # Equal sums of 64-bit id numbers: the fraction contains the recorded prompts, none missing and none repeated.
         if found != fraction.expected or fraction.fraction_ids not in (None, total):
-            raise name_fault(fraction, self.files())
+            raise diagnose_fraction(fraction, self.files())
         self._note(fraction, total)
 
     def _note(self, fraction: Fraction, total: int) -> None:
@@ -192,21 +195,22 @@ class Split:
         self.skipped += fraction.skipped[: _EXAMPLES - len(self.skipped)]
 
     def conclude(self) -> None:
-        """Prove, with all fractions read, that no prompt stands twice and none is missing.
+        """Prove, once all fractions have been read, that no prompt is missing or appears twice.
 
         Raises:
-            InputError: naming the repeated prompt and its two files where there is one.
+            InputError: naming the repeated prompt and its two files, if there is one.
         """
         assert self.reference is not None
         self.check_surplus()
         made = self.reference.provenance
-        is_whole = self.total == num_fractions(made.num_prompts, made.frac_len)
-        if is_whole and self._all_ids is not None:
+        is_complete = self.total == num_fractions(made.num_prompts, made.frac_len)
+        if is_complete and self._all_ids is not None:
             if self._sum != self._all_ids:
                 raise repeated_prompt(self._ours(), self.reference.num_samples) or InputError(
-                    f"the {self.name} fractions in {self.folder} do not hold the prompts of the data set they were cut from "
+                    f"the {self.name} fractions in {self.folder} do not contain the prompts of their data set "
                     "(extra.all_ids): generate all of them again from one data set"
                 )
+        # Without recorded sums (files of an early version), search for repeated prompts, 8 bytes per prompt.
         elif self._unproven and (error := repeated_prompt(self._ours(), self.reference.num_samples)):
             raise error
 
@@ -225,7 +229,7 @@ def find_fractions(folder: Path) -> dict[str, dict[int, Path]]:
 
 
 def missing_error(splits: Sequence[Split], where: str) -> InputError:
-    """Return the refusal that names all missing fractions and the commands that make them."""
+    """Return the error that names all missing fractions and the commands that generate them."""
     parts, commands = [], []
     for split in splits:
         missing = split.missing()
@@ -240,14 +244,14 @@ def missing_error(splits: Sequence[Split], where: str) -> InputError:
 
 
 def arriving(splits: Sequence[Split], wait: float, say: Callable[[str], Any]) -> Iterator[tuple[Split, Fraction]]:
-    """Yield all fractions, those of each split in the order of their numbers, as soon as they are there.
+    """Yield all fractions as soon as they exist, those of each split in the order of their numbers.
 
-    ``say`` hears what is awaited, when that changes and once a minute.
+    ``say`` is called with what is awaited, whenever that changes and once a minute.
 
     Raises:
-        InputError: for ``wait`` seconds no fraction came, naming the missing ones.
+        InputError: no fraction arrived for ``wait`` seconds; the error names the missing ones.
     """
-    seen, since, said, said_at = _stamps(splits), time.monotonic(), "", 0.0
+    seen, since, said, reported_at = _stamps(splits), time.monotonic(), "", 0.0
     while waiting := [split for split in splits if not split.is_done()]:
         taken = False
         for split in waiting:
@@ -258,26 +262,26 @@ def arriving(splits: Sequence[Split], wait: float, say: Callable[[str], Any]) ->
             since = time.monotonic()
             continue
         now, stamps = time.monotonic(), _stamps(splits)
-        if stamps != seen:
+        if stamps != seen:  # a file is growing, so the wait starts again
             seen, since = stamps, now
         late = [split for split in waiting if split.missing()]
         if late and now - since >= wait:
             ending = f" after {wait:g} s without a new one" if wait else ""
             raise missing_error(late, f"in {splits[0].folder}{ending}")
         awaited = "waiting for " + "; ".join(split.awaited() for split in late)
-        if late and (awaited != said or now - said_at >= _SAY_SECONDS):
+        if late and (awaited != said or now - reported_at >= _REPORT_SECONDS):
             say(awaited)
-            said, said_at = awaited, now
+            said, reported_at = awaited, now
         time.sleep(min(_POLL_SECONDS, wait / 20))
 
 
 def _stamps(splits: Sequence[Split]) -> set[tuple[str, int, int]]:
-    """Return what changes when a fraction appears or grows."""
+    """Return a value that changes when a fraction appears or grows."""
     stamps = set()
     for path in (path for split in splits for path in split.files().values()):
         try:
             stat = path.stat()
-        except FileNotFoundError:
+        except FileNotFoundError:  # replaced between listing and stat
             continue
         stamps.add((path.name, stat.st_size, stat.st_mtime_ns))
     return stamps

@@ -1,12 +1,9 @@
-"""Preference rows of a split: the pairs of a batch, which of them are dropped, and the numbered files they are written to."""
+"""Preference rows of a split: forming pairs, dropping some of them, and writing them to numbered files."""
 
 from __future__ import annotations
 
-import fcntl
 import glob
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,19 +17,19 @@ from spin.alignment.core.parquet import ParquetSink
 from spin.alignment.core.provenance import Provenance
 from spin.alignment.core.sides import SIDES
 from spin.alignment.data.rows import LABEL_TYPE, OPTIONAL_COLUMNS
-from spin.alignment.methods.pairings import Pairing, no_truth
+from spin.alignment.methods.pairings import Pairing, missing_ground_truth
 from spin.alignment.pairs.annotate import Labeller, count_failures
 from spin.alignment.pairs.initial import InitialResponses
 
 COUNTS = ("rows", "identical", "truncated", "dropped", "skipped", "written")
-# Where responses are scored: prompts without a pair, responses that the scorer failed on.
+# When responses are scored: also responses for which the scorer failed, and prompts without a pair.
 SCORED_COUNTS = ("rows", "failed", "ties", *COUNTS[1:])
-# Where pairs take two responses each: also those left over when the scorer failed on some.
+# When each pair takes two responses: also those left over after the scorer failed on some.
 EVEN_COUNTS = (*SCORED_COUNTS[:3], "unpaired", *COUNTS[1:])
 
 
 def pair_schema(pairing: Pairing, schema: pa.Schema) -> pa.Schema:
-    """Return the columns of the pairs that a pairing makes of rows with the columns of ``schema``."""
+    """Return the columns of the pairs that a pairing forms from rows with the columns of ``schema``."""
     fields = (
         pa.field(name, OPTIONAL_COLUMNS.get(name, LABEL_TYPE)) for name in pairing.adds if name not in schema.names
     )
@@ -41,7 +38,7 @@ def pair_schema(pairing: Pairing, schema: pa.Schema) -> pa.Schema:
 
 @dataclass(frozen=True)
 class Selection:
-    """How pairs are formed, and which are left out: those of equal responses, those whose response was cut by length.
+    """How pairs are formed, and which are dropped: those with equal responses, those with a response truncated by length.
 
     A pairing that compares scores needs a ``labeller``. With ``initial`` every pair gets the initial model's response too.
     """
@@ -53,15 +50,16 @@ class Selection:
     initial: InitialResponses | None = None
 
     def apply(self, batch: pa.RecordBatch, num_samples: int, counts: dict[str, int]) -> pa.RecordBatch:
-        """Return the pairs of a batch of whole prompts, those dropped left out, all of them counted.
+        """Return the remaining pairs of a batch of whole prompts, and update the counts.
 
         Raises:
-            InputError: a conversation is empty or missing, or the scorer cannot score a response.
-            ValueError: the pairing returns columns that the rows do not have.
+            InputError: a conversation is empty or missing, the scorer cannot score a response, or the pairing returns columns
+                that the rows do not have.
         """
         counts["rows"] += batch.num_rows
-        if self.pairing.keeps_rows or self.pairing.reads_truth:
-            self._check_truths(batch)
+        if self.pairing.keeps_rows or self.pairing.reads_ground_truth:
+            self._check_ground_truth(batch)
+        # A pairing that keeps rows as they are stays in Arrow: converting millions of rows to Python takes minutes.
         pairs = batch if self.pairing.keeps_rows else self._paired(batch, num_samples, counts)
         if self.initial is not None:
             pairs = self.initial.join(pairs)
@@ -82,11 +80,11 @@ class Selection:
             counts[name] += int(mask.sum())
         return pairs.filter(pa.array(~dropped)) if dropped.any() else pairs
 
-    def _check_truths(self, batch: pa.RecordBatch) -> None:
-        truths = batch.column("chosen")
-        if truths.null_count:
-            number = int(np.argmax(truths.is_null().to_numpy(zero_copy_only=False)))
-            raise no_truth(batch.column("prompt_id")[number].as_py(), self.pairing.name)
+    def _check_ground_truth(self, batch: pa.RecordBatch) -> None:
+        ground_truths = batch.column("chosen")
+        if ground_truths.null_count:
+            number = int(np.argmax(ground_truths.is_null().to_numpy(zero_copy_only=False)))
+            raise missing_ground_truth(batch.column("prompt_id")[number].as_py(), self.pairing.name)
 
     def _paired(self, batch: pa.RecordBatch, num_samples: int, counts: dict[str, int]) -> pa.RecordBatch:
         rows = batch.to_pylist()
@@ -96,15 +94,16 @@ class Selection:
         found = [self.pairing(prompt) for prompt in prompts]
         if self.pairing.needs:
             counts["ties"] += sum(not pairs for pairs in found)
-            counts["failed"] += sum(count_failures(prompt, self.pairing.reads_truth) for prompt in prompts)
+            counts["failed"] += sum(count_failures(prompt, self.pairing.reads_ground_truth) for prompt in prompts)
             if self.pairing.even:
                 counts["unpaired"] += sum(map(self.pairing.unpaired, prompts))
         pairs = [pair for some in found for pair in some]
         schema = pair_schema(self.pairing, batch.schema)
         unknown = {name for pair in pairs for name in pair} - set(schema.names)
         if unknown:
-            raise ValueError(
-                f"the pairing returns the columns {', '.join(sorted(unknown))}, which the rows do not have"
+            raise InputError(
+                f"the pairing returns the columns {', '.join(sorted(unknown))}, which the rows do not have: name chosen_X and "
+                "rejected_X as a label X of the pairing"
             )
         return pa.RecordBatch.from_pylist(pairs, schema)
 
@@ -113,10 +112,10 @@ def last_contents(batch: pa.RecordBatch, name: str) -> pa.Array:
     """Return the text of the last turn of each conversation in a column.
 
     Raises:
-        InputError: a conversation has no last turn, or that has no text.
+        InputError: a conversation has no last turn, or the turn has no text.
     """
     column = batch.column(name)
-    ends = column.offsets.to_numpy()
+    ends = column.offsets.to_numpy()  # (rows + 1,): row i has the turns ends[i] to ends[i + 1]
     if column.null_count or (np.diff(ends) < 1).any():
         number = int(np.argmax((np.diff(ends) < 1) | column.is_null().to_numpy(zero_copy_only=False)))
     else:
@@ -129,7 +128,7 @@ def last_contents(batch: pa.RecordBatch, name: str) -> pa.Array:
 
 
 class PreferenceFiles:
-    """The numbered output files of one split: written under hidden names, and named when all of them are there."""
+    """The numbered output files of one split: written under hidden names, and renamed once all of them are complete."""
 
     def __init__(
         self,
@@ -148,9 +147,10 @@ class PreferenceFiles:
         self._sink: ParquetSink | None = None
 
     def discard(self) -> None:
-        """Give up the files being written; remove hidden files, also those of a killed run."""
+        """Abandon the files being written; remove hidden files, including those of a killed run."""
         if self._sink is not None:
             sink, self._sink = self._sink, None
+            # Any exception makes the sink remove its temporary file.
             sink.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
         remove_leftovers(self.counts_path)
         name = f".{glob.escape(self.split)}_prefs-*.part"
@@ -158,7 +158,7 @@ class PreferenceFiles:
         self.hidden = []
 
     def write(self, rows: pa.RecordBatch) -> None:
-        """Append rows; a full file is closed under its hidden name and another begun."""
+        """Append rows; a full file is closed under its hidden name and a new one is started."""
         table = pa.Table.from_batches([rows])
         self.counts["written"] += table.num_rows
         while table.num_rows:
@@ -179,46 +179,21 @@ class PreferenceFiles:
             self.hidden.append(sink.path)
 
     def withdraw(self) -> None:
-        """Remove the set of an earlier conversion, its proof of completion first."""
+        """Remove the files of an earlier conversion, the counts file (its proof of completion) first."""
         remove_files([self.counts_path, *self._named()])
 
     def publish(self) -> None:
-        """Give the hidden files their names. A crash in between leaves a set that readers refuse and a rerun replaces."""
+        """Rename the hidden files. A crash in between leaves an incomplete set, which readers refuse and a rerun replaces."""
+        # Only now is the number of files known, which is part of each name.
         for number, path in enumerate(self.hidden):
             path.rename(self.folder / f"{self.split}_prefs-{number:05d}-of-{len(self.hidden):05d}.parquet")
         fsync_folder(self.folder)
         write_json_atomic(self.counts_path, self.counts)
 
-    def is_whole(self) -> bool:
-        """Return whether the set is there with its proof of completion."""
+    def is_complete(self) -> bool:
+        """Return whether all files exist, with the counts file as proof of completion."""
         files = self._named()
         return self.counts_path.exists() and bool(files) and len(files) == int(files[0].stem[-5:])
 
     def _named(self) -> list[Path]:
         return list(self.folder.glob(f"{glob.escape(self.split)}_prefs-*.parquet"))
-
-
-@contextmanager
-def sole_writer(folder: Path) -> Iterator[None]:
-    """Make a folder and keep other gatherings out of it; the kernel drops the lock of a dead holder.
-
-    Raises:
-        InputError: another gathering writes there, or the folder cannot be made.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise InputError(f"cannot write {folder} ({error.strerror}): choose a folder you may write to") from error
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(
-                f"another convert_data.py writes to {folder}: let it end or choose another output_dir"
-            ) from error
-        except OSError:
-            pass  # a file system that locks no folders (NFS): then it is up to the user, as everywhere
-        yield
-    finally:
-        os.close(descriptor)

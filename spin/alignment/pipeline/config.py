@@ -4,56 +4,38 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from spin.alignment.core.config import build, load_config, merge
 from spin.alignment.core.errors import InputError
+from spin.alignment.core.settings import check_settings, set_by_run, setting
 from spin.alignment.core.sides import INITIAL
+from spin.alignment.data.config import DataConfig
+from spin.alignment.evaluation.config import EvaluateConfig
+from spin.alignment.generation.config import GenerateConfig
 from spin.alignment.methods.losses import find_loss
 from spin.alignment.methods.weightings import WEIGHTINGS, Compares, Weighting, find_weighting
+from spin.alignment.models.config import ModelConfig
+from spin.alignment.pairs.config import ConvertConfig
+from spin.alignment.token_weights.config import WeightsConfig
+from spin.alignment.training.keys import OutputConfig, SFTKeys, SPINKeys
+from spin.alignment.training.online.keys import OnlineKeys
 
-# What the pipeline itself decides, section by section: these keys may not be written there.
-_TRAINING = (
-    "model_name_or_path",
-    "model_revision",
-    "dataset_mixer",
-    "dataset_splits",
-    "output_dir",
-    "overwrite_output_dir",
-    "resume_from_checkpoint",
-    "seed",
-)
-MANAGED = {
-    "generate": (
-        "model",
-        "revision",
-        "input_dir",
-        "output_dir",
-        "split",
-        "data_frac",
-        "iteration",
-        "seed",
-        "overwrite",
-    ),
-    "convert": ("input_dir", "output_dir", "num_fracs", "splits", "wait", "initial"),
-    "train": _TRAINING,
-    "sft": _TRAINING,
-    "control": _TRAINING,
-    "online": (*_TRAINING, "eval_prompts", "eval_split"),
-    "weigh": (
-        "input_dir",
-        "output_dir",
-        "model_minus",
-        "revision_minus",
-        "tokenizer",
-        "revision_tokenizer",
-        "page",
-        "seed",
-        "overwrite",
-    ),
-    "evaluate": ("model", "revision", "input_dir", "split", "output_file", "seed"),
+C = TypeVar("C")
+
+_TRAINING = (ModelConfig, DataConfig, OutputConfig)
+# What a section holds: settings of these classes, and for a training every key of its arguments class as well.
+SECTIONS: dict[str, tuple[type, ...]] = {
+    "sft": (*_TRAINING, SFTKeys),
+    "control": (*_TRAINING, SFTKeys),
+    "generate": (GenerateConfig,),
+    "convert": (ConvertConfig,),
+    "weigh": (WeightsConfig,),
+    "train": (*_TRAINING, SPINKeys),
+    "online": (*_TRAINING, SPINKeys, OnlineKeys),
+    "evaluate": (EvaluateConfig,),
 }
 # Which models weigh the tokens when the run trains them, and where they lie in an iteration.
 SCORERS_OF_RUN = {"plus": "forward", "minus": "reverse"}
@@ -64,19 +46,25 @@ _ITERATED = ("generate", "convert", "weigh", "train", "overrides")
 
 @dataclass(frozen=True)
 class RunData:
-    """Where prompts with ground truth come from; ``test`` empty means that no model is scored.
+    """Where prompts with ground truth come from."""
 
-    ``prompts`` (default: ``train``) are those the model answers itself: one data set, or a list with one for each iteration. They
-    need no ground truth where the pairing needs none.
-    """
+    train: str = setting(help="prompts with ground truth, in any form that reformat.py reads", group="data")
+    test: str = setting("", "held-out prompts; without them no model is scored")
+    train_split: str = setting("train", "split of the prompts to train on")
+    test_split: str = setting("test", "split of the held-out prompts")
+    test_pairs: bool = setting(
+        False, "also generate for the held-out prompts: training then reports its metrics on held-out pairs"
+    )
+    prompts: str | list[str] = setting(
+        "",
+        "prompts that the model answers itself: one data set, or a list with one for each iteration; they need no ground truth "
+        "where the pairing needs none",
+        unset="data.train",
+    )
+    prompts_split: str = setting("", "their split", unset="data.train_split")
 
-    train: str
-    test: str = ""
-    train_split: str = "train"
-    test_split: str = "test"
-    test_pairs: bool = False
-    prompts: str | list[str] = ""
-    prompts_split: str = ""
+    def __post_init__(self) -> None:
+        check_settings(self)
 
     def played(self, iteration: int = 0) -> tuple[str, str]:
         """Return the data set and the split whose prompts the model answers in an iteration."""
@@ -86,45 +74,57 @@ class RunData:
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """How the GPU programs are started: plain Python for one process without ``config_file``, else accelerate.
+    """How the GPU programs are started: plain Python for one process without ``config_file``, else accelerate."""
 
-    ``parallel`` trains the control and scores models beside the self-play itself, one thread each: for machines with
-    cores (or GPU memory) to spare.
-    """
+    num_processes: int = setting(
+        1,
+        "processes of generation and of every training: one is plain Python, more is accelerate launch",
+        group="launch",
+        ge=1,
+    )
+    config_file: str | None = setting(None, "configuration of accelerate launch, such as configs/multi_gpu.yaml")
+    parallel: bool = setting(
+        False, "train the control and score models beside the self-play, one thread each: where cores are free"
+    )
 
-    num_processes: int = 1
-    config_file: str | None = None
-    parallel: bool = False
+    def __post_init__(self) -> None:
+        check_settings(self)
 
 
 @dataclass(frozen=True)
 class RunConfig:
     """One run: every section but ``data`` and ``launch`` holds the flags or keys of the program it is named after."""
 
-    run_dir: str
-    model: str
-    data: RunData
-    model_revision: str | None = None
-    iterations: int = 1
-    history: int = 1
-    seed: int = 42
-    sft: dict[str, Any] | None = None
-    control: dict[str, Any] | None = None
-    generate: dict[str, Any] = field(default_factory=dict)
-    convert: dict[str, Any] = field(default_factory=dict)
-    weigh: dict[str, Any] | None = None
-    train: dict[str, Any] = field(default_factory=dict)
-    online: dict[str, Any] | None = None
-    overrides: dict[Any, Any] = field(default_factory=dict)
-    evaluate: dict[str, Any] = field(default_factory=dict)
-    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    run_dir: str = setting(help="folder of the run", group="run")
+    model: str = setting(
+        help="the SFT model that iteration 0 starts from and plays against; with sft: what SFT starts from"
+    )
+    data: RunData = setting(help="prompts with ground truth, see below")
+    model_revision: str | None = setting(None, "revision of a Hub model")
+    iterations: int = setting(1, "how many; raise it later and the run continues", ge=1)
+    history: int = setting(
+        1, "data of how many earlier iterations is added to that of the present one (the paper: 1)", ge=0
+    )
+    seed: int = setting(42, "of training and of the responses (generation of iteration t uses 1000 * seed + t)", ge=0)
+    sft: dict[str, Any] | None = setting(None, "keys of run_sft.py: train the model that iteration 0 starts from")
+    control: dict[str, Any] | None = setting(None, "keys of run_sft.py: SFT continued from the start, for comparison")
+    generate: dict[str, Any] = setting({}, "flags of generate.py, without the dashes")
+    convert: dict[str, Any] = setting({}, "flags of convert_data.py")
+    weigh: dict[str, Any] | None = setting(
+        None, "flags of estimate_weights.py, and train for the models that the run trains for them (docs/wspin.md)"
+    )
+    train: dict[str, Any] = setting(
+        {}, "keys of run_spin.py; config: FILE starts from the settings of a file such as configs/config.yaml"
+    )
+    online: dict[str, Any] | None = setting(
+        None, "keys of run_online.py; takes the place of the iterations and their sections"
+    )
+    overrides: dict[Any, Any] = setting({}, "keys of run_spin.py for one iteration: {2: {learning_rate: 1.0e-7}}")
+    evaluate: dict[str, Any] = setting({}, "flags of evaluate_model.py")
+    launch: LaunchConfig = setting(LaunchConfig(), "how the programs are started, see below")
 
     def __post_init__(self) -> None:
-        for name, lowest in (("iterations", 1), ("history", 0), ("seed", 0)):
-            if getattr(self, name) < lowest:
-                raise InputError(f"{name} is {getattr(self, name)}: set it to {lowest} or more")
-        if self.launch.num_processes < 1:
-            raise InputError(f"launch.num_processes is {self.launch.num_processes}: set it to 1 or more")
+        check_settings(self)
         if self.launch.config_file and not Path(self.launch.config_file).is_file():
             raise InputError(f"launch.config_file {self.launch.config_file} does not exist: give an accelerate config")
         if self.launch.parallel and (self.launch.num_processes > 1 or self.launch.config_file):
@@ -156,12 +156,9 @@ class RunConfig:
             raise InputError(
                 f"the section 'online' takes the place of the iterations: remove '{iterated[0]}', or 'online'"
             )
-        sections = {name: getattr(self, name) or {} for name in MANAGED}
-        for name, section in sections.items():
-            managed = [key for key in MANAGED[name] if key in section]
-            if managed:
-                raise InputError(f"'{managed[0]}' in the section '{name}' is set by the pipeline itself: remove it")
-        self._check_weigh(self.weigh)
+        for name, classes in SECTIONS.items():
+            refuse_set_by_run(getattr(self, name) or {}, classes, f"the section '{name}'")
+        self._check_weights_section(self.weigh)
         for iteration, values in self.overrides.items():
             if not isinstance(iteration, int) or not 0 <= iteration < self.iterations:
                 raise InputError(
@@ -169,11 +166,9 @@ class RunConfig:
                 )
             if not isinstance(values, Mapping):
                 raise InputError(f"overrides.{iteration} is not a mapping: write 'key: value' lines under it")
-            managed = [key for key in MANAGED["train"] if key in values]
-            if managed:
-                raise InputError(f"'{managed[0]}' in overrides.{iteration} is set by the pipeline itself: remove it")
+            refuse_set_by_run(values, SECTIONS["train"], f"overrides.{iteration}")
 
-    def _check_weigh(self, section: Mapping[str, Any] | None) -> None:
+    def _check_weights_section(self, section: Mapping[str, Any] | None) -> None:
         if section is None:
             return
         if "weighting" not in section:
@@ -188,9 +183,9 @@ class RunConfig:
                 f"weigh.train is for weightings whose models the run trains ({_comparing(Compares.TRAINED)}), but the weighting "
                 f"is {section['weighting']}: remove it"
             )
-        managed = [key for key in (*MANAGED["train"], "reverse") if key in (train or {})]
-        if managed:
-            raise InputError(f"'{managed[0]}' in weigh.train is set by the pipeline itself: remove it")
+        refuse_set_by_run(train or {}, SECTIONS["train"], "weigh.train")
+        if train and "reverse" in train:
+            raise InputError("'reverse' in weigh.train is set by the pipeline itself: remove it")
         if self.trains_scorers and ("model_plus" in section or "revision_plus" in section):
             raise InputError(
                 f"weigh.model_plus is for {_comparing(Compares.TEACHER)}: the run trains the models of {section['weighting']} "
@@ -203,6 +198,11 @@ class RunConfig:
     def start_model(self) -> str:
         """The model that iteration 0 starts from and plays against."""
         return self.model if self.sft is None else str(Path(self.run_dir) / "sft" / "checkpoint")
+
+    @property
+    def self_play_iterations(self) -> range:
+        """The iterations of generation and training: none where online training takes their place."""
+        return range(self.iterations if self.online is None else 0)
 
     def opponent(self, iteration: int) -> str:
         """The model that generates for an iteration: also what its training starts from."""
@@ -237,8 +237,8 @@ class RunConfig:
     @property
     def reads_initial(self) -> bool:
         """Whether a loss of the run reads a response of the model that the first iteration starts from."""
-        names = {str(self.train_values(step).get("loss_type", "sigmoid")) for step in range(self.iterations)}
-        return self.online is None and any(INITIAL in find_loss(name).responses for name in names)
+        names = {str(self.train_values(step).get("loss_type", "sigmoid")) for step in self.self_play_iterations}
+        return any(INITIAL in find_loss(name).responses for name in names)
 
     def generation_seed(self, iteration: int) -> int:
         """Seeds of different iterations are far apart: the same seed would repeat each prompt's random numbers."""
@@ -255,7 +255,9 @@ class RunConfig:
         if "config" in self.train:
             # A configuration of one iteration by itself: its model, data and output are the pipeline's business here.
             alone = load_config(str(self.train["config"]))
-            values = merge({key: value for key, value in alone.items() if key not in _TRAINING}, values)
+            values = merge(
+                {key: value for key, value in alone.items() if key not in set_by_run(*SECTIONS["train"])}, values
+            )
         values = merge(values, self.overrides.get(iteration, {}))
         splits = [self.data.played()[1], *([self.data.test_split] if self.data.test_pairs else [])]
         return (
@@ -275,7 +277,48 @@ class RunConfig:
         values["output_dir"] = str(self.iteration_dir(iteration) / name / "checkpoint")
         return values | ({"reverse": True} if name == "reverse" else {})
 
-    def weigh_values(self, iteration: int) -> dict[str, Any]:
+    def generate_config(self, iteration: int, held_out: bool = False) -> GenerateConfig:
+        """The settings of generate.py for an iteration: for the prompts it plays on, or for the held-out ones."""
+        path, split = (self.data.test, self.data.test_split) if held_out else self.data.played(iteration)
+        opponent = self.opponent(iteration)
+        own = {
+            "model": opponent,
+            "revision": self.model_revision if opponent == self.model else None,
+            "input_dir": path,
+            "output_dir": str(self.iteration_dir(iteration) / "generated"),
+            "split": split,
+            "data_frac": "auto",
+            "iteration": iteration,
+            "seed": self.generation_seed(iteration),
+        }
+        section = self.generate | ({"frac_len": 0} if held_out else {})
+        return section_config("generate", GenerateConfig, section | own)
+
+    def convert_config(self, iteration: int) -> ConvertConfig:
+        """The settings of convert_data.py for an iteration."""
+        folder = self.iteration_dir(iteration)
+        own = {"input_dir": str(folder / "generated"), "output_dir": str(folder / "pairs")}
+        if self.reads_initial:
+            own["initial"] = str(self.initial_dir)
+        return section_config("convert", ConvertConfig, self.convert | own)
+
+    def weights_config(self, iteration: int) -> WeightsConfig:
+        """The settings of estimate_weights.py for an iteration."""
+        return section_config("weigh", WeightsConfig, self.weights_values(iteration))
+
+    def evaluate_config(self, name: str, model: str) -> EvaluateConfig:
+        """The settings of evaluate_model.py for a model; ``name`` is the folder of its scores in the run."""
+        own = {
+            "model": model,
+            "revision": self.model_revision if model == self.model else None,
+            "input_dir": self.data.test,
+            "split": self.data.test_split,
+            "output_file": str(Path(self.run_dir) / name / "eval.json"),
+            "seed": self.seed,
+        }
+        return section_config("evaluate", EvaluateConfig, self.evaluate | own)
+
+    def weights_values(self, iteration: int) -> dict[str, Any]:
         """The complete flags of estimate_weights.py for an iteration; sequences are cut as in its training."""
         section = {key: value for key, value in (self.weigh or {}).items() if key != "train"}
         folder, trained, opponent = (
@@ -294,7 +337,7 @@ class RunConfig:
             role = ("model_minus", "revision_minus") if with_teacher else TOKENIZER_FLAGS
             revision = self.model_revision if opponent == self.model else None
             models = {role[0]: opponent, role[1]: revision}
-        # What compares no models cuts nothing.
+        # What compares no models truncates nothing.
         inherited = ("max_length", "max_prompt_length", "system") if self._weighting.needs_models else ("system",)
         shared: dict[str, Any] = {key: trained[key] for key in inherited if key in trained}
         output = {"output_dir": str(folder / "weights"), "page": str(folder / "weights.html"), "seed": self.seed}
@@ -338,23 +381,44 @@ def load_run_config(path: str | Path, arguments: Sequence[str] = ()) -> RunConfi
     Raises:
         InputError: an unknown key, a value out of range, or a key that the pipeline sets itself.
     """
-    values = load_config(path, arguments)
+    return make_run_config(load_config(path, arguments), str(path))
+
+
+def make_run_config(values: Mapping[str, Any], source: str) -> RunConfig:
+    """Make the configuration of a run out of its keys; ``source`` names them in messages.
+
+    Raises:
+        InputError: as :func:`load_run_config`.
+    """
     overrides = values.get("overrides")
     if isinstance(overrides, Mapping):
-        values["overrides"] = {int(key) if str(key).isdigit() else key: item for key, item in overrides.items()}
-    return build(RunConfig, values, str(path))
+        overrides = {int(key) if str(key).isdigit() else key: item for key, item in overrides.items()}
+        values = {**values, "overrides": overrides}
+    return build(RunConfig, values, source)
 
 
-def flags(values: Mapping[str, Any]) -> list[str]:
-    """Turn a section into command-line flags: true becomes a bare flag, false and null nothing, a list several values."""
-    arguments: list[str] = []
-    for key, value in values.items():
-        if value is None or value is False:
-            continue
-        arguments.append(f"--{key}")
-        if value is not True:
-            arguments += [str(item) for item in value] if isinstance(value, list) else [str(value)]
-    return arguments
+def refuse_set_by_run(values: Mapping[str, Any], classes: Sequence[type], where: str) -> None:
+    """Refuse keys that the run decides itself.
+
+    Raises:
+        InputError: naming the key.
+    """
+    for key in set_by_run(*classes):
+        if key in values:
+            raise InputError(f"'{key}' in {where} is set by the pipeline itself: remove it")
+
+
+def section_config(name: str, config_class: type[C], values: Mapping[str, Any]) -> C:
+    """Return the settings of a program from a section and what the run sets; a key without a value keeps its default.
+
+    Raises:
+        InputError: an unknown key, a value of the wrong type or out of range, with the section's name.
+    """
+    where = f"the section '{name}'"
+    try:
+        return build(config_class, {key: value for key, value in values.items() if value is not None}, where)
+    except InputError as error:
+        raise error if where in str(error) else InputError(f"{error} (in {where})") from error
 
 
 def _comparing(what: Compares) -> str:

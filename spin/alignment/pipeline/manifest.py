@@ -35,7 +35,7 @@ class StageRecord:
 
 
 class RunManifest:
-    """The records of one run directory. Safe to use from several threads of one process; see :class:`RunLock` for others."""
+    """The records of one run directory. Safe to use from several threads of one process; see :func:`run_lock` for others."""
 
     def __init__(self, run_dir: str | Path) -> None:
         """Read ``manifest.json`` when there is one.

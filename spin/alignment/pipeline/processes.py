@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+from spin.alignment.pipeline.start_programs import ProgramStarter, ServedProgram
+
 _CHUNK_BYTES = 65536
 
 
@@ -24,7 +26,8 @@ class ChildPrograms:
         self.environment = {**os.environ, RUN_VARIABLE: str(run_dir.resolve()), "PYTHONUNBUFFERED": "1"}
         if one_thread:
             self.environment["OMP_NUM_THREADS"] = "1"
-        self._living: dict[int, subprocess.Popen[bytes]] = {}
+        self.starter = ProgramStarter(self.environment)
+        self._living: dict[int, subprocess.Popen[bytes] | ServedProgram] = {}
         self._mutex = threading.Lock()
         self._stopped = False
 
@@ -38,20 +41,15 @@ class ChildPrograms:
         with log_path.open("ab") as log:
             start = log.tell()
             log.write(("$ " + " ".join(command) + "\n").encode())
+            self.starter.prepare(command)  # may take seconds, in which stop() must not have to wait
             with self._mutex:
                 if self._stopped:
                     return 130
-                child = subprocess.Popen(
-                    command,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT,
-                    stdin=subprocess.DEVNULL,
-                    env=self.environment,
-                    start_new_session=True,
-                )
+                child, output = self._start(command)
                 self._living[child.pid] = child
             try:
-                self._show(stage, child, log)
+                with output:
+                    self._show(stage, output, log)
                 code = child.wait()
             except BaseException:
                 end_processes(group_members(child.pid))
@@ -60,14 +58,25 @@ class ChildPrograms:
             finally:
                 with self._mutex:
                     self._living.pop(child.pid, None)
-        return self._house_code(code, log_path, start)
+        return self._exit_code(code, log_path, start)
 
-    def _show(self, stage: str, child: subprocess.Popen[bytes], log: BinaryIO) -> None:
+    def _start(self, command: Sequence[str]) -> tuple[subprocess.Popen[bytes] | ServedProgram, BinaryIO]:
+        """Start a command; return it and the end of the pipe that both its outputs go to."""
+        read_end, write_end = os.pipe()
+        output = os.fdopen(read_end, "rb", buffering=0)
+        try:
+            return self.starter.start(command, stdout=write_end, stderr=write_end), output
+        except BaseException:
+            output.close()
+            raise
+        finally:
+            os.close(write_end)
+
+    def _show(self, stage: str, output: BinaryIO, log: BinaryIO) -> None:
         """Copy the output to the log and the terminal. Progress bars (carriage returns) reach a terminal only."""
-        assert child.stdout is not None
         mark = f"[{stage}] ".encode() if self.prefix else b""
         pending = b""
-        while chunk := os.read(child.stdout.fileno(), _CHUNK_BYTES):
+        while chunk := os.read(output.fileno(), _CHUNK_BYTES):
             *lines, pending = (pending + chunk).split(b"\n")
             for line in lines:
                 self._tell(mark, line.rstrip(b"\r").rpartition(b"\r")[2], log)
@@ -86,7 +95,7 @@ class ChildPrograms:
         sys.stdout.flush()
 
     @staticmethod
-    def _house_code(code: int, log_path: Path, start: int) -> int:
+    def _exit_code(code: int, log_path: Path, start: int) -> int:
         """Map to 0, 1, 2 or 130; accelerate reports 1 whatever its children said, so their sentence decides."""
         if code in (-signal.SIGINT, -signal.SIGTERM, 130):
             return 130
@@ -105,6 +114,7 @@ class ChildPrograms:
             living = list(self._living)
         groups = [pid for leader in living for pid in group_members(leader)]
         end_processes(groups)
+        self.starter.close()  # it reports how they ended first
 
 
 def group_members(leader: int) -> list[int]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from spin.alignment.pipeline.manifest import RunManifest
@@ -25,102 +23,27 @@ def stage_state(stage: Stage, manifest: RunManifest, is_held: bool) -> str:
     return record.state
 
 
-def progress(stage: Stage) -> str:
-    """Return how far a stage that is not done has come, from the files it writes on the way."""
-    if stage.program == "generate.py":
-        complete = sum(path.is_file() for path in stage.outputs())
-        lines = [describe_worker(record) for record in workers_of(stage.folders[0]) if record.get("state") == "working"]
-        return "\n".join([f"{complete} of {len(stage.outputs())} fractions", *lines])
-    if stage.config_file is not None:
-        steps = [
-            int(found[1])
-            for path in stage.folders[0].glob("checkpoint-*")
-            if (found := re.fullmatch(r"checkpoint-(\d+)", path.name))
-        ]
-        return f"checkpoint at step {max(steps)}" if steps else ""
-    return ""
-
-
-def workers_of(output_dir: Path) -> list[dict[str, Any]]:
-    """Return the heartbeats of the processes that work, or have worked, on a folder of fractions, by name."""
-    from spin.alignment.data.fractions import PARTS_FOLDER
-    from spin.alignment.generation.leases import is_known_dead, read_worker
-
-    found = []
-    for path in sorted((output_dir / PARTS_FOLDER / "workers").glob("*.json")):
-        record = read_worker(path)
-        if record is None:
-            continue
-        if record.get("state") == "working" and is_known_dead(record):
-            record["state"] = "killed"
-        # By the file server's clock against ours: a hint for the reader, nothing decides by it.
-        record["age"] = max(0.0, time.time() - path.stat().st_mtime)
-        found.append(record)
-    return found
-
-
-def describe_worker(record: dict[str, Any]) -> str:
-    """Return one line on a worker: its rates, its share of cut responses, and when it was last heard of."""
-    name, seconds = record["worker"], record.get("seconds", 0)
-    if not seconds:
-        return f"{name}: has written nothing yet"
-    rows, tokens = record["rows"], record["tokens"]
-    return (
-        f"{name}: {record['prompts']} prompts, {rows / seconds:.1f} rows/s, {tokens / seconds:.0f} tokens/s, "
-        f"{record['cut'] / max(rows, 1):.1%} cut, heard of {record['age']:.0f} s ago"
-    )
-
-
-def show_fractions(folder: Path) -> bool:
-    """Print how far the fractions in a folder are and who works on them; return False when it holds none."""
-    from rich.console import Console
-
-    from spin.alignment.core.parquet import open_parquet
-    from spin.alignment.core.provenance import read_provenance
-    from spin.alignment.data.fractions import PARTS_FOLDER, num_fractions
-    from spin.alignment.generation.fraction_journal import finished_prompts
-
-    workers = workers_of(folder)
-    splits: dict[str, list[Path]] = {}
-    for path in sorted(folder.glob("*.parquet")):
-        if found := re.fullmatch(r"(.+)-\d{5}", path.stem):
-            splits.setdefault(found[1], []).append(path)
-    open_folders = sorted((folder / PARTS_FOLDER).glob("*-[0-9][0-9][0-9][0-9][0-9]-*/"))
-    if not splits and not open_folders and not workers:
-        return False
-    console = Console()
-    for split, paths in splits.items():
-        made = read_provenance(open_parquet(paths[0]).schema_arrow, paths[0])
-        rows = sum(open_parquet(path).metadata.num_rows for path in paths)
-        total = num_fractions(made.num_prompts, made.frac_len)
-        console.print(f"{split}: {len(paths)} of {total} fractions, {rows} rows")
-    for path in open_folders:
-        console.print(f"{path.name.rpartition('-')[0]}: {finished_prompts(path)} prompts finished, not whole yet")
-    for record in workers:
-        left = f", {record.get('seconds_left', 0):.0f} s left" if record["state"] == "working" else ""
-        console.print(f"{describe_worker(record)}{left} ({record['state']})", soft_wrap=True)
-    return True
-
-
 def show_status(path: str) -> None:
     """Show the stages of a run directory, or the fractions in a folder of generate.py and who works on them."""
+    from spin.alignment.pipeline.fraction_status import show_fractions
+
     folder = Path(path)
     if not (folder / "run.yaml").exists() and folder.is_dir() and show_fractions(folder):
         return
     from rich.console import Console
     from rich.table import Table
 
+    from spin.alignment.core.lock import is_locked
     from spin.alignment.pipeline.config import open_run
-    from spin.alignment.pipeline.lock import RunLock
     from spin.alignment.pipeline.manifest import RunManifest
     from spin.alignment.pipeline.stages import make_stages
 
     config = open_run(path)
-    manifest, is_held = RunManifest(path), RunLock.is_held(path)
+    manifest, is_held = RunManifest(path), is_locked(path)
     table = Table("stage", "state", "seconds", "progress", title=f"{Path(path)}")
     for stage in make_stages(config):
         record = manifest.stages.get(stage.name)
         state = stage_state(stage, manifest, is_held)
         seconds = f"{record.seconds:.0f}" if record else ""
-        table.add_row(stage.name, state, seconds, "" if state in ("done", "pending") else progress(stage))
+        table.add_row(stage.name, state, seconds, "" if state in ("done", "pending") else stage.kind.progress(stage))
     Console().print(table)

@@ -16,8 +16,8 @@ def plot(summary: dict[str, Any]) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = [row for row in summary["rows"] if row["model"] != "sft_continued"]
-    control: dict[str, Any] = next((row for row in summary["rows"] if row["model"] == "sft_continued"), {})
+    rows = [row for row in summary["rows"] if row["role"] != "control"]
+    control: dict[str, Any] = next((row for row in summary["rows"] if row["role"] == "control"), {})
     figure = Figure(figsize=(11, 7), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     exact, nll, dynamics, drift = figure.subplots(2, 2).flat

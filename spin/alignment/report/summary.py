@@ -9,10 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.files import read_json
-from spin.alignment.pipeline.config import SCORERS_OF_RUN
+from spin.alignment.pipeline.stages import Model, make_stages, models_of
+from spin.alignment.pipeline.stages.base import Role
 
 if TYPE_CHECKING:
     from spin.alignment.pipeline.config import RunConfig
+
+# What every row says of its model; see :class:`Model`. The iteration is null for models outside of the iterations.
+IDENTITY = ("model", "role", "iteration")
 
 # Above these a reader is warned; each is explained in docs/pipeline.md.
 IDENTICAL_RATE, TRUNCATION_RATE, LENGTH_DRIFT, SATURATED_ACCURACY, CHOSEN_DRIFT_NATS = 0.5, 0.05, 0.2, 0.99, 0.5
@@ -30,31 +34,26 @@ def summarize(config: RunConfig) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     Raises:
         InputError: the run has no results yet.
     """
-    run_dir = Path(config.run_dir)
-    folders = {"sft": run_dir / "sft", "sft_continued": run_dir / "control"}
-    for step in range(config.iterations):
-        if config.trains_scorers:  # plain SPIN on the same data, beside the model trained on weighted tokens
-            folders[f"iter{step}_spin"] = config.iteration_dir(step) / SCORERS_OF_RUN["plus"]
-        folders[f"iter{step}"] = config.iteration_dir(step)
-    folders |= {"online": run_dir / "online"}
-    evaluations = {name: _optional(folder / "eval.json") for name, folder in folders.items()}
-    rows = [
-        row for name, folder in folders.items() if len(row := model_row(name, folder, evaluations[name], config)) > 1
-    ]
+    models = [model for model in models_of(make_stages(config)) if model.is_reported]
+    evaluations = {model.name: _optional(model.folder / "eval.json") for model in models}
+    rows = [model_row(model, evaluations[model.name], config) for model in models]
+    rows = [row for row in rows if len(row) > len(IDENTITY)]
     if not rows:
-        raise InputError(f"{run_dir} has no results yet: finish a stage with `spin run` first")
+        raise InputError(f"{config.run_dir} has no results yet: finish a stage with `spin run` first")
     summary = {"rows": rows, "verdicts": verdicts(rows), "warnings": warnings(rows)}
-    return summary, before_and_after(evaluations)
+    shown = [evaluations[model.name] | {"model": model.name} for model in models if model.role != "control"]
+    return summary, before_and_after(shown)
 
 
 def _optional(path: Path) -> dict[str, Any]:
     return read_json(path) if path.exists() else {}
 
 
-def model_row(name: str, folder: Path, evaluation: dict[str, Any], config: RunConfig) -> dict[str, Any]:
-    """Return everything known about one model, as far as its files are there."""
-    row: dict[str, Any] = {"model": name, **evaluation_row(evaluation)}
-    metrics = _optional(folder / "metrics.json")
+def model_row(model: Model, evaluation: dict[str, Any], config: RunConfig) -> dict[str, Any]:
+    """Return everything known about one model, as far as its files are there; with nothing known, :data:`IDENTITY` alone."""
+    row: dict[str, Any] = dict(zip(IDENTITY, (model.name, model.role, model.iteration), strict=True))
+    row |= evaluation_row(evaluation)
+    metrics = _optional(model.folder / "metrics.json")
     if metrics:
         final = metrics.get("final", {})
         row |= {"first_loss": metrics.get("first_loss"), "train_seconds": metrics.get("seconds")}
@@ -67,12 +66,12 @@ def model_row(name: str, folder: Path, evaluation: dict[str, Any], config: RunCo
             "rejected_logp": "logps/rejected",
         }
         row |= {key: final[logged] for key, logged in names.items() if logged in final}
-    counts = _optional(folder / "pairs" / f"{config.data.played()[1]}_prefs.counts.json")
+    counts = _optional(model.folder / "pairs" / f"{config.data.played()[1]}_prefs.counts.json")
     if counts and counts["rows"]:
         row |= {"pairs": counts["written"], "generated_rows": counts["rows"]}
         row["identical_rate"] = counts["identical"] / counts["rows"]
         row["generated_truncation_rate"] = counts["truncated"] / counts["rows"]
-    return {key: value for key, value in row.items() if value is not None}
+    return {key: value for key, value in row.items() if value is not None or key in IDENTITY}
 
 
 def evaluation_row(evaluation: dict[str, Any]) -> dict[str, Any]:
@@ -110,17 +109,15 @@ def compare(row: dict[str, Any], other: dict[str, Any], key: str, error: str) ->
 
 def verdicts(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Say of every model what rose or fell against the SFT start, and how the controls stand to the last iteration."""
-    by_name = {row["model"]: row for row in rows}
-    start = by_name.get("sft")
+    start, control = _of_role(rows, "start"), _of_role(rows, "control")
     lines = [line for row in rows if start and row is not start for line in _verdict(row, start, "the SFT start")]
-    for name, row in by_name.items():
-        if f"{name}_spin" in by_name:
-            lines += _verdict(row, by_name[f"{name}_spin"], f"SPIN without weights ({name}_spin)")
-    last = next(
-        (row for row in reversed(rows) if row["model"].startswith(("iter", "online")) and "exact_at" in row), None
-    )
-    if last and "sft_continued" in by_name:
-        lines += _verdict(last, by_name["sft_continued"], "continued SFT")
+    for row in rows:
+        plain = _of_role([item for item in rows if item["iteration"] == row["iteration"]], "unweighted")
+        if plain and row["role"] == "policy":
+            lines += _verdict(row, plain, f"SPIN without weights ({plain['model']})")
+    last = _of_role([row for row in reversed(rows) if "exact_at" in row], "policy")
+    if last and control:
+        lines += _verdict(last, control, "continued SFT")
     if last and start and "sampled_exact" in last:
         cooler = {t: value for t, value in start.get("exact_at", {}).items() if 0 < float(t) < 1}
         lines += [
@@ -129,6 +126,10 @@ def verdicts(rows: Sequence[dict[str, Any]]) -> list[str]:
             for t, value in cooler.items()
         ]
     return lines
+
+
+def _of_role(rows: Sequence[dict[str, Any]], role: Role) -> dict[str, Any] | None:
+    return next((row for row in rows if row["role"] == role), None)
 
 
 def _verdict(row: dict[str, Any], other: dict[str, Any], name: str) -> list[str]:
@@ -145,7 +146,7 @@ def _verdict(row: dict[str, Any], other: dict[str, Any], name: str) -> list[str]
 
 def warnings(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Return what a careful reader should know before trusting the table."""
-    start = next((row for row in rows if row["model"] == "sft"), {})
+    start = _of_role(rows, "start") or {}
     lines = []
     for row in rows:
         name = row["model"]
@@ -170,19 +171,19 @@ def warnings(rows: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def before_and_after(evaluations: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the shown prompts with the responses of the first model and of the last iteration (greedy where scored)."""
-    scored = [name for name, item in evaluations.items() if item.get("samples") and name != "sft_continued"]
+def before_and_after(evaluations: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the shown prompts with the responses of the first and of the last evaluated model (greedy where scored)."""
+    scored = [item for item in evaluations if item.get("samples")]
     if not scored:
         return []
     samples = []
-    for index, sample in enumerate(evaluations[scored[0]]["samples"]):
+    for index, sample in enumerate(scored[0]["samples"]):
         responses = {}
-        for name in dict.fromkeys((scored[0], scored[-1])):
-            texts = evaluations[name]["samples"]
+        for item in (scored[0], scored[-1]):
+            texts = item["samples"]
             if index < len(texts) and texts[index]["prompt_id"] == sample["prompt_id"]:
                 said = texts[index]["responses"]
                 temperature = "0" if "0" in said else next(iter(said))
-                responses[f"{name} (T={temperature})"] = said[temperature]
+                responses[f"{item['model']} (T={temperature})"] = said[temperature]
         samples.append({"prompt": sample["prompt"], "truth": sample["truth"], "responses": responses})
     return samples

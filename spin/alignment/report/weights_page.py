@@ -81,7 +81,7 @@ def write_weights_page(
     path: Path, weights_dir: Path, encoder: ChatEncoder, facts: Sequence[str], count: int = 8
 ) -> None:
     """Write the page of the first ``count`` weighed pairs in a folder."""
-    pairs = list(islice(_weighed_rows(weights_dir), count))
+    pairs = list(islice(_weighted_rows(weights_dir), count))
     shown = [
         (
             "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in row["chosen"][:-1]),
@@ -92,7 +92,7 @@ def write_weights_page(
     write_text_atomic(path, render_weights_page(shown, facts))
 
 
-def _weighed_rows(folder: Path) -> Iterator[dict]:
+def _weighted_rows(folder: Path) -> Iterator[dict]:
     for file in sorted(folder.glob("*_prefs*.parquet"), key=lambda file: (file.name.startswith("test"), file.name)):
         for row in read_rows(file, batch_size=64):
             if row["chosen_weights"] is not None:

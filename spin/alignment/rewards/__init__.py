@@ -1,4 +1,4 @@
-"""How good a response is. One file and one line here for each scorer."""
+"""Scorers: how good a response is. Each scorer is one file and one registry line here."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from spin.alignment.rewards.answer_format import answer_format
 from spin.alignment.rewards.base import GroupLabels, GroupScorer, PromptGroup, Scorer, ScorerSettings
-from spin.alignment.rewards.checks import check_settings
+from spin.alignment.rewards.checks import check_scorer_settings
 from spin.alignment.rewards.exact_match import exact_match
 from spin.alignment.rewards.find import find_rule, functions_of
 from spin.alignment.rewards.length_penalty import length_penalty
@@ -22,10 +22,11 @@ SCORERS: dict[str, Scorer] = {
     "math_verify": math_verify,
 }
 
-# Rules that say nothing without a ground truth.
+# Rules that are meaningless without a ground truth.
 COMPARING: tuple[Scorer, ...] = (exact_match, math_answer, math_verify)
 
 
+# The imports of models stay inside functions, so that rules need no torch.
 def _reward_model(settings: ScorerSettings) -> GroupScorer:
     from spin.alignment.rewards.reward_model import RewardModel
 
@@ -52,7 +53,7 @@ GROUP_SCORERS: dict[str, Callable[[ScorerSettings], GroupScorer]] = {
 
 
 def find_scorer(name: str) -> Scorer:
-    """Return a rule function: a name in :data:`SCORERS`, ``module:function``, or a weighted sum (see ``find.py``).
+    """Return a rule function, given a name in :data:`SCORERS`, ``module:function``, or a weighted sum (see ``find.py``).
 
     Raises:
         InputError: there is no such function, or it does not take (prompt, response, reference).
@@ -61,21 +62,21 @@ def find_scorer(name: str) -> Scorer:
 
 
 def check_scorer(settings: ScorerSettings) -> None:
-    """Check everything that can be known before a model is loaded or a server is asked.
+    """Check everything that can be checked before a model is loaded or a server is contacted.
 
     Raises:
-        InputError: naming the setting and the mend.
+        InputError: naming the setting and the fix.
     """
     if settings.name not in GROUP_SCORERS:
         find_scorer(settings.name)
-    check_settings(settings)
+    check_scorer_settings(settings)
 
 
 def make_scorer(settings: ScorerSettings) -> GroupScorer:
-    """Return the scorer, checked; close it after use. A model is loaded when the first response without a kept score comes.
+    """Check the settings and return the scorer; close it after use. A model is loaded when the first uncached response comes.
 
     Raises:
-        InputError: as :func:`check_scorer`, or the model or server is not what it must be.
+        InputError: as :func:`check_scorer`, or the model or server is unsuitable.
     """
     check_scorer(settings)
     if settings.name in GROUP_SCORERS:
@@ -85,7 +86,7 @@ def make_scorer(settings: ScorerSettings) -> GroupScorer:
 
 
 def needs_reference(name: str) -> bool:
-    """Return whether a scorer says nothing about a prompt without ground truth."""
+    """Return whether a scorer needs a ground truth for every prompt."""
     return name not in GROUP_SCORERS and any(function in COMPARING for function in functions_of(find_scorer(name)))
 
 

@@ -1,4 +1,4 @@
-r"""1 when a response ends in the asked form, right or wrong: a line ``#### number``, or ``\boxed{...}``."""
+r"""1 if a response ends in the required format, correct or not: a line ``#### number``, or ``\boxed{...}``."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import re
 
 from spin.alignment.rewards.math_answer import last_box
 
-_NUMBER_LINE = re.compile(r"####\$?-?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?\\?%?\.?")  # without its spaces
-# What may stand behind the box: the end of its sentence, of its formula, of bold type.
+_NUMBER_LINE = re.compile(r"####\$?-?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?\\?%?\.?")  # of a line without spaces
+# What may follow the box: the end of the sentence, of the formula, of bold type.
 _CLOSING = re.compile(r"(?:\\\]|\\\)|\\end\{[a-z]+\*?\}|[\s$.!*])*")
 
 
 def answer_format(prompt: str, response: str, reference: str) -> float:
-    r"""Return 1.0 when the last line is ``#### number`` or the text ends with a ``\boxed{}`` that is not empty, else 0.0.
+    r"""Return 1.0 if the last line is ``#### number`` or the text ends with a non-empty ``\boxed{}``, otherwise 0.0.
 
-    Behind the box only the end of the sentence or of the formula may stand.
+    The box may only be followed by the end of the sentence or of the formula.
     """
     text = response.strip()
     if _NUMBER_LINE.fullmatch("".join(text.rpartition("\n")[2].split())):

@@ -1,7 +1,7 @@
-"""What scorers receive and return. No I/O, no project imports.
+"""The interface of scorers: what they receive and return. No I/O.
 
 A rule scorer is a plain function of three texts (:class:`Scorer`). A group scorer (:class:`GroupScorer`) labels all responses to
-a prompt at once, which a model needs for its batches and a preference model because it compares them.
+a prompt at once: a model needs batches, and a preference model compares the responses with each other.
 """
 
 from __future__ import annotations
@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+from spin.alignment.core.settings import setting
+from spin.alignment.models.config import Dtype
 
 
 class Scorer(Protocol):
@@ -20,7 +23,7 @@ class Scorer(Protocol):
         Args:
             prompt: text of the last user turn.
             response: text of the response, without special tokens.
-            reference: the ground truth; empty where there is none.
+            reference: the ground truth; empty if there is none.
         """
         ...
 
@@ -31,9 +34,9 @@ class PromptGroup:
 
     Attributes:
         prompt_id: names the prompt in errors.
-        prompt: the conversation up to the response: dicts with ``role`` and ``content``.
+        prompt: the conversation before the response: dicts with ``role`` and ``content``.
         responses: texts; sample ``i`` is ``responses[i]``.
-        reference: the ground truth, ``None`` where there is none.
+        reference: the ground truth, or ``None``.
     """
 
     prompt_id: str
@@ -42,29 +45,29 @@ class PromptGroup:
     reference: str | None = None
 
     def question(self) -> str:
-        """Return what a rule function calls the prompt: the text of the last user turn, else of the last turn."""
+        """Return the ``prompt`` of a rule function: the text of the last user turn, or of the last turn if there is none."""
         turns = [turn for turn in self.prompt if turn.get("role") == "user"] or self.prompt
         return turns[-1]["content"] if turns else ""
 
     def texts(self, with_reference: bool) -> list[str]:
-        """Return the responses, then the ground truth when it is wanted and there."""
+        """Return the responses, followed by the ground truth if it is wanted and available."""
         return [*self.responses, *([self.reference] if with_reference and self.reference is not None else [])]
 
     def name(self, *places: int) -> str:
-        """Return what errors call some of :meth:`texts`: ``prompt p1, sample 0 and the ground truth``."""
+        """Return the name of some of :meth:`texts` in errors: ``prompt p1, sample 0 and the ground truth``."""
         names = ["the ground truth" if place == len(self.responses) else f"sample {place}" for place in places]
         return f"prompt {self.prompt_id}, {' and '.join(names)}"
 
 
 @dataclass(frozen=True)
 class GroupLabels:
-    """What a scorer says about one prompt, in float64.
+    """The labels of one prompt's responses, in float64.
 
     Attributes:
-        scores: one for each response, higher is better; ``None`` where the scorer failed (an unreadable reply of a judge).
-        win_probs: ``[i][k]`` is the probability that response ``i`` beats response ``k``, one half on the diagonal; only a
-            preference model that answered about every pair gives it.
-        reference_score: of the ground truth, when it was asked for and there is one.
+        scores: one per response, higher is better; ``None`` where the scorer failed (an unreadable reply of a judge).
+        win_probs: ``[i][k]`` is the probability that response ``i`` beats response ``k``, one half on the diagonal; only given
+            by scorers that compare pairs.
+        reference_score: the score of the ground truth, if requested and available.
     """
 
     scores: list[float | None]
@@ -73,41 +76,41 @@ class GroupLabels:
 
 
 class GroupScorer(Protocol):
-    """Labels groups of responses; may hold a model or a connection until it is closed."""
+    """Labels groups of responses; may own a model or a connection until it is closed."""
 
     def label(self, groups: Sequence[PromptGroup]) -> list[GroupLabels]:
         """Return the labels of each group, in order."""
         ...
 
     def close(self) -> None:
-        """Give up the model or the connection. May be called twice."""
+        """Release the model or the connection. May be called twice."""
         ...
 
 
 @dataclass(frozen=True)
 class ScorerSettings:
-    """Which scorer, and what it needs.
+    """Which scorer to use, and its settings. Checked by :func:`spin.alignment.rewards.check_scorer`.
 
-    Attributes:
-        name: a rule (``math_answer``, ``module:function``, a weighted sum of them), or ``reward_model``, ``preference_model``,
-            ``judge``.
-        model: folder or Hub name of the reward or preference model; the served name of the judge.
-        batch_size: sequences in one forward pass, or requests in flight (judge).
-        max_length: tokens of one sequence; longer ones lose the start of their prompt, counted and logged. ``None``: the
-            model's context, and a longer one is an error that names it. Of a judge: tokens of its reply (512).
-        base_url: address of the judge's server.
-        score_reference: score the ground truth as well.
-        cache_dir: folder in which the scores of models are kept; rule functions are quicker than any cache.
-        dtype: precision of the weights: auto, float32, bfloat16, float16.
-        trust_remote_code: run code that comes with the model.
+    The programs call ``name`` ``scorer`` and ``cache_dir`` ``score_cache``, and prefix model, batch_size, max_length and dtype
+    with ``scorer_``.
     """
 
-    name: str
-    model: str | None = None
-    batch_size: int = 16
-    max_length: int | None = None
-    base_url: str | None = None
-    score_reference: bool = False
-    cache_dir: str | None = None
-    dtype: str = "auto"
-    trust_remote_code: bool = False
+    name: str = setting(
+        help="what scores the responses: a rule (math_answer, module:function, a weighted sum of them) or a model: "
+        "reward_model, preference_model, judge"
+    )
+    model: str | None = setting(
+        None, "folder or Hub name of the reward or preference model; the name under which the judge is served"
+    )
+    batch_size: int = setting(16, "sequences per forward pass, or requests in flight (judge)", ge=1)
+    max_length: int | None = setting(
+        None,
+        "maximum tokens per sequence, longer prompts are truncated at the start; for a judge: tokens of its reply",
+        unset="the scoring model's context; judge: 512",
+        ge=1,
+    )
+    base_url: str | None = setting(None, "address of the judge's server")
+    score_reference: bool = setting(False, "score the ground truth as well")
+    cache_dir: str | None = setting(None, "folder in which the scores of models are cached")
+    dtype: Dtype = setting("auto", "precision of the scoring model")
+    trust_remote_code: bool = setting(False, "run code that ships with the scoring model")

@@ -1,8 +1,8 @@
-"""Scores of models on disk, by content: what was scored once is not scored again, whoever asks.
+"""A cache of model scores on disk, keyed by content, so that nothing is scored twice.
 
-A folder ``{scorer}-{hash of what decides its scores}`` holds one file of JSON lines for each process that wrote. A process
-appends to its own file only, so several never meet, on a shared file system too, and a killed one loses at most its last line.
-What another process adds later is not seen, which costs time and nothing else.
+A folder ``{scorer}-{hash of what decides its scores}`` contains one file of JSON lines for each process that wrote to it. A
+process appends only to its own file, so several do not conflict, even on a shared file system, and a killed process loses at
+most its last line. Scores that another process adds later are not seen, which only costs time.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from typing import TextIO
 
 from spin.alignment.core.errors import InputError
 
-_HASH_LENGTH = 32
+_HASH_LENGTH = 32  # hexadecimal digits: 128 bits, so that millions of keys do not collide
 
 
 def content_key(*parts: object) -> str:
-    """Return a hash of anything JSON can write: texts, ids, lists of them."""
+    """Return a hash of any JSON values: texts, ids, lists of them."""
     return hashlib.sha256(json.dumps(parts, separators=(",", ":")).encode()).hexdigest()[:_HASH_LENGTH]
 
 
 def check_cache_dir(cache_dir: str | None) -> None:
-    """Raise :class:`InputError` unless the folder can be made and written; it is not made yet."""
+    """Raise :class:`InputError` unless the folder can be created and written to; it is not created yet."""
     if cache_dir is None:
         return
     folder = Path(cache_dir).absolute()
@@ -36,15 +36,15 @@ def check_cache_dir(cache_dir: str | None) -> None:
 
 
 class ScoreCache:
-    """Numbers by key. Without a folder nothing is kept."""
+    """Numbers by key; without a folder, none are stored."""
 
     def __init__(self, cache_dir: str | None, scorer: str, *identity: object) -> None:
-        """Read what is there.
+        """Read the existing entries.
 
         Args:
-            cache_dir: root of all caches.
-            scorer: its name.
-            identity: everything else that decides a score: hash of the weights, precision, name of a served model.
+            cache_dir: root folder of all caches.
+            scorer: name of the scorer.
+            identity: everything else that affects a score: hash of the weights, precision, name of a served model.
 
         Raises:
             InputError: a file is damaged.
@@ -63,17 +63,17 @@ class ScoreCache:
         return self._values[key]
 
     def add(self, values: Mapping[str, float] | Iterable[tuple[str, float]]) -> None:
-        """Keep some scores; they are on disk when this returns.
+        """Store some scores; they are on disk when this returns.
 
         Raises:
-            InputError: the folder cannot be written, or the disk is full.
+            InputError: the folder is not writable, or the disk is full.
         """
         values = dict(values)
         if self._folder is None or not values:
             return
         self._values.update(values)
         try:
-            if self._file is None:
+            if self._file is None:  # a new file per process: appending to an existing one could follow a torn line
                 self._folder.mkdir(parents=True, exist_ok=True)
                 self._file = (self._folder / f"{os.getpid()}-{uuid.uuid4().hex[:12]}.jsonl").open("x", encoding="utf-8")
             self._file.writelines(json.dumps([key, value]) + "\n" for key, value in values.items())
@@ -81,7 +81,7 @@ class ScoreCache:
             os.fsync(self._file.fileno())
         except OSError as error:
             raise InputError(
-                f"cannot keep scores in {self._folder} ({error.strerror}): free some space or choose another score_cache"
+                f"cannot write scores to {self._folder} ({error.strerror}): free some space or choose another score_cache"
             ) from error
 
     def close(self) -> None:
@@ -92,7 +92,7 @@ class ScoreCache:
 
 
 def _read(path: Path) -> Iterator[tuple[str, float]]:
-    """Yield the entries of one file; a last line without its end is what a killed process was writing."""
+    """Yield the entries of one file; a last line without a newline was being written by a killed process and is ignored."""
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             if not line.endswith("\n"):
@@ -102,5 +102,5 @@ def _read(path: Path) -> Iterator[tuple[str, float]]:
                 yield str(key), float(value)
             except (ValueError, TypeError) as error:
                 raise InputError(
-                    f"line {number} of {path} is damaged: remove the file, and what it holds is scored again"
+                    f"line {number} of {path} is damaged: remove the file; its entries will be scored again"
                 ) from error

@@ -1,4 +1,4 @@
-"""What can be said against a scorer's settings before a model is loaded or a server is asked."""
+"""Checks of a scorer's settings before a model is loaded or a server is contacted."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from dataclasses import fields
 from pathlib import Path
 
 from spin.alignment.core.errors import InputError
+from spin.alignment.core.settings import check_settings
 from spin.alignment.rewards.base import ScorerSettings
 from spin.alignment.rewards.cache import check_cache_dir
 from spin.alignment.rewards.classifier import check_classifier_folder
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 _CLASSIFIER = ("model", "max_length", "dtype", "trust_remote_code")
-# The settings that only some scorers read, by scorer; a rule reads none of them.
+# The scorer-specific settings that each scorer reads; a rule reads none of them.
 _READ = {
     "reward_model": _CLASSIFIER,
     "preference_model": _CLASSIFIER,
@@ -21,12 +21,12 @@ _READ = {
 _FOR_SOME = (*_CLASSIFIER, "base_url")
 
 
-def check_settings(settings: ScorerSettings) -> None:
-    """Check the settings of any scorer; its name is known to be good.
+def check_scorer_settings(settings: ScorerSettings) -> None:
+    """Check the settings of any scorer; its name has already been checked.
 
     Raises:
-        InputError: a setting the scorer does not read, a missing one, a number out of range, a model of another kind, a folder
-            that cannot be written.
+        InputError: a setting the scorer does not read, a missing setting, a number out of range, a model of the wrong kind, or
+            a folder that is not writable.
     """
     name = settings.name
     for field in fields(settings):
@@ -37,12 +37,7 @@ def check_settings(settings: ScorerSettings) -> None:
         ):
             readers = ", ".join(sorted(scorer for scorer, read in _READ.items() if field.name in read))
             raise InputError(f"the scorer {name} does not read {_flag(field.name)}: leave it out (it is for {readers})")
-    if settings.batch_size < 1:
-        raise InputError(f"scorer_batch_size is {settings.batch_size}: set it to 1 or more")
-    if settings.max_length is not None and settings.max_length < 1:
-        raise InputError(f"scorer_max_length is {settings.max_length}: set it to 1 or more, or leave it out")
-    if settings.dtype not in DTYPES:
-        raise InputError(f"unknown scorer_dtype '{settings.dtype}': choose one of {', '.join(DTYPES)}")
+    check_settings(settings, _flag)
     check_cache_dir(settings.cache_dir)
     if name == "judge":
         _check_server(settings.base_url)
@@ -51,26 +46,26 @@ def check_settings(settings: ScorerSettings) -> None:
 
 
 def _flag(field: str) -> str:
-    """Return the name under which the programs know a setting."""
-    return f"scorer_{field}" if field in ("model", "max_length", "dtype") else field
+    """Return the name of a setting in the programs."""
+    return f"scorer_{field}" if field in ("model", "batch_size", "max_length", "dtype") else field
 
 
 def _check_server(base_url: str | None) -> None:
     if not base_url:
         raise InputError(
-            "the scorer judge needs a running server: give its address as base_url, such as http://host:port/v1"
+            "the scorer judge needs a running server: set base_url to its address, such as http://host:port/v1"
         )
     from spin.alignment.core.server_link import checked_url
 
-    checked_url(base_url)
+    checked_url(base_url)  # its form only; the server is contacted when the scorer is made
 
 
 def _check_model(settings: ScorerSettings) -> None:
-    """Check what a model folder says of itself; a Hub name is checked when it has been resolved."""
+    """Check the config in a model folder; a Hub name is checked once it has been resolved."""
     kind = settings.name.replace("_", " ")
     if not settings.model:
         raise InputError(
-            f"the scorer {settings.name} needs a model: give the folder or Hub name of a {kind} as scorer_model"
+            f"the scorer {settings.name} needs a model: set scorer_model to the folder or Hub name of a {kind}"
         )
     from spin.alignment.models.folder import check_model_path
 

@@ -1,4 +1,4 @@
-"""A sequence classifier with one output: token ids in, one logit out, each input computed once."""
+"""A sequence classifier with one output: token ids in, one logit out, each distinct input computed once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 logger = logging.getLogger(__name__)
-_NO_LIMIT = 10**9  # tokenizers write a number near 1e30 for none
+_NO_LIMIT = 10**9  # tokenizers use a number near 1e30 for "no limit"
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Encoded:
     """One input of a classifier.
 
     Attributes:
-        ids: token ids, special tokens included.
-        types: token type ids, for models that read a pair of texts with them.
-        where: names the input in errors ("prompt p1, sample 2"); no part of its content.
+        ids: token ids, including special tokens.
+        types: token type ids, for models that use them to distinguish the two texts of a pair.
+        where: names the input in errors ("prompt p1, sample 2"); not part of its content.
     """
 
     ids: tuple[int, ...]
@@ -42,7 +42,7 @@ class Encoded:
 
 
 def check_classifier_folder(folder: Path, kind: str) -> dict[str, Any]:
-    """Return the configuration of a classifier with one output, read without loading anything.
+    """Return the configuration of a classifier with one output, without loading the model.
 
     Raises:
         InputError: the model is of another kind, or has another number of outputs.
@@ -51,11 +51,11 @@ def check_classifier_folder(folder: Path, kind: str) -> dict[str, Any]:
     architectures = config.get("architectures") or []
     known = any("SequenceClassification" in name for name in architectures)
     if not known and "AutoModelForSequenceClassification" not in (config.get("auto_map") or {}):
-        found = ", ".join(architectures) or "of no named architecture"
+        found = ", ".join(architectures) or "a model without a named architecture"
         raise InputError(
             f"{folder} is {found}, not a sequence classifier: give a {kind} saved as AutoModelForSequenceClassification"
         )
-    # A configuration that names no labels has the two of transformers' default.
+    # transformers assumes two labels if the configuration names none.
     labels = len(config["id2label"]) if "id2label" in config else config.get("num_labels", 2)
     if labels != 1:
         raise InputError(
@@ -65,13 +65,13 @@ def check_classifier_folder(folder: Path, kind: str) -> dict[str, Any]:
 
 
 class SequenceClassifier:
-    """A model folder and its scores. The weights are loaded when the first unknown input comes: a rerun needs none."""
+    """A model and its cached scores. The weights are loaded at the first uncached input, so a rerun does not load them."""
 
     def __init__(self, settings: ScorerSettings) -> None:
         """Check the model and load its tokenizer.
 
         Raises:
-            InputError: wrong kind of model, no tokenizer, a max_length it cannot read.
+            InputError: the wrong kind of model, no tokenizer, or a max_length beyond the model's context.
         """
         from spin.alignment.core.provenance import hash_weights
         from spin.alignment.data.chat_encoder import load_tokenizer
@@ -86,16 +86,17 @@ class SequenceClassifier:
         self.tokenizer = load_tokenizer(self.folder, trust_remote_code=settings.trust_remote_code)
         self.limit = self._limit()
         self.cut = 0
+        # Hashing reads all weights, so only if the cache needs it.
         weights = hash_weights(self.folder) if settings.cache_dir else ""
         self.cache = ScoreCache(settings.cache_dir, settings.name, weights, settings.dtype)
         self._model: Any = None
 
     def _limit(self) -> int:
-        """Return the longest input in tokens; raise :class:`InputError` when max_length is beyond what the model reads."""
+        """Return the longest input in tokens; raise :class:`InputError` if max_length exceeds the model's context."""
         config = self.config.get("text_config", self.config)
         positions = config.get("max_position_embeddings") or config.get("n_positions") or _NO_LIMIT
         if config.get("relative_attention") and not config.get("position_biased_input", True):
-            positions = _NO_LIMIT  # DeBERTa-v2 has no absolute positions to run out of
+            positions = _NO_LIMIT  # DeBERTa-v2 without absolute positions has no longest input
         context = min(positions, self.tokenizer.model_max_length or _NO_LIMIT)
         wanted = self.settings.max_length
         if wanted is not None and wanted > context:
@@ -104,14 +105,14 @@ class SequenceClassifier:
             )
         return context if wanted is None else wanted
 
-    def excess(self, length: int, cuttable: int, where: str) -> int:
-        """Return how many tokens of a prompt must go for an input of ``length`` tokens, and count it.
+    def excess(self, length: int, removable: int, where: str) -> int:
+        """Return how many prompt tokens to remove from an input of ``length`` tokens, and count the truncation.
 
         Args:
-            cuttable: tokens of the prompt that may go.
+            removable: number of prompt tokens that may be removed.
 
         Raises:
-            InputError: the input is too long and max_length is not set, or even an empty prompt leaves it too long.
+            InputError: the input is too long and max_length is not set, or it is too long even with an empty prompt.
         """
         excess = length - self.limit
         if excess <= 0:
@@ -121,28 +122,28 @@ class SequenceClassifier:
                 f"{where} has {length} tokens, but {self.folder} reads at most {self.limit}: set scorer_max_length "
                 "to cut the start of long prompts"
             )
-        if excess > cuttable:
+        if excess > removable:
             raise InputError(
-                f"{where} has {length - cuttable} tokens without its prompt, more than scorer_max_length {self.limit}: raise "
+                f"{where} has {length - removable} tokens without its prompt, more than scorer_max_length {self.limit}: raise "
                 "scorer_max_length, or generate shorter responses"
             )
         self.cut += 1
         return excess
 
-    def report_cuts(self) -> None:
-        """Log how many inputs lost the start of their prompt since the last report."""
+    def report_truncated(self) -> None:
+        """Log how many prompts were truncated since the last report."""
         if self.cut:
             logger.warning(
-                "%s: %d inputs were longer than scorer_max_length %d and lost the start of their prompt",
+                "%s: %d inputs were longer than scorer_max_length %d and had the start of their prompt truncated",
                 *(self.settings.name, self.cut, self.limit),
             )
             self.cut = 0
 
     def logits(self, inputs: Sequence[Encoded]) -> list[float]:
-        """Return one logit for each input, in order; float64 of what the model computes in its own precision.
+        """Return one logit per input, in order; computed in the model's precision, returned in float64.
 
         Raises:
-            InputError: the model returned no finite number; the input is named.
+            InputError: a logit is not finite; the error names the input.
         """
         found: dict[str, float] = {}
         new: dict[str, Encoded] = {}
@@ -152,7 +153,7 @@ class SequenceClassifier:
                 found[key] = self.cache[key]
             else:
                 new[key] = item
-        # Inputs of like length together: little padding, and the longest first shows at once whether memory suffices.
+        # Sorted by length there is little padding, and with the longest first an out-of-memory error comes early.
         order = sorted(new.items(), key=lambda entry: -len(entry[1].ids))
         for start in range(0, len(order), self.settings.batch_size):
             batch = order[start : start + self.settings.batch_size]
@@ -171,7 +172,7 @@ class SequenceClassifier:
         import torch
 
         model = self._loaded()
-        # Decoders look for their last token by the pad id. Where the model names none, it is one that no input holds.
+        # Decoder classifiers find the last token by the pad id. If the model has none, use an id that no input contains.
         config = model.config.get_text_config()
         named = config.pad_token_id
         config.pad_token_id = pad = _unused_id(batch) if named is None else named
@@ -197,15 +198,16 @@ class SequenceClassifier:
                 trust_remote_code=self.settings.trust_remote_code,
                 output_loading_info=True,
             )
+            # transformers initialises missing weights at random with only a warning: the scores would be noise.
             if info["missing_keys"]:
                 missing = ", ".join(sorted(info["missing_keys"])[:3])
                 raise InputError(f"{self.folder} lacks the weights {missing}: give a model that was trained to score")
-            model.config.get_text_config().use_cache = False  # nothing is decoded
+            model.config.get_text_config().use_cache = False  # no generation, so keys and values would waste memory
             self._model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         return self._model
 
     def close(self) -> None:
-        """Give the memory of the weights back. May be called twice; a later input loads them again."""
+        """Free the memory of the weights. May be called twice; a later input reloads them."""
         self.cache.close()
         if self._model is not None:
             import torch
@@ -222,7 +224,7 @@ def _unused_id(batch: Sequence[Encoded]) -> int:
 
 
 def pad_batch(batch: Sequence[Encoded], pad: int) -> dict[str, Tensor]:
-    """Return ``input_ids``, ``attention_mask`` and, where there are any, ``token_type_ids``, (B, T) each, padded on the right."""
+    """Return ``input_ids``, ``attention_mask`` and, if all inputs have them, ``token_type_ids``; (B, T), padded on the right."""
     import torch
 
     longest = max(len(item.ids) for item in batch)

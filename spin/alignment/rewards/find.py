@@ -1,4 +1,4 @@
-"""From the name of a rule to a function: a registered name, ``module:function``, parameters, a weighted sum."""
+"""Resolving the name of a rule to a function: a registered name, ``module:function``, parameters, a weighted sum."""
 
 from __future__ import annotations
 
@@ -17,25 +17,26 @@ from spin.alignment.rewards.math_verify import check_math_verify
 
 @dataclass(frozen=True)
 class WeightedSum:
-    """A scorer made of several: the sum of ``weight * scorer``."""
+    """A weighted sum of scorers: the sum of ``weight * scorer``."""
 
     terms: tuple[tuple[float, Scorer], ...]
 
     def __call__(self, prompt: str, response: str, reference: str) -> float:
+        # fsum rounds once, so the score does not depend on the order of the terms.
         return math.fsum(weight * scorer(prompt, response, reference) for weight, scorer in self.terms)
 
 
 def find_rule(name: str, registry: Mapping[str, Scorer], models: Mapping[str, Any]) -> Scorer:
-    """Return the function of a rule's name.
+    """Return the function that a rule's name stands for.
 
-    ``name`` is a term, or terms joined by ``+``: ``[weight*]rule[:parameter=value,...]``. A rule is a name in ``registry`` or
+    ``name`` is a term, or several joined by ``+``: ``[weight*]rule[:parameter=value,...]``. A rule is a name in ``registry`` or
     ``module:function``, imported with the current folder on the path.
 
     Args:
-        models: names of scorers that are no functions, for the error about them.
+        models: names of scorers that are not functions, to give a helpful error.
 
     Raises:
-        InputError: unknown, not importable, not callable, not a function of three texts, a bad weight or parameter.
+        InputError: unknown, not importable, not callable, not a function of three texts, or a bad weight or parameter.
     """
     parts = [part.strip() for part in name.split("+")]
     terms = []
@@ -45,7 +46,7 @@ def find_rule(name: str, registry: Mapping[str, Scorer], models: Mapping[str, An
             raise InputError(f"scorer '{name}' has an empty term: join rules as in math_answer+0.1*format")
         if rule in models and rule == name:
             raise InputError(
-                f"{rule} is a model, and only a rule function will do here: choose one of {', '.join(registry)}"
+                f"{rule} is a model, but only rule functions are supported here: choose one of {', '.join(registry)}"
             )
         if rule in models:
             raise InputError(
@@ -58,7 +59,7 @@ def find_rule(name: str, registry: Mapping[str, Scorer], models: Mapping[str, An
 
 
 def functions_of(scorer: Scorer) -> list[Scorer]:
-    """Return the functions that a scorer of :func:`find_rule` is made of, parameters aside."""
+    """Return the functions that a scorer from :func:`find_rule` consists of, without their parameters."""
     terms = [term for _, term in scorer.terms] if isinstance(scorer, WeightedSum) else [scorer]
     return [term.func if isinstance(term, functools.partial) else term for term in terms]
 
@@ -70,7 +71,7 @@ def _weight(text: str, term: str) -> float:
         value = math.nan
     if not math.isfinite(value) or value == 0:
         raise InputError(
-            f"'{text}' in the scorer's term '{term}' is no weight: write a number other than 0, as in 0.1*format"
+            f"'{text}' in the scorer's term '{term}' is not a weight: write a number other than 0, as in 0.1*format"
         )
     return value
 
@@ -93,7 +94,7 @@ def _find_one(rule: str, registry: Mapping[str, Scorer], models: Mapping[str, An
 
 
 def _with_parameters(function: Callable[..., Any], path: str, text: str) -> Scorer:
-    """Return the function with ``key=value,...`` set; keys are its keyword-only parameters with a number as default."""
+    """Bind ``key=value,...`` to the function; keys are its keyword-only parameters with a numeric default."""
     known = {
         item.name: item.default
         for item in inspect.signature(function).parameters.values()
@@ -103,7 +104,7 @@ def _with_parameters(function: Callable[..., Any], path: str, text: str) -> Scor
     for assignment in text.split(","):
         key, _, value = (part.strip() for part in assignment.partition("="))
         if key not in known:
-            raise InputError(f"scorer {path} has no parameter '{key}': it knows {', '.join(known) or 'none'}")
+            raise InputError(f"scorer {path} has no parameter '{key}': it has {', '.join(known) or 'none'}")
         try:
             values[key] = type(known[key])(value)
         except ValueError:

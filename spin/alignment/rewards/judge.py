@@ -1,4 +1,4 @@
-"""A judge: a language model behind an OpenAI-compatible server that is asked which of two responses is better."""
+"""A judge: a language model on an OpenAI-compatible server that is asked which of two responses is better."""
 
 from __future__ import annotations
 
@@ -28,13 +28,14 @@ INSTRUCTION = (
     "better, [[tie]] when neither is."
 )
 _VERDICT = re.compile(r"\[\[\s*(A|B|tie)\s*\]\]", re.IGNORECASE)
+# A reply that consists of the verdict alone, perhaps in bold or quotes.
 _BARE = re.compile(r"[\s*\"'.]*(?:response\s+)?(A|B|tie)[\s*\"'.]*", re.IGNORECASE)
 _THOUGHTS = re.compile(r".*</think>", re.DOTALL)
 _FIRST_WINS = {"a": 1.0, "b": 0.0, "tie": 0.5}
 
 
 class Question(NamedTuple):
-    """One pair in one order: ``key`` stands for its content, ``where`` names it in errors."""
+    """One pair in one order: ``key`` is a hash of its content, ``where`` names it in errors."""
 
     key: str
     messages: list[dict[str, str]]
@@ -42,17 +43,17 @@ class Question(NamedTuple):
 
 
 class Judge:
-    """Labels by a judge's verdicts: every pair in both orders, at temperature 0.
+    """Labels from a judge's verdicts on every pair in both orders, at temperature 0.
 
-    A reply that cannot be read counts for nothing; it is counted and logged. A pair without any readable reply leaves a response
-    without a score.
+    A reply that cannot be parsed is ignored, counted and logged. If neither reply about a pair can be parsed, a response is
+    left without a score.
     """
 
     def __init__(self, settings: ScorerSettings, policy: RetryPolicy | None = None) -> None:
-        """Ask the server what it serves.
+        """Ask the server which models it serves.
 
         Raises:
-            InputError: no server is there, or it does not serve the judge.
+            InputError: the server cannot be reached, or does not serve the judge.
         """
         from spin.alignment.core.server_link import RetryPolicy, ServerLink
 
@@ -63,6 +64,7 @@ class Judge:
         key = os.environ.get("OPENAI_API_KEY", "").strip()
         self.link = ServerLink(settings.base_url, settings.batch_size, key)
         try:
+            # Fewer retries than for questions: there is no point in waiting for a server that was never started.
             self.model = self._find_model(policy or RetryPolicy(attempts=3, timeout=30.0))
             self.cache = ScoreCache(
                 *(settings.cache_dir, "judge", str(self.link.url), self.model, INSTRUCTION, self.reply_tokens)
@@ -72,7 +74,7 @@ class Judge:
             raise
 
     def _find_model(self, policy: RetryPolicy) -> str:
-        answer = self.link.start(self.link.send("/models", "the question for its models", policy)).result()
+        answer = self.link.start(self.link.send("/models", "the request for its models", policy)).result()
         cards = answer.get("data") if isinstance(answer, dict) else None
         names = [str(card["id"]) for card in cards or [] if isinstance(card, dict) and card.get("id")]
         wanted = self.settings.model
@@ -85,12 +87,13 @@ class Judge:
         )
 
     def label(self, groups: Sequence[PromptGroup]) -> list[GroupLabels]:
-        """See :meth:`GroupScorer.label`. With ``score_reference`` the ground truth is one more that all are compared with.
+        """See :meth:`GroupScorer.label`. With ``score_reference`` the ground truth takes part in the comparisons.
 
         Raises:
-            InputError: the server refused a question or did not answer it after all tries; the prompt is named.
+            InputError: the server refused a question or did not answer after all tries; the error names the prompt.
         """
         texts = [group.texts(self.settings.score_reference) for group in groups]
+        # Equal responses are a tie without asking.
         pairs = [[(i, j) for i, j in combinations(range(len(own)), 2) if own[i] != own[j]] for own in texts]
         questions = [
             self._question(group, own, *order)
@@ -110,40 +113,40 @@ class Judge:
             f"[Conversation]\n{plain_text(group.prompt)}\n[End of conversation]\n\n"
             f"[Response A]\n{texts[first]}\n[End of response A]\n\n[Response B]\n{texts[second]}\n[End of response B]"
         )
-        # One turn: not every model has a system role.
+        # A single turn, because not every model has a system role.
         messages = [{"role": "user", "content": f"{INSTRUCTION}\n\n{content}"}]
         return Question(content_key(messages), messages, group.name(first, second))
 
     def _ask_all(self, questions: Sequence[Question]) -> list[float | None]:
-        """Return the probability that the first response wins for each question, in order; equal ones are asked once."""
+        """Return for each question, in order, the probability that the first response wins; equal questions are asked once."""
         new = {question.key: question for question in questions if question.key not in self.cache}
         found: dict[str, float | None] = {}
         for question, reply in self._replies(list(new.values())):
             verdict = read_verdict(reply)
             found[question.key] = verdict
-            if verdict is not None:
+            if verdict is not None:  # an unreadable reply is not cached, so that a rerun asks again
                 self.cache.add({question.key: verdict})
         failures = sum(verdict is None for verdict in found.values())
         if failures:
             self.unreadable += failures
-            logger.warning("judge: %d of %d replies could not be read", failures, len(found))
+            logger.warning("judge: %d of %d replies could not be parsed", failures, len(found))
         return [found[item.key] if item.key in found else self.cache[item.key] for item in questions]
 
     def _replies(self, questions: Sequence[Question]) -> Iterator[tuple[Question, Any]]:
-        """Yield each question with its answer; at most ``batch_size`` of them are with the server at any moment."""
-        flying: dict[Future[Any], Question] = {}
+        """Yield each question with its answer, keeping at most ``batch_size`` requests in flight."""
+        in_flight: dict[Future[Any], Question] = {}
         waiting = iter(questions)
         try:
             while True:
-                for question in islice(waiting, self.settings.batch_size - len(flying)):
-                    flying[self.link.start(self._ask(question))] = question
-                if not flying:
+                for question in islice(waiting, self.settings.batch_size - len(in_flight)):
+                    in_flight[self.link.start(self._ask(question))] = question
+                if not in_flight:
                     return
-                for future in wait(flying, return_when=FIRST_COMPLETED).done:
-                    question = flying.pop(future)
+                for future in wait(in_flight, return_when=FIRST_COMPLETED).done:
+                    question = in_flight.pop(future)
                     yield question, future.result()
         finally:
-            for future in flying:
+            for future in in_flight:
                 future.cancel()
 
     async def _ask(self, question: Question) -> Any:
@@ -158,16 +161,16 @@ class Judge:
         return await self.link.send("/chat/completions", question.where, self.policy, body, self.reply_tokens)
 
     def close(self) -> None:
-        """Close the connections; the server goes on running. May be called twice."""
+        """Close the connections; the server keeps running. May be called twice."""
         self.cache.close()
         self.link.close()
 
 
 def read_verdict(answer: Any) -> float | None:
-    """Return the probability that response A is better (1, 0 or 1/2) from a chat completion; ``None`` when it says neither.
+    """Return the probability that response A is better (1, 0 or 1/2) from a chat completion, or ``None`` without a verdict.
 
-    The last ``[[A]]``, ``[[B]]`` or ``[[tie]]`` counts, or a reply that is nothing but A, B or tie. What a model thought before
-    ``</think>`` is not its reply; a thought that was cut before it is none either.
+    The last ``[[A]]``, ``[[B]]`` or ``[[tie]]`` counts, or a reply that consists of A, B or tie alone. Reasoning before
+    ``</think>`` is not part of the reply; a reply truncated within its reasoning has no verdict.
     """
     try:
         text = answer["choices"][0]["message"]["content"]

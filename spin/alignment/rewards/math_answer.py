@@ -1,7 +1,8 @@
-r"""1 when the final answer of a solution equals the reference's: after ``####``, in ``\boxed{}``, else the last number.
+r"""1 if the final answer of a solution equals that of the ground truth.
 
-Two numbers are compared by value. Anything else that is marked as the answer (a root, an interval, an expression) is compared as
-text, LaTeX's ways to write the same thing aside; no algebra is done (``math_verify`` does it).
+The answer follows ``####`` or is in ``\boxed{}``; otherwise it is the last number. Numbers are compared by value. Anything else
+marked as the answer (a root, an interval, an expression) is compared as text after normalising LaTeX; there is no algebra
+(``math_verify`` does that).
 """
 
 from __future__ import annotations
@@ -10,37 +11,38 @@ import re
 from fractions import Fraction
 from typing import NamedTuple
 
-# A minus behind a digit, letter or bracket is a subtraction, not a sign; commas count only between groups of three digits.
+# A minus after a digit, letter or bracket is a subtraction, not a sign; commas count only between groups of three digits.
 _NUMBER = re.compile(r"(?:(?<![\w)}])-)?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:\s*/\s*\d+)?|\.\d+)")
-# Both \frac{3}{4} and \frac34, with a whole number in front (1\frac12 is 3/2) or without; Python refuses very long numbers.
+# Both \frac{3}{4} and \frac34, optionally after a whole number (1\frac12 is 3/2). At most 40 digits: int() rejects very long
+# strings.
 _FRACTION = re.compile(
     r"(?:(?<![\d.])(\d{1,40})\s*)?\\[dtc]?frac\s*(?:\{\s*(-?\d{1,40})\s*\}\s*\{\s*(\d{1,40})\s*\}|(\d)\s*(\d))"
 )
 _BOX = re.compile(r"\\f?boxed\s*\{|\\fbox\s*\{")
-# Words around a number ("about 0.5", "42 apples") are no part of it; one letter alone is a variable.
+# Words around a number ("about 0.5", "42 apples") are not part of it; a single letter is a variable.
 _WORDS = re.compile(r"(?<![\w\\])[^\W\d_]{2,}(?![\w(\\])\.?")
 _TEXT = re.compile(r"\\(?:text|mathrm|textbf|mathbf|mbox|operatorname)\s*\{([^{}]*)\}")
 _UNIT = re.compile(_TEXT.pattern + r"(?:\s*\^\s*\{?\d\}?)?")
-# Behind ####: more than a number with words around it.
+# What follows #### is a formula, not just a number with words around it.
 _FORMULA = re.compile(r"\\[a-z]{2}|\^|\d[a-z]\b|^[(\[{]|[+=<>]")
 _SIGNS = re.compile(r"\\left(?![a-z])|\\right(?![a-z])|\\[!,;: ]|\\?\$|\\?%|\^\s*(?:\\circ(?![a-z])|\{\\circ\})")
 
 
 class Box(NamedTuple):
-    """What stands between the braces of a ``\\boxed{}``, and where in the text the closing brace ends."""
+    """The content of a ``\\boxed{}``, and the position in the text after its closing brace."""
 
     content: str
     end: int
 
 
 def math_answer(prompt: str, response: str, reference: str) -> float:
-    """Return 1.0 when both final answers are the same, else 0.0 (also when the response states none)."""
-    ours, truth = final_answer(response), final_answer(reference)
-    return float(ours is not None and ours == truth)
+    """Return 1.0 if both final answers are the same, otherwise 0.0 (also if the response has none)."""
+    ours, ground_truth = final_answer(response), final_answer(reference)
+    return float(ours is not None and ours == ground_truth)
 
 
 def final_answer(text: str) -> Fraction | str | None:
-    """Return the answer a solution ends with: a number, the normal form of another marked answer, or ``None``."""
+    """Return the final answer of a solution: a number, the normal form of any other marked answer, or ``None``."""
     shown, boxed = marked_answer(text)
     if shown is None:
         return final_number(text)
@@ -49,9 +51,9 @@ def final_answer(text: str) -> Fraction | str | None:
 
 
 def marked_answer(text: str) -> tuple[str | None, bool]:
-    r"""Return what a solution marks as its answer, as written (``None``: nothing), and whether that is the content of a box.
+    r"""Return the text that a solution marks as its answer, or ``None``, and whether it is the content of a box.
 
-    Where the text has ``####``, only what follows the last of them counts: a box in it, else the rest of the line.
+    If the text contains ``####``, only what follows the last one counts: a box in it, otherwise the rest of the line.
     """
     _, marks, tail = text.rpartition("####")
     box = last_box(tail)
@@ -61,7 +63,7 @@ def marked_answer(text: str) -> tuple[str | None, bool]:
 
 
 def final_number(text: str) -> Fraction | None:
-    """Return the number a solution ends with, or ``None`` when it states none."""
+    """Return the final number of a solution, or ``None`` if it has none."""
     box = last_box(text)
     if "####" in text:
         numbers = _NUMBER.findall(_plain_fractions(text.rsplit("####", 1)[1]))[:1]
@@ -71,7 +73,7 @@ def final_number(text: str) -> Fraction | None:
 
 
 def plain_number(shown: str) -> Fraction | None:
-    """Return the value of an answer that is one number, units, currency and ``x =`` aside; ``None`` for any other."""
+    """Return the value of an answer that is a single number, ignoring units, currency and ``x =``; otherwise ``None``."""
     text = shown.replace("{,}", ",").replace("\\!", "")
     text = _UNIT.sub(" ", text)
     text = re.sub(r"^\s*\\?[a-zA-Z]\w*(?:\([a-z]\))?\s*=", "", _plain_fractions(text))
@@ -81,7 +83,7 @@ def plain_number(shown: str) -> Fraction | None:
 
 
 def normal_form(shown: str) -> str:
-    """Return an answer that is no number in one way of writing it: without spaces, sizes, styles and needless braces."""
+    """Return the normal form of an answer that is not a number: without spaces, sizes, styles and redundant braces."""
     text = _TEXT.sub(r"\1", shown.replace("{,}", ","))
     text = re.sub(r"\\[dtc]frac", r"\\frac", re.sub(r"\s", "", _SIGNS.sub("", text)))
     text = re.sub(r"^\\?[a-zA-Z]\w*=(?=.)", "", text.rstrip("."))
@@ -91,8 +93,9 @@ def normal_form(shown: str) -> str:
 
 
 def last_box(text: str) -> Box | None:
-    r"""Return the last ``\boxed{...}`` whose braces are closed, however deep they are nested."""
+    r"""Return the last ``\boxed{...}`` whose braces are balanced, however deeply nested."""
     for match in reversed(list(_BOX.finditer(text))):
+        # A regular expression cannot match nested braces; escaped ones (\{) are skipped by matching \\. first.
         depth = 0
         for sign in re.finditer(r"\\.|[{}]", text[match.end() - 1 :]):
             depth += {"{": 1, "}": -1}.get(sign[0], 0)

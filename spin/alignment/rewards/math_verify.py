@@ -1,6 +1,6 @@
-r"""1 when the library math-verify calls the final answer equal to the reference's: by algebra, not by text.
+r"""1 if the library math-verify finds the final answer equal to that of the ground truth, by algebra rather than as text.
 
-``math_answer`` needs no library and does no algebra. The two are different scorers, not one with a fallback, so that a score
+``math_answer`` needs no library and does no algebra. They are two scorers, rather than one with a fallback, so that a score
 never depends on what happens to be installed.
 """
 
@@ -13,7 +13,7 @@ from spin.alignment.rewards.math_answer import marked_answer
 
 
 def check_math_verify() -> None:
-    """Raise :class:`InputError` when the library is not installed."""
+    """Raise :class:`InputError` if the library is not installed."""
     if importlib.util.find_spec("math_verify") is None:
         raise InputError(
             "scorer math_verify needs the library math-verify: pip install 'selfplay-spin[math]', or choose math_answer"
@@ -21,10 +21,10 @@ def check_math_verify() -> None:
 
 
 def math_verify(prompt: str, response: str, reference: str) -> float:
-    r"""Return 1.0 when both final answers are mathematically equal, else 0.0 (also when either cannot be parsed).
+    r"""Return 1.0 if both final answers are mathematically equal, otherwise 0.0 (also if either cannot be parsed).
 
-    The answer is found as by ``math_answer`` (after ``####``, in ``\boxed{}``); in a text without these marks the library looks
-    for it. It gives up on an expression after five seconds, which counts as unequal, and works in the main thread only.
+    The answer is located as in ``math_answer`` (after ``####``, in ``\boxed{}``); without these marks the library looks for it.
+    The library gives up on an expression after five seconds, which counts as unequal, and only works in the main thread.
 
     Raises:
         InputError: the library is not installed.
@@ -32,8 +32,8 @@ def math_verify(prompt: str, response: str, reference: str) -> float:
     check_math_verify()
     from math_verify import parse, verify
 
-    truth, ours = parse(_shown(reference)), parse(_shown(response))
-    return float(bool(truth) and bool(ours) and verify(truth, ours))
+    ground_truth, ours = parse(_shown(reference)), parse(_shown(response))
+    return float(bool(ground_truth) and bool(ours) and verify(ground_truth, ours))
 
 
 def _shown(text: str) -> str:

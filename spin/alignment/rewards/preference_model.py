@@ -1,7 +1,7 @@
-"""A preference model: a cross-encoder that reads a prompt and two responses and gives the logit that the first is better.
+"""A preference model: a cross-encoder that reads a prompt and two responses and returns the logit that the first is better.
 
-The form of PairRM (arXiv 2306.02561): ``<|source|>prompt``, ``<|candidate1|>first``, ``<|candidate2|>second``, with the
-tokenizer's separator behind each part and its class token in front, where it has them.
+The format of PairRM (arXiv 2306.02561): ``<|source|>prompt``, ``<|candidate1|>first``, ``<|candidate2|>second``, with the
+tokenizer's separator after each part and its class token in front, if it has them.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ SOURCE, FIRST, SECOND = "<|source|>", "<|candidate1|>", "<|candidate2|>"
 
 
 class PreferenceModel:
-    """Labels by all pairs of a prompt's responses: the full matrix of win probabilities, and mean win rates as scores.
+    """Labels from all pairs of a prompt's responses: the full matrix of win probabilities, and mean win rates as scores.
 
-    Both orders of a pair are read and averaged in probability, so P[i][j] + P[j][i] = 1. Equal texts are one half unread.
+    Both orders of a pair are scored and their probabilities averaged, so P[i][j] + P[j][i] = 1. Equal texts get one half
+    without a forward pass.
     """
 
     def __init__(self, settings: ScorerSettings) -> None:
-        """Check the model; its weights are loaded when the first unknown pair comes."""
+        """Check the model; its weights are loaded at the first uncached pair."""
         self.settings = settings
         self.classifier = SequenceClassifier(settings)
         tokenizer = self.classifier.tokenizer
@@ -35,17 +36,17 @@ class PreferenceModel:
         self._end = ends[:1]
 
     def label(self, groups: Sequence[PromptGroup]) -> list[GroupLabels]:
-        """See :meth:`GroupScorer.label`. With ``score_reference`` the ground truth is one more that all are compared with.
+        """See :meth:`GroupScorer.label`. With ``score_reference`` the ground truth takes part in the comparisons.
 
         Raises:
-            InputError: a pair is too long, or its logit is not finite; it is named.
+            InputError: a pair is too long, or its logit is not finite; the error names the pair.
         """
         texts = [group.texts(self.settings.score_reference) for group in groups]
         inputs: list[Encoded] = []
         for group, own in zip(groups, texts, strict=True):
             for i, j in _different(own):
                 inputs += [self._encode(group, own, i, j), self._encode(group, own, j, i)]
-        self.classifier.report_cuts()
+        self.classifier.report_truncated()
         logits = iter(self.classifier.logits(inputs))
         labels = []
         for group, own in zip(groups, texts, strict=True):
@@ -64,6 +65,7 @@ class PreferenceModel:
             *(*self._ids(SECOND), *self._ids(texts[second]), *self._end),
         ]
         length = len(self._start) + len(mark) + len(source) + len(rest)
+        # Only the start of the prompt may be truncated, never a response.
         excess = self.classifier.excess(length, len(source), where)
         return Encoded((*self._start, *mark, *source[excess:], *rest), None, where)
 
@@ -72,7 +74,7 @@ class PreferenceModel:
         return ids
 
     def close(self) -> None:
-        """Give the model back."""
+        """Free the model."""
         self.classifier.close()
 
 

@@ -1,4 +1,4 @@
-"""A reward model: a sequence classifier with one output that reads a conversation and says how good its last turn is."""
+"""A reward model: a sequence classifier with one output that scores the last turn of a conversation."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from spin.alignment.rewards.conversation import plain_text, template_ids
 
 
 class RewardModel:
-    """Scores by a reward model: its logit, in float64.
+    """Scores from a reward model: its logit, in float64.
 
-    A conversation goes through the model's own chat template, response included. A tokenizer without a template gets the pair of
-    texts (prompt, response); several turns are joined by :func:`plain_text`.
+    A conversation, including the response, is rendered by the model's own chat template. A tokenizer without a template gets
+    the pair of texts (prompt, response); several turns are joined by :func:`plain_text`.
     """
 
     def __init__(self, settings: ScorerSettings) -> None:
-        """Check the model; its weights are loaded when the first unknown response comes."""
+        """Check the model; its weights are loaded at the first uncached response."""
         self.settings = settings
         self.classifier = SequenceClassifier(settings)
 
@@ -26,7 +26,7 @@ class RewardModel:
         """See :meth:`GroupScorer.label`.
 
         Raises:
-            InputError: a conversation is too long or refused by the template, or its score is not finite; it is named.
+            InputError: a conversation is too long or rejected by the template, or its score is not finite; the error names it.
         """
         texts = [group.texts(self.settings.score_reference) for group in groups]
         inputs = [
@@ -34,7 +34,7 @@ class RewardModel:
             for group, own in zip(groups, texts, strict=True)
             for place, text in enumerate(own)
         ]
-        self.classifier.report_cuts()
+        self.classifier.report_truncated()
         logits = iter(self.classifier.logits(inputs))
         labels = []
         for group, own in zip(groups, texts, strict=True):
@@ -49,7 +49,7 @@ class RewardModel:
             return self._encode_pair(plain_text(group.prompt), response, where)
         ids = template_ids(tokenizer, group.prompt, response, where)
         if len(ids) > self.classifier.limit:
-            start = int(bool(ids) and ids[0] == tokenizer.bos_token_id)
+            start = int(bool(ids) and ids[0] == tokenizer.bos_token_id)  # truncation keeps the BOS
             prompt = len(template_ids(tokenizer, group.prompt, None, where))
             excess = self.classifier.excess(len(ids), max(0, prompt - start), where)
             ids = [*ids[:start], *ids[start + excess :]]
@@ -60,17 +60,17 @@ class RewardModel:
         encoding = tokenizer(prompt, response)
         length = len(encoding["input_ids"])
         if length > self.classifier.limit:
-            cuttable = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
-            if self.classifier.excess(length, cuttable, where) == cuttable:
+            removable = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+            if self.classifier.excess(length, removable, where) == removable:
                 encoding = tokenizer("", response)
             else:
-                tokenizer.truncation_side = "left"
+                tokenizer.truncation_side = "left"  # the end of the prompt matters most
                 encoding = tokenizer(prompt, response, truncation="only_first", max_length=self.classifier.limit)
         if not encoding["input_ids"]:
-            raise InputError(f"{where} has no token at all: leave empty rows out, or give the model a chat template")
+            raise InputError(f"{where} has no tokens: remove empty rows, or give the model a chat template")
         types = encoding.get("token_type_ids")
         return Encoded(tuple(encoding["input_ids"]), None if types is None else tuple(types), where)
 
     def close(self) -> None:
-        """Give the model back."""
+        """Free the model."""
         self.classifier.close()

@@ -1,4 +1,4 @@
-"""A rule function as a group scorer: every response by itself, and no failure without the name of its row."""
+"""A rule function as a group scorer: each response is scored by itself, and every failure names its row."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from spin.alignment.rewards.base import GroupLabels, PromptGroup, Scorer
 
 
 def no_reference(scorer: str, prompt_id: str) -> InputError:
-    """Return the refusal of a prompt without the ground truth that a rule compares with."""
+    """Return the error for a prompt without the ground truth that a rule needs."""
     return InputError(
-        f"scorer {scorer} compares with the ground truth, but prompt {prompt_id} has none: choose another scorer, or leave the "
-        "prompt out"
+        f"scorer {scorer} compares with the ground truth, but prompt {prompt_id} has none: choose another scorer, or remove the "
+        "prompt"
     )
 
 
 @dataclass(frozen=True)
 class RuleScorer:
-    """Labels by a function of three texts. ``name`` is what errors call it.
+    """Labels from a function of three texts. ``name`` is its name in errors.
 
-    ``needs_reference`` refuses prompts without a ground truth: comparing with nothing would score every response alike.
+    With ``needs_reference``, prompts without a ground truth are refused: a comparison with nothing would give every response
+    the same score.
     """
 
     name: str
@@ -31,11 +32,11 @@ class RuleScorer:
     needs_reference: bool = False
 
     def label(self, groups: Sequence[PromptGroup]) -> list[GroupLabels]:
-        """See :meth:`GroupScorer.label`; pure as far as the function is.
+        """See :meth:`GroupScorer.label`; as pure as the function.
 
         Raises:
-            InputError: the function failed, or returned no finite number, or the ground truth it compares with is not
-                there; the prompt and the sample are named.
+            InputError: the function failed or did not return a finite number, or the ground truth that it needs is missing;
+                the error names the prompt and the sample.
         """
         return [self._label_one(group) for group in groups]
 
@@ -52,9 +53,9 @@ class RuleScorer:
             value = self.scorer(group.question(), response, group.reference or "")
         except InputError as error:
             raise InputError(f"scorer {self.name} failed on {where}: {error}") from error
-        except Exception as error:
+        except Exception as error:  # the function may be the user's own and raise anything
             reason = f"{type(error).__name__}: {error}"
-            raise InputError(f"scorer {self.name} failed on {where} ({reason}): mend the function") from error
+            raise InputError(f"scorer {self.name} failed on {where} ({reason}): fix the function") from error
         try:
             score = float(value)
         except (TypeError, ValueError):
@@ -64,4 +65,4 @@ class RuleScorer:
         return score
 
     def close(self) -> None:
-        """Nothing is held."""
+        """There is nothing to release."""

@@ -1,4 +1,4 @@
-"""From judgements of pairs to probabilities and scores. Plain arithmetic in float64."""
+"""Win probabilities and scores from judgements of pairs. Plain arithmetic in float64."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ Pair = tuple[int, int]
 
 
 def both_orders(first: float | None, second: float | None) -> float | None:
-    """Return the probability that ``a`` beats ``b`` from what was said about (a, b) and about (b, a).
+    """Return the probability that ``a`` beats ``b`` from the judgements of (a, b) and of (b, a).
 
-    ``first`` is the probability that ``a`` wins when it is shown first, ``second`` that ``b`` wins when ``b`` is. The mean takes
-    the advantage of a position away. One of them alone stands for both; ``None`` for neither.
+    ``first`` is the probability that ``a`` wins when shown first, ``second`` that ``b`` wins when shown first. Their mean
+    cancels position bias. If only one is known, it is used alone; if neither, the result is ``None``.
     """
     if first is None or second is None:
         return first if second is None else 1.0 - second
@@ -30,7 +30,7 @@ def win_matrix(count: int, wins: Mapping[Pair, float]) -> list[list[float]]:
 
 
 def failed_items(count: int, unknown: Sequence[Pair]) -> set[int]:
-    """Return the items to leave out so that every pair of the others is known: the one with most unknown pairs first."""
+    """Return items whose removal leaves no unknown pair, chosen greedily by the number of unknown pairs."""
     failed: set[int] = set()
     left = list(unknown)
     while left:
@@ -39,14 +39,15 @@ def failed_items(count: int, unknown: Sequence[Pair]) -> set[int]:
         failed.add(worst)
         left = [pair for pair in left if worst not in pair]
     if failed and count - len(failed) == 1:
-        failed = set(range(count))  # nothing is known of the one that is left
+        failed = set(range(count))  # a single remaining item has been compared with nothing
     return failed
 
 
 def labels_of(count: int, wins: Mapping[Pair, float | None], with_reference: bool) -> GroupLabels:
-    """Return the labels of a group from P(i beats j) of all pairs i < j; with a reference, it is the last item.
+    """Return the labels of a group from P(i beats j) of all pairs i < j; with ``with_reference``, the last item is the ground
+    truth.
 
-    A score is the mean win rate over all items that did not fail, itself (one half) included: SPPO's estimate of
+    A score is the mean win rate against all items that did not fail, including the item itself (one half): SPPO's estimate of
     P(y beats pi_t | x) (arXiv 2405.00675). A failed item has the score ``None`` and one half in the matrix.
     """
     failed = failed_items(count, [pair for pair, value in wins.items() if value is None])

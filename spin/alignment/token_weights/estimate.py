@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spin.alignment.core.console import say
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.provenance import hash_file, hash_text
 from spin.alignment.core.resolve import module_record
@@ -15,16 +17,17 @@ from spin.alignment.data.chat_encoder import ChatEncoder
 from spin.alignment.data.config import DataConfig
 from spin.alignment.data.preferences import load_preferences
 from spin.alignment.methods.weightings import PairTokens, draws, find_weighting, weights_of_pair
-from spin.alignment.token_weights.files import WeighedRow, find_splits, is_done, read_statistics, write_weighed
+from spin.alignment.token_weights.config import WeightsConfig
+from spin.alignment.token_weights.files import WeightedRow, find_splits, is_done, read_statistics, write_weighted
 from spin.alignment.token_weights.model_scores import (
     Judge,
     align_rows,
     check_rows_fit,
-    cut_rows,
     encode_rows,
     exact_gains,
     score_splits,
     teacher_gains,
+    truncated_rows,
     with_prompts,
 )
 
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
 
 SCORES_FOLDER = ".scores"
 Gains = tuple[list[float], list[float]]
+WritePage = Callable[[Path, Path, ChatEncoder, list[str], int], object]
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,12 @@ class Method:
     seed: int
     limits: DataConfig
     batching: str
+
+    @classmethod
+    def of(cls, config: WeightsConfig) -> Method:
+        """Return how a configuration makes weights."""
+        settings = config.transform_settings
+        return cls(config.weighting, config.transform_name, settings, config.seed, config.limits, config.batching)
 
     @property
     def needs_models(self) -> bool:
@@ -85,7 +95,7 @@ class Split:
         kept = ["prompt_id", "sample_index", *(name for name in stored if name in self.rows.column_names)]
         self.facts_of_rows = self.rows.select_columns(kept)
 
-    def weighed(self, method: Method, gains: Callable[[int], Gains] | None) -> Iterator[WeighedRow]:
+    def weighted(self, method: Method, gains: Callable[[int], Gains] | None) -> Iterator[WeightedRow]:
         """Yield the weights of every row; ``gains`` is called with the position among the usable rows."""
         position = 0
         for index, reason in enumerate(self.reasons):
@@ -94,7 +104,7 @@ class Split:
                 ids, ends = (
                     [stored.get(f"{side}_{name}") for side in SIDES] for name in ("token_ids", "finish_reason")
                 )
-                yield WeighedRow(ids, ends, (None, None), reason)
+                yield WeightedRow(ids, ends, (None, None), reason)
                 continue
             ids = [row[f"{side}_ids"] for side in SIDES]
             pair = PairTokens(ids[0], ids[1], *(gains(position) if gains else ([], [])))
@@ -106,7 +116,52 @@ class Split:
                 stored.get(f"{side}_finish_reason") or ("stop" if some[-1] in self.encoder.stop_ids else "length")
                 for side, some in zip(SIDES, ids, strict=True)
             ]
-            yield WeighedRow(ids, ends, weights)
+            yield WeightedRow(ids, ends, weights)
+
+
+def estimate_weights(config: WeightsConfig, write_page: WritePage | None = None) -> list[str]:
+    """Weigh every split of a folder of pairs; every process of a launch must call it.
+
+    Args:
+        write_page: writes the page that ``config.page`` asks for: file, folder of the weights, encoder, lines, rows.
+
+    Returns:
+        What is said of the weights at the end: a line for each split, and warnings.
+
+    Raises:
+        InputError: a model or the rows cannot be used, before a model is loaded.
+    """
+    from spin.alignment.token_weights.judges import open_judges
+
+    config.check_files()
+    method = Method.of(config)
+    *judges, encoder = open_judges(config)
+    accelerator = make_accelerator()
+    input_dir, output_dir = Path(config.input_dir), Path(config.output_dir)
+    splits = open_splits(input_dir, output_dir, method, judges, encoder, config.overwrite)
+    accelerator.wait_for_everyone()  # all have looked at the output before the main process replaces it
+    weight_splits(splits, output_dir, method, judges, accelerator)
+    lines = describe(output_dir, method)
+    if accelerator.is_main_process:
+        if config.page and write_page is not None:
+            write_page(Path(config.page), output_dir, encoder, lines, config.page_rows)
+        for line in lines if splits else [f"{output_dir} is complete already", *lines]:
+            say(line)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return lines
+
+
+def make_accelerator() -> Accelerator:
+    """Return how the processes of a launch find each other. Each holds a model whole, in the precision of its weights: what a
+    launch configuration says of sharding and mixed precision is for training."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"):
+        os.environ[name] = "false"
+    import torch
+    from accelerate import Accelerator
+
+    return Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
 
 
 def open_splits(
@@ -117,7 +172,7 @@ def open_splits(
     encoder: ChatEncoder,
     overwrite: bool,
 ) -> list[Split]:
-    """Read and encode every split of the input folder that is not weighed already.
+    """Read and encode every split of the input folder that is not weighted already.
 
     Raises:
         InputError: no preference files, a row breaks the contract, or the output was made from something else.
@@ -133,7 +188,7 @@ def open_splits(
         encoded, reasons = encode_rows(rows, encoder, f"{input_dir} [{name}]")
         split = Split(name, files, rows, encoded, reasons, facts, encoder)
         if not split.usable:
-            raise InputError(f"{input_dir} [{name}] holds no pair that can be weighed ({reasons[0]}): check the data")
+            raise InputError(f"{input_dir} [{name}] holds no pair that can be weighted ({reasons[0]}): check the data")
         splits.append(split)
     return splits
 
@@ -160,7 +215,7 @@ def gains_of_splits(
         else:
             theirs[split.name] = encoded
     passed = [
-        {name: cut_rows(rows, judge.encoder, method.limits) for name, rows in given.items()}
+        {name: truncated_rows(rows, judge.encoder, method.limits) for name, rows in given.items()}
         for judge, given in ((plus, theirs), (minus, ours))
     ]
     for judge, given in zip((plus, minus), passed, strict=True):
@@ -185,7 +240,7 @@ def gains_of_splits(
     return {split.name: of_split(split.name) for split in splits}
 
 
-def weigh_splits(
+def weight_splits(
     splits: Sequence[Split],
     output_dir: Path,
     method: Method,
@@ -199,8 +254,8 @@ def weigh_splits(
         gains = gains_of_splits(splits, output_dir / SCORES_FOLDER, method, plus, minus, accelerator)
     if accelerator.is_main_process:
         for split in splits:
-            rows = split.weighed(method, gains.get(split.name))
-            write_weighed(split.files, output_dir, split.name, split.facts, rows)
+            rows = split.weighted(method, gains.get(split.name))
+            write_weighted(split.files, output_dir, split.name, split.facts, rows)
     accelerator.wait_for_everyone()
 
 
@@ -211,7 +266,7 @@ def describe(output_dir: Path, method: Method) -> list[str]:
         split = path.name.partition("_prefs")[0]
         found = read_statistics(output_dir, split)
         lines.append(
-            f"{split}: {found['rows']} rows weighed by {method.weighting}{_side(found, 'chosen')}{_side(found, 'rejected')}"
+            f"{split}: {found['rows']} rows weighted by {method.weighting}{_side(found, 'chosen')}{_side(found, 'rejected')}"
         )
         lines += [
             f"  {count} without weights (training leaves them out as well): {why}"

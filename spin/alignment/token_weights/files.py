@@ -72,7 +72,7 @@ class WeightStatistics:
 
 
 @dataclass(frozen=True)
-class WeighedRow:
+class WeightedRow:
     """What is written of one pair, chosen then rejected; ``reason`` says why a row has no weights."""
 
     ids: Sequence[Sequence[int] | None]
@@ -81,12 +81,12 @@ class WeighedRow:
     reason: str = ""
 
 
-def write_weighed(
+def write_weighted(
     files: Sequence[Path],
     output_dir: Path,
     split: str,
     facts: dict[str, Any],
-    rows: Iterator[WeighedRow],
+    rows: Iterator[WeightedRow],
 ) -> WeightStatistics:
     """Write the rows of ``files`` with their weights, file by file, then ``{split}_prefs.weights.json``, which proves the set.
 
@@ -115,7 +115,7 @@ def write_weighed(
     return statistics
 
 
-def _columns(rows: Sequence[WeighedRow], statistics: WeightStatistics) -> dict[str, list[Any]]:
+def _columns(rows: Sequence[WeightedRow], statistics: WeightStatistics) -> dict[str, list[Any]]:
     columns: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
     for row in rows:
         statistics.rows += 1

@@ -33,7 +33,7 @@ ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 # Tokens of a packed row while nothing is kept for a backward pass, and pairs of a padded batch.
 _ROW_TOKENS, _PADDED_PAIRS = {"cpu": 2048}, 4
 _GPU_ROW_TOKENS = 32_768
-_UNCUT = 2**62
+_NOT_TRUNCATED = 2**62
 _CHECKED_ROWS = 32
 
 
@@ -100,7 +100,7 @@ def encode_rows(rows: Dataset, encoder: ChatEncoder, where: str) -> tuple[Datase
     """
 
     def encode(row: dict[str, Any], index: int) -> dict[str, Any]:
-        pair = encode_pair(row, encoder, _UNCUT, _UNCUT)
+        pair = encode_pair(row, encoder, _NOT_TRUNCATED, _NOT_TRUNCATED)
         if isinstance(pair, str):
             return {name: [] for name in ID_COLUMNS} | {"reason": pair}
         found: dict[str, Any] = pair.columns()
@@ -168,7 +168,7 @@ def student_text(encoder: ChatEncoder, ids: Sequence[int]) -> tuple[str, list[tu
     return text[opening:], [(max(start - opening, 0), max(end - opening, 0)) for start, end in spans]
 
 
-def cut_rows(encoded: Dataset, encoder: ChatEncoder, limits: DataConfig) -> Dataset:
+def truncated_rows(encoded: Dataset, encoder: ChatEncoder, limits: DataConfig) -> Dataset:
     """Return the rows as training cuts them: what is passed through a model."""
 
     def cut(row: dict[str, Any]) -> dict[str, Any]:

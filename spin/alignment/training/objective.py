@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from spin.alignment.core.errors import InputError
 from spin.alignment.methods.losses import LossInputs, LossOutputs
 from spin.alignment.training.config import SPINConfig
 from spin.alignment.training.first_loss import FirstLoss
@@ -25,7 +26,15 @@ class PairObjective:
         """Return the sum over B pairs of loss times ``share``, the weight of a pair in the mean; a scalar with gradient.
 
         Pairs that are not ``counted`` give 0, with a gradient of 0. ``step`` is the number of optimiser steps done.
+
+        Raises:
+            InputError: the loss compares with a reference, and the pairs have no log-probs of it.
         """
+        if inputs.reference_logps is None and self.args.loss.needs_reference:
+            raise InputError(
+                "these pairs have no reference log-probs, which train() computes for train_dataset and eval_dataset before its "
+                "first step: call train() before evaluate(), and pass evaluate() no other data set"
+            )
         outputs = self.args.loss(inputs, **self.args.loss_arguments)
         losses = preference_losses = per_pair(outputs)
         if self.args.nll_weight:

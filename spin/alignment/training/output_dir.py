@@ -18,7 +18,7 @@ class OutputFolder:
 
     def __init__(self, settings: Settings, inputs: dict[str, Any]) -> None:
         self.path, self.inputs, self.overwrite = settings.output_dir, inputs, settings.overwrite
-        self.resume = settings.arguments.resume_from_checkpoint
+        self.resume = settings.output.resume_from_checkpoint
         self.weights_only = settings.arguments.save_only_model
 
     def is_complete(self) -> bool:
@@ -72,7 +72,7 @@ class OutputFolder:
         """
         wanted = self.resume
         if wanted not in (None, True, "true", "True", False, "false", "False"):
-            if not (Path(wanted) / "trainer_state.json").is_file():
+            if not (Path(str(wanted)) / "trainer_state.json").is_file():
                 raise InputError(
                     f"resume_from_checkpoint {wanted} is not a complete checkpoint: name a checkpoint-N folder"
                 )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.files import read_json
 from spin.alignment.logprobs.batch import PairDataset
-from spin.alignment.logprobs.position_kl import check_can_keep_opponent
+from spin.alignment.logprobs.position_kl import check_can_keep_reference
 from spin.alignment.models.folder import check_fits
 from spin.alignment.training.config import SPINConfig
 from spin.alignment.training.first_loss import FIRST_LOSS_FILE
@@ -37,7 +37,7 @@ class PreferenceTraining(TrainingProgram):
             raise InputError(
                 f"eval_strategy is {strategy}, but dataset_splits names no test split: add test_prefs to it"
             )
-        check_can_keep_opponent(settings.arguments)
+        check_can_keep_reference(settings.arguments)
 
     def load_data(self, settings: Settings, encoder: ChatEncoder) -> TrainingData:
         """Load, mix and encode the pairs; what was dropped is counted by split and reason."""
@@ -54,7 +54,7 @@ class PreferenceTraining(TrainingProgram):
     def check_data(self, settings: Settings, data: TrainingData, model_folder: Path) -> None:
         """Check that every pair fits into the model's context and vocabulary, and into a micro-batch."""
         check_fits(model_folder, *largest(data.splits))
-        check_budget(data.splits, settings)
+        check_budget(data.splits, settings.arguments)
 
     def model_key(self, settings: Settings, model_folder: Path) -> str:
         """Return a hash of the weights; quantised ones are another model."""
@@ -74,7 +74,7 @@ class PreferenceTraining(TrainingProgram):
             train_dataset=pairs["train"],
             eval_dataset=pairs.get("test"),
             processing_class=job.encoder.tokenizer,
-            opponent_hash=job.model_key,
+            reference_hash=job.model_key,
         )
 
     def metrics(self, job: TrainingJob, trainer: SPINTrainer, result: Any) -> dict[str, Any]:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from spin.alignment.data.config import DataConfig
     from spin.alignment.methods.labels import Label
     from spin.alignment.methods.losses import Loss
+    from spin.alignment.training.config import SPINConfig
     from spin.alignment.training.settings import Settings
 
 
@@ -51,8 +52,8 @@ def encode_split(
                 ids = whole.responses[name] if whole else []
                 found[f"{other}_ids"] = ids
                 if name in weighted:
-                    is_cut = whole is not None and len(whole.prompt_ids) + len(ids) >= config.max_length
-                    found[f"{other}_weights"] = weights_of(row, name, len(ids), is_cut) if whole else []
+                    is_truncated = whole is not None and len(whole.prompt_ids) + len(ids) >= config.max_length
+                    found[f"{other}_weights"] = weights_of(row, name, len(ids), is_truncated) if whole else []
                 found |= {f"{other}_{label.name}": label_of(row, name, label) for label in loss.labels}
         except InputError as error:
             raise InputError(f"{row['source']} row {index} (prompt {row['prompt_id']}): {error}") from error
@@ -130,10 +131,10 @@ def weighted_responses(rows: Dataset, loss: Loss) -> list[str]:
     return weighted
 
 
-def weights_of(row: dict[str, Any], side: str, count: int, is_cut: bool = True) -> list[float]:
+def weights_of(row: dict[str, Any], side: str, count: int, is_truncated: bool = True) -> list[float]:
     """Return the weights of the ``count`` tokens of a response that are left after truncation (unless it was not cut)."""
     weights, ids = row[f"{side}_weights"], row.get(f"{side}_token_ids")
-    whole = len(ids) if ids is not None else None if is_cut else count
+    whole = len(ids) if ids is not None else None if is_truncated else count
     if weights is None or len(weights) < count or (whole is not None and len(weights) != whole):
         found = "none" if weights is None else len(weights)
         raise InputError(
@@ -161,6 +162,7 @@ def load_pairs(settings: Settings, encoder: ChatEncoder) -> tuple[dict[str, Data
     """Load, mix and encode the data; return the encoded splits and what was dropped from each."""
     from spin.alignment.data.preferences import mix_preferences
 
+    check_preference(settings)
     mixed = mix_preferences(settings.data.dataset_mixer, settings.data.dataset_splits, settings.arguments.seed)
     encoded, dropped = {}, {}
     arguments = settings.arguments
@@ -169,6 +171,25 @@ def load_pairs(settings: Settings, encoder: ChatEncoder) -> tuple[dict[str, Data
             rows, encoder, settings.data, arguments.loss_type, arguments.reverse
         )
     return encoded, dropped
+
+
+def check_preference(settings: Settings) -> None:
+    """Check that the pairing of every data set prefers a response, where the loss compares two.
+
+    Raises:
+        InputError: naming the data set and its pairing.
+    """
+    from spin.alignment.data.preferences import conversion_record
+
+    loss_type = settings.arguments.loss_type
+    for path in settings.data.dataset_mixer if settings.arguments.loss.compares else ():
+        for split in settings.data.dataset_splits:
+            record = conversion_record(path, split)
+            if record.get("prefers") is False:
+                raise InputError(
+                    f"the pairs in {path} prefer no response (pairing {record['pairing']}), but loss_type {loss_type} compares "
+                    "two: choose a loss that takes each response by itself, or convert the data with another pairing"
+                )
 
 
 def data_key(pairs: dict[str, Dataset]) -> str:
@@ -202,7 +223,7 @@ def largest(pairs: dict[str, Dataset]) -> tuple[int, int]:
     return length, token
 
 
-def check_budget(pairs: dict[str, Dataset], settings: Settings) -> None:
+def check_budget(pairs: dict[str, Dataset], arguments: SPINConfig) -> None:
     """Check that every pair fits into a micro-batch.
 
     Raises:
@@ -212,14 +233,14 @@ def check_budget(pairs: dict[str, Dataset], settings: Settings) -> None:
 
     from spin.alignment.logprobs.reference_store import responses_of
 
-    budget = settings.arguments.max_tokens_per_batch
+    budget = arguments.max_tokens_per_batch
     for split, rows in pairs.items():
         if budget is None:
             continue
         table = rows.with_format("arrow")[:]
         names = responses_of(rows.column_names)
         prompt, *responses = (pc.list_value_length(table[f"{name}_ids"]) for name in ("prompt", *names))
-        prompts = 1 if settings.arguments.share_prompts else len(names)
+        prompts = 1 if arguments.share_prompts else len(names)
         tokens = functools.reduce(pc.add, responses, pc.multiply(prompt, prompts))
         longest = pc.max(tokens).as_py()
         if longest > budget:

@@ -13,7 +13,7 @@ from spin.alignment.core.files import write_json_atomic
 from spin.alignment.models.adapters import add_adapters, merge_adapters
 from spin.alignment.models.folder import model_folder
 from spin.alignment.models.loading import load_model
-from spin.alignment.models.precision import keep_master_weights, weight_dtypes
+from spin.alignment.models.precision import weight_dtypes
 from spin.alignment.models.saving import save_checkpoint
 from spin.alignment.training.output_dir import OutputFolder
 from spin.alignment.training.program import TrainingJob, TrainingProgram
@@ -64,28 +64,14 @@ def run_job(program: TrainingProgram, job: TrainingJob) -> None:
 
 
 def load_policy(settings: Settings) -> tuple[PreTrainedModel, dict[str, torch.dtype]]:
-    """Load the model to train, with adapters when asked for; return it and the dtypes it is to be saved in.
-
-    Under ``bf16`` or ``fp16`` the trained weights are kept in float32 (DeepSpeed does so itself, in shards).
-    """
+    """Load the model to train, with adapters when asked for; return it and the dtypes it is to be saved in."""
     from transformers import set_seed
 
     model = load_model(settings.model, settings.arguments.seed)
     dtypes = weight_dtypes(model)
-    arguments = settings.arguments
     if settings.model.use_peft:
-        set_seed(arguments.seed)  # the adapters' random start, the same in every process
+        set_seed(settings.arguments.seed)  # the adapters' random start, the same in every process
         model = add_adapters(model, settings.model)
-    if arguments.deepspeed_plugin is not None:
-        return model, dtypes
-    if arguments.bf16 or arguments.fp16:
-        keep_master_weights(model)
-    if any(parameter.dtype.itemsize < 4 for parameter in model.parameters() if parameter.requires_grad):
-        report(
-            settings,
-            "warning: the trained weights have 16 bits and no float32 copy, so steps below about 0.4% of a weight are lost: "
-            "set bf16: true (mixed precision) or dtype: float32",
-        )
     return model, dtypes
 
 

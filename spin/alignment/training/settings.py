@@ -12,31 +12,23 @@ from typing import TYPE_CHECKING, Any
 from spin.alignment.core.config import build, split_config
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.resolve import module_record
+from spin.alignment.core.settings import declaration_of, settings_of
 from spin.alignment.data.config import DataConfig
 from spin.alignment.models.config import ModelConfig
 from spin.alignment.models.folder import check_model_path
+from spin.alignment.training.keys import OutputConfig
 from spin.alignment.training.renamed_keys import rename_keys
 
 if TYPE_CHECKING:
     from spin.alignment.data.chat_encoder import ChatEncoder
 
-# Settings that change neither the weights nor the numbers reported.
+# Keys of transformers that change neither the weights nor the numbers reported; the project's own keys say so themselves.
 _WITHOUT_EFFECT = (
-    "output_dir",
-    "overwrite_output_dir",
-    "resume_from_checkpoint",
-    "reference_dir",
-    "score_cache",
-    "max_tokens_per_batch",
     "log_level",
-    "logging_steps",
     "report_to",
     "disable_tqdm",
-    "save_strategy",
     "save_steps",
     "save_total_limit",
-    "preprocessing_num_workers",
-    "push_to_hub",
     "hub_model_id",
     "hub_private_repo",
     "hub_strategy",
@@ -52,12 +44,19 @@ class Settings:
     model: ModelConfig
     data: DataConfig
     arguments: Any
-    overwrite: bool
-    push: bool = False
+    output: OutputConfig
 
     @property
     def output_dir(self) -> Path:
-        return Path(self.arguments.output_dir)
+        return Path(self.output.output_dir)
+
+    @property
+    def overwrite(self) -> bool:
+        return self.output.overwrite_output_dir
+
+    @property
+    def push(self) -> bool:
+        return self.output.push_to_hub
 
 
 def read_settings(values: Mapping[str, Any], source: str, arguments_class: type) -> Settings:
@@ -67,12 +66,14 @@ def read_settings(values: Mapping[str, Any], source: str, arguments_class: type)
         InputError: an unknown key, a value of the wrong type or out of range, incompatible values, or a missing model.
     """
     values = rename_keys(values, source)
-    rest = {key: value for key, value in values.items() if key != "overwrite_output_dir"}
-    model_values, data_values, training_values = split_config(rest, (ModelConfig, DataConfig, arguments_class), source)
+    classes = (ModelConfig, DataConfig, OutputConfig, arguments_class)
+    model_values, data_values, output_values, training_values = split_config(values, classes, source)
     if not values.get("output_dir"):
         raise InputError(f"{source} lacks the key 'output_dir': name the folder of the new checkpoint")
     model = build(ModelConfig, model_values, source)
     data = build(DataConfig, data_values, source)
+    output = build(OutputConfig, output_values, source)
+    training_values.pop("resume_from_checkpoint", None)  # read from the output's settings, where false is allowed
     if not data.dataset_mixer:
         raise InputError(f"{source} lacks the key 'dataset_mixer': write at least one 'path: fraction' line under it")
     check_model_path(model.model_name_or_path, needs_weights=not model.init_from_config)
@@ -91,17 +92,16 @@ def read_settings(values: Mapping[str, Any], source: str, arguments_class: type)
         raise InputError("fp16 is true, but there is no GPU here: set bf16 to true, or neither")
     if model.load_in_4bit and arguments.fsdp:
         raise InputError("load_in_4bit does not work with FSDP here: use DeepSpeed ZeRO-2 or a single process")
-    push = arguments.push_to_hub
-    if push and values.get("hub_strategy", "end") != "end":
+    if output.push_to_hub and values.get("hub_strategy", "end") != "end":
         raise InputError(
             f"hub_strategy is {values['hub_strategy']}, but the finished model alone is pushed: set it to end"
         )
-    if push and huggingface_hub.constants.HF_HUB_OFFLINE:
+    if output.push_to_hub and huggingface_hub.constants.HF_HUB_OFFLINE:
         raise InputError("push_to_hub is true, but HF_HUB_OFFLINE is set: unset one of them")
     arguments.push_to_hub = (
         False  # the Trainer would mix its checkpoints into output_dir; push_policy does it at the end
     )
-    return Settings(values, model, data, arguments, bool(values.get("overwrite_output_dir", False)), push)
+    return Settings(values, model, data, arguments, output)
 
 
 def skip_unused_deepspeed_build() -> None:
@@ -134,7 +134,13 @@ def make_encoder(settings: Settings) -> ChatEncoder:
 
 def inputs_record(settings: Settings, opponent: str, data: str) -> dict[str, Any]:
     """Return what decides the result of a training: weights, data and settings, by hash or value."""
-    kept = {key: value for key, value in settings.values.items() if key not in _WITHOUT_EFFECT}
+    declared = {
+        name: field
+        for part in (settings.model, settings.data, settings.output, settings.arguments)
+        for name, field in settings_of(type(part)).items()
+    }
+    aside = {*_WITHOUT_EFFECT} | {name for name, field in declared.items() if declaration_of(field).recorded is False}
+    kept = {key: value for key, value in settings.values.items() if key not in aside}
     processes = {"processes": settings.arguments.world_size} if settings.arguments.world_size > 1 else {}
     own = {"loss": settings.values.get("loss_type", ""), "pairing": settings.values.get("pairing", "")}
     modules = {key: value for kind, name in own.items() for key, value in module_record(kind, name).items()}

@@ -12,6 +12,9 @@ from trl import SFTConfig, SFTTrainer
 
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.provenance import hash_file, hash_json
+from spin.alignment.core.settings import check_settings
+from spin.alignment.models.precision import prepare_precision
+from spin.alignment.training.keys import SFTKeys
 from spin.alignment.training.program import TrainingData, TrainingJob, TrainingProgram
 from spin.alignment.training.settings import Settings
 from spin.alignment.training.sft_data import load_ground_truth
@@ -21,17 +24,14 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class SFTArguments(SFTConfig):
-    """Every key of TRL's SFTConfig; nothing is switched on unasked."""
+class SFTArguments(SFTKeys, SFTConfig):
+    """Every key of TRL's SFTConfig, with the defaults of :class:`SFTKeys`."""
 
-    learning_rate: float = 2e-5
-    bf16: bool = False
-    gradient_checkpointing: bool = False
-    save_strategy: str = "epoch"
     dataset_kwargs: dict[str, Any] | None = None
     max_length: int | None = 1024
 
     def __post_init__(self) -> None:
+        check_settings(self)
         if self.packing or self.completion_only_loss is False or self.assistant_only_loss:
             raise InputError(
                 "packing, completion_only_loss and assistant_only_loss are set by run_sft.py: remove the key"
@@ -89,6 +89,7 @@ class SFTTraining(TrainingProgram):
 
     def make_trainer(self, job: TrainingJob, model: Any) -> GroundTruthTrainer:
         """Return TRL's trainer of the encoded rows."""
+        prepare_precision(model, job.settings.arguments)
         return GroundTruthTrainer(
             model=model,
             args=job.settings.arguments,

@@ -13,58 +13,62 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from datasets import Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from spin.alignment.logprobs.batch import PairDataset, PairList
 from spin.alignment.logprobs.forward import batch_loss
 from spin.alignment.logprobs.micro_batches import MicroBatch
-from spin.alignment.logprobs.position_kl import check_can_keep_opponent, frozen_copy
+from spin.alignment.logprobs.position_kl import check_can_keep_reference, frozen_copy
 from spin.alignment.training.batching import fit_to_model, make_pair_forward
 from spin.alignment.training.config import SPINConfig
 from spin.alignment.training.first_loss import FirstLoss
 from spin.alignment.training.memory.advice import advise_when_memory_is_full
 from spin.alignment.training.objective import PairObjective
 from spin.alignment.training.optimizers import optimizer_class_and_kwargs
+from spin.alignment.training.preference_rows import to_pairs
 from spin.alignment.training.reference_logps import attach_reference
+from spin.alignment.training.start_model import identify, start_model
 
 
 class SPINTrainer(Trainer):
-    """Trains on pairs. The loss of an optimiser step is the mean over its pairs, however many processes and micro-batches
-    they are spread over.
-    """
+    """Trains on pairs. The loss of an optimiser step is the mean over all its pairs, in whatever batches they pass."""
 
     args: SPINConfig
 
     def __init__(
         self,
-        model: Any,
+        model: torch.nn.Module | str,
         args: SPINConfig,
-        train_dataset: PairDataset,
-        processing_class: Any,
-        opponent_hash: str,
-        eval_dataset: PairDataset | None = None,
+        train_dataset: Dataset | PairDataset,
+        eval_dataset: Dataset | PairDataset | None = None,
+        processing_class: Any = None,
+        reference_hash: str | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
-        """``opponent_hash`` identifies the weights that ``model`` starts from: they are the opponent.
+        """``model`` may be a folder or Hub name. The data sets hold preference rows in the project's columns or TRL's (see
+        :func:`to_pairs`), or encoded pairs. ``processing_class`` is the tokenizer (default: the model's own), ``reference_hash``
+        identifies the weights that ``model`` starts from, which are the reference (default: a hash of them).
 
         Raises:
-            InputError: rows cannot be packed for this architecture, or the kernel asked for does not work here.
+            InputError: a row cannot be used, rows cannot be packed for this architecture, or the kernel does not work here.
         """
-        self.opponent_hash = opponent_hash
+        model, processing_class = start_model(model, args, processing_class)
         self.reference_seconds = 0.0
         self.tokens_seen = 0
         # A copy of the start, made before anything is installed or resumed: alpha needs the opponent's whole distributions.
-        check_can_keep_opponent(args)
+        check_can_keep_reference(args)
         self.opponent = frozen_copy(model, args.device) if args.alpha else None
         super().__init__(
             model=model,
             args=args,
             data_collator=PairList,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
+            train_dataset=to_pairs(train_dataset, "train_dataset", args, processing_class, model),
+            eval_dataset=to_pairs(eval_dataset, "eval_dataset", args, processing_class, model),
             processing_class=processing_class,
             callbacks=callbacks,
         )
+        self.reference_hash = reference_hash or identify(model, self.accelerator)
         # The loss below is a mean over the pairs of the whole optimiser step, so the Trainer must not divide again.
         self.model_accepts_loss_kwargs = True
         self.pair_forward = make_pair_forward(model, self.opponent, args, processing_class, self.accelerator)
@@ -113,7 +117,7 @@ class SPINTrainer(Trainer):
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
         total = torch.zeros((), device=self.args.device)
-        batcher, counted = self.pair_forward.batcher, not inputs.stands_in
+        batcher, counted = self.pair_forward.batcher, not inputs.is_stand_in
         micro_batches = batcher.micro_batches(inputs.features, self.accelerator, counted)
         for number, micro_batch in enumerate(micro_batches, start=1):
             with gradient_sync(self.accelerator, model, is_last=number == len(micro_batches)):
@@ -157,11 +161,7 @@ class SPINTrainer(Trainer):
         super().log(logs, start_time)
 
     def prediction_step(
-        self,
-        model: Any,
-        inputs: PairList,
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
+        self, model: Any, inputs: PairList, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[torch.Tensor, None, None]:
         """Return the mean loss of an evaluation batch; its metrics are collected on the way."""
         total, pairs = torch.zeros((), device=self.args.device), 0
@@ -189,7 +189,7 @@ class SPINTrainer(Trainer):
         attach_reference(
             self.pair_forward,
             {"train": self.train_dataset, "test": self.eval_dataset},
-            self.opponent_hash,
+            self.reference_hash,
             Path(self.args.reference_dir or Path(self.args.output_dir) / "reference"),
             self.accelerator,
             self.args.output_dir if resumed else None,

@@ -1,1 +1,1 @@
-"""The backend of an OpenAI-compatible server that is already running."""
+"""The backend for an OpenAI-compatible server that is already running."""

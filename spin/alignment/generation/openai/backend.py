@@ -1,4 +1,4 @@
-"""Generation by an OpenAI-compatible server that is running already: token ids in, token ids out, one request per response."""
+"""Generation with an OpenAI-compatible server that is already running: token ids in, token ids out, one request per response."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ if TYPE_CHECKING:
 Card = dict[str, Any]
 
 DEFAULT_BATCH_SIZE = 64
-# Whether a server is there at all is found out at once: waiting for one that was never started helps nobody.
+# Short, because there is no point in waiting for a server that was never started.
 FIRST_CONTACT = RetryPolicy(attempts=3, timeout=30.0)
 RIGHT_SERVER = (
     "this backend needs a server that takes and returns token ids (vLLM 0.10.2 or newer: `vllm serve MODEL "
-    "--generation-config vllm`), because text is never turned into ids a second time"
+    "--generation-config vllm`), because responses are never re-tokenized from text"
 )
 
 
 class OpenAIBackend(GenerationBackend):
-    """The client of one server; it holds no model."""
+    """A client of one server; it does not load a model."""
 
     def __init__(
         self, settings: BackendSettings, policy: RetryPolicy | None = None, first_contact: RetryPolicy = FIRST_CONTACT
     ) -> None:
-        """Ask the server what it serves.
+        """Ask the server which models it serves.
 
         Raises:
-            InputError: no server is there, or it serves another model or too short a context.
+            InputError: the server cannot be reached, or serves another model or too short a context.
         """
         _check_settings(settings)
         self.settings = settings
@@ -52,7 +52,7 @@ class OpenAIBackend(GenerationBackend):
             raise
 
     def _cards(self, policy: RetryPolicy) -> list[Card]:
-        answer = self.link.start(self.link.send("/models", "the question for its models", policy)).result()
+        answer = self.link.start(self.link.send("/models", "the request for its models", policy)).result()
         cards = answer.get("data") if isinstance(answer, dict) else None
         if not isinstance(cards, list) or not all(isinstance(card, dict) and card.get("id") for card in cards):
             raise InputError(f"{self.link.url}/models lists no models: {RIGHT_SERVER}")
@@ -61,36 +61,37 @@ class OpenAIBackend(GenerationBackend):
     def stream(
         self, requests: Iterable[PromptRequest], sampling: SamplingConfig
     ) -> Iterator[tuple[int, list[Response]]]:
-        """See :meth:`GenerationBackend.stream`; at most ``batch_size`` requests are with the server at any moment."""
+        """See :meth:`GenerationBackend.stream`; keeps at most ``batch_size`` requests in flight."""
         waiting = ((n, request, sample) for n, request in enumerate(requests) for sample in range(sampling.num_samples))
-        flying: dict[Future[Card], tuple[int, PromptRequest, int]] = {}
+        in_flight: dict[Future[Card], tuple[int, PromptRequest, int]] = {}
+        # Filled by callbacks in the thread of the event loop, read here.
         landed: SimpleQueue[Future[Card]] = SimpleQueue()
         rows: dict[int, dict[int, Response]] = {}
 
         def fill() -> None:
-            for n, request, sample in islice(waiting, self.batch_size - len(flying)):
+            for n, request, sample in islice(waiting, self.batch_size - len(in_flight)):
                 future = self.link.start(self._ask(request, self._body(request, sample, sampling)))
-                flying[future] = (n, request, sample)
+                in_flight[future] = (n, request, sample)
                 future.add_done_callback(landed.put)
 
         try:
             fill()
-            while flying:
+            while in_flight:
                 future = landed.get()
-                n, request, sample = flying.pop(future)
+                n, request, sample = in_flight.pop(future)
                 row = rows.setdefault(n, {})
                 row[sample] = self._response(future.result(), request, sampling)
-                # The server gets new work before the caller gets the old: what the caller does with it may take a while.
+                # New requests are sent before the result is yielded, because the caller may take a while with it.
                 fill()
                 if len(row) == sampling.num_samples:
                     del rows[n]
                     yield n, [row[sample] for sample in sorted(row)]
         finally:
-            for future in flying:
+            for future in in_flight:
                 future.cancel()
 
     def _body(self, request: PromptRequest, sample: int, sampling: SamplingConfig) -> dict[str, Any]:
-        """One request. Everything is said, so that no default of the server's has a say in what is drawn."""
+        """The body of one request. Every setting is explicit, so that no default of the server affects sampling."""
         return {
             "model": self.model_name,
             "prompt": [int(token) for token in request.token_ids],
@@ -104,13 +105,12 @@ class OpenAIBackend(GenerationBackend):
             "repetition_penalty": sampling.repetition_penalty,
             "presence_penalty": 0.0,
             "frequency_penalty": 0.0,
-            # 63 bits, which fit the signed 64 that vLLM takes.
             "seed": sample_seed(sampling.seed, request.prompt_id, sample),
-            # The stop ids are the whole specification: an EOS in the model's configuration must not add to it.
+            # Only these ids end a response: the EOS in the model's configuration must not be added.
             "stop_token_ids": list(self.settings.stop_ids),
             "ignore_eos": True,
             "stop": list(sampling.stop),
-            # Stop texts are looked for in the text this project decodes, which has no special tokens.
+            # Stop texts are matched against text without special tokens, as this project decodes it.
             "skip_special_tokens": True,
             "return_token_ids": True,
             # 0: the log-prob of the sampled token and of no other.
@@ -118,16 +118,16 @@ class OpenAIBackend(GenerationBackend):
         }
 
     async def _ask(self, request: PromptRequest, body: dict[str, Any]) -> Card:
-        """Return the one choice of the answer; it is not looked at here, in a thread that is not the caller's."""
+        """Return the only choice of the answer; it is checked later, in the caller's thread."""
         purpose = f"prompt {request.prompt_id}"
         answer = await self.link.send("/completions", purpose, self.policy, body, body["max_tokens"], _check_aborted)
         choice = _only_choice(answer)
         if choice is None:
-            raise InputError(f"the answer of {self.link.url} to {purpose} holds no completion: {RIGHT_SERVER}")
+            raise InputError(f"the answer of {self.link.url} to {purpose} contains no completion: {RIGHT_SERVER}")
         return choice
 
     def _response(self, choice: Card, request: PromptRequest, sampling: SamplingConfig) -> Response:
-        """Return what was sampled; raise :class:`InputError` unless the server did exactly what it was asked."""
+        """Return the sampled response; raise :class:`InputError` unless the server did exactly as requested."""
         ids, server, prompt = choice.get("token_ids"), f"the server at {self.link.url}", f"prompt {request.prompt_id}"
         if not isinstance(ids, list):
             raise InputError(f"{server} returned text but no token ids: {RIGHT_SERVER}")
@@ -136,9 +136,10 @@ class OpenAIBackend(GenerationBackend):
         logprobs = self._logprobs(choice, ids, prompt) if sampling.logprobs else None
         reason, limit = choice.get("finish_reason"), sampling.longest(request)
         if reason not in ("stop", "length"):
-            raise InputError(f"{server} did not finish {prompt}: its reason is {reason!r}, not stop or length")
+            raise InputError(f"{server} did not finish {prompt}: the finish reason is {reason!r}, not stop or length")
         if ids and ids[-1] in self.settings.stop_ids:
             return Response(ids, "stop", logprobs)
+        # vLLM reports the stop text that ended a response as its stop_reason.
         if ids and reason == "stop" and sampling.stop and choice.get("stop_reason") in sampling.stop:
             length = _completing_length(ids, sampling.stop, self.settings.decode)
             return Response(ids[:length], "stop", logprobs[:length] if logprobs else None)
@@ -146,7 +147,7 @@ class OpenAIBackend(GenerationBackend):
             return Response(ids, "length", logprobs)
         last = f", the last is {ids[-1]}" if ids else ""
         raise InputError(
-            f"{server} ended {prompt} ({reason}) after {len(ids)} of {limit} tokens{last}, for no reason it was given: "
+            f"{server} ended {prompt} ({reason}) after {len(ids)} of {limit} tokens{last}, without a requested reason: "
             "start it with --generation-config vllm and without limits of its own"
         )
 
@@ -154,25 +155,25 @@ class OpenAIBackend(GenerationBackend):
         values = (choice.get("logprobs") or {}).get("token_logprobs")
         if not isinstance(values, list) or len(values) != len(ids) or None in values:
             raise InputError(
-                f"the server at {self.link.url} returned no log-prob for each token of {prompt}: leave --logprobs out, or "
-                "use a server that gives them (vLLM)"
+                f"the server at {self.link.url} did not return a log-prob for each token of {prompt}: remove --logprobs, or "
+                "use a server that supports them (vLLM)"
             )
         return [float(value) for value in values]
 
     def close(self) -> None:
-        """Give up what is in flight and close the connections; the server goes on running."""
+        """Cancel requests in flight and close the connections; the server keeps running."""
         self.link.close()
 
 
 def _check_settings(settings: BackendSettings) -> None:
-    """Refuse what only the one who starts the server can decide."""
+    """Refuse settings that can only be chosen when the server is started."""
     if settings.dtype != "auto":
         raise InputError(
-            f"dtype is {settings.dtype}, but a running server has its precision already: leave dtype at auto and start the "
+            f"dtype is {settings.dtype}, but the precision of a running server is fixed: leave dtype at auto and start the "
             f"server with --dtype {settings.dtype}"
         )
     if settings.batch_invariant:
-        raise InputError("batch_invariant is for vllm: leave it out and start the server with VLLM_BATCH_INVARIANT=1")
+        raise InputError("batch_invariant is for vllm: remove it and start the server with VLLM_BATCH_INVARIANT=1")
     if settings.tensor_parallel_size != 1:
         raise InputError("tensor_parallel_size belongs to the command that starts the server: leave it at 1 here")
 
@@ -183,16 +184,16 @@ def _only_choice(answer: Any) -> Card | None:
 
 
 def _check_aborted(answer: Any) -> None:
-    """Try again when a server that is being stopped gives up what it has begun: vLLM says so with status 200."""
+    """Retry if a server that is shutting down aborted the request, which vLLM reports with status 200."""
     choice = _only_choice(answer)
     if choice is not None and choice.get("finish_reason") == "abort":
-        raise TryAgain("it gave the request up (abort)")
+        raise TryAgain("it aborted the request")
 
 
 def _completing_length(ids: Sequence[int], stop: Sequence[str], decode: Callable[[Sequence[int]], str] | None) -> int:
-    """Return how many ids there are up to the one that completes a stop text.
+    """Return the number of ids up to and including the one that completes a stop text.
 
-    A server that samples several tokens in a step (speculative decoding) may return some that came behind it.
+    A server that samples several tokens per step (speculative decoding) may return some that follow it.
     """
     length = len(ids)
     while decode is not None and length > 1:
@@ -204,12 +205,13 @@ def _completing_length(ids: Sequence[int], stop: Sequence[str], decode: Callable
 
 
 def find_model(cards: Sequence[Card], settings: BackendSettings, url: str) -> str:
-    """Return the name under which the server offers the model, or the adapter on top of it.
+    """Return the name under which the server serves the model, or the adapter on top of it.
 
-    A model is known by its id, by the folder it was loaded from, or by the name of its folder, which may be mounted elsewhere.
+    A model is recognised by its id, by the folder it was loaded from, or by the name of the folder, as it may be mounted at
+    another path there.
 
     Raises:
-        InputError: the server offers something else, or too short a context.
+        InputError: the server serves something else, or too short a context.
     """
     models = [card for card in cards if not card.get("parent")]
     card = _matching(models, settings.model)
@@ -222,7 +224,7 @@ def find_model(cards: Sequence[Card], settings: BackendSettings, url: str) -> st
     context, needed = card.get("max_model_len"), settings.max_model_len
     if context is not None and needed is not None and context < needed:
         raise InputError(
-            f"the server at {url} takes at most {context} tokens, but a prompt and its response may take {needed}: start it "
+            f"the server at {url} accepts at most {context} tokens, but a prompt and its response may take {needed}: start it "
             f"with --max-model-len {needed}, or set a lower max_prompt_length or max_new_tokens"
         )
     if settings.adapter is None:
@@ -238,7 +240,7 @@ def find_model(cards: Sequence[Card], settings: BackendSettings, url: str) -> st
 
 
 def _matching(cards: Sequence[Card], model: str) -> Card | None:
-    """Return the first card of the surest kind: the same words, else (for a folder) the same folder name."""
+    """Return the first card with the best kind of match: the same id or path, else (for a folder) the same folder name."""
     cards = [card for card in cards if not _is_another(card, model)]
     words = {model, str(Path(model).resolve())} if Path(model).is_dir() else {model}
     folder_names = {Path(word).name for word in words} if Path(model).is_dir() else set()
@@ -252,13 +254,13 @@ def _matching(cards: Sequence[Card], model: str) -> Card | None:
 
 
 def _is_another(card: Card, model: str) -> bool:
-    """Return whether the server loaded a folder that this machine sees too, and that is not the one asked for."""
+    """Return whether the server loaded a folder that exists here too and is not the requested one."""
     root = Path(card.get("root") or "")
     return root.is_absolute() and root.is_dir() and Path(model).is_dir() and not root.samefile(model)
 
 
 def _listed(cards: Sequence[Card]) -> str:
-    """Return the names of the models, and where they were loaded from if that says more."""
+    """Return the names of the models, and where they were loaded from if that differs."""
     shown = [
         card["id"] + (f" (from {card['root']})" if card.get("root") not in (None, card["id"]) else "") for card in cards
     ]

@@ -1,1 +1,1 @@
-"""The transformers backend: a running batch that stays full."""
+"""The transformers backend: continuous batching on top of transformers models."""

@@ -1,4 +1,4 @@
-"""Generation by transformers models: one running batch that stays full, and random numbers that no batching can change."""
+"""Generation with transformers models: continuous batching, with random numbers that do not depend on the batch."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 
 
 DEFAULT_BATCH_SIZE = 64
-# Share of the free memory for keys and values: buffers are up to a quarter larger than what they hold, one at a time is
-# made anew beside the old one, and a prefill has its own.
+# Share of the free memory for keys and values: buffers are up to a quarter larger than their content, a buffer being
+# reallocated exists twice, and a prefill needs its own.
 _CACHE_SHARE = 0.5
 
 
 def _own_device() -> torch.device:
-    """The GPU of this process of a launch, else the CPU."""
+    """The GPU of this process within a launch, otherwise the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
@@ -44,10 +44,10 @@ class TransformersBackend(GenerationBackend):
     """One model, held from construction to :meth:`close`."""
 
     def __init__(self, settings: BackendSettings, model: Any = None) -> None:
-        """Load ``settings.model`` and its adapter, or use a ``model`` as it is (evaluation scores it with the same weights).
+        """Load ``settings.model`` and its adapter, or use the given ``model`` (evaluation scores the same weights).
 
         Raises:
-            InputError: the model keeps another state than keys and values, or the adapter does not fit it.
+            InputError: the model has state other than keys and values, or the adapter does not fit it.
         """
         self.settings = settings
         self.model = (_load(settings) if model is None else model).eval()
@@ -55,16 +55,16 @@ class TransformersBackend(GenerationBackend):
         if "position_ids" not in inspect.signature(type(self.model).forward).parameters:
             name = type(self.model).__name__
             raise InputError(
-                f"{name} takes no position_ids, so the transformers backend cannot serve it: use --backend vllm"
+                f"{name} does not accept position_ids, so the transformers backend cannot run it: use --backend vllm"
             )
         self._bytes_per_token = self._probe()
 
     @torch.inference_mode()
     def _probe(self) -> int:
-        """Run one token through the model; return the bytes that its keys and values take.
+        """Run one token through the model; return the size of its keys and values in bytes.
 
         Raises:
-            InputError: a layer did not put its keys and values into the cache.
+            InputError: a layer did not store its keys and values in the cache.
         """
         cache, place = RowCache(self._windows), torch.zeros(1, 1, dtype=torch.long, device=self.model.device)
         fault: Exception | None = None
@@ -75,8 +75,8 @@ class TransformersBackend(GenerationBackend):
             fault = error
         if fault is not None or any(layer.width != 1 for layer in cache.layers):
             raise InputError(
-                f"{type(self.model).__name__} does not use the cache of keys and values it is given, so the transformers "
-                "backend cannot serve it: use --backend vllm"
+                f"{type(self.model).__name__} does not use the key-value cache passed to it, so the transformers "
+                "backend cannot run it: use --backend vllm"
             ) from fault
         self._ragged = takes_ragged_rows(self.model, self._windows)
         return sum(buffer.nbytes for layer in cache.layers for buffer in layer.buffers or ())
@@ -84,18 +84,18 @@ class TransformersBackend(GenerationBackend):
     def stream(
         self, requests: Iterable[PromptRequest], sampling: SamplingConfig
     ) -> Iterator[tuple[int, list[Response]]]:
-        """Yield ``(n, responses)`` for the n-th request once all are there; at most one request waits beyond those in flight.
+        """Yield ``(n, responses)`` for the n-th request once all are finished; at most one request waits besides those in flight.
 
         Raises:
             ValueError: a request is empty or has no limit, or stop texts are given without ``settings.decode``.
-            InputError: positions of a request lie where the model's rotary embedding would depend on its neighbours.
+            InputError: a request reaches positions at which the model's rotary embedding would depend on the rest of the batch.
         """
         most = self.settings.batch_size or DEFAULT_BATCH_SIZE
         decoder = Decoder(self.model, self._windows, sampling, self.settings.pad_id, most, self._ragged)
         queue = _Queue(requests, sampling, self.settings, _fixed_positions(self.model))
         columns = self._columns()
-        # The share of a full batch that stood empty, summed over steps. A forward for few rows costs about as much as one for
-        # many, so at 1 the empty rows have cost as much as the forward that fills them.
+        # The fraction of a full batch that was empty, summed over steps. A forward pass for few rows costs about as much as one
+        # for many, so when it reaches 1 the empty rows have cost as much as the prefill that would fill them.
         idle, full = 0.0, 1
         while True:
             idle += 1.0 - len(decoder.jobs) / full
@@ -106,15 +106,16 @@ class TransformersBackend(GenerationBackend):
             if not decoder.jobs and not ended:
                 return
             if decoder.jobs:
+                # No memory for the next column: an evicted response is resumed later from its tokens so far.
                 while len(decoder.jobs) > 1 and len(decoder.jobs) * (decoder.cache.width + 1) > columns:
                     queue.put_back(decoder.evict())
                 ended += decoder.step()
-            # Several samples of a request may end in one step.
+            # Several samples of a request may end in the same step.
             for request in {job.request.number: job.request for job in ended if job.request.is_done}.values():
                 yield request.number, [response for response in request.responses if response is not None]
 
     def _columns(self) -> int:
-        """Return how many tokens, padding included, the caches of all rows may hold together."""
+        """Return how many tokens, including padding, fit in the caches of all rows together."""
         device = self.model.device
         if device.type == "cuda":
             free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
@@ -132,7 +133,7 @@ class TransformersBackend(GenerationBackend):
 
 
 class _Queue:
-    """What is still to be written: responses that lost their place, samples of the request drawn last, then new requests."""
+    """Pending responses: evicted ones first, then samples of the request taken last, then new requests."""
 
     def __init__(
         self,
@@ -149,7 +150,7 @@ class _Queue:
         self._waiting: deque[Job] = deque()
 
     def take(self, running: list[Job], most: int, columns: int) -> list[Job]:
-        """Return the next jobs that fit beside the running ones: at most ``most`` rows and about ``columns`` tokens."""
+        """Return the next jobs that fit in addition to the running ones: at most ``most`` rows and about ``columns`` tokens."""
         taken: list[Job] = []
         reach = max((job.reach for job in running), default=0)
         while (rows := len(running) + len(taken) + 1) <= most and (self._waiting or self._draw()):
@@ -160,11 +161,11 @@ class _Queue:
         return taken
 
     def put_back(self, job: Job) -> None:
-        """Let a response that lost its place go first."""
+        """Put an evicted response at the front of the queue."""
         self._waiting.appendleft(job)
 
     def _draw(self) -> bool:
-        """Let the samples of the next request wait; return False when there is none."""
+        """Queue the samples of the next request; return False if there is none."""
         number, prompt = next(self._source, (-1, None))
         if prompt is None:
             return False
@@ -173,7 +174,7 @@ class _Queue:
         limit = self._sampling.longest(prompt)
         if self._positions is not None and len(prompt.token_ids) + limit > self._positions:
             raise InputError(
-                f"prompt {prompt.prompt_id} with {limit} new tokens goes beyond position {self._positions}, where this model's "
+                f"prompt {prompt.prompt_id} with {limit} new tokens exceeds position {self._positions}, where this model's "
                 "rotary embedding depends on the longest row of a batch: lower max_new_tokens, or use --backend vllm"
             )
         count = self._sampling.num_samples
@@ -187,7 +188,8 @@ class _Queue:
 
 
 def _fixed_positions(model: Any) -> int | None:
-    """Return up to which length a model's positions do not depend on other rows; None where they never do."""
+    """Return the length up to which a model's positions do not depend on other rows; None if they never do."""
+    # transformers picks the frequencies of "longrope" and "dynamic" by the longest row of a batch.
     config = model.config.get_text_config(decoder=True)
     rope = getattr(config, "rope_parameters", None) or {}
     settings = [rope, *(value for value in rope.values() if isinstance(value, dict))]
@@ -198,7 +200,7 @@ def _fixed_positions(model: Any) -> int | None:
 
 
 def _load(settings: BackendSettings) -> Any:
-    """Load the model of the settings with its adapter onto this process's device."""
+    """Load the model in the settings with its adapter on this process's device."""
     config = ModelConfig(
         model_name_or_path=settings.model,
         model_revision=settings.revision,
@@ -212,20 +214,20 @@ def _load(settings: BackendSettings) -> Any:
 
 
 def _with_adapter(model: Any, folder: str) -> Any:
-    """Return the model with LoRA adapters, merged in float32; in half precision, which would round them away, beside it.
+    """Return the model with LoRA adapters: merged in float32, unmerged in half precision, which would round them away.
 
     Raises:
-        InputError: peft is missing, the folder holds no LoRA adapter, or it was made for another model.
+        InputError: peft is missing, the folder contains no LoRA adapter, or the adapter is for another model.
     """
     if importlib.util.find_spec("peft") is None:
         raise InputError("an adapter needs the peft package: pip install 'selfplay-spin[peft]'")
     if not (Path(folder) / "adapter_config.json").is_file():
-        raise InputError(f"adapter folder {folder} holds no adapter_config.json: give the folder of a saved adapter")
+        raise InputError(f"adapter folder {folder} contains no adapter_config.json: give the folder of a saved adapter")
     from peft import PeftConfig, PeftModel
 
     if (kind := PeftConfig.from_pretrained(folder).peft_type) != "LORA":
         raise InputError(
-            f"the adapter in {folder} is of type {kind}, but only LORA is served: merge it into the model first"
+            f"the adapter in {folder} is of type {kind}, but only LORA is supported: merge it into the model first"
         )
     try:
         adapted = PeftModel.from_pretrained(model, folder)

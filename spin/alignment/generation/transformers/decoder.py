@@ -1,4 +1,4 @@
-"""A batch of responses that is written together, one token for each in every step; rows join and leave between steps."""
+"""A batch of responses decoded together, one token per row and step; rows join and leave between steps."""
 
 from __future__ import annotations
 
@@ -11,42 +11,44 @@ import torch
 from torch import Tensor
 
 from spin.alignment.generation.base import SamplingConfig
-from spin.alignment.generation.transformers.decode_attention import RaggedRows, own_attention, takes_own_attention
+from spin.alignment.generation.transformers.decode_attention import RaggedRows, own_attention, supports_decode_attention
 from spin.alignment.generation.transformers.jobs import Job
 from spin.alignment.generation.transformers.kv_cache import RowCache
 from spin.alignment.generation.transformers.sampling import NOT_FINITE, draw_tokens, penalise, token_logprobs
 
-# Tokens of one prefill, padding included (more leave a CPU's cache), and how many of them may be padding before another forward
-# is the cheaper way.
+# Tokens per prefill, padding included (more do not fit in a CPU's cache), and how many of them may be padding before another
+# forward pass is cheaper.
 _PREFILL_TOKENS = {"cuda": 16_384, "cpu": 2048}
 _PREFILL_PADDING = {"cuda": 1024, "cpu": 128}
 
 
 class Decoder:
-    """The running batch of one model: ``jobs[b]`` is written in row b of the cache."""
+    """The running batch of one model: ``jobs[b]`` occupies row b of the cache."""
 
     def __init__(
         self, model: Any, windows: list[int | None], sampling: SamplingConfig, pad_id: int, most: int, ragged: bool
     ) -> None:
-        """Start empty; there will never be more than ``most`` rows. ``ragged`` is what :func:`takes_ragged_rows` says."""
+        """Start empty. ``most`` limits the number of rows; ``ragged`` is the result of :func:`takes_ragged_rows`."""
         self.model, self.windows, self.sampling, self.pad_id, self.most = model, windows, sampling, pad_id, most
         self._takes_ragged = ragged
         self.device: torch.device = model.device
         self.jobs: list[Job] = []
         self.cache = RowCache(windows)
+        # Logits of the last position only: those of a whole prefill would be (B, T, V).
         self._keep_one = (
             {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(type(model).forward).parameters else {}
         )
-        self._tokens = torch.zeros(0, 1, dtype=torch.long, device=self.device)
-        self._padding = torch.zeros(0, 1, dtype=torch.long, device=self.device)
+        self._tokens = torch.zeros(0, 1, dtype=torch.long, device=self.device)  # (B, 1): last token of each row
+        self._padding = torch.zeros(0, 1, dtype=torch.long, device=self.device)  # (B, 1): padding columns of each row
         self._padded = False
         self._ragged: RaggedRows | None = None
-        self._seen: Tensor | None = None
+        self._seen: Tensor | None = None  # (B, V), only with a repetition penalty
 
     @torch.inference_mode()
     def add(self, jobs: Sequence[Job]) -> list[Job]:
-        """Prefill jobs and let them join, the samples of one request from one prefill; return those that ended at once."""
+        """Prefill jobs and add them to the batch; return those that ended with their first token."""
         ended = []
+        # New samples of one request share a prefill; a job that was evicted has a response of its own to prefill.
         distinct = [
             list(same) for _, same in groupby(jobs, key=lambda job: (id(job.request), len(job.ids) and id(job)))
         ]
@@ -58,13 +60,13 @@ class Decoder:
 
     @torch.inference_mode()
     def step(self) -> list[Job]:
-        """Draw a token for every row; return the jobs that ended, which have left."""
+        """Sample a token for every row; return the jobs that ended, which have left the batch."""
         width, mask = self.cache.width, None
         if self._ragged is not None:
             self._ragged.begin(width + 1)
         elif self._padded:
-            mask = torch.arange(width + 1, device=self.device) >= self._padding
-        logits = self._forward(self._tokens, mask, width - self._padding, self.cache, self._ragged)
+            mask = torch.arange(width + 1, device=self.device) >= self._padding  # (B, width + 1)
+        logits = self._forward(self._tokens, mask, width - self._padding, self.cache, self._ragged)  # (B, V)
         self._tokens, alive = self._draw(logits, self.jobs, self._seen)
         if len(alive) == len(self.jobs):
             return []
@@ -72,26 +74,28 @@ class Decoder:
 
     @torch.inference_mode()
     def evict(self) -> Job:
-        """Take the shortest response out of the batch, to be taken up again later."""
+        """Remove the shortest response from the batch, to be resumed later."""
         least = min(range(len(self.jobs)), key=lambda row: len(self.jobs[row].ids))
         return self._leave([row for row in range(len(self.jobs)) if row != least])[0]
 
     def _prefill(self, group: list[list[Job]]) -> list[Job]:
-        """Run the prompts of a group through the model; ``group[g]`` are the jobs that share prompt g."""
+        """Run the G prompts of a group through the model; ``group[g]`` are the jobs that share prompt g."""
         ids = [same[0].token_ids() for same in group]
         width = max(map(len, ids))
+        # (G, T), padded on the left
         rows = torch.tensor([[self.pad_id] * (width - len(row)) + list(row) for row in ids], device=self.device)
-        padding = torch.tensor([[width - len(row)] for row in ids], device=self.device)
-        columns = torch.arange(width, device=self.device)
-        mask = columns >= padding if any(len(row) < width for row in ids) else None
+        padding = torch.tensor([[width - len(row)] for row in ids], device=self.device)  # (G, 1)
+        columns = torch.arange(width, device=self.device)  # (T,)
+        mask = columns >= padding if any(len(row) < width for row in ids) else None  # (G, T)
         cache = RowCache(self.windows)
-        logits = self._forward(rows, mask, (columns - padding).clamp_(min=0), cache)
+        logits = self._forward(rows, mask, (columns - padding).clamp_(min=0), cache)  # (G, V)
         jobs = [job for same in group for job in same]
+        # The prompt of each job; from here on there is one row per job.
         sources = [row for row, same in enumerate(group) for _ in same]
         seen = self._seen_tokens(jobs, logits.shape[1]) if self.sampling.repetition_penalty != 1.0 else None
         if len(jobs) > len(group):
-            logits = logits[torch.tensor(sources, device=self.device)]
-        tokens, alive = self._draw(logits, jobs, seen)
+            logits = logits[torch.tensor(sources, device=self.device)]  # (jobs, V)
+        tokens, alive = self._draw(logits, jobs, seen)  # (jobs, 1)
         if alive:
             index = torch.tensor(alive, device=self.device)
             self.cache.join(cache, [sources[row] for row in alive], self.most)
@@ -105,7 +109,7 @@ class Decoder:
     def _forward(
         self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: RowCache, ragged: RaggedRows | None = None
     ) -> Tensor:
-        """Return the logits behind the last token of each row, float32, shape ``(B, V)``."""
+        """Return the logits after the last token of each row of ``ids`` ``(B, T)``, float32, shape ``(B, V)``."""
         rows = {} if ragged is None else {"ragged_rows": ragged}
         with own_attention(self.model):
             output = self.model(
@@ -117,18 +121,18 @@ class Decoder:
                 **self._keep_one,
                 **rows,
             )
-        return output.logits[:, -1].float()
+        return output.logits[:, -1].float()  # (B, V)
 
     def _draw(self, logits: Tensor, jobs: Sequence[Job], seen: Tensor | None) -> tuple[Tensor, list[int]]:
-        """Draw a token for each job; return the tokens, ``(B, 1)``, and the rows that go on."""
+        """Sample a token for each job from logits ``(B, V)``; return the tokens, ``(B, 1)``, and the rows that continue."""
         penalised = logits if seen is None else penalise(logits, seen, self.sampling.repetition_penalty)
         uniforms = None
         if self.sampling.temperature:
             uniforms = torch.tensor([job.next_number() for job in jobs], dtype=torch.float64).to(self.device)
-        drawn = draw_tokens(penalised, uniforms, self.sampling)
+        drawn = draw_tokens(penalised, uniforms, self.sampling)  # (B,)
         logprobs: list[float | None] = [None] * len(jobs)
         if self.sampling.logprobs:
-            # One transfer for both: every id is exact in float64.
+            # One transfer to the host for both; every id is exact in float64.
             both = torch.stack([drawn.double(), token_logprobs(logits, drawn).double()]).tolist()
             tokens, logprobs = [int(token) for token in both[0]], both[1]
         else:
@@ -136,7 +140,7 @@ class Decoder:
         if NOT_FINITE in tokens:
             prompt_id = jobs[tokens.index(NOT_FINITE)].request.prompt.prompt_id
             raise FloatingPointError(
-                f"the logits of the model are not finite behind prompt {prompt_id}: check its weights"
+                f"the logits of the model are not finite after prompt {prompt_id}: check its weights"
             )
         drawn = drawn[:, None]
         if seen is not None:
@@ -145,14 +149,14 @@ class Decoder:
         return drawn, [row for row, (job, token, logprob) in enumerate(pairs) if not job.take(token, logprob)]
 
     def _seen_tokens(self, jobs: Sequence[Job], vocabulary: int) -> Tensor:
-        """Return which tokens each job has in prompt and response, shape ``(B, V)``."""
+        """Return which tokens occur in each job's prompt and response, bool, shape ``(B, V)``."""
         seen = torch.zeros(len(jobs), vocabulary, dtype=torch.bool)
         for row, job in enumerate(jobs):
             seen[row, torch.tensor(job.token_ids())] = True
         return seen.to(self.device)
 
     def _leave(self, alive: list[int]) -> list[Job]:
-        """Hold the rows that go on; return the jobs of the others."""
+        """Keep the rows that continue; return the jobs of the others."""
         kept = set(alive)
         left = [job for row, job in enumerate(self.jobs) if row not in kept]
         order = self.cache.keep(alive)
@@ -164,25 +168,22 @@ class Decoder:
         return left
 
     def _settle(self) -> None:
-        """After rows came or went: drop columns that all rows pad, and count each row's padding anew.
-
-        The token drawn last is not in the cache yet.
-        """
+        """After rows joined or left: drop columns that are padding in all rows, and recompute each row's padding."""
         if not self.jobs:
             return
-        lengths = [job.length - 1 for job in self.jobs]
+        lengths = [job.length - 1 for job in self.jobs]  # the last token is not in the cache yet
         longest = max(lengths)
         self.cache.trim(self.cache.width - longest)
         padding = [longest - length for length in lengths]
-        self._padding = torch.tensor(padding, device=self.device)[:, None]
+        self._padding = torch.tensor(padding, device=self.device)[:, None]  # (B, 1)
         self._padded = any(padding)
         if self._takes_ragged:
             self._ragged = RaggedRows(padding, self.device, self.cache.column_bytes)
 
 
 def takes_ragged_rows(model: Any, windows: list[int | None]) -> bool:
-    """Return whether all layers of a model hand ``ragged_rows`` to its attention; else its rows are masked by the library."""
-    if not takes_own_attention(model):
+    """Return whether all layers of a model pass ``ragged_rows`` on to their attention; otherwise the library masks rows."""
+    if not supports_decode_attention(model):
         return False
     rows, token = RaggedRows([0], model.device, 1), torch.zeros(1, 1, dtype=torch.long, device=model.device)
     rows.begin(1)
@@ -195,13 +196,13 @@ def takes_ragged_rows(model: Any, windows: list[int | None]) -> bool:
     try:
         with own_attention(model):
             model(**given, use_cache=True, ragged_rows=rows)
-    except TypeError:
+    except TypeError:  # its forward accepts no further keyword arguments
         return False
     return rows.uses == len(windows)
 
 
 def _prefill_groups(prompts: list[list[Job]], padding: int, tokens: int) -> list[list[list[Job]]]:
-    """Sort prompts by length, longest first, into groups of at most that much padding and so many tokens."""
+    """Sort prompts by length, longest first, into groups with at most ``padding`` padding and ``tokens`` total tokens."""
     groups: list[list[list[Job]]] = []
     wasted = width = 0
     for same in sorted(prompts, key=lambda same: -same[0].length):

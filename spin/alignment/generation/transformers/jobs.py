@@ -1,4 +1,4 @@
-"""One response on its way: what is drawn so far, its own random numbers, and when it ends."""
+"""One response being generated: the tokens so far, its own random numbers, and when it ends."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import numpy as np
 from spin.alignment.generation.base import FinishReason, PromptRequest, Response, SamplingConfig, sample_seed
 from spin.alignment.generation.transformers.stop_texts import StopTextWatcher
 
-_NUMBERS_AT_ONCE = 64
+_NUMBERS_AT_ONCE = 64  # one call of numpy per number would cost more than the number
 
 
 @dataclass
 class Request:
-    """The n-th request and its responses, as far as they are there."""
+    """The n-th request and those of its responses that are finished."""
 
     number: int
     prompt: PromptRequest
@@ -30,7 +30,7 @@ class Request:
 class Job:
     """One response of a request.
 
-    Its numbers are the Philox stream keyed by ``sample_seed``, one for each token: they depend on nothing around it.
+    Its random numbers are a Philox stream keyed by ``sample_seed``, one per token, so they do not depend on the batch.
     """
 
     def __init__(
@@ -51,12 +51,12 @@ class Job:
 
     @property
     def length(self) -> int:
-        """Tokens of prompt and response."""
+        """Number of tokens in prompt and response."""
         return len(self.request.prompt.token_ids) + len(self.ids)
 
     @property
     def reach(self) -> int:
-        """Tokens to reckon with: the length, and half of what the response may still grow by."""
+        """Expected length when planning memory: the length plus half of the tokens that may still be added."""
         return self.length + (self.request.limit - len(self.ids) + 1) // 2
 
     def token_ids(self) -> Sequence[int]:
@@ -65,17 +65,18 @@ class Job:
         return [*prompt, *self.ids] if self.ids else prompt
 
     def next_number(self) -> float:
-        """Return the number in [0, 1) that draws the next token."""
-        if not self._numbers:
+        """Return the random number in [0, 1) for the next token."""
+        if not self._numbers:  # reversed, because pop() takes from the end
             self._numbers = self._generator.random(_NUMBERS_AT_ONCE).tolist()[::-1]
         return self._numbers.pop()
 
     def take(self, token: int, logprob: float | None) -> bool:
-        """Append a drawn token; return whether it ends the response, which is then handed to the request."""
+        """Append a token; return whether it ends the response, which is then stored in the request."""
         self.ids.append(token)
         if self.logprobs is not None and logprob is not None:
             self.logprobs.append(logprob)
         reason: FinishReason
+        # A stop at the last allowed token counts as a stop, not as truncation.
         if token in self._stop_ids or (self._watcher is not None and self._watcher.completed(self.ids)):
             reason = "stop"
         elif len(self.ids) == self.request.limit:

@@ -1,4 +1,4 @@
-"""From logits to one drawn token for each row, by inverse CDF, without a pass over the vocabulary in double precision."""
+"""Sampling one token per row from logits by inverse CDF, without a float64 pass over the vocabulary."""
 
 from __future__ import annotations
 
@@ -7,47 +7,47 @@ from torch import Tensor
 
 from spin.alignment.generation.base import SamplingConfig
 
-# First the block of the vocabulary is drawn, then the token inside it.
+# Tokens per block of the vocabulary: first a block is drawn, then a token in it.
 _BLOCK = 256
-# Largest weights in which the edge of a nucleus is looked for first.
+# The edge of a nucleus is first searched for among this many of the largest weights.
 _CANDIDATES = 256
-# The 31 bits of a positive float32, in the pieces by which the edge of a nucleus is searched.
+# The 31 bits of a positive float32, divided into the digits of a radix search for the edge of a nucleus.
 _HISTOGRAM_BITS = (12, 12, 7)
-NOT_FINITE = -1
+NOT_FINITE = -1  # returned instead of a token id
 
 
 def draw_tokens(logits: Tensor, uniforms: Tensor | None, sampling: SamplingConfig) -> Tensor:
-    """Return one token for each row, shape ``(B,)``; ``NOT_FINITE`` where the logits hold NaN or are infinite.
+    """Return one token per row, shape ``(B,)``; ``NOT_FINITE`` where the largest logit is NaN or infinite.
 
-    Temperature comes first, then min_p, top_k and top_p, each on what the one before left over (vLLM's order). Tokens as likely
-    as the last one kept are kept too, so that no tie is broken by chance. The token is the first whose cumulative
-    probability, in the order of the vocabulary, exceeds the row's number.
+    Temperature is applied first, then min_p, top_k and top_p, each to the tokens that the previous one kept (vLLM's order).
+    Tokens as likely as the last one kept are kept too, so that ties are not broken arbitrarily. The result is the first token
+    whose cumulative probability, in the order of the vocabulary, exceeds the row's random number.
 
     Args:
         logits: shape ``(B, V)``, float32.
-        uniforms: numbers in [0, 1), shape ``(B,)``, float64; not used at temperature 0.
+        uniforms: random numbers in [0, 1), shape ``(B,)``, float64; not used at temperature 0.
     """
-    highest = logits.amax(dim=-1, keepdim=True)
+    highest = logits.amax(dim=-1, keepdim=True)  # (B, 1); NaN if any logit of the row is
     if sampling.temperature == 0.0:
         drawn = logits.argmax(dim=-1)
     else:
         assert uniforms is not None
         rows, vocabulary = logits.shape
-        # Whole blocks: the columns behind the vocabulary weigh nothing.
-        padded = logits.new_empty(rows, -(-vocabulary // _BLOCK) * _BLOCK)
+        # Rounded up to whole blocks; the columns beyond the vocabulary have weight 0.
+        padded = logits.new_empty(rows, -(-vocabulary // _BLOCK) * _BLOCK)  # (B, V rounded up)
         padded[:, vocabulary:] = 0.0
-        weights = padded[:, :vocabulary]
+        weights = padded[:, :vocabulary]  # (B, V), a view
         torch.sub(logits, highest, out=weights)
         if sampling.temperature != 1.0:
             weights.div_(sampling.temperature)
         weights.exp_()
         _cut(weights, logits, sampling)
-        drawn = _invert(padded, uniforms[:, None])
+        drawn = _invert(padded, uniforms[:, None])  # (B,)
     return drawn.masked_fill_(~highest[:, 0].isfinite(), NOT_FINITE)
 
 
 def _cut(weights: Tensor, logits: Tensor, sampling: SamplingConfig) -> None:
-    """Set the weights of tokens beyond the cut-offs to zero; the largest weight of a row is 1."""
+    """Zero the weights ``(B, V)`` of tokens that min_p, top_k and top_p exclude; the largest weight of a row is 1."""
     if sampling.min_p:
         weights.masked_fill_(weights < sampling.min_p, 0.0)
     if 0 < sampling.top_k < weights.shape[1]:
@@ -57,12 +57,13 @@ def _cut(weights: Tensor, logits: Tensor, sampling: SamplingConfig) -> None:
 
 
 def _nucleus_edge(weights: Tensor, top_p: float) -> Tensor:
-    """Return the smallest weight, shape ``(B, 1)``, among the fewest tokens that hold ``top_p`` of each row's sum."""
-    wanted = top_p * weights.sum(dim=-1, keepdim=True, dtype=torch.float64)
-    largest = weights.topk(min(_CANDIDATES, weights.shape[1])).values
-    cumulative = largest.cumsum(dim=-1, dtype=torch.float64)
-    place = (cumulative < wanted).sum(dim=-1, keepdim=True).clamp_(max=largest.shape[1] - 1)
-    edge = largest.gather(1, place)
+    """Return the smallest weight, shape ``(B, 1)``, in the smallest set of tokens whose sum is at least ``top_p`` of a row's."""
+    wanted = top_p * weights.sum(dim=-1, keepdim=True, dtype=torch.float64)  # (B, 1)
+    largest = weights.topk(min(_CANDIDATES, weights.shape[1])).values  # (B, C), descending
+    cumulative = largest.cumsum(dim=-1, dtype=torch.float64)  # (B, C)
+    place = (cumulative < wanted).sum(dim=-1, keepdim=True).clamp_(max=largest.shape[1] - 1)  # (B, 1)
+    edge = largest.gather(1, place)  # (B, 1)
+    # Rows so flat that the nucleus does not fit in the candidates: rare, so only these take the slower search.
     flat = (cumulative[:, -1] < wanted[:, 0]).nonzero()[:, 0]
     if len(flat):
         edge[flat] = _edge_by_bits(weights[flat], wanted[flat])
@@ -70,22 +71,24 @@ def _nucleus_edge(weights: Tensor, top_p: float) -> Tensor:
 
 
 def _edge_by_bits(weights: Tensor, wanted: Tensor) -> Tensor:
-    """Return the smallest of the largest weights that sum up to ``wanted``; both results and sums have shape ``(B, 1)``.
+    """Return the smallest of the largest weights that sum to ``wanted``; both have shape ``(B, 1)``.
 
-    Positive floats are ordered as their bits are, so the weight is found in three histograms of the bits, from the leading ones
-    down, without a sort: in each, the bucket in which the mass from above reaches what is wanted.
+    Positive floats have the same order as their bits, so a radix search finds the weight without sorting: three histograms of
+    the bits, from the leading ones down, each giving the bucket in which the sum from above reaches ``wanted``.
     """
-    bits, mass = weights.view(torch.int32), weights.double()
-    above = torch.zeros_like(wanted)
-    leading = torch.zeros_like(wanted, dtype=torch.long)
+    bits, mass = weights.view(torch.int32), weights.double()  # (B, V)
+    above = torch.zeros_like(wanted)  # (B, 1): sum of the weights in higher buckets
+    leading = torch.zeros_like(wanted, dtype=torch.long)  # (B, 1): bits found so far
     shift = 31
     for width in _HISTOGRAM_BITS:
         if shift < 31:
             mass = mass.masked_fill_((bits >> shift) != leading, 0.0)
         shift -= width
         last = 2**width - 1
-        sums = mass.new_zeros(len(weights), last + 1).scatter_add_(1, ((bits >> shift) & last).long(), mass)
-        down = sums.flip(1).cumsum(dim=-1).add_(above)
+        sums = mass.new_zeros(len(weights), last + 1).scatter_add_(
+            1, ((bits >> shift) & last).long(), mass
+        )  # (B, buckets)
+        down = sums.flip(1).cumsum(dim=-1).add_(above)  # (B, buckets): cumulative, highest bucket first
         place = (down < wanted).sum(dim=-1, keepdim=True).clamp_(max=last)
         above = down.gather(1, place) - sums.gather(1, last - place)
         leading = (leading << width) | (last - place)
@@ -93,33 +96,35 @@ def _edge_by_bits(weights: Tensor, wanted: Tensor) -> Tensor:
 
 
 def _invert(weights: Tensor, uniforms: Tensor) -> Tensor:
-    """Return for each row the first token whose cumulative share of the weights exceeds its number, shape ``(B,)``."""
-    blocks = weights.view(len(weights), -1, _BLOCK)
-    # Sixteen numbers at a time in float32: whole blocks so would move the steps of the cumulative sum five times as far.
-    sums = blocks.unflatten(-1, (16, -1)).sum(dim=-2).sum(dim=-1, dtype=torch.float64)
-    cumulative = sums.cumsum(dim=-1)
-    target = _below(uniforms * cumulative[:, -1:], cumulative[:, -1:])
-    block = torch.searchsorted(cumulative, target, right=True).clamp_(max=sums.shape[1] - 1)
-    held = sums.gather(1, block)
-    before = cumulative.gather(1, block) - held
+    """Return for each row the first token whose cumulative share of the weights exceeds its number; ``(B, N)`` -> ``(B,)``."""
+    blocks = weights.view(len(weights), -1, _BLOCK)  # (B, blocks, _BLOCK)
+    # Sums of 16 numbers in float32, then float64: summing whole blocks in float32 would be five times less accurate.
+    sums = blocks.unflatten(-1, (16, -1)).sum(dim=-2).sum(dim=-1, dtype=torch.float64)  # (B, blocks)
+    cumulative = sums.cumsum(dim=-1)  # (B, blocks)
+    target = _below(uniforms * cumulative[:, -1:], cumulative[:, -1:])  # (B, 1)
+    block = torch.searchsorted(cumulative, target, right=True).clamp_(max=sums.shape[1] - 1)  # (B, 1)
+    held = sums.gather(1, block)  # (B, 1)
+    before = cumulative.gather(1, block) - held  # (B, 1)
+    # (B, _BLOCK): cumulative weights inside the chosen block
     inside = blocks.gather(1, block[:, :, None].expand(-1, -1, _BLOCK))[:, 0].cumsum(dim=-1, dtype=torch.float64)
-    # The share of the block, not the rest of the target: float32 has rounded the block's sum.
+    # A relative position in the block, not the absolute remainder: the block's sum has been rounded in float32.
     share = ((target - before) / held).clamp_(min=0.0)
-    target = _below(share * inside[:, -1:], inside[:, -1:])
-    token = torch.searchsorted(inside, target, right=True).clamp_(max=_BLOCK - 1)
+    target = _below(share * inside[:, -1:], inside[:, -1:])  # (B, 1)
+    token = torch.searchsorted(inside, target, right=True).clamp_(max=_BLOCK - 1)  # (B, 1)
     return (block * _BLOCK + token)[:, 0]
 
 
 def _below(values: Tensor, limits: Tensor) -> Tensor:
-    """Return the values, or the next number below the limit where rounding reached it."""
+    """Return the values, or the largest number below the limit where rounding has reached it."""
     return torch.minimum(values, torch.nextafter(limits, torch.zeros_like(limits)))
 
 
 def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Return the logits, those of ``seen`` tokens (bool, ``(B, V)``) divided by the penalty above 0, multiplied below."""
+    """Return logits ``(B, V)`` with those of ``seen`` tokens (bool, ``(B, V)``) divided by the penalty if positive, otherwise
+    multiplied by it."""
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Return the log-softmax of each row at its token, in nats, shape ``(B,)``."""
+    """Return the log-softmax of logits ``(B, V)`` at each row's token, in nats, shape ``(B,)``."""
     return logits.gather(1, tokens.clamp(min=0)[:, None])[:, 0] - logits.logsumexp(dim=-1)

@@ -1,15 +1,15 @@
-"""Stop texts: does the text of a response hold one yet? Looked for in a short tail after every token."""
+"""Detecting stop texts in a response: after every token, only a short tail is decoded and searched."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-# Characters at the start of a decoded tail that may differ from the whole text: half a character, a stripped space.
+# Characters at the start of a decoded tail that may differ from the full text: a partial character, a stripped space.
 _UNSURE = 8
 
 
 class StopTextWatcher:
-    """Watches one response. Every token is shown in order; a tail of the ids is decoded, never the whole but to confirm."""
+    """Watches one response, token by token. Only a tail of the ids is decoded; the full text only to confirm a match."""
 
     def __init__(self, texts: Sequence[str], decode: Callable[[Sequence[int]], str]) -> None:
         self.texts, self.decode = texts, decode
@@ -17,7 +17,7 @@ class StopTextWatcher:
         self._start = 0
 
     def completed(self, ids: Sequence[int]) -> bool:
-        """Return whether the text of ``ids``, whose last token is new, holds a stop text."""
+        """Return whether the text of ``ids``, whose last token is new, contains a stop text."""
         tail = ids[self._start :]
         text = self.decode(tail)
         if any(stop in text for stop in self.texts):
@@ -28,7 +28,7 @@ class StopTextWatcher:
         return False
 
     def _advance(self, tail: Sequence[int]) -> None:
-        """Drop the first half of the tail, as long as the rest has text enough before the next token."""
+        """Drop the first half of the tail if the second half has enough text to contain any stop text."""
         half = len(tail) // 2
         if len(self.decode(tail[half:])) >= self._needed:
             self._start += half

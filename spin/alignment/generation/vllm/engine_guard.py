@@ -1,7 +1,7 @@
-"""Ends an engine's processes when the program that started them is gone, however it went.
+"""Kills an engine's processes when the program that started them ends, however it ends.
 
-vLLM's engine core outlives a program that is killed, and keeps the device's memory. A guard process holds the reading end of a
-pipe: when the program ends, the pipe does too. Run as a program, this file is that guard; it needs the standard library only.
+vLLM's engine core outlives a killed program and keeps its device memory. A guard process holds the reading end of a pipe, which
+is closed when the program ends. Run as a program, this file is that guard; it needs only the standard library.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ MARK = "SPIN_ENGINE"
 
 
 class EngineGuard:
-    """Marks all processes that are started from now on, and has them ended with this one."""
+    """Marks all processes started from now on through their environment, and kills them when this process ends."""
 
     def __init__(self) -> None:
         self.mark = uuid.uuid4().hex
-        # -I: nothing beside this file may shadow the standard library. A session of its own, out of reach of Ctrl-C.
+        # -I: files next to this one must not shadow the standard library. A new session, so that Ctrl-C does not reach it.
         self._guard = subprocess.Popen(
             [sys.executable, "-I", __file__, self.mark], stdin=subprocess.PIPE, start_new_session=True
         )
         os.environ[MARK] = self.mark
 
     def close(self) -> None:
-        """End what is left of the engine's processes, and the guard."""
+        """Kill the remaining processes of the engine, and end the guard."""
         os.environ.pop(MARK, None)
         assert self._guard.stdin is not None
         self._guard.stdin.close()
@@ -44,7 +44,7 @@ def marked_processes(mark: str) -> list[int]:
         try:
             if wanted in path.read_bytes().split(b"\0"):
                 found.append(int(path.parent.name))
-        except OSError:  # gone meanwhile, or another user's
+        except OSError:  # it has ended, or belongs to another user
             continue
     return found
 

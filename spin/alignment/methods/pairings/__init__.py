@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from spin.alignment.core.resolve import resolve
 from spin.alignment.methods.labels import PAIR_WIN_PROB, REWARD, SCORE, WIN_PROB, Label
-from spin.alignment.methods.pairings.base import EveryRow, Labelled, Pairing, check_num_samples, label_rows, no_truth
+from spin.alignment.methods.pairings.base import (
+    EveryRow,
+    Labelled,
+    Pairing,
+    check_num_samples,
+    label_rows,
+    missing_ground_truth,
+)
 from spin.alignment.methods.pairings.best_vs_ground_truth import best_vs_ground_truth
 from spin.alignment.methods.pairings.best_vs_random import best_vs_random
 from spin.alignment.methods.pairings.best_vs_worst import best_vs_worst
@@ -51,6 +58,6 @@ __all__ = [
     "find_pairing",
     "known_labels",
     "label_rows",
-    "no_truth",
+    "missing_ground_truth",
     "writers",
 ]

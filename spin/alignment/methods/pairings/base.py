@@ -60,7 +60,7 @@ class Pairing:
         return as_labels(self.labels)
 
     @property
-    def reads_truth(self) -> bool:
+    def reads_ground_truth(self) -> bool:
         """Whether the ground truth must have a score."""
         return False
 
@@ -103,12 +103,12 @@ class Labelled(Pairing):
         return (*OWN_CHOSEN, *super().adds)
 
     @property
-    def reads_truth(self) -> bool:
+    def reads_ground_truth(self) -> bool:
         return "chosen_score" in self.needs
 
     @property
     def needs_ground_truth(self) -> bool:
-        return self.reads_truth
+        return self.reads_ground_truth
 
     def __call__(self, rows: Sequence[Row]) -> list[Row]:
         """Return the pairs of one prompt; none where too few responses have a score.
@@ -221,17 +221,17 @@ def best(rows: Sequence[Row]) -> Row:
     return max(rows, key=lambda row: float(row["rejected_score"]))
 
 
-def check_truth(row: Row, pairing: str) -> None:
+def check_ground_truth(row: Row, pairing: str) -> None:
     """Refuse a prompt without ground truth.
 
     Raises:
         InputError: naming the prompt.
     """
     if row["chosen"] is None:
-        raise no_truth(row["prompt_id"], pairing)
+        raise missing_ground_truth(row["prompt_id"], pairing)
 
 
-def no_truth(prompt_id: str, pairing: str) -> InputError:
+def missing_ground_truth(prompt_id: str, pairing: str) -> InputError:
     """Return the refusal of a prompt whose ground truth is missing."""
     return InputError(
         f"prompt {prompt_id} has no ground truth, which pairing {pairing} compares with: add its answer and generate again, "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from spin.alignment.methods.pairings.base import check_truth
+from spin.alignment.methods.pairings.base import check_ground_truth
 
 
 def ground_truth(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -15,5 +15,5 @@ def ground_truth(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         InputError: the prompt has no ground truth.
     """
     for row in rows:
-        check_truth(row, "ground_truth")
+        check_ground_truth(row, "ground_truth")
     return [dict(row) for row in rows]

@@ -81,7 +81,7 @@ def check_transform(name: str, settings: Mapping[str, object]) -> dict[str, floa
     return numbers
 
 
-def settings_of_side(name: str, settings: Mapping[str, float], side: str) -> dict[str, float]:
+def side_settings(name: str, settings: Mapping[str, float], side: str) -> dict[str, float]:
     """Return a transform's settings for a side. TIS-DPO clamps before the sign is turned, so the rejected bounds are mirrored."""
     if name != "exponential" or side == "chosen":
         return dict(settings)
@@ -108,7 +108,7 @@ def weights_of_pair(
     found = []
     for side, values, ids, seed in zip(SIDES, numbers, (pair.chosen_ids, pair.rejected_ids), seeds, strict=True):
         drawn = {"seed": seed} if draws(transform) else {}
-        given = {**settings_of_side(transform, settings or {}, side), **drawn}
+        given = {**side_settings(transform, settings or {}, side), **drawn}
         found.append(_padded(WEIGHT_TRANSFORMS[transform](values, **given), ids))
     return found[0], found[1]
 
@@ -130,6 +130,6 @@ __all__ = [
     "check_transform",
     "draws",
     "find_weighting",
-    "settings_of_side",
+    "side_settings",
     "weights_of_pair",
 ]

@@ -1,4 +1,4 @@
-"""SWIFT (WSPIN, NeurIPS 2025): a stronger teacher against the student. Their tokenizers may differ (see ``alignment.py``).
+"""SWIFT (WSPIN, NeurIPS 2025): a stronger teacher against the student. Their tokenizers may differ (``align_tokens.py``).
 
 ``d_t = log pi_teacher(y_t) - log pi_student(y_t)``, the teacher's log-prob being that of the student token's characters.
 """

@@ -20,7 +20,7 @@ def exponential(
     """Return ``k exp(mu clamp(u, lower, upper))`` (TIS-DPO, eq. 11).
 
     The paper clamps ``d`` and then turns the sign, ``k exp(-mu clamp(d, L, U))`` for the rejected response. In terms of
-    ``u = -d`` that is this function with the bounds ``-U`` and ``-L``; :func:`settings_of_side` swaps them.
+    ``u = -d`` that is this function with the bounds ``-U`` and ``-L``; :func:`side_settings` swaps them.
     """
     _check(k > 0, f"k is {k}: set it above 0")
     _check_range("lower", lower, "upper", upper)

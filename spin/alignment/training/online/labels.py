@@ -12,6 +12,7 @@ from spin.alignment.methods.losses import find_loss
 from spin.alignment.methods.pairings import find_pairing
 from spin.alignment.methods.soft_mean import soft_mean
 from spin.alignment.pairs.annotate import Labeller, count_failures
+from spin.alignment.rewards import make_scorer
 
 if TYPE_CHECKING:
     from spin.alignment.data.chat_encoder import ChatEncoder
@@ -37,7 +38,7 @@ class StepCounts:
     pairs: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
 
-    def add(self, rows: Sequence[dict[str, Any]], reads_truth: bool) -> None:
+    def add(self, rows: Sequence[dict[str, Any]], reads_ground_truth: bool) -> None:
         """Count the responses to one prompt and their scores, that of the ground truth too where the pairing reads it."""
         self.responses += len(rows)
         self.tokens += sum(len(row["rejected_token_ids"]) for row in rows)
@@ -46,7 +47,16 @@ class StepCounts:
         known = [score for score in scores if score is not None]
         self.scored += len(known)
         self.score_sum += sum(known)
-        self.failed += count_failures(rows, reads_truth) if scores else 0
+        self.failed += count_failures(rows, reads_ground_truth) if scores else 0
+
+
+def scorer_of(config: OnlineConfig) -> GroupScorer | None:
+    """Return the scorer that the settings name, checked; None where no response is scored.
+
+    Raises:
+        InputError: the scorer cannot be used.
+    """
+    return None if config.scorer_settings is None else make_scorer(config.scorer_settings)
 
 
 class PairMaker:
@@ -111,7 +121,7 @@ class PairMaker:
         feature: dict[str, Any] = {"prompt_ids": list(prompt.token_ids)}
         for side in SIDES:
             ids = pair.get(f"{side}_token_ids")
-            feature[f"{side}_ids"] = list(ids or prompt.truth_ids)
+            feature[f"{side}_ids"] = list(ids or prompt.ground_truth_ids)
             for label in self.loss.labels:
                 # The baseline of a relative label, of this prompt or of all, is taken off later.
                 column = SCORE.name if label == self.pairing.relative else label.name

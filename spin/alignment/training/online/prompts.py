@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,28 +13,32 @@ from datasets import Dataset
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.provenance import hash_text
 from spin.alignment.data.fractions import fraction_rows
-from spin.alignment.data.rows import load_prompts, prompts_hash
+from spin.alignment.data.rows import load_prompts, prompts_hash, to_prompt_rows
 from spin.alignment.logprobs.batch import PairDataset
-from spin.alignment.methods.pairings import find_pairing, no_truth
+from spin.alignment.methods.pairings import find_pairing, missing_ground_truth
+from spin.alignment.rewards import needs_reference, no_reference
+from spin.alignment.training.preference_rows import has_rows
 
 if TYPE_CHECKING:
     from spin.alignment.data.chat_encoder import ChatEncoder
     from spin.alignment.data.config import DataConfig
     from spin.alignment.training.online.config import OnlineConfig
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class OnlinePrompt:
     """One prompt: its ids (generation prompt included), its turns, and the ground truth's conversation where there is one.
 
-    ``truth_ids`` are those of the ground truth, cut to ``max_length`` as in training offline; empty where none is trained on.
+    ``ground_truth_ids`` are those of the ground truth, truncated to ``max_length`` as offline; empty where none is trained on.
     """
 
     prompt_id: str
     token_ids: tuple[int, ...]
     messages: list[dict[str, str]]
     truth: list[dict[str, str]] | None
-    truth_ids: tuple[int, ...] = ()
+    ground_truth_ids: tuple[int, ...] = ()
 
     @property
     def reference(self) -> str | None:
@@ -57,7 +62,7 @@ class PromptDataset(torch.utils.data.Dataset):
 def longest_pairs(prompts: Sequence[OnlinePrompt], max_new_tokens: int, end_id: int, count: int = 64) -> PairDataset:
     """Return made-up pairs as long as any step can make them: the longest prompts, with responses of the greatest length."""
     longest = sorted((prompt.token_ids for prompt in prompts), key=len)[-count:]
-    response = [end_id] * max(max_new_tokens, *(len(prompt.truth_ids) for prompt in prompts))
+    response = [end_id] * max(max_new_tokens, *(len(prompt.ground_truth_ids) for prompt in prompts))
     rows = [{"prompt_ids": list(ids), "chosen_ids": response, "rejected_ids": response} for ids in longest]
     return PairDataset(Dataset.from_list(rows))
 
@@ -77,7 +82,7 @@ def load_splits(
         if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction <= 1:
             raise InputError(f"dataset_mixer gives {source} the fraction {fraction}: set it above 0 and at most 1")
         for split in data.dataset_splits:
-            rows = load_prompts(source, split, truth_required=False)
+            rows = load_prompts(source, split, ground_truth_required=False)
             if fraction < 1:
                 rows = rows.shuffle(seed=arguments.seed).select(range(max(1, int(fraction * len(rows)))))
             sources.append((source, rows))
@@ -86,16 +91,57 @@ def load_splits(
     prompts = [encode(row, encoder, source, trained_on, data) for source, rows in sources for row in rows]
     splits["train"], left_out["train"] = _dataset(sources, prompts, data.max_prompt_length)
     if arguments.eval_prompts:
-        rows = load_prompts(arguments.eval_prompts, arguments.eval_split, truth_required=False)
-        if arguments.eval_limit and arguments.eval_limit < len(rows):
-            rows = rows.select(fraction_rows(len(rows), 0, arguments.eval_limit))
-        prompts = [encode(row, encoder, arguments.eval_prompts) for row in rows]
-        splits["test"], left_out["test"] = _dataset([(arguments.eval_prompts, rows)], prompts, data.max_prompt_length)
+        splits["test"], left_out["test"] = load_held_out(arguments.eval_prompts, arguments, encoder)
     return splits, left_out
 
 
+def load_held_out(path: str, arguments: OnlineConfig, encoder: ChatEncoder) -> tuple[PromptDataset, int]:
+    """Return the held-out prompts of ``path``, at most ``eval_limit``, and how many are too long and left out.
+
+    Raises:
+        InputError: a row cannot be encoded, or no prompt is short enough.
+    """
+    rows = load_prompts(path, arguments.eval_split, ground_truth_required=False)
+    if arguments.eval_limit and arguments.eval_limit < len(rows):
+        rows = rows.select(fraction_rows(len(rows), 0, arguments.eval_limit))
+    return _dataset([(path, rows)], [encode(row, encoder, path) for row in rows], arguments.max_prompt_length)
+
+
+def to_prompts(dataset: Any, args: OnlineConfig, encoder: ChatEncoder, name: str) -> Any:
+    """Return the prompts of a ``datasets.Dataset``, encoded (see :func:`to_prompt_rows`); anything else that the trainer itself
+    understands (encoded prompts, None) as it is. Prompts longer than ``max_prompt_length`` are left out; their number is logged.
+
+    Raises:
+        InputError: another kind of data set, a row that cannot be encoded, or one that lacks the ground truth that scorer or
+            pairing compare with.
+    """
+    if not has_rows(dataset, name):
+        return dataset
+    rows = to_prompt_rows(dataset, name)
+    trained_on = args.pairing if name == "train_dataset" and find_pairing(args.pairing).needs_ground_truth else None
+    prompts = [encode(row, encoder, name, trained_on, args.limits) for row in rows]
+    made, left_out = _dataset([(name, rows)], prompts, args.max_prompt_length)
+    if left_out:
+        logger.warning("%s: %d of %d prompts longer than max_prompt_length left out", name, left_out, len(rows))
+    check_ground_truth(made, args.scorer)
+    return made
+
+
+def check_ground_truth(dataset: PromptDataset, scorer: str | None) -> None:
+    """Check that every prompt has the ground truth that the scorer compares with.
+
+    Raises:
+        InputError: naming the prompt.
+    """
+    if scorer is None or not needs_reference(scorer):
+        return
+    for prompt in dataset.prompts:
+        if not (prompt.reference or "").strip():
+            raise no_reference(scorer, prompt.prompt_id)
+
+
 def _dataset(
-    sources: Sequence[tuple[str, Dataset]], prompts: Sequence[OnlinePrompt], most: int
+    sources: Sequence[tuple[str, Iterable[Mapping[str, Any]]]], prompts: Sequence[OnlinePrompt], most: int
 ) -> tuple[PromptDataset, int]:
     short = [prompt for prompt in prompts if len(prompt.token_ids) <= most]
     if not short:
@@ -121,14 +167,14 @@ def encode(
     truth = conversation if conversation[-1]["role"] == "assistant" else None
     messages = conversation if truth is None else conversation[:-1]
     if pairing is not None and truth is None:
-        raise no_truth(row["prompt_id"], pairing)
-    truth_ids: list[int] = []
+        raise missing_ground_truth(row["prompt_id"], pairing)
+    ground_truth_ids: list[int] = []
     try:
         if reason := encoder.refusal(messages):
             raise InputError(reason)
         ids = encoder.prompt_ids(messages)
         if pairing is not None and truth is not None and limits is not None and len(ids) <= limits.max_prompt_length:
-            truth_ids = encoder.response_ids(truth, ids)[: limits.max_length - len(ids)]
+            ground_truth_ids = encoder.response_ids(truth, ids)[: limits.max_length - len(ids)]
     except InputError as error:
         raise InputError(f"{source}, prompt {row['prompt_id']}: {error}") from error
-    return OnlinePrompt(row["prompt_id"], tuple(ids), messages, truth, tuple(truth_ids))
+    return OnlinePrompt(row["prompt_id"], tuple(ids), messages, truth, tuple(ground_truth_ids))

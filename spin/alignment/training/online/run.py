@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.provenance import hash_text
-from spin.alignment.generation import BACKENDS, find_backend, make_backend
+from spin.alignment.generation import BACKENDS, find_backend
 from spin.alignment.pairs.annotate import scorer_record
-from spin.alignment.rewards import make_scorer
 from spin.alignment.training.online.config import OnlineConfig
-from spin.alignment.training.online.labels import PairMaker
-from spin.alignment.training.online.prompts import PromptDataset, load_splits
+from spin.alignment.training.online.labels import PairMaker, scorer_of
+from spin.alignment.training.online.prompts import PromptDataset, check_ground_truth, load_splits
 from spin.alignment.training.online.trainer import OnlineTrainer
 from spin.alignment.training.program import TrainingData, TrainingJob, TrainingProgram
 from spin.alignment.training.settings import Settings
@@ -46,11 +45,6 @@ def check_settings(settings: Settings) -> None:
         raise InputError(
             "online training needs whole weights in every process to draw responses, which FSDP and ZeRO-3 cut into pieces: use "
             "ZeRO-2 or plain data parallelism"
-        )
-    if data.max_prompt_length + arguments.max_new_tokens > data.max_length:
-        raise InputError(
-            f"max_prompt_length {data.max_prompt_length} and max_new_tokens {arguments.max_new_tokens} exceed max_length "
-            f"{data.max_length}: lower one, or raise max_length"
         )
     if model.use_peft and find_backend(arguments.backend).online == "engine":
         others = " or ".join(name for name in BACKENDS if find_backend(name).online == "own_module")
@@ -86,64 +80,13 @@ def check_context(settings: Settings, splits: dict[str, PromptDataset], folder: 
                 f"prompt {longest.prompt_id} of the {name} split and max_new_tokens need {needed} tokens, but the model takes "
                 f"{context}: lower max_new_tokens or max_prompt_length"
             )
-        longest = max(dataset.prompts, key=lambda prompt: len(prompt.token_ids) + len(prompt.truth_ids))
-        needed = len(longest.token_ids) + len(longest.truth_ids)
+        longest = max(dataset.prompts, key=lambda prompt: len(prompt.token_ids) + len(prompt.ground_truth_ids))
+        needed = len(longest.token_ids) + len(longest.ground_truth_ids)
         if context is not None and needed > context:
             raise InputError(
                 f"prompt {longest.prompt_id} of the {name} split and its ground truth have {needed} tokens, but the model takes "
                 f"{context}: lower max_length, to which it is cut"
             )
-
-
-def check_references(settings: Settings, splits: dict[str, PromptDataset]) -> None:
-    """Check that every prompt has the ground truth that the scorer compares with.
-
-    Raises:
-        InputError: naming the prompt.
-    """
-    from spin.alignment.rewards import needs_reference, no_reference
-
-    scorer = settings.arguments.scorer
-    if scorer is None or not needs_reference(scorer):
-        return
-    for dataset in splits.values():
-        for prompt in dataset.prompts:
-            if not (prompt.reference or "").strip():
-                raise no_reference(scorer, prompt.prompt_id)
-
-
-def make_sampler(settings: Settings, trainer: OnlineTrainer, encoder: ChatEncoder) -> PolicySampler:
-    """Return what draws the responses of this process."""
-    from spin.alignment.generation.base import BackendSettings
-    from spin.alignment.logprobs.forward import causal_model
-    from spin.alignment.training.online.samplers import EngineSampler, InPlaceSampler
-
-    arguments = settings.arguments
-    model = causal_model(trainer.model)
-    backend = BackendSettings(
-        model=settings.model.model_name_or_path,
-        revision=settings.model.model_revision,
-        dtype=settings.model.dtype,
-        batch_size=arguments.generation_batch_size,
-        max_model_len=settings.data.max_prompt_length + arguments.max_new_tokens,
-        gpu_memory_utilization=arguments.gpu_memory_utilization,
-        trust_remote_code=settings.model.trust_remote_code,
-        stop_ids=encoder.stop_ids,
-        pad_id=encoder.pad_id,
-        decode=encoder.decode,
-    )
-    if find_backend(arguments.backend).online == "engine":
-        engine = make_backend(arguments.backend, backend)
-        return EngineSampler(engine, lambda folder: save_weights(model, folder))
-    return InPlaceSampler(model, backend, trainer.pair_forward.own_attention, trainer.compute_loss_context_manager)
-
-
-def save_weights(model: Any, folder: Path) -> None:
-    """Write a module's weights into a folder as a model, in the precision that its configuration names."""
-    import torch
-
-    dtype = getattr(torch, str(model.config.dtype or torch.float32).removeprefix("torch."))
-    model.save_pretrained(folder, state_dict={name: weight.to(dtype) for name, weight in model.state_dict().items()})
 
 
 class OnlineTraining(TrainingProgram):
@@ -164,7 +107,8 @@ class OnlineTraining(TrainingProgram):
     def load_data(self, settings: Settings, encoder: ChatEncoder) -> TrainingData:
         """Load, mix and encode the prompts; those that are too long are left out and counted by split."""
         data = TrainingData(*load_splits(settings.data, settings.arguments, encoder))
-        check_references(settings, data.splits)
+        for prompts in data.splits.values():
+            check_ground_truth(prompts, settings.arguments.scorer)
         return data
 
     def describe_data(self, data: TrainingData) -> list[str]:
@@ -191,8 +135,7 @@ class OnlineTraining(TrainingProgram):
 
     def open(self, settings: Settings) -> None:
         """Make the scorer of the responses."""
-        if settings.arguments.scorer_settings is not None:
-            self.scorer = make_scorer(settings.arguments.scorer_settings)
+        self.scorer = scorer_of(settings.arguments)
 
     def make_trainer(self, job: TrainingJob, model: Any) -> OnlineTrainer:
         """Return the trainer of a policy, with what draws its responses."""
@@ -203,10 +146,11 @@ class OnlineTraining(TrainingProgram):
             train_dataset=job.data.splits["train"],
             eval_dataset=job.data.splits.get("test"),
             processing_class=job.encoder.tokenizer,
-            opponent_hash=job.model_key,
+            reference_hash=job.model_key,
             pair_maker=PairMaker(arguments, job.encoder, self.scorer),
+            source=job.settings.model,
         )
-        self.sampler = trainer.sampler = make_sampler(job.settings, trainer, job.encoder)
+        self.sampler = trainer.sampler
         return trainer
 
     def metrics(self, job: TrainingJob, trainer: OnlineTrainer, result: Any) -> dict[str, Any]:

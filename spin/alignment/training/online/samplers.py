@@ -7,10 +7,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from spin.alignment.generation import find_backend, make_backend
 from spin.alignment.generation.base import BackendSettings, GenerationBackend, PromptRequest, Response, SamplingConfig
 from spin.alignment.logprobs.forward import use_attention
+from spin.alignment.models.config import ModelConfig
+
+if TYPE_CHECKING:
+    from spin.alignment.data.chat_encoder import ChatEncoder
+    from spin.alignment.training.online.config import OnlineConfig
 
 
 class PolicySampler(ABC):
@@ -92,4 +98,42 @@ class EngineSampler(PolicySampler):
         self._backend.close()
 
 
-__all__ = ["EngineSampler", "InPlaceSampler", "PolicySampler"]
+def make_sampler(
+    model: Any,
+    source: ModelConfig,
+    args: OnlineConfig,
+    encoder: ChatEncoder,
+    own_attention: str,
+    precision: Callable[[], AbstractContextManager[Any]],
+) -> PolicySampler:
+    """Return what draws the responses of this process from the policy ``model``, which was loaded from ``source``.
+
+    Raises:
+        InputError: the engine is not installed, or does not serve the model.
+    """
+    settings = BackendSettings(
+        model=source.model_name_or_path,
+        revision=source.model_revision,
+        dtype=source.dtype,
+        batch_size=args.generation_batch_size,
+        max_model_len=args.max_prompt_length + args.max_new_tokens,
+        gpu_memory_utilization=args.gpu_memory_utilization,
+        trust_remote_code=source.trust_remote_code,
+        stop_ids=encoder.stop_ids,
+        pad_id=encoder.pad_id,
+        decode=encoder.decode,
+    )
+    if find_backend(args.backend).online == "engine":
+        return EngineSampler(make_backend(args.backend, settings), lambda folder: save_weights(model, folder))
+    return InPlaceSampler(model, settings, own_attention, precision)
+
+
+def save_weights(model: Any, folder: Path) -> None:
+    """Write a module's weights into a folder as a model, in the precision that its configuration names."""
+    import torch
+
+    dtype = getattr(torch, str(model.config.dtype or torch.float32).removeprefix("torch."))
+    model.save_pretrained(folder, state_dict={name: weight.to(dtype) for name, weight in model.state_dict().items()})
+
+
+__all__ = ["EngineSampler", "InPlaceSampler", "PolicySampler", "make_sampler", "save_weights"]

@@ -11,16 +11,22 @@ from typing import Any, cast
 
 import torch
 from accelerate.utils import gather_object
+from datasets import Dataset
 from transformers import TrainerCallback
 
+from spin.alignment.core.errors import InputError
+from spin.alignment.data.chat_encoder import ChatEncoder
 from spin.alignment.generation.base import PromptRequest, SamplingConfig, sample_seed
 from spin.alignment.logprobs.batch import PairDataset, PairList
+from spin.alignment.logprobs.forward import causal_model
+from spin.alignment.models.config import ModelConfig
 from spin.alignment.training.online.config import OnlineConfig
-from spin.alignment.training.online.labels import PairMaker, StepCounts
+from spin.alignment.training.online.labels import PairMaker, StepCounts, scorer_of
 from spin.alignment.training.online.moving_reference import MovingReference
-from spin.alignment.training.online.prompts import OnlinePrompt, PromptDataset, longest_pairs
-from spin.alignment.training.online.samplers import PolicySampler
+from spin.alignment.training.online.prompts import OnlinePrompt, PromptDataset, load_held_out, longest_pairs, to_prompts
+from spin.alignment.training.online.samplers import make_sampler
 from spin.alignment.training.online.step_log import evaluation_log, reduced, training_log
+from spin.alignment.training.start_model import start_model
 from spin.alignment.training.trainer import SPINTrainer
 
 
@@ -35,17 +41,30 @@ class OnlineTrainer(SPINTrainer):
 
     def __init__(
         self,
-        model: Any,
+        model: torch.nn.Module | str,
         args: OnlineConfig,
-        train_dataset: PromptDataset,
-        processing_class: Any,
-        opponent_hash: str,
-        pair_maker: PairMaker,
-        eval_dataset: PromptDataset | None = None,
+        train_dataset: Dataset | PromptDataset,
+        eval_dataset: Dataset | PromptDataset | None = None,
+        processing_class: Any = None,
+        reference_hash: str | None = None,
+        pair_maker: PairMaker | None = None,
+        source: ModelConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
-        self.pair_maker = pair_maker
-        self.sampler: PolicySampler | None = None
+        """``model``, ``processing_class`` and ``reference_hash`` are those of :class:`SPINTrainer`. The data sets hold prompts
+        (see :func:`to_prompts`); ``eval_dataset`` is by default what ``eval_prompts`` names. ``pair_maker`` labels and pairs
+        responses (default: by the scorer of ``args``). An engine loads the model from ``source`` (default: its folder or name).
+
+        Raises:
+            InputError: as :class:`SPINTrainer`, or the scorer, the engine or a prompt cannot be used.
+        """
+        model, processing_class = start_model(model, args, processing_class)
+        encoder = ChatEncoder(processing_class, args.system)
+        if eval_dataset is not None and args.scorer is None:
+            raise InputError("eval_dataset is given, but no scorer tells how good a response is: set scorer")
+        if eval_dataset is None and args.eval_prompts:
+            eval_dataset, _ = load_held_out(args.eval_prompts, args, encoder)
+        self.pair_maker = pair_maker or PairMaker(args, encoder, scorer_of(args))
         self.counts = StepCounts()
         self._last_tokens = 0
         self.reference = MovingReference(args.ref_update_freq)
@@ -53,15 +72,19 @@ class OnlineTrainer(SPINTrainer):
         super().__init__(
             model=model,
             args=args,
-            train_dataset=train_dataset,  # type: ignore[arg-type]
-            eval_dataset=eval_dataset,  # type: ignore[arg-type]
+            train_dataset=to_prompts(train_dataset, args, encoder, "train_dataset"),
+            eval_dataset=to_prompts(eval_dataset, args, encoder, "eval_dataset"),
             processing_class=processing_class,
-            opponent_hash=opponent_hash,
+            reference_hash=reference_hash,
             callbacks=callbacks,
         )
+        causal = causal_model(model)
+        source = source or ModelConfig(str(getattr(causal.config, "_name_or_path", "")))
+        own_attention = self.pair_forward.own_attention
+        self.sampler = make_sampler(causal, source, args, encoder, own_attention, self.compute_loss_context_manager)
 
     def train(self, resume_from_checkpoint: Any = None, **settings: Any) -> Any:
-        """Train; see ``transformers.Trainer.train``. The sampler must have been set."""
+        """Train; see ``transformers.Trainer.train``."""
         self._resumed_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **settings)
 
@@ -101,7 +124,7 @@ class OnlineTrainer(SPINTrainer):
         for number, batch in enumerate(batches, start=1):
             own = batch[self.accelerator.process_index :: self.accelerator.num_processes]
             # Every process must take part in the collectives: one without a pair of its own passes one that does not count.
-            shared = PairList(own or batch[:1], stands_in=not own)
+            shared = PairList(own or batch[:1], is_stand_in=not own)
             total += super().training_step(model, shared, torch.tensor(len(batch), device=self.args.device))
             if number < len(batches):
                 self._step_optimizer(model)
@@ -135,7 +158,6 @@ class OnlineTrainer(SPINTrainer):
         return pairs
 
     def _respond(self, prompts: Sequence[OnlinePrompt], sampling: SamplingConfig) -> Any:
-        assert self.sampler is not None
         self.sampler.refresh()
         requests = [PromptRequest(prompt.prompt_id, prompt.token_ids) for prompt in prompts]
         return self.sampler.respond(requests, sampling)

@@ -1,0 +1,114 @@
+"""The command line of a settings dataclass: one flag for each setting, ``--help`` from its sentences, and back to arguments."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import inspect
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+from spin.alignment.core.config import convert, key_values
+from spin.alignment.core.key_tables import default_text
+from spin.alignment.core.program import Parser
+from spin.alignment.core.settings import MISSING, declaration_of, default_of, grouped, hints_of, settings_of
+
+C = TypeVar("C")
+
+
+def parser_of(config_class: type, prog: str) -> Parser:
+    """Return the parser of a program; its description is the first paragraph of the class's docstring."""
+    description = inspect.cleandoc(config_class.__doc__ or "").partition("\n\n")[0]
+    parser = Parser(prog=prog, description=description, formatter_class=argparse.HelpFormatter)
+    hints = hints_of(config_class)
+    for heading, fields in grouped(config_class).items():
+        group = parser.add_argument_group(heading or "settings")
+        for field in fields:
+            group.add_argument(f"--{field.name}", **_argument(field, hints[field.name]))
+    return parser
+
+
+def _argument(field: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:
+    default = default_of(field)
+    required = default is MISSING
+    # What is not given is left to the dataclass, so that its default stands in one place.
+    argument: dict[str, Any] = {"required": required, "default": argparse.SUPPRESS}
+    shown = "" if required or default is False else f" (default: {default_text(field)})"
+    argument["help"] = (declaration_of(field).help + shown).replace("%", "%%")
+    if hint is bool:
+        return argument | {"action": "store_true"}
+    kind = typing.get_origin(hint) or hint
+    choices = choices_of(hint)
+    argument["metavar"] = "{" + ",".join(map(str, choices)) + "}" if choices else _metavar(hint)
+    if kind in (list, tuple, dict):
+        argument |= {"nargs": "+", "action": "extend"}
+    return argument
+
+
+def choices_of(hint: Any) -> tuple[Any, ...]:
+    """Return the values of a ``Literal``; empty for any other type."""
+    return typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
+
+
+def _metavar(hint: Any) -> str:
+    kinds = members_of(hint)
+    if kinds[0] is dict or typing.get_origin(kinds[0]) is dict:
+        return "KEY=VALUE"
+    if typing.get_origin(kinds[0]) in (list, tuple):
+        kinds = members_of(typing.get_args(kinds[0])[0])
+    names = [{int: "N", float: "X"}.get(kind, "TEXT") for kind in kinds if not choices_of(kind)]
+    return "|".join([*names, *(str(choice) for kind in kinds for choice in choices_of(kind))])
+
+
+def members_of(hint: Any) -> tuple[Any, ...]:
+    """Return the types of a union, ``None`` aside; a type of its own as the only one."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return tuple(item for item in typing.get_args(hint) if item is not type(None))
+    return (hint,)
+
+
+def from_arguments(config_class: type[C], arguments: Sequence[str], prog: str) -> C:
+    """Parse a command line into a settings dataclass, checked.
+
+    Raises:
+        InputError: an unknown flag (the closest one is named), a missing one, or a value of the wrong type or out of range.
+    """
+    given = vars(parser_of(config_class, prog).parse_args(list(arguments)))
+    hints = hints_of(config_class)
+    return config_class(**{name: _read(text, hints[name], f"--{name}") for name, text in given.items()})
+
+
+def _read(text: Any, hint: Any, where: str) -> Any:
+    """Convert the text of a flag, or the texts of a flag that takes several, to the type of its setting."""
+    if isinstance(text, bool):
+        return text
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is dict:
+        return {key: _read(item, inner[1], where) for key, item in key_values(text, where).items()}
+    if origin in (list, tuple):
+        return origin(_read(item, inner[0], where) for item in text)
+    if int in members_of(hint):
+        try:
+            return convert(int(text), hint, where)
+        except ValueError:  # not a whole number: another member of the union, or an error that names the flag
+            pass
+    return convert(text, hint, where)
+
+
+def to_arguments(config: Any) -> list[str]:
+    """Return the command line that makes this configuration: every setting that differs from its default."""
+    arguments: list[str] = []
+    for name, field in settings_of(type(config)).items():
+        value = getattr(config, name)
+        if value is None or value == default_of(field):
+            continue
+        if value is True:
+            arguments.append(f"--{name}")
+        elif isinstance(value, Mapping):
+            arguments += [f"--{name}={key}={item}" for key, item in value.items()]
+        else:
+            values = value if isinstance(value, list | tuple) else [value]
+            arguments += [f"--{name}={item}" for item in values]
+    return arguments

@@ -1,0 +1,71 @@
+"""The settings of spin/evaluate_model.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from spin.alignment.core.errors import InputError, lookup
+from spin.alignment.core.settings import check_settings, part_of, same_as, setting
+from spin.alignment.data.config import DataConfig, System
+from spin.alignment.generation import BACKENDS, check_backend_settings, find_backend
+from spin.alignment.generation.base import BackendSettings, SamplingConfig
+from spin.alignment.models.config import Dtype, ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Score a model on held-out prompts with ground truth."""
+
+    model: str = setting(help="model folder or Hub name", group="model", set_by_run=True)
+    revision: str | None = same_as(ModelConfig, "model_revision", set_by_run=True)
+    dtype: Dtype = same_as(ModelConfig, "dtype")
+    system: System = same_as(DataConfig, "system")
+    trust_remote_code: bool = same_as(ModelConfig, "trust_remote_code")
+
+    input_dir: str = setting(
+        help="prompts with ground truth: folder, file or Hub name", group="prompts and scores", set_by_run=True
+    )
+    split: str = setting("test", "split of the data", set_by_run=True)
+    output_file: str = setting(help="JSON file to write", set_by_run=True)
+    metric: str = setting(
+        "exact_match", "a rule: exact_match, math_answer, module:function, or a sum (docs/scoring.md)"
+    )
+    limit: int = setting(0, "held-out prompts to use, drawn with a fixed seed (0: all)", ge=0)
+    samples: int = setting(3, "responses kept in full", ge=0)
+
+    temperatures: list[float] = setting(
+        [0.0, 1.0, 0.5], "temperatures to answer at, each named once; 0 is greedy", group="sampling", ge=0
+    )
+    max_new_tokens: int = same_as(SamplingConfig, "max_new_tokens", default=256)
+    seed: int = same_as(SamplingConfig, "seed", set_by_run=True)
+
+    backend: str = setting("transformers", "transformers or vllm", group="backend")
+    batch_size: int = setting(16, "prompts at once (transformers)", ge=1)
+    tensor_parallel_size: int = same_as(BackendSettings, "tensor_parallel_size")
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        if find_backend(self.backend).needs_server:
+            others = " or ".join(name for name in BACKENDS if not find_backend(name).needs_server)
+            raise InputError(
+                f"backend {self.backend} asks a running server, and an evaluation loads its model itself: choose {others}"
+            )
+        check_backend_settings(self.backend, vars(self))
+        if not self.temperatures or len(set(self.temperatures)) < len(self.temperatures):
+            raise InputError(f"temperatures is {self.temperatures}: name one or more, each once")
+
+    def sampling(self, temperature: float) -> SamplingConfig:
+        """Return how the responses at a temperature are drawn."""
+        return replace(part_of(self, SamplingConfig), temperature=temperature)
+
+    def check_metric(self) -> None:
+        """Check the rule that scores the responses; a module that it names is imported.
+
+        Raises:
+            InputError: there is no such rule.
+        """
+        from spin.alignment.rewards import SCORERS, find_scorer
+
+        if self.metric.isidentifier():
+            lookup(SCORERS, self.metric, "metric")
+        find_scorer(self.metric)

@@ -1,0 +1,72 @@
+"""The settings of spin/convert_data.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from spin.alignment.core.errors import InputError
+from spin.alignment.core.settings import check_settings, same_as, setting
+from spin.alignment.methods.pairings import find_pairing
+from spin.alignment.models.config import Dtype
+from spin.alignment.rewards.base import ScorerSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
+    """Gather generated fractions into preference parquet files."""
+
+    input_dir: str = setting(
+        help="folder of {split}-{fraction}.parquet files from generate.py", group="fractions and pairs", set_by_run=True
+    )
+    output_dir: str = setting(help="folder for {split}_prefs-*.parquet", set_by_run=True)
+    splits: list[str] = setting([], "splits to gather", unset="those found at the start", set_by_run=True)
+    num_fracs: int = setting(0, "training fractions that must be there (0: as recorded)", ge=0, set_by_run=True)
+    wait: float = setting(
+        0.0,
+        "gather while fractions are still being made; end after this many seconds without a new one (0: do not wait)",
+        ge=0,
+        set_by_run=True,
+    )
+    pairing: str = setting(
+        "ground_truth", "which response is chosen and which rejected: a name, or module:function", recorded=True
+    )
+    initial: str | None = setting(
+        None,
+        "folder of the initial model's responses to the same prompts: a third response, for the losses that read one",
+        set_by_run=True,
+    )
+    identical: Literal["keep", "drop"] = setting("keep", "pairs whose responses are equal", recorded=True)
+    truncated: Literal["keep", "drop"] = setting("keep", "responses cut by length (no EOS)", recorded=True)
+    max_rows_per_file: int = setting(100_000, "rows in one output file", ge=1, recorded=True)
+    overwrite: bool = setting(False, "replace pairs made from something else")
+
+    scorer: str | None = same_as(ScorerSettings, "name", default=None, group="scorer")
+    scorer_model: str | None = same_as(ScorerSettings, "model")
+    scorer_batch_size: int = same_as(ScorerSettings, "batch_size")
+    scorer_max_length: int | None = same_as(ScorerSettings, "max_length")
+    scorer_dtype: Dtype = same_as(ScorerSettings, "dtype")
+    base_url: str | None = same_as(ScorerSettings, "base_url")
+    score_cache: str | None = same_as(ScorerSettings, "cache_dir")
+    trust_remote_code: bool = same_as(ScorerSettings, "trust_remote_code")
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        find_pairing(self.pairing)
+
+    def check_files(self) -> None:
+        """Check the folders that are named.
+
+        Raises:
+            InputError: there is no input folder, or it is the output folder as well, or there is no folder of initial responses.
+        """
+        input_dir = Path(self.input_dir)
+        if not input_dir.is_dir():
+            raise InputError(f"input_dir {input_dir} does not exist: give the output folder of spin/generate.py")
+        if input_dir.resolve() == Path(self.output_dir).resolve():
+            raise InputError(f"output_dir is the input_dir {input_dir}: choose another folder")
+        if self.initial is not None and not Path(self.initial).is_dir():
+            raise InputError(
+                f"initial is {self.initial}, which is no folder: give the output folder of spin/generate.py"
+            )

@@ -1,0 +1,216 @@
+"""What is wrong with the rows of data files and with a model folder: one sentence for each problem."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spin.alignment.core.errors import InputError
+from spin.alignment.core.sides import INITIAL, SIDES
+
+if TYPE_CHECKING:
+    from spin.alignment.data.chat_encoder import ChatEncoder
+
+FINISH_REASONS = ("stop", "length")
+_SHOWN_PER_FILE = 20
+
+
+def data_problems(path: Path, encoder: ChatEncoder | None) -> tuple[int, list[str]]:
+    """Return how many rows a data file, or the files of a folder, have, and their problems.
+
+    With an ``encoder`` token ids are checked too: they must decode to the text and end as the finish reason says.
+
+    Raises:
+        InputError: there is no data file at ``path``.
+    """
+    files = [path] if path.is_file() else sorted(path.glob("*.parquet"))
+    if not files:
+        raise InputError(
+            f"{path} holds no parquet file, no model and no run: reformat foreign data with spin/reformat.py"
+        )
+    checked, problems = 0, file_set_problems(files)
+    for file in files:
+        rows, found = file_problems(file, encoder)
+        checked += rows
+        problems += found[:_SHOWN_PER_FILE]
+        if len(found) > _SHOWN_PER_FILE:
+            problems.append(f"{file}: {len(found) - _SHOWN_PER_FILE} more problems")
+    return checked, problems
+
+
+def file_set_problems(files: Sequence[Path]) -> list[str]:
+    """Problems between files: provenance that does not fit together, and gaps in numbered sets."""
+    import re
+
+    from spin.alignment.core.parquet import open_parquet
+    from spin.alignment.core.provenance import Provenance, read_provenance
+
+    problems: list[str] = []
+    first: dict[str, tuple[Path, Provenance]] = {}
+    totals: dict[tuple[str, int], set[int]] = {}
+    for file in files:
+        if numbered := re.fullmatch(r"(.+)-(\d{5})-of-(\d{5})\.parquet", file.name):
+            totals.setdefault((numbered[1], int(numbered[3])), set()).add(int(numbered[2]))
+        try:
+            found = read_provenance(open_parquet(file).schema_arrow, file)
+        except InputError:
+            continue  # file_problems says so
+        split = f"{found.kind} {found.split}"
+        other, provenance = first.setdefault(split, (file, found))
+        if differing := provenance.differences(found):
+            problems.append(f"{other.name} and {file.name} come from different runs: {'; '.join(differing)}")
+    for (name, total), numbers in totals.items():
+        missing = [str(number) for number in range(total) if number not in numbers]
+        if missing and len(files) > 1:
+            problems.append(f"{name}: the files {', '.join(missing)} of {total} are missing")
+    return problems
+
+
+def file_problems(file: Path, encoder: ChatEncoder | None) -> tuple[int, list[str]]:
+    """Return the number of rows of a parquet file and its problems, each naming the row."""
+    from spin.alignment.core.parquet import open_parquet
+    from spin.alignment.core.provenance import read_provenance
+
+    problems: list[str] = []
+    try:
+        parquet = open_parquet(file)
+    except InputError as error:
+        return 0, [str(error)]
+    try:
+        read_provenance(parquet.schema_arrow, file)
+    except InputError as error:
+        problems.append(str(error))
+    columns = set(parquet.schema_arrow.names)
+    is_pair_file = "rejected" in columns
+    needed = {"prompt_id", "chosen"} | ({"sample_index", "rejected"} if is_pair_file else set())
+    if needed - columns:
+        problems.append(f"{file} lacks the columns {', '.join(sorted(needed - columns))}: convert it again")
+        return parquet.metadata.num_rows, problems
+    seen: set[tuple[str, int]] = set()
+    try:
+        for number, row in enumerate(_rows(file)):
+            where = f"{file} row {number}"
+            key = (row["prompt_id"], row.get("sample_index") or 0)
+            if not row["prompt_id"]:
+                problems.append(f"{where}: the prompt_id is empty")
+            elif key in seen:
+                problems.append(f"{where}: prompt {key[0]} with sample {key[1]} stands more than once")
+            seen.add(key)
+            problems += row_problems(row, where, is_pair_file, encoder)
+    except InputError as error:
+        problems.append(str(error))
+    return parquet.metadata.num_rows, problems
+
+
+def _rows(file: Path) -> Iterator[dict[str, Any]]:
+    from spin.alignment.core.parquet import read_rows
+
+    return read_rows(file)
+
+
+def row_problems(row: dict[str, Any], where: str, is_pair: bool, encoder: ChatEncoder | None) -> list[str]:
+    """Return what breaks the row contract: turns, token ids, finish reasons, weights."""
+    from spin.alignment.data.formats import check_conversation
+    from spin.alignment.data.preferences import check_pair
+
+    problems = []
+    try:
+        if is_pair and row["chosen"] is None and row["rejected"]:  # generated from a prompt without ground truth
+            check_conversation(row["rejected"][:-1], where, ground_truth_required=False)
+        elif is_pair:
+            check_pair(row["chosen"], row["rejected"], where, row.get("chosen_token_ids") is not None)
+        else:
+            check_conversation(row["chosen"], where)
+    except InputError as error:
+        return [str(error)]
+    responses = (*SIDES, *([INITIAL] if row.get(INITIAL) else []))
+    for side in responses if is_pair else ():
+        problems += [
+            f"{where}: {problem}" for problem in (*side_problems(row, side, encoder), *label_problems(row, side))
+        ]
+    if encoder is not None:
+        try:
+            encoder.prompt_ids(row["rejected" if is_pair else "chosen"][:-1])
+        except InputError as error:
+            problems.append(f"{where}: {error}")
+    return problems
+
+
+def label_problems(row: dict[str, Any], side: str) -> list[str]:
+    """Return which labels of a response are no numbers, or no probabilities where they should be."""
+    from spin.alignment.methods.pairings import known_labels
+
+    problems = []
+    for label in known_labels():
+        value = row.get(f"{side}_{label.name}")
+        if value is not None and not label.allows(value):
+            wanted = "in [0, 1]" if label.is_probability else "finite"
+            problems.append(f"{side}_{label.name} is {value}: it must be {wanted}")
+    return problems
+
+
+def side_problems(row: dict[str, Any], side: str, encoder: ChatEncoder | None) -> list[str]:
+    """Return what is wrong with one response: its ids against its text, its end, and its weights."""
+    ids, reason, weights = (row.get(f"{side}_{name}") for name in ("token_ids", "finish_reason", "weights"))
+    problems = []
+    if reason is not None and reason not in FINISH_REASONS:
+        problems.append(f"{side}_finish_reason is '{reason}': it must be stop or length")
+    if ids is None:
+        return problems
+    if not ids:
+        problems.append(f"{side}_token_ids is empty: a response has at least its end token")
+    if reason is None:
+        problems.append(f"{side}_token_ids has no {side}_finish_reason beside it")
+    if weights is not None and len(weights) != len(ids):
+        problems.append(f"{len(weights)} {side}_weights for {len(ids)} {side}_token_ids")
+    if encoder is None or not ids:
+        return problems
+    if not 0 <= min(ids) <= max(ids) < len(encoder.tokenizer):
+        return [*problems, f"{side}_token_ids holds ids outside of the tokenizer's 0 to {len(encoder.tokenizer) - 1}"]
+    ends = [position for position, token in enumerate(ids) if token in encoder.stop_ids]
+    if reason == "stop" and ends != [len(ids) - 1]:
+        problems.append(
+            f"{side}_finish_reason is stop, but {len(ends)} end tokens stand in the ids, not one at the end"
+        )
+    if reason == "length" and ends:
+        problems.append(f"{side}_finish_reason is length, but the ids hold an end token")
+    if encoder.decode(ids) != row[side][-1]["content"]:
+        problems.append(f"{side}_token_ids do not decode to the text of the {side} response")
+    return problems
+
+
+def model_problems(folder: Path) -> list[str]:
+    """Return what would keep a model folder from being an opponent: weights, tokenizer, template, end token."""
+    from spin.alignment.data.chat_encoder import ChatEncoder, load_tokenizer
+    from spin.alignment.models.folder import check_model_path
+
+    problems = []
+    try:
+        check_model_path(str(folder))
+    except InputError as error:
+        problems.append(str(error))
+    for weights in sorted(folder.glob("*.safetensors")):
+        problems += weight_problems(weights)
+    try:
+        ChatEncoder(load_tokenizer(str(folder)))
+    except InputError as error:
+        problems.append(str(error))
+    return problems
+
+
+def weight_problems(path: Path) -> list[str]:
+    """Return whether a weight file is torn or holds numbers that are not finite."""
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            broken = []
+            for name in file.keys():  # noqa: SIM118 (a safetensors file is not a mapping)
+                tensor = file.get_tensor(name)
+                if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                    broken.append(name)
+    except (SafetensorError, OSError) as error:
+        return [f"{path} is damaged ({error}): save the model again"]
+    return [f"{path}: the weight {name} holds numbers that are not finite" for name in broken]

@@ -1,0 +1,69 @@
+"""How far the fractions of a generation are, and who works on them."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+
+def workers_of(output_dir: Path) -> list[dict[str, Any]]:
+    """Return the heartbeats of the processes that work, or have worked, on a folder of fractions, by name."""
+    from spin.alignment.data.fractions import PARTS_FOLDER
+    from spin.alignment.generation.leases import is_known_dead, read_worker
+
+    found = []
+    for path in sorted((output_dir / PARTS_FOLDER / "workers").glob("*.json")):
+        record = read_worker(path)
+        if record is None:
+            continue
+        if record.get("state") == "working" and is_known_dead(record):
+            record["state"] = "killed"
+        # By the file server's clock against ours: a hint for the reader, nothing decides by it.
+        record["age"] = max(0.0, time.time() - path.stat().st_mtime)
+        found.append(record)
+    return found
+
+
+def describe_worker(record: dict[str, Any]) -> str:
+    """Return one line on a worker: its rates, its share of cut responses, and when it was last heard of."""
+    name, seconds = record["worker"], record.get("seconds", 0)
+    if not seconds:
+        return f"{name}: has written nothing yet"
+    rows, tokens = record["rows"], record["tokens"]
+    return (
+        f"{name}: {record['prompts']} prompts, {rows / seconds:.1f} rows/s, {tokens / seconds:.0f} tokens/s, "
+        f"{record['cut'] / max(rows, 1):.1%} cut, heard of {record['age']:.0f} s ago"
+    )
+
+
+def show_fractions(folder: Path) -> bool:
+    """Print how far the fractions in a folder are and who works on them; return False when it holds none."""
+    from rich.console import Console
+
+    from spin.alignment.core.parquet import open_parquet
+    from spin.alignment.core.provenance import read_provenance
+    from spin.alignment.data.fractions import PARTS_FOLDER, num_fractions
+    from spin.alignment.generation.fraction_journal import finished_prompts
+
+    workers = workers_of(folder)
+    splits: dict[str, list[Path]] = {}
+    for path in sorted(folder.glob("*.parquet")):
+        if found := re.fullmatch(r"(.+)-\d{5}", path.stem):
+            splits.setdefault(found[1], []).append(path)
+    open_folders = sorted((folder / PARTS_FOLDER).glob("*-[0-9][0-9][0-9][0-9][0-9]-*/"))
+    if not splits and not open_folders and not workers:
+        return False
+    console = Console()
+    for split, paths in splits.items():
+        made = read_provenance(open_parquet(paths[0]).schema_arrow, paths[0])
+        rows = sum(open_parquet(path).metadata.num_rows for path in paths)
+        total = num_fractions(made.num_prompts, made.frac_len)
+        console.print(f"{split}: {len(paths)} of {total} fractions, {rows} rows")
+    for path in open_folders:
+        console.print(f"{path.name.rpartition('-')[0]}: {finished_prompts(path)} prompts finished, not whole yet")
+    for record in workers:
+        left = f", {record.get('seconds_left', 0):.0f} s left" if record["state"] == "working" else ""
+        console.print(f"{describe_worker(record)}{left} ({record['state']})", soft_wrap=True)
+    return True

@@ -1,0 +1,188 @@
+"""What a stage is, and what its kind declares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from spin.alignment.core.flags import to_arguments
+from spin.alignment.pipeline.config import LaunchConfig, RunConfig
+from spin.alignment.pipeline.manifest import RunManifest
+from spin.alignment.pipeline.processes import accelerate_command
+from spin.alignment.pipeline.start_programs import PROGRAMS
+
+
+@dataclass(frozen=True)
+class Source:
+    """Files whose content a stage depends on; ``name`` is what the manifest calls them. Without files: a Hub name."""
+
+    name: str
+    files: Callable[[], list[Path]]
+
+
+# The model that self-play starts from; SFT continued from it; a policy that self-play made; plain SPIN on the data of a policy
+# that learned from weighted tokens; a model that exists only to weigh tokens.
+Role = Literal["start", "control", "policy", "unweighted", "scorer"]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model of a run: one row of the report, and of the lineage where the run trains it.
+
+    ``folder`` holds its ``checkpoint/``, ``metrics.json`` and ``eval.json``. ``role`` decides what the report compares it with.
+    """
+
+    name: str
+    role: Role
+    folder: Path
+    iteration: int | None = None
+    starts_from: str = ""
+    opponent: str = ""
+    data: str = ""
+
+    @property
+    def is_reported(self) -> bool:
+        """Whether it is scored on the held-out prompts and has a row in the report."""
+        return self.role != "scorer"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One skippable step of a run: programs that turn sources into outputs.
+
+    ``configs`` holds the settings of each program that is run, one after the other: the dataclass that its command line is
+    made of, or the mapping that it reads as YAML. ``settings`` is what the manifest records of them. ``folder`` holds partial
+    results, and is moved aside when the inputs have changed. ``needs`` names the stages whose outputs it reads. ``makes`` is
+    the model that it trains, ``scores`` the one that it evaluates.
+    """
+
+    kind: StageKind
+    name: str
+    configs: Sequence[Any]
+    settings: Mapping[str, Any]
+    sources: Sequence[Source]
+    outputs: Callable[[], list[Path]]
+    folder: Path | None = None
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    iteration: int | None = None
+    needs: tuple[str, ...] = ()
+    makes: Model | None = None
+    scores: Model | None = None
+
+    @property
+    def commands(self) -> list[list[str]]:
+        return [self.kind.command(self, config) for config in self.configs]
+
+    def inputs(self, manifest: RunManifest) -> dict[str, Any]:
+        """Return what the stage is made from: its settings, and the content hash of every source."""
+        run_dir = str(manifest.run_dir)
+        values = {key: portable(value, run_dir) for key, value in flatten(self.settings).items()}
+        for source in self.sources:
+            files = source.files()
+            values[f"content of {portable(source.name, run_dir)}"] = manifest.content_hashes(files) if files else "Hub"
+        return values
+
+
+class StageKind:
+    """A kind of stage: where its stages stand in a run, the program they start, and what is checked before and after.
+
+    A kind overrides the hook that puts its stages into the run, names its ``program`` and the suffix of the files without
+    which it has not done its work. All else has a default.
+    """
+
+    program: ClassVar[str]
+    # At least one output of a complete stage ends with this.
+    result_suffix: ClassVar[str] = ".parquet"
+    # Self-play does not wait for these stages: with launch.parallel they run beside it.
+    can_run_beside: ClassVar[bool] = False
+
+    # Where in a run.
+
+    def at_start(self, config: RunConfig) -> list[Stage]:
+        """Return the stages before the first iteration."""
+        return []
+
+    def in_iteration(self, config: RunConfig, iteration: int) -> list[Stage]:
+        """Return the stages of an iteration."""
+        return []
+
+    def at_end(self, config: RunConfig) -> list[Stage]:
+        """Return the stages after the last iteration."""
+        return []
+
+    def after_training(self, config: RunConfig, stage: Stage) -> list[Stage]:
+        """Return the stages that follow on one that makes a model."""
+        return []
+
+    # Before the run.
+
+    def check_settings(self, config: RunConfig, source: str) -> None:
+        """Check the settings of all stages of this kind before any process starts; ``source`` is the file they stand in.
+
+        Raises:
+            InputError: a setting is unknown, out of range, or does not go with another.
+        """
+
+    def prompts(self, config: RunConfig) -> dict[tuple[str, str], bool]:
+        """Return the (data set, split) of the user that stages of this kind read, and whether the ground truth must be there."""
+        return {}
+
+    # Around a program.
+
+    def command(self, stage: Stage, config: Any) -> list[str]:
+        """Return the command of the program with one of the stage's configs."""
+        return self.launched(stage, to_arguments(config))
+
+    def launched(self, stage: Stage, arguments: Sequence[str]) -> list[str]:
+        launch = stage.launch
+        return accelerate_command(PROGRAMS / self.program, arguments, launch.num_processes, launch.config_file)
+
+    def prepare(self, stage: Stage) -> None:
+        """Write what the program reads beside its arguments."""
+
+    def finish(self, stage: Stage, config: RunConfig) -> None:
+        """Check and complete what the programs have written.
+
+        Raises:
+            InputError: it is not what the run asked for.
+        """
+
+    def missing_outputs(self, stage: Stage) -> list[str]:
+        """Return the outputs that the programs of a stage, which ended well, have not left behind."""
+        paths = stage.outputs()
+        missing = [str(path) for path in paths if not path.is_file()]
+        if not any(path.name.endswith(self.result_suffix) for path in paths):
+            missing.append(f"{stage.folder}/*{self.result_suffix}")
+        return missing
+
+    def suspects(self, stage: Stage, damaged: list[Path]) -> list[Path]:
+        """Return the files that the program must not take for its own complete output once some of them are damaged."""
+        return damaged
+
+    # For people.
+
+    def progress(self, stage: Stage) -> str:
+        """Return how far a stage that is not done has come, from the files it writes on the way."""
+        return ""
+
+    def problems(self, stage: Stage, config: RunConfig) -> list[str]:
+        """Return what is wrong with the outputs of a stage that is done, beyond their content hashes (``spin validate``)."""
+        return []
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Turn nested mappings into one with dotted keys; leaves become JSON values."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value if isinstance(value, int | float | str | None) else str(value)
+    return {key.replace("\n", " "): value for key, value in flat.items()}
+
+
+def portable(value: Any, run_dir: str) -> Any:
+    """Name places inside the run directory independently of where it lies, so that two runs can be compared."""
+    return value.replace(f"{run_dir}/", "RUN/") if isinstance(value, str) else value

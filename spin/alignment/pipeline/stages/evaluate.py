@@ -1,0 +1,53 @@
+"""``NAME/evaluate``: the scores of a model on the held-out prompts, where ``data.test`` names some."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from spin.alignment.pipeline.config import RunConfig
+from spin.alignment.pipeline.stages.base import Model, Stage, StageKind
+from spin.alignment.pipeline.stages.sources import data_source, model_source
+from spin.alignment.pipeline.stages.training import checkpoint_of
+
+
+class Evaluate(StageKind):
+    program = "evaluate_model.py"
+    result_suffix = ".json"
+    can_run_beside = True
+
+    def at_start(self, config: RunConfig) -> list[Stage]:
+        """The model that self-play starts from, where no stage of the run makes it."""
+        if config.sft is not None:
+            return []
+        return self._stages(config, Model("sft", "start", Path(config.run_dir) / "sft"), config.model, ())
+
+    def after_training(self, config: RunConfig, stage: Stage) -> list[Stage]:
+        if stage.makes is None or not stage.makes.is_reported:
+            return []
+        return self._stages(config, stage.makes, str(checkpoint_of(stage)), (stage.name,))
+
+    def _stages(self, config: RunConfig, model: Model, path: str, needs: tuple[str, ...]) -> list[Stage]:
+        data, name = config.data, str(model.folder.relative_to(config.run_dir))
+        if not data.test:
+            return []
+        evaluation = config.evaluate_config(name, path)
+        managed = {key: getattr(evaluation, key) for key in ("model", "revision", "input_dir", "split", "seed")}
+        return [
+            Stage(
+                kind=self,
+                name=f"{name}/evaluate",
+                configs=[evaluation],
+                settings=managed | config.evaluate,
+                sources=[model_source(path), data_source(data.test, data.test_split)],
+                outputs=lambda: [Path(evaluation.output_file)],
+                iteration=model.iteration,
+                needs=needs,
+                scores=model,
+            )
+        ]
+
+    def check_settings(self, config: RunConfig, source: str) -> None:
+        config.evaluate_config("start", config.start_model).check_metric()
+
+    def prompts(self, config: RunConfig) -> dict[tuple[str, str], bool]:
+        return {(config.data.test, config.data.test_split): True} if config.data.test else {}

@@ -1,0 +1,49 @@
+"""``sft/train``: the SFT model that self-play starts from, where the run trains it itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from spin.alignment.pipeline.config import RunConfig
+from spin.alignment.pipeline.stages.base import Model, Role, Stage
+from spin.alignment.pipeline.stages.sources import data_source
+from spin.alignment.pipeline.stages.training import TrainingKind
+
+
+class Sft(TrainingKind):
+    program = "run_sft.py"
+    # The section of the configuration, the name and role of the model in the report, and what the training waits for.
+    section = "sft"
+    row = "sft"
+    role: Role = "start"
+    needs: tuple[str, ...] = ()
+
+    def at_start(self, config: RunConfig) -> list[Stage]:
+        section = getattr(config, self.section)
+        if section is None:
+            return []
+        values, data = config.sft_values(self.section), config.data
+        model = Model(
+            name=self.row,
+            role=self.role,
+            folder=Path(config.run_dir) / self.section,
+            starts_from=values["model_name_or_path"] + (" (random weights)" if section.get("init_from_config") else ""),
+            opponent="none (SFT)",
+            data=f"{data.train} [{data.train_split}]",
+        )
+        sources = [data_source(data.train, data.train_split)]
+        return [self.stage(config, f"{self.section}/train", values, sources, model, self.needs)]
+
+    def check_settings(self, config: RunConfig, source: str) -> None:
+        if getattr(config, self.section) is None:
+            return
+        from spin.alignment.training.settings import read_settings
+        from spin.alignment.training.sft import SFTArguments
+
+        # The models of later stages do not exist yet, so their paths are not looked at here.
+        values = config.sft_values(self.section) | {"model_name_or_path": "opponent"}
+        read_settings(values, f"the section '{self.section}' of {source}", SFTArguments)
+
+    def prompts(self, config: RunConfig) -> dict[tuple[str, str], bool]:
+        data = config.data
+        return {} if getattr(config, self.section) is None else {(data.train, data.train_split): True}

@@ -1,0 +1,49 @@
+"""``iterT/train``: the policy of the next iteration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from spin.alignment.pipeline.config import RunConfig
+from spin.alignment.pipeline.stages.base import Model, Stage
+from spin.alignment.pipeline.stages.sources import pair_sources
+from spin.alignment.pipeline.stages.training import TrainingKind
+
+
+class Train(TrainingKind):
+    program = "run_spin.py"
+
+    def in_iteration(self, config: RunConfig, iteration: int) -> list[Stage]:
+        opponent, folders = config.opponent(iteration), config.train_folders(iteration)
+        model = Model(
+            name=f"iter{iteration}",
+            role="policy",
+            folder=config.iteration_dir(iteration),
+            iteration=iteration,
+            starts_from=opponent,
+            opponent=opponent,
+            data=" + ".join(folders),
+        )
+        values = config.train_values(iteration)
+        return [self.stage(config, f"iter{iteration}/train", values, pair_sources(folders), model)]
+
+    def check_settings(self, config: RunConfig, source: str) -> None:
+        for iteration in config.self_play_iterations:
+            where = f"the section 'train' of {source} (iteration {iteration})"
+            check_spin_settings(config, config.train_values(iteration), where)
+
+
+def check_spin_settings(config: RunConfig, values: Mapping[str, Any], where: str) -> None:
+    """Check settings of run_spin.py, and that the pairs will have what the loss reads.
+
+    Raises:
+        InputError: a setting is unknown or out of range, or the pairing does not write what the loss reads.
+    """
+    from spin.alignment.pairs.annotate import check_loss
+    from spin.alignment.training.settings import read_settings
+    from spin.alignment.training.trainer import SPINConfig
+
+    # The models of later stages do not exist yet, so their paths are not looked at here.
+    settings = read_settings({**values, "model_name_or_path": "opponent"}, where, SPINConfig)
+    check_loss(config.convert.get("pairing", "ground_truth"), settings.arguments.loss_type)

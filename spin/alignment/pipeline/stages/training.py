@@ -1,0 +1,87 @@
+"""The kind of stage that all trainings share."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from spin.alignment.models.folder import model_files
+from spin.alignment.pipeline.config import RunConfig
+from spin.alignment.pipeline.stages.base import Model, Source, Stage, StageKind
+from spin.alignment.pipeline.stages.sources import function_sources, model_source
+
+
+class TrainingKind(StageKind):
+    """A training: its program reads a YAML file, writes ``checkpoint/`` and logs ``metrics.json``, which is copied beside it."""
+
+    result_suffix = ".safetensors"
+
+    def stage(
+        self,
+        config: RunConfig,
+        name: str,
+        values: dict[str, Any],
+        sources: Sequence[Source],
+        model: Model,
+        needs: tuple[str, ...] = (),
+    ) -> Stage:
+        """Return the stage that trains ``model`` with the settings ``values``."""
+        checkpoint, launch = model.folder / "checkpoint", config.launch
+        recorded = {"num_processes": launch.num_processes, "config_file": launch.config_file}
+        return Stage(
+            kind=self,
+            name=name,
+            configs=[values],
+            settings=values | {"launch": recorded},
+            sources=[model_source(values["model_name_or_path"]), *sources, *function_sources(values)],
+            outputs=lambda: [*model_files(checkpoint), checkpoint / "metrics.json"],
+            folder=checkpoint,
+            launch=launch,
+            iteration=model.iteration,
+            needs=needs,
+            makes=model,
+        )
+
+    def command(self, stage: Stage, config: Any) -> list[str]:
+        return self.launched(stage, [str(config_file(stage))])
+
+    def prepare(self, stage: Stage) -> None:
+        import yaml
+
+        from spin.alignment.core.files import write_text_atomic
+
+        (values,) = stage.configs
+        write_text_atomic(config_file(stage), yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True))
+
+    def finish(self, stage: Stage, config: RunConfig) -> None:
+        from spin.alignment.core.files import write_text_atomic
+
+        metrics = checkpoint_of(stage) / "metrics.json"
+        write_text_atomic(config_file(stage).with_name(metrics.name), metrics.read_text(encoding="utf-8"))
+
+    def suspects(self, stage: Stage, damaged: list[Path]) -> list[Path]:
+        """A training takes any checkpoint that is there for complete: all of a damaged one must go."""
+        return stage.outputs()
+
+    def progress(self, stage: Stage) -> str:
+        names = (path.name for path in checkpoint_of(stage).glob("checkpoint-*"))
+        steps = [int(found[1]) for name in names if (found := re.fullmatch(r"checkpoint-(\d+)", name))]
+        return f"checkpoint at step {max(steps)}" if steps else ""
+
+    def problems(self, stage: Stage, config: RunConfig) -> list[str]:
+        from spin.alignment.pipeline.data_checks import model_problems
+
+        return model_problems(checkpoint_of(stage))
+
+
+def checkpoint_of(stage: Stage) -> Path:
+    """Return the folder that a training saves its model in."""
+    assert stage.makes is not None
+    return stage.makes.folder / "checkpoint"
+
+
+def config_file(stage: Stage) -> Path:
+    """Return the YAML file that a training is started with."""
+    return checkpoint_of(stage).with_name("train.yaml")

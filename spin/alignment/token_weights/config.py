@@ -1,0 +1,102 @@
+"""The settings of spin/estimate_weights.py: which models score the tokens, and how their scores become weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from spin.alignment.core.errors import InputError
+from spin.alignment.core.settings import check_settings, default_of, part_of, same_as, setting, settings_of
+from spin.alignment.data.config import DataConfig, System
+from spin.alignment.methods.weightings import DEFAULT_TRANSFORM, check_transform, find_weighting
+from spin.alignment.models.config import Dtype, ModelConfig
+
+# The settings that a weighting reads when it compares two models, and when it does not.
+_OF_MODELS = ("model_plus", "model_minus", "revision_plus", "revision_minus", "transform", "transform_params")
+_OF_SCORING = ("max_length", "max_prompt_length", "batching", "dtype")
+_OF_TOKENIZER = ("tokenizer", "revision_tokenizer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsConfig:
+    """Weigh the response tokens of preference data."""
+
+    input_dir: str = setting(
+        help="folder of {split}_prefs-*.parquet from convert_data.py", group="rows", set_by_run=True
+    )
+    output_dir: str = setting(help="folder for the same files with weights", set_by_run=True)
+    page: str | None = setting(None, "HTML file to write: a few responses coloured by weight", set_by_run=True)
+    page_rows: int = setting(8, "pairs on the page", ge=1)
+    overwrite: bool = setting(False, "replace weights that were made from something else", set_by_run=True)
+
+    weighting: str = setting(help="reverse_dpo, teacher, drift or uniform, or module:function", group="weights")
+    transform: str | None = setting(
+        None,
+        "from gain to weight: exponential, origin, binary, threshold, threshold_and_scale, rank_based or random",
+        unset=f"{DEFAULT_TRANSFORM} where models are compared",
+    )
+    transform_params: dict[str, float | str] = setting({}, "settings of the transform, such as mu=1")
+    seed: int = setting(42, "seed of the transform random", ge=0, set_by_run=True)
+
+    model_plus: str | None = setting(
+        None, "the model that was trained on the pairs, or the teacher", group="models and tokenizer"
+    )
+    model_minus: str | None = setting(
+        None, "the model that was trained on the reversed pairs, or the student", set_by_run=True
+    )
+    revision_plus: str | None = same_as(ModelConfig, "model_revision")
+    revision_minus: str | None = same_as(ModelConfig, "model_revision", set_by_run=True)
+    tokenizer: str | None = setting(None, "model whose tokenizer made the data (drift and uniform)", set_by_run=True)
+    revision_tokenizer: str | None = same_as(ModelConfig, "model_revision", set_by_run=True)
+    dtype: Dtype = same_as(ModelConfig, "dtype")
+    trust_remote_code: bool = same_as(ModelConfig, "trust_remote_code", help="run code that comes with the models")
+
+    system: System = same_as(DataConfig, "system", group="sequences")
+    max_length: int = same_as(
+        DataConfig, "max_length", help="longest prompt plus response that is scored, in tokens, as in training"
+    )
+    max_prompt_length: int = same_as(DataConfig, "max_prompt_length")
+    batching: Literal["packed", "padded"] = setting("packed", "padded: for any architecture, slower")
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        weighting = find_weighting(self.weighting)
+        for name in ("model_plus", "model_minus"):
+            if weighting.needs_models and not getattr(self, name):
+                raise InputError(f"the weighting {self.weighting} compares two models: give --{name}")
+        for name in _OF_TOKENIZER if weighting.needs_models else _OF_MODELS:
+            if getattr(self, name):
+                raise InputError(f"the weighting {self.weighting} does not use --{name}: remove it")
+        for name in () if weighting.needs_models else _OF_SCORING:
+            if getattr(self, name) != default_of(settings_of(type(self))[name]):
+                raise InputError(f"the weighting {self.weighting} scores nothing and does not use --{name}: remove it")
+        if not weighting.needs_models and not self.tokenizer:
+            raise InputError(f"the weighting {self.weighting} needs the data's tokenizer: give --tokenizer")
+        if "seed" in self.transform_params:
+            raise InputError("transform_params names 'seed': each response has a seed of its own, give --seed")
+        _ = self.limits, self.transform_settings  # their checks
+
+    @property
+    def limits(self) -> DataConfig:
+        """How sequences are cut, as in training."""
+        return part_of(self, DataConfig)
+
+    @property
+    def transform_name(self) -> str:
+        """The name of the transform, in ``WEIGHT_TRANSFORMS``."""
+        return self.transform or DEFAULT_TRANSFORM
+
+    @property
+    def transform_settings(self) -> dict[str, float]:
+        """The settings of the transform, as numbers."""
+        return check_transform(self.transform_name, self.transform_params)
+
+    def check_files(self) -> None:
+        """Check the folders that are named.
+
+        Raises:
+            InputError: input and output are one folder.
+        """
+        if Path(self.input_dir).resolve() == Path(self.output_dir).resolve():
+            raise InputError(f"output_dir is the input_dir {self.input_dir}: choose another folder")

@@ -1,0 +1,84 @@
+"""The keys of online training beside those of preference training, with their sentences; light, for ``--help`` and the docs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from spin.alignment.core.settings import same_as, setting
+from spin.alignment.generation.base import BackendSettings, SamplingConfig
+from spin.alignment.models.config import Dtype
+from spin.alignment.rewards.base import ScorerSettings
+
+
+@dataclass
+class OnlineKeys:
+    """The keys of the loop; defaults follow online DPO (verl's recipe "spin")."""
+
+    num_samples: int = same_as(SamplingConfig, "num_samples", default=2, group="sampling")
+    temperature: float = same_as(SamplingConfig, "temperature")
+    top_p: float = same_as(SamplingConfig, "top_p")
+    top_k: int = same_as(SamplingConfig, "top_k")
+    max_new_tokens: int = same_as(
+        SamplingConfig,
+        "max_new_tokens",
+        default=256,
+        help="tokens of a response, the end-of-turn token included",
+        ge=1,
+    )
+    backend: str = setting(
+        "transformers",
+        "transformers: the policy's own module decodes, nothing is copied; vllm: an engine in the process of each rank, its "
+        "weights reloaded before each step",
+    )
+    generation_batch_size: int | None = same_as(BackendSettings, "batch_size")
+    gpu_memory_utilization: float = same_as(
+        BackendSettings,
+        "gpu_memory_utilization",
+        default=0.4,
+        help="the engine's share of the GPU (vllm); the rest is for training",
+    )
+
+    scorer: str | None = same_as(ScorerSettings, "name", default=None, group="labels")
+    scorer_model: str | None = same_as(ScorerSettings, "model")
+    scorer_batch_size: int = same_as(ScorerSettings, "batch_size")
+    scorer_max_length: int | None = same_as(ScorerSettings, "max_length")
+    scorer_dtype: Dtype = same_as(ScorerSettings, "dtype")
+    base_url: str | None = same_as(ScorerSettings, "base_url")
+    score_cache: str | None = same_as(ScorerSettings, "cache_dir", recorded=False)
+    trust_remote_code: bool = same_as(
+        ScorerSettings, "trust_remote_code", help="run code that comes with the policy or the scoring model"
+    )
+
+    pairing: str = setting(
+        "best_vs_worst", "which response is chosen and which rejected: a name, or module:function", group="pairs"
+    )
+    baseline: Literal["prompt", "batch"] = setting(
+        "prompt", "every_sample's rewards are relative to the soft mean of their prompt, or of the whole batch"
+    )
+    soft_mean_b: float = setting(
+        1.0, "b of that soft mean, log mean exp(b r) / b; 0 is the arithmetic mean (every_sample)", ge=0
+    )
+
+    updates_per_batch: int = setting(
+        1, "optimiser steps on the pairs of one batch of prompts (verl: train batch / mini-batch)", group="loop", ge=1
+    )
+    ref_update_freq: int = setting(
+        1,
+        "the policy becomes the reference every so many steps; 1: the reference is the policy that sampled, and no copy of it "
+        "is held",
+        ge=1,
+    )
+
+    eval_prompts: str | None = setting(
+        None, "held-out prompts, answered every eval_steps steps and at the end", group="held out", set_by_run=True
+    )
+    eval_split: str = setting("test", "their split", set_by_run=True)
+    eval_temperatures: list[float] = setting(
+        [0.0, 1.0], "temperatures at which they are answered, each named once", ge=0
+    )
+    eval_limit: int = setting(0, "held-out prompts to use (0: all)", ge=0)
+
+    learning_rate: float = setting(1e-6, "highest learning rate", group="optimiser", gt=0)
+    warmup_steps: float = setting(15, "steps of warm-up; below 1: a share of all steps", ge=0)
+    save_strategy: str = setting("steps", "when a checkpoint is saved: no, steps, epoch", recorded=False)

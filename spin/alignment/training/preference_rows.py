@@ -1,0 +1,62 @@
+"""A data set of preference rows, as a Python user hands it to SPINTrainer, to the encoded pairs that it trains on."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import datasets
+
+from spin.alignment.core.errors import InputError
+from spin.alignment.data.chat_encoder import ChatEncoder
+from spin.alignment.data.preferences import to_preferences
+from spin.alignment.logprobs.batch import PairDataset
+from spin.alignment.logprobs.forward import causal_model
+from spin.alignment.models.folder import check_config_fits
+from spin.alignment.training.preference_data import check_budget, encode_split, largest
+
+if TYPE_CHECKING:
+    from spin.alignment.training.config import SPINConfig
+
+logger = logging.getLogger(__name__)
+
+
+def has_rows(dataset: Any, name: str) -> bool:
+    """Return whether a trainer was given rows that are yet to be encoded.
+
+    Raises:
+        InputError: they are not one ``datasets.Dataset``.
+    """
+    if isinstance(dataset, datasets.IterableDataset | datasets.DatasetDict | list | dict):
+        raise InputError(
+            f"{name} is a {type(dataset).__name__}: give one datasets.Dataset (Dataset.from_list makes one of a list of rows)"
+        )
+    return isinstance(dataset, datasets.Dataset)
+
+
+def to_pairs(dataset: Any, name: str, args: SPINConfig, tokenizer: Any, model: Any) -> Any:
+    """Return the pairs of a ``datasets.Dataset`` of preference rows, truncated as ``args`` say; anything else that the trainer
+    itself understands (encoded pairs, None) as it is.
+
+    The rows are in the project's format or in one of TRL's (see :func:`to_preferences`). Pairs that cannot be trained on, such
+    as those of an empty response, are dropped; how many and why is logged.
+
+    Args:
+        name: the parameter that the rows were given by, for messages.
+
+    Raises:
+        InputError: another kind of data set, a row that breaks the contract, a column that the loss reads is missing, or a
+            pair does not fit into the model or into ``max_tokens_per_batch``.
+    """
+    if not has_rows(dataset, name):
+        return dataset
+    rows = to_preferences(dataset, name)
+    rows = rows.add_column("source", [name] * len(rows))
+    encoder = ChatEncoder(tokenizer, args.system)
+    encoded, dropped = encode_split(rows, encoder, args.limits, args.loss_type, args.reverse)
+    for reason, count in dropped.items():
+        logger.warning("%s: %d of %d pairs dropped: %s", name, count, len(rows), reason)
+    pairs = {name: encoded}
+    check_config_fits(causal_model(model).config.to_dict(), "the model", *largest(pairs))
+    check_budget(pairs, args)
+    return PairDataset(encoded)

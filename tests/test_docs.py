@@ -1,0 +1,34 @@
+"""The tables of keys and flags in the docs are those that the settings declare."""
+
+from __future__ import annotations
+
+import pytest
+
+from scripts.make_docs import CLASSES, TABLE, up_to_date
+from spin.alignment.core.errors import InputError
+from spin.alignment.core.settings import declaration_of, settings_of
+from tests.helpers import REPOSITORY
+
+PAGES = sorted((REPOSITORY / "docs").glob("*.md"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_table_is_stale(page):
+    text = page.read_text(encoding="utf-8")
+    assert up_to_date(text) == text, "run python scripts/make_docs.py"
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_every_setting_has_a_sentence_and_stands_in_the_docs(name):
+    written = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+    tables = "\n".join(match.group(0) for match in TABLE.finditer(written))
+    for key, field in settings_of(CLASSES[name]).items():
+        assert declaration_of(field).help, key
+        assert any(f"| `{prefix}{key}` |" in tables for prefix in ("", "--", "data.", "launch.")), key
+
+
+def test_a_changed_table_is_seen():
+    page = "<!-- keys: LaunchConfig -->\nold\n<!-- end -->\n"
+    assert "| `launch.num_processes` | 1 |" in up_to_date(page) and "old" not in up_to_date(page)
+    with pytest.raises(InputError, match="unknown settings class 'NoConfig'"):
+        up_to_date("<!-- keys: NoConfig -->\n<!-- end -->")
