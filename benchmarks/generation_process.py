@@ -145,7 +145,7 @@ def measure(contender: Contender, turn: int) -> dict[str, Any]:
     """Let a contender answer the prompts of a turn.
 
     Returns:
-        seconds of both clocks, the number of sampled tokens (including stop ids), and a checksum per prompt id of its response.
+        seconds of both clocks, number of sampled tokens (including stop ids), and a checksum of each prompt id's response.
     """
     contender.prepare(turn)
     gc.collect()

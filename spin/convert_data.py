@@ -1,4 +1,4 @@
-"""Step 1.5: shards of generated responses -> preference parquet.
+"""Step 1.5: fractions of generated responses -> preference parquet.
 
 Gathers the fractions of every split in a folder, checks that each prompt and sample is present exactly once, forms pairs
 prompt by prompt, and writes ``{split}_prefs-00000-of-0000N.parquet``; ``{split}_prefs.counts.json`` appears last and marks

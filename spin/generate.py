@@ -1,4 +1,4 @@
-"""Step 1: prompts -> shards of the model's own responses.
+"""Step 1: prompts -> fractions of the model's own responses.
 
 Writes ``{output_dir}/{split}-{data_frac:05d}.parquet`` with the columns of docs/data_format.md: prompt_id, sample_index,
 chosen (ground truth), rejected (own response), rejected_token_ids, rejected_finish_reason. Any number of processes on any
