@@ -163,14 +163,18 @@ def test_requests_are_drawn_late_and_closing_gives_up():
 
 
 def test_responses_come_as_soon_as_they_are_complete():
-    prompts = [PromptRequest("long", (5, 6), room=50), PromptRequest("short", (5, 7), room=2)]
+    prompts = [PromptRequest("long", (5, 6), free_tokens=50), PromptRequest("short", (5, 7), free_tokens=2)]
     served = backend(build("Llama"), stop_ids=[])
     numbers = [number for number, _ in served.stream(prompts, SamplingConfig(max_new_tokens=0))]
     assert numbers == [1, 0]
 
 
 def test_room_and_max_new_tokens_limit_together():
-    prompts = [PromptRequest("a", (5, 6), room=4), PromptRequest("b", (7, 8), room=20), PromptRequest("c", (9,))]
+    prompts = [
+        PromptRequest("a", (5, 6), free_tokens=4),
+        PromptRequest("b", (7, 8), free_tokens=20),
+        PromptRequest("c", (9,)),
+    ]
     served = backend(build("Llama"), stop_ids=[])
     found = served.generate(prompts, SamplingConfig(max_new_tokens=9))
     assert [len(row[0].token_ids) for row in found] == [4, 9, 9]

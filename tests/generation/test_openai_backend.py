@@ -30,7 +30,7 @@ from tests.helpers.openai_backend import (
 
 def test_every_setting_of_the_sampling_is_in_the_request(server, connect):
     sampling = SamplingConfig(2, 0.7, 0.9, 50, 0.05, 1.1, 30, stop=("END",), logprobs=True, seed=3)
-    connect().generate([PromptRequest("p", (5, 6, 7), room=20)], sampling)
+    connect().generate([PromptRequest("p", (5, 6, 7), free_tokens=20)], sampling)
     first, second = sorted(server.bodies, key=lambda body: body["seed"] != sample_seed(3, "p", 0))
     assert first == {
         "model": "tiny",

@@ -58,7 +58,7 @@ def main():
     letters = ["a", "b", "c"]
     stop = SamplingConfig(max_new_tokens=40, seed=7, stop=tuple(letters), logprobs=True, min_p=0.01, top_k=50)
     said["stopped"] = backend.generate(requests, stop)
-    said["short"] = backend.generate([PromptRequest("r", (5, 6, 7), room=3)], SamplingConfig(max_new_tokens=0))
+    said["short"] = backend.generate([PromptRequest("r", (5, 6, 7), free_tokens=3)], SamplingConfig(max_new_tokens=0))
     texts = [decode(row[0].token_ids) for row in said["stopped"]]
     backend.close()
     print("LAZY" + json.dumps(lazy | {"texts": texts, "letters": letters}))

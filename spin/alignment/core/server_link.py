@@ -95,17 +95,17 @@ def is_this_machine(host: str) -> bool:
 
 def checked_url(base_url: str | None) -> httpx2.URL:
     """Return the server's address as a URL; raise :class:`InputError` if it is not a valid one."""
-    mend = "pass --base_url http://host:port/v1"
+    fix = "pass --base_url http://host:port/v1"
     if not base_url:
-        raise InputError(f"the openai backend needs the address of a running server: {mend}")
+        raise InputError(f"the openai backend needs the address of a running server: {fix}")
     try:
         url = httpx2.URL(base_url.strip().rstrip("/"))
     except httpx2.InvalidURL as error:
-        raise InputError(f"base_url {base_url} is not a valid URL ({error}): {mend}") from error
+        raise InputError(f"base_url {base_url} is not a valid URL ({error}): {fix}") from error
     if url.userinfo:
         raise InputError("base_url contains a user name or password: remove it and set OPENAI_API_KEY")
     if url.scheme not in ("http", "https") or not url.host:
-        raise InputError(f"base_url {base_url} is not the address of a server: {mend}")
+        raise InputError(f"base_url {base_url} is not the address of a server: {fix}")
     return url
 
 

@@ -25,7 +25,7 @@ class HeldOut:
 
     request: PromptRequest
     prompt: str
-    truth: str
+    ground_truth: str
     ground_truth_ids: tuple[int, ...]
 
 
@@ -85,9 +85,9 @@ def score_responses(
     held_out: Sequence[HeldOut], responses: Sequence[Response], texts: Sequence[str], scorer: Scorer
 ) -> dict[str, float]:
     """Return ``exact``, ``exact_se``, ``identical_rate``, ``truncation_rate``, and ``mean_length`` in tokens, EOS included."""
-    scores = [scorer(item.prompt, text, item.truth) for item, text in zip(held_out, texts, strict=True)]
+    scores = [scorer(item.prompt, text, item.ground_truth) for item, text in zip(held_out, texts, strict=True)]
     exact, error = mean_and_error(scores)
-    same = [text.strip() == item.truth.strip() for item, text in zip(held_out, texts, strict=True)]
+    same = [text.strip() == item.ground_truth.strip() for item, text in zip(held_out, texts, strict=True)]
     count = len(responses)
     return {
         "exact": exact,
@@ -111,7 +111,7 @@ def evaluate_responses(
     """Return ``temperatures`` (scores by temperature, as text such as "0.5") and the first few responses in full."""
     by_temperature: dict[str, dict[str, float]] = {}
     shown: list[dict[str, Any]] = [
-        {"prompt_id": item.request.prompt_id, "prompt": item.prompt, "truth": item.truth, "responses": {}}
+        {"prompt_id": item.request.prompt_id, "prompt": item.prompt, "truth": item.ground_truth, "responses": {}}
         for item in held_out[:num_samples_shown]
     ]
     for sampling in samplings:

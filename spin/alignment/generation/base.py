@@ -62,7 +62,7 @@ class SamplingConfig:
         Raises:
             ValueError: neither ``max_new_tokens`` nor the request sets a limit.
         """
-        limits = [limit for limit in (self.max_new_tokens, request.room) if limit]
+        limits = [limit for limit in (self.max_new_tokens, request.free_tokens) if limit]
         if not limits:
             raise ValueError(f"nothing limits the response to prompt {request.prompt_id}: set max_new_tokens")
         return min(limits)
@@ -72,12 +72,12 @@ class SamplingConfig:
 class PromptRequest:
     """One prompt: its id and its token ids, with at most one BOS and including the generation prompt.
 
-    ``room`` is the number of tokens that fit in the model's context after the prompt, None without a limit.
+    ``free_tokens`` is the number of tokens that fit in the model's context after the prompt, None without a limit.
     """
 
     prompt_id: str
     token_ids: Sequence[int]
-    room: int | None = None
+    free_tokens: int | None = None
 
 
 @dataclass(frozen=True)

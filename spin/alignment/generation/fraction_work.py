@@ -99,8 +99,8 @@ class GenerationJob:
         if len(ids) > self.longest_prompt:
             return f"prompt of {len(ids)} tokens, at most {self.longest_prompt} fit"
         # An array of C ints: a list of Python ints would take several times the memory for a whole fraction.
-        room = None if self.context is None else self.context - len(ids)
-        return PromptRequest(row["prompt_id"], array("i", ids), room)
+        free_tokens = None if self.context is None else self.context - len(ids)
+        return PromptRequest(row["prompt_id"], array("i", ids), free_tokens)
 
     def fraction_provenance(self, number: int, prompts: EncodedPrompts) -> Provenance:
         """Return the provenance of one fraction, with the sum of its prompt ids as proof that none is missing or repeated."""

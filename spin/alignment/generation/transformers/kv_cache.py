@@ -201,13 +201,13 @@ def layer_windows(model: Any) -> list[int | None]:
         InputError: the model has state other than keys and values by position.
     """
     name, config = type(model).__name__, model.config.get_text_config(decoder=True)
-    mend = "use --backend vllm"
+    fix = "use --backend vllm"
     if model.config.is_encoder_decoder or getattr(model, "_is_stateful", False):
         kind = "an encoder" if model.config.is_encoder_decoder else "a recurrent state"
-        raise InputError(f"{name} has {kind}, which the transformers backend does not support: {mend}")
+        raise InputError(f"{name} has {kind}, which the transformers backend does not support: {fix}")
     kinds, settings = get_layer_types_and_kwargs(config)
     unknown = sorted(set(kinds) - _LAYERS_SERVED)
     if unknown or getattr(config, "num_kv_shared_layers", None):
         what = f"layers of kind {', '.join(unknown)}" if unknown else "layers that share a cache"
-        raise InputError(f"{name} has {what}, which the transformers backend does not support: {mend}")
+        raise InputError(f"{name} has {what}, which the transformers backend does not support: {fix}")
     return [setting.get("sliding_window") for setting in settings]

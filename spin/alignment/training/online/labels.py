@@ -106,7 +106,7 @@ class PairMaker:
             {
                 "prompt_id": prompt.prompt_id,
                 "sample_index": sample,
-                "chosen": prompt.truth,
+                "chosen": prompt.ground_truth,
                 "rejected": [
                     *prompt.messages,
                     {"role": "assistant", "content": self.encoder.decode(response.token_ids)},

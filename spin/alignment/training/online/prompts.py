@@ -37,13 +37,13 @@ class OnlinePrompt:
     prompt_id: str
     token_ids: tuple[int, ...]
     messages: list[dict[str, str]]
-    truth: list[dict[str, str]] | None
+    ground_truth: list[dict[str, str]] | None
     ground_truth_ids: tuple[int, ...] = ()
 
     @property
     def reference(self) -> str | None:
         """The text of the ground truth, for the scorer."""
-        return None if self.truth is None else self.truth[-1]["content"]
+        return None if self.ground_truth is None else self.ground_truth[-1]["content"]
 
 
 class PromptDataset(torch.utils.data.Dataset):
@@ -164,17 +164,22 @@ def encode(
         InputError: the row cannot be encoded, or its ground truth is missing.
     """
     conversation = [dict(turn) for turn in row["chosen"]]
-    truth = conversation if conversation[-1]["role"] == "assistant" else None
-    messages = conversation if truth is None else conversation[:-1]
-    if pairing is not None and truth is None:
+    ground_truth = conversation if conversation[-1]["role"] == "assistant" else None
+    messages = conversation if ground_truth is None else conversation[:-1]
+    if pairing is not None and ground_truth is None:
         raise missing_ground_truth(row["prompt_id"], pairing)
     ground_truth_ids: list[int] = []
     try:
         if reason := encoder.refusal(messages):
             raise InputError(reason)
         ids = encoder.prompt_ids(messages)
-        if pairing is not None and truth is not None and limits is not None and len(ids) <= limits.max_prompt_length:
-            ground_truth_ids = encoder.response_ids(truth, ids)[: limits.max_length - len(ids)]
+        if (
+            pairing is not None
+            and ground_truth is not None
+            and limits is not None
+            and len(ids) <= limits.max_prompt_length
+        ):
+            ground_truth_ids = encoder.response_ids(ground_truth, ids)[: limits.max_length - len(ids)]
     except InputError as error:
         raise InputError(f"{source}, prompt {row['prompt_id']}: {error}") from error
-    return OnlinePrompt(row["prompt_id"], tuple(ids), messages, truth, tuple(ground_truth_ids))
+    return OnlinePrompt(row["prompt_id"], tuple(ids), messages, ground_truth, tuple(ground_truth_ids))
