@@ -135,8 +135,8 @@ def test_the_wait_doubles_up_to_a_limit_and_never_undercuts_the_server():
     for failures, full in ((1, 1.0), (2, 2.0), (4, 8.0), (5, 10.0), (500, 10.0)):
         waits = [policy.delay(failures) for _ in range(50)]
         assert all(full / 2 <= wait <= full for wait in waits) and len(set(waits)) > 1
-    assert policy.delay(1, told=30.0) == 30.0 and policy.delay(1, told=1e6) == 100.0
-    assert 5.0 <= policy.delay(5, told=1.0) <= 10.0
+    assert policy.delay(1, retry_after=30.0) == 30.0 and policy.delay(1, retry_after=1e6) == 100.0
+    assert 5.0 <= policy.delay(5, retry_after=1.0) <= 10.0
     assert retry_after_delay(None) is None and retry_after_delay("soon") is None
     assert retry_after_delay("7") == 7.0 and retry_after_delay("-1") == 0.0
     assert 57.0 < (retry_after_delay(email.utils.formatdate(time.time() + 60, usegmt=True)) or 0.0) <= 60.0
