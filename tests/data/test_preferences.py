@@ -176,7 +176,7 @@ def test_a_named_split_that_is_not_there_is_refused(tmp_path):
     folder = write_pairs(tmp_path / "train_prefs-00000-of-00001.parquet", [pair("a")])
     with pytest.raises(InputError, match="no file of the split 'test'"):
         mix_preferences({folder: 1}, ["train", "test"], seed=0)
-    with pytest.raises(InputError, match="name a training split"):
+    with pytest.raises(InputError, match="add a training split"):
         mix_preferences({write_pairs(tmp_path / "test_prefs-00000-of-00001.parquet", [pair("a")]): 1}, ["test"], seed=0)
 
 

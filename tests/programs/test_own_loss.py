@@ -65,7 +65,7 @@ def test_a_label_and_a_setting_reach_a_loss_of_the_user(rated, tmp_path, tiny_mo
     assert "already complete" in run_main(run_spin.main, config)[1]
     (tmp_path / "own_rated_loss.py").write_text(OWN_LOSS + "# changed\n")
     code, _, error = run_main(run_spin.main, config)
-    assert code == 2 and "belongs to another training (loss_module_own_rated_loss differ)" in error
+    assert code == 2 and "belongs to another training run (loss_module_own_rated_loss differ)" in error
 
 
 def test_what_does_not_fit_an_own_loss_is_refused(rated, tmp_path, tiny_model):

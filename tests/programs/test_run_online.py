@@ -189,7 +189,7 @@ def test_another_reward_is_another_training(tmp_path, tiny_model, prompts, monke
     module.write_text(module.read_text().replace("float(", "-float("))
     code, _, error = run_main(run_online.main, config)
     assert code == 2
-    assert "belongs to another training (scorer_module_reward_of_this_test differ)" in error
+    assert "belongs to another training run (scorer_module_reward_of_this_test differ)" in error
 
 
 def test_two_processes_equal_one(tmp_path, tiny_model, prompts):
@@ -301,7 +301,7 @@ REFUSED = [
         "list one or more temperatures, without duplicates",
     ),
     ({"dataset_splits": ["train", "test"]}, "set eval_prompts for held-out"),
-    ({"max_new_tokens": 60}, "exceed max_length 96"),
+    ({"max_new_tokens": 60}, "exceeds max_length 96"),
     ({"max_prompt_length": 3}, "has 3 tokens or fewer: raise max_prompt_length"),
     ({"max_length": 1024, "max_new_tokens": 500}, "but the model takes 512"),
     ({"reference_dir": "somewhere"}, "online training stores no reference log-probs"),

@@ -199,7 +199,7 @@ def test_adapters_are_merged_before_saving(tiny_model, sums, tmp_path):
         ({"dataset_mixer": {"./nowhere": 1.0}}, "nowhere"),
         ({"dataset_mixer": None}, "dataset_mixer"),
         ({"output_dir": None}, "output_dir"),
-        ({"dataset_splits": ["test"]}, "name a training split"),
+        ({"dataset_splits": ["test"]}, "add a training split"),
         ({"dataset_splits": ["validation"]}, "validation"),
         ({"max_length": 8, "max_prompt_length": 8}, "must leave room"),
         ({"learning_rate": "fast"}, "learning_rate.*'fast'"),

@@ -259,7 +259,7 @@ def mix_preferences(dataset_mixer: Mapping[str, float], splits: Sequence[str], s
         joined = concatenate_datasets(_aligned(pieces))
         mixed[name] = joined.shuffle(seed=seed) if name == "train" else joined
     if "train" not in mixed:
-        raise InputError(f"dataset_splits is {list(splits)}: name a training split such as train_prefs")
+        raise InputError(f"dataset_splits is {list(splits)}: add a training split such as train_prefs")
     return mixed
 
 
