@@ -194,8 +194,14 @@ BAD_INPUT = {
     "min_p": (lambda tmp, data: {"min_p": 1}, "min_p is 1.0"),
     "repetition_penalty": (lambda tmp, data: {"repetition_penalty": 0}, "repetition_penalty is 0.0"),
     "empty stop": (lambda tmp, data: {"stop": ""}, "stop contains an empty text"),
-    "server without backend": (lambda tmp, data: {"base_url": "http://x/v1"}, "base_url and --backend openai require each other"),
-    "backend without server": (lambda tmp, data: {"backend": "openai"}, "base_url and --backend openai require each other"),
+    "server without backend": (
+        lambda tmp, data: {"base_url": "http://x/v1"},
+        "base_url and --backend openai require each other",
+    ),
+    "backend without server": (
+        lambda tmp, data: {"backend": "openai"},
+        "base_url and --backend openai require each other",
+    ),
     "no adapter": (lambda tmp, data: {"adapter": tmp / "none"}, "lacks adapter_config.json"),
     "temperature": (lambda tmp, data: {"temperature": -1}, "temperature is -1.0"),
     "unknown backend": (lambda tmp, data: {"backend": "hf"}, "choose one of openai, transformers, vllm"),

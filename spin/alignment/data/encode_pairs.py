@@ -77,8 +77,8 @@ def truncate_pair(pair: EncodedPair, max_length: int, max_prompt_length: int, bo
     if len(pair.prompt_ids) + max(map(len, pair.responses.values())) <= max_length:
         return pair
     prompt_ids = truncate_prompt(pair.prompt_ids, max_prompt_length, bos_id)
-    room = max(0, max_length - len(prompt_ids))
-    return EncodedPair(prompt_ids, {name: ids[:room] for name, ids in pair.responses.items()})
+    free = max(0, max_length - len(prompt_ids))
+    return EncodedPair(prompt_ids, {name: ids[:free] for name, ids in pair.responses.items()})
 
 
 def truncate_prompt(ids: list[int], max_prompt_length: int, bos_id: int | None) -> list[int]:

@@ -23,16 +23,16 @@ def plan_by_tokens(sizes: Sequence[int], budget: int) -> list[list[int]]:
     single pair that is itself larger.
     """
     plan: list[list[int]] = []
-    room: list[int] = []
+    remaining: list[int] = []
     # First-fit decreasing: at most 11/9 of the optimal number of micro-batches, plus one.
     for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
-        fitting = next((number for number, free in enumerate(room) if free >= sizes[index]), None)
+        fitting = next((number for number, free in enumerate(remaining) if free >= sizes[index]), None)
         if fitting is None:
             plan.append([index])
-            room.append(budget - sizes[index])
+            remaining.append(budget - sizes[index])
         else:
             plan[fitting].append(index)
-            room[fitting] -= sizes[index]
+            remaining[fitting] -= sizes[index]
     return [sorted(indices) for indices in plan]
 
 

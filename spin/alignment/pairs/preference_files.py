@@ -165,9 +165,9 @@ class PreferenceFiles:
             if self._sink is None:
                 path = self.folder / f".{self.split}_prefs-{len(self.hidden):05d}.part"
                 self._sink = ParquetSink(path, self.schema, self.provenance).__enter__()
-            room = self.rows_per_file - self._sink.num_rows
-            self._sink.write(table.slice(0, room))
-            table = table.slice(room)
+            free = self.rows_per_file - self._sink.num_rows
+            self._sink.write(table.slice(0, free))
+            table = table.slice(free)
             if self._sink.num_rows == self.rows_per_file:
                 self.finish()
 
