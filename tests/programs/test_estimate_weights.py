@@ -277,7 +277,7 @@ def test_two_processes_give_the_same_weights(scoring_models, weighed, tmp_path):
     ]
     done = run_command(command, timeout=180)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("10 rows weighed") == 1
+    assert done.stdout.count("10 rows weighted") == 1
     for ours, theirs in zip(rows_of(tmp_path / "out"), rows_of(weighed), strict=True):
         for side in SIDES:
             assert ours[f"{side}_weights"] == pytest.approx(theirs[f"{side}_weights"], rel=1e-4)
