@@ -56,7 +56,7 @@ def test_bad_prompts_are_named():
             prompts_of(*rows, **changes)
     with pytest.raises(InputError, match="train_dataset is a list"):
         to_prompts([{"prompt": "a"}], settings(), None, "train_dataset")
-    with pytest.raises(InputError, match="max_prompt_length 90 and max_new_tokens 8 exceed max_length 96"):
+    with pytest.raises(InputError, match="max_prompt_length 90 plus max_new_tokens 8 exceeds max_length 96"):
         settings(max_prompt_length=90)
 
 
