@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from spin.alignment.generation.vllm import engine_guard
 from spin.alignment.generation.vllm.engine_guard import MARK, EngineGuard, marked_processes
 from tests.helpers import program_environment
 
@@ -48,3 +49,13 @@ def test_closing_ends_what_is_left_and_nothing_else(monkeypatch: pytest.MonkeyPa
     before.kill()
     before.wait()
     assert MARK not in os.environ
+
+
+def test_a_process_that_is_just_being_started_is_killed_too(monkeypatch: pytest.MonkeyPatch):
+    """Its environment is empty at the first look, as in the middle of an exec; a third process appears while others are killed."""
+    looks = iter([[], [101], [102], [], []])
+    killed = []
+    monkeypatch.setattr(engine_guard, "marked_processes", lambda mark: next(looks))
+    monkeypatch.setattr(engine_guard.os, "kill", lambda pid, number: killed.append((pid, number)))
+    engine_guard.kill_marked("mark")
+    assert killed == [(101, 9), (102, 9)] and next(looks, None) is None

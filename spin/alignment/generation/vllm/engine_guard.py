@@ -11,10 +11,12 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import uuid
 from pathlib import Path
 
 MARK = "SPIN_ENGINE"
+_LOOK_SECONDS = 0.05
 
 
 class EngineGuard:
@@ -51,9 +53,23 @@ def marked_processes(mark: str) -> list[int]:
 
 def main() -> None:
     sys.stdin.buffer.read()
-    for pid in marked_processes(sys.argv[1]):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    kill_marked(sys.argv[1])
+
+
+def kill_marked(mark: str) -> None:
+    """Kill the processes with a mark, and those they start meanwhile.
+
+    The environment of a process is empty for a moment while it is being started, so one look may miss it: the search ends
+    after two looks in a row that find nothing.
+    """
+    empty_looks = 0
+    while empty_looks < 2:
+        found = marked_processes(mark)
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        empty_looks = 0 if found else empty_looks + 1
+        time.sleep(_LOOK_SECONDS)
 
 
 if __name__ == "__main__":
