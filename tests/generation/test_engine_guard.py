@@ -52,7 +52,7 @@ def test_closing_ends_what_is_left_and_nothing_else(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_process_that_is_just_being_started_is_killed_too(monkeypatch: pytest.MonkeyPatch):
-    """Its environment is empty at the first look, as in the middle of an exec; a third process appears while others are killed."""
+    """Its environment is empty at the first look, as in the middle of an exec; another one appears meanwhile."""
     looks = iter([[], [101], [102], [], []])
     killed = []
     monkeypatch.setattr(engine_guard, "marked_processes", lambda mark: next(looks))

@@ -17,6 +17,7 @@ from pathlib import Path
 
 MARK = "SPIN_ENGINE"
 _LOOK_SECONDS = 0.05
+_GIVE_UP_SECONDS = 20.0
 
 
 class EngineGuard:
@@ -60,10 +61,10 @@ def kill_marked(mark: str) -> None:
     """Kill the processes with a mark, and those they start meanwhile.
 
     The environment of a process is empty for a moment while it is being started, so one look may miss it: the search ends
-    after two looks in a row that find nothing.
+    after two looks in a row that find nothing, or after 20 seconds if a process cannot be killed.
     """
-    empty_looks = 0
-    while empty_looks < 2:
+    empty_looks, deadline = 0, time.monotonic() + _GIVE_UP_SECONDS
+    while empty_looks < 2 and time.monotonic() < deadline:
         found = marked_processes(mark)
         for pid in found:
             with contextlib.suppress(ProcessLookupError):
