@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import secrets
 import shutil
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -50,8 +51,15 @@ def remove_folder(folder: Path) -> None:
         if failure[1].errno not in (errno.ENOENT, errno.ENOTEMPTY):
             raise failure[1]
 
-    while folder.exists():
-        shutil.rmtree(folder, onerror=raise_unless_racing)
+    # Renamed first, so that its files vanish all at once: a lease removed before its folder could be taken again by a worker
+    # that has not seen the merge, which would then generate the block a second time.
+    aside = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.removed")
+    try:
+        folder.rename(aside)
+    except FileNotFoundError:  # another process removes it
+        return
+    while aside.exists():
+        shutil.rmtree(aside, onerror=raise_unless_racing)
 
 
 @dataclass(frozen=True)
