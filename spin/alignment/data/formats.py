@@ -9,6 +9,7 @@ from typing import Any, Literal
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.provenance import hash_text
 from spin.alignment.core.text import is_unicode
+from spin.alignment.data.foreign_forms import FOREIGN_FORMS, Rename
 from spin.alignment.data.row_ids import source_id
 
 Message = dict[str, str]
@@ -87,6 +88,10 @@ def _question_answer_form(record: Mapping[str, Any], where: str) -> list[Message
     return [_message("user", record["question"]), _message("assistant", record["answer"])]
 
 
+def _foreign_form(rename: Rename) -> Callable[[Mapping[str, Any], str], list[Message]]:
+    return lambda record, where: _read_form(rename(record, where), where)
+
+
 # Columns that identify a format -> its reader. The order matters: the first format whose columns are all present is used.
 FORMATS: dict[tuple[str, ...], Callable[[Mapping[str, Any], str], list[Message]]] = {
     ("real",): _real_form,
@@ -97,6 +102,7 @@ FORMATS: dict[tuple[str, ...], Callable[[Mapping[str, Any], str], list[Message]]
     ("question", "answer"): _question_answer_form,
     ("prompt", "response"): _prompt_response_form,
     ("prompt", "completion"): _prompt_response_form,
+    **{columns: _foreign_form(rename) for columns, rename in FOREIGN_FORMS.items()},
 }
 
 

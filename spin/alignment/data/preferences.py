@@ -15,10 +15,13 @@ from spin.alignment.core.parquet import batch_rows, open_parquet, read_batches
 from spin.alignment.core.provenance import METADATA_KEY, Provenance, read_provenance
 from spin.alignment.core.sides import INITIAL, SIDES
 from spin.alignment.data.column_types import OWN_TYPES, joined, table_of
+from spin.alignment.data.foreign_forms import FOREIGN_PAIR_COLUMNS, pair_form
 from spin.alignment.data.formats import Message, check_conversation, prompt_hash, whole_conversation
+from spin.alignment.data.mixture import pieces_of
 from spin.alignment.data.row_ids import source_id
 from spin.alignment.data.rows import LABEL_TYPE
-from spin.alignment.data.source_files import is_local, read_records, split_files
+from spin.alignment.data.source_files import read_records, split_files
+from spin.alignment.data.source_names import is_local
 from spin.alignment.data.split_names import preference_split
 
 if TYPE_CHECKING:
@@ -100,7 +103,7 @@ def _preference_tables(path: str, split: str) -> list[tuple[str, pa.Table]]:
     _check_one_provenance(files)
     for file in files:
         columns = set(open_parquet(file).schema_arrow.names) if file.suffix == ".parquet" else set()
-        if columns >= OWN_COLUMNS:
+        if columns >= OWN_COLUMNS and columns.isdisjoint(FOREIGN_PAIR_COLUMNS):
             tables.append((str(file), _own_table(file)))
         else:
             tables.append((str(file), _converted_table(read_records(str(file), None))))
@@ -176,7 +179,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _preference_row(record: Mapping[str, Any], where: str) -> dict[str, Any]:
-    row = {name: value for name, value in record.items() if value is not None}
+    row = {name: value for name, value in pair_form(record, where).items() if value is not None}
     if {"real", "generated"} <= row.keys():
         row["chosen"], row["rejected"] = row.pop("real"), row.pop("generated")
     for name in SIDES:
@@ -238,42 +241,18 @@ def _is_turn(turn: Any) -> bool:
 def mix_preferences(dataset_mixer: Mapping[str, float], splits: Sequence[str], seed: int) -> dict[str, Dataset]:
     """Load and mix the data sets of ``dataset_mixer`` (path -> fraction of its training rows, in (0, 1]).
 
-    Returns ``{"train": ..., "test": ...}`` with the splits named in ``splits``; test splits are used in full, as in the
+    Returns ``{"train": ..., "test": ...}`` with all splits named in ``splits``; held-out splits are used in full, as in the
     original. A column ``source`` gives the path each row came from; the training rows are shuffled with ``seed``.
 
     Raises:
-        InputError: no data set is given, a fraction is out of range, or a data set cannot be read.
+        InputError: no data set or training split is given, one is named twice or cannot be read, or a fraction is out of range.
     """
-    from datasets import concatenate_datasets
-
-    if not dataset_mixer:
-        raise InputError("dataset_mixer is empty: write at least one 'path: fraction' line")
-    for path, fraction in dataset_mixer.items():
-        if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction <= 1:
-            raise InputError(f"dataset_mixer gives {path} the fraction {fraction}: set it above 0 and at most 1")
-    mixed: dict[str, Dataset] = {}
-    for split in splits:
-        name = "test" if split.startswith("test") else "train"
-        pieces = []
-        for path, fraction in dataset_mixer.items():
-            rows = load_preferences(path, split)
-            if name == "train" and fraction < 1:
-                # A random subset, because the first rows of a data set may all be of one kind.
-                rows = rows.shuffle(seed=seed).select(range(max(1, int(fraction * len(rows)))))
-            pieces.append(rows.add_column("source", [path] * len(rows)))
-        joined = concatenate_datasets(_aligned(pieces))
-        mixed[name] = joined.shuffle(seed=seed) if name == "train" else joined
-    if "train" not in mixed:
-        raise InputError(f"dataset_splits is {list(splits)}: add a training split such as train_prefs")
-    return mixed
-
-
-def _aligned(pieces: list[Dataset]) -> list[Dataset]:
     from datasets import Dataset
 
-    columns = [{*piece.column_names} for piece in pieces]
-    if all(names == columns[0] for names in columns):
-        return pieces
-    # datasets cannot concatenate pieces with different columns; Arrow fills the missing ones with nulls.
-    union = pa.concat_tables([piece.with_format("arrow")[:] for piece in pieces], promote_options="default")
-    return [Dataset(union)]
+    found: dict[str, list[tuple[str, pa.Table]]] = {}
+    for piece in pieces_of(dataset_mixer, splits, preference_split):
+        rows = piece.selected(load_preferences(piece.source, piece.split), seed)
+        table = rows.add_column("source", [piece.source] * len(rows)).with_format("arrow")[:]
+        found.setdefault(piece.use, []).append((f"{piece.source} [{piece.split}]", table))
+    mixed = {use: Dataset(joined([table for _, table in parts], [name for name, _ in parts])) for use, parts in found.items()}
+    return mixed | {"train": mixed["train"].shuffle(seed=seed)}

@@ -1,7 +1,4 @@
-"""Data sets by name: the files of a local one, split by split, and the records of any, also of a Hub data set.
-
-The name of a data set may end with its configuration: ``openai/gsm8k:main``, or ``clones/gsm8k:main`` for a folder.
-"""
+"""Data sets by name: the files of a split of a local one, and the records of any, also of a Hub data set."""
 
 from __future__ import annotations
 
@@ -12,35 +9,10 @@ from typing import Any
 from spin.alignment.core.errors import InputError
 from spin.alignment.data.dataset_folders import NUMBERED, Splits, find_splits
 from spin.alignment.data.file_readers import SUFFIXES, data_suffix, read_file
+from spin.alignment.data.source_names import is_local, name_and_config
 from spin.alignment.data.split_names import PREFERENCES, is_held_out, same_splits
 
 _LARGE_FILE_POINTER = b"version https://git-lfs"
-
-
-def with_config(source: str, config: str | None) -> str:
-    """Return the name of a data set with its configuration, which it may already have."""
-    return source if not config or source.endswith(f":{config}") else f"{source}:{config}"
-
-
-def name_and_config(source: str | Path) -> tuple[str, str | None]:
-    """Return the name of a data set without its configuration, and the configuration, or ``None``."""
-    source = str(source)
-    name, colon, config = source.rpartition(":")
-    if not colon or not name or not config or "/" in config or _exists(source):
-        return source, None
-    return name, config
-
-
-def is_local(source: str | Path) -> bool:
-    """Return whether a data set is a file or folder; otherwise its name is that of a Hub data set."""
-    return _exists(name_and_config(source)[0])
-
-
-def _exists(path: str) -> bool:
-    try:
-        return Path(path).exists()
-    except OSError:  # a name that is too long
-        return False
 
 
 def read_records(source: str, split: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
