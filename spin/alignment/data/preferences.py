@@ -14,6 +14,7 @@ from spin.alignment.core.errors import InputError
 from spin.alignment.core.parquet import batch_rows, open_parquet, read_batches
 from spin.alignment.core.provenance import METADATA_KEY, Provenance, read_provenance
 from spin.alignment.core.sides import INITIAL, SIDES
+from spin.alignment.core.text import is_unicode
 from spin.alignment.data.column_types import OWN_TYPES, joined, table_of
 from spin.alignment.data.foreign_forms import FOREIGN_PAIR_COLUMNS, pair_form
 from spin.alignment.data.formats import Message, check_conversation, prompt_hash, whole_conversation
@@ -232,6 +233,8 @@ def check_pair(chosen: Any, rejected: Any, where: str, own_chosen: bool = False)
         )
     if not isinstance(rejected[-1]["content"], str):
         raise InputError(f"{where}: the rejected response is not text: convert the data again")
+    if not is_unicode(rejected[-1]["content"]):
+        raise InputError(f"{where}: the rejected response has an unpaired surrogate (half a character): correct the row")
 
 
 def _is_turn(turn: Any) -> bool:
