@@ -151,12 +151,20 @@ def test_metadata_that_is_not_yaml_is_named(tmp_path):
 def test_configurations_and_splits_as_folders(tmp_path):
     write(tmp_path / "one", "main/train-00000-of-00001.jsonl")
     assert prompts(tmp_path / "one") == prompts(f"{tmp_path / 'one'}:main") == ["main/train-00000-of-00001.jsonl"]
-    two = write(tmp_path / "two", "main/train/0000.jsonl", "main/train/0001.jsonl", "main/test/0000.jsonl", "socratic/train.jsonl")
+    two = write(
+        tmp_path / "two",
+        "main/train/0000.jsonl",
+        "main/train/0001.jsonl",
+        "main/test/0000.jsonl",
+        "socratic/train.jsonl",
+    )
     assert prompts(f"{two}:main") == ["main/train/0000.jsonl", "main/train/0001.jsonl"]
     assert prompts(f"{two}:main", "test") == ["main/test/0000.jsonl"]
     assert "several configurations (main, socratic)" in refusal(two)
     assert prompts(write(tmp_path / "three", "default/train.jsonl", "other/train.jsonl")) == ["default/train.jsonl"]
-    assert prompts(f"{write(tmp_path / 'four', 'data/main/train.jsonl', 'data/x/train.jsonl')}:x") == ["data/x/train.jsonl"]
+    assert prompts(f"{write(tmp_path / 'four', 'data/main/train.jsonl', 'data/x/train.jsonl')}:x") == [
+        "data/x/train.jsonl"
+    ]
     assert "has no configuration 'main' (it has none)" in refusal(f"{write(tmp_path / 'five', 'train.jsonl')}:main")
 
 
@@ -170,7 +178,8 @@ def test_a_folder_that_is_named_like_a_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("split", "expected"), [("train", "train.jsonl"), ("train_prefs", "train_prefs.jsonl"), ("test", "test_prefs.jsonl")]
+    ("split", "expected"),
+    [("train", "train.jsonl"), ("train_prefs", "train_prefs.jsonl"), ("test", "test_prefs.jsonl")],
 )
 def test_a_split_is_found_under_its_own_name_first(tmp_path, split, expected):
     assert prompts(write(tmp_path, "train.jsonl", "train_prefs.jsonl", "test_prefs.jsonl"), split) == [expected]

@@ -41,14 +41,22 @@ def prompts(name, split):
 def test_configuration_and_split(hub):
     assert prompts("openai/gsm8k:main", "test") == ["main test 0", "main test 1"]
     assert prompts("openai/gsm8k:socratic", "train_prefs") == ["socratic train 0", "socratic train 1"]
-    assert prompts("org/binarized", "train_prefs") == prompts("org/binarized", "train") == prompts("org/binarized:default", "train")
+    assert (
+        prompts("org/binarized", "train_prefs")
+        == prompts("org/binarized", "train")
+        == prompts("org/binarized:default", "train")
+    )
     assert load_preferences("org/binarized", "train_sft").num_rows == 2
 
 
 @pytest.mark.parametrize(
     ("name", "split", "sentence"),
     [
-        ("openai/gsm8k", "train", r"several configurations \(main, socratic\): name one as config, or as openai/gsm8k:main"),
+        (
+            "openai/gsm8k",
+            "train",
+            r"several configurations \(main, socratic\): name one as config, or as openai/gsm8k:main",
+        ),
         ("openai/gsm8k:mian", "train", "no configuration 'mian' .*did you mean 'main'"),
         ("openai/gsm8k:main", "valid", r"no split 'valid' \(it has train, test\)"),
         ("org/binarized", "test", r"reachable Hub data set \(the line dropped\)"),

@@ -119,17 +119,23 @@ def _saved_splits(folder: Path) -> Splits:
     splits = {}
     for name in map(str, names):
         if not (folder / name / "state.json").is_file():
-            raise InputError(f"{folder} lacks the split '{name}' that its dataset_dict.json names: save the data set again")
+            raise InputError(
+                f"{folder} lacks the split '{name}' that its dataset_dict.json names: save the data set again"
+            )
         splits[name] = _saved_files(folder / name, _read_object(folder / name / "state.json"))
     return splits
 
 
 def _saved_files(folder: Path, state: dict[str, Any]) -> list[Path]:
     if state.get("_indices_data_files"):
-        raise InputError(f"{folder} is a selection of rows stored by indices: save it with a current version of datasets")
+        raise InputError(
+            f"{folder} is a selection of rows stored by indices: save it with a current version of datasets"
+        )
     entries = state.get("_data_files")
-    names = [item.get("filename") for item in entries if isinstance(item, dict)] if isinstance(entries, list) else []
-    if not names or not all(isinstance(name, str) for name in names):
+    names = (
+        [str(item.get("filename")) for item in entries if isinstance(item, dict)] if isinstance(entries, list) else []
+    )
+    if not names:
         raise InputError(f"{folder / 'state.json'} names no data files: save the data set again")
     files = [folder / name for name in names]
     for file in files:
@@ -161,7 +167,9 @@ def _described_configs(folder: Path) -> dict[str, dict[str, Any]]:
         raise InputError(f"the metadata of {card} is not YAML ({' '.join(str(error).split())}): correct it") from error
     entries = metadata.get("configs") if isinstance(metadata, dict) else None
     entries = [item for item in entries if isinstance(item, dict)] if isinstance(entries, list) else []
-    return {str(item.get("config_name", "default")): item for item in entries if "data_files" in item or "data_dir" in item}
+    return {
+        str(item.get("config_name", "default")): item for item in entries if "data_files" in item or "data_dir" in item
+    }
 
 
 def _described_splits(folder: Path, name: str) -> Splits:

@@ -116,7 +116,9 @@ def _decoded(text: str, where: str) -> Any:
 def _is_deep(record: Any) -> bool:
     level = [record]
     for _ in range(MAX_DEPTH):
-        inner = (value.values() if isinstance(value, dict) else value for value in level if isinstance(value, dict | list))
+        inner = (
+            value.values() if isinstance(value, dict) else value for value in level if isinstance(value, dict | list)
+        )
         level = [item for items in inner for item in items]
         if not level:
             return False
@@ -181,7 +183,9 @@ def _read_table(path: Path, delimiter: str) -> Iterator[tuple[str, Any]]:
                     )
                 yield f"{path} row {row}", dict(zip(names, values, strict=True))
         except csv.Error as error:
-            raise InputError(f"{path} is not a table of text ({error}, line {rows.line_num}): correct the file") from error
+            raise InputError(
+                f"{path} is not a table of text ({error}, line {rows.line_num}): correct the file"
+            ) from error
 
 
 def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
@@ -207,9 +211,7 @@ def _text(path: Path, newline: str | None = None) -> Iterator[TextIO]:
             raise InputError(
                 f"{path} is damaged or not compressed as its name says ({error}): restore it or write it again"
             ) from error
-        raise InputError(
-            f"cannot read {path} ({getattr(error, 'strerror', error)}): check its permissions"
-        ) from error
+        raise InputError(f"cannot read {path} ({getattr(error, 'strerror', error)}): check its permissions") from error
 
 
 def _binary(path: Path) -> IO[bytes]:

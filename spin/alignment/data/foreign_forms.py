@@ -130,8 +130,10 @@ def renamed(row: Row, where: str, **names: str) -> dict[str, Any]:
         InputError: the row has a column of the new name too.
     """
     for name, other in names.items():
-        if name in row and row.get(other) is not None:
-            raise InputError(f"{where} has both '{name}' and '{other}': remove one, or choose with columns in reformat.py")
+        if name != other and name in row and row.get(other) is not None:
+            raise InputError(
+                f"{where} has both '{name}' and '{other}': remove one, or choose with columns in reformat.py"
+            )
     return {names.get(name, name): value for name, value in row.items() if name in names or name not in names.values()}
 
 

@@ -234,7 +234,9 @@ def check_pair(chosen: Any, rejected: Any, where: str, own_chosen: bool = False)
     if not isinstance(rejected[-1]["content"], str):
         raise InputError(f"{where}: the rejected response is not text: convert the data again")
     if not is_unicode(rejected[-1]["content"]):
-        raise InputError(f"{where}: the rejected response has an unpaired surrogate (half a character): correct the row")
+        raise InputError(
+            f"{where}: the rejected response has an unpaired surrogate (half a character): correct the row"
+        )
 
 
 def _is_turn(turn: Any) -> bool:
@@ -257,5 +259,7 @@ def mix_preferences(dataset_mixer: Mapping[str, float], splits: Sequence[str], s
         rows = piece.selected(load_preferences(piece.source, piece.split), seed)
         table = rows.add_column("source", [piece.source] * len(rows)).with_format("arrow")[:]
         found.setdefault(piece.use, []).append((f"{piece.source} [{piece.split}]", table))
-    mixed = {use: Dataset(joined([table for _, table in parts], [name for name, _ in parts])) for use, parts in found.items()}
+    mixed = {
+        use: Dataset(joined([table for _, table in parts], [name for name, _ in parts])) for use, parts in found.items()
+    }
     return mixed | {"train": mixed["train"].shuffle(seed=seed)}

@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 class ReformatConfig:
     """Turn foreign SFT data into prompts with their ground truth."""
 
-    data: str = setting(help="Hub name, folder (save_to_disk and cloned repositories too), or file (docs/data_format.md)")
+    data: str = setting(
+        help="Hub name, folder (save_to_disk and cloned repositories too), or file (docs/data_format.md)"
+    )
     output_dir: str = setting(help="folder for {split}.parquet and test.parquet")
     split: str = setting("train", "split of the source to read, and name of the file written", recorded=True)
     config: str | None = setting(

@@ -56,7 +56,11 @@ def split_files(source: str | Path, split: str | None) -> list[Path]:
         files = [path]
     else:
         splits = find_splits(path, config)
-        files = _files_of(splits, split, path) if split is not None else sorted(sum(splits.values(), []))
+        files = (
+            _files_of(splits, split, path)
+            if split is not None
+            else sorted(file for some in splits.values() for file in some)
+        )
         if not files:
             raise InputError(f"{path} contains no data file: check the folder")
     for file in files:
@@ -72,21 +76,20 @@ def _check_type(path: Path) -> None:
 
 
 def _files_of(splits: Mapping[str, list[Path]], split: str, path: Path) -> list[Path]:
+    plain = split.removesuffix(PREFERENCES)
     chosen: Splits = {name: splits[name] for name in same_splits(split) if name in splits}
     if not chosen:
-        related = {name: files for name, files in splits.items() if name.startswith(f"{split.removesuffix(PREFERENCES)}_")}
-        if len(related) > 1:
-            raise InputError(
-                f"{path} contains several splits like '{split.removesuffix(PREFERENCES)}' ({', '.join(sorted(related))}): name one of them"
-            )
-        chosen = related
+        chosen = {name: files for name, files in splits.items() if name.startswith(f"{plain}_")}
+        if len(chosen) > 1:
+            related = ", ".join(sorted(chosen))
+            raise InputError(f"{path} contains several splits like '{plain}' ({related}): name one of them")
     if not chosen and len(splits) == 1 and split in same_splits("train"):
         chosen = {name: files for name, files in splits.items() if not is_held_out(name)}
     if not chosen:
         found = ", ".join(file.name if name in file.name else f"{name} ({file.name})" for name, file in _some(splits))
         raise InputError(
-            f"{path} contains no file of the split '{split.removesuffix(PREFERENCES)}' (found {found or 'no data file'}): check the folder or the "
-            "split name"
+            f"{path} contains no file of the split '{plain}' (found {found or 'no data file'}): check the folder or the split "
+            "name"
         )
     name, files = next(iter(chosen.items()))
     kinds = sorted({data_suffix(file) for file in files})

@@ -7,7 +7,9 @@ import re
 from spin.alignment.core.errors import InputError
 
 PREFERENCES = "_prefs"
-_HELD_OUT = frozenset({"test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation", "heldout", "holdout"})
+_HELD_OUT = frozenset(
+    {"test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation", "heldout", "holdout"}
+)
 _TRAINED = frozenset({"train", "training"})
 
 

@@ -54,7 +54,8 @@ class RunData:
     train_split: str = setting("train", "split of the prompts to train on")
     test_split: str = setting("test", "split of the held-out prompts")
     config: str | None = setting(
-        None, "configuration of the data sets, such as main of openai/gsm8k; or write openai/gsm8k:main where one is named"
+        None,
+        "configuration of the data sets, such as main of openai/gsm8k; or write openai/gsm8k:main where one is named",
     )
     test_pairs: bool = setting(
         False, "also generate for the held-out prompts: training then reports its metrics on held-out pairs"

@@ -1,8 +1,8 @@
 r"""1 if the final answer of a solution equals that of the ground truth.
 
-The answer follows ``####`` (a Markdown heading is none) or is in ``\boxed{}``; otherwise it is the last number. Numbers are compared by value. Anything else
-marked as the answer (a root, an interval, an expression) is compared as text after normalising LaTeX; there is no algebra
-(``math_verify`` does that).
+The answer follows ``####`` (a Markdown heading is none) or is in ``\boxed{}``; otherwise it is the last number. Numbers are
+compared by value. Anything else marked as the answer (a root, an interval, an expression) is compared as text after normalising
+LaTeX; there is no algebra (``math_verify`` does that).
 """
 
 from __future__ import annotations
@@ -31,11 +31,28 @@ _MARK = re.compile(r"(?<!#)####(?!#)([^\n]*)")
 # A number that is the answer follows #### at once, but for its sign, currency and emphasis.
 _LEADING_NUMBER = re.compile(r"[*_$\\\s({\[\u2212+~≈€£-]*(?:frac|dfrac|boxed)?\s*\{?\s*[.]?\d")
 _LABEL = re.compile(r"^[*_\s]*(?:the\s+)?(?:final\s+)?(?:answer|result)\s*(?:[:=]|is\b)\s*:?[*_\s]*", re.IGNORECASE)
+_NAMED = re.compile(r"([^\W\d_]{2,})(?: [^\W\d_]+){0,4}:\s*(.+)")
 _ENUMERATED = re.compile(r"[*_]*\d+\s*[.):]\s+[*_]*[^\W\d_]")
 _TITLED = re.compile(r"[*_]*[^\W\d_][\w ]*\d*\s*[:.]\s+\S")  # "Step 2: add", "Case A. even"
 _HEADINGS = frozenset(
-    "step steps part case section solution conclusion explanation summary verification check checking note method approach "
-    "example problem question task given calculation reasoning analysis final answer".split()
+    {
+        *(
+            "step",
+            "steps",
+            "part",
+            "case",
+            "section",
+            "task",
+            "problem",
+            "question",
+            "given",
+            "note",
+            "example",
+            "method",
+        ),
+        *("approach", "reasoning", "analysis", "calculation", "explanation", "verification", "check", "checking"),
+        *("solution", "summary", "conclusion", "final", "answer"),
+    }
 )
 _SIGNS = re.compile(r"\\left(?![a-z])|\\right(?![a-z])|\\[!,;: ]|\\?\$|\\?%|\^\s*(?:\\circ(?![a-z])|\{\\circ\})")
 
@@ -70,7 +87,9 @@ def marked_answer(text: str) -> tuple[str | None, bool]:
     """
     lines = [(mark.end(), _without_label(mark[1])) for mark in _MARK.finditer(text)]
     ends = {end: shown for end, shown in lines if _LEADING_NUMBER.match(shown[:_HEAD]) and not _is_heading(shown)}
-    ends = ends or {end: shown for end, shown in lines if shown and not _is_heading(shown, more=bool(text[end:].strip()))}
+    ends = ends or {
+        end: shown for end, shown in lines if shown and not _is_heading(shown, more=bool(text[end:].strip()))
+    }
     if not ends:
         box = last_box(text)
         return (box.content, True) if box else (None, False)
@@ -98,7 +117,10 @@ def _is_heading(shown: str, more: bool = False) -> bool:
 
 
 def _without_label(shown: str) -> str:
-    return _LABEL.sub("", shown.strip()).strip()
+    shown = _LABEL.sub("", shown.strip()).strip()
+    named = _NAMED.fullmatch(shown[:_HEAD])  # "Total: 5"
+    is_answer = named and named[1].lower() not in _HEADINGS and plain_number(named[2]) is not None
+    return named[2] if named and is_answer else shown
 
 
 def _first_number(shown: str) -> Fraction | None:
