@@ -80,7 +80,7 @@ DEEP = b"[" * 200_000 + b"]" * 200_000
 DAMAGED = {
     "deep.jsonl": (
         b'{"prompt": "q", "response": "a", "x": ' + DEEP + b"}\n",
-        "line 1 is nested more than 100 levels deep",
+        r"jsonl line 1 is nested more than 100 levels deep: remove the column, or the row$",
     ),
     "deep.json": (b'[{"prompt": "q"}, {"x": ' + DEEP + b"}]", "nested more than 100 levels|not JSON at row 1"),
     "deep-short.json": (b'[{"x": ' + b"[" * 5000 + b"]" * 5000 + b"}]", "row 0 is nested more than 100 levels deep"),

@@ -38,6 +38,10 @@ RECORDS = {
     "verl system": ({**rule("5"), "prompt": [SYSTEM, USER]}, [SYSTEM, USER, ANSWER]),
     "verl text": ({**rule("5"), "prompt": "2+3?"}, [USER, ANSWER]),
     "orca": ({"id": "niv.1", "system_prompt": "", "question": "2+3?", "response": "5"}, [USER, ANSWER]),
+    "orca system": (
+        {"system_prompt": "Be brief.", "question": "2+3?", "response": "5"},
+        [SYSTEM, USER, ANSWER],
+    ),
     "dolly": ({"instruction": "2+3?", "context": "", "response": "5", "category": "qa"}, [USER, ANSWER]),
     "dolly context": (
         {"instruction": "Add.", "context": "2+3", "response": "5"},
@@ -160,7 +164,6 @@ BAD_PAIRS = {
         {**PAIR, "chosen_weight": [0.5], "rejected_weight": [0.1]},
         "'chosen_weight', TIS-DPO's log-prob differences",
     ),
-    "one score": ({**PAIR, "score_chosen": 1}, "has 'score_chosen' but no 'score_rejected'"),
     "one win rate": ({**PAIR, "chosen_probs_lose": 1}, "has 'chosen_probs_lose' but no 'chosen_probs_win'"),
     "two scores": (
         {**PAIR, "score_chosen": 1, "score_rejected": 0, "chosen_score": 3},
@@ -198,6 +201,10 @@ def test_columns_are_mapped_before_the_format_is_recognised():
     assert with_columns({"prompt": "a", "response": "b"}, {"prompt": "response", "response": "prompt"}, "row") == {
         "prompt": "b", "response": "a",
     }  # fmt: skip
+    verl = {"prompt": [USER], "reward_model": {}, "messages": [], "extra_info": {"answer": "5"}}
+    assert with_columns(verl, {"response": "extra_info.answer"}, "row") == {"prompt": [USER], "response": "5"}
+    pair = {"q": "2+3?", "chosen": "5", "rejected": "6", "messages": []}
+    assert with_columns(pair, {"prompt": "q"}, "row") == {"prompt": "2+3?", "chosen": "5", "rejected": "6"}
     assert column_mapping({"prompt": "query,response=solution"}) == {"prompt": "query", "response": "solution"}
 
 

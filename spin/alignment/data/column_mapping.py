@@ -9,6 +9,8 @@ from spin.alignment.core.errors import InputError, suggestion
 from spin.alignment.data.formats import FORMATS
 
 _FORM_COLUMNS = frozenset(column for columns in FORMATS for column in columns)
+# Pairs have their prompt in a column of its own, or inside ``chosen``.
+_FORMS = (*FORMATS, ("prompt", "chosen"))
 # What the readers of the formats use besides the columns that identify a format.
 TARGETS = _FORM_COLUMNS | {"prompt_id", "id", "rejected", "generated", "input", "system", "history", "tools"}
 
@@ -37,7 +39,8 @@ def column_mapping(given: Mapping[str, str]) -> dict[str, str]:
 
 
 def with_columns(record: Mapping[str, Any], mapping: Mapping[str, str], where: str) -> Mapping[str, Any]:
-    """Return a row with the mapped columns under their new names, and without other columns that identify a format.
+    """Return a row with the mapped columns under their new names. Of the other columns that identify a format, those remain that
+    complete the first format with a mapped column.
 
     ``a.b`` is the field ``b`` of the column ``a``, unless a column is named so.
 
@@ -47,7 +50,10 @@ def with_columns(record: Mapping[str, Any], mapping: Mapping[str, str], where: s
     if not mapping:
         return record
     used = {column if column in record else column.partition(".")[0] for column in mapping.values()}
-    kept = {name: value for name, value in record.items() if name not in used and name not in _FORM_COLUMNS}
+    available = (record.keys() - used) | mapping.keys()
+    forms = (columns for columns in _FORMS if available >= {*columns} and not mapping.keys().isdisjoint(columns))
+    ignored = (_FORM_COLUMNS - {*next(forms, ())}) | used
+    kept = {name: value for name, value in record.items() if name not in ignored}
     return kept | {target: _value(record, column, where) for target, column in mapping.items()}
 
 

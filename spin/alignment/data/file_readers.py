@@ -82,6 +82,8 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
             where = f"{path} line {row + 1}"
             try:
                 record = _decoded(line, where)
+            except InputError:
+                raise
             except ValueError as error:
                 _refuse_wrapped(path, row, line)
                 # Only an interrupted writer, or a copy of its file, leaves a last line without an end.

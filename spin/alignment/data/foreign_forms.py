@@ -53,7 +53,7 @@ def with_labels(row: Row, where: str) -> dict[str, Any]:
     """Return a row with the labels of other tools under this project's names.
 
     Raises:
-        InputError: a label is not a number, stands alone although its loss reads two, or has two columns.
+        InputError: a label is not a number or has two columns, or one of two win rates is missing.
     """
     renamed = {name: value for name, value in row.items() if name not in FOREIGN_LABELS}
     found = {column: row[column] for column in FOREIGN_LABELS if row.get(column) is not None}
@@ -65,10 +65,11 @@ def with_labels(row: Row, where: str) -> dict[str, Any]:
         renamed[FOREIGN_LABELS[column]] = value
     if "chosen_probs" in found:
         renamed["rejected_pair_win_prob"] = 1 - found["chosen_probs"]
-    for one, other in (("score_chosen", "score_rejected"), ("chosen_probs_win", "chosen_probs_lose")):
-        if (one in found) != (other in found):
-            present, missing = (one, other) if one in found else (other, one)
-            raise InputError(f"{where} has '{present}' but no '{missing}': add it, or remove both")
+    wins = ("chosen_probs_win", "chosen_probs_lose")
+    present = [column for column in wins if column in found]
+    if len(present) == 1:
+        missing = next(column for column in wins if column not in found)
+        raise InputError(f"{where} has '{present[0]}' but no '{missing}': add it, or remove both")
     return renamed
 
 
@@ -95,7 +96,10 @@ def verl(row: Row, where: str) -> dict[str, Any]:
 
 def orca(row: Row, where: str) -> dict[str, Any]:
     """Orca: ``system_prompt``, ``question`` and ``response``."""
-    return renamed(row, where, question="prompt", system_prompt="system")
+    turns = [("system", row["system_prompt"])] if row["system_prompt"] else []
+    turns += [("user", row["question"]), ("assistant", row["response"])]
+    rest = {name: value for name, value in row.items() if name not in ("system_prompt", "question", "response")}
+    return rest | {"messages": [{"role": role, "content": content} for role, content in turns]}
 
 
 def dolly(row: Row, where: str) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def to_preferences(rows: Dataset, name: str) -> Dataset:
     if len(rows) == 0:
         raise InputError(f"{name} has no rows: give at least one pair")
     rows = rows.with_format(None)
-    if set(rows.column_names) >= OWN_COLUMNS:
+    if set(rows.column_names) >= OWN_COLUMNS and FOREIGN_PAIR_COLUMNS.isdisjoint(rows.column_names):
         for number, row in enumerate(rows):
             check_pair(row["chosen"], row["rejected"], f"{name} row {number}", row.get("chosen_token_ids") is not None)
     else:
