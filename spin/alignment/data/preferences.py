@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,27 +12,21 @@ import pyarrow.compute as pc
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.parquet import open_parquet, read_batches
 from spin.alignment.core.provenance import METADATA_KEY, Provenance, read_provenance
-from spin.alignment.core.sides import INITIAL, SIDES
-from spin.alignment.data.formats import Message, check_conversation, prompt_hash, whole_conversation
-from spin.alignment.data.rows import LABEL_TYPE, OPTIONAL_COLUMNS, PREFERENCE_SCHEMA
+from spin.alignment.data.preference_forms import OWN_COLUMNS, check_pair, converted_table
 from spin.alignment.data.source_files import read_records, split_files
+from spin.alignment.data.turns import Message, present_fields
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 
-# Columns that mark rows in the format of docs/data_format.md.
-OWN_COLUMNS = frozenset({"prompt_id", "sample_index", "chosen", "rejected"})
-
-# Columns of TRL's data sets that change what a template makes of a conversation.
-PROMPT_COLUMNS = ("tools", "chat_template_kwargs", "image", "images", "videos")
 
 
 def split_prompt(chosen: Sequence[Message], rejected: Sequence[Message]) -> list[Message]:
     """Return the prompt of a pair: the common prefix of both conversations, excluding the last turn of each."""
     prompt: list[Message] = []
     for ours, theirs in zip(chosen[:-1], rejected[:-1], strict=False):
-        if ours != theirs:
+        if present_fields(ours) != present_fields(theirs):
             break
         prompt.append(ours)
     return prompt
@@ -44,6 +37,7 @@ def load_preferences(path: str | Path, split: str) -> Dataset:
 
     The original's ``real``/``generated`` columns, rows with a column ``prompt``, and rows without ids or token ids are
     accepted: a missing ``prompt_id`` becomes the hash of the prompt, a missing ``sample_index`` counts the rows of a prompt.
+    Unpaired rows (a response with a ``label``) are paired by prompt.
 
     Raises:
         InputError: a file is missing or damaged, a column is missing, a row violates the contract, a sample appears twice,
@@ -82,14 +76,14 @@ def to_preferences(rows: Dataset, name: str) -> Dataset:
         for number, row in enumerate(rows):
             check_pair(row["chosen"], row["rejected"], f"{name} row {number}", row.get("chosen_token_ids") is not None)
     else:
-        rows = Dataset(_converted_table(((f"{name} row {number}", row) for number, row in enumerate(rows)), name))
+        rows = Dataset(converted_table(((f"{name} row {number}", row) for number, row in enumerate(rows)), name))
     _check_repeated(rows.with_format("arrow")[:], name)
     return rows
 
 
 def _preference_tables(path: str, split: str) -> list[pa.Table]:
     if not Path(path).exists():  # the name of a data set on the Hub
-        return [_converted_table(read_records(path, split.removesuffix("_prefs")), path)]
+        return [converted_table(read_records(path, split.removesuffix("_prefs")), path)]
     tables = []
     files = split_files(Path(path), split.removesuffix("_prefs"))
     _check_one_provenance(files)
@@ -98,7 +92,7 @@ def _preference_tables(path: str, split: str) -> list[pa.Table]:
         if columns >= OWN_COLUMNS:
             tables.append(_own_table(file))
         else:
-            tables.append(_converted_table(read_records(str(file), None), str(file)))
+            tables.append(converted_table(read_records(str(file), None), str(file)))
     return tables
 
 
@@ -142,55 +136,6 @@ def _own_table(file: Path) -> pa.Table:
     return pa.Table.from_batches(batches, schema).replace_schema_metadata(None)
 
 
-def _converted_table(records: Iterator[tuple[str, Mapping[str, Any]]], source: str) -> pa.Table:
-    fields = {field.name: field.type for field in PREFERENCE_SCHEMA} | OPTIONAL_COLUMNS
-    rows, samples, present = [], Counter[str](), set(OWN_COLUMNS)
-    for where, record in records:
-        row = _preference_row(record, where)
-        row.setdefault("sample_index", samples[row["prompt_id"]])
-        samples[row["prompt_id"]] += 1
-        rows.append(row)
-        present |= fields.keys() & row.keys()
-    columns = {name: kind for name, kind in fields.items() if name in present}
-    schema = pa.schema([*columns.items(), *((name, LABEL_TYPE) for name in _label_columns(rows, fields))])
-    try:
-        return pa.Table.from_pylist(rows, schema)
-    except pa.ArrowException as error:
-        raise InputError(f"{source} contains a value of the wrong type ({error}): see docs/data_format.md") from error
-
-
-def _label_columns(rows: Sequence[Mapping[str, Any]], known: Iterable[str]) -> list[str]:
-    """Return the columns ``chosen_X`` and ``rejected_X`` that hold a number, or nothing, in every row: labels of a response."""
-    names = {name for row in rows for name in row if name.startswith(tuple(f"{side}_" for side in SIDES))} - {*known}
-    numbers = {name for name in names if all(_is_number(row.get(name)) for row in rows)}
-    return sorted(name for name in numbers if {f"{side}_{name.partition('_')[2]}" for side in SIDES} <= numbers)
-
-
-def _is_number(value: Any) -> bool:
-    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
-
-
-def _preference_row(record: Mapping[str, Any], where: str) -> dict[str, Any]:
-    row = {name: value for name, value in record.items() if value is not None}
-    if {"real", "generated"} <= row.keys():
-        row["chosen"], row["rejected"] = row.pop("real"), row.pop("generated")
-    for name in SIDES:
-        if name not in row:
-            raise InputError(f"{where} lacks the column '{name}': convert the data with spin/convert_data.py")
-    if isinstance(row["chosen"], str) and "prompt" not in row:
-        raise InputError(f"{where} has 'chosen' as text without 'prompt': add that column, or give conversations")
-    for name in PROMPT_COLUMNS:
-        if row.get(name):
-            raise InputError(
-                f"{where} has '{name}', which would change the prompt and is not supported: remove the column"
-            )
-    conversations = {name: whole_conversation(row, name, where) for name in (*SIDES, INITIAL) if name in row}
-    row |= conversations
-    check_pair(row["chosen"], row["rejected"], where, row.get("chosen_token_ids") is not None)
-    row["prompt_id"] = str(row.get("prompt_id") or prompt_hash(row["chosen"][:-1]))
-    return row
-
-
 def _check_repeated(table: pa.Table, path: str) -> None:
     counts = table.group_by(["prompt_id", "sample_index"]).aggregate([([], "count_all")])
     repeated = counts.filter(pc.greater(counts["count_all"], 1)).to_pylist()
@@ -199,35 +144,6 @@ def _check_repeated(table: pa.Table, path: str) -> None:
             f"{path} contains sample {repeated[0]['sample_index']} of prompt {repeated[0]['prompt_id']} "
             f"{repeated[0]['count_all']} times: remove the repeated rows or convert the data again"
         )
-
-
-def check_pair(chosen: Any, rejected: Any, where: str, own_chosen: bool = False) -> None:
-    """Check one pair: two conversations that differ only in their last (assistant) turn.
-
-    A response generated by a model (``rejected``, and ``chosen`` with ``own_chosen``) may be empty: the model may have
-    answered with EOS alone.
-
-    Raises:
-        InputError: the check failed; the error names ``where`` and the reason.
-    """
-    for name, messages in (("chosen", chosen), ("rejected", rejected)):
-        if not isinstance(messages, list) or not all(_is_turn(turn) for turn in messages):
-            raise InputError(f"{where}: '{name}' must contain turns with 'role' and 'content': convert the data again")
-    if own_chosen and chosen and chosen[-1]["content"] == "":
-        # A placeholder, because the row contract does not allow an empty turn.
-        check_conversation([*chosen[:-1], {**chosen[-1], "content": "EOS"}], where)
-    else:
-        check_conversation(chosen, where)
-    if not rejected or rejected[-1]["role"] != "assistant" or list(chosen[:-1]) != list(rejected[:-1]):
-        raise InputError(
-            f"{where}: 'chosen' and 'rejected' do not share a prompt: they must differ only in the last turn"
-        )
-    if not isinstance(rejected[-1]["content"], str):
-        raise InputError(f"{where}: the rejected response is not text: convert the data again")
-
-
-def _is_turn(turn: Any) -> bool:
-    return isinstance(turn, Mapping) and {"role", "content"} <= turn.keys()
 
 
 def mix_preferences(dataset_mixer: Mapping[str, float], splits: Sequence[str], seed: int) -> dict[str, Dataset]:
