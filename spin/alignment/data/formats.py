@@ -184,11 +184,7 @@ def to_conversations(
         notes.label_false += 1
         return []
     prompt_only = not ground_truth_required and _is_prompt_only(row)
-    if prompt_only:
-        messages = message_list(record["prompt"], "user", where, "prompt")
-    else:
-        messages = _read_form(record, where)
-    messages = with_system(messages, record, where)
+    messages = with_system(_prompt_form(record, where) if prompt_only else _read_form(record, where), record, where)
     context_only = take_context_marks(messages)
     # A column ``prompt`` alone is kept as it is: its last user turn is the question.
     if not prompt_only:
@@ -198,23 +194,21 @@ def to_conversations(
     carried = template_columns(record, where)
     extra = read_extra_columns(record.get(EXTRA_COLUMNS), where) | other_columns(record, where, notes)
     check_turn_keys(record, where, notes)
-    own_id = row.get("prompt_id", row.get("id"))
-    own_id = None if own_id in (None, "") else str(own_id)
+    ends = [index for index, turn in enumerate(messages) if turn["role"] == "assistant" and index not in context_only]
     if messages[-1]["role"] != "assistant":
-        return [Conversation(own_id or prompt_hash(messages, *carried), messages, *carried, extra)]
-    ends = [
-        index for index, turn in enumerate(messages) if turn["role"] == "assistant" and index not in context_only
-    ]
-    if not ends:
+        ends = [len(messages) - 1]
+    elif not ends:
         raise InputError(f"{where} has no assistant turn to train on, all of them have weight 0: remove the row")
-    if turns == "last":
+    elif turns == "last":
         ends = ends[-1:]
+    own_id = row.get("prompt_id", row.get("id"))
     conversations = []
     for number, end in enumerate(ends):
         played = messages[: end + 1]
         # Several conversations of one row would share its id; hashed ids differ by themselves.
         suffix = f"#{number}" if turns == "all" and len(ends) > 1 else ""
-        name = prompt_hash(played[:-1], *carried) if own_id is None else own_id + suffix
+        hashed = prompt_hash(prompt_turns(played), *carried)
+        name = hashed if own_id in (None, "") else f"{own_id}{suffix}"
         conversations.append(Conversation(name, played, *carried, extra))
     return conversations
 
@@ -225,12 +219,18 @@ def _until_last_answer(messages: list[Message]) -> list[Message]:
     if "assistant" not in roles:
         return messages
     end = len(roles) - roles[::-1].index("assistant")
-    return messages[:end] if re.fullmatch(r"(tool )*(user )?", "".join(f"{role} " for role in roles[end:])) else messages
+    return (
+        messages[:end] if re.fullmatch(r"(tool )*(user )?", "".join(f"{role} " for role in roles[end:])) else messages
+    )
 
 
 def _is_prompt_only(row: Mapping[str, Any]) -> bool:
     forms = (columns for columns in FORMATS if all(row.get(column) is not None for column in columns))
     return row.get("prompt") is not None and next(forms, None) is None
+
+
+def _prompt_form(record: Mapping[str, Any], where: str) -> list[Message]:
+    return message_list(record["prompt"], "user", where, "prompt")
 
 
 def _read_form(record: Mapping[str, Any], where: str) -> list[Message]:
@@ -332,4 +332,3 @@ def read_label(record: Mapping[str, Any], where: str) -> bool | None:
                 f"response, rename the column, or remove it (spin/reformat.py --ignore_columns {name})"
             )
     return None
-

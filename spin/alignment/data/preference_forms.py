@@ -16,6 +16,7 @@ from spin.alignment.data.columns import (
     EXTRA_COLUMNS,
     LABEL_COLUMNS,
     REASONING_KEYS,
+    REFUSALS,
     Record,
     RowNotes,
     check_column,
@@ -171,6 +172,28 @@ def _check_others(record: Record, where: str, notes: RowNotes) -> None:
             notes.ignored.add(name)
     other_columns(record, where, notes)
     check_turn_keys(record, where, notes)
+
+
+def check_own_columns(rows: Iterable[tuple[str, Mapping[str, Any]]], names: Iterable[str]) -> None:
+    """Check the columns that rows in the project's own format have beyond it.
+
+    Args:
+        rows: pairs of a row's place and the row; only read if some column needs a look at its values.
+
+    Raises:
+        InputError: a column would change what is trained; it is named.
+    """
+    suspect = suspect_columns(names)
+    for where, row in rows if suspect else ():
+        for name in suspect:
+            if not (_side_of(name) and _is_number(row[name])):
+                check_column(name, row[name], where)
+
+
+def suspect_columns(names: Iterable[str]) -> list[str]:
+    """Return the columns that are not the project's own and whose values decide whether they change what is trained."""
+    known = {*_FIELDS, *CARRIED_COLUMNS}
+    return [name for name in names if name not in known and any(kind.concerns(name) for kind in REFUSALS)]
 
 
 def _side_of(name: str) -> str | None:

@@ -12,14 +12,18 @@ import pyarrow.compute as pc
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.parquet import open_parquet, read_batches
 from spin.alignment.core.provenance import METADATA_KEY, Provenance, read_provenance
-from spin.alignment.data.preference_forms import OWN_COLUMNS, check_pair, converted_table
+from spin.alignment.data.preference_forms import (
+    OWN_COLUMNS,
+    check_own_columns,
+    check_pair,
+    converted_table,
+    suspect_columns,
+)
 from spin.alignment.data.source_files import read_records, split_files
 from spin.alignment.data.turns import Message, present_fields
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-
 
 
 def split_prompt(chosen: Sequence[Message], rejected: Sequence[Message]) -> list[Message]:
@@ -73,6 +77,7 @@ def to_preferences(rows: Dataset, name: str) -> Dataset:
         raise InputError(f"{name} has no rows: give at least one pair")
     rows = rows.with_format(None)
     if set(rows.column_names) >= OWN_COLUMNS:
+        check_own_columns(((f"{name} row {number}", row) for number, row in enumerate(rows)), rows.column_names)
         for number, row in enumerate(rows):
             check_pair(row["chosen"], row["rejected"], f"{name} row {number}", row.get("chosen_token_ids") is not None)
     else:
@@ -123,7 +128,10 @@ def conversion_record(path: str, split: str) -> dict[str, Any]:
 
 def _own_table(file: Path) -> pa.Table:
     batches, row = [], 0
+    suspect = suspect_columns(open_parquet(file).schema_arrow.names)
     for batch in read_batches(file):
+        found = batch.select(suspect).to_pylist() if suspect else []
+        check_own_columns(((f"{file} row {row + place}", values) for place, values in enumerate(found)), suspect)
         # Sampled ids mark a chosen response that a model generated, which may be empty.
         sampled = batch.column("chosen_token_ids") if "chosen_token_ids" in batch.schema.names else None
         own = sampled.is_valid().to_pylist() if sampled is not None else [False] * batch.num_rows

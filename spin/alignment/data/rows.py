@@ -106,7 +106,9 @@ def stream_prompts(input_dir: str, split: str, ground_truth_required: bool = Tru
         yield conversation.row()
     notes.tell(input_dir)
     if not seen:
-        raise InputError(f"{input_dir} has only rows with label false, which have no ground truth: give good responses too")
+        raise InputError(
+            f"{input_dir} has only rows with label false, which have no ground truth: give good responses too"
+        )
     unique, counts = np.unique(np.frombuffer(seen, dtype=np.uint64), return_counts=True)
     if len(unique) < len(seen):
         _name_repeated(input_dir, split, ground_truth_required, {int(number) for number in unique[counts > 1]})

@@ -111,7 +111,8 @@ def _split_parts(message: dict[str, Any], where: str) -> str | None:
     parts = message["content"]
     if not isinstance(parts, list | tuple):
         return None
-    texts, thoughts = [], []
+    texts: list[str] = []
+    thoughts: list[str] = []
     for part in parts:
         known = {name: item for name, item in part.items() if not is_empty(item)} if isinstance(part, Mapping) else {}
         kind = known.pop("type", "text")
@@ -214,6 +215,12 @@ def present_fields(turn: Mapping[str, Any]) -> Message:
 def answer_text(turn: Mapping[str, Any]) -> str:
     """Return the text of a response for scorers: its content, followed by its tool calls (JSON), if there are any."""
     return "\n".join(part for part in (turn["content"], turn.get("tool_calls")) if part)
+
+
+def question(prompt: Sequence[Mapping[str, Any]]) -> str:
+    """Return the ``prompt`` of a rule: the text of the last user turn, or of the last turn if there is none."""
+    turns = [turn for turn in prompt if turn.get("role") == "user"] or prompt
+    return turns[-1]["content"] if turns else ""
 
 
 def prompt_turns(conversation: Sequence[Message]) -> list[Message]:

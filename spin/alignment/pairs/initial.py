@@ -64,7 +64,10 @@ class InitialResponses:
             numbers.append(self._rows[key])
         found = self._table.take(pa.array(numbers, pa.int64())).combine_chunks()
         schema = with_initial(pairs.schema)
-        columns = [column.combine_chunks().cast(schema.field(name).type) for name, column in zip(found.column_names, found.columns, strict=True)]
+        columns = [
+            column.combine_chunks().cast(schema.field(name).type)
+            for name, column in zip(found.column_names, found.columns, strict=True)
+        ]
         return pa.RecordBatch.from_arrays([*pairs.columns, *columns], schema=schema)
 
 
