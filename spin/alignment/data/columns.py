@@ -19,11 +19,9 @@ from spin.alignment.core.errors import InputError
 from spin.alignment.core.sides import INITIAL, SIDES
 
 # Harmless columns that repeat the text of others: neither trained on nor passed to scorers.
-COPIES = frozenset(
-    {"chosen", "completion", "conversations", "generated", "messages", "prompt", "real", "rejected", "response", "text"}
-)
+COPIES = frozenset({"completion", "conversations", "messages", "prompt", "real", "response", "text"})
 # Columns of the project's own rows that only some readers need.
-OWN = frozenset({"prompt_id", "id", "sample_index", INITIAL, *SIDES})
+OWN = frozenset({"prompt_id", "id", "sample_index", "generated", INITIAL, *SIDES})
 EXTRA_COLUMNS = "extra_columns"
 SYSTEM_COLUMNS = ("system", "system_prompt", "system_message")
 LABEL_COLUMNS = ("label", "kto_tag")

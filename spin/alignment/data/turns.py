@@ -108,23 +108,22 @@ def _sharegpt_turn(turn: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 def _split_parts(message: dict[str, Any], where: str) -> str | None:
     """Join the text parts of a content list in place; return the text of its thoughts, if it has any."""
-    parts = message["content"]
-    if not isinstance(parts, list | tuple):
+    if not isinstance(message["content"], list | tuple):
         return None
-    texts: list[str] = []
-    thoughts: list[str] = []
-    for part in parts:
-        known = {name: item for name, item in part.items() if not is_empty(item)} if isinstance(part, Mapping) else {}
+    texts: dict[str, list[str]] = {"text": [], "thinking": []}
+    for part in message["content"]:
+        # Parquet fills in the keys of other parts with nulls.
+        known = present_fields(part) if isinstance(part, Mapping) else {"type": type(part).__name__}
         kind = known.pop("type", "text")
-        if kind in ("text", "thinking") and set(known) <= {kind} and isinstance(part.get(kind) if known else "", str):
-            (texts if kind == "text" else thoughts).append(part.get(kind) or "")
+        if kind in texts and known.keys() == {kind} and isinstance(known[kind], str):
+            texts[kind].append(known[kind])
             continue
-        name = kind if kind not in ("text", "thinking") else ", ".join(sorted(known)) or type(part).__name__
+        name = kind if kind not in texts else ", ".join(sorted(known)) or "no text"
         raise InputError(
             f"{where} has a {message['role']} turn with a part of its content that is not text ({name}): remove the row"
         )
-    message["content"] = "".join(texts)
-    return "".join(thoughts) or None
+    message["content"] = "".join(texts["text"])
+    return "".join(texts["thinking"]) or None
 
 
 def _reasoning(turn: Mapping[str, Any], role: str, thoughts: str | None, where: str) -> Message:
