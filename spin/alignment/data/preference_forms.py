@@ -142,6 +142,8 @@ def _preference_row(record: Mapping[str, Any], where: str, notes: RowNotes) -> d
     for name, messages in conversations.items():
         if len(messages) - 1 in take_context_marks(messages):
             raise InputError(f"{where}: the last turn of '{name}' has weight 0: remove the weight or the row")
+        if [message["role"] for message in messages] == ["assistant"] and isinstance(row[name], str):
+            raise InputError(f"{where} has '{name}' as text without 'prompt': add that column, or give conversations")
     carried = template_columns(found, where)
     _check_others(found, where, notes)
     check_pair(conversations["chosen"], conversations["rejected"], where, row.get("chosen_token_ids") is not None)
