@@ -86,7 +86,8 @@ BAD = {
         "train_dataset row 0: 'chosen' and 'rejected' do not share a prompt",
     ),
     "our own, two prompts": ({**OWN, "rejected": [RIGHT]}, "train_dataset row 0: 'chosen' and 'rejected' do not share"),
-    "tools": ({**FORMS["TRL conversational"], "tools": "[{}]"}, "train_dataset row 0 has 'tools'"),
+    "tools": ({**FORMS["TRL conversational"], "tools": "{}f"}, "train_dataset row 0: 'tools' is not JSON"),
+    "images": ({**FORMS["TRL conversational"], "images": ["a"]}, "train_dataset row 0 has 'images', which a text model"),
 }  # fmt: skip
 
 

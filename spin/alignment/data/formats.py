@@ -239,6 +239,8 @@ def _read_form(record: Mapping[str, Any], where: str) -> list[Message]:
         if all(column in record for column in columns):
             return reader(record, where)
     known = ", ".join("+".join(columns) for columns in FORMATS)
+    if "prompt" in record:
+        known += "; or keep prompts without an answer (spin/reformat.py --allow_prompts)"
     raise InputError(f"{where} has the columns {', '.join(record) or '(none)'}: rename them to one of {known}")
 
 
