@@ -165,6 +165,17 @@ def test_numbers_of_both_responses_are_labels_and_texts_are_ignored(tmp_path, ca
     )
 
 
+def test_a_prompt_column_beside_whole_conversations(tmp_path, capsys):
+    whole = {"chosen": [USER, CHOSEN], "rejected": [USER, REJECTED]}
+    assert load(tmp_path, {"prompt": [USER], **whole})[0]["chosen"] == [USER, CHOSEN]
+    assert load(tmp_path, {"prompt": "q", **whole})[0]["chosen"] == [USER, CHOSEN]
+    assert capsys.readouterr().err == f"{tmp_path / 'a.jsonl'}: ignored columns: prompt\n"
+    with pytest.raises(
+        InputError, match="'chosen' is a whole conversation, but does not start with the turns in 'prompt'"
+    ):
+        load(tmp_path, {"prompt": [SYSTEM, USER], **whole})
+
+
 def test_a_response_of_weight_0_is_refused(tmp_path):
     with pytest.raises(InputError, match="the last turn of 'chosen' has weight 0"):
         load(tmp_path, {"prompt": "q", "chosen": [{**CHOSEN, "weight": 0}], "rejected": "b"})

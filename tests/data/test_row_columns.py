@@ -221,7 +221,7 @@ def test_a_response_with_the_label_false_is_never_ground_truth(record, tmp_path,
         load_prompts(str(path), "train")
     path.write_text("\n".join(map(json.dumps, ({"prompt": "p", "response": "r"}, record | {"label": False}))))
     assert len(load_prompts(str(path), "train")) == 1
-    assert "1 rows with label false, which have no ground truth, are skipped" in capsys.readouterr().err
+    assert "skipped, because a response with label false is no ground truth: 1" in capsys.readouterr().err
 
 
 _NAMES = st.sampled_from(

@@ -189,6 +189,6 @@ def test_a_refused_column_can_be_left_out_and_bad_responses_are_counted(tmp_path
     assert "a.jsonl row 2 has 'images', which a text model cannot see" in errors and "--ignore_columns images" in errors
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
     said = run(reformat.main, data=data, output_dir=tmp_path / "out", ignore_columns="images")
-    assert "wrote 2 training" in said and "1 rows with label false, which have no ground truth, are skipped" in said
+    assert "wrote 2 training" in said and "skipped, because a response with label false is no ground truth: 1" in said
     said = run(reformat.main, data=data, output_dir=tmp_path / "two", skip_invalid=True)
     assert "1 invalid rows skipped" in said and "wrote 1 training" in said

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import decimal
+import functools
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -39,6 +40,9 @@ class Record(Mapping[str, Any]):
         self.used.add(name)
         return value
 
+    def get(self, name: str, default: Any = None) -> Any:
+        return self[name] if name in self.row else default
+
     def __contains__(self, name: object) -> bool:
         return name in self.row
 
@@ -51,13 +55,11 @@ class Record(Mapping[str, Any]):
 
 def is_empty(value: Any) -> bool:
     """Return whether a value says nothing: null, blank text, an empty list or object, or one that contains only such."""
-    if isinstance(value, str):
-        return not value.strip()
-    if isinstance(value, Mapping):
+    if value is None or isinstance(value, str):
+        return value is None or not value.strip()
+    if isinstance(value, dict):
         return all(is_empty(item) for item in value.values())
-    if isinstance(value, list | tuple):
-        return all(is_empty(item) for item in value)
-    return value is None
+    return isinstance(value, list | tuple) and all(is_empty(item) for item in value)
 
 
 def _is_off(value: Any) -> bool:
@@ -207,6 +209,12 @@ def words_of(name: str) -> set[str]:
     return {word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+|\d+", name)}
 
 
+@functools.lru_cache(maxsize=4096)
+def refusals_of(name: str) -> list[Refusal]:
+    """Return the kinds of :data:`REFUSALS` that a column's name belongs to; the first one decides."""
+    return [refusal for refusal in REFUSALS if refusal.concerns(name)]
+
+
 def check_column(name: str, value: Any, where: str, whole: bool = True) -> None:
     """Check that a column that no reader has used does not change what is trained.
 
@@ -216,11 +224,9 @@ def check_column(name: str, value: Any, where: str, whole: bool = True) -> None:
     Raises:
         InputError: it does; the message names it and the fix.
     """
-    for refusal in REFUSALS:
-        if refusal.concerns(name) and not (refusal.beside_text and whole):
-            if not refusal.allows(value):
-                raise InputError(f"{where} has '{name}', {refusal.why}: {refusal.fix.format(name=name)}")
-            return
+    for refusal in refusals_of(name)[:1]:
+        if not (refusal.beside_text and whole) and not refusal.allows(value):
+            raise InputError(f"{where} has '{name}', {refusal.why}: {refusal.fix.format(name=name)}")
 
 
 def check_turn_key(name: str, value: Any, where: str) -> None:
@@ -229,12 +235,11 @@ def check_turn_key(name: str, value: Any, where: str) -> None:
     Raises:
         InputError: it does; the message names it and the fix.
     """
-    for refusal in (*TURN_REFUSALS, *REFUSALS):
-        if not refusal.beside_text and refusal.concerns(name):
-            if not refusal.allows(value):
-                fix = refusal.fix.partition(f", {_IGNORE}")[0].format(name=name)
-                raise InputError(f"{where} has a turn with '{name}', {refusal.why}: {fix}")
-            return
+    kinds = [refusal for refusal in TURN_REFUSALS if refusal.concerns(name)] or refusals_of(name)
+    for refusal in kinds[:1]:
+        if not refusal.beside_text and not refusal.allows(value):
+            fix = refusal.fix.partition(f", {_IGNORE}")[0].format(name=name)
+            raise InputError(f"{where} has a turn with '{name}', {refusal.why}: {fix}")
 
 
 _TOLD = set[str]()
@@ -267,7 +272,7 @@ class RowNotes:
         ]
         found = [f"{what}: {', '.join(sorted(names))}" for what, names in parts if names]
         if self.label_false:
-            found.append(f"{self.label_false} rows with label false, which have no ground truth, are skipped")
+            found.append(f"skipped, because a response with label false is no ground truth: {self.label_false}")
         line = f"{source}: {'; '.join(found)}"
         if found and line not in _TOLD:
             _TOLD.add(line)
@@ -280,12 +285,12 @@ def other_columns(record: Record, where: str, notes: RowNotes) -> dict[str, Any]
     Raises:
         InputError: a column would change what is trained.
     """
-    whole = any(isinstance(record.row[name], list | tuple) for name in record.used)
+    whole = any(_is_turns(record.row[name]) for name in record.used)
     found = {}
     for name, value in record.row.items():
         if name in record.used or name in OWN or _belongs_to_side(name):
             continue
-        if is_empty(value) and (name in COPIES or any(refusal.concerns(name) for refusal in REFUSALS)):
+        if is_empty(value) and (name in COPIES or refusals_of(name)):
             continue
         check_column(name, value, where, whole)
         if name in COPIES or not _is_json(value):
@@ -294,6 +299,12 @@ def other_columns(record: Record, where: str, notes: RowNotes) -> dict[str, Any]
             notes.carried.add(name)
             found[name] = value
     return found
+
+
+def _is_turns(value: Any) -> bool:
+    return isinstance(value, list | tuple) and any(
+        isinstance(item, Mapping) and {"role", "from"} & item.keys() for item in value
+    )
 
 
 def _belongs_to_side(name: str) -> bool:

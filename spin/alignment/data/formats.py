@@ -80,11 +80,11 @@ def _real_form(record: Mapping[str, Any], where: str) -> list[Message]:
     return read_turns(record["real"], where, "real")
 
 
-def _chosen_form(record: Mapping[str, Any], where: str) -> list[Message]:
+def _chosen_form(record: Record, where: str) -> list[Message]:
     return whole_conversation(record, "chosen", where)
 
 
-def whole_conversation(record: Mapping[str, Any], column: str, where: str) -> list[Message]:
+def whole_conversation(record: Record, column: str, where: str) -> list[Message]:
     """Return the conversation in ``column``: as it is if complete, otherwise the row's prompt followed by it.
 
     The prompt is in one of the columns prompt, instruction (with input), question, conversations, messages. A text without any
@@ -92,6 +92,7 @@ def whole_conversation(record: Mapping[str, Any], column: str, where: str) -> li
     """
     tail = message_list(record[column], "assistant", where, column)
     if tail and tail[0]["role"] != "assistant":
+        _check_same_prompt(tail, record, where, column)
         return tail
     prompt = next((name for name in _PROMPT_COLUMNS if record.get(name) is not None), None)
     if prompt is None:
@@ -100,6 +101,17 @@ def whole_conversation(record: Mapping[str, Any], column: str, where: str) -> li
     if prompt == "instruction":
         return [*_alpaca_prompt(record, where), *tail]
     return message_list(record[prompt], "user", where, prompt) + tail
+
+
+def _check_same_prompt(messages: list[Message], record: Record, where: str, column: str) -> None:
+    """Refuse turns in the column ``prompt`` that a whole conversation does not start with; a text is a copy of one turn."""
+    if not isinstance(record.row.get("prompt"), list | tuple):
+        return
+    prompt = read_turns(record["prompt"], where, "prompt")
+    if prompt and [dict(turn) for turn in prompt] != messages[: len(prompt)]:
+        raise InputError(
+            f"{where}: '{column}' is a whole conversation, but does not start with the turns in 'prompt': keep one of the two"
+        )
 
 
 def _transcript(text: str) -> list[Message]:
@@ -148,7 +160,7 @@ def _question_answer_form(record: Mapping[str, Any], where: str) -> list[Message
 
 # Columns that identify a format -> its reader. The order matters: the first format whose columns are all present is used.
 # A column that no reader reads is checked, carried or ignored as ``columns.py`` says.
-FORMATS: dict[tuple[str, ...], Callable[[Mapping[str, Any], str], list[Message]]] = {
+FORMATS: dict[tuple[str, ...], Callable[[Record, str], list[Message]]] = {
     ("real",): _real_form,
     ("chosen",): _chosen_form,
     ("messages",): _messages_form,
@@ -218,6 +230,8 @@ def _until_last_answer(messages: list[Message]) -> list[Message]:
     roles = [message["role"] for message in messages]
     if "assistant" not in roles:
         return messages
+    if roles[-1] == "assistant":
+        return messages
     end = len(roles) - roles[::-1].index("assistant")
     return (
         messages[:end] if re.fullmatch(r"(tool )*(user )?", "".join(f"{role} " for role in roles[end:])) else messages
@@ -233,7 +247,7 @@ def _prompt_form(record: Mapping[str, Any], where: str) -> list[Message]:
     return message_list(record["prompt"], "user", where, "prompt")
 
 
-def _read_form(record: Mapping[str, Any], where: str) -> list[Message]:
+def _read_form(record: Record, where: str) -> list[Message]:
     for columns, reader in FORMATS.items():
         # Present is enough, even if null: the reader then names the row instead of guessing another format.
         if all(column in record for column in columns):
@@ -288,9 +302,9 @@ def check_turn_keys(record: Record, where: str, notes: RowNotes) -> None:
         for turn in value if isinstance(value, list | tuple) else [value]:
             if not isinstance(turn, Mapping) or not ({"role", "from"} & turn.keys()):
                 continue
-            for key, item in turn.items():
-                if key not in TURN_KEYS and not is_empty(item):
-                    check_turn_key(key, item, where)
+            for key in turn.keys() - TURN_KEYS:
+                if not is_empty(turn[key]):
+                    check_turn_key(key, turn[key], where)
                     notes.turn_keys.add(key)
 
 

@@ -16,12 +16,12 @@ from spin.alignment.data.columns import (
     EXTRA_COLUMNS,
     LABEL_COLUMNS,
     REASONING_KEYS,
-    REFUSALS,
     Record,
     RowNotes,
     check_column,
     is_empty,
     other_columns,
+    refusals_of,
 )
 from spin.alignment.data.formats import (
     CARRIED_COLUMNS,
@@ -195,7 +195,7 @@ def check_own_columns(rows: Iterable[tuple[str, Mapping[str, Any]]], names: Iter
 def suspect_columns(names: Iterable[str]) -> list[str]:
     """Return the columns that are not the project's own and whose values decide whether they change what is trained."""
     known = {*_FIELDS, *CARRIED_COLUMNS}
-    return [name for name in names if name not in known and any(kind.concerns(name) for kind in REFUSALS)]
+    return [name for name in names if name not in known and refusals_of(name)]
 
 
 def _side_of(name: str) -> str | None:

@@ -71,11 +71,10 @@ def _has_role(turn: Mapping[str, Any]) -> bool:
 
 
 def _read_turn(turn: Mapping[str, Any], where: str) -> Message:
-    if turn.get("role") is None and "from" in turn:
-        message = _sharegpt_turn(turn, where)
-    else:
-        role = str(turn["role"])
-        message = {"role": _ROLES.get(role, role), "content": turn.get("content")}
+    sharegpt = turn.get("role") is None and "from" in turn
+    message = _sharegpt_turn(turn, where) if sharegpt else text_turn(_role(turn), turn.get("content"))
+    if len(turn) == 2 and len(message) == 2 and isinstance(message["content"], str):
+        return message  # by far the most common turn: role and text alone
     thoughts = _split_parts(message, where)
     message |= _reasoning(turn, message["role"], thoughts, where)
     if calls := _tool_calls(turn, where) or message.pop("tool_calls", None):
@@ -94,6 +93,11 @@ def _read_turn(turn: Mapping[str, Any], where: str) -> Message:
             f"{where} has a {message['role']} turn with '{key}': only assistant turns are trained on; remove the key"
         )
     return message
+
+
+def _role(turn: Mapping[str, Any]) -> str:
+    role = str(turn["role"])
+    return _ROLES.get(role, role)
 
 
 def _sharegpt_turn(turn: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -162,6 +166,8 @@ def json_list(value: Any, where: str, name: str, convert: Any) -> str | None:
     Raises:
         InputError: it is something else.
     """
+    if value is None:
+        return None
     if isinstance(value, str) and value.strip():
         try:
             value = json.loads(value)
@@ -229,8 +235,10 @@ def prompt_turns(conversation: Sequence[Message]) -> list[Message]:
 
 def turn_texts(turn: Mapping[str, Any]) -> list[str]:
     """Return every text of a turn, for hashes: role, content, and the names and texts of the optional fields that it has."""
-    fields = [text for name in OPTIONAL_FIELDS if turn.get(name) is not None for text in (name, turn[name])]
-    return [turn["role"], turn["content"], *fields]
+    texts = [turn["role"], turn["content"]]
+    if len(turn) > 2:
+        texts += [text for name in OPTIONAL_FIELDS if turn.get(name) is not None for text in (name, turn[name])]
+    return texts
 
 
 def prompt_hash(prompt: Sequence[Message], *settings: str | None) -> str:
@@ -269,7 +277,7 @@ def _check_texts(message: Mapping[str, Any], number: int, where: str) -> None:
     may_be_empty = role in ("system", "tool") or bool(message.get("tool_calls"))
     if not content.strip() and not may_be_empty:
         raise InputError(f"{where} has an empty {role} turn (turn {number}): remove or complete the row")
-    if not all(is_unicode(text) for text in turn_texts(message)):
+    if not is_unicode(content) or not all(map(is_unicode, turn_texts(message)[2:])):
         raise InputError(f"{where} has an unpaired surrogate (half a character) in turn {number}: correct the row")
 
 
