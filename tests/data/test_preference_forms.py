@@ -6,11 +6,14 @@ import json
 
 import pytest
 from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.parquet import ParquetSink
 from spin.alignment.core.provenance import Provenance
 from spin.alignment.data import columns as columns_module
+from spin.alignment.data.preference_forms import check_pair, converted_table
 from spin.alignment.data.preferences import load_preferences, mix_preferences, to_preferences
 from spin.alignment.data.rows import PREFERENCE_SCHEMA, Features
 
@@ -191,3 +194,62 @@ def test_rows_in_the_projects_format_are_checked_too(tmp_path, name, value):
     with pytest.raises(InputError, match=f"row 1 has '{name}', which"):
         load_preferences(tmp_path, "train")
     assert len(to_preferences(Dataset.from_list([{**row, name: None, "source": "web"}]), "train_dataset")) == 1
+
+
+_TURN = st.fixed_dictionaries(
+    {
+        "role": st.sampled_from(["user", "assistant", "system", "tool"]),
+        "content": st.sampled_from(["q", "a", "", None]),
+    },
+    optional={"tool_calls": st.sampled_from([[CALL], None, "x"]), "weight": st.sampled_from([0, 1, None])},
+)
+_SIDE = st.sampled_from(["a", "", None, "\n\nHuman: q\n\nAssistant: a", 3]) | st.lists(_TURN, max_size=4) | _TURN
+_COLUMNS = st.dictionaries(
+    st.sampled_from(
+        [
+            "prompt",
+            "question",
+            "system",
+            "tools",
+            "label",
+            "chosen_x",
+            "rejected_x",
+            "chosen_weights",
+            "sample_index",
+            "prompt_id",
+            "images",
+            "chosen_token_ids",
+            "rejected_finish_reason",
+            "reasoning",
+            "source",
+            "completion",
+            "initial",
+        ]
+    ),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.sampled_from(["q", "", "\ud83d"])
+    | st.lists(st.integers(), max_size=2),
+    max_size=3,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    rows=st.lists(
+        st.tuples(st.fixed_dictionaries({}, optional={"chosen": _SIDE, "rejected": _SIDE}), _COLUMNS),
+        min_size=1,
+        max_size=3,
+    )
+)
+def test_any_rows_become_checked_pairs_or_one_sentence(rows):
+    records = [(f"row {number}", columns | sides) for number, (sides, columns) in enumerate(rows)]
+    try:
+        table = converted_table(iter(records), "a.jsonl")
+    except InputError as error:
+        assert "\n" not in str(error).strip()
+        return
+    for number, pair in enumerate(table.to_pylist()):
+        check_pair(pair["chosen"], pair["rejected"], f"row {number}", pair.get("chosen_token_ids") is not None)

@@ -29,6 +29,14 @@ FORMS = {
 each_form = pytest.mark.parametrize("record", FORMS.values(), ids=FORMS.keys())
 
 
+def nested(depth: int) -> list:
+    """Return lists within lists, as a damaged or hostile file may have them."""
+    found: list = []
+    for _ in range(depth):
+        found = [{"x": found}]
+    return found
+
+
 def read(record: dict, **settings) -> tuple:
     notes = RowNotes()
     (conversation,) = to_conversations(record, "a.jsonl row 7", notes=notes, **settings)
@@ -134,6 +142,11 @@ def test_other_columns_are_carried_and_copies_ignored(record):
     assert again.row() == row
 
 
+def test_a_column_nested_too_deep_is_ignored_and_reported():
+    conversation, notes = read({**FORMS["messages"], "meta": nested(5000), "images": [[[[None]]]]})
+    assert conversation.extra_columns == {} and notes.ignored == {"meta"}
+
+
 def test_rows_without_anything_new_are_as_before(tmp_path):
     for record in FORMS.values():
         assert read(record)[0].row().keys() == {"prompt_id", "chosen"}
@@ -188,6 +201,9 @@ def test_columns_of_the_source_reach_the_rows_in_memory_and_on_disk(tmp_path):
         ({"extra_columns": "[]"}, "'extra_columns' is not the JSON text of an object"),
         ({"extra_columns": "{"}, "'extra_columns' is not JSON text"),
         ({"reasoning": ["x"]}, "'reasoning' is list, not text"),
+        ({"id": "\ud83d"}, "half a character.* in its id"),
+        ({"tools": nested(2000)}, "'tools' cannot be written as JSON|is not a list of objects"),
+        ({"extra_columns": "[" * 100_000}, "'extra_columns' is not JSON text"),
         ({"reasoning": "x", "thinking": "y"}, "has different thoughts in 'thinking'"),
     ],
 )
@@ -234,7 +250,7 @@ _VALUES = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     form=st.sampled_from(sorted(FORMS)),
     columns=st.dictionaries(_NAMES | st.text(min_size=1, max_size=8), _VALUES, max_size=3),

@@ -157,7 +157,7 @@ _TURNS = st.lists(
 )  # fmt: skip
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(turns=_TURNS, required=st.booleans(), mode=st.sampled_from(["last", "all"]))
 def test_any_turns_keep_the_contract_or_are_refused(turns, required, mode):
     try:

@@ -190,5 +190,8 @@ def test_a_refused_column_can_be_left_out_and_bad_responses_are_counted(tmp_path
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
     said = run(reformat.main, data=data, output_dir=tmp_path / "out", ignore_columns="images")
     assert "wrote 2 training" in said and "skipped, because a response with label false is no ground truth: 1" in said
+    flags = ("--data", data, "--output_dir", tmp_path / "no", "--ignore_columns", "images", "weights")
+    code, _, errors = run_main(reformat.main, *flags)
+    assert (code, errors) == (2, f"error: {data} has no column weights: correct ignore_columns\n")
     said = run(reformat.main, data=data, output_dir=tmp_path / "two", skip_invalid=True)
     assert "1 invalid rows skipped" in said and "wrote 1 training" in said

@@ -53,13 +53,14 @@ class Record(Mapping[str, Any]):
         return len(self.row)
 
 
-def is_empty(value: Any) -> bool:
-    """Return whether a value says nothing: null, blank text, an empty list or object, or one that contains only such."""
+def is_empty(value: Any, depth: int = 16) -> bool:
+    """Return whether a value says nothing: null, blank text, an empty list or object, or one that contains only such; what is
+    nested more than ``depth`` deep counts as something."""
     if value is None or isinstance(value, str):
         return value is None or not value.strip()
-    if isinstance(value, dict):
-        return all(is_empty(item) for item in value.values())
-    return isinstance(value, list | tuple) and all(is_empty(item) for item in value)
+    if not depth or not isinstance(value, dict | list | tuple):
+        return False
+    return all(is_empty(item, depth - 1) for item in (value.values() if isinstance(value, dict) else value))
 
 
 def _is_off(value: Any) -> bool:
@@ -314,7 +315,7 @@ def _belongs_to_side(name: str) -> bool:
 def _is_json(value: Any) -> bool:
     try:
         to_json(value)
-    except TypeError:  # bytes, for example
+    except (TypeError, ValueError, RecursionError):  # bytes, for example, or nested too deep
         return False
     return True
 
@@ -323,7 +324,7 @@ def to_json(value: Any) -> str:
     """Return a value as JSON text, dates and decimals as text. ASCII, because parquet cannot store unpaired surrogates.
 
     Raises:
-        TypeError: it cannot be written as JSON.
+        TypeError, ValueError, RecursionError: it cannot be written as JSON.
     """
     return json.dumps(value, sort_keys=True, default=_as_text)
 
@@ -344,7 +345,7 @@ def read_extra_columns(text: Any, where: str) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(text)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise InputError(f"{where}: '{EXTRA_COLUMNS}' is not JSON text ({error}): remove the column") from error
     if not isinstance(found, dict):
         raise InputError(f"{where}: '{EXTRA_COLUMNS}' is not the JSON text of an object: remove the column")

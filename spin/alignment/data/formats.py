@@ -26,6 +26,7 @@ from spin.alignment.data.turns import (
     TURN_KEYS,
     Message,
     check_conversation,
+    is_unicode,
     json_list,
     prompt_hash,
     prompt_turns,
@@ -214,6 +215,8 @@ def to_conversations(
     elif turns == "last":
         ends = ends[-1:]
     own_id = row.get("prompt_id", row.get("id"))
+    if not is_unicode(str(own_id)):
+        raise InputError(f"{where} has an unpaired surrogate (half a character) in its id: correct the row")
     conversations = []
     for number, end in enumerate(ends):
         played = messages[: end + 1]

@@ -70,7 +70,7 @@ def converted_table(records: Iterator[tuple[str, Mapping[str, Any]]], source: st
     notes.tell(source)
     try:
         return pa.Table.from_pylist(rows, schema)
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OverflowError, UnicodeError) as error:
         raise InputError(f"{source} contains a value of the wrong type ({error}): see docs/data_format.md") from error
 
 

@@ -132,7 +132,9 @@ class Source:
 
         self.invalid, self.notes = [], RowNotes()
         config, left_out = self.config, {*self.config.ignore_columns}
+        unseen = {*left_out}
         for where, record in read_records(config.data, config.split):
+            unseen -= record.keys()
             row = {name: value for name, value in record.items() if name not in left_out} if left_out else record
             try:
                 found = to_conversations(row, where, config.turns, not config.allow_prompts, self.notes)
@@ -143,6 +145,8 @@ class Source:
                 continue
             for conversation in found:
                 yield where, conversation
+        if unseen:
+            raise InputError(f"{config.data} has no column {', '.join(sorted(unseen))}: correct ignore_columns")
 
 
 @dataclass(frozen=True)

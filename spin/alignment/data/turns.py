@@ -171,14 +171,17 @@ def json_list(value: Any, where: str, name: str, convert: Any) -> str | None:
     if isinstance(value, str) and value.strip():
         try:
             value = json.loads(value)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{where}: '{name}' is not JSON ({error}): correct the row") from error
     value = [value] if isinstance(value, Mapping) else value
     if is_empty(value):
         return None
     if not isinstance(value, list | tuple) or not all(isinstance(item, Mapping) for item in value):
         raise InputError(f"{where}: '{name}' is not a list of objects: correct the row")
-    text = json.dumps([without_nulls(convert(item)) for item in value], ensure_ascii=False)
+    try:
+        text = json.dumps([without_nulls(convert(item)) for item in value], ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"{where}: '{name}' cannot be written as JSON ({error}): correct the row") from error
     if not is_unicode(text):
         raise InputError(f"{where} has an unpaired surrogate (half a character) in '{name}': correct the row")
     return text
