@@ -32,10 +32,6 @@ RECORDS = {
         {"instruction": "Add.", "input": "2+3", "output": "5", "system": "Be brief.", "history": [["2+3?", "5"]]},
         [SYSTEM, USER, ANSWER, {"role": "user", "content": "Add.\n\n2+3"}, ANSWER],
     ),
-    "dolly": (
-        {"instruction": "Add.", "context": "2+3", "response": "5"},
-        [{"role": "user", "content": "Add.\n\n2+3"}, ANSWER],
-    ),
     "sharegpt": ({"id": "x", "conversations": SHAREGPT}, [USER, ANSWER]),
     "gsm8k": ({"question": "2+3?", "answer": "5"}, [USER, ANSWER]),
     "trailing question": ({"messages": [USER, ANSWER, MORE[0]]}, [USER, ANSWER]),

@@ -297,6 +297,6 @@ def test_any_other_column_is_carried_ignored_used_or_refused(form, columns):
 
 
 def test_every_form_is_covered_by_these_tests():
-    assert {("instruction", "response"), ("prompt", "completion")} == {
+    assert {("prompt", "completion")} == {
         form for form in FORMATS if not any(set(form) <= record.keys() for record in FORMS.values())
     }

@@ -139,16 +139,15 @@ def _alpaca_prompt(record: Mapping[str, Any], where: str) -> list[Message]:
         if not isinstance(turn, list | tuple) or len(turn) != 2:
             raise InputError(f"{where}: 'history' must contain [question, answer] pairs: correct the row")
         messages += [text_turn("user", turn[0]), text_turn("assistant", turn[1])]
-    parts = [record.get(column) for column in ("instruction", "input", "context") if column in record]
-    for column in ("instruction", "input", "context"):
+    parts = [record.get(column) for column in ("instruction", "input")]
+    for column in ("instruction", "input"):
         if not isinstance(record.get(column, ""), str | None):
             raise InputError(f"{where}: '{column}' is {type(record[column]).__name__}, not text: correct the row")
     return [*messages, text_turn("user", "\n\n".join(part for part in parts if part))]
 
 
 def _alpaca_form(record: Mapping[str, Any], where: str) -> list[Message]:
-    column = "output" if "output" in record else "response"
-    return [*_alpaca_prompt(record, where), text_turn("assistant", record[column])]
+    return [*_alpaca_prompt(record, where), text_turn("assistant", record["output"])]
 
 
 def _sharegpt_form(record: Mapping[str, Any], where: str) -> list[Message]:
@@ -170,7 +169,6 @@ FORMATS: dict[tuple[str, ...], Callable[[Record, str], list[Message]]] = {
     ("question", "answer"): _question_answer_form,
     ("prompt", "response"): _prompt_response_form,
     ("prompt", "completion"): _prompt_response_form,
-    ("instruction", "response"): _alpaca_form,
 }
 
 
