@@ -128,6 +128,7 @@ BAD = {
     "surrogate": ({"question": "a", "answer": "\ud83d"}, "half a character"),
     "alpaca instruction": ({"instruction": None, "input": 3, "output": "x"}, "'input' is int, not text"),
     "alpaca nothing": ({"instruction": None, "output": "x"}, "empty user turn"),
+    "alpaca history is no list": ({"instruction": "a", "output": "x", "history": True}, r"\[question, answer\] pairs"),
     "alpaca history": ({"instruction": "a", "output": "x", "history": ["q"]}, r"\[question, answer\] pairs"),
     "sharegpt starts with gpt": ({"conversations": SHAREGPT[::-1] + SHAREGPT}, "role order assistant user user"),
     "sharegpt speaker": ({"conversations": [{"from": "bing", "value": "x"}]}, "unknown speaker 'bing': use one of"),

@@ -135,7 +135,8 @@ def _prompt_response_form(record: Mapping[str, Any], where: str) -> list[Message
 
 def _alpaca_prompt(record: Mapping[str, Any], where: str) -> list[Message]:
     messages = []
-    for turn in record.get("history") or []:
+    history = record.get("history") or []
+    for turn in history if isinstance(history, list | tuple) else [history]:
         if not isinstance(turn, list | tuple) or len(turn) != 2:
             raise InputError(f"{where}: 'history' must contain [question, answer] pairs: correct the row")
         messages += [text_turn("user", turn[0]), text_turn("assistant", turn[1])]
