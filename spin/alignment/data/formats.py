@@ -22,11 +22,12 @@ from spin.alignment.data.columns import (
     read_extra_columns,
     to_json,
 )
+from spin.alignment.data.foreign_forms import FOREIGN_FORMS
+from spin.alignment.data.row_ids import source_id
 from spin.alignment.data.turns import (
     TURN_KEYS,
     Message,
     check_conversation,
-    is_unicode,
     json_list,
     prompt_hash,
     prompt_turns,
@@ -191,6 +192,7 @@ def to_conversations(
         InputError: the format is unknown, a column would change what is trained, a turn is empty or not text, roles do not
             alternate, or there is no assistant turn.
     """
+    row = _under_known_names(row, where)
     record, notes = Record(row), notes or RowNotes()
     if read_label(record, where) is False:
         notes.label_false += 1
@@ -213,18 +215,26 @@ def to_conversations(
         raise InputError(f"{where} has no assistant turn to train on, all of them have weight 0: remove the row")
     elif turns == "last":
         ends = ends[-1:]
-    own_id = row.get("prompt_id", row.get("id"))
-    if not is_unicode(str(own_id)):
-        raise InputError(f"{where} has an unpaired surrogate (half a character) in its id: correct the row")
+    own_id = source_id(row, where)
     conversations = []
     for number, end in enumerate(ends):
         played = messages[: end + 1]
         # Several conversations of one row would share its id; hashed ids differ by themselves.
         suffix = f"#{number}" if turns == "all" and len(ends) > 1 else ""
         hashed = prompt_hash(prompt_turns(played), *carried)
-        name = hashed if own_id in (None, "") else f"{own_id}{suffix}"
+        name = f"{own_id}{suffix}" if own_id else hashed
         conversations.append(Conversation(name, played, *carried, extra))
     return conversations
+
+
+def _under_known_names(row: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """Return a row in a form of another tool (``foreign_forms.py``) under the names that :data:`FORMATS` reads."""
+    if any(all(column in row for column in columns) for columns in FORMATS):
+        return row
+    for columns, rename in FOREIGN_FORMS.items():
+        if all(column in row for column in columns):
+            return rename(row, where)
+    return row
 
 
 def _until_last_answer(messages: list[Message]) -> list[Message]:
@@ -254,7 +264,7 @@ def _read_form(record: Record, where: str) -> list[Message]:
         # Present is enough, even if null: the reader then names the row instead of guessing another format.
         if all(column in record for column in columns):
             return reader(record, where)
-    known = ", ".join("+".join(columns) for columns in FORMATS)
+    known = ", ".join("+".join(columns) for columns in (*FORMATS, *FOREIGN_FORMS))
     if "prompt" in record:
         known += "; or keep prompts without an answer (spin/reformat.py --allow_prompts)"
     raise InputError(f"{where} has the columns {', '.join(record) or '(none)'}: rename them to one of {known}")

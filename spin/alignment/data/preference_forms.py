@@ -12,6 +12,8 @@ import pyarrow as pa
 from spin.alignment.core.console import say_error
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.sides import INITIAL, SIDES
+from spin.alignment.core.text import is_unicode
+from spin.alignment.data.column_types import OWN_TYPES, table_of
 from spin.alignment.data.columns import (
     EXTRA_COLUMNS,
     LABEL_COLUMNS,
@@ -23,6 +25,7 @@ from spin.alignment.data.columns import (
     other_columns,
     refusals_of,
 )
+from spin.alignment.data.foreign_forms import pair_form
 from spin.alignment.data.formats import (
     CARRIED_COLUMNS,
     Conversation,
@@ -33,12 +36,12 @@ from spin.alignment.data.formats import (
     whole_conversation,
     with_system,
 )
-from spin.alignment.data.rows import LABEL_TYPE, OPTIONAL_COLUMNS, PREFERENCE_SCHEMA, Features
-from spin.alignment.data.turns import check_conversation, present_fields, prompt_hash, take_context_marks
+from spin.alignment.data.row_ids import source_id
+from spin.alignment.data.rows import LABEL_TYPE, Features
+from spin.alignment.data.turns import check_conversation, present_fields, prompt_hash, take_context_marks, turn_texts
 
 # Columns that mark rows in the format of docs/data_format.md.
 OWN_COLUMNS = frozenset({"prompt_id", "sample_index", "chosen", "rejected"})
-_FIELDS = {item.name: item.type for item in PREFERENCE_SCHEMA} | OPTIONAL_COLUMNS
 
 
 def converted_table(records: Iterator[tuple[str, Mapping[str, Any]]], source: str) -> pa.Table:
@@ -49,29 +52,30 @@ def converted_table(records: Iterator[tuple[str, Mapping[str, Any]]], source: st
     """
     notes, features, unpaired = RowNotes(), Features(), UnpairedResponses(source)
     rows: list[dict[str, Any]] = []
+    places: list[str] = []
     for where, record in records:
         if _is_unpaired(record):
             unpaired.add(record, where, notes)
         else:
             rows.append(_preference_row(record, where, notes))
-    rows += unpaired.pairs()
+            places.append(where)
+    paired = unpaired.pairs()
+    rows += paired
+    places += [unpaired.places[row["prompt_id"]] for row in paired]
     samples, present = Counter[str](), set(OWN_COLUMNS)
     for row in rows:
         row.setdefault("sample_index", samples[row["prompt_id"]])
         samples[row["prompt_id"]] += 1
-        present |= _FIELDS.keys() & row.keys()
+        present |= OWN_TYPES.keys() & row.keys()
         features.add(row)
     labels = _label_columns(rows, notes)
-    columns = {name: kind for name, kind in _FIELDS.items() if name in present}
+    columns = {name: kind for name, kind in OWN_TYPES.items() if name in present}
     schema = features.extend(pa.schema([*columns.items(), *((name, LABEL_TYPE) for name in labels)]))
     # Nothing scores these pairs, so what scorers would receive ends here.
     notes.ignored |= notes.carried
     notes.carried = set()
     notes.tell(source)
-    try:
-        return pa.Table.from_pylist(rows, schema)
-    except (pa.ArrowException, OverflowError, UnicodeError) as error:
-        raise InputError(f"{source} contains a value of the wrong type ({error}): see docs/data_format.md") from error
+    return table_of(rows, schema, places)
 
 
 def _is_unpaired(record: Mapping[str, Any]) -> bool:
@@ -130,7 +134,7 @@ class UnpairedResponses:
 
 
 def _preference_row(record: Mapping[str, Any], where: str, notes: RowNotes) -> dict[str, Any]:
-    row = {name: value for name, value in record.items() if value is not None}
+    row = {name: value for name, value in pair_form(record, where).items() if value is not None}
     if {"real", "generated"} <= row.keys():
         row["chosen"], row["rejected"] = row.pop("real"), row.pop("generated")
     for name in SIDES:
@@ -147,9 +151,9 @@ def _preference_row(record: Mapping[str, Any], where: str, notes: RowNotes) -> d
     carried = template_columns(found, where)
     _check_others(found, where, notes)
     check_pair(conversations["chosen"], conversations["rejected"], where, row.get("chosen_token_ids") is not None)
-    kept = {name: row[name] for name in row if name in _FIELDS or _side_of(name)}
+    kept = {name: row[name] for name in row if name in OWN_TYPES or _side_of(name)}
     kept |= {name: text for name, text in zip(CARRIED_COLUMNS, carried, strict=False) if text is not None}
-    own_id = str(row.get("prompt_id") or prompt_hash(conversations["chosen"][:-1], *carried))
+    own_id = source_id(row, where, ("prompt_id",)) or prompt_hash(conversations["chosen"][:-1], *carried)
     return kept | conversations | {"prompt_id": own_id}
 
 
@@ -162,7 +166,7 @@ def _check_others(record: Record, where: str, notes: RowNotes) -> None:
                 "the turns, and remove labels"
             )
     for name, value in record.row.items():
-        if not (side := _side_of(name)) or name in _FIELDS or is_empty(value):
+        if not (side := _side_of(name)) or name in OWN_TYPES or is_empty(value):
             continue
         if not _is_number(value):
             check_column(name, value, where)
@@ -194,7 +198,7 @@ def check_own_columns(rows: Iterable[tuple[str, Mapping[str, Any]]], names: Iter
 
 def suspect_columns(names: Iterable[str]) -> list[str]:
     """Return the columns that are not the project's own and whose values decide whether they change what is trained."""
-    known = {*_FIELDS, *CARRIED_COLUMNS}
+    known = {*OWN_TYPES, *CARRIED_COLUMNS}
     return [name for name in names if name not in known and refusals_of(name)]
 
 
@@ -209,7 +213,7 @@ def _label_columns(rows: Sequence[Mapping[str, Any]], notes: RowNotes) -> list[s
         InputError: there is a number for one of the responses only, or not in every row.
     """
     names = {name for row in rows for name in row if name.startswith(tuple(f"{side}_" for side in SIDES))}
-    names -= _FIELDS.keys()
+    names -= OWN_TYPES.keys()
     numbers = {name for name in names if all(_is_number(row.get(name), null=True) for row in rows)}
     labels = {name for name in numbers if {f"{side}_{name.partition('_')[2]}" for side in SIDES} <= numbers}
     for name in sorted(names - labels):
@@ -249,6 +253,10 @@ def check_pair(chosen: Any, rejected: Any, where: str, own_chosen: bool = False)
         )
     if not isinstance(rejected[-1]["content"], str):
         raise InputError(f"{where}: the rejected response is not text: convert the data again")
+    if not all(map(is_unicode, turn_texts(rejected[-1]))):
+        raise InputError(
+            f"{where}: the rejected response has an unpaired surrogate (half a character): correct the row"
+        )
 
 
 def _prompt(messages: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -10,8 +10,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from spin.alignment.core.errors import InputError
-from spin.alignment.core.parquet import open_parquet, read_batches
+from spin.alignment.core.parquet import batch_rows, open_parquet, read_batches
 from spin.alignment.core.provenance import METADATA_KEY, Provenance, read_provenance
+from spin.alignment.data.column_types import joined
+from spin.alignment.data.foreign_forms import FOREIGN_PAIR_COLUMNS
+from spin.alignment.data.mixture import pieces_of
 from spin.alignment.data.preference_forms import (
     OWN_COLUMNS,
     check_own_columns,
@@ -20,10 +23,15 @@ from spin.alignment.data.preference_forms import (
     suspect_columns,
 )
 from spin.alignment.data.source_files import read_records, split_files
+from spin.alignment.data.source_names import is_local
+from spin.alignment.data.split_names import preference_split
 from spin.alignment.data.turns import Message, present_fields
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+
+_CHECKED = sorted(OWN_COLUMNS)
 
 
 def split_prompt(chosen: Sequence[Message], rejected: Sequence[Message]) -> list[Message]:
@@ -39,9 +47,8 @@ def split_prompt(chosen: Sequence[Message], rejected: Sequence[Message]) -> list
 def load_preferences(path: str | Path, split: str) -> Dataset:
     """Load the preference rows of a split (``train`` is the same as ``train_prefs``) in the format of docs/data_format.md.
 
-    The original's ``real``/``generated`` columns, rows with a column ``prompt``, and rows without ids or token ids are
-    accepted: a missing ``prompt_id`` becomes the hash of the prompt, a missing ``sample_index`` counts the rows of a prompt.
-    Unpaired rows (a response with a ``label``) are paired by prompt.
+    Rows in the forms of ``preference_forms.py`` and ``foreign_forms.py`` and rows without ids or token ids are accepted: a
+    missing ``prompt_id`` becomes the hash of the prompt, a missing ``sample_index`` counts the rows of a prompt.
 
     Raises:
         InputError: a file is missing or damaged, a column is missing, a row violates the contract, a sample appears twice,
@@ -50,8 +57,8 @@ def load_preferences(path: str | Path, split: str) -> Dataset:
     from datasets import Dataset
 
     path = str(path)
-    tables = _preference_tables(path, split)
-    table = pa.concat_tables(tables, promote_options="default")
+    tables = _preference_tables(path, preference_split(split))
+    table = joined([table for _, table in tables], [name for name, _ in tables])
     if table.num_rows == 0:
         raise InputError(f"{path} contains no pairs of the split '{split}': generate and convert some first")
     _check_repeated(table, path)
@@ -76,7 +83,7 @@ def to_preferences(rows: Dataset, name: str) -> Dataset:
     if len(rows) == 0:
         raise InputError(f"{name} has no rows: give at least one pair")
     rows = rows.with_format(None)
-    if set(rows.column_names) >= OWN_COLUMNS:
+    if set(rows.column_names) >= OWN_COLUMNS and FOREIGN_PAIR_COLUMNS.isdisjoint(rows.column_names):
         check_own_columns(((f"{name} row {number}", row) for number, row in enumerate(rows)), rows.column_names)
         for number, row in enumerate(rows):
             check_pair(row["chosen"], row["rejected"], f"{name} row {number}", row.get("chosen_token_ids") is not None)
@@ -86,18 +93,19 @@ def to_preferences(rows: Dataset, name: str) -> Dataset:
     return rows
 
 
-def _preference_tables(path: str, split: str) -> list[pa.Table]:
-    if not Path(path).exists():  # the name of a data set on the Hub
-        return [converted_table(read_records(path, split.removesuffix("_prefs")), path)]
+def _preference_tables(path: str, split: str) -> list[tuple[str, pa.Table]]:
+    """Return the pairs of each file of a split, with the name of the file."""
+    if not is_local(path):  # a data set on the Hub, or a path that read_records() refuses
+        return [(path, converted_table(read_records(path, split), path))]
     tables = []
-    files = split_files(Path(path), split.removesuffix("_prefs"))
+    files = split_files(path, split)
     _check_one_provenance(files)
     for file in files:
         columns = set(open_parquet(file).schema_arrow.names) if file.suffix == ".parquet" else set()
-        if columns >= OWN_COLUMNS:
-            tables.append(_own_table(file))
+        if columns >= OWN_COLUMNS and columns.isdisjoint(FOREIGN_PAIR_COLUMNS):
+            tables.append((str(file), _own_table(file)))
         else:
-            tables.append(converted_table(read_records(str(file), None), str(file)))
+            tables.append((str(file), converted_table(read_records(str(file), None), str(file))))
     return tables
 
 
@@ -118,7 +126,7 @@ def _check_one_provenance(files: Sequence[Path]) -> None:
 
 def conversion_record(path: str, split: str) -> dict[str, Any]:
     """Return what the files of a split say of their conversion (``extra`` of the provenance); empty for files from elsewhere."""
-    files = split_files(Path(path), split.removesuffix("_prefs")) if Path(path).exists() else []
+    files = split_files(path, preference_split(split)) if is_local(path) else []
     for file in files:
         schema = open_parquet(file).schema_arrow if file.suffix == ".parquet" else pa.schema([])
         if METADATA_KEY in (schema.metadata or {}):
@@ -135,7 +143,10 @@ def _own_table(file: Path) -> pa.Table:
         # Sampled ids mark a chosen response that a model generated, which may be empty.
         sampled = batch.column("chosen_token_ids") if "chosen_token_ids" in batch.schema.names else None
         own = sampled.is_valid().to_pylist() if sampled is not None else [False] * batch.num_rows
-        for pair, is_own in zip(batch.select(["chosen", "rejected"]).to_pylist(), own, strict=True):
+        for pair, is_own in zip(batch_rows(batch.select(_CHECKED), file), own, strict=True):
+            for name in ("prompt_id", "sample_index"):
+                if pair[name] is None:
+                    raise InputError(f"{file} row {row} has no {name}: give every row one, or remove the column")
             check_pair(pair["chosen"], pair["rejected"], f"{file} row {row}", is_own)
             row += 1
         batches.append(batch)
@@ -157,42 +168,20 @@ def _check_repeated(table: pa.Table, path: str) -> None:
 def mix_preferences(dataset_mixer: Mapping[str, float], splits: Sequence[str], seed: int) -> dict[str, Dataset]:
     """Load and mix the data sets of ``dataset_mixer`` (path -> fraction of its training rows, in (0, 1]).
 
-    Returns ``{"train": ..., "test": ...}`` with the splits named in ``splits``; test splits are used in full, as in the
+    Returns ``{"train": ..., "test": ...}`` with all splits named in ``splits``; held-out splits are used in full, as in the
     original. A column ``source`` gives the path each row came from; the training rows are shuffled with ``seed``.
 
     Raises:
-        InputError: no data set is given, a fraction is out of range, or a data set cannot be read.
+        InputError: no data set or training split is given, one is named twice or cannot be read, or a fraction is out of range.
     """
-    from datasets import concatenate_datasets
-
-    if not dataset_mixer:
-        raise InputError("dataset_mixer is empty: write at least one 'path: fraction' line")
-    for path, fraction in dataset_mixer.items():
-        if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction <= 1:
-            raise InputError(f"dataset_mixer gives {path} the fraction {fraction}: set it above 0 and at most 1")
-    mixed: dict[str, Dataset] = {}
-    for split in splits:
-        name = "test" if split.startswith("test") else "train"
-        pieces = []
-        for path, fraction in dataset_mixer.items():
-            rows = load_preferences(path, split)
-            if name == "train" and fraction < 1:
-                # A random subset, because the first rows of a data set may all be of one kind.
-                rows = rows.shuffle(seed=seed).select(range(max(1, int(fraction * len(rows)))))
-            pieces.append(rows.add_column("source", [path] * len(rows)))
-        joined = concatenate_datasets(_aligned(pieces))
-        mixed[name] = joined.shuffle(seed=seed) if name == "train" else joined
-    if "train" not in mixed:
-        raise InputError(f"dataset_splits is {list(splits)}: add a training split such as train_prefs")
-    return mixed
-
-
-def _aligned(pieces: list[Dataset]) -> list[Dataset]:
     from datasets import Dataset
 
-    columns = [{*piece.column_names} for piece in pieces]
-    if all(names == columns[0] for names in columns):
-        return pieces
-    # datasets cannot concatenate pieces with different columns; Arrow fills the missing ones with nulls.
-    union = pa.concat_tables([piece.with_format("arrow")[:] for piece in pieces], promote_options="default")
-    return [Dataset(union)]
+    found: dict[str, list[tuple[str, pa.Table]]] = {}
+    for piece in pieces_of(dataset_mixer, splits, preference_split):
+        rows = piece.selected(load_preferences(piece.source, piece.split), seed)
+        table = rows.add_column("source", [piece.source] * len(rows)).with_format("arrow")[:]
+        found.setdefault(piece.use, []).append((f"{piece.source} [{piece.split}]", table))
+    mixed = {
+        use: Dataset(joined([table for _, table in parts], [name for name, _ in parts])) for use, parts in found.items()
+    }
+    return mixed | {"train": mixed["train"].shuffle(seed=seed)}

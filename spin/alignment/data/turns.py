@@ -12,6 +12,7 @@ from typing import Any
 
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.provenance import hash_text
+from spin.alignment.core.text import is_unicode
 from spin.alignment.data.columns import REASONING_KEYS, is_empty
 
 Message = dict[str, str]
@@ -282,12 +283,3 @@ def _check_texts(message: Mapping[str, Any], number: int, where: str) -> None:
         raise InputError(f"{where} has an empty {role} turn (turn {number}): remove or complete the row")
     if not is_unicode(content) or not all(map(is_unicode, turn_texts(message)[2:])):
         raise InputError(f"{where} has an unpaired surrogate (half a character) in turn {number}: correct the row")
-
-
-def is_unicode(text: str) -> bool:
-    """Return whether a text can be stored: JSON can escape an unpaired surrogate ("\\ud83d"), which parquet cannot store."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
