@@ -132,8 +132,8 @@ def test_unpaired_responses_are_paired_by_prompt(tmp_path, capsys):
 
 REFUSED = {
     "chosen_weight": {"chosen_weight": [0.5, 1.0], "rejected_weight": [0.5, 1.0]},
-    "chosen_probs_win": {"chosen_probs": 0.5, "chosen_probs_win": [0.1], "chosen_probs_lose": [0.2]},
-    "chosen_probs": {"chosen_probs": 0.5},
+    "chosen_gains": {"chosen_gains": [0.1], "rejected_gains": [0.2]},
+    "chosen_value": {"chosen_value": 0.5},
     "chosen_input_ids": {"chosen_input_ids": [1, 2]},
     "rejected_attention_mask": {"rejected_attention_mask": [1]},
     "rejected_score": {"chosen_score": 1.0, "rejected_score": "bad"},
@@ -156,15 +156,15 @@ def test_label_and_weight_columns_of_other_tools_are_refused_by_name(tmp_path, n
 
 
 def test_numbers_of_both_responses_are_labels_and_texts_are_ignored(tmp_path, capsys):
-    more = {"chosen_reward": 1, "rejected_reward": None, "chosen_model": "m", "source": "web", "score_chosen": 3}
+    more = {"chosen_reward": 1, "rejected_reward": None, "chosen_model": "m", "source": "web", "rating": 3}
     pairs = load(
         tmp_path, {"prompt": "q", **SIDES, **more}, {"prompt": "p", **SIDES, "chosen_reward": 2.0, "rejected_reward": 1}
     )
     assert pairs["chosen_reward"] == [1.0, 2.0] and pairs["rejected_reward"] == [None, 1.0]
-    assert {"chosen_model", "source", "score_chosen", "prompt"}.isdisjoint(pairs.column_names)
+    assert {"chosen_model", "source", "rating", "prompt"}.isdisjoint(pairs.column_names)
     assert capsys.readouterr().err == (
         f"{tmp_path / 'a.jsonl'}: labels, for losses that read them: reward; "
-        "ignored columns: chosen_model, score_chosen, source\n"
+        "ignored columns: chosen_model, rating, source\n"
     )
 
 
@@ -188,10 +188,10 @@ def test_a_response_of_weight_0_is_refused(tmp_path):
 def test_rows_in_the_projects_format_are_checked_too(tmp_path, name, value):
     row = {"prompt_id": "x", "sample_index": 0, "chosen": [USER, CHOSEN], "rejected": [USER, REJECTED]}
     rows = Dataset.from_list([{**row, name: None}, {**row, "prompt_id": "y", name: value}])
-    with pytest.raises(InputError, match=f"row 1 has '{name}', which"):
+    with pytest.raises(InputError, match=f"row 1 has '{name}', "):
         to_preferences(rows, "train_dataset")
     rows.to_parquet(tmp_path / "train.parquet")
-    with pytest.raises(InputError, match=f"row 1 has '{name}', which"):
+    with pytest.raises(InputError, match=f"row 1 has '{name}', "):
         load_preferences(tmp_path, "train")
     assert len(to_preferences(Dataset.from_list([{**row, name: None, "source": "web"}]), "train_dataset")) == 1
 

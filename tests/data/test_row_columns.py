@@ -201,7 +201,7 @@ def test_columns_of_the_source_reach_the_rows_in_memory_and_on_disk(tmp_path):
         ({"extra_columns": "[]"}, "'extra_columns' is not the JSON text of an object"),
         ({"extra_columns": "{"}, "'extra_columns' is not JSON text"),
         ({"reasoning": ["x"]}, "'reasoning' is list, not text"),
-        ({"id": "\ud83d"}, "half a character.* in its id"),
+        ({"id": "\ud83d"}, "half a character"),
         ({"tools": nested(2000)}, "'tools' cannot be written as JSON|is not a list of objects"),
         ({"extra_columns": "[" * 100_000}, "'extra_columns' is not JSON text"),
         ({"reasoning": "x", "thinking": "y"}, "has different thoughts in 'thinking'"),
