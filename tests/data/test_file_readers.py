@@ -87,6 +87,11 @@ DAMAGED = {
     "less-deep.jsonl": (b'{"x": ' + b'{"a":' * 120 + b"1" + b"}" * 121, "line 1 is nested more than 100"),
     "less-deep.json": (b'[{"x": ' + b"[" * 120 + b"]" * 120 + b"}]", "row 0 is nested more than 100"),
     "cut.jsonl": (LINES[:-9], "line 2 is not JSON .*the file may be cut off here"),
+    "twice.jsonl": (
+        b'{"prompt": "a", "x": {"k": 1, "k": 2}}\n',
+        "line 1 has the key 'k' twice in one object: remove one$",
+    ),
+    "twice.json": (b'[{"a": 1}, {"prompt": "a", "prompt": "b"}]', "row 1 has the key 'prompt' twice in one object"),
     "digits.jsonl": (b'{"id": ' + b"9" * 5000 + b"}\n", "line 1 is not JSON"),
     "object.json": (b'{\n "a": 1,\n "b": 2\n}\n', "is a single JSON object over several lines"),
     "zeros.jsonl": (bytes(1000), "line 1 is not JSON"),

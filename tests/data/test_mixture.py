@@ -100,3 +100,23 @@ def test_a_configuration_for_each_data_set():
     assert DataConfig(**vars(config)) == config
     with pytest.raises(InputError, match="dataset_configs names 1 configurations for 2 data sets"):
         DataConfig(dataset_mixer={"org/a": 1.0, "org/b": 0.5}, dataset_configs=["main"])
+
+
+def test_a_run_names_the_configuration_of_its_data_once():
+    from spin.alignment.pipeline.config import RunData
+
+    data = RunData(train="org/a", test="org/a", prompts=["org/b", "org/c:main"], config="main")
+    assert (data.train, data.test, data.prompts) == ("org/a:main", "org/a:main", ["org/b:main", "org/c:main"])
+    assert RunData(**vars(data)) == data and RunData(train="org/a", config="x").played() == ("org/a:x", "train")
+
+
+def test_programs_name_the_configuration_of_their_data():
+    from spin.alignment.core.flags import from_arguments, to_arguments
+    from spin.alignment.evaluation.config import EvaluateConfig
+    from spin.alignment.generation.config import GenerateConfig
+
+    common = ["--model", "m", "--input_dir", "org/a", "--config", "main"]
+    for config_class, output in ((GenerateConfig, "--output_dir"), (EvaluateConfig, "--output_file")):
+        config = from_arguments(config_class, [*common, output, "o"], "program")
+        assert config.input_dir == "org/a:main"
+        assert from_arguments(config_class, to_arguments(config), "program") == config

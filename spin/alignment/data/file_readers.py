@@ -103,16 +103,27 @@ def _decoded(text: str, where: str) -> Any:
     """Return what a JSON text contains.
 
     Raises:
-        InputError: it is nested too deeply.
+        InputError: it is nested too deeply, or an object repeats a key.
         ValueError: it is not JSON.
     """
     try:
-        record = json.loads(text)
+        record = json.loads(text, object_pairs_hook=_object)
     except RecursionError as error:
         raise _too_deep(where) from error
+    except InputError as error:
+        raise InputError(f"{where} {error}") from error
     if text.count("[") + text.count("{") > MAX_DEPTH and _is_deep(record):
         raise _too_deep(where)
     return record
+
+
+def _object(pairs: list[tuple[str, Any]]) -> Record:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise InputError(f"has the key '{repeated}' twice in one object: remove one")
+    return found
 
 
 def _is_deep(record: Any) -> bool:
@@ -139,7 +150,7 @@ def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _read_json_array(path: Path, chunk: int = 2**20) -> Iterator[tuple[str, Any]]:
     """Stream the objects of a JSON array, with about ``chunk`` characters, or the longest object, in memory."""
-    decode, row = json.JSONDecoder().raw_decode, 0
+    decode, row = json.JSONDecoder(object_pairs_hook=_object).raw_decode, 0
     with _text(path) as file:
         text = file.read(chunk)
         at = text.index("[") + 1
@@ -154,6 +165,8 @@ def _read_json_array(path: Path, chunk: int = 2**20) -> Iterator[tuple[str, Any]
                     raise ValueError("the array is not closed")
             except RecursionError as error:
                 raise _too_deep(f"{path} row {row}") from error
+            except InputError as error:
+                raise InputError(f"{path} row {row} {error}") from error
             except ValueError as error:
                 # Perhaps only cut off by the end of the chunk: read more, doubling, before giving up.
                 text, at = text[at:] + (more := file.read(max(chunk, len(text)))), 0

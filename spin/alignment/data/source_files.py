@@ -48,7 +48,13 @@ def split_files(source: str | Path, split: str | None) -> list[Path]:
         InputError: no such file, several candidates, or a numbered set (``-00000-of-00003``) with a missing file.
     """
     name, config = name_and_config(source)
-    path = Path(name)
+    try:
+        return _found_files(Path(name), config, split)
+    except OSError as error:
+        raise InputError(f"cannot read {error.filename or name} ({error.strerror}): check its permissions") from error
+
+
+def _found_files(path: Path, config: str | None, split: str | None) -> list[Path]:
     if path.is_file():
         if config:
             raise InputError(f"{path} is a file and has no configurations: remove '{config}'")
