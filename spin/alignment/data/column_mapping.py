@@ -6,13 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from spin.alignment.core.errors import InputError, suggestion
+from spin.alignment.data.foreign_forms import FOREIGN_FORMS
 from spin.alignment.data.formats import FORMATS
 
-_FORM_COLUMNS = frozenset(column for columns in FORMATS for column in columns)
+_FORM_COLUMNS = frozenset(column for columns in (*FORMATS, *FOREIGN_FORMS) for column in columns)
 # Pairs have their prompt in a column of its own, or inside ``chosen``.
-_FORMS = (*FORMATS, ("prompt", "chosen"))
+_FORMS = (*FORMATS, *FOREIGN_FORMS, ("prompt", "chosen"))
 # What the readers of the formats use besides the columns that identify a format.
 TARGETS = _FORM_COLUMNS | {"prompt_id", "id", "rejected", "generated", "input", "system", "history", "tools"}
+TARGETS |= {"chat_template_kwargs", "label", "reasoning_content"}
 
 
 def column_mapping(given: Mapping[str, str]) -> dict[str, str]:

@@ -57,6 +57,9 @@ def with_labels(row: Row, where: str) -> dict[str, Any]:
     """
     renamed = {name: value for name, value in row.items() if name not in FOREIGN_LABELS}
     found = {column: row[column] for column in FOREIGN_LABELS if row.get(column) is not None}
+    scores = [column for column in ("score_chosen", "score_rejected") if column in found]
+    if len(scores) == 1:  # no label of a pair: it stays a column like any other
+        renamed[scores[0]] = found.pop(scores[0])
     for column, value in found.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise InputError(f"{where}: '{column}' is {type(value).__name__}, not a number: correct the row")

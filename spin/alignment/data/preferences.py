@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,35 +12,33 @@ import pyarrow.compute as pc
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.parquet import batch_rows, open_parquet, read_batches
 from spin.alignment.core.provenance import METADATA_KEY, Provenance, read_provenance
-from spin.alignment.core.sides import INITIAL, SIDES
-from spin.alignment.core.text import is_unicode
-from spin.alignment.data.column_types import OWN_TYPES, joined, table_of
-from spin.alignment.data.foreign_forms import FOREIGN_PAIR_COLUMNS, pair_form
-from spin.alignment.data.formats import Message, check_conversation, prompt_hash, whole_conversation
+from spin.alignment.data.column_types import joined
+from spin.alignment.data.foreign_forms import FOREIGN_PAIR_COLUMNS
 from spin.alignment.data.mixture import pieces_of
-from spin.alignment.data.row_ids import source_id
-from spin.alignment.data.rows import LABEL_TYPE
+from spin.alignment.data.preference_forms import (
+    OWN_COLUMNS,
+    check_own_columns,
+    check_pair,
+    converted_table,
+    suspect_columns,
+)
 from spin.alignment.data.source_files import read_records, split_files
 from spin.alignment.data.source_names import is_local
 from spin.alignment.data.split_names import preference_split
+from spin.alignment.data.turns import Message, present_fields
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 
-# Columns that mark rows in the format of docs/data_format.md.
-_CHECKED = ["prompt_id", "sample_index", "chosen", "rejected"]
-OWN_COLUMNS = frozenset(_CHECKED)
-
-# Columns of TRL's data sets that change what a template makes of a conversation.
-PROMPT_COLUMNS = ("tools", "chat_template_kwargs", "image", "images", "videos")
+_CHECKED = sorted(OWN_COLUMNS)
 
 
 def split_prompt(chosen: Sequence[Message], rejected: Sequence[Message]) -> list[Message]:
     """Return the prompt of a pair: the common prefix of both conversations, excluding the last turn of each."""
     prompt: list[Message] = []
     for ours, theirs in zip(chosen[:-1], rejected[:-1], strict=False):
-        if ours != theirs:
+        if present_fields(ours) != present_fields(theirs):
             break
         prompt.append(ours)
     return prompt
@@ -50,8 +47,8 @@ def split_prompt(chosen: Sequence[Message], rejected: Sequence[Message]) -> list
 def load_preferences(path: str | Path, split: str) -> Dataset:
     """Load the preference rows of a split (``train`` is the same as ``train_prefs``) in the format of docs/data_format.md.
 
-    The original's ``real``/``generated`` columns, rows with a column ``prompt``, and rows without ids or token ids are
-    accepted: a missing ``prompt_id`` becomes the hash of the prompt, a missing ``sample_index`` counts the rows of a prompt.
+    Rows in the forms of ``preference_forms.py`` and ``foreign_forms.py`` and rows without ids or token ids are accepted: a
+    missing ``prompt_id`` becomes the hash of the prompt, a missing ``sample_index`` counts the rows of a prompt.
 
     Raises:
         InputError: a file is missing or damaged, a column is missing, a row violates the contract, a sample appears twice,
@@ -87,10 +84,11 @@ def to_preferences(rows: Dataset, name: str) -> Dataset:
         raise InputError(f"{name} has no rows: give at least one pair")
     rows = rows.with_format(None)
     if set(rows.column_names) >= OWN_COLUMNS and FOREIGN_PAIR_COLUMNS.isdisjoint(rows.column_names):
+        check_own_columns(((f"{name} row {number}", row) for number, row in enumerate(rows)), rows.column_names)
         for number, row in enumerate(rows):
             check_pair(row["chosen"], row["rejected"], f"{name} row {number}", row.get("chosen_token_ids") is not None)
     else:
-        rows = Dataset(_converted_table(((f"{name} row {number}", row) for number, row in enumerate(rows))))
+        rows = Dataset(converted_table(((f"{name} row {number}", row) for number, row in enumerate(rows)), name))
     _check_repeated(rows.with_format("arrow")[:], name)
     return rows
 
@@ -98,7 +96,7 @@ def to_preferences(rows: Dataset, name: str) -> Dataset:
 def _preference_tables(path: str, split: str) -> list[tuple[str, pa.Table]]:
     """Return the pairs of each file of a split, with the name of the file."""
     if not is_local(path):  # a data set on the Hub, or a path that read_records() refuses
-        return [(path, _converted_table(read_records(path, split)))]
+        return [(path, converted_table(read_records(path, split), path))]
     tables = []
     files = split_files(path, split)
     _check_one_provenance(files)
@@ -107,7 +105,7 @@ def _preference_tables(path: str, split: str) -> list[tuple[str, pa.Table]]:
         if columns >= OWN_COLUMNS and columns.isdisjoint(FOREIGN_PAIR_COLUMNS):
             tables.append((str(file), _own_table(file)))
         else:
-            tables.append((str(file), _converted_table(read_records(str(file), None))))
+            tables.append((str(file), converted_table(read_records(str(file), None), str(file))))
     return tables
 
 
@@ -138,7 +136,10 @@ def conversion_record(path: str, split: str) -> dict[str, Any]:
 
 def _own_table(file: Path) -> pa.Table:
     batches, row = [], 0
+    suspect = suspect_columns(open_parquet(file).schema_arrow.names)
     for batch in read_batches(file):
+        found = batch.select(suspect).to_pylist() if suspect else []
+        check_own_columns(((f"{file} row {row + place}", values) for place, values in enumerate(found)), suspect)
         # Sampled ids mark a chosen response that a model generated, which may be empty.
         sampled = batch.column("chosen_token_ids") if "chosen_token_ids" in batch.schema.names else None
         own = sampled.is_valid().to_pylist() if sampled is not None else [False] * batch.num_rows
@@ -154,52 +155,6 @@ def _own_table(file: Path) -> pa.Table:
     return pa.Table.from_batches(batches, schema).replace_schema_metadata(None)
 
 
-def _converted_table(records: Iterator[tuple[str, Mapping[str, Any]]]) -> pa.Table:
-    rows, places, samples, present = [], [], Counter[str](), set(OWN_COLUMNS)
-    for where, record in records:
-        row = _preference_row(record, where)
-        places.append(where)
-        row.setdefault("sample_index", samples[row["prompt_id"]])
-        samples[row["prompt_id"]] += 1
-        rows.append(row)
-        present |= OWN_TYPES.keys() & row.keys()
-    columns = {name: kind for name, kind in OWN_TYPES.items() if name in present}
-    schema = pa.schema([*columns.items(), *((name, LABEL_TYPE) for name in _label_columns(rows, OWN_TYPES))])
-    return table_of(rows, schema, places)
-
-
-def _label_columns(rows: Sequence[Mapping[str, Any]], known: Iterable[str]) -> list[str]:
-    """Return the columns ``chosen_X`` and ``rejected_X`` that hold a number, or nothing, in every row: labels of a response."""
-    names = {name for row in rows for name in row if name.startswith(tuple(f"{side}_" for side in SIDES))} - {*known}
-    numbers = {name for name in names if all(_is_number(row.get(name)) for row in rows)}
-    return sorted(name for name in numbers if {f"{side}_{name.partition('_')[2]}" for side in SIDES} <= numbers)
-
-
-def _is_number(value: Any) -> bool:
-    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
-
-
-def _preference_row(record: Mapping[str, Any], where: str) -> dict[str, Any]:
-    row = {name: value for name, value in pair_form(record, where).items() if value is not None}
-    if {"real", "generated"} <= row.keys():
-        row["chosen"], row["rejected"] = row.pop("real"), row.pop("generated")
-    for name in SIDES:
-        if name not in row:
-            raise InputError(f"{where} lacks the column '{name}': convert the data with spin/convert_data.py")
-    if isinstance(row["chosen"], str) and "prompt" not in row:
-        raise InputError(f"{where} has 'chosen' as text without 'prompt': add that column, or give conversations")
-    for name in PROMPT_COLUMNS:
-        if row.get(name):
-            raise InputError(
-                f"{where} has '{name}', which would change the prompt and is not supported: remove the column"
-            )
-    conversations = {name: whole_conversation(row, name, where) for name in (*SIDES, INITIAL) if name in row}
-    row |= conversations
-    check_pair(row["chosen"], row["rejected"], where, row.get("chosen_token_ids") is not None)
-    row["prompt_id"] = source_id(row, where, ("prompt_id",)) or prompt_hash(row["chosen"][:-1])
-    return row
-
-
 def _check_repeated(table: pa.Table, path: str) -> None:
     counts = table.group_by(["prompt_id", "sample_index"]).aggregate([([], "count_all")])
     repeated = counts.filter(pc.greater(counts["count_all"], 1)).to_pylist()
@@ -208,39 +163,6 @@ def _check_repeated(table: pa.Table, path: str) -> None:
             f"{path} contains sample {repeated[0]['sample_index']} of prompt {repeated[0]['prompt_id']} "
             f"{repeated[0]['count_all']} times: remove the repeated rows or convert the data again"
         )
-
-
-def check_pair(chosen: Any, rejected: Any, where: str, own_chosen: bool = False) -> None:
-    """Check one pair: two conversations that differ only in their last (assistant) turn.
-
-    A response generated by a model (``rejected``, and ``chosen`` with ``own_chosen``) may be empty: the model may have
-    answered with EOS alone.
-
-    Raises:
-        InputError: the check failed; the error names ``where`` and the reason.
-    """
-    for name, messages in (("chosen", chosen), ("rejected", rejected)):
-        if not isinstance(messages, list) or not all(_is_turn(turn) for turn in messages):
-            raise InputError(f"{where}: '{name}' must contain turns with 'role' and 'content': convert the data again")
-    if own_chosen and chosen and chosen[-1]["content"] == "":
-        # A placeholder, because the row contract does not allow an empty turn.
-        check_conversation([*chosen[:-1], {**chosen[-1], "content": "EOS"}], where)
-    else:
-        check_conversation(chosen, where)
-    if not rejected or rejected[-1]["role"] != "assistant" or list(chosen[:-1]) != list(rejected[:-1]):
-        raise InputError(
-            f"{where}: 'chosen' and 'rejected' do not share a prompt: they must differ only in the last turn"
-        )
-    if not isinstance(rejected[-1]["content"], str):
-        raise InputError(f"{where}: the rejected response is not text: convert the data again")
-    if not is_unicode(rejected[-1]["content"]):
-        raise InputError(
-            f"{where}: the rejected response has an unpaired surrogate (half a character): correct the row"
-        )
-
-
-def _is_turn(turn: Any) -> bool:
-    return isinstance(turn, Mapping) and {"role", "content"} <= turn.keys()
 
 
 def mix_preferences(dataset_mixer: Mapping[str, float], splits: Sequence[str], seed: int) -> dict[str, Dataset]:

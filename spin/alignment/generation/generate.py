@@ -153,7 +153,7 @@ def make_job(config: GenerateConfig, stated: Provenance, model_dir: Path, worker
     store = open_store(config, stated, worker)
     encoder = ChatEncoder(load_tokenizer(config.model, config.revision, config.trust_remote_code), config.system)
     context = context_length(AutoConfig.from_pretrained(model_dir, trust_remote_code=config.trust_remote_code))
-    schema = GENERATED_SCHEMA
+    schema = store.features.extend(GENERATED_SCHEMA)
     if config.logprobs:
         schema = schema.append(pa.field("rejected_logprobs", OPTIONAL_COLUMNS["rejected_logprobs"]))
     return GenerationJob(
