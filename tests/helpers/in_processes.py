@@ -116,7 +116,8 @@ def train_one(kind: str, model: str, folder: Path, run: tuple[int, int, int, int
         record = {
             "held_out": {name: value for name, value in held_out.items() if not any(word in name for word in timed)},
             "steps": [
-                {name: value for name, value in entry.items() if not any(word in name for word in timed)} for entry in steps
+                {name: value for name, value in entry.items() if not any(word in name for word in timed)}
+                for entry in steps
             ],
             "weights": weights.flatten()[:64].tolist(),
         }
