@@ -8,6 +8,7 @@ from pathlib import Path
 
 from spin.alignment.core.provenance import Provenance
 from spin.alignment.evaluation.responses import average_nats, average_responses, write_responses
+from tests.helpers.runs import tiny_run, write_config
 
 
 def response_rows(temperature: float, scores: Sequence[float | None], nats: Sequence[float], tokens: Sequence[int]):
@@ -54,3 +55,27 @@ def write_evaluation(
 def share(count: int, right: int) -> list[float]:
     """``right`` ones, then zeros: ``count`` scores."""
     return [1.0] * right + [0.0] * (count - right)
+
+
+def write_finished_run(tmp_path: Path) -> Path:
+    """Write a run directory with results, but no models: a start, a control and two iterations; return it."""
+    run_dir = tmp_path / "run"
+    config = write_config(tmp_path / "config.yaml", tiny_run(tmp_path, control={"max_steps": 1}))
+    run_dir.mkdir()
+    (run_dir / "run.yaml").write_text(config.read_text())
+    # Right answers of 100, greedy, at T=1 and at T=0.5, and nats per token.
+    numbers = {"sft": (50, 30, 45, 0.5), "control": (52, 31, 46, 0.48)}
+    numbers |= {"iter0": (50, 40, 45, 0.45), "iter1": (40, 45, 47, 0.44)}
+    for name, values in numbers.items():
+        (run_dir / name / "pairs").mkdir(parents=True)
+        answers = {temperature: share(100, right) for temperature, right in zip((0.0, 1.0, 0.5), values, strict=False)}
+        tokens = [4 + number % 7 for number in range(100)]
+        nats = [count * values[3] * (1 + (number % 5 - 2) / 100) for number, count in enumerate(tokens)]
+        write_evaluation(run_dir / name, answers, nats, tokens)
+        if name.startswith("iter"):
+            final = {"rewards/accuracies": 0.9, "rewards/margins": 1.5, "drift/chosen": -2.0, "rewards/margins_se": 0.1}
+            metrics = {"first_loss": 0.6931, "seconds": 3.0, "final": final}
+            (run_dir / name / "metrics.json").write_text(json.dumps(metrics))
+            counts = {"rows": 24, "identical": 18, "truncated": 0, "dropped": 18, "written": 6}
+            (run_dir / name / "pairs" / "train_prefs.counts.json").write_text(json.dumps(counts))
+    return run_dir

@@ -14,33 +14,14 @@ from spin.alignment.report.summary import evaluation_row, warnings
 from spin.alignment.report.table import cells, markdown
 from spin.alignment.report.verdicts import Measure, verdicts
 from tests.helpers import run_main
-from tests.helpers.evaluations import share, write_evaluation
+from tests.helpers.evaluations import share, write_evaluation, write_finished_run
 from tests.helpers.runs import tiny_run, write_config
 
 
 @pytest.fixture
 def finished_run(tmp_path):
     """A run directory with results, but no models."""
-    run_dir = tmp_path / "run"
-    config = write_config(tmp_path / "config.yaml", tiny_run(tmp_path, control={"max_steps": 1}))
-    run_dir.mkdir()
-    (run_dir / "run.yaml").write_text(config.read_text())
-    # Right answers of 100, greedy, at T=1 and at T=0.5, and nats per token.
-    numbers = {"sft": (50, 30, 45, 0.5), "control": (52, 31, 46, 0.48)}
-    numbers |= {"iter0": (50, 40, 45, 0.45), "iter1": (40, 45, 47, 0.44)}
-    for name, values in numbers.items():
-        (run_dir / name / "pairs").mkdir(parents=True)
-        answers = {temperature: share(100, right) for temperature, right in zip((0.0, 1.0, 0.5), values, strict=False)}
-        tokens = [4 + number % 7 for number in range(100)]
-        nats = [count * values[3] * (1 + (number % 5 - 2) / 100) for number, count in enumerate(tokens)]
-        write_evaluation(run_dir / name, answers, nats, tokens)
-        if name.startswith("iter"):
-            final = {"rewards/accuracies": 0.9, "rewards/margins": 1.5, "drift/chosen": -2.0, "rewards/margins_se": 0.1}
-            metrics = {"first_loss": 0.6931, "seconds": 3.0, "final": final}
-            (run_dir / name / "metrics.json").write_text(json.dumps(metrics))
-            counts = {"rows": 24, "identical": 18, "truncated": 0, "dropped": 18, "written": 6}
-            (run_dir / name / "pairs" / "train_prefs.counts.json").write_text(json.dumps(counts))
-    return run_dir
+    return write_finished_run(tmp_path)
 
 
 def test_report_writes_summary_plot_and_page(finished_run):

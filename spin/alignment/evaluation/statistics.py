@@ -46,6 +46,10 @@ class Comparison:
         """Whether the difference is beyond chance at the 5 % level."""
         return self.p_value < 0.05
 
+    def as_row(self) -> dict[str, float | int]:
+        """Return the numbers as JSON values: ``difference``, ``se``, ``p_value``, ``prompts``."""
+        return {"difference": self.difference, "se": self.error, "p_value": self.p_value, "prompts": self.prompts}
+
 
 def mean(values: Sequence[float]) -> Estimate:
     """Return the mean of one value per prompt: the error is s / sqrt(n), the interval normal.

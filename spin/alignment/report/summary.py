@@ -11,7 +11,7 @@ from spin.alignment.core.files import read_json
 from spin.alignment.evaluation.responses import HeldOutResponses, read_responses, responses_path
 from spin.alignment.evaluation.statistics import Z95, proportion
 from spin.alignment.pipeline.stages import Model, make_stages, models_of
-from spin.alignment.report.verdicts import of_role, verdicts
+from spin.alignment.report.verdicts import comparisons, of_role, verdicts
 
 if TYPE_CHECKING:
     from spin.alignment.pipeline.config import RunConfig
@@ -37,6 +37,10 @@ def summarize(config: RunConfig) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         raise InputError(f"{config.run_dir} has no results yet: finish a stage with `spin run` first")
     paths = {model.name: responses_path(model.folder / "eval.json") for model in models if evaluations[model.name]}
     responses = {name: read_responses(path) for name, path in paths.items() if path.exists()}
+    start = of_role(rows, "start")
+    for row in rows:
+        if start is not None and row is not start and (found := comparisons(row, start, responses)):
+            row["against_start"] = {key: comparison.as_row() for key, comparison in found.items()}
     summary = {
         "rows": rows,
         "verdicts": verdicts(rows, responses),

@@ -81,15 +81,22 @@ def of_role(rows: Sequence[dict[str, Any]], role: Role) -> dict[str, Any] | None
     return next((row for row in rows if row["role"] == role), None)
 
 
+def comparisons(row: dict[str, Any], other: dict[str, Any], responses: Responses) -> dict[str, Comparison]:
+    """Return the comparison of a model with another by key of the measure; empty if either has no responses."""
+    if row["model"] not in responses or other["model"] not in responses:
+        return {}
+    one, two = responses[row["model"]], responses[other["model"]]
+    return {measure.key: found for measure in MEASURES if (found := measure.compare(one, two)) is not None}
+
+
 def verdict(row: dict[str, Any], other: dict[str, Any] | None, name: str, responses: Responses) -> list[str]:
     """Return one sentence per measure on a model against another, which is called ``name``; none if either has no responses."""
-    if other is None or row["model"] not in responses or other["model"] not in responses:
-        return []
     lines = []
+    compared = {} if other is None else comparisons(row, other, responses)
     for measure in MEASURES:
-        found = measure.compare(responses[row["model"]], responses[other["model"]])
-        if found is None or measure.key not in row or measure.key not in other:
+        if other is None or measure.key not in compared:
             continue
+        found = compared[measure.key]
         better = found.difference < 0 if measure.temperature is None else found.difference > 0
         word = ("better" if better else "worse") if found.is_clear else "no clear change"
         lines.append(
