@@ -17,6 +17,8 @@ class GroundTruthTrainer(EachRowOnce, SFTTrainer):
     Held-out metrics are means over all response tokens, whatever the batch size and the number of processes.
     """
 
+    data_collator: Any
+
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
         self.data_collator = without_fillers(self.data_collator)

@@ -67,4 +67,6 @@ class Evaluate(StageKind):
         evaluate_config(config, "start", config.start_model).check_metric()
 
     def prompts(self, config: RunConfig) -> dict[tuple[str, str], bool]:
-        return {(config.data.test, config.data.test_split): True} if config.data.test else {}
+        # Other readers of the held-out prompts need every row; an evaluation skips those that it cannot use.
+        read_by_others = bool(config.data.test and config.data.test_pairs)
+        return {(config.data.test, config.data.test_split): True} if read_by_others else {}

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl
 
 from spin.alignment.core.errors import InputError
 from spin.alignment.data.chat_encoder import ChatEncoder
@@ -38,6 +38,7 @@ class OnlineTrainer(SPINTrainer):
     """
 
     args: OnlineConfig
+    control: TrainerControl
 
     def __init__(
         self,
