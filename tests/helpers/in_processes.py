@@ -28,7 +28,7 @@ from spin.alignment.training.sft_trainer import GroundTruthTrainer
 # (processes, batch size per process and step, accumulation, evaluation batch): steps of 6 rows, of which 7 do not make a whole
 # number; 5 held-out rows do not divide either.
 ONE, TWO, THREE = (1, 6, 1, 5), (2, 3, 1, 2), (3, 1, 2, 1)
-RUNS = {"pairs": (ONE, TWO, THREE), "sft": (ONE, THREE), "online": (ONE, THREE)}
+RUNS = {"pairs": (ONE, TWO, THREE), "sft": (ONE, TWO), "online": (ONE, THREE)}
 
 
 def pair_rows(first: int, count: int) -> list[dict[str, str]]:
@@ -112,7 +112,7 @@ def train_one(kind: str, model: str, folder: Path, run: tuple[int, int, int, int
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
     weights = trainer.accelerator.unwrap_model(trainer.model_wrapped).state_dict()["model.layers.1.mlp.up_proj.weight"]
     if trainer.accelerator.is_main_process:
-        timed = ("runtime", "per_second", "seconds", "num_tokens", "grad_norm")
+        timed = ("runtime", "per_second", "seconds", "num_tokens", "grad_norm", "epoch")
         record = {
             "held_out": {name: value for name, value in held_out.items() if not any(word in name for word in timed)},
             "steps": [
