@@ -1,4 +1,4 @@
-"""Writes the generated sections of docs/*.md: tables of keys and flags from the declared settings, and the map of modules.
+"""Writes the generated sections of README.md and docs/*.md: tables of settings and of results, and the map of modules.
 
     python scripts/make_docs.py          # after changing a setting or a module's docstring; a test fails if a section is stale
 
@@ -9,6 +9,10 @@ A generated section is enclosed by a marker and ``<!-- end -->``:
     <!-- keys: CLASS / group, group -->  only the settings of these groups
     <!-- packages -->                    the packages of spin/alignment in the order of imports
     <!-- modules -->                     one table of modules per package, from the first paragraph of each docstring
+    <!-- results: NAME -->               a table of results (TABLES in benchmarks/result_tables.py) with intervals
+    <!-- speed: FILE -->                 the fine-tuning benchmark in benchmarks/results/FILE.json
+    <!-- ratios: FILE, FILE -->          how much faster than its peers the project is in these benchmarks
+    <!-- value: ENTRY / MODEL / KEY -->  one number of benchmarks/results/demos.json, inside a sentence
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.result_tables import ratios_table, results_table, speed_table, value  # noqa: E402
 from spin.alignment.core.errors import lookup  # noqa: E402
 from spin.alignment.core.files import write_text_atomic  # noqa: E402
 from spin.alignment.core.key_tables import key_table  # noqa: E402
@@ -60,6 +65,9 @@ LAYERS = (
 )
 TABLE = re.compile(r"<!-- (keys|flags): (\w+)(?: / ([\w, ]+))? -->\n.*?<!-- end -->", re.DOTALL)
 MAP = re.compile(r"<!-- (packages|modules) -->\n.*?<!-- end -->", re.DOTALL)
+RESULTS = re.compile(r"<!-- (results|speed|ratios): ([^>]+?) -->\n.*?<!-- end -->", re.DOTALL)
+VALUE = re.compile(r"<!-- value: ([^/>]+) / ([^/>]+) / (\w+) -->.*?<!-- end -->")
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
 
 def table(match: re.Match[str]) -> str:
@@ -121,13 +129,27 @@ def map_section(match: re.Match[str]) -> str:
     return f"<!-- {kind} -->\n{text}\n<!-- end -->"
 
 
+def results_section(match: re.Match[str]) -> str:
+    """Return the up-to-date text of a table of results, markers included."""
+    kind, names = match.groups()
+    makers = {"results": results_table, "speed": speed_table, "ratios": ratios_table}
+    text = makers[kind](*(names.split(", ") if kind == "ratios" else [names]))
+    return f"<!-- {kind}: {names} -->\n{text}\n<!-- end -->"
+
+
+def value_section(match: re.Match[str]) -> str:
+    """Return the up-to-date text of a number, markers included."""
+    return f"<!-- value: {' / '.join(match.groups())} -->{value(*match.groups())}<!-- end -->"
+
+
 def up_to_date(text: str) -> str:
     """Return a page with all of its generated sections up to date."""
-    return MAP.sub(map_section, TABLE.sub(table, text))
+    text = MAP.sub(map_section, TABLE.sub(table, text))
+    return VALUE.sub(value_section, RESULTS.sub(results_section, text))
 
 
 def main() -> None:
-    for page in sorted((ROOT / "docs").glob("*.md")):
+    for page in PAGES:
         before = page.read_text(encoding="utf-8")
         after = up_to_date(before)
         if after != before:

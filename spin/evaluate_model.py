@@ -1,8 +1,10 @@
-"""Scores one model on held-out prompts and writes one JSON file.
+"""Scores one model on held-out prompts; writes a JSON file of averages and a parquet file with every response.
 
-Fields: ``n``, ``metric``, ``model``, ``weights_hash``; ``temperatures`` maps each temperature to exact, exact_se, identical_rate,
-truncation_rate and mean_length (tokens); ``nll`` (nats per token of the ground truth, EOS included), ``nll_sequence`` and its
-standard error; ``samples``, the first few prompts with the ground truth and the responses.
+Fields: ``n``, ``metric``, ``model``, ``weights_hash``; ``skipped``, the rows that could not be used, each with ``prompt_id`` and
+``reason``; ``temperatures`` maps each temperature to exact, identical_rate, truncation_rate and mean_length (tokens); ``nll``
+(nats per token of the ground truth, EOS included) and ``nll_sequence`` (nats per ground truth); each with its standard error
+(``_se``) and 95 % interval (``_interval``); ``samples``, the first few prompts with the ground truth and the responses. The
+columns of the parquet file are described in docs/data_format.md.
 """
 
 from __future__ import annotations

@@ -6,12 +6,10 @@ import re
 
 import pytest
 
-from scripts.make_docs import CLASSES, MAP, TABLE, up_to_date
+from scripts.make_docs import CLASSES, MAP, PAGES, TABLE, up_to_date
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.settings import declaration_of, settings_of
 from tests.helpers import REPOSITORY
-
-PAGES = sorted((REPOSITORY / "docs").glob("*.md"))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

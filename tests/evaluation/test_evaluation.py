@@ -9,12 +9,15 @@ import pytest
 import torch
 
 from spin import evaluate_model
+from spin.alignment.core.parquet import read_rows
 from spin.alignment.data.chat_encoder import ChatEncoder, load_tokenizer
-from spin.alignment.evaluation.held_out import encode_held_out, ground_truth_nll, mean_and_error, score_responses
+from spin.alignment.evaluation.held_out import encode_held_out, ground_truth_nats
+from spin.alignment.evaluation.responses import average_responses, read_responses, scored_rows
 from spin.alignment.generation.base import Response
 from spin.alignment.models.config import ModelConfig
 from spin.alignment.models.loading import load_model
 from spin.alignment.rewards import SCORERS
+from spin.alignment.rewards.rules import RuleScorer
 from tests.helpers import run_main
 from tests.helpers.runs import write_sums
 
@@ -32,26 +35,29 @@ def rows(count):
 def test_nll_equals_a_plain_forward_pass_row_by_row(tiny_model):
     encoder = ChatEncoder(load_tokenizer(tiny_model))
     model = load_model(ModelConfig(model_name_or_path=str(tiny_model))).eval()
-    held_out, left_out = encode_held_out(rows(5), encoder, 512, 8)
-    assert left_out == 0
-    sums, tokens = [], 0
+    held_out, skipped = encode_held_out(rows(5), encoder, 512, 8)
+    assert skipped == []
+    sums = []
     for item in held_out:
         ids = torch.tensor([[*item.request.token_ids, *item.ground_truth_ids]])
         with torch.no_grad():
             logps = model(ids).logits.log_softmax(-1)
         start = len(item.request.token_ids)
         sums.append(-sum(logps[0, t - 1, ids[0, t]].item() for t in range(start, ids.shape[1])))
-        tokens += len(item.ground_truth_ids)
-    found = ground_truth_nll(model, held_out, encoder.pad_id, batch_size=2)
-    assert found["nll"] == pytest.approx(sum(sums) / tokens, rel=1e-5)
-    assert found["nll_sequence"] == pytest.approx(sum(sums) / len(sums), rel=1e-5)
+    for batch_size in (1, 2, 5):
+        assert ground_truth_nats(model, held_out, encoder.pad_id, batch_size) == pytest.approx(sums, rel=1e-5)
     assert all(item.ground_truth_ids[-1] == encoder.end_id for item in held_out)
 
 
-def test_standard_error_by_hand():
-    # values 0, 1: mean 1/2, variance 1/2 with n - 1, error sqrt(1/2 / 2) = 1/2
-    assert mean_and_error([0.0, 1.0]) == (0.5, 0.5)
-    assert mean_and_error([3.0]) == (3.0, 0.0)
+def broken_on_two(prompt: str, response: str, reference: str) -> float:
+    """A metric that fails on one prompt."""
+    if prompt == "1+1+1":
+        raise ZeroDivisionError("nothing to divide")
+    return float(response == reference)
+
+
+def always_broken(prompt: str, response: str, reference: str) -> float:
+    raise ValueError("never works")
 
 
 def test_scores_of_responses(tiny_model):
@@ -63,17 +69,112 @@ def test_scores_of_responses(tiny_model):
         Response([1, 1, 1], "length"),
         Response([1, 1], "stop"),
     ]
-    found = score_responses(held_out, responses, ["1", "2 ", "x", "y"], SCORERS["exact_match"])
+    scorer, skipped = RuleScorer("exact_match", SCORERS["exact_match"]), []
+    made = scored_rows("m", 0.0, held_out, responses, ["1", "2 ", "x", "y"], scorer, skipped)
+    found = average_responses(made)
+    assert skipped == [] and [row["prompt_id"] for row in made] == ["0", "1", "2", "3"]
     assert found["exact"] == 0.5 and found["identical_rate"] == 0.5
     assert found["truncation_rate"] == 0.25 and found["mean_length"] == 2.0
     assert found["exact_se"] == pytest.approx(math.sqrt((1 / 3) / 4))
+    assert found["mean_length_se"] == pytest.approx(math.sqrt((2 / 3) / 4))
 
 
-def test_prompts_that_do_not_fit_are_counted(tiny_model):
+def test_prompts_that_do_not_fit_are_named(tiny_model):
     encoder = ChatEncoder(load_tokenizer(tiny_model))
     lengths = [len(encoder.prompt_ids(row["chosen"][:-1])) for row in rows(4)]
-    held_out, left_out = encode_held_out(rows(4), encoder, lengths[2] + 8, 8)
-    assert (len(held_out), left_out) == (3, 1)
+    held_out, skipped = encode_held_out(rows(4), encoder, lengths[2] + 8, 8)
+    assert len(held_out) == 3 and [item["prompt_id"] for item in skipped] == ["3"]
+    assert "lower max_new_tokens" in skipped[0]["reason"]
+
+
+def write_bad_rows(folder, good=4):
+    """Good rows, and one of every kind that must not end an evaluation."""
+    lines = [{"prompt_id": row["prompt_id"], "messages": row["chosen"]} for row in rows(good)]
+
+    def of(prompt_id, question, answer):
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        return {"prompt_id": prompt_id, "messages": turns}
+
+    lines += [of("long", "1" * 600, "2"), of("long answer", "1", "2" * 600), of("empty", "1", "")]
+    lines += [
+        of("end in answer", "1", "2<|im_end|>3"),
+        of("end in prompt", "1<|im_end|>", "2"),
+        of("empty prompt", "", "2"),
+    ]
+    lines += [{"prompt_id": "no answer", "messages": [{"role": "user", "content": "1"}]}]
+    lines += [
+        {"prompt_id": "number", "messages": [{"role": "user", "content": 1}]},
+        {"prompt_id": "foreign", "text": "x"},
+    ]
+    folder.mkdir(exist_ok=True)
+    (folder / "test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder, [line["prompt_id"] for line in lines[good:]]
+
+
+def test_bad_rows_are_skipped_and_named(tiny_model, tmp_path):
+    data, bad = write_bad_rows(tmp_path / "data")
+    output = tmp_path / "eval.json"
+    code, _, err = run_main(
+        *(
+            evaluate_model.main,
+            "--model",
+            tiny_model,
+            "--input_dir",
+            data,
+            "--output_file",
+            output,
+            "--max_new_tokens",
+            4,
+        ),
+        *("--temperatures", 0, 1, "--metric", "tests.evaluation.test_evaluation:broken_on_two"),
+    )
+    assert code == 0, err
+    found = json.loads(output.read_text())
+    names = [item["prompt_id"] for item in found["skipped"]]
+    assert found["n"] == 4 and sorted(names) == sorted([*bad, "2", "2"])  # the metric failed at both temperatures
+    reasons = {item["prompt_id"]: item["reason"] for item in found["skipped"]}
+    assert "control token" in reasons["end in answer"] and "control token" in reasons["end in prompt"]
+    assert "ZeroDivisionError: nothing to divide" in reasons["2"] and all(reasons.values())
+    assert f"{len(names)} held-out rows skipped" in err
+    stored = read_responses(tmp_path / "eval.parquet")
+    assert {name: row["score"] is None for name, row in stored.by_prompt.items()} == {
+        "0": False, "1": False, "2": True, "3": False
+    }  # fmt: skip
+
+
+def test_without_a_usable_row_there_is_one_sentence(tiny_model, tmp_path):
+    data, _ = write_bad_rows(tmp_path / "data", good=0)
+    base = [evaluate_model.main, "--model", tiny_model, "--output_file", tmp_path / "eval.json", "--max_new_tokens", 4]
+    code, _, err = run_main(*base, "--input_dir", data)
+    assert code == 2 and len(err.strip().splitlines()) == 1 and "no held-out row of" in err
+    data, _ = write_bad_rows(tmp_path / "data", good=3)
+    code, _, err = run_main(*base, "--input_dir", data, "--metric", "tests.evaluation.test_evaluation:always_broken")
+    assert code == 2 and "the metric failed on every response" in err.strip().splitlines()[-1]
+    assert not (tmp_path / "eval.json").exists() and not (tmp_path / "eval.parquet").exists()
+
+
+def test_every_response_is_stored(tiny_model, tmp_path):
+    data, output = write_sums(tmp_path / "data"), tmp_path / "eval.json"
+    code, _, err = run_main(
+        *(evaluate_model.main, "--model", tiny_model, "--input_dir", data, "--output_file", output),
+        *("--max_new_tokens", 4, "--limit", 5, "--samples", 1, "--temperatures", 0, 0.5, "--metric", "format"),
+    )
+    assert code == 0, err
+    stored, result = list(read_rows(tmp_path / "eval.parquet")), json.loads(output.read_text())
+    assert [row["temperature"] for row in stored] == [0.0] * 5 + [0.5] * 5
+    assert len({row["prompt_id"] for row in stored}) == 5 and {row["model"] for row in stored} == {str(tiny_model)}
+    encoder = ChatEncoder(load_tokenizer(tiny_model))
+    for row in stored:
+        assert row["response"] == encoder.decode(row["token_ids"]) and 1 <= len(row["token_ids"]) <= 4
+        assert (row["finish_reason"] == "stop") == (row["token_ids"][-1] in encoder.stop_ids)
+        assert row["tokens"] == len(encoder.response_ids([
+            {"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["ground_truth"]}
+        ]))  # fmt: skip
+    assert result["nll"] == pytest.approx(
+        sum(row["nats"] for row in stored[:5]) / sum(row["tokens"] for row in stored[:5])
+    )
+    assert result["temperatures"]["0.5"]["exact"] == pytest.approx(sum(row["score"] for row in stored[5:]) / 5)
+    assert result["samples"][0]["responses"]["0.5"] == stored[5]["response"]
 
 
 def test_program_writes_one_json_and_repeats_itself(tiny_model, tmp_path):

@@ -25,7 +25,10 @@ from tests.helpers.training import (
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", TWO_PROCESSES)
 def test_two_processes_give_the_same_weights_as_one(reference_run, tiny_model, pairs, tmp_path, kind):
-    config = write_config(tmp_path / "c.yaml", tiny_model, pairs, num_train_epochs=2, per_device_train_batch_size=2)
+    # The six held-out pairs are three batches of two: in the second round, one process has nothing but fillers.
+    settings = {"num_train_epochs": 2, "per_device_train_batch_size": 2, "per_device_eval_batch_size": 2}
+    splits = ["train_prefs", "test_prefs"]
+    config = write_config(tmp_path / "c.yaml", tiny_model, pairs, dataset_splits=splits, **settings)
     # What a killed build of DeepSpeed's inference kernels leaves in the user's cache must stop nobody.
     lock = tmp_path / "extensions" / "deepspeed_shm_comm" / "lock"
     lock.parent.mkdir(parents=True)
@@ -38,6 +41,13 @@ def test_two_processes_give_the_same_weights_as_one(reference_run, tiny_model, p
     assert losses[0] == pytest.approx(math.log(2), abs=1e-5)
     assert losses == pytest.approx(expected, abs=2e-5)
     assert difference(tmp_path / "out", reference_run) < 1e-4
+    held_out = [
+        name for name in theirs["final"] if name.startswith("eval_") and "second" not in name and "time" not in name
+    ]
+    assert "eval_loss" in held_out and "eval_rewards/margins" in held_out
+    assert [ours["final"][name] for name in held_out] == pytest.approx(
+        [theirs["final"][name] for name in held_out], abs=2e-4
+    )
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ SUMMARY = {
     "verdicts": ["iter0 against <sft>: up (better)", "iter0: down (worse)", "as before (no clear change)"],
     "warnings": ["a & b"],
 }
-SAMPLES = [{"prompt": "3+1 <b>", "truth": "4", "responses": {"sft": '"5"\n\n line', "iter0": "'4'"}}]
+SAMPLES = [{"prompt": "3+1 <b>", "ground_truth": "4", "responses": {"sft": '"5"\n\n line', "iter0": "'4'"}}]
 LINEAGE = [["sft", "a<b", "-", "x & y"]]
 
 
@@ -75,7 +75,10 @@ def test_the_page_of_a_run():
     ]
     assert [text for *_, text in found.of("dt")] == ["prompt", "ground truth", "sft", "iter0"]
     assert [text for *_, text in found.of("dd")] == ["3+1 <b>", "4", '"5"\n\n line', "'4'"]
-    assert "exact_match on 100 held-out prompts; bars and verdicts: two standard errors" in page
+    assert (
+        "exact_match on 100 held-out prompts; bars: 95 % intervals; verdicts: the same prompts, at the 5 % level"
+        in page
+    )
 
 
 def test_sections_without_content_are_left_out():

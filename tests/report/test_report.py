@@ -3,47 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
 from spin import cli
+from spin.alignment.evaluation.responses import read_responses
 from spin.alignment.pipeline.config import load_run_config
-from spin.alignment.report.summary import compare, evaluation_row, verdicts, warnings
+from spin.alignment.report.summary import evaluation_row, warnings
 from spin.alignment.report.table import cells, markdown
+from spin.alignment.report.verdicts import Measure, verdicts
 from tests.helpers import run_main
+from tests.helpers.evaluations import share, write_evaluation, write_finished_run
 from tests.helpers.runs import tiny_run, write_config
-
-
-def scores(exact: float, length: float = 10.0, cut: float = 0.0) -> dict[str, float]:
-    return {"exact": exact, "exact_se": 0.01, "identical_rate": exact, "truncation_rate": cut, "mean_length": length}
-
-
-def evaluation(greedy: float, sampled: float, cooler: float, nll: float) -> dict[str, object]:
-    samples = [{"prompt_id": "p", "prompt": "3+1", "truth": "4", "responses": {"0": f"<{greedy}>", "1": "5"}}]
-    temperatures = {"0": scores(greedy), "1": scores(sampled), "0.5": scores(cooler)}
-    nlls = {"nll": nll, "nll_sequence": 10 * nll, "nll_sequence_se": 0.1}
-    return {"metric": "exact_match", "n": 100, "temperatures": temperatures, "samples": samples, **nlls}
 
 
 @pytest.fixture
 def finished_run(tmp_path):
     """A run directory with results, but no models."""
-    run_dir = tmp_path / "run"
-    config = write_config(tmp_path / "config.yaml", tiny_run(tmp_path, control={"max_steps": 1}))
-    run_dir.mkdir()
-    (run_dir / "run.yaml").write_text(config.read_text())
-    numbers = {"sft": (0.5, 0.3, 0.45, 0.5), "control": (0.52, 0.31, 0.46, 0.48)}
-    numbers |= {"iter0": (0.5, 0.4, 0.45, 0.45), "iter1": (0.4, 0.45, 0.47, 0.44)}
-    for name, values in numbers.items():
-        (run_dir / name / "pairs").mkdir(parents=True)
-        (run_dir / name / "eval.json").write_text(json.dumps(evaluation(*values)))
-        if name.startswith("iter"):
-            final = {"rewards/accuracies": 0.9, "rewards/margins": 1.5, "drift/chosen": -2.0}
-            metrics = {"first_loss": 0.6931, "seconds": 3.0, "final": final}
-            (run_dir / name / "metrics.json").write_text(json.dumps(metrics))
-            counts = {"rows": 24, "identical": 18, "truncated": 0, "dropped": 18, "written": 6}
-            (run_dir / name / "pairs" / "train_prefs.counts.json").write_text(json.dumps(counts))
-    return run_dir
+    return write_finished_run(tmp_path)
 
 
 def test_report_writes_summary_plot_and_page(finished_run):
@@ -56,7 +34,8 @@ def test_report_writes_summary_plot_and_page(finished_run):
         "greedy_exact": 0.4,
         "sampled_exact": 0.45,
         "sampled_exact_t05": 0.47,
-        "nll": 0.44,
+        "nll": pytest.approx(0.44, rel=1e-3),
+        "margin_se": 0.1,
         "identical_rate": 0.75,
         "reward_accuracy": 0.9,
         "margin": 1.5,
@@ -68,29 +47,54 @@ def test_report_writes_summary_plot_and_page(finished_run):
     assert (finished_run / "report.png").read_bytes().startswith(b"\x89PNG")
     page = (finished_run / "report.html").read_text()
     assert "data:image/png;base64," in page and 'src="http' not in page
-    assert "&lt;0.4&gt;" in page and "<0.4>" not in page  # what a model says is text, not HTML
+    assert "&lt;0&gt;" in page and "<0>" not in page  # what a model says is text, not HTML
 
 
 def test_verdicts_and_warnings_of_that_run(finished_run):
     run_main(cli.main, "report", finished_run)
     summary = json.loads((finished_run / "summary.json").read_text())
     said = "\n".join(summary["verdicts"])
-    assert "iter0 against the SFT start: exact match at T=1 0.300 -> 0.400 (better)" in said
-    assert "iter1 against the SFT start: greedy exact match 0.500 -> 0.400 (worse)" in said
-    assert "sft_continued against the SFT start: exact match at T=1 0.300 -> 0.310 (no clear change)" in said
-    assert "iter1 against continued SFT: greedy exact match 0.520 -> 0.400 (worse)" in said
+    # 10 prompts are answered by one of the two alone: p = 2 / 2^10.
+    assert (
+        "iter0 against the SFT start: exact match at T=1 0.300 -> 0.400, difference +0.100 ± 0.059 on the same 100 prompts, "
+        "p = 0.002 (better)"
+    ) in said
+    assert "iter1 against the SFT start: greedy exact match 0.500 -> 0.400, difference -0.100" in said
+    assert "iter1 against the iteration before (iter0): exact match at T=1 0.400 -> 0.450" in said
+    assert re.search(
+        "sft_continued against the SFT start: exact match at T=1 0.300 -> 0.310, .*p = 1 .no clear change", said
+    )
+    assert re.search("iter1 against continued SFT: greedy exact match 0.520 -> 0.400, .*p = 0.00049 .worse", said)
+    # Every prompt is slightly better: clear on the same prompts, although each model's own interval is far wider.
+    assert re.search(
+        r"iter1 against the iteration before .iter0.: NLL .* 0.4\d+ -> 0.4\d+, .*below 0.0001 .better", said
+    )
     assert "sampled at T=0.5 reaches 0.450 without any training" in said
     warned = "\n".join(summary["warnings"])
     assert "iter0: the log-probability of the chosen responses fell by 2.00 nats" in warned
     assert "iter0: 75% of the responses equal the ground truth" in warned
 
 
-def test_two_standard_errors_by_hand():
-    # sqrt(0.03^2 + 0.04^2) = 0.05, so a difference is clear beyond 0.10
-    row, other = {"x": 0.61, "e": 0.03}, {"x": 0.50, "e": 0.04}
-    assert compare(row, other, "x", "e") == (pytest.approx(0.11), True)
-    assert compare({**row, "x": 0.59}, other, "x", "e") == (pytest.approx(0.09), False)
-    assert compare(row, {}, "x", "e") is None
+def test_only_prompts_that_both_models_have_are_compared(tmp_path):
+    tokens = [5] * 8
+    write_evaluation(tmp_path / "a", {0.0: [1.0, None, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]}, [5.0] * 8, tokens)
+    write_evaluation(tmp_path / "b", {0.0: [0.0, 0.0, None, 0.0, 0.0, 0.0, 0.0, 0.0]}, [6.0] * 8, tokens)
+    one, other = (read_responses(tmp_path / name / "eval.parquet") for name in "ab")
+    greedy = Measure("greedy_exact", "greedy", "0").compare(one, other)
+    assert (greedy.prompts, greedy.difference, greedy.p_value) == (6, 1.0, pytest.approx(2 / 64))
+    nll = Measure("nll", "NLL", None).compare(one, other)
+    assert nll.difference == pytest.approx(-0.2) and nll.is_clear
+    assert Measure("sampled_exact", "T=1", "1").compare(one, other) is None
+
+
+def test_a_model_of_an_older_version_is_shown_but_not_compared(finished_run):
+    (finished_run / "iter0" / "eval.parquet").unlink()
+    code, _, err = run_main(cli.main, "report", finished_run)
+    assert code == 0, err
+    summary = json.loads((finished_run / "summary.json").read_text())
+    assert not any(line.startswith("iter0 against") for line in summary["verdicts"])
+    assert any("iter0 is not compared with other models" in line for line in summary["warnings"])
+    assert summary["rows"][2]["greedy_exact"] == 0.5
 
 
 def test_warnings_of_length_saturation_and_cut():
@@ -107,12 +111,27 @@ def test_warnings_of_length_saturation_and_cut():
     )
     said = "\n".join(warnings(rows))
     assert "saturated" in said and "20% of the held-out" in said and "moved from 10.0 to 13.0" in said
-    assert warnings(rows[:1]) == [] and verdicts(rows[:1]) == []
+    assert warnings(rows[:1]) == [] and verdicts(rows[:1], {}) == []
 
 
-def test_error_of_nll_per_token_follows_that_of_the_sequence():
-    row = evaluation_row(evaluation(0.5, 0.5, 0.5, nll=0.2))  # 2.0 nats a sequence, error 0.1: 5 %
-    assert row["nll_se"] == pytest.approx(0.2 * 0.05)
+def test_error_of_nll_is_that_of_the_rate(tmp_path):
+    # The lengths differ, the rate does not: no error, although the sums vary widely.
+    write_evaluation(tmp_path, {1.0: share(10, 5)}, [0.2 * n for n in range(1, 11)], list(range(1, 11)))
+    row = evaluation_row(json.loads((tmp_path / "eval.json").read_text()))
+    assert row["nll"] == pytest.approx(0.2) and row["nll_se"] == pytest.approx(0.0, abs=1e-12)
+    assert row["nll_sequence_se"] > 0.1
+
+
+def test_every_measured_quality_has_an_interval(finished_run):
+    run_main(cli.main, "report", finished_run)
+    row = json.loads((finished_run / "summary.json").read_text())["rows"][-1]
+    named = ("greedy_exact", "sampled_exact", "sampled_exact_t05", "nll", "identical_rate", "mean_length")
+    for key in (*named, "truncation_rate", "margin"):
+        low, high = row[f"{key}_interval"]
+        assert low <= row[key] <= high and row[f"{key}_se"] >= 0, key
+    assert row["greedy_exact_interval"] == pytest.approx([0.3094, 0.4980], abs=1e-4)  # Wilson's, 40 of 100
+    headings, cells_ = cells({"rows": [row]})
+    assert cells_[0][headings.index("exact greedy")] == "0.400 ±0.094"
 
 
 def test_table_leaves_out_measures_nobody_has():

@@ -11,13 +11,15 @@ import pytest
 
 from spin import cli
 from spin.alignment.core.parquet import read_rows
+from spin.alignment.evaluation.responses import read_responses
 from spin.alignment.pipeline.config import load_run_config
 from spin.alignment.pipeline.lineage import lineage
 from spin.alignment.pipeline.manifest import RunManifest
 from spin.alignment.pipeline.program_settings import train_values, weights_config
 from spin.alignment.pipeline.stages import make_stages
-from spin.alignment.report.summary import verdicts
+from spin.alignment.report.verdicts import verdicts
 from tests.helpers import REPOSITORY, run_command, run_main
+from tests.helpers.evaluations import share, write_evaluation
 from tests.helpers.runs import TRAINING, tiny_run, write_config
 
 REVERSE = {"weighting": "reverse_dpo", "transform": "exponential", "transform_params": {"mu": 0.5}}
@@ -74,15 +76,21 @@ def test_without_the_section_nothing_changes(tmp_path):
     assert not any("weigh" in stage.name for stage in make_stages(config))
 
 
-def test_verdict_against_spin_without_weights():
+def test_verdict_against_spin_without_weights(tmp_path):
     def row(name, role, iteration, exact):
         identity = {"model": name, "role": role, "iteration": iteration}
-        return {**identity, "greedy_exact": exact, "greedy_exact_se": 0.01, "exact_at": {}}
+        return {**identity, "greedy_exact": exact, "exact_at": {}}
 
     rows = [row("sft", "start", None, 0.5), row("iter0_spin", "unweighted", 0, 0.6), row("iter0", "policy", 0, 0.7)]
-    lines = verdicts([*rows, row("iter1", "policy", 1, 0.8)])
+    rows.append(row("iter1", "policy", 1, 0.8))
+    for item in rows:
+        scores = {0.0: share(100, round(100 * item["greedy_exact"]))}
+        write_evaluation(tmp_path / item["model"], scores, [1.0] * 100, [2] * 100)
+    responses = {item["model"]: read_responses(tmp_path / item["model"] / "eval.parquet") for item in rows}
+    lines = verdicts(rows, responses)
     assert not any(line.startswith("iter1 against SPIN") for line in lines)
-    assert "iter0 against SPIN without weights (iter0_spin): greedy exact match 0.600 -> 0.700 (better)" in lines
+    (line,) = [line for line in lines if line.startswith("iter0 against SPIN without weights (iter0_spin)")]
+    assert "greedy exact match 0.600 -> 0.700, difference +0.100" in line and line.endswith("p = 0.002 (better)")
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,8 @@ class ChatEncoder:
             raise InputError("a conversation must end with an assistant turn: add the response")
         response = self._response_tokens(conversation, prompt_ids or self.prompt_ids(conversation[:-1]))
         ids = response[: response.index(self.end_id)] if self.end_id in response else response
-        if any(token in self.stop_ids for token in ids) or (reason := self.refusal(conversation[-1:])):
+        reason = self.refusal(conversation[-1:])
+        if reason or any(token in self.stop_ids for token in ids):
             raise InputError(reason or self._reserved_reason(self.tokenizer.convert_ids_to_tokens(self.end_id)))
         return [*ids, self.end_id]
 

@@ -30,12 +30,16 @@ class EvaluateConfig:
     config: str | None = setting(
         None, "configuration of the data set, such as main; or write NAME:main as input_dir", set_by_run=True
     )
-    output_file: str = setting(help="JSON file to write", set_by_run=True)
+    output_file: str = setting(
+        help="JSON file to write; every response goes to a parquet file of the same name", set_by_run=True
+    )
     metric: str = setting(
         "exact_match", "a rule: exact_match, math_answer, module:function, or a sum (docs/scoring.md)"
     )
     limit: int = setting(0, "held-out prompts to use, drawn with a fixed seed (0: all)", ge=0)
-    samples: int = setting(3, "number of responses stored in full", ge=0)
+    samples: int = setting(
+        3, "prompts whose responses the JSON file and the report show; eval.parquet has the responses to all", ge=0
+    )
 
     temperatures: list[float] = setting(
         [0.0, 1.0, 0.5], "sampling temperatures, each given once; 0 is greedy", group="sampling", ge=0

@@ -9,21 +9,28 @@ from spin.alignment.core.console import say, say_error
 from spin.alignment.evaluation.config import EvaluateConfig
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from spin.alignment.core.provenance import Provenance
     from spin.alignment.data.chat_encoder import ChatEncoder
+    from spin.alignment.data.held_out_rows import Skipped
     from spin.alignment.evaluation.held_out import HeldOut
+    from spin.alignment.generation.base import GenerationBackend
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """Score a model on held-out prompts; return what is written to ``output_file``: the fields of ``evaluate_model.py``.
+    """Score a model on held-out prompts; return what is written to ``output_file``: the fields of ``evaluate_model.py``. Every
+    response is written to ``eval.parquet`` next to it first.
 
     Raises:
-        InputError: the model, the prompts or the metric cannot be used; raised before a model is loaded.
+        InputError: the model, every prompt or the metric cannot be used; if it can be known, before a model is loaded.
     """
     from transformers import AutoConfig
 
     from spin.alignment.core.files import write_json_atomic
-    from spin.alignment.core.provenance import hash_weights
     from spin.alignment.data.chat_encoder import ChatEncoder, load_tokenizer
+    from spin.alignment.data.held_out_rows import describe_skipped
+    from spin.alignment.evaluation.responses import responses_path, write_responses
     from spin.alignment.models.folder import check_model_path, context_length, model_folder
 
     config.check_metric()
@@ -31,75 +38,106 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     encoder = ChatEncoder(load_tokenizer(config.model, config.revision, config.trust_remote_code), config.system)
     folder = model_folder(config.model, config.revision)
     context = context_length(AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code))
-    held_out, left_out = load_held_out(config, encoder, context or sys.maxsize)
+    held_out, skipped = load_held_out(config, encoder, context or sys.maxsize)
+    rows = answer_and_score(config, held_out, encoder, skipped)
+    made = provenance(config, encoder, folder, len(held_out))
     result = {
         "model": config.model,
-        "weights_hash": hash_weights(folder),
+        "weights_hash": made.weights_hash,
         "metric": config.metric,
         "input_dir": config.input_dir,
         "split": config.split,
         "n": len(held_out),
-        "left_out": left_out,
-        **score(config, held_out, encoder),
+        "skipped": skipped,
+        **averages(config, rows, len(held_out)),
     }
+    write_responses(responses_path(config.output_file), rows, made)
     write_json_atomic(config.output_file, result)
+    for line in describe_skipped(skipped):
+        say_error(line)
     exact = ", ".join(f"T={name} {values['exact']:.3f}" for name, values in result["temperatures"].items())
     say(f"{config.model}: {config.metric} {exact}; NLL of the ground truth {result['nll']:.4f} nats per token")
     return result
 
 
-def load_held_out(config: EvaluateConfig, encoder: ChatEncoder, context: int) -> tuple[list[HeldOut], int]:
-    """Return the held-out prompts to score and how many were skipped because they do not fit the context."""
-    from spin.alignment.data.fractions import fraction_rows
-    from spin.alignment.data.rows import load_prompts
+def provenance(config: EvaluateConfig, encoder: ChatEncoder, folder: Path, count: int) -> Provenance:
+    """Return the record of what the responses were made from."""
+    from spin.alignment.core.provenance import Provenance, hash_weights, package_versions
+
+    return Provenance(
+        kind="evaluation",
+        model=config.model,
+        model_revision=config.revision or "",
+        weights_hash=hash_weights(folder),
+        tokenizer_hash=encoder.tokenizer_hash,
+        chat_template_hash=encoder.template_hash,
+        backend=config.backend,
+        sampling={f"{temperature:g}": config.sampling(temperature).as_dict() for temperature in config.temperatures},
+        split=config.split,
+        num_prompts=count,
+        versions=package_versions(),
+        extra={"metric": config.metric},
+    )
+
+
+def load_held_out(config: EvaluateConfig, encoder: ChatEncoder, context: int) -> tuple[list[HeldOut], list[Skipped]]:
+    """Return the held-out prompts to score, and the rows that are skipped, each with the reason.
+
+    Raises:
+        InputError: the data cannot be read, or no row of it can be used.
+    """
+    from spin.alignment.data.held_out_rows import check_any_left, read_held_out
     from spin.alignment.evaluation.held_out import encode_held_out
 
-    prompts = load_prompts(config.input_dir, config.split)
-    if config.limit and config.limit < len(prompts):
-        prompts = prompts.select(fraction_rows(len(prompts), 0, config.limit))
-    return encode_held_out(prompts.to_list(), encoder, context, config.max_new_tokens)
+    rows, unreadable = read_held_out(config.input_dir, config.split, config.limit)
+    held_out, unusable = encode_held_out(rows, encoder, context, config.max_new_tokens)
+    check_any_left(held_out, unusable, f"{config.input_dir}, split {config.split}")
+    return held_out, [*unreadable, *unusable]
 
 
-def score(config: EvaluateConfig, held_out: list[HeldOut], encoder: ChatEncoder) -> dict[str, Any]:
-    """Generate and score with one loaded model (an engine is closed before the model is loaded for the NLL)."""
+def averages(config: EvaluateConfig, rows: list[dict[str, Any]], count: int) -> dict[str, Any]:
+    """Return the averages over the rows of all temperatures, ``count`` of each, and the first few prompts with their responses.
+
+    Raises:
+        InputError: the metric failed on every response, or no log-likelihood is finite.
+    """
+    from spin.alignment.evaluation.responses import average_nats, average_responses
+
+    names = [f"{temperature:g}" for temperature in config.temperatures]
+    parts = {name: rows[place * count : (place + 1) * count] for place, name in enumerate(names)}
+    samples = [
+        {
+            "prompt_id": some[0]["prompt_id"],
+            "prompt": some[0]["prompt"],
+            "ground_truth": some[0]["ground_truth"],
+            "responses": {name: row["response"] for name, row in zip(names, some, strict=True)},
+        }
+        for some in zip(*(part[: config.samples] for part in parts.values()), strict=True)
+    ]
+    return {
+        "temperatures": {name: average_responses(part) for name, part in parts.items()},
+        **average_nats(rows[:count]),
+        "samples": samples,
+    }
+
+
+def answer_and_score(
+    config: EvaluateConfig, held_out: list[HeldOut], encoder: ChatEncoder, skipped: list[Skipped]
+) -> list[dict[str, Any]]:
+    """Generate and score with one loaded model (an engine is closed before the model is loaded for the log-likelihoods); return
+    the rows of ``eval.parquet``. Responses that cannot be scored are added to ``skipped``.
+    """
     import torch
 
-    from spin.alignment.evaluation.held_out import evaluate_responses, ground_truth_nll
-    from spin.alignment.generation import find_backend, make_backend
-    from spin.alignment.generation.base import BackendSettings
     from spin.alignment.models.config import ModelConfig
     from spin.alignment.models.loading import load_model
-    from spin.alignment.rewards import find_scorer
 
-    longest = max(len(item.request.token_ids) for item in held_out) + config.max_new_tokens
-    settings = BackendSettings(
-        model=config.model,
-        revision=config.revision,
-        dtype=config.dtype,
-        batch_size=config.batch_size,
-        tensor_parallel_size=config.tensor_parallel_size,
-        max_model_len=longest,
-        trust_remote_code=config.trust_remote_code,
-        stop_ids=encoder.stop_ids,
-        pad_id=encoder.pad_id,
-    )
-    # Only sets how often progress is shown, in prompts.
-    chunk = config.batch_size * 16 if find_backend(config.backend).holds_batch else len(held_out)
-    backend = make_backend(config.backend, settings)
+    backend = open_backend(config, held_out, encoder)
     try:
-        scores = evaluate_responses(
-            backend,
-            held_out,
-            encoder,
-            find_scorer(config.metric),
-            [config.sampling(temperature) for temperature in config.temperatures],
-            config.samples,
-            chunk,
-            say_error,
-        )
+        rows = respond_and_score(config, backend, held_out, encoder, skipped)
         model = getattr(backend, "model", None)
         if model is not None:
-            return scores | ground_truth_nll(model, held_out, encoder.pad_id, config.batch_size)
+            return with_nats(config, rows, model, held_out, encoder, skipped)
     finally:
         backend.close()
     loaded = ModelConfig(
@@ -109,4 +147,66 @@ def score(config: EvaluateConfig, held_out: list[HeldOut], encoder: ChatEncoder)
         trust_remote_code=config.trust_remote_code,
     )
     model = load_model(loaded).to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    return scores | ground_truth_nll(model, held_out, encoder.pad_id, config.batch_size)
+    return with_nats(config, rows, model, held_out, encoder, skipped)
+
+
+def open_backend(config: EvaluateConfig, held_out: list[HeldOut], encoder: ChatEncoder) -> GenerationBackend:
+    """Load the model for generation, with room for the longest prompt and a response."""
+    from spin.alignment.generation import make_backend
+    from spin.alignment.generation.base import BackendSettings
+
+    settings = BackendSettings(
+        model=config.model,
+        revision=config.revision,
+        dtype=config.dtype,
+        batch_size=config.batch_size,
+        tensor_parallel_size=config.tensor_parallel_size,
+        max_model_len=max(len(item.request.token_ids) for item in held_out) + config.max_new_tokens,
+        trust_remote_code=config.trust_remote_code,
+        stop_ids=encoder.stop_ids,
+        pad_id=encoder.pad_id,
+    )
+    return make_backend(config.backend, settings)
+
+
+def respond_and_score(
+    config: EvaluateConfig,
+    backend: GenerationBackend,
+    held_out: list[HeldOut],
+    encoder: ChatEncoder,
+    skipped: list[Skipped],
+) -> list[dict[str, Any]]:
+    """Return the scored rows of every temperature in turn, in the order of the prompts."""
+    from spin.alignment.evaluation.held_out import respond
+    from spin.alignment.evaluation.responses import scored_rows
+    from spin.alignment.generation import find_backend
+    from spin.alignment.rewards import find_scorer
+    from spin.alignment.rewards.rules import RuleScorer
+
+    scorer = RuleScorer(config.metric, find_scorer(config.metric))
+    # Only sets how often progress is shown, in prompts.
+    chunk = config.batch_size * 16 if find_backend(config.backend).holds_batch else len(held_out)
+    rows: list[dict[str, Any]] = []
+    for temperature in config.temperatures:
+        responses = respond(backend, held_out, config.sampling(temperature), chunk, say_error)
+        texts = [encoder.decode(response.token_ids) for response in responses]
+        rows += scored_rows(config.model, temperature, held_out, responses, texts, scorer, skipped)
+    return rows
+
+
+def with_nats(
+    config: EvaluateConfig,
+    rows: list[dict[str, Any]],
+    model: Any,
+    held_out: list[HeldOut],
+    encoder: ChatEncoder,
+    skipped: list[Skipped],
+) -> list[dict[str, Any]]:
+    """Return the rows with the nats of their ground truth; a prompt without a finite number is added to ``skipped``."""
+    from spin.alignment.evaluation.held_out import ground_truth_nats
+
+    nats = ground_truth_nats(model, held_out, encoder.pad_id, config.batch_size)
+    known = {item.request.prompt_id: value for item, value in zip(held_out, nats, strict=True)}
+    reason = "the log-likelihood of its ground truth is not finite"
+    skipped += [{"prompt_id": name, "reason": reason} for name, value in known.items() if value is None]
+    return [row | {"nats": known[row["prompt_id"]]} for row in rows]

@@ -1,4 +1,4 @@
-"""Scores of one model on held-out prompts: exact match at several temperatures, NLL of the ground truth, lengths."""
+"""Held-out prompts: encoding them, answering them, and the log-likelihood of their ground truth under a model."""
 
 from __future__ import annotations
 
@@ -8,69 +8,66 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from spin.alignment.core.errors import InputError
+from spin.alignment.data.held_out_rows import Skipped
 from spin.alignment.data.rows import scorer_columns
 from spin.alignment.data.turns import answer_text, question
 from spin.alignment.generation.base import GenerationBackend, PromptRequest, Response, SamplingConfig
-from spin.alignment.rewards.row_columns import score_response
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from spin.alignment.data.chat_encoder import ChatEncoder
-    from spin.alignment.rewards import Scorer
 
 Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """One held-out prompt: its request, its text for a scorer, the ground truth as text and ids (EOS included), and the other
-    columns of its row for the scorer."""
+    """One held-out prompt: its request, its turns, the ground truth as text and ids (EOS included), and the other columns of its
+    row for the scorer."""
 
     request: PromptRequest
-    prompt: str
+    messages: list[dict[str, str]]
     ground_truth: str
     ground_truth_ids: tuple[int, ...]
     columns: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def prompt(self) -> str:
+        """The text that a rule receives as the prompt: the last user turn."""
+        return question(self.messages)
+
 
 def encode_held_out(
     rows: Sequence[dict[str, Any]], encoder: ChatEncoder, context: int, max_new_tokens: int
-) -> tuple[list[HeldOut], int]:
-    """Encode held-out rows; return those that fit into ``context`` tokens with the ground truth and with a response, and
-    how many do not.
+) -> tuple[list[HeldOut], list[Skipped]]:
+    """Encode held-out rows; return those that can be encoded and fit into ``context`` tokens with the ground truth and with a
+    response, and those that are skipped.
 
     Raises:
-        InputError: no row fits, or a row cannot be encoded (it is named).
+        InputError: no row is left.
     """
-    held_out = []
+    held_out: list[HeldOut] = []
+    skipped: list[Skipped] = []
     for row in rows:
         *prompt, answer = row["chosen"]
         try:
             ids = encoder.prompt_ids(prompt)
             ground_truth_ids = encoder.response_ids(row["chosen"])
+            if reason := encoder.refusal(prompt):
+                raise InputError(reason)
         except InputError as error:
-            raise InputError(f"prompt {row['prompt_id']}: {error}") from error
+            skipped.append({"prompt_id": row["prompt_id"], "reason": str(error)})
+            continue
         # Both the ground truth (for the NLL) and a response of full length must fit.
-        if len(ids) + max(max_new_tokens, len(ground_truth_ids)) <= context:
-            request = PromptRequest(row["prompt_id"], tuple(ids))
-            columns = scorer_columns(row)
-            held_out.append(HeldOut(request, question(prompt), answer_text(answer), tuple(ground_truth_ids), columns))
-    if not held_out:
-        raise InputError(
-            f"no held-out prompt fits with {max_new_tokens} new tokens into the context of {context}: lower max_new_tokens"
-        )
-    return held_out, len(rows) - len(held_out)
-
-
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Return the mean and its standard error (0 for a single value)."""
-    count = len(values)
-    mean = sum(values) / count
-    if count == 1:
-        return mean, 0.0
-    variance = sum((value - mean) ** 2 for value in values) / (count - 1)
-    return mean, math.sqrt(variance / count)
+        needed = len(ids) + max(max_new_tokens, len(ground_truth_ids))
+        if needed > context:
+            reason = f"prompt and response need {needed} tokens, but the model takes {context}: lower max_new_tokens"
+            skipped.append({"prompt_id": row["prompt_id"], "reason": reason})
+            continue
+        request = PromptRequest(row["prompt_id"], tuple(ids))
+        held_out.append(HeldOut(request, prompt, answer_text(answer), tuple(ground_truth_ids), scorer_columns(row)))
+    return held_out, skipped
 
 
 def respond(
@@ -87,72 +84,24 @@ def respond(
     return [responses[index] for index in range(len(order))]
 
 
-def score_responses(
-    held_out: Sequence[HeldOut], responses: Sequence[Response], texts: Sequence[str], scorer: Scorer
-) -> dict[str, float]:
-    """Return ``exact``, ``exact_se``, ``identical_rate``, ``truncation_rate``, and ``mean_length`` in tokens, EOS included."""
-    scores = [
-        score_response(scorer, item.prompt, text, item.ground_truth, item.columns)
-        for item, text in zip(held_out, texts, strict=True)
-    ]
-    exact, error = mean_and_error(scores)
-    same = [text.strip() == item.ground_truth.strip() for item, text in zip(held_out, texts, strict=True)]
-    count = len(responses)
-    return {
-        "exact": exact,
-        "exact_se": error,
-        "identical_rate": sum(same) / count,
-        "truncation_rate": sum(response.finish_reason == "length" for response in responses) / count,
-        "mean_length": sum(len(response.token_ids) for response in responses) / count,
-    }
-
-
-def evaluate_responses(
-    backend: GenerationBackend,
-    held_out: Sequence[HeldOut],
-    encoder: ChatEncoder,
-    scorer: Scorer,
-    samplings: Sequence[SamplingConfig],
-    num_samples_shown: int,
-    chunk: int,
-    tell: Tell,
-) -> dict[str, Any]:
-    """Return ``temperatures`` (scores by temperature, as text such as "0.5") and the first few responses in full."""
-    by_temperature: dict[str, dict[str, float]] = {}
-    shown: list[dict[str, Any]] = [
-        {"prompt_id": item.request.prompt_id, "prompt": item.prompt, "truth": item.ground_truth, "responses": {}}
-        for item in held_out[:num_samples_shown]
-    ]
-    for sampling in samplings:
-        responses = respond(backend, held_out, sampling, chunk, tell)
-        texts = [encoder.decode(response.token_ids) for response in responses]
-        by_temperature[f"{sampling.temperature:g}"] = score_responses(held_out, responses, texts, scorer)
-        for item, text in zip(shown, texts, strict=False):
-            item["responses"][f"{sampling.temperature:g}"] = text
-    return {"temperatures": by_temperature, "samples": shown}
-
-
-def ground_truth_nll(model: Any, held_out: Sequence[HeldOut], pad_id: int, batch_size: int) -> dict[str, float]:
-    """Return the negative log-likelihood of the ground truth in nats, EOS included.
-
-    ``nll`` is per token over all tokens, ``nll_sequence`` (with ``nll_sequence_se``) the mean of the sums.
-    """
+def ground_truth_nats(model: Any, held_out: Sequence[HeldOut], pad_id: int, batch_size: int) -> list[float | None]:
+    """Return the negative log-likelihood of each ground truth in nats, EOS included; None where it is not finite."""
     import torch
 
     from spin.alignment.logprobs.forward import response_logps
 
     device = next(model.parameters()).device
-    order = sorted(held_out, key=lambda item: -len(item.request.token_ids))
-    sums: list[float] = []
+    order = sorted(range(len(held_out)), key=lambda index: -len(held_out[index].request.token_ids))
+    nats: list[float | None] = [None] * len(held_out)
     for start in range(0, len(order), batch_size):
-        batch = stack_ground_truths(order[start : start + batch_size], pad_id)
+        places = order[start : start + batch_size]
+        batch = stack_ground_truths([held_out[index] for index in places], pad_id)
         with torch.inference_mode():
             # (B, R), 0 on padding, so a row's sum is the log-likelihood of its ground truth.
             logps = response_logps(model, {name: value.to(device) for name, value in batch.items()})
-        sums += (-logps.double().sum(dim=-1)).tolist()
-    mean, error = mean_and_error(sums)
-    tokens = sum(len(item.ground_truth_ids) for item in held_out)
-    return {"nll": sum(sums) / tokens, "nll_sequence": mean, "nll_sequence_se": error}
+        for index, value in zip(places, (-logps.double().sum(dim=-1)).tolist(), strict=True):
+            nats[index] = value if math.isfinite(value) else None
+    return nats
 
 
 def stack_ground_truths(items: Sequence[HeldOut], pad_id: int) -> dict[str, Tensor]:

@@ -55,7 +55,8 @@ class PairList:
         self.is_stand_in = is_stand_in
 
     def __len__(self) -> int:
-        return len(self.features)
+        """The number of pairs that count."""
+        return 0 if self.is_stand_in else len(self.features)
 
 
 @dataclass(frozen=True)

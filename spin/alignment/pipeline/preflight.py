@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from spin.alignment.core.errors import InputError
 
 if TYPE_CHECKING:
+    from spin.alignment.data.chat_encoder import ChatEncoder
     from spin.alignment.pipeline.config import RunConfig
 
 
@@ -52,6 +53,27 @@ def check_data(config: RunConfig) -> None:
                 encoder.prompt_ids(prompt_turns(row["chosen"]))
             except InputError as error:
                 raise InputError(f"{path} [{split}], prompt {row['prompt_id']}: {error}") from error
+    check_held_out(config, encoder)
+
+
+def check_held_out(config: RunConfig, encoder: ChatEncoder) -> None:
+    """Check that the evaluations have something to score; a single bad row is skipped and named by each of them.
+
+    Raises:
+        InputError: the held-out data cannot be read, or none of the first usable rows can be encoded.
+    """
+    from spin.alignment.data.held_out_rows import check_any_left, read_held_out
+
+    data, skipped, usable = config.data, [], []
+    if not data.test:
+        return
+    rows, _ = read_held_out(data.test, data.test_split)
+    for row in rows[:100]:
+        try:
+            usable.append(encoder.response_ids(row["chosen"]))
+        except InputError as error:
+            skipped.append({"prompt_id": row["prompt_id"], "reason": str(error)})
+    check_any_left(usable, skipped, f"{data.test}, split {data.test_split}")
 
 
 def data_sources(config: RunConfig) -> dict[tuple[str, str], bool]:

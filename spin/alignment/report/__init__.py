@@ -50,7 +50,10 @@ def write_report(config: RunConfig) -> Path:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     for sample in samples:
         console.print(
-            f"\n{sample['prompt']}  (ground truth: {sample['truth']})", markup=False, highlight=False, soft_wrap=True
+            f"\n{sample['prompt']}  (ground truth: {sample['ground_truth']})",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
         )
         for model, response in sample["responses"].items():
             console.print(f"  {model}: {response}", markup=False, highlight=False, soft_wrap=True)

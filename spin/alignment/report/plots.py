@@ -51,10 +51,11 @@ def _curve(
     if not points:
         return
     positions, values = [index for index, _ in points], [row[key] for _, row in points]
-    errors = [2 * row.get(f"{key}_se", 0.0) for _, row in points]
-    axes.errorbar(
-        positions, values, yerr=errors if any(errors) else None, fmt="o-", color=color, label=label, capsize=3
-    )
+    intervals = [row.get(f"{key}_interval", (row[key], row[key])) for _, row in points]
+    below = [max(0.0, value - low) for value, (low, _) in zip(values, intervals, strict=True)]
+    above = [max(0.0, high - value) for value, (_, high) in zip(values, intervals, strict=True)]
+    bars = (below, above) if any([*below, *above]) else None
+    axes.errorbar(positions, values, yerr=bars, fmt="o-", color=color, label=label, capsize=3)
     if control and key in control:
         axes.axhline(control[key], color=color, linestyle=":", label=f"{label}, continued SFT")
 

@@ -21,8 +21,9 @@ COLUMNS = (
     ("truncated", "truncation_rate", "{:.1%}"),
 )
 CAPTION = (
-    "exact: share of held-out prompts answered right; NLL: nats per token of the ground truth; identical: generated responses "
-    "equal to it; reward acc., margin, chosen drift (nats): last training log; length (tokens) and truncated: held-out responses"
+    "±: half of the 95 % interval over held-out prompts, responses or pairs; exact: share of held-out prompts answered right; "
+    "NLL: nats per token of the ground truth; identical: generated responses equal to it; reward acc., margin, chosen drift "
+    "(nats): last training log; length (tokens) and truncated: held-out responses"
 )
 LINEAGE_HEADINGS = ("model", "starts from", "opponent and reference", "data")
 
@@ -36,10 +37,15 @@ def cells(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     extra = [(f"exact T={t}", exact_key(t), "{:.3f}") for t in others]
     columns = [item for item in (*COLUMNS[:2], *extra, *COLUMNS[2:]) if any(item[1] in row for row in rows)]
     headings = ["model", *(heading for heading, _, _ in columns)]
-    texts = [
-        [row["model"], *(form.format(row[key]) if key in row else "–" for _, key, form in columns)] for row in rows
-    ]
-    return headings, texts
+    return headings, [[row["model"], *(cell(row, key, form) for _, key, form in columns)] for row in rows]
+
+
+def cell(row: dict[str, Any], key: str, form: str) -> str:
+    """Return a value, followed by half the width of its 95 % interval if it is known; a dash if there is no value."""
+    if key not in row:
+        return "–"
+    low, high = row.get(f"{key}_interval", (None, None))
+    return form.format(row[key]) + ("" if low is None else f" ±{form.replace('+', '').format((high - low) / 2)}")
 
 
 def results_table(summary: dict[str, Any]) -> Table:

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from spin.alignment.logprobs.attention import PACKED_ATTENTION
-from spin.alignment.logprobs.batch import PairDataset
+from spin.alignment.logprobs.batch import PairDataset, PairList
 from spin.alignment.logprobs.forward import use_attention
 from spin.alignment.logprobs.packing_check import check_packed_forward
 from spin.alignment.logprobs.pair_forward import PairForward, compute_dtype
 from spin.alignment.training.config import SPINConfig
+from spin.alignment.training.filler_rows import real_rows
 from spin.alignment.training.memory.plan import plan_token_budget
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
+
+
+def collate_pairs(rows: Sequence[Any]) -> PairList:
+    """Return the rows of a batch that count; if all of them are fillers, a stand-in that does not count."""
+    return PairList(real_rows(rows)) if real_rows(rows) else PairList([rows[0].row], is_stand_in=True)
 
 
 def make_pair_forward(

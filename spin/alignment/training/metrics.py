@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 _NAMES = ("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins")
 # How far the policy has moved from the reference; only logged for losses that use one.
 _DRIFT = ("drift/chosen", "drift/chosen_per_token")
+# Logged with their standard error over the pairs (``_se``): the report states them as results.
+_WITH_ERROR = ("rewards/accuracies", "rewards/margins", "drift/chosen")
+_SQUARES = " squared"
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,9 @@ class PairMetrics:
     def __init__(self, loss: Loss) -> None:
         """``loss`` declares which responses a pair has, and whether there is a reference."""
         logps = (f"logps/{name}" for name in loss.responses)
-        self._names = (*_NAMES, *logps, *(_DRIFT if loss.needs_reference else ()), "pairs", "tokens")
+        means = (*_NAMES, *logps, *(_DRIFT if loss.needs_reference else ()))
+        self._spread = tuple(name for name in _WITH_ERROR if name in means)
+        self._names = (*means, "pairs", "tokens", *(f"{name}{_SQUARES}" for name in self._spread))
         self._sums: dict[str, list[Tensor]] = defaultdict(list)
 
     @torch.no_grad()
@@ -56,6 +62,7 @@ class PairMetrics:
             "pairs": torch.ones_like(margins),
             "tokens": mask.sum().double(),
         }
+        values |= {f"{name}{_SQUARES}": values[name].double() ** 2 for name in self._spread}
         for name in self._names:
             self._sums[name].append(values[name].double().sum())
 
@@ -73,14 +80,21 @@ class PairMetrics:
         Every process must call it, even one that added nothing: the reduction waits for all of them.
         """
         if self._sums:
-            # Not every backend (MPS) can reduce float64; float32 is precise enough for a mean over pairs.
-            local = torch.stack([torch.stack(self._sums[name]).sum() for name in self._names]).float()
+            local = torch.stack([torch.stack(self._sums[name]).sum() for name in self._names])
         else:
             local = torch.zeros(len(self._names), device=accelerator.device)
+        # MPS has no float64; elsewhere it keeps the variances exact.
+        local = local.float() if local.device.type == "mps" else local.double()
         self._sums.clear()
         totals = accelerator.reduce(local, reduction="sum").double()
         total = dict(zip(self._names, totals.tolist(), strict=True))
         pairs, tokens = total.pop("pairs"), total.pop("tokens")
+        squares = {name: total.pop(f"{name}{_SQUARES}") for name in self._spread}
         if not pairs:
             return None
-        return PairAverages({name: value / pairs for name, value in total.items()}, int(pairs), int(tokens))
+        values = {name: value / pairs for name, value in total.items()}
+        if pairs > 1:
+            for name, square in squares.items():
+                variance = max(0.0, square - pairs * values[name] ** 2) / (pairs - 1)
+                values[f"{name}_se"] = math.sqrt(variance / pairs)
+        return PairAverages(values, int(pairs), int(tokens))

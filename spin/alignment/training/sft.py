@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.provenance import hash_file, hash_json
@@ -18,6 +17,7 @@ from spin.alignment.training.keys import SFTKeys
 from spin.alignment.training.program import TrainingData, TrainingJob, TrainingProgram
 from spin.alignment.training.settings import Settings
 from spin.alignment.training.sft_data import load_ground_truth
+from spin.alignment.training.sft_trainer import GroundTruthTrainer
 
 if TYPE_CHECKING:
     from spin.alignment.data.chat_encoder import ChatEncoder
@@ -38,28 +38,6 @@ class SFTArguments(SFTKeys, SFTConfig):
             )
         self.dataset_kwargs = {"skip_prepare_dataset": True}
         super().__post_init__()
-
-
-class GroundTruthTrainer(SFTTrainer):
-    """SFTTrainer with label smoothing in one forward pass: TRL's own runs a second one for its metrics."""
-
-    def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, torch.Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> Any:
-        """Return the mean over the response tokens of (1 - e) * NLL + e * (mean over the vocabulary of -log p), in nats."""
-        if self.label_smoother is None:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        outputs = model(**{name: value for name, value in inputs.items() if name != "labels"}, use_cache=False)
-        loss = self.label_smoother(outputs, inputs["labels"], shift_labels=True, num_items_in_batch=num_items_in_batch)
-        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = (
-                loss * self.accelerator.num_processes
-            )  # tokens are summed over all processes, but gradients are averaged
-        return (loss, outputs) if return_outputs else loss
 
 
 class SFTTraining(TrainingProgram):

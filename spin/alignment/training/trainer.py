@@ -20,8 +20,9 @@ from spin.alignment.logprobs.batch import PairDataset, PairList
 from spin.alignment.logprobs.forward import batch_loss
 from spin.alignment.logprobs.micro_batches import MicroBatch
 from spin.alignment.logprobs.position_kl import check_can_keep_reference, frozen_copy
-from spin.alignment.training.batching import fit_to_model, make_pair_forward
+from spin.alignment.training.batching import collate_pairs, fit_to_model, make_pair_forward
 from spin.alignment.training.config import SPINConfig
+from spin.alignment.training.filler_rows import EachRowOnce
 from spin.alignment.training.first_loss import FirstLoss
 from spin.alignment.training.memory.advice import advise_when_memory_is_full
 from spin.alignment.training.objective import PairObjective
@@ -31,7 +32,7 @@ from spin.alignment.training.reference_logps import attach_reference
 from spin.alignment.training.start_model import identify, start_model
 
 
-class SPINTrainer(Trainer):
+class SPINTrainer(EachRowOnce, Trainer):
     """Trains on pairs. The loss of an optimiser step is the mean over all its pairs, regardless of how they are batched."""
 
     args: SPINConfig
@@ -62,7 +63,7 @@ class SPINTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=PairList,
+            data_collator=collate_pairs,
             train_dataset=to_pairs(train_dataset, "train_dataset", args, processing_class, model),
             eval_dataset=to_pairs(eval_dataset, "eval_dataset", args, processing_class, model),
             processing_class=processing_class,
@@ -167,11 +168,12 @@ class SPINTrainer(Trainer):
     ) -> tuple[torch.Tensor, None, None]:
         """Return the mean loss of an evaluation batch, and collect its metrics."""
         total, pairs = torch.zeros((), device=self.args.device), 0
-        for micro_batch in self.pair_forward.batcher.micro_batches(inputs.features, self.accelerator):
+        batcher, counted = self.pair_forward.batcher, not inputs.is_stand_in
+        for micro_batch in batcher.micro_batches(inputs.features, self.accelerator, counted):
             with torch.no_grad(), self.compute_loss_context_manager():
                 total += self.compute_loss(model, micro_batch) * micro_batch.pairs
             pairs += micro_batch.pairs
-        return total / pairs, None, None
+        return total / max(1, pairs), None, None
 
     @property
     def steps_run(self) -> int:

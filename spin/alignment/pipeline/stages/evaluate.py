@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from spin.alignment.core.errors import InputError
+from spin.alignment.core.files import read_json
+from spin.alignment.evaluation.responses import read_responses, responses_path
 from spin.alignment.pipeline.config import RunConfig
 from spin.alignment.pipeline.program_settings import evaluate_config
 from spin.alignment.pipeline.stages.base import Model, Stage, StageKind
@@ -40,15 +43,30 @@ class Evaluate(StageKind):
                 configs=[evaluation],
                 settings=managed | config.evaluate,
                 sources=[model_source(path), data_source(data.test, data.test_split)],
-                outputs=lambda: [Path(evaluation.output_file)],
+                outputs=lambda: [Path(evaluation.output_file), responses_path(evaluation.output_file)],
                 iteration=model.iteration,
                 needs=needs,
                 scores=model,
             )
         ]
 
+    def problems(self, stage: Stage, config: RunConfig) -> list[str]:
+        """Check that every held-out prompt has a stored response at every temperature."""
+        result, path = Path(stage.configs[0].output_file), responses_path(stage.configs[0].output_file)
+        if not path.exists():  # evaluated by a version that stored no responses
+            return []
+        try:
+            evaluation, responses = read_json(result), read_responses(path)
+        except InputError as error:
+            return [str(error)]
+        found = {name: len(rows) for name, rows in responses.by_temperature.items()}
+        expected = dict.fromkeys(evaluation["temperatures"], evaluation["n"])
+        return [] if found == expected else [f"{path} has {found} responses by temperature, but {result} {expected}"]
+
     def check_settings(self, config: RunConfig, source: str) -> None:
         evaluate_config(config, "start", config.start_model).check_metric()
 
     def prompts(self, config: RunConfig) -> dict[tuple[str, str], bool]:
-        return {(config.data.test, config.data.test_split): True} if config.data.test else {}
+        # Other readers of the held-out prompts need every row; an evaluation skips those that it cannot use.
+        read_by_others = bool(config.data.test and config.data.test_pairs)
+        return {(config.data.test, config.data.test_split): True} if read_by_others else {}

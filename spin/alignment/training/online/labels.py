@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from spin.alignment.core.errors import InputError
 from spin.alignment.core.sides import SIDES
 from spin.alignment.methods.labels import SCORE
 from spin.alignment.methods.losses import find_loss
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from spin.alignment.rewards.base import GroupScorer
     from spin.alignment.training.online.config import OnlineConfig
     from spin.alignment.training.online.prompts import OnlinePrompt
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -100,6 +104,23 @@ class PairMaker:
         for group in rows:
             counts.add(group, "chosen_score" in self.config.needs)
         return rows
+
+    def score(
+        self, prompts: Sequence[OnlinePrompt], responses: Sequence[Sequence[Response]], counts: StepCounts
+    ) -> None:
+        """Score held-out responses; updates ``counts``. One that cannot be scored is counted as failed and named in a warning,
+        because an evaluation must not end the training that it observes.
+        """
+        try:
+            self.label(prompts, responses, counts)
+        except InputError:
+            # Once more, prompt by prompt, to keep the scores of the others.
+            for prompt, some in zip(prompts, responses, strict=True):
+                try:
+                    self.label([prompt], [some], counts)
+                except InputError as error:
+                    counts.add([row | {"rejected_score": None} for row in self._rows(prompt, some)], False)
+                    logger.warning("held-out prompt %s is not scored: %s", prompt.prompt_id, error)
 
     def _rows(self, prompt: OnlinePrompt, responses: Sequence[Response]) -> list[dict[str, Any]]:
         return [

@@ -12,7 +12,7 @@ from datasets import Dataset
 
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.provenance import hash_text
-from spin.alignment.data.fractions import fraction_rows
+from spin.alignment.data.held_out_rows import check_any_left, describe_skipped, read_held_out
 from spin.alignment.data.mixture import pieces_of
 from spin.alignment.data.rows import carried_columns, load_prompts, prompts_hash, to_prompt_rows
 from spin.alignment.data.turns import answer_text, present_fields
@@ -98,15 +98,29 @@ def load_splits(
 
 
 def load_held_out(path: str, arguments: OnlineConfig, encoder: ChatEncoder) -> tuple[PromptDataset, int]:
-    """Return the held-out prompts of ``path``, at most ``eval_limit``, and how many are skipped as too long.
+    """Return the held-out prompts of ``path``, at most ``eval_limit``, and how many rows are skipped, which are named in a
+    warning: they cannot be read or encoded, are too long, or lack the ground truth that the scorer compares with.
 
     Raises:
-        InputError: a row cannot be encoded, or no prompt is short enough.
+        InputError: the data cannot be read, or no row of it can be used.
     """
-    rows = load_prompts(path, arguments.eval_split, ground_truth_required=False)
-    if arguments.eval_limit and arguments.eval_limit < len(rows):
-        rows = rows.select(fraction_rows(len(rows), 0, arguments.eval_limit))
-    return _dataset([(path, rows)], [encode(row, encoder, path) for row in rows], arguments.max_prompt_length)
+    rows, skipped = read_held_out(path, arguments.eval_split, arguments.eval_limit, ground_truth_required=False)
+    prompts, compares = [], arguments.scorer is not None and needs_reference(arguments.scorer)
+    for row in rows:
+        try:
+            prompt = encode(row, encoder, path)
+            if len(prompt.token_ids) > arguments.max_prompt_length:
+                raise InputError(f"it has {len(prompt.token_ids)} tokens: raise max_prompt_length")
+            if compares and not (prompt.reference or "").strip():
+                raise no_reference(arguments.scorer or "", prompt.prompt_id)
+        except InputError as error:
+            skipped.append({"prompt_id": row["prompt_id"], "reason": str(error)})
+        else:
+            prompts.append(prompt)
+    check_any_left(prompts, skipped, f"{path}, split {arguments.eval_split}")
+    for line in describe_skipped(skipped):
+        logger.warning(line)
+    return PromptDataset(prompts, hash_text(prompts_hash(rows))), len(skipped)
 
 
 def to_prompts(dataset: Any, args: OnlineConfig, encoder: ChatEncoder, name: str) -> Any:

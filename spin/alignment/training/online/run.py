@@ -114,9 +114,10 @@ class OnlineTraining(TrainingProgram):
 
     def describe_data(self, data: TrainingData) -> list[str]:
         """Return a line per split with the number of prompts, and of those skipped."""
+        reasons = {"train": ": longer than max_prompt_length", "test": ""}
         return [
             f"{split}: {number} prompts"
-            + (f", {data.dropped[split]} skipped: longer than max_prompt_length" if data.dropped[split] else "")
+            + (f", {data.dropped[split]} skipped{reasons[split]}" if data.dropped[split] else "")
             for split, number in data.sizes().items()
         ]
 

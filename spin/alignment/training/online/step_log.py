@@ -49,4 +49,5 @@ def evaluation_log(total: dict[str, float], prefix: str) -> dict[str, float]:
         f"{prefix}_score": total["score_sum"] / max(1.0, total["scored"]),
         f"{prefix}_length": total["tokens"] / max(1.0, total["responses"]),
         f"{prefix}_truncated": total["truncated"] / max(1.0, total["responses"]),
+        **({f"{prefix}_failed_scores": total["failed"]} if total["failed"] else {}),
     }

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl
 
 from spin.alignment.core.errors import InputError
 from spin.alignment.data.chat_encoder import ChatEncoder
@@ -38,6 +38,7 @@ class OnlineTrainer(SPINTrainer):
     """
 
     args: OnlineConfig
+    control: TrainerControl
 
     def __init__(
         self,
@@ -67,6 +68,8 @@ class OnlineTrainer(SPINTrainer):
         self.pair_maker = pair_maker or PairMaker(args, encoder, scorer_of(args))
         self.counts = StepCounts()
         self._last_tokens = 0
+        # The last evaluation: what it was of (prefix and step), and its metrics.
+        self._evaluated: tuple[tuple[str, int], dict[str, float]] | None = None
         self.reference = MovingReference(args.ref_update_freq)
         self._resumed_from: Path | None = None
         super().__init__(
@@ -86,6 +89,7 @@ class OnlineTrainer(SPINTrainer):
     def train(self, resume_from_checkpoint: Any = None, **settings: Any) -> Any:
         """Train; see ``transformers.Trainer.train``."""
         self._resumed_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+        self._evaluated = None
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **settings)
 
     def attach_references(self, resumed: bool) -> None:
@@ -117,7 +121,7 @@ class OnlineTrainer(SPINTrainer):
     ) -> torch.Tensor:
         """Create the pairs of a batch of prompts and update the policy on them in ``updates_per_batch`` optimiser steps."""
         self.reference.update(self._unwrapped(), self.state.global_step)
-        pairs = self.make_pairs(cast("list[OnlinePrompt]", inputs.features))
+        pairs = self.make_pairs(cast("list[OnlinePrompt]", [] if inputs.is_stand_in else inputs.features))
         started = time.monotonic()
         total = torch.zeros((), device=self.args.device)
         batches = cut(pairs, self.args.updates_per_batch)
@@ -193,11 +197,27 @@ class OnlineTrainer(SPINTrainer):
         if _internal_call and output_dir and self.args.should_save:
             self.reference.save(Path(output_dir))
 
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._evaluated = None  # other weights at the same step
+
     def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
         """Answer the held-out prompts at every temperature; return and log mean scores, lengths and truncated fractions.
 
-        The prompts are divided among the processes.
+        The prompts are divided among the processes. The callbacks are informed. A second call at the same step returns the
+        metrics of the first, which are those of the same weights. A response whose scoring fails is not part of the mean score;
+        it is counted and named in a warning.
         """
+        key = (metric_key_prefix, self.state.global_step)
+        if self._evaluated is not None and self._evaluated[0] == key:
+            return dict(self._evaluated[1])
+        metrics = self._answer_held_out(metric_key_prefix)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self._evaluated = (key, dict(metrics))
+        return metrics
+
+    def _answer_held_out(self, prefix: str) -> dict[str, float]:
         own = self.eval_dataset.prompts[self.accelerator.process_index :: self.accelerator.num_processes]
         metrics: dict[str, float] = {}
         for temperature in self.args.eval_temperatures:
@@ -205,10 +225,8 @@ class OnlineTrainer(SPINTrainer):
             sampling = SamplingConfig(
                 temperature=temperature, max_new_tokens=self.args.max_new_tokens, seed=self.args.seed
             )
-            self.pair_maker.label(own, self._respond(own, sampling), counts)
-            prefix = f"{metric_key_prefix}_t{temperature:g}"
-            metrics |= evaluation_log(reduced(counts, self.accelerator), prefix)
-        self.log(dict(metrics))
+            self.pair_maker.score(own, self._respond(own, sampling), counts)
+            metrics |= evaluation_log(reduced(counts, self.accelerator), f"{prefix}_t{temperature:g}")
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -1,0 +1,190 @@
+"""The tables of results in README and docs, made from the files in benchmarks/results. Called by scripts/make_docs.py."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from benchmarks.contenders import CONTENDERS
+from benchmarks.report import GIB
+from spin.alignment.core.errors import lookup
+from spin.alignment.core.files import read_json
+from spin.alignment.evaluation.statistics import wilson
+
+RESULTS = Path(__file__).parent / "results"
+# (heading, key, format); a column without any value is left out.
+COLUMNS = (
+    ("exact, greedy", "greedy_exact", "{:.3f}"),
+    ("exact, T=1", "sampled_exact", "{:.3f}"),
+    ("exact, T=0.5", "sampled_exact_t05", "{:.3f}"),
+    ("NLL", "nll", "{:.3f}"),
+    ("identical", "identical_rate", "{:.1%}"),
+    ("reward accuracy", "reward_accuracy", "{:.3f}"),
+    ("margin", "margin", "{:.2f}"),
+    ("chosen drift", "chosen_drift", "{:+.2f}"),
+    ("length", "mean_length", "{:.1f}"),
+)
+VARIANTS = ("unshared", "unfused", "padded", "uncached")  # of this project: no peers
+SHARES = ("greedy_exact", "sampled_exact", "sampled_exact_t05")
+# The rows of each table: (entry of demos.json, model, label).
+TABLES = {
+    "demo": (
+        ("demo", "sft", "SFT start"),
+        ("demo", "sft_continued", "continued SFT (control, same number of sequences)"),
+        *(("demo", f"iter{number}", f"SPIN iteration {number}") for number in range(3)),
+    ),
+    "sorting": (
+        ("online", "sft", "SFT start"),
+        ("online", "sft_continued", "continued SFT (control)"),
+        ("online", "online", "**online DPO**, 120 steps"),
+        *(("sppo", f"iter{number}", f"SPPO iteration {number}") for number in range(3)),
+        ("sppo", "iter3", "**SPPO iteration 3**"),
+    ),
+    "plenty": (
+        ("online, 6000 answered rows", "sft", "SFT start"),
+        ("online, 6000 answered rows", "sft_continued", "continued SFT (control)"),
+        ("online, 6000 answered rows", "online", "online DPO"),
+    ),
+    "weights": (
+        ("wspin", "sft", "SFT start"),
+        ("wspin", "sft_continued", "continued SFT (control)"),
+        ("wspin", "iter0_spin", "SPIN"),
+        ("wspin", "iter0", "WSPIN"),
+    ),
+}
+
+
+@cache
+def demos() -> dict[str, Any]:
+    """Return the committed results of the demos."""
+    return read_json(RESULTS / "demos.json")
+
+
+def rows_of(entry: str, model: str) -> list[dict[str, Any]]:
+    """Return the rows of a model, one per seed that has it."""
+    seeds = lookup(demos(), entry, "entry of demos.json")["seeds"]
+    return [row for rows in seeds.values() for row in rows if row["model"] == model]
+
+
+def half_width(rows: Sequence[dict[str, Any]], key: str) -> float | None:
+    """Return half of the 95 % interval of the mean over seeds of ``key``; None if a seed has no interval.
+
+    Every seed has its own model and responses, so their errors add up as independent ones. The interval of a share of the
+    held-out prompts follows from their number.
+    """
+    halves = []
+    for row in rows:
+        interval = row.get(f"{key}_interval")
+        if interval is None and key in SHARES:
+            interval = wilson(round(row[key] * row["n"]), row["n"])
+        if interval is None:
+            return None
+        halves.append((interval[1] - interval[0]) / 2)
+    return math.hypot(*halves) / len(halves)
+
+
+def cell(rows: Sequence[dict[str, Any]], key: str, form: str) -> str:
+    """Return ``mean ±half (lowest to highest seed)``; a dash without values."""
+    rows = [row for row in rows if row.get(key) is not None]
+    if not rows:
+        return "–"
+    values = [row[key] for row in rows]
+    half = half_width(rows, key)
+    text = form.format(sum(values) / len(values)) + ("" if half is None else f" ±{form.replace('+', '').format(half)}")
+    low, high = form.format(min(values)), form.format(max(values))
+    return text + (f" ({low} to {high})" if low != high else "")
+
+
+def compared(rows: Sequence[dict[str, Any]], key: str) -> str:
+    """Return in how many seeds a model is clearly better or worse than the SFT start on the same prompts; a dash if unknown."""
+    found = [row["against_start"][key] for row in rows if key in row.get("against_start", {})]
+    if not found:
+        return "–"
+    better = sum(item["p_value"] < 0.05 and item["difference"] > 0 for item in found)
+    worse = sum(item["p_value"] < 0.05 and item["difference"] < 0 for item in found)
+    return f"better in {better}, worse in {worse} of {len(found)}"
+
+
+def results_table(name: str) -> str:
+    """Return a table of :data:`TABLES` with its caption: measures by model, over the seeds."""
+    models = lookup(TABLES, name, "table of results")
+    found = [(label, rows_of(entry, model)) for entry, model, label in models]
+    columns = [item for item in COLUMNS if any(row.get(item[1]) is not None for _, rows in found for row in rows)]
+    headings = ["model", *(heading for heading, _, _ in columns)]
+    lines = [[label, *(cell(rows, key, form) for _, key, form in columns)] for label, rows in found]
+    for key, heading in (("greedy_exact", "greedy, paired with the start"), ("sampled_exact", "T=1, paired")):
+        if any("against_start" in row for _, rows in found for row in rows):
+            headings.append(heading)
+            lines = [[*line, compared(rows, key)] for line, (_, rows) in zip(lines, found, strict=True)]
+    body = [headings, ["---"] * len(headings), *lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in body) + "\n\n" + caption([item[0] for item in models])
+
+
+def caption(entries: Sequence[str]) -> str:
+    """Return what the numbers of a table are: seeds, prompts, machine, and the meaning of ±."""
+    facts = []
+    for entry in dict.fromkeys(entries):
+        found = demos()[entry]
+        counts = sorted({row["n"] for rows in found["seeds"].values() for row in rows})
+        prompts = " or ".join(str(count) for count in counts)
+        facts.append(f"{entry}: seeds {', '.join(found['seeds'])}, {prompts} held-out prompts each, {found['machine']}")
+    return (
+        f"Mean over seeds ± half of its 95 % interval over held-out prompts (lowest to highest seed). {'; '.join(facts)}. "
+        "A number without ± was measured before its error was recorded."
+    )
+
+
+def value(entry: str, model: str, key: str) -> str:
+    """Return the mean over seeds of one measure, for a sentence."""
+    rows = rows_of(entry, model)
+    return f"{sum(row[key] for row in rows) / len(rows):.2f}"
+
+
+def speed_table(name: str) -> str:
+    """Return the full table of a fine-tuning benchmark: medians over turns, and each ratio with its smallest and largest turn."""
+    result = read_json(RESULTS / f"{name}.json")
+    epochs = f"pairs/s, {result['settings']['epochs']:g} epochs"
+    headings = ["", "pairs/s, step", epochs, "tokens/s", "peak GiB", "of the matmul rate", "ours is faster by (spread)"]
+    lines = [[*headings, "ours / its memory"], ["---"] * 8]
+    for contender, facts in result["contenders"].items():
+        label = CONTENDERS[contender].label
+        ratio = result["ratios"].get(contender)
+        low, high = result["ratio_spread"].get(contender, (0, 0))
+        lines.append(
+            [
+                f"**{label}**" if ratio is None else label,
+                f"{facts['step_pairs_per_second']:.3f}",
+                f"{facts['pairs_per_second']:.3f}",
+                f"{facts['tokens_per_second']:.0f}",
+                f"{facts['peak_bytes'] / GIB:.2f}",
+                f"{facts['matmul_fraction']:.0%}",
+                "–" if ratio is None else f"{ratio:.2f} ({low:.2f} to {high:.2f})",
+                "–" if ratio is None else f"{result['peak_memory_ratio'][contender]:.2f}",
+            ]
+        )
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def ratios_table(*names: str) -> str:
+    """Return how much faster than each peer the project is, by benchmark, with the smallest and largest turn, and its memory."""
+    results = [read_json(RESULTS / f"{name}.json") for name in names]
+    headings = ["compared with"]
+    for result in results:
+        shape = result["settings"]["shape"]
+        headings += [f"faster by ({shape})", f"memory relative to it ({shape})"]
+    lines = [headings, ["---"] * len(headings)]
+    for contender in results[0]["ratios"]:
+        if contender in VARIANTS:
+            continue
+        line = [CONTENDERS[contender].label]
+        for result in results:
+            low, high = result["ratio_spread"][contender]
+            line += [
+                f"{result['ratios'][contender]:.1f}x ({low:.1f} to {high:.1f})",
+                f"{result['peak_memory_ratio'][contender]:.0%}",
+            ]
+        lines.append(line)
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

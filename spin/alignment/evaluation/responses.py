@@ -1,0 +1,150 @@
+"""``eval.parquet``: every held-out response of a model with its score, one row per prompt and temperature, and their averages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from spin.alignment.core.errors import InputError
+from spin.alignment.core.parquet import ParquetSink, read_rows
+from spin.alignment.core.provenance import Provenance
+from spin.alignment.data.held_out_rows import Skipped
+from spin.alignment.evaluation.held_out import HeldOut
+from spin.alignment.evaluation.statistics import mean, proportion, ratio
+from spin.alignment.generation.base import Response
+from spin.alignment.rewards.base import GroupScorer, PromptGroup
+
+SCHEMA = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("model", pa.string()),
+        ("temperature", pa.float64()),
+        ("prompt", pa.string()),
+        ("ground_truth", pa.string()),
+        ("response", pa.string()),
+        ("token_ids", pa.list_(pa.int32())),
+        ("finish_reason", pa.string()),
+        ("score", pa.float64()),  # null if the scorer failed
+        (
+            "nats",
+            pa.float64(),
+        ),  # of the ground truth, EOS included: the same in every row of a prompt; null if not finite
+        ("tokens", pa.int32()),  # of the ground truth, likewise
+    ]
+)
+Row = Mapping[str, Any]
+
+
+def responses_path(output_file: str | Path) -> Path:
+    """Return where the responses of an evaluation are stored: next to its JSON file."""
+    return Path(output_file).with_suffix(".parquet")
+
+
+def scored_rows(
+    model: str,
+    temperature: float,
+    held_out: Sequence[HeldOut],
+    responses: Sequence[Response],
+    texts: Sequence[str],
+    scorer: GroupScorer,
+    skipped: list[Skipped],
+) -> list[dict[str, Any]]:
+    """Return the rows of one temperature, without the log-likelihoods. A response that the scorer fails on has no score, and is
+    added to ``skipped``.
+    """
+    rows = []
+    for item, response, text in zip(held_out, responses, texts, strict=True):
+        group = PromptGroup(item.request.prompt_id, item.messages, [text], item.ground_truth, columns=item.columns)
+        try:
+            score = scorer.label([group])[0].scores[0]
+        except InputError as error:
+            score = None
+            skipped.append({"prompt_id": group.prompt_id, "reason": f"temperature {temperature:g}: {error}"})
+        rows.append(
+            {
+                "prompt_id": item.request.prompt_id,
+                "model": model,
+                "temperature": temperature,
+                "prompt": item.prompt,
+                "ground_truth": item.ground_truth,
+                "response": text,
+                "token_ids": list(response.token_ids),
+                "finish_reason": response.finish_reason,
+                "score": score,
+                "tokens": len(item.ground_truth_ids),
+            }
+        )
+    return rows
+
+
+def write_responses(path: Path, rows: Sequence[Row], provenance: Provenance) -> None:
+    """Write the rows of all temperatures; the file appears only once it is complete."""
+    with ParquetSink(path, SCHEMA, provenance) as sink:
+        sink.write([dict(row) for row in rows])
+
+
+def average_responses(rows: Sequence[Row]) -> dict[str, Any]:
+    """Return the averages over the responses of one temperature: ``exact`` (the mean score), ``identical_rate``,
+    ``truncation_rate``, and ``mean_length`` in tokens, EOS included; each with ``_se`` and ``_interval`` (see ``statistics.py``).
+
+    Raises:
+        InputError: no response has a score.
+    """
+    scores = [row["score"] for row in rows if row["score"] is not None]
+    if not scores:
+        raise InputError(
+            f"the metric failed on every response, first on prompt {rows[0]['prompt_id']}: fix it or choose another"
+        )
+    same = sum(row["response"].strip() == row["ground_truth"].strip() for row in rows)
+    truncated = sum(row["finish_reason"] == "length" for row in rows)
+    return {
+        **mean(scores).as_row("exact"),
+        **proportion(same, len(rows)).as_row("identical_rate"),
+        **proportion(truncated, len(rows)).as_row("truncation_rate"),
+        **mean([len(row["token_ids"]) for row in rows]).as_row("mean_length"),
+    }
+
+
+def average_nats(rows: Sequence[Row]) -> dict[str, Any]:
+    """Return ``nll``, nats per token of the ground truth over all tokens, and ``nll_sequence``, nats per ground truth; each with
+    ``_se`` and ``_interval``. ``rows`` has one row per prompt.
+
+    Raises:
+        InputError: no prompt has a finite log-likelihood.
+    """
+    known = [(row["nats"], row["tokens"]) for row in rows if row["nats"] is not None]
+    if not known:
+        raise InputError("the model gives no ground truth a finite log-likelihood: its weights are damaged")
+    nats, tokens = zip(*known, strict=True)
+    return {**ratio(nats, tokens).as_row("nll"), **mean(nats).as_row("nll_sequence")}
+
+
+@dataclass
+class HeldOutResponses:
+    """The stored responses of one model without their ids: by temperature (as text such as "0.5"), then by prompt id."""
+
+    by_temperature: dict[str, dict[str, Row]] = field(default_factory=dict)
+
+    @property
+    def by_prompt(self) -> dict[str, Row]:
+        """One row per prompt: its log-likelihood is the same in all."""
+        return next(iter(self.by_temperature.values()), {})
+
+
+def read_responses(path: Path) -> HeldOutResponses:
+    """Return the stored responses of an evaluation.
+
+    Raises:
+        InputError: the file is missing, damaged, or has other columns.
+    """
+    found = HeldOutResponses()
+    columns = [name for name in SCHEMA.names if name != "token_ids"]  # long, and not compared
+    for row in read_rows(path, columns=columns):
+        if missing := [name for name in columns if name not in row]:
+            raise InputError(f"{path} has no column {missing[0]}: it is not the eval.parquet of an evaluation")
+        found.by_temperature.setdefault(f"{row['temperature']:g}", {})[row["prompt_id"]] = row
+    return found
