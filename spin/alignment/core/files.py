@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from spin.alignment.core.errors import InputError
+
+_TEMPORARY = re.compile(r"\..+\.(\d+)-[0-9a-f]{8}\.tmp")  # as named by atomic_file
 
 
 @contextmanager
@@ -25,18 +28,30 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
     # Same folder, hence same file system: a rename across file systems is not atomic.
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        fsync_folder(path.parent)
-    except OSError as error:
-        raise (_explained(error, path) or error) from None
+        with explained_os_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            fsync_folder(path.parent)
     finally:
         if temporary.exists():
             temporary.unlink()
+
+
+@contextmanager
+def explained_os_errors(path: Path) -> Iterator[None]:
+    """Turn errors of the disk while ``path`` is written into one sentence.
+
+    Raises:
+        InputError: the folder is not writable, or the disk is full; other errors are raised as they are.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise (_explained(error, path) or error) from None
 
 
 def fsync_folder(folder: Path) -> None:
@@ -52,6 +67,22 @@ def remove_leftovers(*paths: Path) -> None:
     """Remove temporary files left by killed writers of ``paths``; only the sole writer of a file may call this."""
     for path in paths:
         remove_files(path.parent.glob(f".{path.name}.*.tmp"))
+
+
+def remove_all_leftovers(folder: Path) -> None:
+    """Remove the temporary files directly in a folder whose writers, processes of this machine, have ended."""
+    names = ((path, _TEMPORARY.fullmatch(path.name)) for path in folder.iterdir())
+    remove_files(path for path, found in names if found and not _is_process(int(found[1])))
+
+
+def _is_process(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True  # another user's; a number that is no pid belongs to no file of ours
+    return True
 
 
 def is_leftover(path: Path, target: Path) -> bool:
@@ -83,7 +114,7 @@ def read_json(path: str | Path) -> Any:
     """Read a JSON file; raise :class:`InputError` if it is missing or not JSON."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # RecursionError: thousands of opened brackets
         raise InputError(f"cannot read {path} as JSON ({error}): restore or remove the file") from error
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from spin.alignment.core.secrets import secret_variables, without_secrets
 from spin.alignment.models.folder import model_files
 from spin.alignment.pipeline.config import RunConfig
 from spin.alignment.pipeline.stages.base import Model, Source, Stage, StageKind
@@ -29,6 +30,7 @@ class TrainingKind(StageKind):
     ) -> Stage:
         """Return the stage that trains ``model`` with the settings ``values``."""
         checkpoint, launch = model.folder / "checkpoint", config.launch
+        secrets, values = secret_variables(values), without_secrets(values)
         recorded = {"num_processes": launch.num_processes, "config_file": launch.config_file}
         return Stage(
             kind=self,
@@ -42,6 +44,7 @@ class TrainingKind(StageKind):
             iteration=model.iteration,
             needs=needs,
             makes=model,
+            secrets=secrets,
         )
 
     def command(self, stage: Stage, config: Any) -> list[str]:
