@@ -41,6 +41,25 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
             temporary.unlink()
 
 
+def file_mode() -> int:
+    """Return the mode of a new file: read and write for all that the umask admits."""
+    try:
+        text = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+        return 0o666 & ~int(text.partition("Umask:")[2].split()[0], 8)
+    except (OSError, ValueError, IndexError):
+        umask = os.umask(0o077)  # elsewhere the umask can only be read by setting it
+        os.umask(umask)
+        return 0o666 & ~umask
+
+
+def share_files(folder: Path) -> None:
+    """Give the files of a folder the mode that the umask says; safetensors writes them for their owner only."""
+    mode = file_mode()
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(mode)
+
+
 @contextmanager
 def explained_os_errors(path: Path) -> Iterator[None]:
     """Turn errors of the disk while ``path`` is written into one sentence.

@@ -30,8 +30,9 @@ class GenerationProgress:
         self.total = total
         self.started = self._last_report = time.monotonic()
         if sys.stderr.isatty():
-            from spin.alignment.core.console import plain_console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            from spin.alignment.core.console import plain_console
 
             columns = (
                 TextColumn("{task.description}", markup=False),
