@@ -1,7 +1,7 @@
 """A folder in memory that is removed when its process ends, however it ends.
 
-Files in ``/dev/shm`` outlive a process that is killed and keep their memory. A guard process holds the reading end of a pipe, which
-the kernel closes when the process ends. Run as a program, this file is that guard; it needs only the standard library.
+Files in ``/dev/shm`` outlive a process that is killed and keep their memory. A guard process holds the reading end of a pipe,
+which the kernel closes when the process ends. Run as a program, this file is that guard; it needs only the standard library.
 """
 
 from __future__ import annotations

@@ -151,4 +151,14 @@ def inputs_record(settings: Settings, opponent: str, data: str) -> dict[str, Any
     own = {"loss": settings.values.get("loss_type", ""), "pairing": settings.values.get("pairing", "")}
     modules = {key: value for kind, name in own.items() for key, value in module_record(kind, name).items()}
     record = {"model": opponent, "data": data, **processes, **kept, **modules}
-    return json.loads(json.dumps(record, default=str, sort_keys=True))
+    return without_paths(json.loads(json.dumps(record, default=str, sort_keys=True)))
+
+
+def without_paths(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a record of inputs without the places of models and data, whose contents are in ``model`` and ``data``.
+
+    A run that was moved, or is given by another spelling of its path, then has the same record. Earlier versions wrote the paths.
+    """
+    kept = {key: value for key, value in record.items() if key not in ("model_name_or_path", "eval_prompts")}
+    mixer = kept.get("dataset_mixer")
+    return {**kept, "dataset_mixer": list(mixer.values())} if isinstance(mixer, Mapping) else kept
