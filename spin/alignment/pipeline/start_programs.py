@@ -116,7 +116,7 @@ class ProgramStarter:
         )
 
     def close(self) -> None:
-        """End the server; programs that it started continue, as do threads waiting for them. Later starts are new processes."""
+        """End the server, once its programs have ended. Later starts are new processes."""
         self.problem = self.problem or "the server was closed"
         control = self._control
         if control is not None:
