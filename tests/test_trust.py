@@ -165,10 +165,8 @@ def test_a_model_folder_with_code_is_refused_and_its_code_not_run(tmp_path):
     path.write_text(
         json.dumps({**settings, "tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}})
     )
-    try:
+    with pytest.raises(InputError, match="needs code that comes with it: read it, and set trust_remote_code"):
         load_tokenizer(folder)
-    except InputError as refusal:
-        assert "trust_remote_code" in str(refusal)
     assert not mark.exists()
 
 
