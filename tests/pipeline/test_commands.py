@@ -9,9 +9,12 @@ import pytest
 import yaml
 
 from spin import cli
+from spin.alignment.data.fractions import PARTS_FOLDER
+from spin.alignment.generation.leases import read_worker
 from spin.alignment.pipeline.config import open_run
 from spin.alignment.pipeline.doctor import Finding, show_findings
 from spin.alignment.pipeline.runner import Pipeline
+from spin.alignment.pipeline.stages import make_stages
 from tests.helpers import run_main
 from tests.helpers.runs import tiny_run, write_config
 
@@ -124,6 +127,55 @@ def test_a_run_goes_on_without_its_manifest(planned, tmp_path, monkeypatch, cont
     assert (code, err) == (0, "") and json.loads(manifest.read_text())["stages"] == {}
     assert ("the old file is kept" in out) == (content != "removed")
     assert output.read_text() == "rows" and not list(run.rglob(".*"))
+
+
+@pytest.mark.parametrize("name", ["sft/eval.json", "iter0/metrics.json", "iter0/eval.json"])
+@pytest.mark.parametrize("content", ["", "{", "[]", "3"])
+def test_damaged_results_are_named_by_the_report(planned, tmp_path, name, content):
+    run = copy_run(planned, tmp_path / "run")
+    (run / name).parent.mkdir()
+    (run / name).write_text(content)
+    code, _, err = run_main(cli.main, "report", run)
+    assert (code, err) == (
+        2,
+        f"error: {run / name} is damaged: `spin run` with the configuration of this run makes it again\n",
+    )
+
+
+@pytest.mark.parametrize("content", ['{"metric": "exact_match"}', '{"metric": "a", "n": 1, "temperatures": []}'])
+def test_results_that_lack_a_value_are_named_by_the_report(planned, tmp_path, content):
+    run = copy_run(planned, tmp_path / "run")
+    (run / "iter0").mkdir()
+    (run / "iter0" / "eval.json").write_text(content)
+    code, _, err = run_main(cli.main, "report", run)
+    assert (
+        code == 2 and f"the results of iter0 in {run / 'iter0'} are incomplete" in err and "run `spin run` again" in err
+    )
+
+
+def test_the_copy_of_the_metrics_is_made_again(planned, tmp_path):
+    config = open_run(str(copy_run(planned, tmp_path / "run")))
+    stage = next(stage for stage in make_stages(config) if stage.name == "iter0/train")
+    checkpoint = tmp_path / "run" / "iter0" / "checkpoint"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "metrics.json").write_text('{"steps": 4}')
+    copy = tmp_path / "run" / "iter0" / "metrics.json"
+    for damaged in (None, "", "[]"):
+        if damaged is not None:
+            copy.write_text(damaged)
+        stage.kind.restore(stage)
+        assert json.loads(copy.read_text()) == {"steps": 4}
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"worker": 5, "pid": "x"}', '{"worker": "a", "pid": null}'])
+def test_damaged_heartbeats_stop_no_status(tmp_path, content):
+    workers = tmp_path / PARTS_FOLDER / "workers"
+    workers.mkdir(parents=True)
+    (workers / "a.json").write_text(content)
+    (tmp_path / PARTS_FOLDER / "train-00000-16-abc").mkdir()
+    assert read_worker(workers / "a.json") is None
+    code, out, err = run_main(cli.main, "status", tmp_path)
+    assert (code, err) == (0, "") and "0 prompts finished" in out
 
 
 def test_a_configuration_of_the_user_in_the_folder_is_not_taken_for_a_run(planned, tmp_path):

@@ -45,6 +45,7 @@ class StageRunner:
         record = self.manifest.stages.get(stage.name)
         changed = record is not None and bool(self.manifest.changes(stage.name, inputs))
         if record is not None and not changed and self.manifest.is_done(stage.name):
+            stage.kind.restore(stage)
             say(f"==> {stage.name}: already complete")
             return
         self._clear(stage, record, changed)

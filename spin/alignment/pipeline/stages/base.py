@@ -153,6 +153,9 @@ class StageKind:
             InputError: they are not what the run requires.
         """
 
+    def restore(self, stage: Stage) -> None:
+        """Write copies of outputs again, which people and the report read."""
+
     def missing_outputs(self, stage: Stage) -> list[str]:
         """Return the outputs that are missing although the programs of the stage succeeded."""
         paths = stage.outputs()

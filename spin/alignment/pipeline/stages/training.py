@@ -59,10 +59,15 @@ class TrainingKind(StageKind):
         write_text_atomic(config_file(stage), yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True))
 
     def finish(self, stage: Stage, config: RunConfig) -> None:
+        self.restore(stage)
+
+    def restore(self, stage: Stage) -> None:
         from spin.alignment.core.files import write_text_atomic
 
         metrics = checkpoint_of(stage) / "metrics.json"
-        write_text_atomic(config_file(stage).with_name(metrics.name), metrics.read_text(encoding="utf-8"))
+        copy, content = config_file(stage).with_name(metrics.name), metrics.read_bytes()
+        if not copy.is_file() or copy.read_bytes() != content:
+            write_text_atomic(copy, content.decode())
 
     def suspects(self, stage: Stage, damaged: list[Path]) -> list[Path]:
         """A training takes an existing checkpoint for complete, so all files of a damaged one are moved aside."""
