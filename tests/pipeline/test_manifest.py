@@ -152,6 +152,18 @@ def test_another_spelling_of_the_same_content_is_no_change(tmp_path, model):
     assert manifest.changes("a", inputs(model, "data", data_hash="x")) != []
 
 
+def test_the_pairs_of_a_run_that_was_moved_are_the_same(tmp_path):
+    """The keys of the mixer have the full path of the pairs."""
+    manifest, pairs = RunManifest(tmp_path), {"content of RUN/iter0/pairs": "p", "output_dir": "RUN/iter0/checkpoint"}
+    manifest.start("a", {"dataset_mixer./old/place/iter0/pairs": 1.0, **pairs})
+    assert manifest.changes("a", {"dataset_mixer.../new/run/../run/iter0/pairs": 1.0, **pairs}) == []
+    assert manifest.changes("a", {"dataset_mixer.../new/run/iter0/pairs": 0.5, **pairs}) != []
+    assert (
+        manifest.changes("a", {"dataset_mixer./old/place/iter0/pairs": 1.0, **pairs, "content of RUN/iter0/pairs": "q"})
+        != []
+    )
+
+
 def test_changed_content_is_named_in_the_words_of_the_settings(tmp_path):
     manifest = RunManifest(tmp_path)
     manifest.start("a", inputs("models/a", "data"))

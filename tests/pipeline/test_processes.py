@@ -51,9 +51,9 @@ def is_gone(pid: int) -> bool:
     return process_state(pid) in ("", "Z")
 
 
-WORKER = (
-    "import subprocess, sys, time; worker = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); "
-)
+# As the workers of accelerate, it has a session of its own.
+SLEEP = "[sys.executable, '-c', 'import time; time.sleep(60)'], start_new_session=True"
+WORKER = f"import subprocess, sys, time; worker = subprocess.Popen({SLEEP}); "
 WORKER += "print('worker', worker.pid, flush=True); "
 
 
@@ -90,7 +90,9 @@ def test_the_rank_that_hangs_is_named(tmp_path):
     """Of two ranks, one is stopped and the other waits for it."""
     code = "import os, signal, subprocess, sys, time\n"
     code += "follow = sys.argv[1]\n"
-    code += "ranks = [subprocess.Popen([sys.executable, '-c', follow], env={**os.environ, 'RANK': str(r)}) for r in range(2)]\n"
+    code += "def start(rank):\n    env = {**os.environ, 'RANK': str(rank)}\n"
+    code += "    return subprocess.Popen([sys.executable, '-c', follow], env=env, start_new_session=True)\n"
+    code += "ranks = [start(0), start(1)]\n"
     code += "time.sleep(0.5); ranks[1].send_signal(signal.SIGSTOP); ranks[0].wait()"
     children = children_of(tmp_path, stall_timeout=2.0)
     children.is_hurried = lambda: True

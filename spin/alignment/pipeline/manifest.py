@@ -240,8 +240,12 @@ def by_content(inputs: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     # A source of prompts is named "PATH SPLIT", and settings name the path alone.
     hashes = {name.rpartition(" ")[0]: value for name, value in named.items() if " " in name} | named
 
+    # The keys of mixers have the full path of a folder inside the run, wherever the run was.
+    inside = {name.removeprefix("RUN"): value for name, value in hashes.items() if name.startswith("RUN/")}
+
     def neutral(text: str) -> str:
-        return f"<{hashes[text]}>" if text in hashes else text
+        found = hashes.get(text) or next((value for end, value in inside.items() if text.endswith(end)), None)
+        return text if found is None else f"<{found}>"
 
     comparable = {}
     for key, value in inputs.items():

@@ -22,6 +22,7 @@ _CHUNK_BYTES = 65536
 _LOOK_SECONDS = 1.0
 _STRAGGLER_SECONDS = 5.0
 _TERMINATION_SECONDS = 20.0
+PipeId = tuple[int, int]
 
 
 class ProgramStalled(Exception):
@@ -54,7 +55,7 @@ class ChildPrograms:
             self.environment["OMP_NUM_THREADS"] = "1"
         self.starter = ProgramStarter(self.environment)
         self.is_hurried: Callable[[], bool] = lambda: False
-        self._living: dict[int, subprocess.Popen[bytes] | ServedProgram] = {}
+        self._living: dict[int, PipeId] = {}  # of each program's output
         self._mutex = threading.Lock()
         self._stopped = False
 
@@ -78,13 +79,14 @@ class ChildPrograms:
                 if self._stopped:  # stop() was called while the server started: nothing may start after it
                     return 130
                 child, pipe = self._start(command)
-                self._living[child.pid] = child
+                pipe_id = identity(pipe)
+                self._living[child.pid] = pipe_id
             try:
                 with pipe:
                     self._follow(child, pipe, output, StallWatch(self.stall_timeout, folder))
                 code = child.wait()
             except BaseException:
-                end_processes(group_members(child.pid), self.is_hurried)
+                end_processes(members(child.pid, pipe_id), self.is_hurried)
                 child.wait()
                 raise
             finally:
@@ -125,7 +127,7 @@ class ChildPrograms:
                 ended_at = time.monotonic()
             if ended_at is not None and time.monotonic() - ended_at > _STRAGGLER_SECONDS:
                 # A launcher that was killed leaves its workers, which hold the pipe and wait for each other forever.
-                stragglers = [pid for pid in group_members(child.pid) if pid != child.pid]
+                stragglers = [pid for pid in members(child.pid, identity(pipe)) if pid != child.pid]
                 output.say(f"the program has ended, but {len(stragglers)} of its processes have not: ending them")
                 end_processes(stragglers, self.is_hurried)
                 break
@@ -134,7 +136,7 @@ class ChildPrograms:
         output.finish()
 
     def _end_stalled(self, leader: int, pipe: BinaryIO, output: StageOutput) -> None:
-        processes = examine(group_members(leader), pipe)
+        processes = examine(members(leader, identity(pipe)), pipe)
         last = output.last_line
         for item in processes:
             output.log(f"stack of {item.name}:\n{item.stack}\n".encode() if item.stack else b"")
@@ -148,10 +150,38 @@ class ChildPrograms:
         """End every running child and its process group: SIGTERM first, SIGKILL after 20 seconds. Nothing starts after this."""
         with self._mutex:
             self._stopped = True
-            living = list(self._living)
-        groups = [pid for leader in living for pid in group_members(leader)]
+            living = dict(self._living)
+        groups = [pid for leader, pipe in living.items() for pid in members(leader, pipe)]
         end_processes(groups, self.is_hurried)
         self.starter.close()  # only now: the server has to report how its programs ended
+
+
+def identity(pipe: BinaryIO) -> PipeId:
+    """Return what both ends of a pipe, and all their copies, have in common."""
+    facts = os.fstat(pipe.fileno())
+    return facts.st_dev, facts.st_ino
+
+
+def members(leader: int, pipe: PipeId) -> list[int]:
+    """Return the processes of a program: those in the group of its leader, and those that hold the pipe of its output.
+
+    The workers of a launcher have groups of their own.
+    """
+    group = group_members(leader)
+    return [*group, *(pid for pid in pipe_holders(pipe) if pid not in group)]
+
+
+def pipe_holders(pipe: PipeId) -> list[int]:
+    """Return the other processes of this user that write to a pipe (none if there is no /proc)."""
+    found = set()
+    for link in Path("/proc").glob("[0-9]*/fd/[12]"):
+        try:
+            facts = link.stat()
+            if (facts.st_dev, facts.st_ino) == pipe:
+                found.add(int(link.parent.parent.name))
+        except OSError:  # it has ended, or belongs to another user
+            continue
+    return sorted(found - {os.getpid()})
 
 
 def group_members(leader: int) -> list[int]:
