@@ -84,7 +84,9 @@ def test_text_is_shown_as_it_is(capsys):
 
 
 def test_control_characters_do_not_act_on_the_terminal():
-    assert console.printable("a\x1b[31mb\x07\r\n\tc\u2028\ud800\x9b") == "a\\x1b[31mb\\x07\\r\n\tc\u2028\\ud800\\x9b"
+    assert (
+        console.escape_controls("a\x1b[31mb\x07\r\n\tc\u2028\ud800\x9b") == "a\\x1b[31mb\\x07\\r\n\tc\u2028\\ud800\\x9b"
+    )
 
 
 def test_reader_is_gone(monkeypatch):

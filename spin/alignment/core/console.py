@@ -13,6 +13,7 @@ import unicodedata
 from typing import TYPE_CHECKING, TextIO
 
 from spin.alignment.core.errors import InputError
+from spin.alignment.core.text import printable
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -55,7 +56,7 @@ def plain_console(width: int | None = None, stderr: bool = False) -> Console:
     return Console(markup=False, emoji=False, highlight=False, width=width, stderr=stderr)
 
 
-def printable(text: str) -> str:
+def escape_controls(text: str) -> str:
     """Return text of users and models with control characters as escapes, so that they cannot act on the terminal."""
     return "".join(c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs") else ascii(c)[1:-1] for c in text)
 
@@ -80,7 +81,8 @@ def _write(stream: TextIO | None, text: str) -> None:
     if stream is None:  # the program was started with a closed descriptor
         return
     try:
-        stream.write(_encodable(text, stream))
+        # A terminal may lack characters of the data (LANG=C), and the data may contain half a character.
+        stream.write(printable(text, getattr(stream, "encoding", None) or "utf-8"))
         stream.flush()
     except OSError as error:
         _discard(stream)
@@ -88,12 +90,6 @@ def _write(stream: TextIO | None, text: str) -> None:
             raise InputError(f"cannot write to standard output ({error.strerror}): redirect it elsewhere") from error
     except ValueError:  # the stream is closed
         return
-
-
-def _encodable(text: str, stream: TextIO) -> str:
-    """Write characters that the stream's encoding lacks (ASCII locales, file names that are not UTF-8) as escapes."""
-    encoding = stream.encoding or "utf-8"
-    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def _discard(stream: TextIO) -> None:

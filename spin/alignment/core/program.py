@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import NoReturn
 
-from spin.alignment.core.console import flush_output, printable, reader_is_gone, say, say_error
+from spin.alignment.core.console import escape_controls, flush_output, reader_is_gone, say, say_error
 from spin.alignment.core.errors import InputError, suggestion
 
 EXIT_DONE, EXIT_INTERNAL_ERROR, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
@@ -116,7 +116,7 @@ def run_program(main: Callable[[Sequence[str]], int | None], arguments: Sequence
         code = main(sys.argv[1:] if arguments is None else arguments)
         flush_output()
     except InputError as error:
-        say_error(f"error: {printable(str(error))}")
+        say_error(f"error: {escape_controls(str(error))}")
         sys.exit(EXIT_BAD_INPUT)
     except KeyboardInterrupt:
         say_error("interrupted; run the same command again to resume")

@@ -8,6 +8,9 @@ from typing import Any, Literal
 
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.provenance import hash_text
+from spin.alignment.core.text import is_unicode
+from spin.alignment.data.foreign_forms import FOREIGN_FORMS, Rename
+from spin.alignment.data.row_ids import source_id
 
 Message = dict[str, str]
 Turns = Literal["last", "all"]
@@ -85,6 +88,10 @@ def _question_answer_form(record: Mapping[str, Any], where: str) -> list[Message
     return [_message("user", record["question"]), _message("assistant", record["answer"])]
 
 
+def _foreign_form(rename: Rename) -> Callable[[Mapping[str, Any], str], list[Message]]:
+    return lambda record, where: _read_form(rename(record, where), where)
+
+
 # Columns that identify a format -> its reader. The order matters: the first format whose columns are all present is used.
 FORMATS: dict[tuple[str, ...], Callable[[Mapping[str, Any], str], list[Message]]] = {
     ("real",): _real_form,
@@ -95,6 +102,7 @@ FORMATS: dict[tuple[str, ...], Callable[[Mapping[str, Any], str], list[Message]]
     ("question", "answer"): _question_answer_form,
     ("prompt", "response"): _prompt_response_form,
     ("prompt", "completion"): _prompt_response_form,
+    **{columns: _foreign_form(rename) for columns, rename in FOREIGN_FORMS.items()},
 }
 
 
@@ -117,18 +125,18 @@ def to_conversations(
     if trails and not prompt_only:
         messages = messages[:-1]
     check_conversation(messages, where, ground_truth_required)
-    own_id = record.get("prompt_id", record.get("id"))
+    own_id = source_id(record, where)
     ends = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if messages[-1]["role"] == "user":
-        return [Conversation(prompt_hash(messages) if own_id in (None, "") else str(own_id), messages)]
+        return [Conversation(own_id or prompt_hash(messages), messages)]
     if turns == "last":
         ends = ends[-1:]
     conversations = []
     for number, end in enumerate(ends):
         played = messages[: end + 1]
-        name = prompt_hash(played[:-1]) if own_id in (None, "") else str(own_id)
+        name = own_id or prompt_hash(played[:-1])
         # Several conversations of one row would share its id; hashed ids differ by themselves.
-        suffix = f"#{number}" if turns == "all" and own_id not in (None, "") and len(ends) > 1 else ""
+        suffix = f"#{number}" if turns == "all" and own_id and len(ends) > 1 else ""
         conversations.append(Conversation(name + suffix, played))
     return conversations
 
@@ -186,17 +194,8 @@ def check_conversation(messages: Sequence[Message], where: str, ground_truth_req
             raise InputError(f"{where} has {kind} instead of text in turn {number}: correct the row")
         if not message["content"].strip() and message["role"] != "system":
             raise InputError(f"{where} has an empty {message['role']} turn (turn {number}): remove or complete the row")
-        if not _is_unicode(message["content"]):
+        if not is_unicode(message["content"]):
             raise InputError(f"{where} has an unpaired surrogate (half a character) in turn {number}: correct the row")
-
-
-def _is_unicode(text: str) -> bool:
-    # JSON can escape an unpaired surrogate ("\ud83d"), which Python accepts but parquet cannot store.
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _message(role: str, content: Any) -> Message:

@@ -11,19 +11,27 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from spin.alignment.core.errors import InputError
-from spin.alignment.core.parquet import open_parquet, read_batches
+from spin.alignment.core.parquet import batch_rows, open_parquet, read_batches
 from spin.alignment.core.provenance import METADATA_KEY, Provenance, read_provenance
 from spin.alignment.core.sides import INITIAL, SIDES
+from spin.alignment.core.text import is_unicode
+from spin.alignment.data.column_types import OWN_TYPES, joined, table_of
+from spin.alignment.data.foreign_forms import FOREIGN_PAIR_COLUMNS, pair_form
 from spin.alignment.data.formats import Message, check_conversation, prompt_hash, whole_conversation
-from spin.alignment.data.rows import LABEL_TYPE, OPTIONAL_COLUMNS, PREFERENCE_SCHEMA
+from spin.alignment.data.mixture import pieces_of
+from spin.alignment.data.row_ids import source_id
+from spin.alignment.data.rows import LABEL_TYPE
 from spin.alignment.data.source_files import read_records, split_files
+from spin.alignment.data.source_names import is_local
+from spin.alignment.data.split_names import preference_split
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 
 # Columns that mark rows in the format of docs/data_format.md.
-OWN_COLUMNS = frozenset({"prompt_id", "sample_index", "chosen", "rejected"})
+_CHECKED = ["prompt_id", "sample_index", "chosen", "rejected"]
+OWN_COLUMNS = frozenset(_CHECKED)
 
 # Columns of TRL's data sets that change what a template makes of a conversation.
 PROMPT_COLUMNS = ("tools", "chat_template_kwargs", "image", "images", "videos")
@@ -52,8 +60,8 @@ def load_preferences(path: str | Path, split: str) -> Dataset:
     from datasets import Dataset
 
     path = str(path)
-    tables = _preference_tables(path, split)
-    table = pa.concat_tables(tables, promote_options="default")
+    tables = _preference_tables(path, preference_split(split))
+    table = joined([table for _, table in tables], [name for name, _ in tables])
     if table.num_rows == 0:
         raise InputError(f"{path} contains no pairs of the split '{split}': generate and convert some first")
     _check_repeated(table, path)
@@ -78,27 +86,28 @@ def to_preferences(rows: Dataset, name: str) -> Dataset:
     if len(rows) == 0:
         raise InputError(f"{name} has no rows: give at least one pair")
     rows = rows.with_format(None)
-    if set(rows.column_names) >= OWN_COLUMNS:
+    if set(rows.column_names) >= OWN_COLUMNS and FOREIGN_PAIR_COLUMNS.isdisjoint(rows.column_names):
         for number, row in enumerate(rows):
             check_pair(row["chosen"], row["rejected"], f"{name} row {number}", row.get("chosen_token_ids") is not None)
     else:
-        rows = Dataset(_converted_table(((f"{name} row {number}", row) for number, row in enumerate(rows)), name))
+        rows = Dataset(_converted_table(((f"{name} row {number}", row) for number, row in enumerate(rows))))
     _check_repeated(rows.with_format("arrow")[:], name)
     return rows
 
 
-def _preference_tables(path: str, split: str) -> list[pa.Table]:
-    if not Path(path).exists():  # the name of a data set on the Hub
-        return [_converted_table(read_records(path, split.removesuffix("_prefs")), path)]
+def _preference_tables(path: str, split: str) -> list[tuple[str, pa.Table]]:
+    """Return the pairs of each file of a split, with the name of the file."""
+    if not is_local(path):  # a data set on the Hub, or a path that read_records() refuses
+        return [(path, _converted_table(read_records(path, split)))]
     tables = []
-    files = split_files(Path(path), split.removesuffix("_prefs"))
+    files = split_files(path, split)
     _check_one_provenance(files)
     for file in files:
         columns = set(open_parquet(file).schema_arrow.names) if file.suffix == ".parquet" else set()
-        if columns >= OWN_COLUMNS:
-            tables.append(_own_table(file))
+        if columns >= OWN_COLUMNS and columns.isdisjoint(FOREIGN_PAIR_COLUMNS):
+            tables.append((str(file), _own_table(file)))
         else:
-            tables.append(_converted_table(read_records(str(file), None), str(file)))
+            tables.append((str(file), _converted_table(read_records(str(file), None))))
     return tables
 
 
@@ -119,7 +128,7 @@ def _check_one_provenance(files: Sequence[Path]) -> None:
 
 def conversion_record(path: str, split: str) -> dict[str, Any]:
     """Return what the files of a split say of their conversion (``extra`` of the provenance); empty for files from elsewhere."""
-    files = split_files(Path(path), split.removesuffix("_prefs")) if Path(path).exists() else []
+    files = split_files(path, preference_split(split)) if is_local(path) else []
     for file in files:
         schema = open_parquet(file).schema_arrow if file.suffix == ".parquet" else pa.schema([])
         if METADATA_KEY in (schema.metadata or {}):
@@ -133,7 +142,10 @@ def _own_table(file: Path) -> pa.Table:
         # Sampled ids mark a chosen response that a model generated, which may be empty.
         sampled = batch.column("chosen_token_ids") if "chosen_token_ids" in batch.schema.names else None
         own = sampled.is_valid().to_pylist() if sampled is not None else [False] * batch.num_rows
-        for pair, is_own in zip(batch.select(["chosen", "rejected"]).to_pylist(), own, strict=True):
+        for pair, is_own in zip(batch_rows(batch.select(_CHECKED), file), own, strict=True):
+            for name in ("prompt_id", "sample_index"):
+                if pair[name] is None:
+                    raise InputError(f"{file} row {row} has no {name}: give every row one, or remove the column")
             check_pair(pair["chosen"], pair["rejected"], f"{file} row {row}", is_own)
             row += 1
         batches.append(batch)
@@ -142,21 +154,18 @@ def _own_table(file: Path) -> pa.Table:
     return pa.Table.from_batches(batches, schema).replace_schema_metadata(None)
 
 
-def _converted_table(records: Iterator[tuple[str, Mapping[str, Any]]], source: str) -> pa.Table:
-    fields = {field.name: field.type for field in PREFERENCE_SCHEMA} | OPTIONAL_COLUMNS
-    rows, samples, present = [], Counter[str](), set(OWN_COLUMNS)
+def _converted_table(records: Iterator[tuple[str, Mapping[str, Any]]]) -> pa.Table:
+    rows, places, samples, present = [], [], Counter[str](), set(OWN_COLUMNS)
     for where, record in records:
         row = _preference_row(record, where)
+        places.append(where)
         row.setdefault("sample_index", samples[row["prompt_id"]])
         samples[row["prompt_id"]] += 1
         rows.append(row)
-        present |= fields.keys() & row.keys()
-    columns = {name: kind for name, kind in fields.items() if name in present}
-    schema = pa.schema([*columns.items(), *((name, LABEL_TYPE) for name in _label_columns(rows, fields))])
-    try:
-        return pa.Table.from_pylist(rows, schema)
-    except pa.ArrowException as error:
-        raise InputError(f"{source} contains a value of the wrong type ({error}): see docs/data_format.md") from error
+        present |= OWN_TYPES.keys() & row.keys()
+    columns = {name: kind for name, kind in OWN_TYPES.items() if name in present}
+    schema = pa.schema([*columns.items(), *((name, LABEL_TYPE) for name in _label_columns(rows, OWN_TYPES))])
+    return table_of(rows, schema, places)
 
 
 def _label_columns(rows: Sequence[Mapping[str, Any]], known: Iterable[str]) -> list[str]:
@@ -171,7 +180,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _preference_row(record: Mapping[str, Any], where: str) -> dict[str, Any]:
-    row = {name: value for name, value in record.items() if value is not None}
+    row = {name: value for name, value in pair_form(record, where).items() if value is not None}
     if {"real", "generated"} <= row.keys():
         row["chosen"], row["rejected"] = row.pop("real"), row.pop("generated")
     for name in SIDES:
@@ -187,7 +196,7 @@ def _preference_row(record: Mapping[str, Any], where: str) -> dict[str, Any]:
     conversations = {name: whole_conversation(row, name, where) for name in (*SIDES, INITIAL) if name in row}
     row |= conversations
     check_pair(row["chosen"], row["rejected"], where, row.get("chosen_token_ids") is not None)
-    row["prompt_id"] = str(row.get("prompt_id") or prompt_hash(row["chosen"][:-1]))
+    row["prompt_id"] = source_id(row, where, ("prompt_id",)) or prompt_hash(row["chosen"][:-1])
     return row
 
 
@@ -224,6 +233,10 @@ def check_pair(chosen: Any, rejected: Any, where: str, own_chosen: bool = False)
         )
     if not isinstance(rejected[-1]["content"], str):
         raise InputError(f"{where}: the rejected response is not text: convert the data again")
+    if not is_unicode(rejected[-1]["content"]):
+        raise InputError(
+            f"{where}: the rejected response has an unpaired surrogate (half a character): correct the row"
+        )
 
 
 def _is_turn(turn: Any) -> bool:
@@ -233,42 +246,20 @@ def _is_turn(turn: Any) -> bool:
 def mix_preferences(dataset_mixer: Mapping[str, float], splits: Sequence[str], seed: int) -> dict[str, Dataset]:
     """Load and mix the data sets of ``dataset_mixer`` (path -> fraction of its training rows, in (0, 1]).
 
-    Returns ``{"train": ..., "test": ...}`` with the splits named in ``splits``; test splits are used in full, as in the
+    Returns ``{"train": ..., "test": ...}`` with all splits named in ``splits``; held-out splits are used in full, as in the
     original. A column ``source`` gives the path each row came from; the training rows are shuffled with ``seed``.
 
     Raises:
-        InputError: no data set is given, a fraction is out of range, or a data set cannot be read.
+        InputError: no data set or training split is given, one is named twice or cannot be read, or a fraction is out of range.
     """
-    from datasets import concatenate_datasets
-
-    if not dataset_mixer:
-        raise InputError("dataset_mixer is empty: write at least one 'path: fraction' line")
-    for path, fraction in dataset_mixer.items():
-        if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction <= 1:
-            raise InputError(f"dataset_mixer gives {path} the fraction {fraction}: set it above 0 and at most 1")
-    mixed: dict[str, Dataset] = {}
-    for split in splits:
-        name = "test" if split.startswith("test") else "train"
-        pieces = []
-        for path, fraction in dataset_mixer.items():
-            rows = load_preferences(path, split)
-            if name == "train" and fraction < 1:
-                # A random subset, because the first rows of a data set may all be of one kind.
-                rows = rows.shuffle(seed=seed).select(range(max(1, int(fraction * len(rows)))))
-            pieces.append(rows.add_column("source", [path] * len(rows)))
-        joined = concatenate_datasets(_aligned(pieces))
-        mixed[name] = joined.shuffle(seed=seed) if name == "train" else joined
-    if "train" not in mixed:
-        raise InputError(f"dataset_splits is {list(splits)}: add a training split such as train_prefs")
-    return mixed
-
-
-def _aligned(pieces: list[Dataset]) -> list[Dataset]:
     from datasets import Dataset
 
-    columns = [{*piece.column_names} for piece in pieces]
-    if all(names == columns[0] for names in columns):
-        return pieces
-    # datasets cannot concatenate pieces with different columns; Arrow fills the missing ones with nulls.
-    union = pa.concat_tables([piece.with_format("arrow")[:] for piece in pieces], promote_options="default")
-    return [Dataset(union)]
+    found: dict[str, list[tuple[str, pa.Table]]] = {}
+    for piece in pieces_of(dataset_mixer, splits, preference_split):
+        rows = piece.selected(load_preferences(piece.source, piece.split), seed)
+        table = rows.add_column("source", [piece.source] * len(rows)).with_format("arrow")[:]
+        found.setdefault(piece.use, []).append((f"{piece.source} [{piece.split}]", table))
+    mixed = {
+        use: Dataset(joined([table for _, table in parts], [name for name, _ in parts])) for use, parts in found.items()
+    }
+    return mixed | {"train": mixed["train"].shuffle(seed=seed)}

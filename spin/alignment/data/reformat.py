@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from spin.alignment.core.console import say
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.settings import check_settings, recorded, setting
+from spin.alignment.data.column_mapping import column_mapping, with_columns
+from spin.alignment.data.source_names import is_local, name_and_config, with_config
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,9 +28,19 @@ if TYPE_CHECKING:
 class ReformatConfig:
     """Turn foreign SFT data into prompts with their ground truth."""
 
-    data: str = setting(help="Hub name, folder, or parquet, json or jsonl file")
+    data: str = setting(
+        help="Hub name, folder (save_to_disk and cloned repositories too), or file (docs/data_format.md)"
+    )
     output_dir: str = setting(help="folder for {split}.parquet and test.parquet")
     split: str = setting("train", "split of the source to read, and name of the file written", recorded=True)
+    config: str | None = setting(
+        None, "configuration of the data set, such as main of openai/gsm8k; or write NAME:main as data"
+    )
+    columns: dict[str, str] = setting(
+        {},
+        "columns of the source under the names of a known format, such as prompt=query response=extra.solution; applied before "
+        "the format is recognised",
+    )
     test_size: float = setting(0.0, "rows held out (a number, or a proportion below 1)", ge=0, recorded=True)
     subset: int = setting(0, "random subset of this many training rows (0: all)", ge=0, recorded=True)
     seed: int = setting(42, "seed of the subset and of the test split", recorded=True)
@@ -38,12 +50,14 @@ class ReformatConfig:
 
     def __post_init__(self) -> None:
         check_settings(self)
+        object.__setattr__(self, "data", with_config(self.data, self.config))
+        object.__setattr__(self, "columns", column_mapping(self.columns))
         if not (self.test_size < 1 or self.test_size.is_integer()):
             raise InputError(f"test_size is {self.test_size:g}: give a whole number of rows, or a proportion below 1")
         if self.test_size and self.split == "test":
             raise InputError("split 'test' cannot hold out a test split of its own: set test_size to 0")
-        local, folder = Path(self.data), Path(self.output_dir)
-        if local.is_dir() and local.resolve() == folder.resolve():
+        local, folder = Path(name_and_config(self.data)[0]), Path(self.output_dir)
+        if is_local(self.data) and local.is_dir() and local.resolve() == folder.resolve():
             raise InputError(f"output_dir is the folder of the data, {folder}: choose another one")
 
 
@@ -69,7 +83,7 @@ def reformat(config: ReformatConfig) -> dict[str, Path]:
         rows = {path.name: open_parquet(path).metadata.num_rows for path in paths.values()}
         say(f"{folder} is already complete: {rows}")
         return paths
-    source = Source(config.data, config.split, config.turns, config.skip_invalid)
+    source = Source(config.data, config.split, config.turns, config.skip_invalid, config.columns)
     selection = select(source, config.seed, config.test_size, config.subset)
     write(source, selection, config.seed, paths, provenance)
     if held_out is not None:
@@ -83,10 +97,12 @@ def make_provenance(config: ReformatConfig, paths: dict[str, Path]) -> dict[str,
     from spin.alignment.core.provenance import Provenance, hash_text
     from spin.alignment.data.source_files import split_files
 
-    local = Path(config.data)
-    content = source_hash(split_files(local, config.split)) if local.exists() else hash_text(config.data)
+    content = hash_text(config.data)
+    if is_local(config.data):
+        content = source_hash(split_files(config.data, config.split))
+    settings = recorded(config) | ({"columns": config.columns} if config.columns else {})
     return {
-        name: Provenance("prompts", sampling=recorded(config), prompts_hash=content, split=path.stem)
+        name: Provenance("prompts", sampling=settings, prompts_hash=content, split=path.stem)
         for name, path in paths.items()
     }
 
@@ -111,6 +127,7 @@ class Source:
     split: str
     turns: str
     skip_invalid: bool
+    columns: dict[str, str]
 
     def __post_init__(self) -> None:
         self.invalid: list[str] = []
@@ -122,7 +139,8 @@ class Source:
         self.invalid = []
         for where, record in read_records(self.data, self.split):
             try:
-                found = to_conversations(record, where, self.turns)  # type: ignore[arg-type]
+                renamed = with_columns(record, self.columns, where)
+                found = to_conversations(renamed, where, self.turns)  # type: ignore[arg-type]
             except InputError as error:
                 if not self.skip_invalid:
                     raise

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from spin.alignment.core.console import printable, say, show
+from spin.alignment.core.console import escape_controls, say, show
 from spin.alignment.pipeline.manifest import RunManifest
 
 
@@ -48,5 +48,5 @@ def show_differences(left: str, right: str) -> None:
         return
     table = Table("where", "what", left, right)
     for row in rows:
-        table.add_row(*map(printable, row))
+        table.add_row(*map(escape_controls, row))
     show(table)

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spin.alignment.core.console import printable, say, show
+from spin.alignment.core.console import escape_controls, say, show
 
 if TYPE_CHECKING:
     from spin.alignment.pipeline.config import RunConfig
@@ -46,8 +46,8 @@ def write_report(config: RunConfig) -> Path:
     for line in ["", *summary["verdicts"], "", *(f"warning: {line}" for line in summary["warnings"])]:
         say(line)
     for sample in samples:
-        say(printable(f"\n{sample['prompt']}  (ground truth: {sample['truth']})"))
+        say(escape_controls(f"\n{sample['prompt']}  (ground truth: {sample['truth']})"))
         for model, response in sample["responses"].items():
-            say(printable(f"  {model}: {response}"))
+            say(escape_controls(f"  {model}: {response}"))
     say(f"\nreport: {page}")
     return page

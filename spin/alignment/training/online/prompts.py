@@ -13,6 +13,7 @@ from datasets import Dataset
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.provenance import hash_text
 from spin.alignment.data.fractions import fraction_rows
+from spin.alignment.data.mixture import pieces_of
 from spin.alignment.data.rows import load_prompts, prompts_hash, to_prompt_rows
 from spin.alignment.logprobs.batch import PairDataset
 from spin.alignment.methods.pairings import find_pairing, missing_ground_truth
@@ -77,15 +78,13 @@ def load_splits(
         InputError: a fraction out of range, a row that cannot be encoded, a ground truth that is missing but needed by the
             pairing, or no prompt that is short enough.
     """
-    sources = []
-    for source, fraction in data.dataset_mixer.items():
-        if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction <= 1:
-            raise InputError(f"the fraction of {source} in dataset_mixer is {fraction}: set it above 0 and at most 1")
-        for split in data.dataset_splits:
-            rows = load_prompts(source, split, ground_truth_required=False)
-            if fraction < 1:
-                rows = rows.shuffle(seed=arguments.seed).select(range(max(1, int(fraction * len(rows)))))
-            sources.append((source, rows))
+    sources = [
+        (
+            piece.source,
+            piece.selected(load_prompts(piece.source, piece.split, ground_truth_required=False), arguments.seed),
+        )
+        for piece in pieces_of(data.dataset_mixer, data.dataset_splits)
+    ]
     splits, left_out = {}, {}
     trained_on = arguments.pairing if find_pairing(arguments.pairing).needs_ground_truth else None
     prompts = [encode(row, encoder, source, trained_on, data) for source, rows in sources for row in rows]
