@@ -29,7 +29,7 @@ from benchmarks.report import OURS, add_ratios, loss_differences, plot, pool, ra
 from benchmarks.shapes import MODELS, SHAPES, distinct_tokens, mean_flops, padded_tokens
 from spin.alignment.core.errors import InputError, lookup
 from spin.alignment.core.files import atomic_file, write_json_atomic
-from spin.alignment.core.program import Parser, interrupt_on_sigterm, run_program
+from spin.alignment.core.program import Parser, interrupt_on_signals, run_program
 
 if TYPE_CHECKING:
     from benchmarks.shapes import ModelSize, Plan
@@ -306,7 +306,7 @@ def verify(result: dict[str, Any], groups: list[dict[str, Entry]], precision: st
 def main(arguments: Sequence[str]) -> int:
     options = make_parser().parse_args(arguments)
     check_options(options)
-    interrupt_on_sigterm()
+    interrupt_on_signals()
     by_precision = resolve(options)
     with tempfile.TemporaryDirectory() as folder:
         plan, size = prepare(options, Path(folder))
@@ -358,5 +358,5 @@ def conclude(result: dict[str, Any]) -> int:
 
 
 if __name__ == "__main__":
-    interrupt_on_sigterm()
+    interrupt_on_signals()
     run_program(main)

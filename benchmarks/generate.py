@@ -29,7 +29,7 @@ from benchmarks.generation_report import add_goals, add_ratios, add_scale, plot,
 from benchmarks.generation_scale import FRACTION_ROWS, measure_scale
 from spin.alignment.core.errors import InputError, lookup
 from spin.alignment.core.files import atomic_file, write_json_atomic
-from spin.alignment.core.program import Parser, interrupt_on_sigterm, run_program
+from spin.alignment.core.program import Parser, interrupt_on_signals, run_program
 from spin.alignment.core.provenance import package_versions
 
 SAME_RESPONSES = 0.95  # below this, the two uses of vLLM have not done the same work
@@ -133,7 +133,7 @@ def add_contenders(result: dict[str, Any], seats: dict[str, Seat], clock: str) -
 def main(arguments: Sequence[str]) -> int:
     options = make_parser().parse_args(arguments)
     check_options(options)
-    interrupt_on_sigterm()
+    interrupt_on_signals()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         result = describe(options, save_model(folder / "model", options.seed))

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.finetune import cpu_name, say
 from spin.alignment.core.errors import InputError, lookup
 from spin.alignment.core.files import write_json_atomic
-from spin.alignment.core.program import Parser, interrupt_on_sigterm, run_program
+from spin.alignment.core.program import Parser, interrupt_on_signals, run_program
 from spin.alignment.core.provenance import package_versions
 from spin.alignment.pipeline.processes import python_command
 from spin.alignment.pipeline.start_programs import PROGRAMS, ProgramStarter
@@ -193,7 +193,7 @@ def main(arguments: Sequence[str]) -> None:
         raise InputError(f"turns is {options.turns}: set it to 1 or more")
     for name in options.programs or ():
         lookup(dict.fromkeys(PROGRAM_NAMES), name, "program")
-    interrupt_on_sigterm()
+    interrupt_on_signals()
     result = {
         "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "system": platform.platform()},
         "versions": package_versions(),

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import signal
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import NoReturn
 
 from spin import __version__
 from spin.alignment.core.console import say
 from spin.alignment.core.errors import InputError, lookup
-from spin.alignment.core.program import EXIT_BAD_INPUT, EXIT_DONE, Parser, is_help, run_program
+from spin.alignment.core.program import EXIT_BAD_INPUT, EXIT_DONE, Interrupts, Parser, is_help, run_program
 
 USAGE = """usage: spin COMMAND ...
 
@@ -65,18 +63,18 @@ def run(arguments: Sequence[str]) -> int:
 
     rerun_changed = "--rerun_changed" in arguments
     config = load_run_config(arguments[0], [item for item in arguments[1:] if item != "--rerun_changed"])
-    signal.signal(signal.SIGTERM, _interrupt)
+    interrupts = Interrupts(exits_when_repeated=False)
+    interrupts.install()
     from spin.alignment.pipeline.preflight import check_before_start, check_run_dir
     from spin.alignment.pipeline.runner import run_stages
     from spin.alignment.report import show_lineage, write_report
 
     check_run_dir(Path(config.run_dir))
     check_before_start(config, arguments[0])
-    return run_stages(config, rerun_changed, begin=show_lineage, finish=write_report)
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+    # A signal that is repeated while the programs of the run are ended kills them instead of waiting for them.
+    return run_stages(
+        config, rerun_changed, begin=show_lineage, finish=write_report, is_hurried=lambda: interrupts.is_repeated
+    )
 
 
 def config(arguments: Sequence[str]) -> None:

@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from spin.alignment.core.flags import from_arguments
-from spin.alignment.core.program import interrupt_on_sigterm, run_program
+from spin.alignment.core.program import interrupt_on_signals, run_program
 from spin.alignment.pairs.config import ConvertConfig
 from spin.alignment.pairs.convert import convert
 
 
 def main(arguments: Sequence[str]) -> None:
     config = from_arguments(ConvertConfig, arguments, "convert_data.py")
-    interrupt_on_sigterm()
+    interrupt_on_signals()
     convert(config)
 
 

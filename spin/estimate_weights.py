@@ -14,13 +14,13 @@ import os
 from collections.abc import Sequence
 
 from spin.alignment.core.flags import from_arguments
-from spin.alignment.core.program import interrupt_on_sigterm, run_program
+from spin.alignment.core.program import interrupt_on_signals, run_program
 from spin.alignment.token_weights.config import WeightsConfig
 
 
 def main(arguments: Sequence[str]) -> None:
     config = from_arguments(WeightsConfig, arguments, "estimate_weights.py")
-    interrupt_on_sigterm()
+    interrupt_on_signals()
     from spin.alignment.report.weights_page import write_weights_page
     from spin.alignment.token_weights.estimate import estimate_weights
     from spin.alignment.training.run import setup_logging

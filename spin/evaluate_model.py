@@ -12,14 +12,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from spin.alignment.core.flags import from_arguments
-from spin.alignment.core.program import interrupt_on_sigterm, run_program
+from spin.alignment.core.program import interrupt_on_signals, run_program
 from spin.alignment.evaluation.config import EvaluateConfig
 from spin.alignment.evaluation.evaluate import evaluate
 
 
 def main(arguments: Sequence[str]) -> None:
     config = from_arguments(EvaluateConfig, arguments, "evaluate_model.py")
-    interrupt_on_sigterm()
+    interrupt_on_signals()
     evaluate(config)
 
 

@@ -11,14 +11,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from spin.alignment.core.flags import from_arguments
-from spin.alignment.core.program import interrupt_on_sigterm, run_program
+from spin.alignment.core.program import interrupt_on_signals, run_program
 from spin.alignment.generation.config import GenerateConfig
 from spin.alignment.generation.generate import generate
 
 
 def main(arguments: Sequence[str]) -> None:
     config = from_arguments(GenerateConfig, arguments, "generate.py")
-    interrupt_on_sigterm()
+    interrupt_on_signals()
     generate(config)
 
 

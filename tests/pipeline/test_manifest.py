@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from spin.alignment.core.errors import InputError
 from spin.alignment.core.lock import is_locked
 from spin.alignment.pipeline.diff import differences
 from spin.alignment.pipeline.lock import run_lock
-from spin.alignment.pipeline.manifest import RunManifest
+from spin.alignment.pipeline.manifest import DamagedManifest, RunManifest, replaced_folder, set_damaged_aside
 from spin.alignment.pipeline.processes import RUN_VARIABLE, orphans
 from tests.helpers import REPOSITORY
 
@@ -83,10 +84,112 @@ def test_seconds_add_up_over_restarts_of_the_same_stage(tmp_path):
     assert manifest.stages["iter0/train"].seconds == 7.0
 
 
-def test_a_damaged_manifest_is_named(tmp_path):
-    (tmp_path / "manifest.json").write_text('{"stages": {"a": {"colour": 1}}, "environment": {}}')
-    with pytest.raises(InputError, match=r"manifest\.json is not a manifest"):
+RECORD = {"state": "done", "inputs": {}, "inputs_hash": "", "outputs": {}}
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        ("", "is damaged"),
+        ('{"stages": {', "is damaged"),
+        ("[" * 100_000, "is damaged"),
+        ("\udcff\udcfe", "is damaged"),
+        ("[]", "is not a manifest"),
+        ('{"environment": {}}', "is not a manifest"),
+        ({"a": {"colour": 1}}, "has no valid record of a"),
+        ({"a": 5}, "has no valid record of a"),
+        ({"a": {**RECORD, "state": "perhaps"}}, "has no valid record of a"),
+        ({"a": {**RECORD, "seconds": "two"}}, "has no valid record of a"),
+        ({"a": {**RECORD, "outputs": {"x": {"hash": ""}}}}, "has no valid record of a"),
+        ({"a": {**RECORD, "outputs": ["x"]}}, "has no valid record of a"),
+    ],
+)
+def test_a_damaged_manifest_is_named_and_set_aside_by_a_run(tmp_path, content, fault, capsys):
+    path = tmp_path / "manifest.json"
+    text = content if isinstance(content, str) else json.dumps({"environment": {}, "stages": content})
+    path.write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(
+        DamagedManifest, match=rf"manifest\.json {fault}.*: `spin run` .* makes a new one and continues"
+    ):
         RunManifest(tmp_path)
+    set_damaged_aside(tmp_path)
+    assert not path.exists() and RunManifest(tmp_path).stages == {}
+    (kept,) = (tmp_path / "replaced").glob("*/manifest.json")
+    assert kept.read_bytes() == text.encode(errors="surrogateescape") and str(kept) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("changes", [{"format": 2}, {"stages": {"a": {**RECORD, "colour": 1}}}])
+def test_the_manifest_of_a_later_version_is_left_alone(tmp_path, changes):
+    (tmp_path / "manifest.json").write_text(json.dumps({"stages": {"a": RECORD}, **changes}))
+    with pytest.raises(InputError, match="was written by a later version"):
+        set_damaged_aside(tmp_path)
+    assert (tmp_path / "manifest.json").exists()
+
+
+def test_a_folder_in_place_of_the_manifest_is_set_aside(tmp_path):
+    (tmp_path / "manifest.json").mkdir()
+    set_damaged_aside(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["replaced"]
+
+
+def test_old_output_is_kept_apart_whatever_the_clock_shows(tmp_path, monkeypatch):
+    monkeypatch.setattr("time.strftime", lambda form: "20260101-000000")
+    folders = [replaced_folder(tmp_path) for _ in range(3) if not replaced_folder(tmp_path).mkdir(parents=True)]
+    assert [path.name for path in folders] == [f"20260101-000000-{n}" for n in (2, 3, 4)]
+
+
+def inputs(model: str, data: str, model_hash: str = "m", data_hash: str = "d") -> dict[str, object]:
+    """What a stage records of a model and of data, by their paths and their contents."""
+    settings = {"model": model, f"dataset_mixer.{data}": 1.0, "input_dir": data, "beta": 0.1}
+    return {**settings, f"content of {model}": model_hash, f"content of {data} train": data_hash}
+
+
+@pytest.mark.parametrize("model", ["models/a", "/home/models/a/", "../models/a", "models/link"])
+def test_another_spelling_of_the_same_content_is_no_change(tmp_path, model):
+    manifest = RunManifest(tmp_path)
+    manifest.start("a", inputs("./models/a", "/data"))
+    assert manifest.changes("a", inputs(model, "data")) == []
+    assert manifest.changes("a", inputs(model, "data", data_hash="x")) != []
+
+
+def test_the_pairs_of_a_run_that_was_moved_are_the_same(tmp_path):
+    """The keys of the mixer have the full path of the pairs."""
+    manifest, pairs = RunManifest(tmp_path), {"content of RUN/iter0/pairs": "p", "output_dir": "RUN/iter0/checkpoint"}
+    manifest.start("a", {"dataset_mixer./old/place/iter0/pairs": 1.0, **pairs})
+    assert manifest.changes("a", {"dataset_mixer.../new/run/../run/iter0/pairs": 1.0, **pairs}) == []
+    assert manifest.changes("a", {"dataset_mixer.../new/run/iter0/pairs": 0.5, **pairs}) != []
+    assert (
+        manifest.changes("a", {"dataset_mixer./old/place/iter0/pairs": 1.0, **pairs, "content of RUN/iter0/pairs": "q"})
+        != []
+    )
+
+
+def test_changed_content_is_named_in_the_words_of_the_settings(tmp_path):
+    manifest = RunManifest(tmp_path)
+    manifest.start("a", inputs("models/a", "data"))
+    assert manifest.changes("a", inputs("models/a", "data", model_hash="n")) == ["content of models/a: m -> n"]
+    assert manifest.changes("a", {**inputs("models/a", "data"), "beta": 1.0}) == ["beta: 0.1 -> 1.0"]
+    moved = manifest.changes("a", inputs("models/b", "data", model_hash="n"))
+    assert moved == [
+        "content of models/a: m -> absent",
+        "content of models/b: absent -> n",
+        "model: models/a -> models/b",
+    ]
+
+
+def test_two_sources_that_change_places_are_a_change(tmp_path):
+    manifest = RunManifest(tmp_path)
+    manifest.start("a", {"plus": "p", "minus": "q", "content of p": "1", "content of q": "2"})
+    assert manifest.changes("a", {"plus": "q", "minus": "p", "content of p": "1", "content of q": "2"}) != []
+    assert manifest.changes("a", {"plus": "P", "minus": "Q", "content of P": "1", "content of Q": "2"}) == []
+
+
+def test_an_unhashed_file_may_be_spelled_in_another_way(tmp_path):
+    (tmp_path / "launch.yaml").touch()
+    manifest = RunManifest(tmp_path)
+    manifest.start("a", {"config_file": str(tmp_path / "launch.yaml")})
+    assert manifest.changes("a", {"config_file": str(tmp_path / "." / ".." / tmp_path.name / "launch.yaml")}) == []
+    assert manifest.changes("a", {"config_file": "other.yaml"}) != []
 
 
 def test_diff_names_settings_outputs_and_missing_stages(tmp_path):

@@ -16,6 +16,7 @@ import pytest
 
 from spin import cli
 from spin.alignment.core.errors import InputError
+from spin.alignment.core.program import Interrupts
 from spin.alignment.pipeline.config import load_run_config
 from spin.alignment.pipeline.lineage import lineage
 from spin.alignment.pipeline.program_settings import train_values
@@ -348,8 +349,21 @@ def test_failure_beside_stops_the_other_chain(tmp_path, runner):
     assert time.monotonic() - started < 30
 
 
-def test_termination_ends_the_children(tmp_path, runner):
-    """SIGTERM reaches `spin run` as a KeyboardInterrupt; the program it runs ends, and the stage is not done."""
+@pytest.fixture
+def interrupts():
+    """The signal handlers of `spin run`, until the end of the test."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    handlers = Interrupts(exits_when_repeated=False)
+    handlers.install()
+    yield handlers
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_termination_ends_the_children(tmp_path, runner, interrupts, number):
+    """The signal reaches `spin run` as a KeyboardInterrupt; the program it runs ends, and the stage is not done."""
     marker = tmp_path / "started"
     code = f"import os, time; open({str(marker)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
     line = runner(stage(tmp_path / "run", "a/b", code))
@@ -357,15 +371,11 @@ def test_termination_ends_the_children(tmp_path, runner):
     def terminate() -> None:
         while not (marker.exists() and marker.read_text()):
             time.sleep(0.02)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
 
-    before = signal.signal(signal.SIGTERM, cli._interrupt)
     threading.Thread(target=terminate).start()
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            line.run()
-        line.interrupt()
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with pytest.raises(KeyboardInterrupt):
+        line.run()
+    line.interrupt()
     assert line.manifest.stages["a/b"].state == "failed"
     assert not Path("/proc", marker.read_text()).exists()

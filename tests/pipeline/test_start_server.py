@@ -215,8 +215,8 @@ def test_death_by_a_signal_is_reported(folder, served, number):
 
 
 def test_a_program_that_handles_sigterm_ends_its_own_way(folder, served):
-    code = "from spin.alignment.core.program import interrupt_on_sigterm, run_program\nimport time\n"
-    code += "def main(arguments):\n    interrupt_on_sigterm()\n    print('asleep', flush=True)\n    time.sleep(60)\n"
+    code = "from spin.alignment.core.program import interrupt_on_signals, run_program\nimport time\n"
+    code += "def main(arguments):\n    interrupt_on_signals()\n    print('asleep', flush=True)\n    time.sleep(60)\n"
     program = start_asleep(served, folder, code + "run_program(main)\n")
     os.kill(program.pid, signal.SIGTERM)
     assert program.wait(30) == 130
@@ -298,7 +298,10 @@ def test_much_output_comes_in_order(folder, children, capfd):
 def test_bad_input_and_faults_of_stages(folder, children):
     assert children.run("bad", write(folder, "import sys; sys.exit('error: no such row')")) == 2
     assert children.run("fault", write(folder, "1 / 0")) == 1
-    assert children.run("killed", write(folder, "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")) == 1
+    assert (
+        children.run("killed", write(folder, "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"))
+        == -signal.SIGKILL
+    )
 
 
 def test_two_stages_run_beside_each_other(folder, children, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 from spin import cli
 from spin.alignment.core.files import read_json
@@ -20,6 +22,7 @@ from spin.alignment.core.parquet import read_rows
 from spin.alignment.core.provenance import hash_weights
 from spin.alignment.pipeline.manifest import RunManifest
 from spin.alignment.pipeline.processes import orphans
+from spin.alignment.pipeline.runner import Pipeline
 from spin.alignment.pipeline.start_programs import PLAIN_STARTS_VARIABLE
 from tests.helpers import REPOSITORY, program_environment, run_main
 from tests.helpers.runs import TRAINING, tiny_run, write_config
@@ -104,8 +107,6 @@ def test_nothing_is_left_to_do_and_the_run_is_valid(undisturbed):
 
 
 def test_validate_and_status_notice_a_changed_checkpoint(undisturbed, tmp_path):
-    import shutil
-
     copy = tmp_path / "run"
     shutil.copytree(undisturbed, copy)
     weights = copy / "iter0" / "checkpoint" / "model.safetensors"
@@ -141,8 +142,18 @@ def is_running(run_dir: Path, stage: str) -> bool:
     return path.exists() and json.loads(path.read_text())["stages"].get(stage, {}).get("state") == "running"
 
 
-def test_killed_in_each_stage_and_run_again_ends_with_the_same_weights(tmp_path, undisturbed):
-    values = tiny_run(tmp_path, model=str(undisturbed / "sft" / "checkpoint"), iterations=1, train=TRAIN, overrides={})
+def bytes_of(run_dir: Path, iterations: int) -> dict[str, bytes]:
+    """The rows, pairs and models of a run: everything that the next stage reads."""
+    patterns = ("generated/*.parquet", "pairs/*.parquet", "checkpoint/*.safetensors", "checkpoint/*config.json")
+    folders = [run_dir / f"iter{number}" for number in range(iterations)]
+    files = [
+        path for folder in folders for pattern in (*patterns, "checkpoint/token*") for path in folder.glob(pattern)
+    ]
+    return {str(path.relative_to(run_dir)): path.read_bytes() for path in files}
+
+
+def test_killed_in_each_stage_and_moved_and_run_again_ends_with_the_same_bytes(tmp_path, undisturbed):
+    values = tiny_run(tmp_path, model=str(undisturbed / "sft" / "checkpoint"), train=TRAIN)
     values["data"] = {"train": values["data"]["train"]}  # no scores: they change no weight
     config, run_dir = write_config(tmp_path / "config.yaml", values), tmp_path / "run"
     parts, pairs = run_dir / "iter0" / "generated" / ".parts", run_dir / "iter0" / "pairs"
@@ -151,13 +162,43 @@ def test_killed_in_each_stage_and_run_again_ends_with_the_same_weights(tmp_path,
     assert not list(pairs.glob("train_prefs-*.parquet"))
     checkpoint = run_dir / "iter0" / "checkpoint"
     kill_when(config, lambda: is_json(checkpoint / "checkpoint-5" / "trainer_state.json"), with_children=True)
+    # The run is moved in the middle of a training, and everything is spelled in another way.
+    run_dir, model, data = run_dir.rename(tmp_path / "2026-11-28 [moved]"), tmp_path / "start", tmp_path / "rows"
+    model.symlink_to(undisturbed / "sft" / "checkpoint")
+    data.symlink_to(values["data"]["train"])
+    spelled = f"{os.path.relpath(run_dir, REPOSITORY)}/../{run_dir.name}/"
+    config = write_config(
+        tmp_path / "config.yaml", {**values, "run_dir": spelled, "model": str(model), "data": {"train": str(data)}}
+    )
     said = finish(config, **{PLAIN_STARTS_VARIABLE: "1"})  # the other runs start their programs from a server
     assert said.count("==> iter0/generate: already complete") >= 2 and "==> iter0/train: resuming" in said
-    resumed = [int(step) for step in re.findall(rf"resuming from {checkpoint}/checkpoint-(\d+)", said)]
+    resumed = [
+        int(step) for step in re.findall(r"resuming from \S+/.* \[moved\]/iter0/checkpoint/checkpoint-(\d+)", said)
+    ]
     assert len(resumed) == 1 and 5 <= resumed[0] < TRAIN["max_steps"]
     rows = [row["prompt_id"] for path in (run_dir / "iter0" / "generated").glob("*.parquet") for row in read_rows(path)]
     assert len(rows) == len(set(rows)) == 24
-    assert hash_weights(checkpoint) == hash_weights(undisturbed / "iter0" / "checkpoint")
+    ours, theirs = bytes_of(run_dir, 2), bytes_of(undisturbed, 2)
+    assert len(ours) > 16 and ours.keys() == theirs.keys()
+    assert [name for name in ours if ours[name] != theirs[name]] == []
+
+
+def test_a_finished_run_may_be_moved_and_named_in_any_way(undisturbed, tmp_path, monkeypatch):
+    run_dir = tmp_path / "run"
+    shutil.copytree(undisturbed, run_dir)
+    values = yaml.safe_load((undisturbed.parent / "config.yaml").read_text())
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to("run")
+    relative = {name: os.path.relpath(values[name]) for name in ("model",)}
+    relative["data"] = {name: os.path.relpath(path) + "/" for name, path in values["data"].items()}
+    for spelling in (str(run_dir), "run", "./run/", "link", f"../{tmp_path.name}/run", "link/../run//"):
+        config = write_config(tmp_path / "config.yaml", {**values, **relative, "run_dir": spelling})
+        monkeypatch.setattr(Pipeline, "run", lambda line: None)
+        monkeypatch.setattr("spin.alignment.report.write_report", lambda config: None)
+        code, out, err = run_main(cli.main, "run", config)
+        assert (code, err) == (0, "") and "iter1" in out, spelling
+        code, out, _ = run_main(cli.main, "status", spelling)
+        assert code == 0 and out.count("done") == 12, spelling
 
 
 def test_changed_setting_is_refused_and_more_iterations_are_not(undisturbed):
@@ -170,8 +211,6 @@ def test_changed_setting_is_refused_and_more_iterations_are_not(undisturbed):
 
 
 def test_diff_names_what_differs(undisturbed, tmp_path):
-    import shutil
-
     copy = tmp_path / "other"
     copy.mkdir()
     for name in ("manifest.json", "run.yaml"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from spin.alignment.core.errors import InputError
+
+_TEMPORARY = re.compile(r"\..+\.(\d+)-[0-9a-f]{8}\.tmp")  # as named by atomic_file
 
 
 @contextmanager
@@ -25,18 +28,49 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
     # Same folder, hence same file system: a rename across file systems is not atomic.
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        fsync_folder(path.parent)
-    except OSError as error:
-        raise (_explained(error, path) or error) from None
+        with explained_os_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            fsync_folder(path.parent)
     finally:
         if temporary.exists():
             temporary.unlink()
+
+
+def file_mode() -> int:
+    """Return the mode of a new file: read and write for all that the umask admits."""
+    try:
+        text = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+        return 0o666 & ~int(text.partition("Umask:")[2].split()[0], 8)
+    except (OSError, ValueError, IndexError):
+        umask = os.umask(0o077)  # elsewhere the umask can only be read by setting it
+        os.umask(umask)
+        return 0o666 & ~umask
+
+
+def share_files(folder: Path) -> None:
+    """Give the files of a folder the mode that the umask says; safetensors writes them for their owner only."""
+    mode = file_mode()
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(mode)
+
+
+@contextmanager
+def explained_os_errors(path: Path) -> Iterator[None]:
+    """Turn errors of the disk while ``path`` is written into one sentence.
+
+    Raises:
+        InputError: the folder is not writable, or the disk is full; other errors are raised as they are.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise (_explained(error, path) or error) from None
 
 
 def fsync_folder(folder: Path) -> None:
@@ -52,6 +86,22 @@ def remove_leftovers(*paths: Path) -> None:
     """Remove temporary files left by killed writers of ``paths``; only the sole writer of a file may call this."""
     for path in paths:
         remove_files(path.parent.glob(f".{path.name}.*.tmp"))
+
+
+def remove_all_leftovers(folder: Path) -> None:
+    """Remove the temporary files directly in a folder whose writers, processes of this machine, have ended."""
+    names = ((path, _TEMPORARY.fullmatch(path.name)) for path in folder.iterdir())
+    remove_files(path for path, found in names if found and not _is_process(int(found[1])))
+
+
+def _is_process(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True  # another user's; a number that is no pid belongs to no file of ours
+    return True
 
 
 def is_leftover(path: Path, target: Path) -> bool:
@@ -83,7 +133,7 @@ def read_json(path: str | Path) -> Any:
     """Read a JSON file; raise :class:`InputError` if it is missing or not JSON."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # RecursionError: thousands of opened brackets
         raise InputError(f"cannot read {path} as JSON ({error}): restore or remove the file") from error
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout, lock_descriptor
 
 from spin.alignment.core.errors import InputError
+from spin.alignment.core.files import file_mode
 
 LOCK_NAME = ".lock"
 
@@ -28,7 +29,8 @@ def folder_lock(folder: str | Path, setting: str) -> Iterator[None]:
         InputError: another process holds the lock, or the folder cannot be created, written or locked.
     """
     path = Path(folder) / LOCK_NAME
-    lock = FileLock(path)
+    # Others who may write to a shared folder must be able to take over the lock of a process that was killed.
+    lock = FileLock(path, mode=file_mode())
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)  # do not wait: a second run should be refused with a sentence

@@ -46,7 +46,9 @@ class Provenance:
 
     def differences(self, other: Provenance, ignore: Iterable[str] = ("data_frac", "extra")) -> list[str]:
         """Return ``field: mine != theirs`` for each field that differs, except those in ``ignore``."""
-        skipped = set(ignore)
+        # The same weights may be in a folder of another name, for example behind a link or on another machine.
+        same_weights = self.weights_hash and self.weights_hash == other.weights_hash
+        skipped = {*ignore, *(("model",) if same_weights else ())}
         differences = []
         for item in dataclasses.fields(self):
             mine, theirs = getattr(self, item.name), getattr(other, item.name)

@@ -104,6 +104,8 @@ def checked_url(base_url: str | None) -> httpx2.URL:
         raise InputError(f"base_url {base_url} is not a valid URL ({error}): {fix}") from error
     if url.userinfo:
         raise InputError("base_url contains a user name or password: remove it and set OPENAI_API_KEY")
+    if url.query or url.fragment:
+        raise InputError("base_url contains a query (?...): remove it, and set OPENAI_API_KEY if it was a key")
     if url.scheme not in ("http", "https") or not url.host:
         raise InputError(f"base_url {base_url} is not the address of a server: {fix}")
     return url
@@ -119,6 +121,7 @@ class ServerLink:
         if not (api_key.isascii() and api_key.isprintable()):
             raise InputError("OPENAI_API_KEY contains characters that are not allowed in a key: set it again")
         self._last_warning = 0.0
+        self._api_key = api_key
         self._client = httpx2.AsyncClient(
             headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
             limits=httpx2.Limits(max_connections=connections, max_keepalive_connections=connections),
@@ -181,11 +184,12 @@ class ServerLink:
         status = response.status_code
         if status in PASSING_STATUS or (status >= 500 and status != NOT_IMPLEMENTED):
             raise TryAgain(
-                f"HTTP {status}: {error_message(response)}", retry_after_delay(response.headers.get("retry-after"))
+                f"HTTP {status}: {self._error_message(response)}",
+                retry_after_delay(response.headers.get("retry-after")),
             )
         if status != 200:
             raise InputError(
-                f"the server at {self.url} refused {purpose} with HTTP {status}: {error_message(response)}"
+                f"the server at {self.url} refused {purpose} with HTTP {status}: {self._error_message(response)}"
                 + hint(status, path)
             )
         try:
@@ -195,6 +199,11 @@ class ServerLink:
                 f"the response from {address} is not JSON: base_url must be the address of an "
                 "OpenAI-compatible server, such as http://host:port/v1"
             ) from error
+
+    def _error_message(self, response: httpx2.Response) -> str:
+        """Return the server's error message without the key, which some servers repeat; messages go to logs."""
+        message = error_message(response)
+        return message.replace(self._api_key, "(the key)") if self._api_key else message
 
     def _warn(self, message: str) -> None:
         """Log a warning at most every ten seconds, as many requests fail for the same reason."""

@@ -37,6 +37,10 @@ def load_tokenizer(model: str | Path, revision: str | None = None, trust_remote_
         return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         where = f"{name} at revision {revision}" if revision else name
+        if "trust_remote_code" in str(error):
+            raise InputError(
+                f"the tokenizer of {where} needs code that comes with it: read it, and set trust_remote_code if you trust it"
+            ) from error
         reason = " ".join(str(error).split())[:200]
         raise InputError(
             f"cannot load the tokenizer of {where} ({reason}): give a folder that contains tokenizer files, "

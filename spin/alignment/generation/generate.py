@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from spin.alignment.generation.fraction_work import GenerationJob
     from spin.alignment.generation.worker import GenerationRun
 
-TOKENIZER_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
-
 
 def expected_provenance(config: GenerateConfig, model_dir: Path) -> Provenance:
     """Return the provenance of the fractions as far as it is known before the tokenizer or any row is read.
@@ -36,6 +34,7 @@ def expected_provenance(config: GenerateConfig, model_dir: Path) -> Provenance:
     from spin.alignment.data.source_files import split_files
     from spin.alignment.data.source_names import is_local
     from spin.alignment.generation import find_backend
+    from spin.alignment.models.folder import model_files
 
     data_files = split_files(config.input_dir, config.split) if is_local(config.input_dir) else []
     # A server chooses the weights that it loads; the local folder may contain only the tokenizer.
@@ -46,7 +45,8 @@ def expected_provenance(config: GenerateConfig, model_dir: Path) -> Provenance:
         settings["adapter"] = hash_text(*(hash_file(Path(config.adapter) / name) for name in ADAPTER_FILES))
     if config.batch_invariant:
         settings["batch_invariant"] = True
-    texts = sorted(file for pattern in TOKENIZER_FILES for file in model_dir.glob(pattern))
+    # Only what decides ids: a folder may also contain metrics, with the seconds that its training took.
+    texts = [file for file in model_files(model_dir) if file.suffix != ".safetensors"]
     contents = [f"{file.name}={hash_file(file)}" for file in (*texts, *data_files)]
     return Provenance(
         kind="generated",

@@ -102,12 +102,14 @@ class Worker:
 
 
 def read_worker(path: Path) -> dict[str, Any] | None:
-    """Return the content of a heartbeat file; None if it does not exist or is not readable (yet)."""
+    """Return the content of a heartbeat file; None if it does not exist, is not readable (yet) or is damaged."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return record if isinstance(record, dict) else None
+    if not isinstance(record, dict) or not isinstance(record.get("worker"), str):
+        return None
+    return record if isinstance(record.get("pid"), int) else None
 
 
 def is_known_dead(record: dict[str, Any] | None) -> bool:
@@ -187,7 +189,7 @@ class Leases:
 
     def _create(self, path: Path) -> bool:
         try:
-            descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+            descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
         except FileExistsError:
             return False
         except FileNotFoundError:

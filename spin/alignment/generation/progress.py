@@ -30,11 +30,17 @@ class GenerationProgress:
         self.total = total
         self.started = self._last_report = time.monotonic()
         if sys.stderr.isatty():
-            from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self._bar = Progress(*columns, console=Console(stderr=True))
+            from spin.alignment.core.console import plain_console
+
+            columns = (
+                TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+            )
+            self._bar = Progress(*columns, console=plain_console(stderr=True))
             self._bar.start()
             self._task = self._bar.add_task(self.name, total=total, completed=done)
 

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spin.alignment.core.files import share_files
+
 if TYPE_CHECKING:
     import torch
 
@@ -50,6 +52,7 @@ def save_checkpoint(
     if dtypes:
         _write_dtype(hidden / "config.json", Counter(dtypes.values()).most_common(1)[0][0])
     tokenizer.save_pretrained(hidden)
+    share_files(hidden)
     files = sorted((path for path in hidden.iterdir()), key=lambda path: path.name == "config.json")
     for path in files:
         with path.open("rb") as file:

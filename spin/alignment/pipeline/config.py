@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from spin.alignment.core.config import build, load_config
+from spin.alignment.core.config import build, load_config, load_yaml
 from spin.alignment.core.errors import InputError
+from spin.alignment.core.secrets import refuse_stored_secrets, without_secrets
 from spin.alignment.core.settings import check_settings, set_by_run, setting
 from spin.alignment.core.sides import INITIAL
 from spin.alignment.data.config import DataConfig
@@ -92,6 +93,11 @@ class LaunchConfig:
         ge=1,
     )
     config_file: str | None = setting(None, "configuration of accelerate launch, such as configs/multi_gpu.yaml")
+    stall_timeout: float = setting(
+        7200.0,
+        "seconds without output or a changed file after which a stage is ended, with what its processes are doing; 0: never",
+        ge=0,
+    )
     parallel: bool = setting(
         False, "train the control and score models in parallel with self-play, one thread each, if there are free cores"
     )
@@ -255,7 +261,8 @@ class RunConfig:
         return self.generation_seed(999)
 
     def as_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """Return the configuration as it is written to ``run.yaml``: without secrets."""
+        return without_secrets(dataclasses.asdict(self))
 
 
 def load_run_config(path: str | Path, arguments: Sequence[str] = ()) -> RunConfig:
@@ -273,6 +280,7 @@ def make_run_config(values: Mapping[str, Any], source: str) -> RunConfig:
     Raises:
         InputError: as :func:`load_run_config`.
     """
+    refuse_stored_secrets(values, source)
     overrides = values.get("overrides")
     if isinstance(overrides, Mapping):
         # `--overrides.2.beta=1` gives the text '2', YAML the number 2.
@@ -300,9 +308,27 @@ def open_run(run_dir: str | Path) -> RunConfig:
     """Return the configuration of an existing run directory.
 
     Raises:
-        InputError: the folder contains no run.
+        InputError: the folder contains no run, or its ``run.yaml`` is damaged.
     """
     path = Path(run_dir) / "run.yaml"
     if not path.is_file():
         raise InputError(f"{run_dir} contains no run (run.yaml is missing): give the run_dir of `spin run`")
-    return load_run_config(path, [f"--run_dir={run_dir}"])
+    try:
+        # Where the run is now, not where it was made; and a folder name is text, whatever it would be in YAML.
+        return make_run_config({**load_yaml(path), "run_dir": str(run_dir)}, str(path))
+    except InputError as error:
+        raise InputError(
+            f"{error} (`spin run` with the configuration of this run writes {path.name} again and continues)"
+        ) from error
+
+
+# A run writes every setting; a configuration that a user wrote does not have all of these.
+_ALWAYS_WRITTEN = {"run_dir", "model", "model_revision", "data", "iterations", "history", "seed", "overrides", "launch"}
+
+
+def is_run_yaml(path: Path) -> bool:
+    """Return whether a file was written by a run, and is not a configuration that a user wrote."""
+    try:
+        return load_yaml(path).keys() >= _ALWAYS_WRITTEN
+    except InputError:
+        return False

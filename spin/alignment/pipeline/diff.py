@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from spin.alignment.core.console import say
+from spin.alignment.core.console import escape_controls, say, show
 from spin.alignment.pipeline.manifest import RunManifest
 
 
@@ -36,7 +36,6 @@ def show_differences(left: str, right: str) -> None:
     Raises:
         InputError: one of the folders contains no run.
     """
-    from rich.console import Console
     from rich.table import Table
 
     from spin.alignment.pipeline.config import open_run
@@ -49,5 +48,5 @@ def show_differences(left: str, right: str) -> None:
         return
     table = Table("where", "what", left, right)
     for row in rows:
-        table.add_row(*row)
-    Console().print(table)
+        table.add_row(*map(escape_controls, row))
+    show(table)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from spin.alignment.core.assets import PACKAGE, is_checkout
-from spin.alignment.core.console import say
+from spin.alignment.core.console import say, show
 
 Verdict = Literal["ok", "absent", "broken"]
 
@@ -187,16 +187,15 @@ def machine_findings() -> list[Finding]:
 
 def show_findings() -> bool:
     """Print what works on this machine and what does not; return whether everything needed works."""
-    from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     findings = [*machine_findings(), *name_findings(), *package_findings(), *optional_findings()]
     table = Table("what", "verdict", "detail")
     colors = {"ok": "green", "absent": "yellow", "broken": "red"}
     for finding in findings:
-        table.add_row(finding.what, f"[{colors[finding.verdict]}]{finding.verdict}[/]", escape(finding.detail))
-    Console().print(table)
+        table.add_row(finding.what, Text(finding.verdict, style=colors[finding.verdict]), finding.detail)
+    show(table)
     unfit = [finding.what for finding in findings if finding.needed and finding.verdict != "ok"]
     say(f"fix first: {', '.join(unfit)}" if unfit else "everything needed works")
     return not unfit

@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from spin.alignment.core.console import say
+
 
 def workers_of(output_dir: Path) -> list[dict[str, Any]]:
     """Return the heartbeats of the processes that work, or have worked, on a folder of fractions, by name."""
@@ -40,8 +42,6 @@ def describe_worker(record: dict[str, Any]) -> str:
 
 def show_fractions(folder: Path) -> bool:
     """Print the progress of the fractions in a folder and who works on them; return False if it contains none."""
-    from rich.console import Console
-
     from spin.alignment.core.parquet import open_parquet
     from spin.alignment.core.provenance import read_provenance
     from spin.alignment.data.fractions import PARTS_FOLDER, num_fractions
@@ -55,15 +55,14 @@ def show_fractions(folder: Path) -> bool:
     open_folders = sorted((folder / PARTS_FOLDER).glob("*-[0-9][0-9][0-9][0-9][0-9]-*/"))
     if not splits and not open_folders and not workers:
         return False
-    console = Console()
     for split, paths in splits.items():
         made = read_provenance(open_parquet(paths[0]).schema_arrow, paths[0])
         rows = sum(open_parquet(path).metadata.num_rows for path in paths)
         total = num_fractions(made.num_prompts, made.frac_len)
-        console.print(f"{split}: {len(paths)} of {total} fractions, {rows} rows")
+        say(f"{split}: {len(paths)} of {total} fractions, {rows} rows")
     for path in open_folders:
-        console.print(f"{path.name.rpartition('-')[0]}: {finished_prompts(path)} prompts finished, not complete yet")
+        say(f"{path.name.rpartition('-')[0]}: {finished_prompts(path)} prompts finished, not complete yet")
     for record in workers:
         left = f", {record.get('seconds_left', 0):.0f} s left" if record["state"] == "working" else ""
-        console.print(f"{describe_worker(record)}{left} ({record['state']})", soft_wrap=True)
+        say(f"{describe_worker(record)}{left} ({record['state']})")
     return True

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import os
 import threading
+import time
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+from spin.alignment.core.console import say
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.files import read_json, write_json_atomic
 from spin.alignment.core.provenance import hash_file, hash_json, package_versions
 
 MANIFEST_NAME = "manifest.json"
+FORMAT = 1  # of the manifest; a file without this key has format 1
 
+# How inputs name the content of a source, and the value of one without files (a Hub name).
+_CONTENT, NO_FILES = "content of ", "Hub"
 State = Literal["running", "failed", "done"]
+
+
+class DamagedManifest(InputError):
+    """The manifest cannot be read. ``spin run`` makes a new one."""
 
 
 @dataclass
@@ -41,7 +54,8 @@ class RunManifest:
         """Read ``manifest.json`` if it exists.
 
         Raises:
-            InputError: it is damaged, or of a newer format.
+            DamagedManifest: it is not a manifest.
+            InputError: it was written by a later version.
         """
         self.run_dir = Path(run_dir)
         self.path = self.run_dir / MANIFEST_NAME
@@ -49,20 +63,14 @@ class RunManifest:
         self.environment = package_versions()
         self._mutex = threading.RLock()
         self._hashes: dict[tuple[str, int, int], str] = {}
-        if self.path.exists():
-            content = read_json(self.path)
-            try:
-                self.environment = dict(content["environment"])
-                self.stages = {name: StageRecord(**record) for name, record in content["stages"].items()}
-            except (KeyError, TypeError, AttributeError) as error:
-                raise InputError(
-                    f"{self.path} is not a manifest of this version ({error}): use a new run_dir"
-                ) from error
+        if os.path.lexists(self.path):
+            self.environment, self.stages = read_records(self.path)
 
     def save(self) -> None:
         with self._mutex:
             stages = {name: asdict(record) for name, record in self.stages.items()}
-            write_json_atomic(self.path, {"environment": self.environment, "stages": stages})
+            content = {"format": FORMAT, "environment": self.environment, "stages": stages}
+            write_json_atomic(self.path, content)
 
     def content_hash(self, path: Path) -> str:
         """Return a file's content hash; a file with unchanged size and modification time is not read again."""
@@ -87,10 +95,16 @@ class RunManifest:
         return hash_json({path.name: self.content_hash(path) for path in paths})
 
     def changes(self, stage: str, inputs: Mapping[str, Any]) -> list[str]:
-        """Return ``key: then -> now`` for every input that differs from the stage's record."""
+        """Return ``key: then -> now`` for every input that differs from the stage's record.
+
+        Models and data are compared by content, so that another spelling of their path, or another place, is no change.
+        """
         then = self.stages[stage].inputs
-        keys = [key for key in {**then, **inputs} if then.get(key) != inputs.get(key)]
-        return [f"{key}: {then.get(key, 'absent')} -> {inputs.get(key, 'absent')}" for key in sorted(keys)]
+        before, after = by_content(then), by_content(inputs)
+        same = (Counter(before.values()) & Counter(after.values())).keys()
+        changed = {key for key, item in (*before.items(), *after.items()) if item not in same}
+        keys = sorted(key for key in changed if not _is_same(then.get(key), inputs.get(key)))
+        return [f"{key}: {then.get(key, 'absent')} -> {inputs.get(key, 'absent')}" for key in keys]
 
     def is_done(self, stage: str) -> bool:
         """Return whether the stage's record is done and every output exists with the recorded content."""
@@ -112,7 +126,7 @@ class RunManifest:
         with self._mutex:
             earlier = self.stages.get(stage)
             # The seconds of an interrupted attempt count only if it had the same inputs, since only then its results are used.
-            resumed = earlier is not None and earlier.state != "done" and earlier.inputs == dict(inputs)
+            resumed = earlier is not None and earlier.state != "done" and not self.changes(stage, inputs)
             seconds = earlier.seconds if earlier is not None and resumed else 0.0
             hash_ = hash_json(dict(inputs))
             self.stages[stage] = StageRecord("running", dict(inputs), hash_, seconds=seconds, started_at=now())
@@ -140,6 +154,111 @@ class RunManifest:
             record.state, record.outputs, record.finished_at = "done", facts, now()
             record.seconds += seconds
             self.save()
+
+
+def _is_same(then: Any, now: Any) -> bool:
+    """Return whether two values are equal, or two spellings of one existing path (a launch configuration)."""
+    if then == now or not (isinstance(then, str) and isinstance(now, str)):
+        return bool(then == now)
+    try:
+        return Path(then).samefile(now)
+    except (OSError, ValueError):
+        return False
+
+
+def read_records(path: Path) -> tuple[dict[str, str], dict[str, StageRecord]]:
+    """Return the package versions and the records of the stages in a manifest.
+
+    Raises:
+        DamagedManifest: the file is not a manifest.
+        InputError: it was written by a later version.
+    """
+    fix = "`spin run` with the configuration of this run makes a new one and continues"
+    try:
+        content = read_json(path)
+    except InputError as error:
+        raise DamagedManifest(f"{path} is damaged: {fix}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("stages"), dict):
+        raise DamagedManifest(f"{path} is not a manifest: {fix}")
+    known = {item.name for item in fields(StageRecord)}
+    later = f"{path} was written by a later version of this program: continue with that version, or use a new run_dir"
+    if content.get("format", FORMAT) != FORMAT:
+        raise InputError(later)
+    for name, record in content["stages"].items():
+        if not isinstance(record, dict) or not _is_record(record):
+            raise DamagedManifest(f"{path} has no valid record of {name}: {fix}")
+        if not record.keys() <= known:
+            raise InputError(later)
+    environment = content.get("environment")
+    return (
+        dict(environment) if isinstance(environment, dict) else {},
+        {name: StageRecord(**record) for name, record in content["stages"].items()},
+    )
+
+
+def _is_record(record: Mapping[str, Any]) -> bool:
+    outputs = record.get("outputs", {})
+    facts = outputs.values() if isinstance(outputs, dict) else [None]
+    return (
+        record.get("state") in get_args(State)
+        and isinstance(record.get("inputs"), dict)
+        and isinstance(record.get("inputs_hash"), str)
+        and isinstance(record.get("seconds", 0.0), int | float)
+        and all(isinstance(item, dict) and {"hash", "size", "mtime_ns"} <= item.keys() for item in facts)
+    )
+
+
+def set_damaged_aside(run_dir: Path) -> None:
+    """Move a manifest that cannot be read to ``replaced/``; the programs recognise what they have completed by its content.
+
+    Raises:
+        InputError: it was written by a later version.
+    """
+    try:
+        RunManifest(run_dir)
+    except DamagedManifest as error:
+        kept = replaced_folder(run_dir) / MANIFEST_NAME
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        (run_dir / MANIFEST_NAME).rename(kept)
+        say(f"{str(error).partition(':')[0]}: every stage is checked again; the old file is kept as {kept}")
+
+
+def replaced_folder(run_dir: Path) -> Path:
+    """Return a new folder for what a run replaces; also if the clock shows the time of an earlier one."""
+    stamp = run_dir / "replaced" / time.strftime("%Y%m%d-%H%M%S")
+    others = (stamp.with_name(f"{stamp.name}-{number}") for number in itertools.count(2))
+    return next(path for path in (stamp, *itertools.islice(others, 10_000)) if not path.exists())
+
+
+def by_content(inputs: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """Return each input as a comparable (key, value), with the names of sources replaced by the hash of their content."""
+    named = {
+        key.removeprefix(_CONTENT): str(value)
+        for key, value in inputs.items()
+        if key.startswith(_CONTENT) and value != NO_FILES
+    }
+    # A source of prompts is named "PATH SPLIT", and settings name the path alone.
+    hashes = {name.rpartition(" ")[0]: value for name, value in named.items() if " " in name} | named
+
+    # The keys of mixers have the full path of a folder inside the run, wherever the run was.
+    inside = {name.removeprefix("RUN"): value for name, value in hashes.items() if name.startswith("RUN/")}
+
+    def neutral(text: str) -> str:
+        found = hashes.get(text) or next((value for end, value in inside.items() if text.endswith(end)), None)
+        return text if found is None else f"<{found}>"
+
+    comparable = {}
+    for key, value in inputs.items():
+        # Paths are keys in the mixers of training programs: "dataset_mixer.PATH".
+        section, dot, last = key.partition(".")
+        place = (
+            _CONTENT + neutral(key.removeprefix(_CONTENT))
+            if key.startswith(_CONTENT)
+            else section + dot + neutral(last)
+        )
+        shown = neutral(value) if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
+        comparable[key] = (place, shown)
+    return comparable
 
 
 def now() -> str:

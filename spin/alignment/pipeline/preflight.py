@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,17 +92,19 @@ def check_run_dir(run_dir: Path) -> None:
     """Refuse a folder with files that are not from a run; leftovers of a run that was killed at its start are allowed."""
     from spin.alignment.core.files import is_leftover
     from spin.alignment.core.lock import LOCK_NAME
+    from spin.alignment.pipeline.config import is_run_yaml
     from spin.alignment.pipeline.manifest import MANIFEST_NAME
 
     if run_dir.exists() and not run_dir.is_dir():
         raise InputError(f"run_dir {run_dir} is a file: choose a folder")
     own = (MANIFEST_NAME, "run.yaml")
-    if run_dir.is_dir() and not (run_dir / MANIFEST_NAME).exists():
-        foreign = sorted(
-            path.name
-            for path in run_dir.iterdir()
-            if path.name not in (*own, LOCK_NAME) and not any(is_leftover(path, run_dir / name) for name in own)
-        )
+    if run_dir.is_dir() and not os.path.lexists(run_dir / MANIFEST_NAME):
+        if is_run_yaml(run_dir / "run.yaml"):
+            return  # the manifest was removed: a new one is made
+        present = [
+            path.name for path in run_dir.iterdir() if not any(is_leftover(path, run_dir / name) for name in own)
+        ]
+        foreign = sorted({*present} - {LOCK_NAME})
         if foreign:
             raise InputError(
                 f"run_dir {run_dir} contains {foreign[0]} but no run of this program: choose an empty folder"

@@ -3,62 +3,99 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+from spin.alignment.core.program import RUN_VARIABLE
+from spin.alignment.pipeline.stage_output import StageOutput
+from spin.alignment.pipeline.stalls import StallWatch, culprits, examine, process_state
 from spin.alignment.pipeline.start_programs import ProgramStarter, ServedProgram
 
 _CHUNK_BYTES = 65536
+_LOOK_SECONDS = 1.0
+_STRAGGLER_SECONDS = 5.0
+_TERMINATION_SECONDS = 20.0
+PipeId = tuple[int, int]
+
+
+class ProgramStalled(Exception):
+    """A program made no progress for too long and was ended; the message says what its processes were doing."""
 
 
 class ChildPrograms:
     """Starts programs for a run directory and keeps track of those that are running. Safe to use from several threads."""
 
-    def __init__(self, run_dir: Path, one_thread: bool, prefix: bool) -> None:
-        """``one_thread`` gives each child one OpenMP thread; ``prefix`` starts each line with the stage that it came from."""
-        self.run_dir, self.prefix = run_dir, prefix
-        self.environment = {**os.environ, RUN_VARIABLE: str(run_dir.resolve()), "PYTHONUNBUFFERED": "1"}
+    def __init__(
+        self,
+        run_dir: Path,
+        one_thread: bool,
+        prefix: bool,
+        stall_timeout: float = 0.0,
+        secrets: Mapping[str, str] | None = None,
+    ) -> None:
+        """Prepare to start programs; none is started yet.
+
+        Args:
+            one_thread: give each child one OpenMP thread.
+            prefix: start each line with the stage that it came from.
+            stall_timeout: seconds without output or a changed file after which a program is ended; 0: never.
+            secrets: what the programs get in their environment and no file may contain.
+        """
+        self.run_dir, self.prefix, self.stall_timeout = run_dir, prefix, stall_timeout
+        marked = {RUN_VARIABLE: str(run_dir.resolve()), "PYTHONUNBUFFERED": "1"}
+        self.environment = {**os.environ, **(secrets or {}), **marked}
         if one_thread:
             self.environment["OMP_NUM_THREADS"] = "1"
         self.starter = ProgramStarter(self.environment)
-        self._living: dict[int, subprocess.Popen[bytes] | ServedProgram] = {}
+        self.is_hurried: Callable[[], bool] = lambda: False
+        self._living: dict[int, PipeId] = {}  # of each program's output
         self._mutex = threading.Lock()
         self._stopped = False
 
     def log_path(self, stage: str) -> Path:
         return self.run_dir / "logs" / f"{stage.replace('/', '-')}.log"
 
-    def run(self, stage: str, command: Sequence[str]) -> int:
-        """Run one command and wait for it; return its exit code (130 if a signal stopped it)."""
-        log_path = self.log_path(stage)
-        log_path.parent.mkdir(parents=True, exist_ok=True)
-        with log_path.open("ab") as log:
-            start = log.tell()
-            log.write(("$ " + " ".join(command) + "\n").encode())
+    def run(self, stage: str, command: Sequence[str], folder: Path | None = None) -> int:
+        """Run one command and wait for it; ``folder`` is where its files change.
+
+        Returns:
+            Its exit code, negative for a signal; 130 if it was interrupted, 2 if its log names bad input.
+
+        Raises:
+            ProgramStalled: it made no progress for ``stall_timeout`` seconds, and was ended.
+        """
+        output = StageOutput(self.log_path(stage), f"[{stage}] " if self.prefix else "")
+        with output:
+            output.log(("$ " + " ".join(command) + "\n").encode(errors="backslashreplace"))
             self.starter.prepare(command)  # may take seconds, and stop() must not wait for it
             with self._mutex:
                 if self._stopped:  # stop() was called while the server started: nothing may start after it
                     return 130
-                child, output = self._start(command)
-                self._living[child.pid] = child
+                child, pipe = self._start(command)
+                pipe_id = identity(pipe)
+                self._living[child.pid] = pipe_id
             try:
-                with output:
-                    self._show(stage, output, log)
+                with pipe:
+                    self._follow(child, pipe, output, StallWatch(self.stall_timeout, folder))
                 code = child.wait()
             except BaseException:
-                end_processes(group_members(child.pid))
+                end_processes(members(child.pid, pipe_id), self.is_hurried)
                 child.wait()
                 raise
             finally:
                 with self._mutex:
                     self._living.pop(child.pid, None)
-        return self._exit_code(code, log_path, start)
+        if code in (-signal.SIGINT, -signal.SIGTERM, -signal.SIGHUP, 130):
+            return 130
+        # accelerate returns 1 for any failure of its children, so an error line in the log means bad input.
+        return 2 if code == 1 and output.named_bad_input else code
 
     def _start(self, command: Sequence[str]) -> tuple[subprocess.Popen[bytes] | ServedProgram, BinaryIO]:
         """Start a command; return it and the read end of the pipe for both of its outputs."""
@@ -72,49 +109,79 @@ class ChildPrograms:
         finally:
             os.close(write_end)
 
-    def _show(self, stage: str, output: BinaryIO, log: BinaryIO) -> None:
-        """Copy the output to the log and the terminal. Progress bars (carriage returns) are only shown on a terminal."""
-        mark = f"[{stage}] ".encode() if self.prefix else b""
-        pending = b""
-        while chunk := os.read(output.fileno(), _CHUNK_BYTES):
-            *lines, pending = (pending + chunk).split(b"\n")
-            for line in lines:
-                self._tell(mark, line.rstrip(b"\r").rpartition(b"\r")[2], log)
-            if b"\r" in pending and sys.stdout.isatty() and not self.prefix:
-                sys.stdout.buffer.write(b"\r" + pending.rpartition(b"\r")[2])
-                sys.stdout.flush()
-        if pending:
-            self._tell(mark, pending, log)
+    def _follow(
+        self, child: subprocess.Popen[bytes] | ServedProgram, pipe: BinaryIO, output: StageOutput, watch: StallWatch
+    ) -> None:
+        """Show and log the output until the program and everything that it started have ended."""
+        poll = select.poll()
+        poll.register(pipe, select.POLLIN)
+        ended_at: float | None = None
+        while True:
+            if poll.poll(_LOOK_SECONDS * 1000):
+                chunk = os.read(pipe.fileno(), _CHUNK_BYTES)
+                if not chunk:
+                    break
+                output.write(chunk)
+                watch.note_output()
+            if ended_at is None and child.poll() is not None:
+                ended_at = time.monotonic()
+            if ended_at is not None and time.monotonic() - ended_at > _STRAGGLER_SECONDS:
+                # A launcher that was killed leaves its workers, which hold the pipe and wait for each other forever.
+                stragglers = [pid for pid in members(child.pid, identity(pipe)) if pid != child.pid]
+                output.say(f"the program has ended, but {len(stragglers)} of its processes have not: ending them")
+                end_processes(stragglers, self.is_hurried)
+                break
+            if ended_at is None and watch.is_stalled():
+                self._end_stalled(child.pid, pipe, output)
+        output.finish()
 
-    @staticmethod
-    def _tell(mark: bytes, line: bytes, log: BinaryIO) -> None:
-        log.write(line + b"\n")
-        log.flush()
-        text = (mark + line).decode(errors="replace")
-        sys.stdout.write(text + "\n")
-        sys.stdout.flush()
-
-    @staticmethod
-    def _exit_code(code: int, log_path: Path, start: int) -> int:
-        """Map to 0, 1, 2 or 130; accelerate returns 1 for any failure of its children, so an error line in the log means 2."""
-        if code in (-signal.SIGINT, -signal.SIGTERM, 130):
-            return 130
-        if code in (0, 2):
-            return code
-        with log_path.open("rb") as log:
-            log.seek(start)
-            said = log.read().splitlines()
-        bad_input = any(line.startswith((b"error: ", b"[rank0]:error: ")) for line in said)
-        return 2 if bad_input else 1
+    def _end_stalled(self, leader: int, pipe: BinaryIO, output: StageOutput) -> None:
+        processes = examine(members(leader, identity(pipe)), pipe)
+        last = output.last_line
+        for item in processes:
+            output.log(f"stack of {item.name}:\n{item.stack}\n".encode() if item.stack else b"")
+        doing = "; ".join(item.description for item in culprits(processes)[:4])
+        raise ProgramStalled(
+            f"no output and no changed file for {self.stall_timeout:g} s (launch.stall_timeout): {doing or 'no process answers'}"
+            f"; its last line: {last or '(none)'}"
+        )
 
     def stop(self) -> None:
         """End every running child and its process group: SIGTERM first, SIGKILL after 20 seconds. Nothing starts after this."""
         with self._mutex:
             self._stopped = True
-            living = list(self._living)
-        groups = [pid for leader in living for pid in group_members(leader)]
-        end_processes(groups)
+            living = dict(self._living)
+        groups = [pid for leader, pipe in living.items() for pid in members(leader, pipe)]
+        end_processes(groups, self.is_hurried)
         self.starter.close()  # only now: the server has to report how its programs ended
+
+
+def identity(pipe: BinaryIO) -> PipeId:
+    """Return what both ends of a pipe, and all their copies, have in common."""
+    facts = os.fstat(pipe.fileno())
+    return facts.st_dev, facts.st_ino
+
+
+def members(leader: int, pipe: PipeId) -> list[int]:
+    """Return the processes of a program: those in the group of its leader, and those that hold the pipe of its output.
+
+    The workers of a launcher have groups of their own.
+    """
+    group = group_members(leader)
+    return [*group, *(pid for pid in pipe_holders(pipe) if pid not in group)]
+
+
+def pipe_holders(pipe: PipeId) -> list[int]:
+    """Return the other processes of this user that write to a pipe (none if there is no /proc)."""
+    found = set()
+    for link in Path("/proc").glob("[0-9]*/fd/[12]"):
+        try:
+            facts = link.stat()
+            if (facts.st_dev, facts.st_ino) == pipe:
+                found.add(int(link.parent.parent.name))
+        except OSError:  # it has ended, or belongs to another user
+            continue
+    return sorted(found - {os.getpid()})
 
 
 def group_members(leader: int) -> list[int]:
@@ -141,7 +208,7 @@ def accelerate_command(
     """Return the command of a program in ``num_processes`` processes (plain Python for one without ``config_file``)."""
     if num_processes == 1 and config_file is None:
         return python_command(program, arguments)
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", f"--num_processes={num_processes}"]
+    launcher = [sys.executable, "-m", "spin.alignment.pipeline.launch", f"--num_processes={num_processes}"]
     if config_file is not None:
         launcher.append(f"--config_file={config_file}")
     else:
@@ -149,10 +216,6 @@ def accelerate_command(
         launcher += ["--multi_gpu", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
         launcher.append("--main_process_port=0")
     return [*launcher, str(program), *arguments]
-
-
-RUN_VARIABLE = "SPIN_RUN_DIRECTORY"
-_TERMINATION_SECONDS = 20.0
 
 
 def orphans(run_dir: Path) -> list[int]:
@@ -169,11 +232,11 @@ def orphans(run_dir: Path) -> list[int]:
     return found
 
 
-def end_processes(pids: list[int]) -> None:
-    """Send SIGTERM to processes, and SIGKILL to those that have not ended after 20 seconds."""
+def end_processes(pids: list[int], is_hurried: Callable[[], bool] = lambda: False) -> None:
+    """Send SIGTERM to processes, and SIGKILL to those that have not ended after 20 seconds, or once ``is_hurried()``."""
     _signal_all(pids, signal.SIGTERM)
     deadline = time.monotonic() + _TERMINATION_SECONDS
-    while (pids := [pid for pid in pids if _is_alive(pid)]) and time.monotonic() < deadline:
+    while (pids := [pid for pid in pids if _is_alive(pid)]) and time.monotonic() < deadline and not is_hurried():
         time.sleep(0.1)
     _signal_all(pids, signal.SIGKILL)
 
@@ -187,8 +250,5 @@ def _signal_all(pids: list[int], number: signal.Signals) -> None:
 
 
 def _is_alive(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state != "Z"  # a zombie has ended, its parent has only not collected it yet
+    # A zombie has ended, its parent has only not collected it yet.
+    return process_state(pid) not in ("", "Z")

@@ -14,6 +14,7 @@ from spin.alignment.core.config import load_config, split_config
 from spin.alignment.core.console import say
 from spin.alignment.core.errors import lookup
 from spin.alignment.core.origins import leaves, origins
+from spin.alignment.core.secrets import is_secret
 from spin.alignment.core.settings import (
     MISSING,
     checked_value,
@@ -190,10 +191,14 @@ def show_config(path: str | Path, arguments: Sequence[str], program: str | None 
     """Print every resolved value of a configuration with its origin."""
     program, rows = resolve(path, arguments, program, every)
     say(f"{path}: {'spin run' if program == 'run' else f'spin/{program}.py'}")
-    texts = [(row.key, _text(row.value), row.origin) for row in rows]
+    texts = [(row.key, _text(_shown(row)), row.origin) for row in rows]
     widths = [max(len(text[column]) for text in texts) for column in (0, 1)]
     for key, value, origin in texts:
         say(f"  {key.ljust(widths[0])}  {value.ljust(min(widths[1], 60))}  {origin}")
+
+
+def _shown(row: Resolved) -> Any:
+    return "(hidden)" if is_secret(row.key) and row.value is not None else row.value
 
 
 def _text(value: Any) -> str:

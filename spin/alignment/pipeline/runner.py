@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,13 @@ class Pipeline:
         self.stages, self.rerun_changed = stages, rerun_changed
         self.parallel = config.launch.parallel
         self.manifest = RunManifest(config.run_dir)
-        self.children = ChildPrograms(self.manifest.run_dir, one_thread=self.parallel, prefix=self.parallel)
+        self.children = ChildPrograms(
+            self.manifest.run_dir,
+            one_thread=self.parallel,
+            prefix=self.parallel,
+            stall_timeout=config.launch.stall_timeout,
+            secrets=secrets_of(stages),
+        )
         self.runner = StageRunner(config, self.manifest, self.children)
         self._unfinished = {stage.name for stage in stages}
         self._turn = threading.Condition()
@@ -111,22 +118,27 @@ def run_stages(
     rerun_changed: bool,
     begin: Callable[[RunConfig], Any],
     finish: Callable[[RunConfig], Any],
+    is_hurried: Callable[[], bool] = lambda: False,
 ) -> int:
     """Run a checked configuration; return the exit code.
 
-    ``begin`` is called before the first stage and ``finish`` after the last one, both with the run directory locked.
+    ``begin`` is called before the first stage and ``finish`` after the last one, both with the run directory locked. Once
+    ``is_hurried()``, programs that are being ended are killed at once.
     """
     import yaml
 
-    from spin.alignment.core.files import remove_leftovers, write_text_atomic
+    from spin.alignment.core.files import remove_all_leftovers, write_text_atomic
     from spin.alignment.pipeline.lock import run_lock
-    from spin.alignment.pipeline.manifest import MANIFEST_NAME
+    from spin.alignment.pipeline.manifest import set_damaged_aside
     from spin.alignment.pipeline.stages import make_stages
 
     run_dir = Path(config.run_dir)
     with run_lock(run_dir):
-        remove_leftovers(run_dir / MANIFEST_NAME, run_dir / "run.yaml")
+        for folder in (run_dir, *(path for path in run_dir.iterdir() if path.is_dir())):
+            remove_all_leftovers(folder)
+        set_damaged_aside(run_dir)
         pipeline = Pipeline(config, make_stages(config), rerun_changed)
+        pipeline.children.is_hurried = is_hurried
         pipeline.refuse_changes()
         pipeline.manifest.save()
         write_text_atomic(run_dir / "run.yaml", yaml.safe_dump(config.as_dict(), sort_keys=False, allow_unicode=True))
@@ -142,10 +154,31 @@ def run_stages(
     return EXIT_DONE
 
 
+def secrets_of(stages: Sequence[Stage]) -> dict[str, str]:
+    """Return the environment variables with the secrets of all stages.
+
+    Raises:
+        InputError: two stages have different ones.
+    """
+    found: dict[str, str] = {}
+    for stage in stages:
+        for name, value in stage.secrets.items():
+            if found.setdefault(name, value) != value:
+                raise InputError(f"{stage.name} has another hub_token than the stages before it: give a single one")
+    return found
+
+
 def explain(failure: StageFailed) -> int:
     """Report which stage failed and why; return the exit code of the run."""
     code = failure.code if failure.code in (EXIT_BAD_INPUT, EXIT_INTERRUPTED) else EXIT_INTERNAL_ERROR
     reason = {EXIT_BAD_INPUT: "its input is bad, see the sentence above", EXIT_INTERRUPTED: "it was interrupted"}
-    said = reason.get(code, f"its program failed (exit code {failure.code})")
+    said = failure.reason or reason.get(code, f"its program failed ({describe_code(failure.code)})")
     say_error(f"error: {failure.stage} stopped: {said}; log: {failure.log}; run again to resume")
     return code
+
+
+def describe_code(code: int) -> str:
+    """Return what an exit code of a program means; negative ones are signals."""
+    if code == -signal.SIGKILL:
+        return "killed by SIGKILL, as the kernel does when memory runs out"
+    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from spin.alignment.core.console import say
+from spin.alignment.core.program import EXIT_INTERNAL_ERROR
+from spin.alignment.pipeline.manifest import replaced_folder
+from spin.alignment.pipeline.processes import ProgramStalled
 
 if TYPE_CHECKING:
     from spin.alignment.pipeline.config import RunConfig
@@ -17,11 +21,11 @@ if TYPE_CHECKING:
 
 
 class StageFailed(Exception):
-    """A program of a stage ended with a nonzero exit code."""
+    """A program of a stage ended with a nonzero exit code (negative: a signal), or for the ``reason`` given."""
 
-    def __init__(self, stage: str, code: int, log: Path) -> None:
+    def __init__(self, stage: str, code: int, log: Path, reason: str = "") -> None:
         super().__init__(stage)
-        self.stage, self.code, self.log = stage, code, log
+        self.stage, self.code, self.log, self.reason = stage, code, log, reason
 
 
 class StageRunner:
@@ -39,11 +43,13 @@ class StageRunner:
         """
         inputs = stage.inputs(self.manifest)
         record = self.manifest.stages.get(stage.name)
-        if record is not None and record.inputs == inputs and self.manifest.is_done(stage.name):
+        changed = record is not None and bool(self.manifest.changes(stage.name, inputs))
+        if record is not None and not changed and self.manifest.is_done(stage.name):
+            stage.kind.restore(stage)
             say(f"==> {stage.name}: already complete")
             return
-        self._clear(stage, record, inputs)
-        resumed = record is not None and record.inputs == inputs and record.state != "done"
+        self._clear(stage, record, changed)
+        resumed = record is not None and not changed and record.state != "done"
         say(f"==> {stage.name}: {'resuming' if resumed else 'starting'}")
         self.manifest.start(stage.name, inputs)
         started = time.monotonic()
@@ -60,7 +66,11 @@ class StageRunner:
         # On resume as well: the first attempt may have been killed before it wrote its files.
         stage.kind.prepare(stage)
         for command in stage.commands:
-            code = self.children.run(stage.name, command)
+            try:
+                code = self.children.run(stage.name, command, stage.folder)
+            except ProgramStalled as stall:
+                log = self.children.log_path(stage.name)
+                raise StageFailed(stage.name, EXIT_INTERNAL_ERROR, log, str(stall)) from stall
             if code:
                 raise StageFailed(stage.name, code, self.children.log_path(stage.name))
         missing = stage.kind.missing_outputs(stage)
@@ -68,11 +78,11 @@ class StageRunner:
             raise RuntimeError(f"{stage.name} succeeded but did not write {', '.join(missing)}")
         stage.kind.finish(stage, self.config)
 
-    def _clear(self, stage: Stage, record: StageRecord | None, inputs: dict[str, Any]) -> None:
+    def _clear(self, stage: Stage, record: StageRecord | None, changed: bool) -> None:
         """Move aside output that is from other inputs, or that has changed since it was complete."""
         if record is None:
             return
-        if record.inputs != inputs:
+        if changed:
             self._keep_replaced(stage, [stage.folder] if stage.folder else [], "its inputs changed")
         elif record.state == "done":
             damaged = [self.manifest.run_dir / name for name in self.manifest.damaged_outputs(stage.name)]
@@ -82,8 +92,8 @@ class StageRunner:
     def _keep_replaced(self, stage: Stage, paths: list[Path], reason: str) -> None:
         """Move output that must not be used any more to RUN/replaced/, so that none of it ends up in the new output."""
         run_dir = self.manifest.run_dir
-        kept = run_dir / "replaced" / time.strftime("%Y%m%d-%H%M%S")
-        present = [path for path in paths if path.exists()]
+        kept = replaced_folder(run_dir)
+        present = [path for path in paths if os.path.lexists(path)]
         for path in present:
             target = kept / path.relative_to(run_dir)
             target.parent.mkdir(parents=True, exist_ok=True)

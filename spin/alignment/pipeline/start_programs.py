@@ -39,6 +39,13 @@ class ServedProgram:
         self._report = report
         self._code: int | None = None
 
+    def poll(self) -> int | None:
+        """Return the exit code if the program has ended, otherwise None."""
+        try:
+            return self.wait(timeout=0.0)
+        except subprocess.TimeoutExpired:
+            return None
+
     def wait(self, timeout: float | None = None) -> int:
         """Wait for the end; return the exit code, negative for a signal.
 
@@ -51,7 +58,7 @@ class ServedProgram:
             self._report.settimeout(timeout)
             try:
                 message = _receive(self._report)
-            except TimeoutError:
+            except (TimeoutError, BlockingIOError):  # of a timeout of 0
                 raise subprocess.TimeoutExpired(str(self.pid), timeout or 0.0) from None
             if message is None:
                 kill_group(self.pid)
@@ -109,7 +116,7 @@ class ProgramStarter:
         )
 
     def close(self) -> None:
-        """End the server; programs that it started continue, as do threads waiting for them. Later starts are new processes."""
+        """End the server, once its programs have ended. Later starts are new processes."""
         self.problem = self.problem or "the server was closed"
         control = self._control
         if control is not None:

@@ -8,8 +8,8 @@ new processes.
 Protocol (``SOCK_SEQPACKET``, JSON): the server first sends ``{"problem": null}`` or why it cannot serve. Each request is
 ``{"arguments": [program, ...], "cwd": folder}`` with three descriptors: a socket for reports on this program, its standard
 output and its standard error. On the program's socket come ``{"pid": N}`` once it leads its own session, and
-``{"code": N}`` when it has ended (negative: the signal). When the client's end closes, the server ends; programs continue, like
-children of a killed parent.
+``{"code": N}`` when it has ended (negative: the signal). When the client's end closes, the server ends, and the kernel
+sends SIGTERM to the programs of a run (see ``follow_run``).
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from spin.alignment.core.console import show
+
 if TYPE_CHECKING:
     from spin.alignment.pipeline.manifest import RunManifest
     from spin.alignment.pipeline.stages import Stage
@@ -30,7 +32,6 @@ def show_status(path: str) -> None:
     folder = Path(path)
     if not (folder / "run.yaml").exists() and folder.is_dir() and show_fractions(folder):
         return
-    from rich.console import Console
     from rich.table import Table
 
     from spin.alignment.core.lock import is_locked
@@ -46,4 +47,4 @@ def show_status(path: str) -> None:
         state = stage_state(stage, manifest, is_held)
         seconds = f"{record.seconds:.0f}" if record else ""
         table.add_row(stage.name, state, seconds, "" if state in ("done", "pending") else stage.kind.progress(stage))
-    Console().print(table)
+    show(table)

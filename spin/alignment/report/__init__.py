@@ -6,18 +6,18 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from spin.alignment.core.console import escape_controls, say, show
+
 if TYPE_CHECKING:
     from spin.alignment.pipeline.config import RunConfig
 
 
 def show_lineage(config: RunConfig) -> None:
     """Print what every model of the run starts from, its opponent and its training data."""
-    from rich.console import Console
-
     from spin.alignment.pipeline.lineage import lineage
     from spin.alignment.report.table import lineage_table
 
-    Console().print(lineage_table(lineage(config)))
+    show(lineage_table(lineage(config)))
 
 
 def write_report(config: RunConfig) -> Path:
@@ -26,8 +26,6 @@ def write_report(config: RunConfig) -> Path:
     Raises:
         InputError: no stage of the run has produced results yet.
     """
-    from rich.console import Console
-
     from spin.alignment.core.files import atomic_file, write_json_atomic, write_text_atomic
     from spin.alignment.pipeline.lineage import lineage
     from spin.alignment.report.page import render_page
@@ -44,18 +42,12 @@ def write_report(config: RunConfig) -> Path:
     page = run_dir / "report.html"
     write_text_atomic(page, render_page(run_dir.name, summary, samples, lineage(config), image))
     # Without a terminal rich assumes 80 columns, too few for the table.
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(results_table(summary))
+    show(results_table(summary), width=None if sys.stdout.isatty() else 120)
     for line in ["", *summary["verdicts"], "", *(f"warning: {line}" for line in summary["warnings"])]:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        say(line)
     for sample in samples:
-        console.print(
-            f"\n{sample['prompt']}  (ground truth: {sample['ground_truth']})",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
+        say(escape_controls(f"\n{sample['prompt']}  (ground truth: {sample['ground_truth']})"))
         for model, response in sample["responses"].items():
-            console.print(f"  {model}: {response}", markup=False, highlight=False, soft_wrap=True)
-    console.print(f"\nreport: {page}", markup=False, highlight=False, soft_wrap=True)
+            say(escape_controls(f"  {model}: {response}"))
+    say(f"\nreport: {page}")
     return page

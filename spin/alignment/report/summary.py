@@ -31,7 +31,7 @@ def summarize(config: RunConfig) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """
     models = [model for model in models_of(make_stages(config)) if model.is_reported]
     evaluations = {model.name: _optional(model.folder / "eval.json") for model in models}
-    rows = [model_row(model, evaluations[model.name], config) for model in models]
+    rows = [checked_row(model, evaluations[model.name], config) for model in models]
     rows = [row for row in rows if len(row) > len(IDENTITY)]
     if not rows:
         raise InputError(f"{config.run_dir} has no results yet: finish a stage with `spin run` first")
@@ -52,7 +52,28 @@ def summarize(config: RunConfig) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def _optional(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.exists() else {}
+    try:
+        found = read_json(path) if path.exists() else {}
+    except InputError:
+        found = None
+    if not isinstance(found, dict):
+        raise InputError(f"{path} is damaged: `spin run` with the configuration of this run makes it again")
+    return found
+
+
+def checked_row(model: Model, evaluation: dict[str, Any], config: RunConfig) -> dict[str, Any]:
+    """Return :func:`model_row`.
+
+    Raises:
+        InputError: a file of the model's results lacks what its program writes.
+    """
+    try:
+        return model_row(model, evaluation, config)
+    except (KeyError, TypeError, AttributeError, StopIteration) as error:
+        raise InputError(
+            f"the results of {model.name} in {model.folder} are incomplete or of another version ({error}): remove eval.json "
+            "there and run `spin run` again"
+        ) from error
 
 
 def model_row(model: Model, evaluation: dict[str, Any], config: RunConfig) -> dict[str, Any]:

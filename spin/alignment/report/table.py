@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from spin.alignment.core.console import escape_controls
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -71,7 +73,7 @@ def lineage_table(rows: Sequence[Sequence[str]]) -> Table:
     for heading in LINEAGE_HEADINGS:
         table.add_column(heading, overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape_controls, row))
     return table
 
 

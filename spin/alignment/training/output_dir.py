@@ -10,7 +10,7 @@ from typing import Any
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.files import read_json, write_json_atomic
 from spin.alignment.models.folder import is_complete_checkpoint
-from spin.alignment.training.settings import Settings
+from spin.alignment.training.settings import Settings, without_paths
 
 
 class OutputFolder:
@@ -37,7 +37,7 @@ class OutputFolder:
                 )
             return False
         # Keys of both records: one that was added or removed is a change as well.
-        found = read_json(record)
+        found = self._recorded(record)
         changed = [key for key in {**found, **self.inputs} if found.get(key) != self.inputs.get(key)]
         if changed:
             raise InputError(
@@ -45,6 +45,18 @@ class OutputFolder:
                 "or set overwrite_output_dir: true"
             )
         return is_complete_checkpoint(self.path) and (self.path / "metrics.json").exists()
+
+    def _recorded(self, record: Path) -> dict[str, Any]:
+        try:
+            found = read_json(record)
+        except InputError:
+            found = None
+        if not isinstance(found, dict):
+            raise InputError(
+                f"{record} is damaged, so it is unknown which training run the folder belongs to: remove {self.path} and run "
+                "again, or set overwrite_output_dir: true"
+            )
+        return without_paths(found)
 
     def prepare(self, is_main: bool) -> None:
         """Record the inputs of the run; with ``overwrite``, delete the old checkpoints."""

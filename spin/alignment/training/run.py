@@ -6,10 +6,11 @@ import logging
 import os
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spin.alignment.core.console import say
-from spin.alignment.core.files import write_json_atomic
+from spin.alignment.core.files import share_files, write_json_atomic
 from spin.alignment.models.adapters import add_adapters, merge_adapters
 from spin.alignment.models.folder import model_folder
 from spin.alignment.models.loading import load_model
@@ -100,7 +101,7 @@ def push_policy(settings: Settings) -> None:
         return
     from huggingface_hub import HfApi
 
-    api = HfApi(token=arguments.hub_token)
+    api = HfApi(token=settings.hub_token)
     name = arguments.hub_model_id or settings.output_dir.name
     repository = api.create_repo(name, private=arguments.hub_private_repo, exist_ok=True).repo_id
     api.upload_folder(
@@ -122,6 +123,7 @@ def train_policy(
     resume = folder.resume_point()
     if resume:
         report(settings, f"resuming from {resume}")
+    trainer.add_callback(shared_checkpoints())
     result = trainer.train(resume_from_checkpoint=resume)
     final = trainer.evaluate() if trainer.eval_dataset is not None else {}
     seconds = time.monotonic() - started
@@ -141,6 +143,18 @@ def train_policy(
     report(settings, f"wrote {folder.path}")
     push_policy(settings)
     leave(trainer)
+
+
+def shared_checkpoints() -> Any:
+    """Return the callback that gives the files of the Trainer's checkpoints the mode that the umask says."""
+    from transformers import TrainerCallback
+
+    class SharedCheckpoints(TrainerCallback):
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if args.should_save:
+                share_files(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+    return SharedCheckpoints()
 
 
 def leave(trainer: Any) -> None:

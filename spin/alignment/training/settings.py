@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from spin.alignment.core.config import build, split_config
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.resolve import module_record
+from spin.alignment.core.secrets import refuse_stored_secrets, without_secrets
 from spin.alignment.core.settings import declaration_of, settings_of
 from spin.alignment.data.config import DataConfig
 from spin.alignment.models.config import ModelConfig
@@ -32,7 +34,6 @@ _WITHOUT_EFFECT = (
     "hub_model_id",
     "hub_private_repo",
     "hub_strategy",
-    "hub_token",
 )
 
 
@@ -45,6 +46,7 @@ class Settings:
     data: DataConfig
     arguments: Any
     output: OutputConfig
+    hub_token: str | None = dataclasses.field(default=None, repr=False)
 
     @property
     def output_dir(self) -> Path:
@@ -66,6 +68,8 @@ def read_settings(values: Mapping[str, Any], source: str, arguments_class: type)
         InputError: an unknown key, a value of the wrong type or out of range, incompatible values, or a missing model.
     """
     values = rename_keys(values, source)
+    refuse_stored_secrets(values, source)
+    hub_token, values = values.get("hub_token"), without_secrets(values)
     classes = (ModelConfig, DataConfig, OutputConfig, arguments_class)
     model_values, data_values, output_values, training_values = split_config(values, classes, source)
     if not values.get("output_dir"):
@@ -101,7 +105,8 @@ def read_settings(values: Mapping[str, Any], source: str, arguments_class: type)
     arguments.push_to_hub = (
         False  # the Trainer would mix its checkpoints into output_dir; push_policy does it at the end
     )
-    return Settings(values, model, data, arguments, output)
+    # The Trainer stores its arguments in every checkpoint, so the token is not one of them.
+    return Settings(values, model, data, arguments, output, None if hub_token is None else str(hub_token))
 
 
 def skip_unused_deepspeed_build() -> None:
@@ -146,4 +151,14 @@ def inputs_record(settings: Settings, opponent: str, data: str) -> dict[str, Any
     own = {"loss": settings.values.get("loss_type", ""), "pairing": settings.values.get("pairing", "")}
     modules = {key: value for kind, name in own.items() for key, value in module_record(kind, name).items()}
     record = {"model": opponent, "data": data, **processes, **kept, **modules}
-    return json.loads(json.dumps(record, default=str, sort_keys=True))
+    return without_paths(json.loads(json.dumps(record, default=str, sort_keys=True)))
+
+
+def without_paths(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a record of inputs without the places of models and data, whose contents are in ``model`` and ``data``.
+
+    A run that was moved, or is given by another spelling of its path, then has the same record. Earlier versions wrote the paths.
+    """
+    kept = {key: value for key, value in record.items() if key not in ("model_name_or_path", "eval_prompts")}
+    mixer = kept.get("dataset_mixer")
+    return {**kept, "dataset_mixer": list(mixer.values())} if isinstance(mixer, Mapping) else kept

@@ -9,6 +9,7 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
+from spin.alignment.core.files import share_files
 from spin.alignment.core.parquet import ParquetSink
 from spin.alignment.core.provenance import Provenance
 from spin.alignment.data.rows import PROMPT_SCHEMA
@@ -44,6 +45,7 @@ def write_data(output_dir: Path) -> str:
     tokenizer = character_tokenizer(CHARACTERS)
     tokenizer.save_pretrained(output_dir / "model")
     tiny_llama(len(tokenizer)).save_pretrained(output_dir / "model")
+    share_files(output_dir / "model")
     return (
         f"wrote {len(rows) - NUM_TEST} training and {NUM_TEST} test prompts and the model configuration to {output_dir}"
     )

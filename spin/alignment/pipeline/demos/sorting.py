@@ -11,6 +11,7 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
+from spin.alignment.core.files import share_files
 from spin.alignment.core.parquet import ParquetSink
 from spin.alignment.core.provenance import Provenance
 from spin.alignment.data.rows import PROMPT_SCHEMA
@@ -56,6 +57,7 @@ def write_data(output_dir: Path) -> str:
     tokenizer = character_tokenizer(LETTERS)
     tokenizer.save_pretrained(output_dir / "model")
     tiny_llama(len(SPECIAL) + len(LETTERS), hidden=96, feed_forward=256).save_pretrained(output_dir / "model")
+    share_files(output_dir / "model")
     return (
         f"wrote {NUM_TRAIN} (and {NUM_PLENTY}) answered training rows, {NUM_TEST} test rows, {NUM_PROMPTS} prompts without an "
         f"answer and the model configuration to {output_dir}"

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from spin.alignment.core.flags import to_arguments
 from spin.alignment.pipeline.config import LaunchConfig, RunConfig
-from spin.alignment.pipeline.manifest import RunManifest
+from spin.alignment.pipeline.manifest import NO_FILES, RunManifest
 from spin.alignment.pipeline.processes import accelerate_command
 from spin.alignment.pipeline.start_programs import PROGRAMS
 
@@ -55,7 +55,8 @@ class Stage:
     ``configs`` holds the settings of each program that is run, one after the other: the dataclass that its command line is
     built from, or the mapping that it reads as YAML. ``settings`` is what the manifest records of them. ``folder`` contains
     partial results, and is moved aside if the inputs have changed. ``needs`` names the stages whose outputs it reads.
-    ``makes`` is the model that it trains, ``scores`` the one that it evaluates.
+    ``makes`` is the model that it trains, ``scores`` the one that it evaluates. ``secrets`` are environment variables that its
+    programs need and no file may contain.
     """
 
     kind: StageKind
@@ -70,6 +71,7 @@ class Stage:
     needs: tuple[str, ...] = ()
     makes: Model | None = None
     scores: Model | None = None
+    secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @property
     def commands(self) -> list[list[str]]:
@@ -77,11 +79,13 @@ class Stage:
 
     def inputs(self, manifest: RunManifest) -> dict[str, Any]:
         """Return what the outputs of the stage depend on: its settings, and the content hash of every source."""
-        run_dir = str(manifest.run_dir)
+        run_dir = manifest.run_dir
         values = {key: portable(value, run_dir) for key, value in flatten(self.settings).items()}
         for source in self.sources:
             files = source.files()
-            values[f"content of {portable(source.name, run_dir)}"] = manifest.content_hashes(files) if files else "Hub"
+            values[f"content of {portable(source.name, run_dir)}"] = (
+                manifest.content_hashes(files) if files else NO_FILES
+            )
         return values
 
 
@@ -149,6 +153,9 @@ class StageKind:
             InputError: they are not what the run requires.
         """
 
+    def restore(self, stage: Stage) -> None:
+        """Write copies of outputs again, which people and the report read."""
+
     def missing_outputs(self, stage: Stage) -> list[str]:
         """Return the outputs that are missing although the programs of the stage succeeded."""
         paths = stage.outputs()
@@ -183,6 +190,9 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return {key.replace("\n", " "): value for key, value in flat.items()}
 
 
-def portable(value: Any, run_dir: str) -> Any:
-    """Make paths inside the run directory independent of its location, so that two runs can be compared."""
-    return value.replace(f"{run_dir}/", "RUN/") if isinstance(value, str) else value
+def portable(value: Any, run_dir: str | Path) -> Any:
+    """Make paths inside the run directory independent of its location, so that two runs can be compared.
+
+    The paths are made from ``run_dir`` as it was given, so its spelling (relative, through a link) does not matter.
+    """
+    return value.replace(f"{Path(run_dir)}/", "RUN/") if isinstance(value, str) else value

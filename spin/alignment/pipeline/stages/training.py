@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from spin.alignment.core.secrets import secret_variables, without_secrets
 from spin.alignment.models.folder import model_files
 from spin.alignment.pipeline.config import RunConfig
 from spin.alignment.pipeline.stages.base import Model, Source, Stage, StageKind
@@ -29,6 +30,7 @@ class TrainingKind(StageKind):
     ) -> Stage:
         """Return the stage that trains ``model`` with the settings ``values``."""
         checkpoint, launch = model.folder / "checkpoint", config.launch
+        secrets, values = secret_variables(values), without_secrets(values)
         recorded = {"num_processes": launch.num_processes, "config_file": launch.config_file}
         return Stage(
             kind=self,
@@ -42,6 +44,7 @@ class TrainingKind(StageKind):
             iteration=model.iteration,
             needs=needs,
             makes=model,
+            secrets=secrets,
         )
 
     def command(self, stage: Stage, config: Any) -> list[str]:
@@ -56,10 +59,15 @@ class TrainingKind(StageKind):
         write_text_atomic(config_file(stage), yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True))
 
     def finish(self, stage: Stage, config: RunConfig) -> None:
+        self.restore(stage)
+
+    def restore(self, stage: Stage) -> None:
         from spin.alignment.core.files import write_text_atomic
 
         metrics = checkpoint_of(stage) / "metrics.json"
-        write_text_atomic(config_file(stage).with_name(metrics.name), metrics.read_text(encoding="utf-8"))
+        copy, content = config_file(stage).with_name(metrics.name), metrics.read_bytes()
+        if not copy.is_file() or copy.read_bytes() != content:
+            write_text_atomic(copy, content.decode())
 
     def suspects(self, stage: Stage, damaged: list[Path]) -> list[Path]:
         """A training takes an existing checkpoint for complete, so all files of a damaged one are moved aside."""

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spin.alignment.core.memory_folder import MemoryFolder
 from spin.alignment.generation import find_backend, make_backend
 from spin.alignment.generation.base import BackendSettings, GenerationBackend, PromptRequest, Response, SamplingConfig
 from spin.alignment.logprobs.forward import use_attention
@@ -80,13 +81,13 @@ class EngineSampler(PolicySampler):
         """``engine`` is a backend with ``reload(folder)``; ``save_weights`` saves the policy to a folder as a model."""
         self._backend = engine
         self._save_weights = save_weights
+        self._memory: MemoryFolder | None = None
 
     def refresh(self) -> None:
         """Write the policy's weights for the engine to reload, which also invalidates its prompt cache."""
-        # A RAM-backed folder avoids writing the weights to disk at every step.
-        shared_memory = Path("/dev/shm")
-        parent = str(shared_memory) if shared_memory.is_dir() else None
-        with tempfile.TemporaryDirectory(prefix="spin-policy-", dir=parent) as folder:
+        # A folder in memory avoids writing the weights to disk at every step.
+        self._memory = self._memory or MemoryFolder("spin-policy-")
+        with tempfile.TemporaryDirectory(dir=self._memory.path) as folder:
             self._save_weights(Path(folder))
             self._backend.reload(folder)
 
@@ -97,6 +98,8 @@ class EngineSampler(PolicySampler):
     def close(self) -> None:
         """Shut the engine down."""
         self._backend.close()
+        if self._memory is not None:
+            self._memory.close()
 
 
 def make_sampler(
