@@ -21,10 +21,11 @@ import math
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from spin.alignment.core.config import convert
-from spin.alignment.core.errors import InputError
+from spin.alignment.core.errors import InputError, shown
+from spin.alignment.core.paths import check_output_file, check_output_folder, checked_name, checked_path
 
 C = TypeVar("C")
 _KEY = "setting"
@@ -38,6 +39,8 @@ class Declaration:
         help: one sentence or fragment; the only documentation of the setting.
         group: heading under which help and docs list this field and those after it, up to the next heading.
         ge, gt, le, lt: the range of a number, or of every number of a list. Numbers are always finite.
+        path: the text (every text of a list, every key of a mapping) is a path, or a Hub name, that is read ("input"), or the
+            path of a "folder" or "file" that is written, or the "name" of one (of a split); see ``core/paths.py``.
         unset: what the default ``None`` stands for, such as "the model's context".
         set_by_run: ``spin run`` sets the value itself, so no section of its configuration may contain the key.
         recorded: True: the value is stored in the provenance of the program's output. False: it does not affect results, so
@@ -51,6 +54,7 @@ class Declaration:
     gt: float | None = None
     le: float | None = None
     lt: float | None = None
+    path: Literal["", "input", "folder", "file", "name"] = ""
     unset: str = ""
     set_by_run: bool = False
     recorded: bool | None = None
@@ -59,7 +63,7 @@ class Declaration:
     def allows(self, value: float) -> bool:
         """Return whether a number is finite and in the range."""
         return (
-            math.isfinite(value)
+            (isinstance(value, int) or math.isfinite(value))
             and (self.ge is None or value >= self.ge)
             and (self.gt is None or value > self.gt)
             and (self.le is None or value <= self.le)
@@ -159,11 +163,52 @@ def checked_value(field: dataclasses.Field[Any], hint: Any, value: Any, where: s
         InputError: another type, an unknown choice, a number that is not finite or out of range.
     """
     value = convert(value, hint, where)
-    declaration = declaration_of(field)
-    for number in numbers_in(value) if _KEY in field.metadata else ():
-        if not declaration.allows(number):
-            raise InputError(f"{where} is {number}: set it to {declaration.range()}")
+    if _KEY in field.metadata:
+        return _checked_declared(declaration_of(field), value, where, required=default_of(field) is MISSING)
     return value
+
+
+def _checked_declared(declaration: Declaration, value: Any, where: str, required: bool) -> Any:
+    for number in numbers_in(value):
+        if not declaration.allows(number):
+            raise InputError(f"{where} is {shown(number)}: set it to {declaration.range()}")
+    for text in texts_in(value):
+        if not text.isascii() and text != text.encode(errors="replace").decode():
+            raise InputError(f"{where} is {shown(text)}, which is not text in UTF-8: correct the value")
+        if "\0" in text:
+            raise InputError(f"{where} is {shown(text)}, which has a NUL character in it: correct the value")
+    check = checked_name if declaration.path == "name" else checked_path
+    return _with_paths(value, where, required, check) if declaration.path else value
+
+
+def _with_paths(value: Any, where: str, required: bool, check: Callable[[str, str], str]) -> Any:
+    """Return the path or paths of a setting, checked and with ``~`` expanded; a text that may be left out may be empty."""
+    if isinstance(value, str):
+        return check(value, where) if value or required else value
+    if isinstance(value, Mapping):
+        return {check(key, where): item for key, item in value.items()}
+    return type(value)(check(item, where) for item in value) if isinstance(value, list | tuple) else value
+
+
+def check_outputs(config: Any, name_of: Callable[[str], str] = str) -> None:
+    """Check that the folders and files that the settings name for writing can be written; nothing is written.
+
+    Raises:
+        InputError: naming the setting and the path.
+    """
+    checks = {"folder": check_output_folder, "file": check_output_file}
+    for name, field in settings_of(type(config)).items():
+        check, value = checks.get(declaration_of(field).path), getattr(config, name)
+        if check is not None and value:
+            check(value, name_of(name))
+
+
+def texts_in(value: Any) -> list[str]:
+    """Return the texts in a value: itself, the items of a list, or the keys and values of a mapping."""
+    if isinstance(value, Mapping):
+        value = [*value, *value.values()]
+    values = value if isinstance(value, list | tuple) else [value]
+    return [item for item in values if isinstance(item, str)]
 
 
 def numbers_in(value: Any) -> list[float]:

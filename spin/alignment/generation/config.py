@@ -20,18 +20,20 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 class GenerateConfig:
     """Generate a model's own responses to the prompts of a data set."""
 
-    model: str = setting(help="model folder or Hub name: the opponent", group="model", set_by_run=True)
+    model: str = setting(help="model folder or Hub name: the opponent", group="model", path="input", set_by_run=True)
     revision: str | None = same_as(ModelConfig, "model_revision", set_by_run=True)
-    adapter: str | None = setting(None, "folder of LoRA adapters to apply to the model, without merging them first")
+    adapter: str | None = setting(
+        None, "folder of LoRA adapters to apply to the model, without merging them first", path="input"
+    )
     dtype: Dtype = same_as(ModelConfig, "dtype", recorded=True)
     system: System = same_as(DataConfig, "system")
     trust_remote_code: bool = same_as(ModelConfig, "trust_remote_code")
 
     input_dir: str = setting(
-        help="prompts with ground truth: folder, file or Hub name", group="prompts and fractions", set_by_run=True
+        help="prompts with ground truth: folder, file or Hub name", group="prompts and fractions", path="input", set_by_run=True
     )
-    output_dir: str = setting(help="folder of the fractions, shared by all machines", set_by_run=True)
-    split: str = setting("train", "split of the data", set_by_run=True)
+    output_dir: str = setting(help="folder of the fractions, shared by all machines", path="folder", set_by_run=True)
+    split: str = setting("train", "split of the data", path="name", set_by_run=True)
     data_frac: int | Literal["auto"] = setting(
         0, "which fraction to generate; auto: all that are not finished yet", ge=0, set_by_run=True
     )

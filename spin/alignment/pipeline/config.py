@@ -47,10 +47,10 @@ _ITERATED = ("generate", "convert", "weigh", "train", "overrides")
 class RunData:
     """Where prompts with ground truth come from."""
 
-    train: str = setting(help="prompts with ground truth, in any form that reformat.py reads", group="data")
-    test: str = setting("", "held-out prompts; without them no model is scored")
-    train_split: str = setting("train", "split of the prompts to train on")
-    test_split: str = setting("test", "split of the held-out prompts")
+    train: str = setting(help="prompts with ground truth, in any form that reformat.py reads", group="data", path="input")
+    test: str = setting("", "held-out prompts; without them no model is scored", path="input")
+    train_split: str = setting("train", "split of the prompts to train on", path="name")
+    test_split: str = setting("test", "split of the held-out prompts", path="name")
     test_pairs: bool = setting(
         False, "also generate for the held-out prompts: training then reports its metrics on held-out pairs"
     )
@@ -59,8 +59,9 @@ class RunData:
         "prompts that the model generates responses to: one data set, or a list with one for each iteration; they need no "
         "ground truth if the pairing needs none",
         unset="data.train",
+        path="input",
     )
-    prompts_split: str = setting("", "split of those prompts", unset="data.train_split")
+    prompts_split: str = setting("", "split of those prompts", unset="data.train_split", path="name")
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -81,7 +82,7 @@ class LaunchConfig:
         group="launch",
         ge=1,
     )
-    config_file: str | None = setting(None, "configuration of accelerate launch, such as configs/multi_gpu.yaml")
+    config_file: str | None = setting(None, "configuration of accelerate launch, such as configs/multi_gpu.yaml", path="input")
     parallel: bool = setting(
         False, "train the control and score models in parallel with self-play, one thread each, if there are free cores"
     )
@@ -94,9 +95,9 @@ class LaunchConfig:
 class RunConfig:
     """One run: every section except ``data`` and ``launch`` contains the flags or keys of the program that it is named after."""
 
-    run_dir: str = setting(help="folder of the run", group="run")
+    run_dir: str = setting(help="folder of the run", group="run", path="folder")
     model: str = setting(
-        help="the SFT model that iteration 0 starts from and plays against; with sft: what SFT starts from"
+        help="the SFT model that iteration 0 starts from and plays against; with sft: what SFT starts from", path="input"
     )
     data: RunData = setting(help="prompts with ground truth, see below")
     model_revision: str | None = setting(None, "revision of a Hub model")

@@ -16,7 +16,7 @@ from spin.alignment.core.settings import check_settings, setting
 class OutputConfig:
     """Where a training program writes, and how it treats existing output."""
 
-    output_dir: str = setting(help="folder for the trained model", group="output", set_by_run=True, recorded=False)
+    output_dir: str = setting(help="folder for the trained model", group="output", path="folder", set_by_run=True, recorded=False)
     overwrite_output_dir: bool = setting(
         False, "replace an existing training run in output_dir", set_by_run=True, recorded=False
     )
@@ -66,6 +66,7 @@ class SPINKeys:
         None,
         "folder of the stored reference log-probs; several runs may share it",
         unset="output_dir/reference",
+        path="folder",
         recorded=False,
     )
 
