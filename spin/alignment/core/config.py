@@ -67,7 +67,9 @@ def read_mapping(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise InputError(f"cannot read {path} ({error.strerror}): make it readable, or give another file") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not text in UTF-8 (byte {error.start}): give a YAML file, saved as UTF-8") from error
+        raise InputError(
+            f"{path} is not text in UTF-8 (byte {error.start}): give a YAML file, saved as UTF-8"
+        ) from error
     except ValueError as error:
         raise InputError(f"{path} is not valid YAML here ({error}): correct the file") from error
     content = {} if content is None else content

@@ -13,7 +13,15 @@ from typing import Any, TypeVar
 from spin.alignment.core.config import convert, key_values
 from spin.alignment.core.key_tables import default_text
 from spin.alignment.core.program import Parser
-from spin.alignment.core.settings import MISSING, check_outputs, declaration_of, default_of, grouped, hints_of, settings_of
+from spin.alignment.core.settings import (
+    MISSING,
+    check_outputs,
+    declaration_of,
+    default_of,
+    grouped,
+    hints_of,
+    settings_of,
+)
 
 C = TypeVar("C")
 

@@ -21,12 +21,14 @@ def checked_path(text: str, where: str) -> str:
         raise InputError(f"{where} is empty: give a path")
     if "\0" in text or any(ord(letter) < 32 for letter in text):
         raise InputError(f"{where} is {text[:60]!r}, which has a control character in it: correct the path")
-    expanded = os.path.expanduser(text)
+    expanded = os.path.expanduser(text)  # noqa: PTH111  (Path would raise for an unknown user)
     if expanded.startswith("~"):
         raise InputError(f"{where} is {text}, and there is no such home folder: write the path out")
-    longest = max(len(os.fsencode(name)) for name in expanded.split(os.sep))
+    longest = max(len(os.fsencode(name)) for name in expanded.split("/"))
     if longest > MAX_NAME or len(os.fsencode(expanded)) > MAX_PATH:
-        raise InputError(f"{where} is '{text[:40]}...', which is too long for a path: use at most {MAX_NAME} bytes a name")
+        raise InputError(
+            f"{where} is '{text[:40]}...', which is too long for a path: use at most {MAX_NAME} bytes a name"
+        )
     return expanded
 
 
@@ -36,8 +38,8 @@ def checked_name(text: str, where: str) -> str:
     Raises:
         InputError: a name that a file cannot have, or that would lead to another folder.
     """
-    if os.sep in text or text in (".", ".."):
-        raise InputError(f"{where} is {text[:60]!r}: give a name without '{os.sep}', since files are named after it")
+    if "/" in text or text in (".", ".."):
+        raise InputError(f"{where} is {text[:60]!r}: give a name without '/', since files are named after it")
     if len(os.fsencode(text)) > MAX_NAME - 60:  # files add ".", a number and a suffix to it
         raise InputError(f"{where} is '{text[:40]}...', which is too long: give a shorter name")
     return checked_path(text, where)
@@ -71,7 +73,9 @@ def check_output_file(path: str | Path, where: str) -> None:
 
 def _check_dangling(path: Path, where: str) -> None:
     if path.is_symlink() and not path.exists():
-        raise InputError(f"{where} {path} is a link to {os.readlink(path)}, which does not exist: create it, or remove the link")
+        raise InputError(
+            f"{where} {path} is a link to {path.readlink()}, which does not exist: create it, or remove the link"
+        )
 
 
 def _check_writable(folder: Path, where: str) -> None:
@@ -81,16 +85,20 @@ def _check_writable(folder: Path, where: str) -> None:
         try:
             exists = above.exists()
         except PermissionError:
-            raise InputError(f"{where} {folder} cannot be reached (no permission): choose a folder you may write to") from None
+            raise InputError(
+                f"{where} {folder} cannot be reached (no permission): choose a folder you may write to"
+            ) from None
         if not exists:
             continue
         if not above.is_dir():
             raise InputError(f"{where} {folder} is below {above}, which is a file: choose another folder")
         if not os.access(above, os.W_OK | os.X_OK) or _is_virtual(above):
-            raise InputError(f"{where} {folder} cannot be written ({above} is read-only for you): choose another folder")
+            raise InputError(
+                f"{where} {folder} cannot be written ({above} is read-only for you): choose another folder"
+            )
         return
 
 
 def _is_virtual(folder: Path) -> bool:
     """Whether a folder belongs to the kernel: root may write there by its mode, but no file can be created."""
-    return folder.resolve().parts[:2] in ((os.sep, "proc"), (os.sep, "sys"))
+    return folder.resolve().parts[:2] in (("/", "proc"), ("/", "sys"))

@@ -18,8 +18,6 @@ import yaml
 MAX_VALUES = 100_000
 MAX_DEPTH = 50
 _TAG = "tag:yaml.org,2002:"
-# The types of values by the kind of their YAML node; `<<` merges another mapping.
-_TYPES = {"scalar": ("str", "int", "float", "bool", "null"), "sequence": ("seq",), "mapping": ("map",)}
 
 
 class _Written:
@@ -173,7 +171,7 @@ class _Check:
             raise ValueError(f"line {_line(node)}: it is nested deeper than {MAX_DEPTH} levels")
         if id(node) in self.known:
             return total, levels
-        if node.tag.removeprefix(_TAG) not in _TYPES[node.id]:
+        if node.tag.removeprefix(_TAG) not in _types_of(node):
             raise ValueError(f"line {_line(node)}: values of the type '{node.tag}' are not supported here")
         if isinstance(node, yaml.MappingNode):
             self.keys(node)
@@ -205,6 +203,13 @@ def _children(node: yaml.Node) -> list[yaml.Node]:
     if isinstance(node, yaml.MappingNode):
         return [value for _, value in node.value]
     return list(node.value) if isinstance(node, yaml.SequenceNode) else []
+
+
+def _types_of(node: yaml.Node) -> tuple[str, ...]:
+    """Return the types that a node may have; a scalar may not be tagged as a mapping, and so on."""
+    if isinstance(node, yaml.MappingNode):
+        return ("map",)
+    return ("seq",) if isinstance(node, yaml.SequenceNode) else ("str", "int", "float", "bool", "null")
 
 
 def _check_scalar(node: yaml.ScalarNode) -> None:

@@ -28,7 +28,9 @@ class ReformatConfig:
 
     data: str = setting(help="Hub name, folder, or parquet, json or jsonl file", path="input")
     output_dir: str = setting(help="folder for {split}.parquet and test.parquet", path="folder")
-    split: str = setting("train", "split of the source to read, and name of the file written", path="name", recorded=True)
+    split: str = setting(
+        "train", "split of the source to read, and name of the file written", path="name", recorded=True
+    )
     test_size: float = setting(0.0, "rows held out (a number, or a proportion below 1)", ge=0, recorded=True)
     subset: int = setting(0, "random subset of this many training rows (0: all)", ge=0, recorded=True)
     seed: int = setting(42, "seed of the subset and of the test split", recorded=True)

@@ -23,7 +23,10 @@ class EvaluateConfig:
     trust_remote_code: bool = same_as(ModelConfig, "trust_remote_code")
 
     input_dir: str = setting(
-        help="prompts with ground truth: folder, file or Hub name", group="prompts and scores", path="input", set_by_run=True
+        help="prompts with ground truth: folder, file or Hub name",
+        group="prompts and scores",
+        path="input",
+        set_by_run=True,
     )
     split: str = setting("test", "split of the data", path="name", set_by_run=True)
     output_file: str = setting(help="JSON file to write", path="file", set_by_run=True)

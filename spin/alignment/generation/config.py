@@ -30,7 +30,10 @@ class GenerateConfig:
     trust_remote_code: bool = same_as(ModelConfig, "trust_remote_code")
 
     input_dir: str = setting(
-        help="prompts with ground truth: folder, file or Hub name", group="prompts and fractions", path="input", set_by_run=True
+        help="prompts with ground truth: folder, file or Hub name",
+        group="prompts and fractions",
+        path="input",
+        set_by_run=True,
     )
     output_dir: str = setting(help="folder of the fractions, shared by all machines", path="folder", set_by_run=True)
     split: str = setting("train", "split of the data", path="name", set_by_run=True)

@@ -18,7 +18,10 @@ class ConvertConfig:
     """Gather generated fractions into preference parquet files."""
 
     input_dir: str = setting(
-        help="folder of {split}-{fraction}.parquet files from generate.py", group="fractions and pairs", path="input", set_by_run=True
+        help="folder of {split}-{fraction}.parquet files from generate.py",
+        group="fractions and pairs",
+        path="input",
+        set_by_run=True,
     )
     output_dir: str = setting(help="folder for {split}_prefs-*.parquet", path="folder", set_by_run=True)
     splits: list[str] = setting([], "splits to gather", unset="those found at the start", path="name", set_by_run=True)

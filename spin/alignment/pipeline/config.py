@@ -47,7 +47,9 @@ _ITERATED = ("generate", "convert", "weigh", "train", "overrides")
 class RunData:
     """Where prompts with ground truth come from."""
 
-    train: str = setting(help="prompts with ground truth, in any form that reformat.py reads", group="data", path="input")
+    train: str = setting(
+        help="prompts with ground truth, in any form that reformat.py reads", group="data", path="input"
+    )
     test: str = setting("", "held-out prompts; without them no model is scored", path="input")
     train_split: str = setting("train", "split of the prompts to train on", path="name")
     test_split: str = setting("test", "split of the held-out prompts", path="name")
@@ -82,7 +84,9 @@ class LaunchConfig:
         group="launch",
         ge=1,
     )
-    config_file: str | None = setting(None, "configuration of accelerate launch, such as configs/multi_gpu.yaml", path="input")
+    config_file: str | None = setting(
+        None, "configuration of accelerate launch, such as configs/multi_gpu.yaml", path="input"
+    )
     parallel: bool = setting(
         False, "train the control and score models in parallel with self-play, one thread each, if there are free cores"
     )
@@ -97,7 +101,8 @@ class RunConfig:
 
     run_dir: str = setting(help="folder of the run", group="run", path="folder")
     model: str = setting(
-        help="the SFT model that iteration 0 starts from and plays against; with sft: what SFT starts from", path="input"
+        help="the SFT model that iteration 0 starts from and plays against; with sft: what SFT starts from",
+        path="input",
     )
     data: RunData = setting(help="prompts with ground truth, see below")
     model_revision: str | None = setting(None, "revision of a Hub model")

@@ -100,7 +100,9 @@ class ScorerSettings:
         "reward_model, preference_model, judge"
     )
     model: str | None = setting(
-        None, "folder or Hub name of the reward or preference model; the name under which the judge is served", path="input"
+        None,
+        "folder or Hub name of the reward or preference model; the name under which the judge is served",
+        path="input",
     )
     batch_size: int = setting(16, "sequences per forward pass, or requests in flight (judge)", ge=1)
     max_length: int | None = setting(

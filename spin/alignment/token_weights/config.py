@@ -26,7 +26,9 @@ class WeightsConfig:
         help="folder with {split}_prefs-*.parquet from convert_data.py", group="rows", path="input", set_by_run=True
     )
     output_dir: str = setting(help="folder for the same files with token weights", path="folder", set_by_run=True)
-    page: str | None = setting(None, "HTML file to write, showing a few responses coloured by weight", path="file", set_by_run=True)
+    page: str | None = setting(
+        None, "HTML file to write, showing a few responses coloured by weight", path="file", set_by_run=True
+    )
     page_rows: int = setting(8, "number of pairs on the page", ge=1)
     overwrite: bool = setting(
         False, "replace weights that were computed from other inputs or settings", set_by_run=True
@@ -44,10 +46,14 @@ class WeightsConfig:
     model_plus: str | None = setting(
         None, "the model trained on the pairs, or the teacher", group="models and tokenizer", path="input"
     )
-    model_minus: str | None = setting(None, "the model trained on the reversed pairs, or the student", path="input", set_by_run=True)
+    model_minus: str | None = setting(
+        None, "the model trained on the reversed pairs, or the student", path="input", set_by_run=True
+    )
     revision_plus: str | None = same_as(ModelConfig, "model_revision")
     revision_minus: str | None = same_as(ModelConfig, "model_revision", set_by_run=True)
-    tokenizer: str | None = setting(None, "model whose tokenizer encoded the data (drift and uniform)", path="input", set_by_run=True)
+    tokenizer: str | None = setting(
+        None, "model whose tokenizer encoded the data (drift and uniform)", path="input", set_by_run=True
+    )
     revision_tokenizer: str | None = same_as(ModelConfig, "model_revision", set_by_run=True)
     dtype: Dtype = same_as(ModelConfig, "dtype")
     trust_remote_code: bool = same_as(ModelConfig, "trust_remote_code", help="run code that comes with the models")

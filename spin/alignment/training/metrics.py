@@ -20,6 +20,12 @@ _NAMES = ("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "r
 _DRIFT = ("drift/chosen", "drift/chosen_per_token")
 
 
+def metric_names(loss: Loss) -> list[str]:
+    """Return the names of the averages over pairs that are logged for a loss."""
+    logps = (f"logps/{name}" for name in loss.responses)
+    return [*_NAMES, *logps, *(_DRIFT if loss.needs_reference else ())]
+
+
 @dataclass(frozen=True)
 class PairAverages:
     """Averages over pairs under their standard names, and the number of pairs and completion tokens averaged."""
@@ -34,8 +40,7 @@ class PairMetrics:
 
     def __init__(self, loss: Loss) -> None:
         """``loss`` declares which responses a pair has, and whether there is a reference."""
-        logps = (f"logps/{name}" for name in loss.responses)
-        self._names = (*_NAMES, *logps, *(_DRIFT if loss.needs_reference else ()), "pairs", "tokens")
+        self._names = (*metric_names(loss), "pairs", "tokens")
         self._sums: dict[str, list[Tensor]] = defaultdict(list)
 
     @torch.no_grad()

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spin.alignment.core.config import build, split_config
-from spin.alignment.core.errors import InputError
+from spin.alignment.core.errors import InputError, reason_of, shown
 from spin.alignment.core.resolve import module_record
-from spin.alignment.core.settings import declaration_of, settings_of
+from spin.alignment.core.settings import check_outputs, declaration_of, settings_of
 from spin.alignment.data.config import DataConfig
 from spin.alignment.models.config import ModelConfig
 from spin.alignment.models.folder import check_model_path
+from spin.alignment.training.argument_ranges import check_ranges
 from spin.alignment.training.keys import OutputConfig
 from spin.alignment.training.renamed_keys import rename_keys
 
@@ -73,25 +75,18 @@ def read_settings(values: Mapping[str, Any], source: str, arguments_class: type)
     model = build(ModelConfig, model_values, source)
     data = build(DataConfig, data_values, source)
     output = build(OutputConfig, output_values, source)
+    check_outputs(output)
     training_values.pop("resume_from_checkpoint", None)  # handled by OutputConfig, which also allows false
     if not data.dataset_mixer:
         raise InputError(f"{source} lacks the key 'dataset_mixer': add it with at least one 'path: fraction' line")
     check_model_path(model.model_name_or_path, needs_weights=not model.init_from_config)
     skip_unused_deepspeed_build()
-    try:
-        arguments: Any = build(arguments_class, {"report_to": "none", **training_values}, source)
-    except InputError:
-        raise
-    except (ValueError, ImportError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(
-            f"the training settings in {source} are incompatible with each other or with this machine: {reason}"
-        ) from error
+    arguments = build_arguments(arguments_class, {"report_to": "none", **training_values}, source)
     import huggingface_hub
     import torch
 
-    if arguments.fp16 and not torch.cuda.is_available():
-        raise InputError("fp16 is true, but no GPU is available: set bf16 to true instead, or neither")
+    if arguments.fp16 and (arguments.use_cpu or not torch.cuda.is_available()):
+        raise InputError("fp16 is true, but no GPU is used: set bf16 to true instead, or neither")
     if model.load_in_4bit and arguments.fsdp:
         raise InputError("load_in_4bit does not work with FSDP here: use DeepSpeed ZeRO-2 or a single process")
     if output.push_to_hub and values.get("hub_strategy", "end") != "end":
@@ -102,6 +97,50 @@ def read_settings(values: Mapping[str, Any], source: str, arguments_class: type)
         False  # the Trainer would mix its checkpoints into output_dir; push_policy does it at the end
     )
     return Settings(values, model, data, arguments, output)
+
+
+def build_arguments(arguments_class: type, values: Mapping[str, Any], source: str) -> Any:
+    """Return the arguments of a Trainer; an error of transformers names the keys that cause it.
+
+    Raises:
+        InputError: a value of the wrong type or out of range, or values that do not fit together or this machine.
+    """
+    values = {key: numbers_read(value) if isinstance(value, dict) else value for key, value in values.items()}
+    check_ranges(values, arguments_class, source)
+    try:
+        return build(arguments_class, values, source)
+    except InputError:
+        raise
+    except Exception as error:
+        causes = [
+            key for key in values if key != "output_dir" and _builds_without(arguments_class, values, key, source)
+        ]
+        given = ", ".join(f"{key}: {shown(values[key])}" for key in causes)
+        what = (
+            f"the setting{'s' if len(causes) > 1 else ''} {given} of {source}"
+            if causes
+            else f"the settings of {source}"
+        )
+        raise InputError(
+            f"{what} cannot be used together or on this machine ({reason_of(error)}): correct or remove it"
+        ) from error
+
+
+def _builds_without(arguments_class: type, values: Mapping[str, Any], key: str, source: str) -> bool:
+    try:
+        build(arguments_class, {name: value for name, value in values.items() if name != key}, source)
+    except Exception:  # another of the values causes the error
+        return False
+    return True
+
+
+def numbers_read(value: Any) -> Any:
+    """Return nested values with texts such as ``1e-7``, which YAML does not read as numbers, as numbers."""
+    if isinstance(value, Mapping):
+        return {key: numbers_read(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [numbers_read(item) for item in value]
+    return float(value) if isinstance(value, str) and re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", value) else value
 
 
 def skip_unused_deepspeed_build() -> None:
