@@ -74,14 +74,18 @@ class Declaration:
         """Return the range in words: ``0 or more``, ``above 0 and at most 1``."""
         bounds = []
         if self.ge is not None:
-            bounds.append(f"{self.ge:g} or more")
+            bounds.append(f"{_plain(self.ge)} or more")
         if self.gt is not None:
-            bounds.append(f"a number above {self.gt:g}")
+            bounds.append(f"a number above {_plain(self.gt)}")
         if self.le is not None:
-            bounds.append(f"at most {self.le:g}")
+            bounds.append(f"at most {_plain(self.le)}")
         if self.lt is not None:
-            bounds.append(f"below {self.lt:g}")
+            bounds.append(f"below {_plain(self.lt)}")
         return " and ".join(bounds) or "a finite number"
+
+
+def _plain(bound: float) -> str:
+    return str(int(bound)) if float(bound).is_integer() else f"{bound:g}"
 
 
 def setting(default: Any = MISSING, help: str = "", **facts: Any) -> Any:

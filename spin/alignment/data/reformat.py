@@ -47,6 +47,9 @@ class ReformatConfig:
         local, folder = Path(self.data), Path(self.output_dir)
         if local.is_dir() and local.resolve() == folder.resolve():
             raise InputError(f"output_dir is the folder of the data, {folder}: choose another one")
+        written = [folder / f"{self.split}.parquet"] + ([folder / "test.parquet"] if self.test_size else [])
+        if local.is_file() and local.resolve() in [path.resolve() for path in written]:
+            raise InputError(f"data {local} would be replaced by the result: choose another output_dir")
 
 
 def reformat(config: ReformatConfig) -> dict[str, Path]:

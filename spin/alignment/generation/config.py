@@ -96,10 +96,12 @@ class GenerateConfig:
         """Check the folders that the settings name, before the model is located.
 
         Raises:
-            InputError: the output folder is a file, or the adapter folder lacks a file.
+            InputError: the output folder is one of the inputs, or the adapter folder lacks a file.
         """
-        if Path(self.output_dir).exists() and not Path(self.output_dir).is_dir():
-            raise InputError(f"output_dir {self.output_dir} is a file: give a folder")
+        for name in ("model", "adapter", "input_dir"):
+            path = getattr(self, name)
+            if path is not None and Path(path).exists() and Path(path).resolve() == Path(self.output_dir).resolve():
+                raise InputError(f"output_dir is the folder of {name}, {path}: choose another folder")
         if self.adapter is not None:
             missing = [name for name in ADAPTER_FILES if not (Path(self.adapter) / name).is_file()]
             if missing:

@@ -96,7 +96,8 @@ def evaluate_config(config: RunConfig, name: str, model: str) -> EvaluateConfig:
     own = {
         "model": model,
         "revision": config.model_revision if model == config.model else None,
-        "input_dir": config.data.test,
+        # Without held-out prompts no model is scored, but the other settings of the section are checked all the same.
+        "input_dir": config.data.test or config.data.train,
         "split": config.data.test_split,
         "output_file": str(Path(config.run_dir) / name / "eval.json"),
         "seed": config.seed,

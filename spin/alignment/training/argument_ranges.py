@@ -41,6 +41,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "log_level_replica": ("debug", "info", "warning", "error", "critical", "passive"),
     "torch_compile_mode": ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
 }
+# Keys that are not the user's to set.
+REFUSED = {"local_rank": "the launcher sets it: remove the key"}
 
 
 def check_ranges(values: Mapping[str, Any], arguments_class: type, source: str) -> None:
@@ -52,6 +54,8 @@ def check_ranges(values: Mapping[str, Any], arguments_class: type, source: str) 
     hints, declared = hints_of(arguments_class), settings_of(arguments_class)
     for key, value in values.items():
         where = f"'{key}' in {source}"
+        if key in REFUSED:
+            raise InputError(f"{where} is {shown(value)}, but {REFUSED[key]}")
         for number in _all_numbers(value):
             if isinstance(number, float) and not math.isfinite(number):
                 raise InputError(f"{where} contains {shown(number)}: set it to a finite number")

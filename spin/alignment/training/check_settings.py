@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from spin.alignment.core.config import unknown_key
 from spin.alignment.core.errors import InputError, reason_of, shown, suggestion
 from spin.alignment.models.config import ModelConfig
+from spin.alignment.training.output_dir import check_resume_point
 from spin.alignment.training.program import TrainingProgram
 from spin.alignment.training.settings import Settings, read_settings
 
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 # The packages of trackers that transformers does not list as available or not.
 _TRACKER_PACKAGES = {"flyte": "flytekit"}
 _STEPS = 200
-_CHECKPOINTING = ("use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop", "context_fn")
+_FLAGS = ("use_reentrant", "preserve_rng_state", "debug", "early_stop")
+_CHECKPOINTING = (*_FLAGS, "determinism_check")
 
 
 def checked_settings(
@@ -106,8 +108,11 @@ def check_optimisation(arguments: Any, source: str) -> None:
     key = "lr_scheduler_kwargs" if arguments.lr_scheduler_kwargs else "lr_scheduler_type"
     with _naming(key, getattr(arguments.lr_scheduler_type, "value", arguments.lr_scheduler_type), source):
         for rate in _learning_rates(arguments, optimizer):
-            if not (math.isfinite(rate) and rate >= 0):
-                raise InputError(f"'{key}' in {source} leads to the learning rate {rate:g}: correct its values")
+            if not (math.isfinite(rate) and 0 <= rate <= 1.001 * arguments.learning_rate):
+                raise InputError(
+                    f"'{key}' in {source} leads to the learning rate {rate:g}, outside 0 to learning_rate "
+                    f"({arguments.learning_rate:g}): correct its values"
+                )
 
 
 def _learning_rates(arguments: Any, optimizer: torch.optim.Optimizer) -> Iterator[float]:
@@ -163,6 +168,11 @@ def check_memory_saving(arguments: Any, source: str) -> None:
             raise InputError(
                 f"'gradient_checkpointing_kwargs' in {source} is set, but gradient_checkpointing is false: set it to true"
             )
+        flags = [key for key in given if key in _FLAGS and not isinstance(given[key], bool)]
+        if flags:
+            raise InputError(
+                f"'{flags[0]}' in gradient_checkpointing_kwargs of {source} is {shown(given[flags[0]])}: set it to true or false"
+            )
         with _naming("gradient_checkpointing_kwargs", given, source):
             _checkpoint_once(dict(given))
     if arguments.use_liger_kernel and importlib.util.find_spec("liger_kernel") is None:
@@ -192,6 +202,8 @@ def check_processes(arguments: Any, processes: int, source: str) -> None:
     """Check the keys that divide a training among processes."""
     if arguments.fsdp and arguments.deepspeed:
         raise InputError(f"'fsdp' and 'deepspeed' are both set in {source}: remove one")
+    if arguments.fsdp_config and not arguments.fsdp:
+        raise InputError(f"'fsdp_config' in {source} is set, but fsdp is not: set fsdp, or remove the key")
     if arguments.fsdp and processes == 1:
         raise InputError(
             f"'fsdp' in {source} is set, but a single process trains: start several with accelerate launch (in spin run: "
@@ -217,6 +229,7 @@ def check_upload(settings: Settings, source: str) -> None:
 
 def check_folders(settings: Settings, source: str) -> None:
     """Check that the output would not replace the model or the data that it is made from."""
+    check_resume_point(settings.output.resume_from_checkpoint)
     folder = settings.output_dir.resolve()
     inputs = {"model_name_or_path": settings.model.model_name_or_path}
     inputs |= {f"dataset_mixer ({path})": path for path in settings.data.dataset_mixer}

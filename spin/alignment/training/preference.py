@@ -36,7 +36,7 @@ class PreferenceTraining(TrainingProgram):
         strategy, splits = settings.arguments.eval_strategy, settings.data.dataset_splits
         if strategy != "no" and not any(split.startswith("test") for split in splits):
             raise InputError(
-                f"eval_strategy is {strategy}, but dataset_splits names no test split: add test_prefs to it"
+                f"eval_strategy is {strategy.value}, but dataset_splits names no test split: add test_prefs to it"
             )
         check_can_keep_reference(settings.arguments)
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from spin.alignment.core.config import build, split_config
 from spin.alignment.core.errors import InputError, reason_of, shown
 from spin.alignment.core.resolve import module_record
-from spin.alignment.core.settings import check_outputs, declaration_of, settings_of
+from spin.alignment.core.settings import check_outputs, checked_value, declaration_of, hints_of, settings_of
 from spin.alignment.data.config import DataConfig
 from spin.alignment.models.config import ModelConfig
 from spin.alignment.models.folder import check_model_path
@@ -36,6 +36,8 @@ _WITHOUT_EFFECT = (
     "hub_strategy",
     "hub_token",
 )
+
+_OWN: tuple[type, type, type] = (ModelConfig, DataConfig, OutputConfig)
 
 
 @dataclass(frozen=True)
@@ -68,18 +70,9 @@ def read_settings(values: Mapping[str, Any], source: str, arguments_class: type)
         InputError: an unknown key, a value of the wrong type or out of range, incompatible values, or a missing model.
     """
     values = rename_keys(values, source)
-    classes = (ModelConfig, DataConfig, OutputConfig, arguments_class)
-    model_values, data_values, output_values, training_values = split_config(values, classes, source)
-    if not values.get("output_dir"):
-        raise InputError(f"{source} lacks the key 'output_dir': set it to the folder for the trained model")
-    model = build(ModelConfig, model_values, source)
-    data = build(DataConfig, data_values, source)
-    output = build(OutputConfig, output_values, source)
-    check_outputs(output)
+    *_, training_values = split_config(values, (*_OWN, arguments_class), source)
+    model, data, output = _own_parts(values, source)
     training_values.pop("resume_from_checkpoint", None)  # handled by OutputConfig, which also allows false
-    if not data.dataset_mixer:
-        raise InputError(f"{source} lacks the key 'dataset_mixer': add it with at least one 'path: fraction' line")
-    check_model_path(model.model_name_or_path, needs_weights=not model.init_from_config)
     skip_unused_deepspeed_build()
     arguments = build_arguments(arguments_class, {"report_to": "none", **training_values}, source)
     import huggingface_hub
@@ -99,6 +92,43 @@ def read_settings(values: Mapping[str, Any], source: str, arguments_class: type)
     return Settings(values, model, data, arguments, output)
 
 
+def check_declared(values: Mapping[str, Any], source: str, *keys: type) -> None:
+    """Check what takes no library: paths, and the values of the settings declared in this project.
+
+    Programs call it before they import transformers, so that most mistakes are found within a second.
+
+    Args:
+        keys: the classes of keys of the program besides those of model, data and output.
+
+    Raises:
+        InputError: as :func:`read_settings`.
+    """
+    values = rename_keys(values, source)
+    _own_parts(values, source)
+    for config_class in keys:
+        hints = hints_of(config_class)
+        for name, field in settings_of(config_class).items():
+            if name in values:
+                checked_value(field, hints[name], values[name], f"'{name}' in {source}")
+
+
+def _own_parts(values: Mapping[str, Any], source: str) -> tuple[ModelConfig, DataConfig, OutputConfig]:
+    """Return the settings of model, data and output, checked."""
+    if not values.get("output_dir"):
+        raise InputError(f"{source} lacks the key 'output_dir': set it to the folder for the trained model")
+    model_values, data_values, output_values = (
+        {key: value for key, value in values.items() if key in settings_of(part)} for part in _OWN
+    )
+    model = build(ModelConfig, model_values, source)
+    data = build(DataConfig, data_values, source)
+    output = build(OutputConfig, output_values, source)
+    check_outputs(output)
+    if not data.dataset_mixer:
+        raise InputError(f"{source} lacks the key 'dataset_mixer': add it with at least one 'path: fraction' line")
+    check_model_path(model.model_name_or_path, needs_weights=not model.init_from_config)
+    return model, data, output
+
+
 def build_arguments(arguments_class: type, values: Mapping[str, Any], source: str) -> Any:
     """Return the arguments of a Trainer; an error of transformers names the keys that cause it.
 
@@ -116,13 +146,10 @@ def build_arguments(arguments_class: type, values: Mapping[str, Any], source: st
             key for key in values if key != "output_dir" and _builds_without(arguments_class, values, key, source)
         ]
         given = ", ".join(f"{key}: {shown(values[key])}" for key in causes)
-        what = (
-            f"the setting{'s' if len(causes) > 1 else ''} {given} of {source}"
-            if causes
-            else f"the settings of {source}"
-        )
+        what = f"the setting{'s' if len(causes) > 1 else ''} {given}" if causes else "the settings"
+        how = "be used together" if len(causes) > 1 else "be used"
         raise InputError(
-            f"{what} cannot be used together or on this machine ({reason_of(error)}): correct or remove it"
+            f"{what} of {source} cannot {how} on this machine ({reason_of(error)}): correct or remove it"
         ) from error
 
 
