@@ -24,7 +24,7 @@ iteration=$(spin_number "the first argument, the iteration number," "${1:-}" 0)
 shift
 spin_settings "$@"
 [ -z "${NUM_PROCESSES:-}" ] || NUM_PROCESSES=$(spin_number NUM_PROCESSES "$NUM_PROCESSES" 1 100000)
-MAIN_PORT=$(spin_number MAIN_PORT "$MAIN_PORT" 0 65535)
+MAIN_PORT=$(spin_number MAIN_PORT "${MAIN_PORT:-29500}" 0 65535)
 
 config=configs/config.yaml
 [ "$iteration" = 0 ] || config=configs/config_iter$iteration.yaml

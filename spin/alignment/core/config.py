@@ -129,7 +129,10 @@ def build(config_class: type[C], values: Mapping[str, Any], source: str) -> C:
         no_default = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if no_default and name not in converted:
             raise InputError(f"{source} lacks the key '{name}': add it")
-    return config_class(**converted)
+    try:
+        return config_class(**converted)
+    except InputError as error:  # checks of a class do not know where its values come from
+        raise error if source in str(error) else InputError(f"{error} (in {source})") from error
 
 
 def unknown_key(key: str, source: str, known: Iterable[str]) -> InputError:

@@ -16,6 +16,7 @@ from spin.alignment.core.program import Parser
 from spin.alignment.core.settings import (
     MISSING,
     check_outputs,
+    checked_value,
     declaration_of,
     default_of,
     grouped,
@@ -87,7 +88,10 @@ def from_arguments(config_class: type[C], arguments: Sequence[str], prog: str) -
     """
     given = vars(parser_of(config_class, prog).parse_args(list(arguments)))
     hints = hints_of(config_class)
-    config = config_class(**{name: _read(text, hints[name], f"--{name}") for name, text in given.items()})
+    fields = settings_of(config_class)
+    for name, text in given.items():
+        given[name] = checked_value(fields[name], hints[name], _read(text, hints[name], f"--{name}"), f"--{name}")
+    config = config_class(**given)
     check_outputs(config, "--{}".format)
     return config
 

@@ -19,7 +19,7 @@ import dataclasses
 import functools
 import math
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass
 from typing import Any, Literal, TypeVar
 
@@ -168,27 +168,33 @@ def checked_value(field: dataclasses.Field[Any], hint: Any, value: Any, where: s
     """
     value = convert(value, hint, where)
     if _KEY in field.metadata:
-        return _checked_declared(declaration_of(field), value, where, required=default_of(field) is MISSING)
+        # The values of a section are checked by the program that it belongs to.
+        numbers = () if isinstance(value, Mapping) and Any in typing.get_args(hint) else numbers_in(value)
+        _check_numbers(declaration_of(field), numbers, where)
+        return _checked_texts(declaration_of(field), value, where, may_be_empty=default_of(field) == "")
     return value
 
 
-def _checked_declared(declaration: Declaration, value: Any, where: str, required: bool) -> Any:
-    for number in numbers_in(value):
+def _check_numbers(declaration: Declaration, numbers: Iterable[float], where: str) -> None:
+    for number in numbers:
         if not declaration.allows(number):
             raise InputError(f"{where} is {shown(number)}: set it to {declaration.range()}")
+
+
+def _checked_texts(declaration: Declaration, value: Any, where: str, may_be_empty: bool) -> Any:
     for text in texts_in(value):
         if not text.isascii() and text != text.encode(errors="replace").decode():
             raise InputError(f"{where} is {shown(text)}, which is not text in UTF-8: correct the value")
         if "\0" in text:
             raise InputError(f"{where} is {shown(text)}, which has a NUL character in it: correct the value")
     check = checked_name if declaration.path == "name" else checked_path
-    return _with_paths(value, where, required, check) if declaration.path else value
+    return _with_paths(value, where, may_be_empty, check) if declaration.path else value
 
 
-def _with_paths(value: Any, where: str, required: bool, check: Callable[[str, str], str]) -> Any:
-    """Return the path or paths of a setting, checked and with ``~`` expanded; a text that may be left out may be empty."""
+def _with_paths(value: Any, where: str, may_be_empty: bool, check: Callable[[str, str], str]) -> Any:
+    """Return the path or paths of a setting, checked and with ``~`` expanded."""
     if isinstance(value, str):
-        return check(value, where) if value or required else value
+        return check(value, where) if value or not may_be_empty else value
     if isinstance(value, Mapping):
         return {check(key, where): item for key, item in value.items()}
     return type(value)(check(item, where) for item in value) if isinstance(value, list | tuple) else value

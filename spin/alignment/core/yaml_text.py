@@ -57,6 +57,17 @@ class _Loader(yaml.SafeLoader):
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  (the base class is untyped)
 
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        # Counted while reading: PyYAML takes seconds for thousands of open brackets.
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise ValueError(f"line {self.line + 1}: it is nested deeper than {MAX_DEPTH} levels")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         self.flatten_mapping(node)
         return {key.value: self.construct_object(value, deep=deep) for key, value in node.value}
@@ -134,8 +145,6 @@ def _parsed(text: str, result_of: Callable[[yaml.SafeLoader, yaml.Node], Any]) -
             return None
         _Check().values(node, 0)
         return result_of(loader, node)
-    except RecursionError:
-        raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""

@@ -110,7 +110,9 @@ class RunConfig:
     history: int = setting(
         1, "number of earlier iterations whose data is added to that of the current one (the paper: 1)", ge=0
     )
-    seed: int = setting(42, "of training and of the responses (generation of iteration t uses 1000 * seed + t)", ge=0)
+    seed: int = setting(
+        42, "of training and of the responses (generation of iteration t uses 1000 * seed + t)", ge=0, lt=2**32
+    )
     sft: dict[str, Any] | None = setting(None, "keys of run_sft.py: train the model that iteration 0 starts from")
     control: dict[str, Any] | None = setting(
         None, "keys of run_sft.py: SFT continued from the start model, for comparison"
@@ -272,7 +274,9 @@ def make_run_config(values: Mapping[str, Any], source: str) -> RunConfig:
     overrides = values.get("overrides")
     if isinstance(overrides, Mapping):
         # `--overrides.2.beta=1` gives the text '2', YAML the number 2.
-        overrides = {int(key) if str(key).isdigit() else key: item for key, item in overrides.items()}
+        overrides = {
+            int(key) if str(key).isascii() and str(key).isdecimal() else key: item for key, item in overrides.items()
+        }
         values = {**values, "overrides": overrides}
     return build(RunConfig, values, source)
 

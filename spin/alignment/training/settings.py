@@ -75,6 +75,7 @@ def read_settings(values: Mapping[str, Any], source: str, arguments_class: type)
     training_values.pop("resume_from_checkpoint", None)  # handled by OutputConfig, which also allows false
     skip_unused_deepspeed_build()
     arguments = build_arguments(arguments_class, {"report_to": "none", **training_values}, source)
+    check_outputs(arguments)
     import huggingface_hub
     import torch
 
