@@ -106,7 +106,7 @@ class RunConfig:
     )
     data: RunData = setting(help="prompts with ground truth, see below")
     model_revision: str | None = setting(None, "revision of a Hub model")
-    iterations: int = setting(1, "number of iterations; raise it later and the run continues", ge=1)
+    iterations: int = setting(1, "number of iterations; raise it later and the run continues", ge=1, le=1000)
     history: int = setting(
         1, "number of earlier iterations whose data is added to that of the current one (the paper: 1)", ge=0
     )

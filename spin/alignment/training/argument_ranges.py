@@ -39,6 +39,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "dataloader_multiprocessing_context": ("fork", "spawn", "forkserver"),
     "log_level": ("debug", "info", "warning", "error", "critical", "passive"),
     "log_level_replica": ("debug", "info", "warning", "error", "critical", "passive"),
+    "loss_type": ("nll", "dft"),  # of SFT: preference training declares its own
     "torch_compile_mode": ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
 }
 # Keys that are not the user's to set.
@@ -59,9 +60,11 @@ def check_ranges(values: Mapping[str, Any], arguments_class: type, source: str) 
         for number in _all_numbers(value):
             if isinstance(number, float) and not math.isfinite(number):
                 raise InputError(f"{where} contains {shown(number)}: set it to a finite number")
+        if key in declared:  # the settings of this project check themselves
+            continue
         if value is not None and key in CHOICES and not isinstance(value, bool) and value not in CHOICES[key]:
             raise InputError(f"{where} is {shown(value)}: choose one of {', '.join(CHOICES[key])}")
-        if key not in RANGES or key in declared:  # those of this project check themselves
+        if key not in RANGES:
             continue
         for number in numbers_in(convert(value, hints[key], where)):
             if not RANGES[key].allows(number):

@@ -22,6 +22,9 @@ from spin.alignment.training.sft_data import load_ground_truth
 if TYPE_CHECKING:
     from spin.alignment.data.chat_encoder import ChatEncoder
 
+# TRL's keys for loading a model and encoding rows, which this program does itself, with the values they have if they are not set.
+_NOT_USED = {"model_init_kwargs": None, "dataset_kwargs": None, "dataset_text_field": "text", "eval_packing": None}
+
 
 @dataclass
 class SFTArguments(SFTKeys, SFTConfig):
@@ -36,6 +39,11 @@ class SFTArguments(SFTKeys, SFTConfig):
             raise InputError(
                 "packing, completion_only_loss and assistant_only_loss are controlled by run_sft.py: remove the key"
             )
+        for name, default in _NOT_USED.items():
+            if getattr(self, name) != default:
+                raise InputError(
+                    f"{name} is {getattr(self, name)!r}, but rows are encoded by run_sft.py, which does not use it: remove the key"
+                )
         self.dataset_kwargs = {"skip_prepare_dataset": True}
         super().__post_init__()
 
