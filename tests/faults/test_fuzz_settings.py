@@ -1,6 +1,6 @@
 """Random settings: parsing and checking them ends in success or in one sentence, never in another exception.
 
-``SPIN_FUZZ_EXAMPLES`` sets the number of examples of the slow tests (default 20) and, times five, of the fast ones.
+``SPIN_FUZZ_EXAMPLES`` sets the number of examples of the slow tests (default 20) and, times three, of the fast ones.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from tests.helpers.training import write_config, write_pairs
 EXAMPLES = int(os.environ.get("SPIN_FUZZ_EXAMPLES", "20"))
 QUIET = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
 SLOW = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=QUIET, derandomize=True, database=None)
-FAST = settings(SLOW, max_examples=5 * EXAMPLES)
+FAST = settings(SLOW, max_examples=3 * EXAMPLES)
 
 TEXTS = st.one_of(
     st.text(max_size=8),
