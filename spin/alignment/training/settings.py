@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spin.alignment.core.config import build, split_config
+from spin.alignment.core.config import build, convert, split_config
 from spin.alignment.core.errors import InputError, reason_of, shown
 from spin.alignment.core.resolve import module_record
 from spin.alignment.core.settings import check_outputs, checked_value, declaration_of, hints_of, settings_of
@@ -80,7 +80,7 @@ def read_settings(values: Mapping[str, Any], source: str, arguments_class: type)
     import torch
 
     if arguments.fp16 and (arguments.use_cpu or not torch.cuda.is_available()):
-        raise InputError("fp16 is true, but no GPU is used: set bf16 to true instead, or neither")
+        raise InputError("fp16 is true, but no GPU is available: set bf16 to true instead, or neither")
     if model.load_in_4bit and arguments.fsdp:
         raise InputError("load_in_4bit does not work with FSDP here: use DeepSpeed ZeRO-2 or a single process")
     if output.push_to_hub and values.get("hub_strategy", "end") != "end":
@@ -109,8 +109,13 @@ def check_declared(values: Mapping[str, Any], source: str, *keys: type) -> None:
     for config_class in keys:
         hints = hints_of(config_class)
         for name, field in settings_of(config_class).items():
-            if name in values:
-                checked_value(field, hints[name], values[name], f"'{name}' in {source}")
+            if name not in values:
+                continue
+            value = convert(values[name], hints[name], f"'{name}' in {source}")
+            try:
+                checked_value(field, hints[name], value, name)
+            except InputError as error:
+                raise InputError(f"{error} (in {source})") from error
 
 
 def _own_parts(values: Mapping[str, Any], source: str) -> tuple[ModelConfig, DataConfig, OutputConfig]:
@@ -147,11 +152,9 @@ def build_arguments(arguments_class: type, values: Mapping[str, Any], source: st
             key for key in values if key != "output_dir" and _builds_without(arguments_class, values, key, source)
         ]
         given = ", ".join(f"{key}: {shown(values[key])}" for key in causes)
-        what = f"the setting{'s' if len(causes) > 1 else ''} {given}" if causes else "the settings"
-        how = "be used together" if len(causes) > 1 else "be used"
-        raise InputError(
-            f"{what} of {source} cannot {how} on this machine ({reason_of(error)}): correct or remove it"
-        ) from error
+        what = f"the setting{'s' if len(causes) > 1 else ''} {given}" if causes else "the values"
+        how = "are incompatible with each other, or with this machine" if len(causes) > 1 else "cannot be used here"
+        raise InputError(f"{what} of {source} {how} ({reason_of(error)}): correct or remove it") from error
 
 
 def _builds_without(arguments_class: type, values: Mapping[str, Any], key: str, source: str) -> bool:

@@ -23,7 +23,14 @@ if TYPE_CHECKING:
     from spin.alignment.data.chat_encoder import ChatEncoder
 
 # TRL's keys for loading a model and encoding rows, which this program does itself, with the values they have if they are not set.
-_NOT_USED = {"model_init_kwargs": None, "dataset_kwargs": None, "dataset_text_field": "text", "eval_packing": None}
+_NOT_USED = {
+    "model_init_kwargs": None,
+    "dataset_kwargs": None,
+    "dataset_text_field": "text",
+    "eval_packing": None,
+    "eos_token": None,
+    "pad_token": None,
+}
 
 
 @dataclass
@@ -42,7 +49,8 @@ class SFTArguments(SFTKeys, SFTConfig):
         for name, default in _NOT_USED.items():
             if getattr(self, name) != default:
                 raise InputError(
-                    f"{name} is {getattr(self, name)!r}, but rows are encoded by run_sft.py, which does not use it: remove the key"
+                    f"{name} is {getattr(self, name)!r}, but run_sft.py loads the model and encodes the rows "
+                    "itself, with the tokens of its tokenizer: remove the key"
                 )
         self.dataset_kwargs = {"skip_prepare_dataset": True}
         super().__post_init__()
