@@ -18,10 +18,15 @@ TEXT
 case "${1:-}" in -h | --help) usage; exit 0 ;; esac
 SPIN_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$SPIN_ROOT/scripts/environment.sh"
+source "$SPIN_ROOT/scripts/checks.sh"
 cd "$SPIN_ROOT"
 
 method=spin
-case "${1:-}" in spin | online | sppo | wspin) method=$1; shift ;; esac
+case "${1:-}" in
+    spin | online | sppo | wspin) method=$1; shift ;;
+    '' | --* | */*) ;;
+    *) spin_fail "there is no demo '$1': choose spin, online, sppo or wspin, or give RUN_DIR as a path with a / (see -h)" ;;
+esac
 name=demo
 [ "$method" = spin ] || name="demo_$method"
 run_dir=runs/$name
@@ -29,6 +34,9 @@ if [ $# -gt 0 ] && [ "${1#--}" = "$1" ]; then
     run_dir=$1
     shift
 fi
+for argument in "$@"; do
+    case "$argument" in --?*) ;; *) spin_fail "cannot read the argument '$argument': write settings as --key=value (see -h)" ;; esac
+done
 spin_environment ""
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 case "$method" in

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by test.sh and demo.sh: creates a virtual environment once and installs the project in it.
 #
 #   SPIN_VENV       folder of the environment (default: .venv in the project)
@@ -26,10 +27,10 @@ spin_environment() {
     if [ ! -f "$stamp" ]; then
         spin_say "installing into $SPIN_VENV (once; a few minutes)"
         # Install the torch version that the whole suite runs with, and that vLLM needs, first: setup.py allows newer ones.
-        spin_pip "torch==2.13.0" && spin_pip -e "$SPIN_ROOT${extras:+[$extras]}" || {
+        if ! { spin_pip "torch==2.13.0" && spin_pip -e "$SPIN_ROOT${extras:+[$extras]}"; }; then
             spin_say "the installation failed: fix the problem that pip reports above and run the script again"
             return 2
-        }
+        fi
         touch "$stamp"
     fi
     export PATH="$SPIN_VENV/bin:$PATH"

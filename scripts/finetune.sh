@@ -16,25 +16,25 @@ TEXT
 }
 case "${1:-}" in
     -h | --help) usage; exit 0 ;;
-    '' | *[!0-9]*) usage >&2; exit 2 ;;
 esac
-iteration=$1
-shift
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-# In a checkout, the programs are in spin/; in a folder written by `spin init scripts`, they are those of the installed package.
-programs=spin
-[ -f spin/generate.py ] || programs=$(python -c 'import spin; print(spin.__path__[0])')
+# shellcheck source=scripts/checks.sh
+source scripts/checks.sh
+iteration=$(spin_number "the first argument, the iteration number," "${1:-}" 0)
+shift
+spin_settings "$@"
+[ -z "${NUM_PROCESSES:-}" ] || NUM_PROCESSES=$(spin_number NUM_PROCESSES "$NUM_PROCESSES" 1 100000)
+MAIN_PORT=$(spin_number MAIN_PORT "${MAIN_PORT:-29500}" 0 65535)
 
 config=configs/config.yaml
 [ "$iteration" = 0 ] || config=configs/config_iter$iteration.yaml
 config=${CONFIG:-$config}
-if [ ! -f "$config" ]; then
-    echo "error: $config does not exist: create it (a few lines, see configs/config_iter1.yaml) or set CONFIG" >&2
-    exit 2
-fi
+[ -f "$config" ] || spin_fail "$config does not exist: create it (a few lines, see configs/config_iter1.yaml) or set CONFIG"
 launch_config=${LAUNCH_CONFIG:-configs/deepspeed_zero3.yaml}
+[ "$launch_config" = none ] || spin_file LAUNCH_CONFIG "$launch_config"
+programs=$(spin_programs python)
 if [ "$launch_config" = none ]; then
     exec python "$programs/run_spin.py" "$config" "$@"
 fi
 exec accelerate launch --config_file "$launch_config" ${NUM_PROCESSES:+--num_processes "$NUM_PROCESSES"} \
-    --main_process_port "${MAIN_PORT:-29500}" "$programs/run_spin.py" "$config" "$@"
+    --main_process_port "$MAIN_PORT" "$programs/run_spin.py" "$config" "$@"

@@ -28,38 +28,38 @@ TEXT
 }
 case "${1:-}" in -h | --help) usage; exit 0 ;; esac
 SPIN_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-case "${1:-}" in
-    '' | *[!0-9]*) echo "error: the first argument must be the iteration number, for example 0 (see -h)" >&2; exit 2 ;;
-esac
-if [ -z "${MODEL:-}" ]; then
-    echo "error: set MODEL to the opponent's folder or Hub name (see -h)" >&2
-    exit 2
-fi
-iteration=$1
+# shellcheck source=scripts/checks.sh
+source "$SPIN_ROOT/scripts/checks.sh"
+iteration=$(spin_number "the first argument, the iteration number," "${1:-}" 0)
 shift
+[ -n "${MODEL:-}" ] || spin_fail "set MODEL to the opponent's folder or Hub name (see -h)"
 PYTHON=${PYTHON:-python}
 BACKEND=${BACKEND:-transformers}
 INPUT_DIR=${INPUT_DIR:-data/iter0}
 OUTPUT_DIR=${OUTPUT_DIR:-generated/iter$iteration}
 PAIRS_DIR=${PAIRS_DIR:-pairs/iter$iteration}
 SPLITS=${SPLITS:-train test}
-FRAC_LEN=${FRAC_LEN:-10000}
-TENSOR_PARALLEL=${TENSOR_PARALLEL:-1}
+GATHER=${GATHER:-1}
+FRAC_LEN=$(spin_number FRAC_LEN "${FRAC_LEN:-10000}" 0)
+TENSOR_PARALLEL=$(spin_number TENSOR_PARALLEL "${TENSOR_PARALLEL:-1}" 1)
+engines=$(spin_number ENGINES "${ENGINES:-1}" 1 10000)
+spin_choice BACKEND "$BACKEND" transformers vllm openai
+spin_choice GATHER "$GATHER" 0 1
+spin_names SPLITS "$SPLITS"
+[ -z "${GPUS:-}" ] || spin_names GPUS "$GPUS"
+spin_command PYTHON "$PYTHON"
+read -ra splits <<<"$SPLITS"
 cd "$SPIN_ROOT"
-# In a checkout, the programs are in spin/; in a folder written by `spin init scripts`, they are those of the installed package.
-programs=spin
-[ -f spin/generate.py ] || programs=$("$PYTHON" -c 'import spin; print(spin.__path__[0])')
+programs=$(spin_programs "$PYTHON")
 
 gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
 GPUS=${GPUS-$([ "$gpus" -gt 0 ] && seq -s ' ' 0 $((gpus - 1)) || true)}
 read -ra devices <<<"$GPUS"
-engines=${ENGINES:-1}
 if [ "${#devices[@]}" -gt 0 ] && [ "$BACKEND" != openai ]; then
     engines=$((${#devices[@]} / TENSOR_PARALLEL))
 fi
 if [ "$engines" -lt 1 ]; then
-    echo "error: TENSOR_PARALLEL is $TENSOR_PARALLEL but GPUS names ${#devices[@]}: lower it" >&2
-    exit 2
+    spin_fail "TENSOR_PARALLEL is $TENSOR_PARALLEL but GPUS names ${#devices[@]}: lower it"
 fi
 
 pids=()
@@ -82,7 +82,7 @@ spin_start_engine() {
     pids+=($!)
 }
 
-for split in $SPLITS; do
+for split in "${splits[@]}"; do
     pids=()
     for ((number = 0; number < engines; number++)); do
         spin_start_engine "$number" "$split" "$@"
@@ -99,7 +99,7 @@ for split in $SPLITS; do
         echo "warning: $((engines - done_engines)) of $engines engines of $split failed (see above); the others completed the work" >&2
     fi
 done
-if [ "${GATHER:-1}" = 0 ]; then
+if [ "$GATHER" = 0 ]; then
     echo "all fractions are in $OUTPUT_DIR; to gather them: $PYTHON $programs/convert_data.py --input_dir $OUTPUT_DIR --output_dir $PAIRS_DIR"
 else
     read -ra flags <<<"${CONVERT:-}"

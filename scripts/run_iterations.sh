@@ -20,29 +20,26 @@ TEXT
 }
 case "${1:-}" in
     -h | --help) usage; exit 0 ;;
-    '' | *[!0-9]*) usage >&2; exit 2 ;;
 esac
-iterations=$1
-shift
-if [ -z "${MODEL:-}" ]; then
-    echo "error: set MODEL to the folder or Hub name of the SFT model (see -h)" >&2
-    exit 2
-fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=scripts/checks.sh
+source scripts/checks.sh
+iterations=$(spin_number "the first argument, the number of iterations," "${1:-}" 1)
+shift
+spin_settings "$@"
+[ -n "${MODEL:-}" ] || spin_fail "set MODEL to the folder or Hub name of the SFT model (see -h)"
 RUN_DIR=${RUN_DIR:-outputs}
 export SPLITS=${SPLITS:-train}
 export BACKEND=${BACKEND:-transformers}
-case "$BACKEND" in
-    transformers | vllm) ;;
-    *) echo "error: BACKEND is $BACKEND: set it to transformers or vllm" >&2; exit 2 ;;
-esac
+spin_choice BACKEND "$BACKEND" transformers vllm
+[ -z "${CONFIG:-}" ] || spin_file CONFIG "$CONFIG"
 read -ra generate_flags <<<"${GENERATE:-}"
 
 opponent=$MODEL
 for ((iteration = 0; iteration < iterations; iteration++)); do
     folder=$RUN_DIR/iter$iteration
-    mixer="$folder/pairs: 1.0"
-    [ "$iteration" = 0 ] || mixer="$mixer, $RUN_DIR/iter$((iteration - 1))/pairs: 1.0"
+    mixer="$(spin_yaml "$folder/pairs"): 1.0"
+    [ "$iteration" = 0 ] || mixer="$mixer, $(spin_yaml "$RUN_DIR/iter$((iteration - 1))/pairs"): 1.0"
     echo "==> iteration $iteration: start and opponent $opponent, data {$mixer}"
     MODEL=$opponent OUTPUT_DIR=$folder/generated PAIRS_DIR=$folder/pairs \
         bash scripts/generate.sh "$iteration" "${generate_flags[@]}"
@@ -51,7 +48,7 @@ for ((iteration = 0; iteration < iterations; iteration++)); do
     # A local opponent has no Hub revision; a Hub model in iteration 0 keeps the one in the configuration.
     revision=()
     [ "$iteration" = 0 ] && [ ! -d "$opponent" ] || revision=(--model_revision=null)
-    CONFIG=${CONFIG:-$config} bash scripts/finetune.sh "$iteration" --model_name_or_path="$opponent" "${revision[@]}" \
-        --dataset_mixer="{$mixer}" --output_dir="$folder/checkpoint" "$@"
+    CONFIG=${CONFIG:-$config} bash scripts/finetune.sh "$iteration" --model_name_or_path="$(spin_yaml "$opponent")" "${revision[@]}" \
+        --dataset_mixer="{$mixer}" --output_dir="$(spin_yaml "$folder/checkpoint")" "$@"
     opponent=$folder/checkpoint
 done

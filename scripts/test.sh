@@ -14,7 +14,10 @@ TEXT
 case "${1:-}" in -h | --help) usage; exit 0 ;; esac
 SPIN_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$SPIN_ROOT/scripts/environment.sh"
+source "$SPIN_ROOT/scripts/checks.sh"
 cd "$SPIN_ROOT"
+spin_choice SPIN_TEST_VLLM "${SPIN_TEST_VLLM:-auto}" 0 1 auto
+[ "${SPIN_TEST_WORKERS:-2}" = auto ] || spin_number SPIN_TEST_WORKERS "${SPIN_TEST_WORKERS:-2}" 0 1000 >/dev/null
 
 spin_environment dev
 if [ "${SPIN_TEST_VLLM:-auto}" != 0 ] && ! spin_install_vllm && [ "${SPIN_TEST_VLLM:-auto}" = 1 ]; then

@@ -29,8 +29,10 @@ def main(arguments: Sequence[str]) -> None:
     if is_help(arguments, USAGE):
         return
     from spin.alignment.core.config import load_config
+    from spin.alignment.training.settings import check_declared
 
     values = load_config(arguments[0], arguments[1:])
+    check_declared(values, arguments[0], SPINKeys)
     from spin.alignment.training.preference import PreferenceTraining
     from spin.alignment.training.run import train
 

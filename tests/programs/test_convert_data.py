@@ -259,7 +259,7 @@ def test_bad_folders_are_named(generated, tmp_path):
     assert "nowhere does not exist" in refused(tmp_path / "nowhere", tmp_path / "out")
     assert "output_dir is the input_dir" in refused(generated, generated)
     (tmp_path / "file").touch()
-    assert "choose another output_dir on a disk that supports writing" in refused(generated, tmp_path / "file")
+    assert "is a file: choose a folder" in refused(generated, tmp_path / "file")
 
 
 @pytest.mark.parametrize("survived", [0, 3, 4, 5, 6, 7, 8, 9])

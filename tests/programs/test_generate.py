@@ -210,7 +210,7 @@ BAD_INPUT = {
     "no room": (lambda tmp, data: {"max_new_tokens": 512}, "leaves no room for a prompt"),
     "nothing fits": (lambda tmp, data: {"max_prompt_length": 2}, "no prompt of fraction 0 fits"),
     "half precision on a CPU": (lambda tmp, data: {"dtype": "float16"}, "float16 needs a GPU"),
-    "output is a file": (lambda tmp, data: {"output_dir": data}, "is a file: give a folder"),
+    "output is a file": (lambda tmp, data: {"output_dir": data}, "is a file: choose a folder"),
 }
 
 

@@ -167,7 +167,7 @@ FLAGS = {
     "damaged parquet": (["--data", "torn.parquet"], "torn.parquet is damaged"),
     "foreign output": (["--data", "a.jsonl", "--output_dir", "."], "train.parquet has no provenance"),
     "output is the input": (["--data", ".", "--output_dir", "."], "output_dir is the folder of the data"),
-    "output is a file": (["--data", "a.jsonl", "--output_dir", "a.jsonl"], "choose a folder you may write to"),
+    "output is a file": (["--data", "a.jsonl", "--output_dir", "a.jsonl"], "is a file: choose a folder"),
 }  # fmt: skip
 
 

@@ -16,9 +16,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
-from spin.alignment.core.errors import InputError, suggestion
+from spin.alignment.core.errors import InputError, shown, suggestion
+from spin.alignment.core.paths import checked_path
+from spin.alignment.core.yaml_text import parse_yaml
 
 C = TypeVar("C")
 
@@ -41,22 +41,41 @@ def load_chain(path: str | Path, _seen: tuple[Path, ...] = ()) -> list[tuple[Pat
     Raises:
         InputError: as :func:`load_yaml`.
     """
-    path = Path(path)
+    path = Path(checked_path(str(path), "the configuration file"))
+    if path.is_dir():
+        raise InputError(f"{path} is a folder: give the path of a YAML file")
     if not path.is_file():
         raise InputError(f"configuration file {path} does not exist: give the path of a YAML file")
     if path.resolve() in _seen:
         raise InputError(f"{path} extends itself: remove the circular 'extends'")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{path} is not valid YAML ({reason}): correct the file") from error
-    content = {} if content is None else content
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise InputError(f"{path} does not contain 'key: value' lines: write one setting per line")
+    content = read_mapping(path)
     parent = content.pop("extends", None)
-    below = [] if parent is None else load_chain(path.parent / str(parent), (*_seen, path.resolve()))
+    if not isinstance(parent, str | None):
+        raise InputError(f"'extends' in {path} is {shown(parent)}: give the path of another YAML file")
+    below = [] if parent is None else load_chain(path.parent / parent, (*_seen, path.resolve()))
     return [*below, (path, content)]
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """Read the mapping in a YAML file, ``extends`` included; an empty file is an empty mapping.
+
+    Raises:
+        InputError: the file cannot be read, is not valid YAML, or is not a mapping.
+    """
+    try:
+        content = parse_yaml(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {path} ({error.strerror}): make it readable, or give another file") from error
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path} is not text in UTF-8 (byte {error.start}): give a YAML file, saved as UTF-8"
+        ) from error
+    except ValueError as error:
+        raise InputError(f"{path} is not valid YAML here ({error}): correct the file") from error
+    content = {} if content is None else content
+    if not isinstance(content, dict):
+        raise InputError(f"{path} does not contain 'key: value' lines: write one setting per line")
+    return content
 
 
 def merge(base: Mapping[str, Any], overlay: Mapping[str, Any]) -> dict[str, Any]:
@@ -77,12 +96,12 @@ def parse_overrides(arguments: Iterable[str]) -> dict[str, Any]:
     overrides: dict[str, Any] = {}
     for argument in arguments:
         key, separator, text = argument.removeprefix("--").partition("=")
-        if not argument.startswith("--") or not separator or not key:
-            raise InputError(f"cannot read the argument '{argument}': write settings as --key=value")
+        if not argument.startswith("--") or not separator or not all(key.split(".")):
+            raise InputError(f"cannot read the argument {shown(argument)}: write settings as --key=value")
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise InputError(f"cannot read the value of --{key} ('{text}') as YAML: quote it") from error
+            value = parse_yaml(text)
+        except ValueError as error:
+            raise InputError(f"cannot read the value of --{key} ({shown(text)}) as YAML ({error}): quote it") from error
         for part in reversed(key.split(".")[1:]):
             value = {part: value}
         overrides = merge(overrides, {key.split(".")[0]: value})
@@ -103,14 +122,23 @@ def build(config_class: type[C], values: Mapping[str, Any], source: str) -> C:
     fields = {field.name: field for field in dataclasses.fields(config_class) if field.init}  # type: ignore[arg-type]
     for key in values:
         if key not in fields:
-            raise InputError(f"unknown key '{key}' in {source}{suggestion(key, fields)}")
+            raise unknown_key(key, source, fields)
     hints = typing.get_type_hints(config_class)
     converted = {key: convert(value, hints[key], f"'{key}' in {source}") for key, value in values.items()}
     for name, field in fields.items():
         no_default = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if no_default and name not in converted:
             raise InputError(f"{source} lacks the key '{name}': add it")
-    return config_class(**converted)
+    try:
+        return config_class(**converted)
+    except InputError as error:  # checks of a class do not know where its values come from
+        raise error if source in str(error) else InputError(f"{error} (in {source})") from error
+
+
+def unknown_key(key: str, source: str, known: Iterable[str]) -> InputError:
+    """Return the error for a key that nothing reads, with the closest key that exists."""
+    fix = suggestion(key, known) or ": remove it, or see --help for the keys that exist"
+    return InputError(f"unknown key {shown(key)} in {source}{fix}")
 
 
 def convert(value: Any, hint: Any, where: str) -> Any:
@@ -127,9 +155,9 @@ def convert(value: Any, hint: Any, where: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         return _convert_union(value, typing.get_args(hint), where)
     if origin is typing.Literal:
-        if value in typing.get_args(hint):
+        if any(type(value) is type(item) and value == item for item in typing.get_args(hint)):
             return value
-        raise InputError(f"{where} is {value!r}: choose one of {', '.join(map(str, typing.get_args(hint)))}")
+        raise InputError(f"{where} is {shown(value)}: choose one of {', '.join(map(str, typing.get_args(hint)))}")
     if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
         return build(typing.cast(type, hint), value, where)
     plain = origin or hint
@@ -142,21 +170,26 @@ def _convert_one(value: Any, plain: Any, hint: Any, where: str) -> Any:
     if plain is float and isinstance(value, int | float | str) and not isinstance(value, bool):
         try:
             return float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
     elif plain is bool and isinstance(value, bool):
         return value
     elif plain is int and isinstance(value, int | float) and not isinstance(value, bool):
-        if math.isfinite(value) and int(value) == value:
+        if isinstance(value, int) or (math.isfinite(value) and int(value) == value):
             return int(value)
     elif plain is str and isinstance(value, str | int | float | os.PathLike) and not isinstance(value, bool):
-        return value if isinstance(value, str) else str(value)
+        return value if isinstance(value, str) else _text_of(value)
     elif isinstance(plain, type) and issubclass(plain, enum.Enum):
         if value in [item.value for item in plain]:
             return value
     elif isinstance(plain, type) and plain not in (bool, int, str) and isinstance(value, plain):
         return value
-    raise InputError(f"{where} is {value!r}, which is not {_describe(hint)}: correct the value")
+    raise InputError(f"{where} is {shown(value)}, which is not {_describe(hint)}: correct the value")
+
+
+def _text_of(value: Any) -> str:
+    """Return the text of a path, or of a number as it stands in the configuration."""
+    return str(getattr(value, "text", value)) if isinstance(value, int | float) else str(value)
 
 
 def _convert_many(value: Any, hint: Any, plain: type, where: str) -> Any:
@@ -172,7 +205,7 @@ def _convert_many(value: Any, hint: Any, plain: type, where: str) -> Any:
         return plain(convert(item, inner[0], where) for item in value) if inner else plain(value)
     elif isinstance(value, str | int | float) and not isinstance(value, bool) and inner:
         return plain([convert(value, inner[0], where)])
-    raise InputError(f"{where} is {value!r}, which is not {_describe(hint)}: correct the value")
+    raise InputError(f"{where} is {shown(value)}, which is not {_describe(hint)}: correct the value")
 
 
 def key_values(texts: Iterable[str], where: str) -> dict[str, str]:
@@ -185,7 +218,7 @@ def key_values(texts: Iterable[str], where: str) -> dict[str, str]:
     for text in texts:
         key, equals, value = text.partition("=")
         if not equals or key in pairs:
-            raise InputError(f"{where} contains '{text}': write each setting once as key=value, such as mu=1")
+            raise InputError(f"{where} contains {shown(text)}: write each setting once as key=value, such as mu=1")
         pairs[key] = value
     return pairs
 
@@ -194,14 +227,15 @@ def _convert_union(value: Any, choices: tuple[Any, ...], where: str) -> Any:
     if value is None and type(None) in choices:
         return None
     # The member of the value's own type is tried first: 1 stays an int in `float | int`.
-    exact = [choice for choice in choices if isinstance(choice, type) and type(value) is choice]
+    kinds = (type(value), *type(value).__bases__)
+    exact = [choice for choice in choices if isinstance(choice, type) and choice in kinds]
     for choice in exact + [choice for choice in choices if choice is not type(None)]:
         try:
             return convert(value, choice, where)
         except InputError:
             continue
     wanted = " or ".join(_describe(choice) for choice in choices)
-    raise InputError(f"{where} is {value!r}, which is not {wanted}: correct the value")
+    raise InputError(f"{where} is {shown(value)}, which is not {wanted}: correct the value")
 
 
 def _describe(hint: Any) -> str:
@@ -222,7 +256,7 @@ def split_config(values: Mapping[str, Any], classes: Sequence[type], source: str
     for key, value in values.items():
         owners = [index for index, known in enumerate(names) if key in known]
         if not owners:
-            raise InputError(f"unknown key '{key}' in {source}{suggestion(key, set().union(*names))}")
+            raise unknown_key(key, source, set().union(*names))
         for index in owners:  # classes may share a key, and each of them needs it
             parts[index][key] = value
     return parts

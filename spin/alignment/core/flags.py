@@ -13,7 +13,16 @@ from typing import Any, TypeVar
 from spin.alignment.core.config import convert, key_values
 from spin.alignment.core.key_tables import default_text
 from spin.alignment.core.program import Parser
-from spin.alignment.core.settings import MISSING, declaration_of, default_of, grouped, hints_of, settings_of
+from spin.alignment.core.settings import (
+    MISSING,
+    check_outputs,
+    checked_value,
+    declaration_of,
+    default_of,
+    grouped,
+    hints_of,
+    settings_of,
+)
 
 C = TypeVar("C")
 
@@ -74,11 +83,17 @@ def from_arguments(config_class: type[C], arguments: Sequence[str], prog: str) -
     """Parse a command line into a settings dataclass, checked.
 
     Raises:
-        InputError: an unknown flag (the closest one is suggested), a missing one, or a value of the wrong type or out of range.
+        InputError: an unknown flag (the closest one is suggested), a missing one, a value of the wrong type or out of range, or
+            an output that cannot be written.
     """
     given = vars(parser_of(config_class, prog).parse_args(list(arguments)))
     hints = hints_of(config_class)
-    return config_class(**{name: _read(text, hints[name], f"--{name}") for name, text in given.items()})
+    fields = settings_of(config_class)
+    for name, text in given.items():
+        given[name] = checked_value(fields[name], hints[name], _read(text, hints[name], f"--{name}"), f"--{name}")
+    config = config_class(**given)
+    check_outputs(config, "--{}".format)
+    return config
 
 
 def _read(text: Any, hint: Any, where: str) -> Any:
@@ -93,10 +108,8 @@ def _read(text: Any, hint: Any, where: str) -> Any:
     if int in members_of(hint):
         try:
             return convert(int(text), hint, where)
-        except (
-            ValueError
-        ):  # not an integer: convert() tries the other members of the union, or names the flag in its error
-            pass
+        except ValueError:
+            pass  # not an integer: convert() tries the other members of the union, or names the flag in its error
     return convert(text, hint, where)
 
 

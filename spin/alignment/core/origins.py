@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from spin.alignment.core.config import load_chain, parse_overrides
+from spin.alignment.core.yaml_text import key_lines
 
 COMMAND_LINE = "command line"
 
@@ -21,7 +20,7 @@ def origins(path: str | Path, arguments: Sequence[str] = ()) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for file, content in load_chain(path):
-        lines = _lines(file)
+        lines = key_lines(file.read_text(encoding="utf-8"))
         found |= {key: f"{file}:{lines[key]}" if key in lines else str(file) for key in leaves(content)}
     return found | dict.fromkeys(leaves(parse_overrides(arguments)), COMMAND_LINE)
 
@@ -36,16 +35,3 @@ def leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[name] = value
     return flat
-
-
-def _lines(file: Path) -> dict[str, int]:
-    """Return the line (from 1) of every key of a YAML file, by dotted key."""
-    node = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    return dict(_lines_of(node, "")) if node is not None else {}
-
-
-def _lines_of(node: yaml.Node, prefix: str) -> Iterator[tuple[str, int]]:
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            yield f"{prefix}{key.value}", key.start_mark.line + 1
-            yield from _lines_of(value, f"{prefix}{key.value}.")

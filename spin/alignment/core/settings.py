@@ -19,12 +19,13 @@ import dataclasses
 import functools
 import math
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from spin.alignment.core.config import convert
-from spin.alignment.core.errors import InputError
+from spin.alignment.core.errors import InputError, shown
+from spin.alignment.core.paths import check_output_file, check_output_folder, checked_name, checked_path
 
 C = TypeVar("C")
 _KEY = "setting"
@@ -38,6 +39,8 @@ class Declaration:
         help: one sentence or fragment; the only documentation of the setting.
         group: heading under which help and docs list this field and those after it, up to the next heading.
         ge, gt, le, lt: the range of a number, or of every number of a list. Numbers are always finite.
+        path: the text (every text of a list, every key of a mapping) is a path, or a Hub name, that is read ("input"), or the
+            path of a "folder" or "file" that is written, or the "name" of one (of a split); see ``core/paths.py``.
         unset: what the default ``None`` stands for, such as "the model's context".
         set_by_run: ``spin run`` sets the value itself, so no section of its configuration may contain the key.
         recorded: True: the value is stored in the provenance of the program's output. False: it does not affect results, so
@@ -51,6 +54,7 @@ class Declaration:
     gt: float | None = None
     le: float | None = None
     lt: float | None = None
+    path: Literal["", "input", "folder", "file", "name"] = ""
     unset: str = ""
     set_by_run: bool = False
     recorded: bool | None = None
@@ -59,7 +63,7 @@ class Declaration:
     def allows(self, value: float) -> bool:
         """Return whether a number is finite and in the range."""
         return (
-            math.isfinite(value)
+            (isinstance(value, int) or math.isfinite(value))
             and (self.ge is None or value >= self.ge)
             and (self.gt is None or value > self.gt)
             and (self.le is None or value <= self.le)
@@ -70,14 +74,18 @@ class Declaration:
         """Return the range in words: ``0 or more``, ``above 0 and at most 1``."""
         bounds = []
         if self.ge is not None:
-            bounds.append(f"{self.ge:g} or more")
+            bounds.append(f"{_plain(self.ge)} or more")
         if self.gt is not None:
-            bounds.append(f"a number above {self.gt:g}")
+            bounds.append(f"a number above {_plain(self.gt)}")
         if self.le is not None:
-            bounds.append(f"at most {self.le:g}")
+            bounds.append(f"at most {_plain(self.le)}")
         if self.lt is not None:
-            bounds.append(f"below {self.lt:g}")
+            bounds.append(f"below {_plain(self.lt)}")
         return " and ".join(bounds) or "a finite number"
+
+
+def _plain(bound: float) -> str:
+    return str(int(bound)) if float(bound).is_integer() else f"{bound:g}"
 
 
 def setting(default: Any = MISSING, help: str = "", **facts: Any) -> Any:
@@ -159,11 +167,58 @@ def checked_value(field: dataclasses.Field[Any], hint: Any, value: Any, where: s
         InputError: another type, an unknown choice, a number that is not finite or out of range.
     """
     value = convert(value, hint, where)
-    declaration = declaration_of(field)
-    for number in numbers_in(value) if _KEY in field.metadata else ():
-        if not declaration.allows(number):
-            raise InputError(f"{where} is {number}: set it to {declaration.range()}")
+    if _KEY in field.metadata:
+        # The values of a section are checked by the program that it belongs to.
+        numbers = () if isinstance(value, Mapping) and Any in typing.get_args(hint) else numbers_in(value)
+        _check_numbers(declaration_of(field), numbers, where)
+        return _checked_texts(declaration_of(field), value, where, may_be_empty=default_of(field) == "")
     return value
+
+
+def _check_numbers(declaration: Declaration, numbers: Iterable[float], where: str) -> None:
+    for number in numbers:
+        if not declaration.allows(number):
+            raise InputError(f"{where} is {shown(number)}: set it to {declaration.range()}")
+
+
+def _checked_texts(declaration: Declaration, value: Any, where: str, may_be_empty: bool) -> Any:
+    for text in texts_in(value):
+        if not text.isascii() and text != text.encode(errors="replace").decode():
+            raise InputError(f"{where} is {shown(text)}, which is not text in UTF-8: correct the value")
+        if "\0" in text:
+            raise InputError(f"{where} is {shown(text)}, which has a NUL character in it: correct the value")
+    check = checked_name if declaration.path == "name" else checked_path
+    return _with_paths(value, where, may_be_empty, check) if declaration.path else value
+
+
+def _with_paths(value: Any, where: str, may_be_empty: bool, check: Callable[[str, str], str]) -> Any:
+    """Return the path or paths of a setting, checked and with ``~`` expanded."""
+    if isinstance(value, str):
+        return check(value, where) if value or not may_be_empty else value
+    if isinstance(value, Mapping):
+        return {check(key, where): item for key, item in value.items()}
+    return type(value)(check(item, where) for item in value) if isinstance(value, list | tuple) else value
+
+
+def check_outputs(config: Any, name_of: Callable[[str], str] = str) -> None:
+    """Check that the folders and files that the settings name for writing can be written; nothing is written.
+
+    Raises:
+        InputError: naming the setting and the path.
+    """
+    checks = {"folder": check_output_folder, "file": check_output_file}
+    for name, field in settings_of(type(config)).items():
+        check, value = checks.get(declaration_of(field).path), getattr(config, name)
+        if check is not None and value:
+            check(value, name_of(name))
+
+
+def texts_in(value: Any) -> list[str]:
+    """Return the texts in a value: itself, the items of a list, or the keys and values of a mapping."""
+    if isinstance(value, Mapping):
+        value = [*value, *value.values()]
+    values = value if isinstance(value, list | tuple) else [value]
+    return [item for item in values if isinstance(item, str)]
 
 
 def numbers_in(value: Any) -> list[float]:

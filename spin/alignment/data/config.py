@@ -20,12 +20,14 @@ class DataConfig:
         {},
         "'path: fraction' lines: folders of preference parquet (run_sft.py, run_online.py: prompts)",
         group="data",
+        path="input",
         unset="must be given",
         set_by_run=True,
     )
     dataset_splits: list[str] = setting(
         ["train_prefs"],
         "splits to load (run_sft.py, run_online.py: train); add test_prefs to evaluate",
+        path="name",
         set_by_run=True,
     )
     dataset_configs: list[str] = setting(

@@ -45,7 +45,8 @@ def check_fraction(num_rows: int, data_frac: int, frac_len: int) -> None:
     total = num_fractions(num_rows, frac_len)
     if not 0 <= data_frac < total:
         raise InputError(
-            f"data_frac is {data_frac}, but {num_rows} rows with frac_len {frac_len} give the fractions 0 to {total - 1}"
+            f"data_frac is {data_frac}, but {num_rows} rows with frac_len {frac_len} give the fractions 0 to "
+            f"{total - 1}: choose one of them"
         )
 
 

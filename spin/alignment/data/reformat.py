@@ -30,10 +30,12 @@ class ReformatConfig:
     """Turn foreign SFT data into prompts with their ground truth."""
 
     data: str = setting(
-        help="Hub name, folder (save_to_disk and cloned repositories too), or file (docs/data_format.md)"
+        help="Hub name, folder (save_to_disk and cloned repositories too), or file (docs/data_format.md)", path="input"
     )
-    output_dir: str = setting(help="folder for {split}.parquet and test.parquet")
-    split: str = setting("train", "split of the source to read, and name of the file written", recorded=True)
+    output_dir: str = setting(help="folder for {split}.parquet and test.parquet", path="folder")
+    split: str = setting(
+        "train", "split of the source to read, and name of the file written", path="name", recorded=True
+    )
     config: str | None = setting(
         None, "configuration of the data set, such as main of openai/gsm8k; or write NAME:main as data"
     )
@@ -62,6 +64,9 @@ class ReformatConfig:
         local, folder = Path(name_and_config(self.data)[0]), Path(self.output_dir)
         if is_local(self.data) and local.is_dir() and local.resolve() == folder.resolve():
             raise InputError(f"output_dir is the folder of the data, {folder}: choose another one")
+        written = [folder / f"{self.split}.parquet"] + ([folder / "test.parquet"] if self.test_size else [])
+        if local.is_file() and local.resolve() in [path.resolve() for path in written]:
+            raise InputError(f"data {local} would be replaced by the result: choose another output_dir")
 
 
 def reformat(config: ReformatConfig) -> dict[str, Path]:

@@ -17,21 +17,24 @@ from spin.alignment.models.config import Dtype, ModelConfig
 class EvaluateConfig:
     """Score a model on held-out prompts with ground truth."""
 
-    model: str = setting(help="model folder or Hub name", group="model", set_by_run=True)
+    model: str = setting(help="model folder or Hub name", group="model", path="input", set_by_run=True)
     revision: str | None = same_as(ModelConfig, "model_revision", set_by_run=True)
     dtype: Dtype = same_as(ModelConfig, "dtype")
     system: System = same_as(DataConfig, "system")
     trust_remote_code: bool = same_as(ModelConfig, "trust_remote_code")
 
     input_dir: str = setting(
-        help="prompts with ground truth: folder, file or Hub name", group="prompts and scores", set_by_run=True
+        help="prompts with ground truth: folder, file or Hub name",
+        group="prompts and scores",
+        path="input",
+        set_by_run=True,
     )
-    split: str = setting("test", "split of the data", set_by_run=True)
+    split: str = setting("test", "split of the data", path="name", set_by_run=True)
     config: str | None = setting(
         None, "configuration of the data set, such as main; or write NAME:main as input_dir", set_by_run=True
     )
     output_file: str = setting(
-        help="JSON file to write; every response goes to a parquet file of the same name", set_by_run=True
+        help="JSON file to write; every response goes to a parquet file of the same name", path="file", set_by_run=True
     )
     metric: str = setting(
         "exact_match", "a rule: exact_match, math_answer, module:function, or a sum (docs/scoring.md)"

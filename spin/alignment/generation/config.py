@@ -21,18 +21,23 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 class GenerateConfig:
     """Generate a model's own responses to the prompts of a data set."""
 
-    model: str = setting(help="model folder or Hub name: the opponent", group="model", set_by_run=True)
+    model: str = setting(help="model folder or Hub name: the opponent", group="model", path="input", set_by_run=True)
     revision: str | None = same_as(ModelConfig, "model_revision", set_by_run=True)
-    adapter: str | None = setting(None, "folder of LoRA adapters to apply to the model, without merging them first")
+    adapter: str | None = setting(
+        None, "folder of LoRA adapters to apply to the model, without merging them first", path="input"
+    )
     dtype: Dtype = same_as(ModelConfig, "dtype", recorded=True)
     system: System = same_as(DataConfig, "system")
     trust_remote_code: bool = same_as(ModelConfig, "trust_remote_code")
 
     input_dir: str = setting(
-        help="prompts with ground truth: folder, file or Hub name", group="prompts and fractions", set_by_run=True
+        help="prompts with ground truth: folder, file or Hub name",
+        group="prompts and fractions",
+        path="input",
+        set_by_run=True,
     )
-    output_dir: str = setting(help="folder of the fractions, shared by all machines", set_by_run=True)
-    split: str = setting("train", "split of the data", set_by_run=True)
+    output_dir: str = setting(help="folder of the fractions, shared by all machines", path="folder", set_by_run=True)
+    split: str = setting("train", "split of the data", path="name", set_by_run=True)
     config: str | None = setting(
         None, "configuration of the data set, such as main; or write NAME:main as input_dir", set_by_run=True
     )
@@ -96,10 +101,12 @@ class GenerateConfig:
         """Check the folders that the settings name, before the model is located.
 
         Raises:
-            InputError: the output folder is a file, or the adapter folder lacks a file.
+            InputError: the output folder is one of the inputs, or the adapter folder lacks a file.
         """
-        if Path(self.output_dir).exists() and not Path(self.output_dir).is_dir():
-            raise InputError(f"output_dir {self.output_dir} is a file: give a folder")
+        for name in ("model", "adapter", "input_dir"):
+            path = getattr(self, name)
+            if path is not None and Path(path).exists() and Path(path).resolve() == Path(self.output_dir).resolve():
+                raise InputError(f"output_dir is the folder of {name}, {path}: choose another folder")
         if self.adapter is not None:
             missing = [name for name in ADAPTER_FILES if not (Path(self.adapter) / name).is_file()]
             if missing:

@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from spin.alignment.core.provenance import Provenance
     from spin.alignment.data.prompt_store import PromptStore
     from spin.alignment.generation.fraction_work import GenerationJob
+    from spin.alignment.generation.leases import Worker
     from spin.alignment.generation.worker import GenerationRun
 
 
@@ -252,8 +253,12 @@ def work(config: GenerateConfig, stated: Provenance, model_dir: Path) -> int:
     name = "all fractions" if config.data_frac == "auto" else f"fraction {config.data_frac}"
     progress = GenerationProgress(name + (f" rank {rank}" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""))
     with Worker(Path(config.output_dir) / PARTS_FOLDER / "workers") as worker:
-        job = make_job(config, stated, model_dir, worker.name)
-        fractions = wanted_fractions(config, job.provenance, job.store)
+        try:
+            job = make_job(config, stated, model_dir, worker.name)
+            fractions = wanted_fractions(config, job.provenance, job.store)
+        except InputError:
+            withdraw(worker)
+            raise
         if fractions:
             several = len(fractions) > 1
             run = GenerationRun(
@@ -269,6 +274,20 @@ def work(config: GenerateConfig, stated: Provenance, model_dir: Path) -> int:
         if not stated.extra:  # the private store of a Hub data set, see open_store()
             job.store.remove()
     return len(job.store)
+
+
+def withdraw(worker: Worker) -> None:
+    """Remove what a worker has written before it found its input unusable, if it is the first to write to the folder."""
+    parts = worker.folder.parent
+    if any(path != worker.folder and path.is_dir() for path in parts.iterdir()):
+        return
+    if any(path != worker.path for path in worker.folder.iterdir()):
+        return
+    for path in (*parts.glob("*prompts-*"), worker.path):
+        path.unlink(missing_ok=True)
+    for folder in (worker.folder, parts, parts.parent):
+        with suppress(OSError):  # something else is in it
+            folder.rmdir()
 
 
 @contextmanager

@@ -19,6 +19,7 @@ class ModelConfig:
         "",
         "folder or Hub name of the model that training starts from; in self-play it is also the opponent",
         group="model",
+        path="input",
         unset="must be given",
         set_by_run=True,
     )

@@ -34,9 +34,9 @@ def load_model(config: ModelConfig, seed: int = 42) -> PreTrainedModel:
             model_config, dtype=torch.float32 if dtype == "auto" else dtype, **common
         )
     else:
-        quantisation = _quantisation(config)
-        if quantisation is not None:
-            common["quantization_config"] = quantisation
+        quantised = quantisation(config)
+        if quantised is not None:
+            common["quantization_config"] = quantised
         model = AutoModelForCausalLM.from_pretrained(
             model_folder(name, revision), dtype=dtype, use_safetensors=True, **common
         )
@@ -60,7 +60,12 @@ def _fix_generation_config(model: PreTrainedModel) -> None:
         settings.validate(strict=True)
 
 
-def _quantisation(config: ModelConfig) -> Any:
+def quantisation(config: ModelConfig) -> Any:
+    """Return the quantisation to load a model with, as transformers takes it; None for none.
+
+    Raises:
+        InputError: bitsandbytes is not installed.
+    """
     if not (config.load_in_4bit or config.load_in_8bit):
         return None
     import importlib.util

@@ -18,10 +18,13 @@ class ConvertConfig:
     """Gather generated fractions into preference parquet files."""
 
     input_dir: str = setting(
-        help="folder of {split}-{fraction}.parquet files from generate.py", group="fractions and pairs", set_by_run=True
+        help="folder of {split}-{fraction}.parquet files from generate.py",
+        group="fractions and pairs",
+        path="input",
+        set_by_run=True,
     )
-    output_dir: str = setting(help="folder for {split}_prefs-*.parquet", set_by_run=True)
-    splits: list[str] = setting([], "splits to gather", unset="those found at the start", set_by_run=True)
+    output_dir: str = setting(help="folder for {split}_prefs-*.parquet", path="folder", set_by_run=True)
+    splits: list[str] = setting([], "splits to gather", unset="those found at the start", path="name", set_by_run=True)
     num_fracs: int = setting(0, "number of training fractions to expect (0: as recorded)", ge=0, set_by_run=True)
     wait: float = setting(
         0.0,
@@ -35,6 +38,7 @@ class ConvertConfig:
     initial: str | None = setting(
         None,
         "folder of the initial model's responses to the same prompts: a third response, for the losses that read one",
+        path="input",
         set_by_run=True,
     )
     identical: Literal["keep", "drop"] = setting("keep", "pairs whose responses are equal", recorded=True)

@@ -50,10 +50,12 @@ _ITERATED = ("generate", "convert", "weigh", "train", "overrides")
 class RunData:
     """Where prompts with ground truth come from."""
 
-    train: str = setting(help="prompts with ground truth, in any form that reformat.py reads", group="data")
-    test: str = setting("", "held-out prompts; without them no model is scored")
-    train_split: str = setting("train", "split of the prompts to train on")
-    test_split: str = setting("test", "split of the held-out prompts")
+    train: str = setting(
+        help="prompts with ground truth, in any form that reformat.py reads", group="data", path="input"
+    )
+    test: str = setting("", "held-out prompts; without them no model is scored", path="input")
+    train_split: str = setting("train", "split of the prompts to train on", path="name")
+    test_split: str = setting("test", "split of the held-out prompts", path="name")
     config: str | None = setting(
         None,
         "configuration of the data sets, such as main of openai/gsm8k; or write openai/gsm8k:main where one is named",
@@ -66,8 +68,9 @@ class RunData:
         "prompts that the model generates responses to: one data set, or a list with one for each iteration; they need no "
         "ground truth if the pairing needs none",
         unset="data.train",
+        path="input",
     )
-    prompts_split: str = setting("", "split of those prompts", unset="data.train_split")
+    prompts_split: str = setting("", "split of those prompts", unset="data.train_split", path="name")
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -92,7 +95,9 @@ class LaunchConfig:
         group="launch",
         ge=1,
     )
-    config_file: str | None = setting(None, "configuration of accelerate launch, such as configs/multi_gpu.yaml")
+    config_file: str | None = setting(
+        None, "configuration of accelerate launch, such as configs/multi_gpu.yaml", path="input"
+    )
     stall_timeout: float = setting(
         7200.0,
         "seconds without output or a changed file after which a stage is ended, with what its processes are doing; 0: never",
@@ -110,17 +115,20 @@ class LaunchConfig:
 class RunConfig:
     """One run: every section except ``data`` and ``launch`` contains the flags or keys of the program that it is named after."""
 
-    run_dir: str = setting(help="folder of the run", group="run")
+    run_dir: str = setting(help="folder of the run", group="run", path="folder")
     model: str = setting(
-        help="the SFT model that iteration 0 starts from and plays against; with sft: what SFT starts from"
+        help="the SFT model that iteration 0 starts from and plays against; with sft: what SFT starts from",
+        path="input",
     )
     data: RunData = setting(help="prompts with ground truth, see below")
     model_revision: str | None = setting(None, "revision of a Hub model")
-    iterations: int = setting(1, "number of iterations; raise it later and the run continues", ge=1)
+    iterations: int = setting(1, "number of iterations; raise it later and the run continues", ge=1, le=1000)
     history: int = setting(
         1, "number of earlier iterations whose data is added to that of the current one (the paper: 1)", ge=0
     )
-    seed: int = setting(42, "of training and of the responses (generation of iteration t uses 1000 * seed + t)", ge=0)
+    seed: int = setting(
+        42, "of training and of the responses (generation of iteration t uses 1000 * seed + t)", ge=0, lt=2**32
+    )
     sft: dict[str, Any] | None = setting(None, "keys of run_sft.py: train the model that iteration 0 starts from")
     control: dict[str, Any] | None = setting(
         None, "keys of run_sft.py: SFT continued from the start model, for comparison"
@@ -284,7 +292,9 @@ def make_run_config(values: Mapping[str, Any], source: str) -> RunConfig:
     overrides = values.get("overrides")
     if isinstance(overrides, Mapping):
         # `--overrides.2.beta=1` gives the text '2', YAML the number 2.
-        overrides = {int(key) if str(key).isdigit() else key: item for key, item in overrides.items()}
+        overrides = {
+            int(key) if str(key).isascii() and str(key).isdecimal() else key: item for key, item in overrides.items()
+        }
         values = {**values, "overrides": overrides}
     return build(RunConfig, values, source)
 

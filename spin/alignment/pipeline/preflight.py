@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spin.alignment.core.errors import InputError
+from spin.alignment.core.paths import check_output_folder
 
 if TYPE_CHECKING:
     from spin.alignment.data.chat_encoder import ChatEncoder
@@ -20,7 +21,9 @@ def check_before_start(config: RunConfig, source: str) -> None:
         InputError: naming the problem and its section or file.
     """
     from spin.alignment.models.folder import check_model_path
+    from spin.alignment.pipeline.launch_config import check_launch_config
 
+    check_launch_config(config.launch)
     check_model_path(config.model, needs_weights=not (config.sft or {}).get("init_from_config", False))
     check_settings(config, source)
     check_data(config)
@@ -95,8 +98,7 @@ def check_run_dir(run_dir: Path) -> None:
     from spin.alignment.pipeline.config import is_run_yaml
     from spin.alignment.pipeline.manifest import MANIFEST_NAME
 
-    if run_dir.exists() and not run_dir.is_dir():
-        raise InputError(f"run_dir {run_dir} is a file: choose a folder")
+    check_output_folder(run_dir, "run_dir")
     own = (MANIFEST_NAME, "run.yaml")
     if run_dir.is_dir() and not os.path.lexists(run_dir / MANIFEST_NAME):
         if is_run_yaml(run_dir / "run.yaml"):

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from spin.alignment.core.config import build, load_config, merge
-from spin.alignment.core.errors import InputError
 from spin.alignment.core.settings import set_by_run
 from spin.alignment.core.sides import INITIAL
 from spin.alignment.evaluation.config import EvaluateConfig
@@ -96,7 +95,8 @@ def evaluate_config(config: RunConfig, name: str, model: str) -> EvaluateConfig:
     own = {
         "model": model,
         "revision": config.model_revision if model == config.model else None,
-        "input_dir": config.data.test,
+        # Without held-out prompts no model is scored, but the other settings of the section are checked all the same.
+        "input_dir": config.data.test or config.data.train,
         "split": config.data.test_split,
         "output_file": str(Path(config.run_dir) / name / "eval.json"),
         "seed": config.seed,
@@ -169,9 +169,5 @@ def section_config(name: str, config_class: type[C], values: Mapping[str, Any]) 
     Raises:
         InputError: an unknown key, a value of the wrong type or out of range, with the section's name.
     """
-    where = f"the section '{name}'"
-    try:
-        return build(config_class, {key: value for key, value in values.items() if value is not None}, where)
-    except InputError as error:
-        # Checks across keys do not know the section, those of a single key name it already.
-        raise error if where in str(error) else InputError(f"{error} (in {where})") from error
+    given = {key: value for key, value in values.items() if value is not None}
+    return build(config_class, given, f"the section '{name}'")

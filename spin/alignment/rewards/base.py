@@ -105,7 +105,9 @@ class ScorerSettings:
         "reward_model, preference_model, judge"
     )
     model: str | None = setting(
-        None, "folder or Hub name of the reward or preference model; the name under which the judge is served"
+        None,
+        "folder or Hub name of the reward or preference model; the name under which the judge is served",
+        path="input",
     )
     batch_size: int = setting(16, "sequences per forward pass, or requests in flight (judge)", ge=1)
     max_length: int | None = setting(
@@ -116,6 +118,6 @@ class ScorerSettings:
     )
     base_url: str | None = setting(None, "address of the judge's server")
     score_reference: bool = setting(False, "score the ground truth as well")
-    cache_dir: str | None = setting(None, "folder in which the scores of models are cached")
+    cache_dir: str | None = setting(None, "folder in which the scores of models are cached", path="folder")
     dtype: Dtype = setting("auto", "precision of the scoring model")
     trust_remote_code: bool = setting(False, "run code that ships with the scoring model")

@@ -23,10 +23,12 @@ class WeightsConfig:
     """Compute token weights for the responses of preference data."""
 
     input_dir: str = setting(
-        help="folder with {split}_prefs-*.parquet from convert_data.py", group="rows", set_by_run=True
+        help="folder with {split}_prefs-*.parquet from convert_data.py", group="rows", path="input", set_by_run=True
     )
-    output_dir: str = setting(help="folder for the same files with token weights", set_by_run=True)
-    page: str | None = setting(None, "HTML file to write, showing a few responses coloured by weight", set_by_run=True)
+    output_dir: str = setting(help="folder for the same files with token weights", path="folder", set_by_run=True)
+    page: str | None = setting(
+        None, "HTML file to write, showing a few responses coloured by weight", path="file", set_by_run=True
+    )
     page_rows: int = setting(8, "number of pairs on the page", ge=1)
     overwrite: bool = setting(
         False, "replace weights that were computed from other inputs or settings", set_by_run=True
@@ -42,12 +44,16 @@ class WeightsConfig:
     seed: int = setting(42, "seed for the random transform", ge=0, set_by_run=True)
 
     model_plus: str | None = setting(
-        None, "the model trained on the pairs, or the teacher", group="models and tokenizer"
+        None, "the model trained on the pairs, or the teacher", group="models and tokenizer", path="input"
     )
-    model_minus: str | None = setting(None, "the model trained on the reversed pairs, or the student", set_by_run=True)
+    model_minus: str | None = setting(
+        None, "the model trained on the reversed pairs, or the student", path="input", set_by_run=True
+    )
     revision_plus: str | None = same_as(ModelConfig, "model_revision")
     revision_minus: str | None = same_as(ModelConfig, "model_revision", set_by_run=True)
-    tokenizer: str | None = setting(None, "model whose tokenizer encoded the data (drift and uniform)", set_by_run=True)
+    tokenizer: str | None = setting(
+        None, "model whose tokenizer encoded the data (drift and uniform)", path="input", set_by_run=True
+    )
     revision_tokenizer: str | None = same_as(ModelConfig, "model_revision", set_by_run=True)
     dtype: Dtype = same_as(ModelConfig, "dtype")
     trust_remote_code: bool = same_as(ModelConfig, "trust_remote_code", help="run code that comes with the models")

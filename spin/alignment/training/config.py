@@ -23,6 +23,8 @@ _REFUSED = {
     "bf16_full_eval": "evaluation must use the same precision as the stored log-probs: remove the key",
     "fp16_full_eval": "evaluation must use the same precision as the stored log-probs: remove the key",
     "label_names": "pairs have no labels: remove the key",
+    "include_num_input_tokens_seen": "a batch of pairs has no input ids (completion tokens are in metrics.json): remove the key",
+    "auto_find_batch_size": "micro-batches are sized by tokens: remove the key, or set max_tokens_per_batch",
 }
 
 
@@ -54,7 +56,7 @@ class SPINConfig(SPINKeys, TrainingArguments):
         if self.num_train_epochs <= 0 and self.max_steps <= 0:
             raise InputError(f"num_train_epochs is {self.num_train_epochs}: set it to a number above 0")
         for name, reason in _REFUSED.items():
-            if getattr(self, name):
+            if getattr(self, name) not in (False, None, 0, [], "no"):
                 raise InputError(f"{name} is {getattr(self, name)}, but {reason}")
         check_optimizer(self.optim, self.optim_args)
         if self.torch_compile and self.batching == "packed":

@@ -16,7 +16,9 @@ from spin.alignment.core.settings import check_settings, setting
 class OutputConfig:
     """Where a training program writes, and how it treats existing output."""
 
-    output_dir: str = setting(help="folder for the trained model", group="output", set_by_run=True, recorded=False)
+    output_dir: str = setting(
+        help="folder for the trained model", group="output", path="folder", set_by_run=True, recorded=False
+    )
     overwrite_output_dir: bool = setting(
         False, "replace an existing training run in output_dir", set_by_run=True, recorded=False
     )
@@ -66,6 +68,7 @@ class SPINKeys:
         None,
         "folder of the stored reference log-probs; several runs may share it",
         unset="output_dir/reference",
+        path="folder",
         recorded=False,
     )
 
@@ -110,8 +113,10 @@ class SPINKeys:
         None, "optimiser settings as key=value,key=value; rmsprop: alpha=0.99,eps=1e-8,bias_correction=true"
     )
 
-    seed: int = setting(42, "seed for the data order and all other randomness", group="course", ge=0, set_by_run=True)
-    logging_steps: float = setting(10, "number of steps between log lines", recorded=False)
+    seed: int = setting(
+        42, "seed for the data order and all other randomness", group="course", ge=0, lt=2**32, set_by_run=True
+    )
+    logging_steps: float = setting(10, "number of steps between log lines", gt=0, recorded=False)
     save_strategy: str = setting("epoch", "when to save a checkpoint: no, steps, epoch", recorded=False)
 
 
@@ -122,6 +127,6 @@ class SFTKeys:
     learning_rate: float = setting(2e-5, "peak learning rate", group="optimiser", gt=0)
     bf16: bool = setting(False, "mixed precision in bfloat16", group="course")
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, but slower")
-    seed: int = setting(42, "seed for the data order and all other randomness", ge=0, set_by_run=True)
-    logging_steps: float = setting(10, "number of steps between log lines", recorded=False)
+    seed: int = setting(42, "seed for the data order and all other randomness", ge=0, lt=2**32, set_by_run=True)
+    logging_steps: float = setting(10, "number of steps between log lines", gt=0, recorded=False)
     save_strategy: str = setting("epoch", "when to save a checkpoint: no, steps, epoch", recorded=False)

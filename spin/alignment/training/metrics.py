@@ -24,6 +24,12 @@ _WITH_ERROR = ("rewards/accuracies", "rewards/margins", "drift/chosen")
 _SQUARES = " squared"
 
 
+def metric_names(loss: Loss) -> list[str]:
+    """Return the names of the averages over pairs that are logged for a loss."""
+    logps = (f"logps/{name}" for name in loss.responses)
+    return [*_NAMES, *logps, *(_DRIFT if loss.needs_reference else ())]
+
+
 @dataclass(frozen=True)
 class PairAverages:
     """Averages over pairs under their standard names, and the number of pairs and completion tokens averaged."""
@@ -38,8 +44,7 @@ class PairMetrics:
 
     def __init__(self, loss: Loss) -> None:
         """``loss`` declares which responses a pair has, and whether there is a reference."""
-        logps = (f"logps/{name}" for name in loss.responses)
-        means = (*_NAMES, *logps, *(_DRIFT if loss.needs_reference else ()))
+        means = metric_names(loss)
         self._spread = tuple(name for name in _WITH_ERROR if name in means)
         self._names = (*means, "pairs", "tokens", *(f"{name}{_SQUARES}" for name in self._spread))
         self._sums: dict[str, list[Tensor]] = defaultdict(list)

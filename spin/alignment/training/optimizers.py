@@ -152,6 +152,11 @@ def uses_bitsandbytes(optim: str) -> bool:
     return optim.startswith(("paged_", "lion", "ademamix", "rmsprop_bnb")) or optim in ("adamw_8bit", "adamw_bnb_8bit")
 
 
+def takes_target_modules(optim: str) -> bool:
+    """Return whether a transformers optimiser is made for the layers that ``optim_target_modules`` names."""
+    return str(getattr(optim, "value", optim)).startswith(("galore_", "apollo_"))
+
+
 def check_optimizer(optim: str, optim_args: str | None = None) -> dict[str, Any]:
     """Check an optimiser and its arguments before a model is loaded; return the parsed arguments.
 

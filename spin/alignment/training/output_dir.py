@@ -85,11 +85,7 @@ class OutputFolder:
             InputError: the requested checkpoint is missing or incomplete.
         """
         wanted = self.resume
-        if wanted not in (None, True, "true", "True", False, "false", "False"):
-            if not (Path(str(wanted)) / "trainer_state.json").is_file():
-                raise InputError(
-                    f"resume_from_checkpoint {wanted} is not a complete checkpoint: name a checkpoint-N folder"
-                )
+        if check_resume_point(wanted):
             return str(wanted)
         if wanted in (False, "false", "False"):
             return None
@@ -106,6 +102,19 @@ class OutputFolder:
         found = [path for path in self.path.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
         chosen = [path for path in found if _is_json(path / "trainer_state.json") == complete]
         return sorted(chosen, key=lambda path: int(path.name.removeprefix("checkpoint-")))  # 9 before 10
+
+
+def check_resume_point(wanted: str | bool | None) -> bool:
+    """Return whether a certain checkpoint is to be resumed from.
+
+    Raises:
+        InputError: that checkpoint is missing or incomplete.
+    """
+    if wanted in (None, True, "true", "True", False, "false", "False"):
+        return False
+    if not (Path(str(wanted)) / "trainer_state.json").is_file():
+        raise InputError(f"resume_from_checkpoint {wanted} is not a complete checkpoint: name a checkpoint-N folder")
+    return True
 
 
 def _is_json(path: Path) -> bool:

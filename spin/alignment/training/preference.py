@@ -13,6 +13,7 @@ from spin.alignment.logprobs.position_kl import check_can_keep_reference
 from spin.alignment.models.folder import check_fits
 from spin.alignment.training.config import SPINConfig
 from spin.alignment.training.first_loss import FIRST_LOSS_FILE
+from spin.alignment.training.metrics import metric_names
 from spin.alignment.training.preference_data import check_budget, data_key, largest, load_pairs
 from spin.alignment.training.program import TrainingData, TrainingJob, TrainingProgram
 from spin.alignment.training.settings import Settings
@@ -36,9 +37,13 @@ class PreferenceTraining(TrainingProgram):
         strategy, splits = settings.arguments.eval_strategy, settings.data.dataset_splits
         if strategy != "no" and not any(is_held_out(split) for split in splits):
             raise InputError(
-                f"eval_strategy is {strategy}, but dataset_splits names no test split: add test_prefs to it"
+                f"eval_strategy is {strategy.value}, but dataset_splits names no test split: add test_prefs to it"
             )
         check_can_keep_reference(settings.arguments)
+
+    def held_out_metrics(self, arguments: Any) -> list[str]:
+        """Return the averages over held-out pairs."""
+        return metric_names(arguments.loss)
 
     def load_data(self, settings: Settings, encoder: ChatEncoder) -> TrainingData:
         """Load, mix and encode the pairs; dropped pairs are counted by split and reason."""

@@ -54,6 +54,10 @@ class TrainingProgram(ABC):
     def check_settings(self, settings: Settings) -> None:  # noqa: B027  (most have nothing to check)
         """Check for incompatible settings, before any data is read."""
 
+    def held_out_metrics(self, arguments: Any) -> list[str]:
+        """Return the metrics that an evaluation on held-out rows measures, without the prefix ``eval_``."""
+        return ["loss"]
+
     @abstractmethod
     def load_data(self, settings: Settings, encoder: ChatEncoder) -> TrainingData:
         """Read and encode the data."""

@@ -16,9 +16,10 @@ from spin.alignment.models.folder import model_folder
 from spin.alignment.models.loading import load_model
 from spin.alignment.models.precision import weight_dtypes
 from spin.alignment.models.saving import save_checkpoint
+from spin.alignment.training.check_settings import check_model, checked_settings
 from spin.alignment.training.output_dir import OutputFolder
 from spin.alignment.training.program import TrainingJob, TrainingProgram
-from spin.alignment.training.settings import Settings, make_encoder, read_settings
+from spin.alignment.training.settings import Settings, make_encoder
 
 if TYPE_CHECKING:
     import torch
@@ -35,8 +36,8 @@ def train(program: TrainingProgram, values: Mapping[str, Any], source: str) -> N
     """
     # Encoding may fork worker processes, and the tokenizers' threads do not survive a fork.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    settings = read_settings({**program.defaults, **values}, source, program.arguments_class)
-    program.check_settings(settings)
+    settings = checked_settings(program, values, source)
+    check_model(settings.model, source)
     setup_logging(settings.arguments.process_index == 0)
     encoder = make_encoder(settings)
     data = program.load_data(settings, encoder)

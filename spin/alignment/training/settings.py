@@ -5,19 +5,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spin.alignment.core.config import build, split_config
-from spin.alignment.core.errors import InputError
+from spin.alignment.core.config import build, convert, split_config
+from spin.alignment.core.errors import InputError, reason_of, shown
 from spin.alignment.core.resolve import module_record
 from spin.alignment.core.secrets import refuse_stored_secrets, without_secrets
-from spin.alignment.core.settings import declaration_of, settings_of
+from spin.alignment.core.settings import check_outputs, checked_value, declaration_of, hints_of, settings_of
 from spin.alignment.data.config import DataConfig
 from spin.alignment.models.config import ModelConfig
 from spin.alignment.models.folder import check_model_path
+from spin.alignment.training.argument_ranges import check_ranges
 from spin.alignment.training.keys import OutputConfig
 from spin.alignment.training.renamed_keys import rename_keys
 
@@ -35,6 +37,8 @@ _WITHOUT_EFFECT = (
     "hub_private_repo",
     "hub_strategy",
 )
+
+_OWN: tuple[type, type, type] = (ModelConfig, DataConfig, OutputConfig)
 
 
 @dataclass(frozen=True)
@@ -70,31 +74,16 @@ def read_settings(values: Mapping[str, Any], source: str, arguments_class: type)
     values = rename_keys(values, source)
     refuse_stored_secrets(values, source)
     hub_token, values = values.get("hub_token"), without_secrets(values)
-    classes = (ModelConfig, DataConfig, OutputConfig, arguments_class)
-    model_values, data_values, output_values, training_values = split_config(values, classes, source)
-    if not values.get("output_dir"):
-        raise InputError(f"{source} lacks the key 'output_dir': set it to the folder for the trained model")
-    model = build(ModelConfig, model_values, source)
-    data = build(DataConfig, data_values, source)
-    output = build(OutputConfig, output_values, source)
+    *_, training_values = split_config(values, (*_OWN, arguments_class), source)
+    model, data, output = _own_parts(values, source)
     training_values.pop("resume_from_checkpoint", None)  # handled by OutputConfig, which also allows false
-    if not data.dataset_mixer:
-        raise InputError(f"{source} lacks the key 'dataset_mixer': add it with at least one 'path: fraction' line")
-    check_model_path(model.model_name_or_path, needs_weights=not model.init_from_config)
     skip_unused_deepspeed_build()
-    try:
-        arguments: Any = build(arguments_class, {"report_to": "none", **training_values}, source)
-    except InputError:
-        raise
-    except (ValueError, ImportError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(
-            f"the training settings in {source} are incompatible with each other or with this machine: {reason}"
-        ) from error
+    arguments = build_arguments(arguments_class, {"report_to": "none", **training_values}, source)
+    check_outputs(arguments)
     import huggingface_hub
     import torch
 
-    if arguments.fp16 and not torch.cuda.is_available():
+    if arguments.fp16 and (arguments.use_cpu or not torch.cuda.is_available()):
         raise InputError("fp16 is true, but no GPU is available: set bf16 to true instead, or neither")
     if model.load_in_4bit and arguments.fsdp:
         raise InputError("load_in_4bit does not work with FSDP here: use DeepSpeed ZeRO-2 or a single process")
@@ -107,6 +96,87 @@ def read_settings(values: Mapping[str, Any], source: str, arguments_class: type)
     )
     # The Trainer stores its arguments in every checkpoint, so the token is not one of them.
     return Settings(values, model, data, arguments, output, None if hub_token is None else str(hub_token))
+
+
+def check_declared(values: Mapping[str, Any], source: str, *keys: type) -> None:
+    """Check what takes no library: paths, and the values of the settings declared in this project.
+
+    Programs call it before they import transformers, so that most mistakes are found within a second.
+
+    Args:
+        keys: the classes of keys of the program besides those of model, data and output.
+
+    Raises:
+        InputError: as :func:`read_settings`.
+    """
+    values = rename_keys(values, source)
+    _own_parts(values, source)
+    for config_class in keys:
+        hints = hints_of(config_class)
+        for name, field in settings_of(config_class).items():
+            if name not in values:
+                continue
+            value = convert(values[name], hints[name], f"'{name}' in {source}")
+            try:
+                checked_value(field, hints[name], value, name)
+            except InputError as error:
+                raise InputError(f"{error} (in {source})") from error
+
+
+def _own_parts(values: Mapping[str, Any], source: str) -> tuple[ModelConfig, DataConfig, OutputConfig]:
+    """Return the settings of model, data and output, checked."""
+    if not values.get("output_dir"):
+        raise InputError(f"{source} lacks the key 'output_dir': set it to the folder for the trained model")
+    model_values, data_values, output_values = (
+        {key: value for key, value in values.items() if key in settings_of(part)} for part in _OWN
+    )
+    model = build(ModelConfig, model_values, source)
+    data = build(DataConfig, data_values, source)
+    output = build(OutputConfig, output_values, source)
+    check_outputs(output)
+    if not data.dataset_mixer:
+        raise InputError(f"{source} lacks the key 'dataset_mixer': add it with at least one 'path: fraction' line")
+    check_model_path(model.model_name_or_path, needs_weights=not model.init_from_config)
+    return model, data, output
+
+
+def build_arguments(arguments_class: type, values: Mapping[str, Any], source: str) -> Any:
+    """Return the arguments of a Trainer; an error of transformers names the keys that cause it.
+
+    Raises:
+        InputError: a value of the wrong type or out of range, or values that do not fit together or this machine.
+    """
+    values = {key: numbers_read(value) if isinstance(value, dict) else value for key, value in values.items()}
+    check_ranges(values, arguments_class, source)
+    try:
+        return build(arguments_class, values, source)
+    except InputError:
+        raise
+    except Exception as error:
+        causes = [
+            key for key in values if key != "output_dir" and _builds_without(arguments_class, values, key, source)
+        ]
+        given = ", ".join(f"{key}: {shown(values[key])}" for key in causes)
+        what = f"the setting{'s' if len(causes) > 1 else ''} {given}" if causes else "the values"
+        how = "are incompatible with each other, or with this machine" if len(causes) > 1 else "cannot be used here"
+        raise InputError(f"{what} of {source} {how} ({reason_of(error)}): correct or remove it") from error
+
+
+def _builds_without(arguments_class: type, values: Mapping[str, Any], key: str, source: str) -> bool:
+    try:
+        build(arguments_class, {name: value for name, value in values.items() if name != key}, source)
+    except Exception:  # another of the values causes the error
+        return False
+    return True
+
+
+def numbers_read(value: Any) -> Any:
+    """Return nested values with texts such as ``1e-7``, which YAML does not read as numbers, as numbers."""
+    if isinstance(value, Mapping):
+        return {key: numbers_read(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [numbers_read(item) for item in value]
+    return float(value) if isinstance(value, str) and re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", value) else value
 
 
 def skip_unused_deepspeed_build() -> None:

@@ -22,6 +22,16 @@ from spin.alignment.training.sft_trainer import GroundTruthTrainer
 if TYPE_CHECKING:
     from spin.alignment.data.chat_encoder import ChatEncoder
 
+# TRL's keys for loading a model and encoding rows, which this program does itself, with the values they have if they are not set.
+_NOT_USED = {
+    "model_init_kwargs": None,
+    "dataset_kwargs": None,
+    "dataset_text_field": "text",
+    "eval_packing": None,
+    "eos_token": None,
+    "pad_token": None,
+}
+
 
 @dataclass
 class SFTArguments(SFTKeys, SFTConfig):
@@ -36,6 +46,12 @@ class SFTArguments(SFTKeys, SFTConfig):
             raise InputError(
                 "packing, completion_only_loss and assistant_only_loss are controlled by run_sft.py: remove the key"
             )
+        for name, default in _NOT_USED.items():
+            if getattr(self, name) != default:
+                raise InputError(
+                    f"{name} is {getattr(self, name)!r}, but run_sft.py loads the model and encodes the rows "
+                    "itself, with the tokens of its tokenizer: remove the key"
+                )
         self.dataset_kwargs = {"skip_prepare_dataset": True}
         super().__post_init__()
 

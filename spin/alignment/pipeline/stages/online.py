@@ -8,7 +8,7 @@ from spin.alignment.pipeline.config import RunConfig
 from spin.alignment.pipeline.program_settings import online_values
 from spin.alignment.pipeline.stages.base import Model, Stage
 from spin.alignment.pipeline.stages.sources import data_source, needs_ground_truth, scorer_sources
-from spin.alignment.pipeline.stages.training import TrainingKind
+from spin.alignment.pipeline.stages.training import TrainingKind, check_training
 
 
 class Online(TrainingKind):
@@ -39,15 +39,9 @@ class Online(TrainingKind):
     def check_settings(self, config: RunConfig, source: str) -> None:
         if config.online is None:
             return
-        from spin.alignment.training.online.config import OnlineConfig
-        from spin.alignment.training.online.run import check_settings
-        from spin.alignment.training.settings import read_settings
+        from spin.alignment.training.online.run import OnlineTraining
 
-        # The model of an SFT stage does not exist yet, so its path is not checked here.
-        values = online_values(
-            config,
-        ) | {"model_name_or_path": "opponent"}
-        check_settings(read_settings(values, f"the section 'online' of {source}", OnlineConfig))
+        check_training(OnlineTraining(), config, online_values(config), f"the section 'online' of {source}")
 
     def prompts(self, config: RunConfig) -> dict[tuple[str, str], bool]:
         if config.online is None:

@@ -8,7 +8,7 @@ from spin.alignment.pipeline.config import RunConfig
 from spin.alignment.pipeline.program_settings import sft_values
 from spin.alignment.pipeline.stages.base import Model, Role, Stage
 from spin.alignment.pipeline.stages.sources import data_source
-from spin.alignment.pipeline.stages.training import TrainingKind
+from spin.alignment.pipeline.stages.training import TrainingKind, check_training
 
 
 class Sft(TrainingKind):
@@ -38,12 +38,10 @@ class Sft(TrainingKind):
     def check_settings(self, config: RunConfig, source: str) -> None:
         if getattr(config, self.section) is None:
             return
-        from spin.alignment.training.settings import read_settings
-        from spin.alignment.training.sft import SFTArguments
+        from spin.alignment.training.sft import SFTTraining
 
-        # The models of later stages do not exist yet, so their paths are not checked here.
-        values = sft_values(config, self.section) | {"model_name_or_path": "opponent"}
-        read_settings(values, f"the section '{self.section}' of {source}", SFTArguments)
+        values = sft_values(config, self.section)
+        check_training(SFTTraining(), config, values, f"the section '{self.section}' of {source}")
 
     def prompts(self, config: RunConfig) -> dict[tuple[str, str], bool]:
         data = config.data

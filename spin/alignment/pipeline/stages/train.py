@@ -9,7 +9,7 @@ from spin.alignment.pipeline.config import RunConfig
 from spin.alignment.pipeline.program_settings import train_values
 from spin.alignment.pipeline.stages.base import Model, Stage
 from spin.alignment.pipeline.stages.sources import pair_sources
-from spin.alignment.pipeline.stages.training import TrainingKind
+from spin.alignment.pipeline.stages.training import TrainingKind, check_training
 
 
 class Train(TrainingKind):
@@ -42,9 +42,7 @@ def check_spin_settings(config: RunConfig, values: Mapping[str, Any], where: str
         InputError: a setting is unknown or out of range, or the pairing does not write what the loss reads.
     """
     from spin.alignment.pairs.annotate import check_loss
-    from spin.alignment.training.settings import read_settings
-    from spin.alignment.training.trainer import SPINConfig
+    from spin.alignment.training.preference import PreferenceTraining
 
-    # The models of later stages do not exist yet, so their paths are not checked here.
-    settings = read_settings({**values, "model_name_or_path": "opponent"}, where, SPINConfig)
+    settings = check_training(PreferenceTraining(), config, values, where)
     check_loss(config.convert.get("pairing", "ground_truth"), settings.arguments.loss_type)

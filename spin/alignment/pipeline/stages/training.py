@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from spin.alignment.core.secrets import secret_variables, without_secrets
 from spin.alignment.models.folder import model_files
 from spin.alignment.pipeline.config import RunConfig
 from spin.alignment.pipeline.stages.base import Model, Source, Stage, StageKind
 from spin.alignment.pipeline.stages.sources import function_sources, model_source
+
+if TYPE_CHECKING:
+    from spin.alignment.training.program import TrainingProgram
+    from spin.alignment.training.settings import Settings
 
 
 class TrainingKind(StageKind):
@@ -82,6 +86,23 @@ class TrainingKind(StageKind):
         from spin.alignment.pipeline.data_checks import model_problems
 
         return model_problems(checkpoint_of(stage))
+
+
+def check_training(program: TrainingProgram, config: RunConfig, values: Mapping[str, Any], where: str) -> Settings:
+    """Check the settings of a training as its program will, on the layers of the model that the run starts from.
+
+    Raises:
+        InputError: naming the key and ``where`` it stands.
+    """
+    from dataclasses import replace
+
+    from spin.alignment.training.check_settings import check_model, checked_settings
+
+    # The models of later stages do not exist yet, so their paths are not checked here.
+    values = {**values, "model_name_or_path": "opponent"}
+    settings = checked_settings(program, values, where, config.launch.num_processes)
+    check_model(replace(settings.model, model_name_or_path=config.model, model_revision=config.model_revision), where)
+    return settings
 
 
 def checkpoint_of(stage: Stage) -> Path:

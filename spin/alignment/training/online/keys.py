@@ -71,9 +71,13 @@ class OnlineKeys:
     )
 
     eval_prompts: str | None = setting(
-        None, "held-out prompts, answered every eval_steps steps and at the end", group="held out", set_by_run=True
+        None,
+        "held-out prompts, answered every eval_steps steps and at the end",
+        group="held out",
+        path="input",
+        set_by_run=True,
     )
-    eval_split: str = setting("test", "split of the held-out prompts", set_by_run=True)
+    eval_split: str = setting("test", "split of the held-out prompts", path="name", set_by_run=True)
     eval_temperatures: list[float] = setting(
         [0.0, 1.0], "temperatures for answering the held-out prompts, without duplicates", ge=0
     )

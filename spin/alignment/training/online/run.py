@@ -105,6 +105,11 @@ class OnlineTraining(TrainingProgram):
         check_settings(settings)
         find_backend(settings.arguments.backend).check_installed()
 
+    def held_out_metrics(self, arguments: Any) -> list[str]:
+        """Return the measures of the responses to held-out prompts at each temperature."""
+        prefixes = [f"t{temperature:g}" for temperature in arguments.eval_temperatures]
+        return [f"{prefix}_{name}" for prefix in prefixes for name in ("score", "length", "truncated")]
+
     def load_data(self, settings: Settings, encoder: ChatEncoder) -> TrainingData:
         """Load, mix and encode the prompts; those that are too long are skipped and counted by split."""
         data = TrainingData(*load_splits(settings.data, settings.arguments, encoder))
