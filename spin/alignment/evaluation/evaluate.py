@@ -19,19 +19,23 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     Raises:
         InputError: the model, the prompts or the metric cannot be used; raised before a model is loaded.
     """
-    from transformers import AutoConfig
-
     from spin.alignment.core.files import write_json_atomic
     from spin.alignment.core.provenance import hash_weights
     from spin.alignment.data.chat_encoder import ChatEncoder, load_tokenizer
     from spin.alignment.models.folder import check_model_path, context_length, model_folder
+    from spin.alignment.models.vocabulary import check_control_tokens, check_ids, ids_without_token
+    from spin.alignment.models.weights_check import check_model
 
     config.check_metric()
     check_model_path(config.model)
     encoder = ChatEncoder(load_tokenizer(config.model, config.revision, config.trust_remote_code), config.system)
     folder = model_folder(config.model, config.revision)
-    context = context_length(AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code))
-    held_out, left_out = load_held_out(config, encoder, context or sys.maxsize)
+    model_config = check_model(folder, trust_remote_code=config.trust_remote_code)
+    check_control_tokens(encoder, model_config, config.model)
+    held_out, left_out = load_held_out(config, encoder, context_length(model_config) or sys.maxsize)
+    for item in held_out:
+        where = f"prompt {item.request.prompt_id}"
+        check_ids((*item.request.token_ids, *item.ground_truth_ids), model_config, config.model, where)
     result = {
         "model": config.model,
         "weights_hash": hash_weights(folder),
@@ -40,7 +44,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "split": config.split,
         "n": len(held_out),
         "left_out": left_out,
-        **score(config, held_out, encoder),
+        **score(config, held_out, encoder, ids_without_token(encoder.tokenizer, model_config)),
     }
     write_json_atomic(config.output_file, result)
     exact = ", ".join(f"T={name} {values['exact']:.3f}" for name, values in result["temperatures"].items())
@@ -60,8 +64,13 @@ def load_held_out(config: EvaluateConfig, encoder: ChatEncoder, context: int) ->
     return encode_held_out(prompts.to_list(), encoder, context, config.max_new_tokens)
 
 
-def score(config: EvaluateConfig, held_out: list[HeldOut], encoder: ChatEncoder) -> dict[str, Any]:
-    """Generate and score with one loaded model (an engine is closed before the model is loaded for the NLL)."""
+def score(
+    config: EvaluateConfig, held_out: list[HeldOut], encoder: ChatEncoder, masked_ids: tuple[int, ...] = ()
+) -> dict[str, Any]:
+    """Generate and score with one loaded model (an engine is closed before the model is loaded for the NLL).
+
+    ``masked_ids`` are never sampled.
+    """
     import torch
 
     from spin.alignment.evaluation.held_out import evaluate_responses, ground_truth_nll
@@ -81,6 +90,7 @@ def score(config: EvaluateConfig, held_out: list[HeldOut], encoder: ChatEncoder)
         max_model_len=longest,
         trust_remote_code=config.trust_remote_code,
         stop_ids=encoder.stop_ids,
+        masked_ids=masked_ids,
         pad_id=encoder.pad_id,
     )
     # Only sets how often progress is shown, in prompts.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.sides import INITIAL, SIDES
@@ -181,19 +181,34 @@ def side_problems(row: dict[str, Any], side: str, encoder: ChatEncoder | None) -
 
 
 def model_problems(folder: Path) -> list[str]:
-    """Return what prevents a model folder from being an opponent: weights, tokenizer, template, end token."""
-    from spin.alignment.data.chat_encoder import ChatEncoder, load_tokenizer
-    from spin.alignment.models.folder import check_model_path
+    """Return what prevents a model folder from being used: configuration, weights, tokenizer, template, end token.
 
-    problems = []
+    The folder of a sequence classifier is checked as a scorer, which needs no chat template.
+    """
+    from spin.alignment.data.chat_encoder import ChatEncoder, load_tokenizer
+    from spin.alignment.models.folder import check_model_path, read_config_file
+    from spin.alignment.models.vocabulary import check_control_tokens
+    from spin.alignment.models.weights_check import Task, check_model
+
+    problems, model_config, task = [], None, "causal"
     try:
         check_model_path(str(folder))
+        architectures = read_config_file(folder).get("architectures") or []
+        if isinstance(architectures, list) and any("SequenceClassification" in str(name) for name in architectures):
+            task = "classifier"
+        model_config = check_model(folder, cast("Task", task))
     except InputError as error:
         problems.append(str(error))
     for weights in sorted(folder.glob("*.safetensors")):
-        problems += weight_problems(weights)
+        problems += [
+            problem for problem in weight_problems(weights) if not any(str(weights) in one for one in problems)
+        ]
     try:
-        ChatEncoder(load_tokenizer(str(folder)))
+        tokenizer = load_tokenizer(str(folder))
+        if task == "causal":
+            encoder = ChatEncoder(tokenizer)
+            if model_config is not None:
+                check_control_tokens(encoder, model_config, str(folder))
     except InputError as error:
         problems.append(str(error))
     return problems

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from spin.alignment.core.errors import InputError
 
 if TYPE_CHECKING:
+    from spin.alignment.data.chat_encoder import ChatEncoder
     from spin.alignment.pipeline.config import RunConfig
 
 
@@ -17,11 +18,17 @@ def check_before_start(config: RunConfig, source: str) -> None:
     Raises:
         InputError: naming the problem and its section or file.
     """
-    from spin.alignment.models.folder import check_model_path
+    from spin.alignment.models.folder import check_model_path, model_folder
+    from spin.alignment.models.vocabulary import check_control_tokens
+    from spin.alignment.models.weights_check import check_model
 
-    check_model_path(config.model, needs_weights=not (config.sft or {}).get("init_from_config", False))
+    needs_weights = not (config.sft or {}).get("init_from_config", False)
+    check_model_path(config.model, needs_weights)
     check_settings(config, source)
-    check_data(config)
+    trusted = bool({**config.generate, **(config.online or {})}.get("trust_remote_code"))
+    folder = model_folder(config.model, config.model_revision)
+    model_config = check_model(folder, trust_remote_code=trusted, needs_weights=needs_weights)
+    check_control_tokens(check_data(config), model_config, config.model)
 
 
 def check_settings(config: RunConfig, source: str) -> None:
@@ -32,8 +39,8 @@ def check_settings(config: RunConfig, source: str) -> None:
         kind.check_settings(config, source)
 
 
-def check_data(config: RunConfig) -> None:
-    """Read the prompts and encode some of them, so that an unusable template is found before hours of training.
+def check_data(config: RunConfig) -> ChatEncoder:
+    """Read the prompts and encode some of them, so that an unusable template is found before training; return the encoder.
 
     A ground truth is required only for SFT, evaluation, and pairings that compare with it.
     """
@@ -52,6 +59,7 @@ def check_data(config: RunConfig) -> None:
                 encoder.prompt_ids(prompt_turns(row["chosen"]))
             except InputError as error:
                 raise InputError(f"{path} [{split}], prompt {row['prompt_id']}: {error}") from error
+    return encoder
 
 
 def data_sources(config: RunConfig) -> dict[tuple[str, str], bool]:

@@ -19,6 +19,8 @@ from spin.alignment.data.encode_pairs import EncodedPair, encode_pair, truncate_
 from spin.alignment.models.config import ModelConfig
 from spin.alignment.models.folder import check_fits, check_model_path, model_folder
 from spin.alignment.models.loading import load_model
+from spin.alignment.models.vocabulary import check_control_tokens
+from spin.alignment.models.weights_check import check_model
 from spin.alignment.token_weights.align_tokens import aligned_gains, character_logps, token_spans
 
 if TYPE_CHECKING:
@@ -54,8 +56,10 @@ class Judge:
             InputError: the model does not exist, has no weights, or its tokenizer has no usable chat template.
         """
         check_model_path(config.model_name_or_path)
-        encoder = open_encoder(config, system)
         folder = model_folder(config.model_name_or_path, config.model_revision)
+        model_config = check_model(folder, trust_remote_code=config.trust_remote_code)
+        encoder = open_encoder(config, system)
+        check_control_tokens(encoder, model_config, config.model_name_or_path)
         return cls(config, folder, encoder, hash_weights(folder))
 
     def record(self) -> dict[str, str]:
