@@ -6,7 +6,7 @@ import errno
 import json
 import os
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,8 +15,10 @@ from spin.alignment.core.errors import InputError
 
 
 @contextmanager
-def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
+def atomic_file(path: str | Path, before_rename: Callable[[Path], None] | None = None) -> Iterator[BinaryIO]:
     """Open a temporary file next to ``path``; on a clean exit fsync and rename it, otherwise remove it.
+
+    ``before_rename`` is called with the finished temporary file.
 
     Raises:
         InputError: the folder is not writable, or the disk is full; ``path`` is then unchanged.
@@ -30,6 +32,8 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        if before_rename is not None:
+            before_rename(temporary)
         temporary.replace(path)
         fsync_folder(path.parent)
     except OSError as error:

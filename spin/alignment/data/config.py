@@ -34,6 +34,12 @@ class DataConfig:
         "keep", "fold moves a system turn into the first user turn, for templates without a system role"
     )
 
+    retokenize: bool = setting(
+        False,
+        "encode the text of the pairs with the model's own tokenizer and template, instead of training on the ids that another "
+        "model sampled",
+    )
+
     def __post_init__(self) -> None:
         check_settings(self)
         if self.max_length <= self.max_prompt_length:

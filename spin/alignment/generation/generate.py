@@ -67,13 +67,14 @@ def expected_provenance(config: GenerateConfig, model_dir: Path) -> Provenance:
 
 def is_already_complete(path: Path, stated: Provenance) -> bool:
     """Return whether a fraction exists and was generated with the same settings from byte-identical input files."""
-    from spin.alignment.core.parquet import open_parquet
+    from spin.alignment.core.parquet import check_whole, open_parquet
     from spin.alignment.core.provenance import read_provenance
 
     if not path.exists() or not stated.extra:
         return False
     try:
         found = read_provenance(open_parquet(path).schema_arrow, path)
+        check_whole(path)
     except InputError:  # damaged: wanted_fractions() sets it aside and says so
         return False
     derived = ("tokenizer_hash", "chat_template_hash", "prompts_hash", "num_prompts", "data_frac", "extra")
@@ -110,7 +111,7 @@ def wanted_fractions(config: GenerateConfig, stated: Provenance, store: PromptSt
     Raises:
         InputError: a fraction exists but was generated from other inputs or settings, or the data has no such fraction.
     """
-    from spin.alignment.core.parquet import open_parquet
+    from spin.alignment.core.parquet import check_whole, open_parquet
     from spin.alignment.core.provenance import read_provenance
     from spin.alignment.data.fractions import check_fraction, fraction_path, num_fractions
 
@@ -123,6 +124,7 @@ def wanted_fractions(config: GenerateConfig, stated: Provenance, store: PromptSt
         if path.exists():
             try:
                 found = read_provenance(open_parquet(path).schema_arrow, path)
+                check_whole(path)
             except InputError as error:
                 path.rename(path.with_suffix(".torn"))
                 say_error(f"set aside as {path.with_suffix('.torn').name} and generated again: {error}")

@@ -151,6 +151,8 @@ def label_problems(row: dict[str, Any], side: str) -> list[str]:
 
 def side_problems(row: dict[str, Any], side: str, encoder: ChatEncoder | None) -> list[str]:
     """Return the problems of one response: its ids against its text, its end, and its weights."""
+    from spin.alignment.data.stored_ids import ids_problem
+
     ids, reason, weights = (row.get(f"{side}_{name}") for name in ("token_ids", "finish_reason", "weights"))
     problems = []
     if reason is not None and reason not in FINISH_REASONS:
@@ -175,8 +177,8 @@ def side_problems(row: dict[str, Any], side: str, encoder: ChatEncoder | None) -
         problems.append(f"{side}_finish_reason is stop, but the ids contain {len(ends)} end tokens, not one at the end")
     if reason == "length" and ends:
         problems.append(f"{side}_finish_reason is length, but the ids contain an end token")
-    if encoder.decode(ids) != row[side][-1]["content"]:
-        problems.append(f"{side}_token_ids do not decode to the text of the {side} response")
+    if problem := ids_problem(row, side, encoder):
+        problems.append(problem)
     return problems
 
 

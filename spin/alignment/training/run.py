@@ -17,7 +17,7 @@ from spin.alignment.models.precision import weight_dtypes
 from spin.alignment.models.saving import save_checkpoint
 from spin.alignment.models.vocabulary import check_control_tokens
 from spin.alignment.models.weights_check import check_model
-from spin.alignment.training.output_dir import OutputFolder
+from spin.alignment.training.output_dir import HashCheckpoint, OutputFolder
 from spin.alignment.training.program import TrainingJob, TrainingProgram
 from spin.alignment.training.settings import Settings, make_encoder, read_settings
 
@@ -127,7 +127,8 @@ def train_policy(
     """Train from the last checkpoint, if any, save the policy, and write ``metrics.json`` last."""
     settings = job.settings
     started = time.monotonic()
-    resume = folder.resume_point()
+    trainer.add_callback(HashCheckpoint())
+    resume = folder.resume_point(trainer.accelerator)
     if resume:
         report(settings, f"resuming from {resume}")
     result = trainer.train(resume_from_checkpoint=resume)
