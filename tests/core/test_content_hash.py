@@ -18,7 +18,7 @@ from spin.alignment.core.content_hash import (
 )
 from tests.helpers import flipped
 
-CONTENT = b"some rows of a store, " * 4
+CONTENT = b"some rows of a store"
 
 
 def write(path: Path, content: bytes = CONTENT) -> Path:

@@ -188,5 +188,5 @@ def test_other_families_pass_and_are_checked(tmp_path: Path, family: str) -> Non
     stored = load_file(tmp_path / "model.safetensors")
     stored.pop(next(name for name in sorted(stored) if ".1." in name))
     save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(InputError, match="lacks 1 weights|do not fit its config.json|has the shape"):
+    with pytest.raises(InputError, match=r"lacks 1 weights|do not fit its config.json|has the shape"):
         check_model(tmp_path)
