@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from spin import generate, run_spin
+from spin import run_spin
 from spin.alignment.core.content_hash import HASHES_FILE
 from spin.alignment.training.output_dir import damaged_part
+from spin.generate import main as generate
 from tests.helpers import flipped, run_main
 from tests.helpers.online import write_prompts
 from tests.helpers.training import difference, pairs, write_config  # noqa: F401  (pairs is a fixture)
@@ -172,11 +173,11 @@ def test_token_weights_and_their_scores_are_computed_again(scoring_models: Path,
 def test_a_finished_fraction_with_a_damaged_body_is_generated_again(tiny_model: Path, tmp_path: Path) -> None:
     prompts, out = write_prompts(tmp_path / "prompts", count=6), tmp_path / "out"
     arguments = ["--model", tiny_model, "--input_dir", prompts, "--output_dir", out, "--max_new_tokens", 8]
-    assert run_main(generate.main, *arguments)[0] == 0
+    assert run_main(generate, *arguments)[0] == 0
     path = out / "train-00000.parquet"
     whole = path.read_bytes()
     flip(path, 0.1)
-    code, _, err = run_main(generate.main, *arguments)
+    code, _, err = run_main(generate, *arguments)
     assert code == 0, err
     assert "set aside as train-00000.torn and generated again" in err
     assert path.read_bytes() == whole

@@ -15,7 +15,7 @@ from typing import BinaryIO
 import xxhash
 
 from spin.alignment.core.errors import InputError
-from spin.alignment.core.files import atomic_file, read_json, remove_files, write_json_atomic, write_text_atomic
+from spin.alignment.core.files import atomic_file, read_json, remove_files, write_json_atomic
 
 _CHUNK = 2**22
 HASHES_FILE = "hashes.json"
@@ -45,7 +45,8 @@ def sealed_file(path: str | Path) -> Iterator[BinaryIO]:
     path = Path(path)
 
     def seal(written: Path) -> None:
-        write_text_atomic(seal_path(path), content_hash(written))
+        with atomic_file(seal_path(path), sync_folder=False) as file:  # the sealed file's own rename follows
+            file.write(content_hash(written).encode())
 
     with atomic_file(path, before_rename=seal) as file:
         yield file

@@ -15,10 +15,13 @@ from spin.alignment.core.errors import InputError
 
 
 @contextmanager
-def atomic_file(path: str | Path, before_rename: Callable[[Path], None] | None = None) -> Iterator[BinaryIO]:
+def atomic_file(
+    path: str | Path, before_rename: Callable[[Path], None] | None = None, sync_folder: bool = True
+) -> Iterator[BinaryIO]:
     """Open a temporary file next to ``path``; on a clean exit fsync and rename it, otherwise remove it.
 
-    ``before_rename`` is called with the finished temporary file.
+    ``before_rename`` is called with the finished temporary file. Without ``sync_folder`` the rename is durable only with the next
+    one in the same folder.
 
     Raises:
         InputError: the folder is not writable, or the disk is full; ``path`` is then unchanged.
@@ -35,7 +38,8 @@ def atomic_file(path: str | Path, before_rename: Callable[[Path], None] | None =
         if before_rename is not None:
             before_rename(temporary)
         temporary.replace(path)
-        fsync_folder(path.parent)
+        if sync_folder:
+            fsync_folder(path.parent)
     except OSError as error:
         raise (_explained(error, path) or error) from None
     finally:

@@ -43,10 +43,10 @@ def check_control_tokens(encoder: Encoder, config: Any, model: str) -> None:
     special = encoder.tokenizer.all_special_ids
     outside = sorted({token for token in (*probe, *encoder.stop_ids, encoder.pad_id, *special) if token >= size})
     if outside:
-        names = ", ".join(f"'{encoder.tokenizer.convert_ids_to_tokens(token)}' ({token})" for token in outside[:3])
+        names = ", ".join(f"{encoder.tokenizer.convert_ids_to_tokens(token)!r} ({token})" for token in outside[:3])
         raise InputError(
             f"the tokenizer of {encoder.name} has {len(encoder.tokenizer)} tokens, but {model} has embeddings for {size}, "
-            f"which do not cover the control tokens {names}: call resize_token_embeddings and save the model, or "
+            f"without {names}, which every sequence needs: call resize_token_embeddings and save the model, or "
             "give the tokenizer that it was trained with"
         )
 
