@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from spin.alignment.core.errors import InputError
 from spin.alignment.models.config import ModelConfig
-from spin.alignment.models.folder import check_model_path, model_folder
+from spin.alignment.models.folder import check_model_path, model_folder, read_config_file
 from spin.alignment.models.precision import resolve_dtype
 from spin.alignment.models.weights_check import check_model, refuse_mismatch, validate_generation_config
 
@@ -49,7 +49,7 @@ def load_model(config: ModelConfig, seed: int = 42) -> PreTrainedModel:
         model, report = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **common
         )
-        refuse_mismatch(folder, report)
+        refuse_mismatch(folder, report, quantised="quantization_config" in read_config_file(folder))
         if config.load_in_4bit:
             _keep_differentiable(model)
     disable_dropout(model)

@@ -113,12 +113,15 @@ def read_header(path: Path) -> dict[str, torch.Tensor]:
         raise InputError(f"{path} is damaged ({_one_line(error)}): copy it again, or save the model again") from error
 
 
-def refuse_mismatch(folder: Path | str, found: Mapping[str, Any], prefix: str = "", task: Task = "causal") -> None:
+def refuse_mismatch(
+    folder: Path | str, found: Mapping[str, Any], prefix: str = "", task: Task = "causal", quantised: bool = False
+) -> None:
     """Refuse weights that transformers would initialise at random, ignore or skip.
 
     Args:
         found: its report of a load, with ``missing_keys``, ``unexpected_keys`` and ``mismatched_keys``.
         prefix: the name of the model below its head. A classifier may come with other heads, which it does not use.
+        quantised: the files are quantised: they contain scales besides the weights.
 
     Raises:
         InputError: there are such weights; some of them are named.
@@ -138,7 +141,7 @@ def refuse_mismatch(folder: Path | str, found: Mapping[str, Any], prefix: str = 
             f"the weight {name} in {folder} has the shape {tuple(stored)}, but its config.json describes "
             f"{tuple(described)}: {fix}"
         )
-    if unexpected:
+    if unexpected and not quantised:
         raise InputError(
             f"{folder} contains {len(unexpected)} weights that its config.json does not describe ({_some(unexpected)}): {fix}"
         )

@@ -175,6 +175,7 @@ def is_done(output_dir: Path, split: str, files: Sequence[Path], facts: dict[str
         found = [read_provenance(open_parquet(path).schema_arrow, path).extra.get("weights") for path in made]
         for path in made:
             check_whole(path)
+        read_statistics(output_dir, split)
     except InputError as error:
         say_error(f"{split}: weights computed again, because {error}")
         return False
@@ -190,5 +191,13 @@ def is_done(output_dir: Path, split: str, files: Sequence[Path], facts: dict[str
 
 
 def read_statistics(output_dir: Path, split: str) -> dict[str, Any]:
-    """Return the stored statistics of a split's weights."""
-    return dict(read_json(weights_file(output_dir, split)))
+    """Return the stored statistics of a split's weights.
+
+    Raises:
+        InputError: their file is damaged.
+    """
+    path = weights_file(output_dir, split)
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise InputError(f"{path} contains no statistics: remove it to compute the weights again")
+    return found

@@ -49,6 +49,8 @@ class OutputFolder:
             return False
         # Keys of both records: one that was added or removed is a change as well.
         found = read_json(record)
+        if not isinstance(found, dict):
+            raise InputError(f"{record} is damaged: restore it, or set overwrite_output_dir: true to start over")
         changed = [key for key in {**found, **self.inputs} if found.get(key) != self.inputs.get(key)]
         if changed:
             raise InputError(
