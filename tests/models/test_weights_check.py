@@ -12,11 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from spin.alignment.core.errors import InputError
+from spin.alignment.models.adapters import check_adapter
 from spin.alignment.models.config import ModelConfig
+from spin.alignment.models.folder import check_model_path
 from spin.alignment.models.loading import load_model
 from spin.alignment.models.weights_check import check_model
 from spin.alignment.pipeline.data_checks import model_problems
 from tests.helpers import char_tokenizer, save_tiny_model, tiny_llama
+from tests.helpers.scoring import save_decoder
 
 Damage = Callable[[Path], None]
 
@@ -190,3 +193,51 @@ def test_other_families_pass_and_are_checked(tmp_path: Path, family: str) -> Non
     save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match=r"lacks 1 weights|do not fit its config.json|has the shape"):
         check_model(tmp_path)
+
+
+def test_a_classifier_is_checked_but_may_come_with_another_head(tmp_path: Path) -> None:
+    """A scorer that was made from a language model may still have its head; missing layers and scores are refused."""
+    folder = save_decoder(tmp_path / "scorer")
+    weights(lambda stored: stored.update({"lm_head.weight": torch.zeros(104, 32)}))(folder)
+    check_model(folder, "classifier")
+    with pytest.raises(InputError, match=r"score\.weight"):
+        check_model(folder, "causal")
+    assert model_problems(folder) == []
+    weights(lambda stored: stored.update({"model.layers.9.mlp.up_proj.weight": torch.zeros(2, 2)}))(folder)
+    with pytest.raises(InputError, match=r"does not describe \(model\.layers\.9\.mlp\.up_proj\.weight\)"):
+        check_model(folder, "classifier")
+    weights(lambda stored: [stored.pop("score.weight"), stored.pop("model.layers.9.mlp.up_proj.weight")])(folder)
+    with pytest.raises(InputError, match=r"lacks 1 weights that its config.json describes \(score\.weight\)"):
+        check_model(folder, "classifier")
+
+
+def test_an_adapter_without_some_of_its_weights_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    """peft applies what it finds and warns: the responses would be those of another model."""
+    from peft import LoraConfig, get_peft_model
+
+    base = load_model(ModelConfig(model_name_or_path=str(tiny_model)))
+    settings = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    get_peft_model(base, settings).save_pretrained(tmp_path)
+    model_config = check_model(tiny_model)
+    check_adapter(tmp_path, tiny_model, model_config)
+    path = tmp_path / "adapter_model.safetensors"
+    whole, stored = path.read_bytes(), load_file(path)
+    name = next(name for name in stored if "layers.1.mlp" in name)
+    for changed in (
+        {key: weight for key, weight in stored.items() if key != name},
+        stored | {name: torch.zeros(3, 3)},
+        stored | {name.replace("layers.1", "layers.5"): stored[name]},
+    ):
+        save_file(changed, path, metadata={"format": "pt"})
+        with pytest.raises(InputError, match=r"does not fit the model \(base_model\.model\.model\.layers\.[15]\.mlp"):
+            check_adapter(tmp_path, tiny_model, model_config)
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match="is damaged"):
+        check_adapter(tmp_path, tiny_model, model_config)
+    path.write_bytes(whole)
+    for content in ("[]", '{"peft_type": "PREFIX_TUNING"}'):
+        (tmp_path / "adapter_config.json").write_text(content)
+        with pytest.raises(InputError, match="only LORA is supported"):
+            check_adapter(tmp_path, tiny_model, model_config)
+    with pytest.raises(InputError, match="contains an adapter and no model"):
+        check_model_path(str(tmp_path))
