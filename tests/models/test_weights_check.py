@@ -226,7 +226,7 @@ def test_an_adapter_without_some_of_its_weights_is_refused(tiny_model: Path, tmp
     for changed in (
         {key: weight for key, weight in stored.items() if key != name},
         stored | {name: torch.zeros(3, 3)},
-        stored | {name.replace("layers.1", "layers.5"): stored[name]},
+        stored | {name.replace("layers.1", "layers.5"): stored[name].clone()},
     ):
         save_file(changed, path, metadata={"format": "pt"})
         with pytest.raises(InputError, match=r"does not fit the model \(base_model\.model\.model\.layers\.[15]\.mlp"):
