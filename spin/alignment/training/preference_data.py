@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from spin.alignment.core.errors import InputError
@@ -34,7 +35,6 @@ def encode_split(
         InputError: a row is invalid, columns are missing, or no pair remains.
     """
     from spin.alignment.data.encode_pairs import encode_pair
-    from spin.alignment.data.stored_ids import ids_problem
     from spin.alignment.methods.losses import find_loss
 
     loss = find_loss(loss_type)
@@ -48,12 +48,7 @@ def encode_split(
 
     def encode(row: dict[str, Any], index: int) -> dict[str, Any]:
         try:
-            for name in loss.responses:
-                if problem := ids_problem(row, name, encoder):
-                    raise InputError(
-                        f"{problem} with the tokenizer of {encoder.name}: train the model whose tokenizer encoded them, or set "
-                        "retokenize: true to encode the text again"
-                    )
+            check_stored_ids(row, loss.responses, encoder)
             pair = encode_pair(row, encoder, config.max_length, config.max_prompt_length, loss.responses)
             whole = None if isinstance(pair, str) else pair
             found: dict[str, Any] = {"prompt_ids": whole.prompt_ids if whole else [], "dropped": "" if whole else pair}
@@ -83,6 +78,22 @@ def encode_split(
         reasons = ", ".join(f"{count} x {reason}" for reason, count in dropped.items())
         raise InputError(f"no pair remains to train on ({reasons}): check the data, or raise max_length")
     return encoded.select(kept).remove_columns("dropped"), dict(dropped)
+
+
+def check_stored_ids(row: dict[str, Any], responses: Sequence[str], encoder: ChatEncoder) -> None:
+    """Check that the stored ids of some responses are their text.
+
+    Raises:
+        InputError: those of one are not.
+    """
+    from spin.alignment.data.stored_ids import ids_problem
+
+    for name in responses:
+        if problem := ids_problem(row, name, encoder):
+            raise InputError(
+                f"{problem} with the tokenizer of {encoder.name}: train the model whose tokenizer encoded them, or set "
+                "retokenize: true to encode the text again"
+            )
 
 
 def without_ids(rows: Dataset) -> Dataset:
