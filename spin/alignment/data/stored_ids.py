@@ -11,6 +11,8 @@ from spin.alignment.core.parquet import open_parquet
 from spin.alignment.core.provenance import METADATA_KEY, Provenance, read_provenance
 from spin.alignment.data.chat_encoder import SYSTEM_POLICIES, ChatEncoder
 from spin.alignment.data.source_files import split_files
+from spin.alignment.data.source_names import is_local
+from spin.alignment.data.split_names import preference_split
 
 # Parts of a turn besides its content that a template renders, so that the ids decode to more than the content.
 _STRUCTURED = ("reasoning_content", "tool_calls")
@@ -28,9 +30,7 @@ def check_origin(path: str | Path, split: str, encoder: ChatEncoder, fix: str = 
     Raises:
         InputError: they were sampled with others; the message says what differs.
     """
-    if not Path(path).exists():  # the name of a data set on the Hub
-        return
-    for file in split_files(Path(path), split.removesuffix("_prefs")):
+    for file in split_files(path, preference_split(split)) if is_local(path) else ():
         if file.suffix != ".parquet":
             continue
         schema = open_parquet(file).schema_arrow
