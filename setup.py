@@ -39,6 +39,7 @@ CORE = [
     "rich>=13",
     "matplotlib>=3.8",
     "psutil>=5.9",
+    "xxhash>=3",
     "filelock>=4.3,<5",
     "httpx2>=2,<3",
 ]

@@ -214,7 +214,7 @@ def test_the_bases_of_the_table_work(place: Place, monkeypatch: pytest.MonkeyPat
     """Without a change, every configuration passes all of its checks: the entries fail for their own reason."""
     from spin.alignment.pipeline.config import make_run_config
     from spin.alignment.pipeline.preflight import check_before_start
-    from spin.alignment.training.check_settings import check_model, checked_settings
+    from spin.alignment.training.check_settings import check_model_settings, checked_settings
     from spin.alignment.training.online.run import OnlineTraining
     from spin.alignment.training.preference import PreferenceTraining
     from spin.alignment.training.sft import SFTTraining
@@ -222,7 +222,7 @@ def test_the_bases_of_the_table_work(place: Place, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(place.root)
     for name, program in zip(TRAINED, (PreferenceTraining(), SFTTraining(), OnlineTraining()), strict=True):
         settings = checked_settings(program, working_config(name, place), name)
-        check_model(settings.model, name)
+        check_model_settings(settings.model, name)
     check_before_start(make_run_config(working_config("spin run", place), "run"), "run")
 
 

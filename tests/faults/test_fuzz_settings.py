@@ -122,7 +122,7 @@ def test_flags(config_class: type, data: st.DataObject) -> None:
 @SLOW
 @given(data=st.data())
 def test_training_configurations(program: str, data: st.DataObject, base: tuple[Path, dict[str, Any]]) -> None:
-    from spin.alignment.training.check_settings import check_model, checked_settings
+    from spin.alignment.training.check_settings import check_model_settings, checked_settings
     from spin.alignment.training.online.run import OnlineTraining
     from spin.alignment.training.preference import PreferenceTraining
     from spin.alignment.training.sft import SFTTraining
@@ -137,7 +137,7 @@ def test_training_configurations(program: str, data: st.DataObject, base: tuple[
 
     def check() -> None:
         found = checked_settings(kind, load_config(path), "c.yaml")
-        check_model(found.model, "c.yaml")
+        check_model_settings(found.model, "c.yaml")
 
     ends_well(check)
 

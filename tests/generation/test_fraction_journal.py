@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 from pathlib import Path
@@ -12,12 +13,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from spin.alignment.core.content_hash import content_hash, seal_path
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.parquet import open_parquet, read_rows, read_skipped
 from spin.alignment.core.provenance import Provenance, read_provenance
 from spin.alignment.data.fractions import fraction_path, fraction_rows, fraction_size, num_fractions
+from spin.alignment.data.prompt_store import PromptStore
 from spin.alignment.generation import fraction_journal as fractions
 from spin.alignment.generation.fraction_journal import FractionJournal, clear_parts
+from tests.helpers import flipped
 
 SCHEMA = pa.schema([("prompt_id", pa.string()), ("sample_index", pa.int32()), ("text", pa.string())])
 MADE = Provenance("generated", model="m", num_prompts=3)
@@ -157,3 +161,53 @@ def test_parts_folder_goes_with_the_last_fraction_of_the_last_split(tmp_path):
     clear_parts(tmp_path, "test", 3, 0)
     assert not parts.exists()
     shutil.rmtree(tmp_path)
+
+
+def test_a_part_with_a_flipped_bit_anywhere_is_set_aside_and_its_prompts_generated_again(tmp_path):
+    """Also one with a good footer and a damaged body, and one whose positions or provenance are damaged."""
+    made = journal(tmp_path, 3)
+    made.open()
+    made.write("w", {0: rows(0), 2: rows(2)})
+    (path,) = made.folder.glob("part-*.parquet")
+    whole = path.read_bytes()
+    for place in range(0, 8 * len(whole), len(whole) // 5):
+        path.write_bytes(flipped(whole, place))
+        later = journal(tmp_path, 3)
+        later.open()
+        assert later.torn == [path] and not later.finished.any()
+        path.with_suffix(".torn").unlink()
+        path.write_bytes(whole)
+        seal_path(path).write_text(content_hash(path))
+    later = journal(tmp_path, 3)
+    later.open()
+    assert later.torn == [] and later.finished.tolist() == [True, False, True]
+
+
+def test_a_part_of_an_earlier_version_is_read_to_its_end(tmp_path):
+    made = journal(tmp_path, 3)
+    made.open()
+    made.write("w", {0: rows(0, text="x" * 5000)})
+    (path,) = made.folder.glob("part-*.parquet")
+    seal_path(path).unlink()
+    path.write_bytes(flipped(path.read_bytes(), 8 * 60))
+    later = journal(tmp_path, 3)
+    later.open()
+    assert later.torn == [path] and not later.finished.any()
+
+
+def test_prompts_are_stored_again_when_a_bit_flips(tmp_path, capsys):
+    data = tmp_path / "train.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"p{n}", "response": f"r{n}"}) + "\n" for n in range(4)))
+    path = tmp_path / "parts" / "prompts.arrow"
+    first = PromptStore.open(path, str(data), "train")
+    expected = [first.row(index) for index in range(4)]
+    for file in (path, path.with_suffix(".json")):
+        whole = file.read_bytes()
+        for place in range(0, 8 * len(whole), 8 * len(whole) // 8):
+            file.write_bytes(flipped(whole, place))
+            again = PromptStore.open(path, str(data), "train")
+            assert [again.row(index) for index in range(4)] == expected
+            assert (again.prompts_hash, again.num_rows) == (first.prompts_hash, 4)
+            assert capsys.readouterr().err == f"{path} is damaged: written again from the data\n"
+    PromptStore.open(path, str(data), "train").remove()
+    assert list(path.parent.iterdir()) == []

@@ -297,3 +297,14 @@ def test_an_error_of_the_callers_iterator_comes_through(connect):
 
     with pytest.raises(InputError, match="lease lost"):
         connect().generate(broken(), SAMPLING)
+
+
+def test_ids_without_a_token_are_biased_away_and_refused_when_a_server_samples_one(server, connect):
+    masked = tuple(range(300, 2000))  # more than a request may bias: the rest is checked in the responses
+    backend = connect(masked_ids=masked)
+    backend.generate(REQUESTS[:1], SAMPLING)
+    bias = server.bodies[0]["logit_bias"]
+    assert len(bias) == 1024 and set(bias.values()) == {-100.0} and {"300", "1323"} <= bias.keys()
+    sampled = expected(REQUESTS[:1])[0][0][0]
+    with pytest.raises(InputError, match=f"sampled token id {sampled}, for which the tokenizer has no token"):
+        connect(masked_ids=(sampled,)).generate(REQUESTS[:1], SAMPLING)

@@ -73,6 +73,13 @@ def save_tiny_model(folder: Path, seed: int = 0, **settings: Any) -> Path:
     return Path(folder)
 
 
+def flipped(content: bytes, place: int) -> bytes:
+    """Return bytes with one bit flipped, counted from the start: what a bad disk or memory does to a file."""
+    changed = bytearray(content)
+    changed[place // 8] ^= 1 << place % 8
+    return bytes(changed)
+
+
 def run_main(main: Callable[[Sequence[str]], int | None], *arguments: object) -> tuple[int, str, str]:
     """Run a program's ``main`` in this process as its entry point would; return (exit code, stdout, stderr)."""
     from spin.alignment.core.program import run_program

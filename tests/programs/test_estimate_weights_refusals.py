@@ -34,7 +34,7 @@ BAD = {
     ),
     "other data": (
         ["reverse_dpo", "--model_plus", "W/teacher", "--model_minus", "W/other"],
-        "row 0: rejected_token_ids do not decode to the rejected text",
+        "row 0: rejected_token_ids do not decode to the text of the rejected response",
     ),
     "parameter": (
         ["teacher", *["--model_plus", "W/plus", "--model_minus", "W/minus"], "--transform_params", "mu"],

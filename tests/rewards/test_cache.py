@@ -10,7 +10,7 @@ import pytest
 
 from spin.alignment.core.errors import InputError
 from spin.alignment.rewards.cache import ScoreCache, content_key
-from tests.helpers import REPOSITORY, run_command
+from tests.helpers import REPOSITORY, flipped, run_command
 
 WRITER = """
 import os, signal, sys
@@ -74,13 +74,26 @@ def test_processes_write_side_by_side(tmp_path):
     assert all(cache[f"{name}-{number}"] == number / 7 for name in names for number in range(50))
 
 
-@pytest.mark.parametrize("line", ['["a"]', '["a", "b"]', "{", '["a", null]', "3"])
-def test_damage_is_named(tmp_path, line):
+@pytest.mark.parametrize("line", ['["a"]', '["a", "b"]', "{", '["a", null]', "3", '["b", 1.0, 5]', '["b", 1.0, 5, 6]'])
+def test_damage_is_named_and_scored_again(tmp_path, line, capsys):
+    """A line without a checksum is one of an earlier version and still read."""
     ScoreCache(str(tmp_path), "reward_model", "w").add({"a": 1.0})
     (path,) = tmp_path.rglob("*.jsonl")
-    path.write_text(json.dumps(["a", 1.0]) + "\n" + line + "\n")
-    with pytest.raises(InputError, match=r"line 2 of .*\.jsonl is damaged: remove the file"):
-        ScoreCache(str(tmp_path), "reward_model", "w")
+    path.write_text(json.dumps(["a", 1.0]) + "\n" + line + "\n" + json.dumps(["c", 2.0]) + "\n")
+    cache = ScoreCache(str(tmp_path), "reward_model", "w")
+    assert (cache["a"], "b" in cache, cache["c"]) == (1.0, False, 2.0)
+    assert capsys.readouterr().err == f"{path}: 1 entries are damaged and will be scored again\n"
+
+
+def test_a_flipped_bit_is_never_a_score(tmp_path, capsys):
+    """Every bit of the file in turn: the entry is as it was written, or it is left out (or ends the file) and scored again."""
+    ScoreCache(str(tmp_path), "reward_model", "w").add({"aé": 0.25})
+    (path,) = tmp_path.rglob("*.jsonl")
+    whole = path.read_bytes()
+    for place in range(8 * len(whole)):
+        path.write_bytes(flipped(whole, place))
+        cache = ScoreCache(str(tmp_path), "reward_model", "w")
+        assert cache._values in ({}, {"aé": 0.25})
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):

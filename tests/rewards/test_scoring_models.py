@@ -302,7 +302,7 @@ def test_a_model_without_a_trained_head_is_refused(decoder, tmp_path):
     weights = load_file(tmp_path / "m" / "model.safetensors")
     del weights["score.weight"]
     save_file(weights, tmp_path / "m" / "model.safetensors", {"format": "pt"})
-    with pytest.raises(InputError, match=r"lacks the weights score.weight: give a model that was trained to score"):
+    with pytest.raises(InputError, match=r"lacks 1 weights that its config.json describes .score.weight"):
         make_scorer(settings("reward_model", tmp_path / "m")).label([make_group()])
 
 

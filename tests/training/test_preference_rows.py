@@ -54,15 +54,25 @@ def test_every_form_gives_the_same_pair(form):
     assert found == {"prompt_ids": prompt, "chosen_ids": [five, end], "rejected_ids": [six, six, end]}
 
 
+def sampled(ids: list[int]) -> dict:
+    """The row OWN with sampled ids and their text as its rejected response."""
+    text = TOKENIZER.decode(ids, skip_special_tokens=True)
+    return {
+        **OWN,
+        "rejected": [*OWN["rejected"][:-1], {"role": "assistant", "content": text}],
+        "rejected_token_ids": ids,
+    }
+
+
 def test_sampled_ids_weights_and_labels_of_our_own_columns_are_kept():
-    columns = {"rejected_token_ids": [9, 8, 7], "rejected_finish_reason": "length"}
+    row = sampled([9, 8, 7]) | {"rejected_finish_reason": "length"}
     weights = {"chosen_weights": [1.0, 2.0], "rejected_weights": [0.5, 0.25, 1.0]}
     labels = {"chosen_win_prob": 0.75, "rejected_win_prob": 0.25}
-    (found,) = pairs_of({**OWN, **columns, **weights, **labels}, loss_type="sppo").rows
+    (found,) = pairs_of({**row, **weights, **labels}, loss_type="sppo").rows
     assert found["rejected_ids"] == [9, 8, 7]
     assert (found["chosen_weights"], found["rejected_weights"]) == ([1.0, 2.0], [0.5, 0.25, 1.0])
     assert (found["chosen_win_prob"], found["rejected_win_prob"]) == (0.75, 0.25)
-    (turned,) = pairs_of({**OWN, **columns, **weights}, reverse=True).rows
+    (turned,) = pairs_of({**row, **weights}, reverse=True).rows
     assert turned["chosen_ids"] == [9, 8, 7] and turned["rejected_weights"] == [1.0, 2.0]
 
 
@@ -109,9 +119,9 @@ def test_a_missing_label_and_a_small_budget_are_named():
     with pytest.raises(InputError, match="max_tokens_per_batch is 20, but pair 0 of train_dataset has"):
         pairs_of(OWN, max_tokens_per_batch=20)
     with pytest.raises(InputError, match="the data contains token id 900, but the vocabulary of the model has"):
-        pairs_of({**OWN, "rejected_token_ids": [900]})
+        pairs_of(sampled([900]))
     with pytest.raises(InputError, match="the longest pair has 600 tokens, but the model can attend to 512 tokens"):
-        pairs_of({**OWN, "rejected_token_ids": [9] * 600}, max_length=600)
+        pairs_of(sampled([9] * 600), max_length=600)
     with pytest.raises(InputError, match="max_prompt_length is 512 and max_length 128"):
         settings(max_prompt_length=512)
 

@@ -42,6 +42,7 @@ class Recorded(TrainingProgram):
             accelerator=SimpleNamespace(
                 is_main_process=True, wait_for_everyone=lambda: None, end_training=lambda: self.calls.append("end")
             ),
+            add_callback=lambda callback: None,
             state=SimpleNamespace(global_step=7, log_history=[{"loss": 0.25}]),
         )
 

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,8 +18,13 @@ _TEMPORARY = re.compile(r"\..+\.(\d+)-[0-9a-f]{8}\.tmp")  # as named by atomic_f
 
 
 @contextmanager
-def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
+def atomic_file(
+    path: str | Path, before_rename: Callable[[Path], None] | None = None, sync_folder: bool = True
+) -> Iterator[BinaryIO]:
     """Open a temporary file next to ``path``; on a clean exit fsync and rename it, otherwise remove it.
+
+    ``before_rename`` is called with the finished temporary file. Without ``sync_folder`` the rename is durable only with the next
+    one in the same folder.
 
     Raises:
         InputError: the folder is not writable, or the disk is full; ``path`` is then unchanged.
@@ -34,8 +39,11 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
+            if before_rename is not None:
+                before_rename(temporary)
             temporary.replace(path)
-            fsync_folder(path.parent)
+            if sync_folder:
+                fsync_folder(path.parent)
     finally:
         if temporary.exists():
             temporary.unlink()

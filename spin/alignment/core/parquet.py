@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from spin.alignment.core.content_hash import sealed_file
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.files import atomic_file
 from spin.alignment.core.provenance import Provenance
@@ -29,17 +30,21 @@ class ParquetSink:
         provenance: Provenance,
         skipped: Sequence[dict[str, str]] = (),
         metadata: Mapping[bytes, bytes] | None = None,
+        sealed: bool = False,
     ) -> None:
-        """``skipped`` lists the skipped prompts with reasons; ``metadata`` is additional schema metadata."""
-        self.path = Path(path)
+        """``skipped`` lists the skipped prompts with reasons; ``metadata`` is additional schema metadata. Every page has a
+        checksum; with ``sealed`` the whole file has one too (:mod:`spin.alignment.core.content_hash`)."""
+        self.path, self._open = Path(path), sealed_file if sealed else atomic_file
         record = {SKIPPED_KEY: json.dumps(list(skipped), ensure_ascii=False).encode()} if skipped else {}
         attached = provenance.attach(schema)
         self.schema = attached.with_metadata({**attached.metadata, **record, **(metadata or {})})
         self.num_rows = 0
 
     def __enter__(self) -> ParquetSink:
-        self._file_context = atomic_file(self.path)
-        self._writer = pq.ParquetWriter(self._file_context.__enter__(), self.schema, compression="zstd")
+        self._file_context = self._open(self.path)
+        self._writer = pq.ParquetWriter(
+            self._file_context.__enter__(), self.schema, compression="zstd", write_page_checksum=True
+        )
         self._buffer: list[pa.Table] = []
         return self
 
@@ -76,7 +81,7 @@ def open_parquet(path: str | Path) -> pq.ParquetFile:
     """Open a parquet file; raise :class:`InputError` if it is missing, truncated or not parquet, or repeats a column's name."""
     try:
         # Pre-buffering keeps every chunk it has read, so memory would grow with the file.
-        file = pq.ParquetFile(path, pre_buffer=False, buffer_size=2**20)
+        file = pq.ParquetFile(path, pre_buffer=False, buffer_size=2**20, page_checksum_verification=True)
         names = file.schema_arrow.names
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist: check the path") from error
@@ -107,6 +112,16 @@ def read_batches(
         if batch is None:
             return
         yield batch
+
+
+def check_whole(path: str | Path) -> None:
+    """Read a parquet file and compare every page with its checksum.
+
+    Raises:
+        InputError: the file is missing or damaged.
+    """
+    for _ in read_batches(path):
+        pass
 
 
 def read_rows(

@@ -35,7 +35,7 @@ def load_tokenizer(model: str | Path, revision: str | None = None, trust_remote_
         raise InputError(f"model folder {name} does not exist: give the folder of a saved model or a Hub name")
     try:
         return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    except Exception as error:  # damaged files fail anywhere, and the tokenizers library raises bare Exceptions
         where = f"{name} at revision {revision}" if revision else name
         if "trust_remote_code" in str(error):
             raise InputError(

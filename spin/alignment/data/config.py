@@ -42,6 +42,12 @@ class DataConfig:
         "keep", "fold moves a system turn into the first user turn, for templates without a system role"
     )
 
+    retokenize: bool = setting(
+        False,
+        "encode the text of the pairs with the model's own tokenizer and template, instead of training on the ids that another "
+        "model sampled",
+    )
+
     def __post_init__(self) -> None:
         check_settings(self)
         if self.dataset_configs and len(self.dataset_configs) != len(self.dataset_mixer):

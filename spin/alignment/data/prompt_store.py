@@ -10,8 +10,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from spin.alignment.core.errors import InputError
-from spin.alignment.core.files import atomic_file
+from spin.alignment.core.console import say_error
+from spin.alignment.core.content_hash import is_damaged, remove_sealed, sealed_file
 from spin.alignment.core.provenance import hash_texts, id_number
 from spin.alignment.data.formats import CARRIED_COLUMNS
 from spin.alignment.data.rows import PROMPT_SCHEMA, Features, prompt_texts, stream_prompts, without_null_fields
@@ -50,18 +50,22 @@ class PromptStore:
 
     @classmethod
     def open(cls, path: Path, input_dir: str, split: str) -> PromptStore:
-        """Open ``path``, creating it from the data set if it does not exist. Several processes may do this at once.
+        """Open ``path``, creating it from the data set if it does not exist or is damaged. Several processes may do this at once.
 
         Raises:
             InputError: a row violates the row contract, or two rows share an id.
         """
+        files = (path, path.with_suffix(".json"))
         # The JSON file is written last. Processes that race here write equal files and rename them atomically.
-        if not path.with_suffix(".json").exists() or not path.exists():
-            cls.create(path, input_dir, split)
-        try:
-            return cls(path)
-        except (pa.ArrowException, ValueError, KeyError) as error:
-            raise InputError(f"{path} is damaged ({error}): remove it and run the same command again") from error
+        if all(file.exists() for file in files):
+            try:
+                if not any(is_damaged(file) for file in files):
+                    return cls(path)
+            except (pa.ArrowException, OSError, ValueError, KeyError, TypeError):
+                pass
+            say_error(f"{path} is damaged: written again from the data")
+        cls.create(path, input_dir, split)
+        return cls(path)
 
     @staticmethod
     def create(path: Path, input_dir: str, split: str) -> None:
@@ -79,11 +83,11 @@ class PromptStore:
                     features.add(row)
                     yield from prompt_texts(row)
 
-        with atomic_file(path) as file, pa.ipc.new_file(file, _SCHEMA) as writer:
+        with sealed_file(path) as file, pa.ipc.new_file(file, _SCHEMA) as writer:
             digest = hash_texts(texts())
         facts: dict[str, Any] = {"num_rows": count, "prompts_hash": digest, "all_ids": f"{total % ID_MODULUS:016x}"}
         facts |= {"fields": sorted(features.fields), "columns": sorted(features.columns)}
-        with atomic_file(path.with_suffix(".json")) as file:
+        with sealed_file(path.with_suffix(".json")) as file:
             file.write(json.dumps(facts).encode())
 
     def __len__(self) -> int:
@@ -97,5 +101,4 @@ class PromptStore:
 
     def remove(self) -> None:
         """Remove the files; processes that have them open can still read them."""
-        self.path.with_suffix(".json").unlink(missing_ok=True)
-        self.path.unlink(missing_ok=True)
+        remove_sealed([self.path.with_suffix(".json"), self.path])

@@ -25,21 +25,26 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     Raises:
         InputError: the model, every prompt or the metric cannot be used; if it can be known, before a model is loaded.
     """
-    from transformers import AutoConfig
-
     from spin.alignment.core.files import write_json_atomic
     from spin.alignment.data.chat_encoder import ChatEncoder, load_tokenizer
     from spin.alignment.data.held_out_rows import describe_skipped
     from spin.alignment.evaluation.responses import responses_path, write_responses
     from spin.alignment.models.folder import check_model_path, context_length, model_folder
+    from spin.alignment.models.vocabulary import check_control_tokens, check_ids, ids_without_token
+    from spin.alignment.models.weights_check import check_model
 
     config.check_metric()
     check_model_path(config.model)
     encoder = ChatEncoder(load_tokenizer(config.model, config.revision, config.trust_remote_code), config.system)
     folder = model_folder(config.model, config.revision)
-    context = context_length(AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code))
-    held_out, skipped = load_held_out(config, encoder, context or sys.maxsize)
-    rows = answer_and_score(config, held_out, encoder, skipped)
+    model_config = check_model(folder, trust_remote_code=config.trust_remote_code)
+    check_control_tokens(encoder, model_config, config.model)
+    held_out, skipped = load_held_out(config, encoder, context_length(model_config) or sys.maxsize)
+    for item in held_out:
+        where = f"prompt {item.request.prompt_id}"
+        check_ids((*item.request.token_ids, *item.ground_truth_ids), model_config, config.model, where)
+    masked_ids = ids_without_token(encoder.tokenizer, model_config)
+    rows = answer_and_score(config, held_out, encoder, skipped, masked_ids)
     made = provenance(config, encoder, folder, len(held_out))
     result = {
         "model": config.model,
@@ -122,17 +127,21 @@ def averages(config: EvaluateConfig, rows: list[dict[str, Any]], count: int) -> 
 
 
 def answer_and_score(
-    config: EvaluateConfig, held_out: list[HeldOut], encoder: ChatEncoder, skipped: list[Skipped]
+    config: EvaluateConfig,
+    held_out: list[HeldOut],
+    encoder: ChatEncoder,
+    skipped: list[Skipped],
+    masked_ids: tuple[int, ...],
 ) -> list[dict[str, Any]]:
     """Generate and score with one loaded model (an engine is closed before the model is loaded for the log-likelihoods); return
-    the rows of ``eval.parquet``. Responses that cannot be scored are added to ``skipped``.
+    the rows of ``eval.parquet``. Responses that cannot be scored are added to ``skipped``; ``masked_ids`` are never sampled.
     """
     import torch
 
     from spin.alignment.models.config import ModelConfig
     from spin.alignment.models.loading import load_model
 
-    backend = open_backend(config, held_out, encoder)
+    backend = open_backend(config, held_out, encoder, masked_ids)
     try:
         rows = respond_and_score(config, backend, held_out, encoder, skipped)
         model = getattr(backend, "model", None)
@@ -150,7 +159,9 @@ def answer_and_score(
     return with_nats(config, rows, model, held_out, encoder, skipped)
 
 
-def open_backend(config: EvaluateConfig, held_out: list[HeldOut], encoder: ChatEncoder) -> GenerationBackend:
+def open_backend(
+    config: EvaluateConfig, held_out: list[HeldOut], encoder: ChatEncoder, masked_ids: tuple[int, ...]
+) -> GenerationBackend:
     """Load the model for generation, with room for the longest prompt and a response."""
     from spin.alignment.generation import make_backend
     from spin.alignment.generation.base import BackendSettings
@@ -164,6 +175,7 @@ def open_backend(config: EvaluateConfig, held_out: list[HeldOut], encoder: ChatE
         max_model_len=max(len(item.request.token_ids) for item in held_out) + config.max_new_tokens,
         trust_remote_code=config.trust_remote_code,
         stop_ids=encoder.stop_ids,
+        masked_ids=masked_ids,
         pad_id=encoder.pad_id,
     )
     return make_backend(config.backend, settings)

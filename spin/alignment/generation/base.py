@@ -123,6 +123,29 @@ def sample_seed(seed: int, prompt_id: str, sample_index: int) -> int:
     return int.from_bytes(digest[:8], "big") >> 1  # 63 bits fit a signed 64-bit integer, which vLLM requires
 
 
+# vLLM clamps a bias to -100, which makes a token less likely by e**100, and its engine takes at most this many per request.
+MOST_BIASES, BIAS = 1024, -100.0
+
+
+def logit_bias(masked_ids: Sequence[int]) -> dict[int, float]:
+    """Return the biases that keep an engine from sampling ids without a token; see :func:`check_sampled`."""
+    return dict.fromkeys(masked_ids[:MOST_BIASES], BIAS)
+
+
+def check_sampled(ids: Sequence[int], masked_ids: frozenset[int], engine: str) -> None:
+    """Refuse a response with an id that has no token.
+
+    Raises:
+        InputError: the id is named.
+    """
+    if not masked_ids.isdisjoint(ids):
+        token = next(token for token in ids if token in masked_ids)
+        raise InputError(
+            f"{engine} sampled token id {token}, for which the tokenizer has no token: train the model further, or use "
+            "--backend transformers, which never samples such ids"
+        )
+
+
 @dataclass(frozen=True)
 class BackendSettings:
     """What a backend needs to load a model.
@@ -130,6 +153,7 @@ class BackendSettings:
     Attributes:
         max_model_len: maximum length of prompt plus response, in tokens.
         stop_ids: ids that end a response.
+        masked_ids: ids of the model that its tokenizer has no token for; they are never sampled.
         decode: sampled ids -> text, in which stop texts are searched for.
     """
 
@@ -143,6 +167,7 @@ class BackendSettings:
     gpu_memory_utilization: float = setting(0.9, "share of GPU memory that the engine takes (vllm)", gt=0, le=1)
     trust_remote_code: bool = False
     stop_ids: list[int] = field(default_factory=list)
+    masked_ids: tuple[int, ...] = ()
     pad_id: int = 0
     decode: Callable[[Sequence[int]], str] | None = None
     batch_invariant: bool = setting(False, "the same responses in any batch (vllm, H100 or newer; slower)")

@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from spin.alignment.core.content_hash import is_damaged, seal_path
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.files import remove_files
-from spin.alignment.core.parquet import ParquetSink, open_parquet, read_batches
+from spin.alignment.core.parquet import ParquetSink, check_whole, open_parquet, read_batches
 from spin.alignment.core.provenance import Provenance, hash_json, read_provenance
 from spin.alignment.data.fractions import PARTS_FOLDER, fraction_path, num_fractions
 
@@ -112,14 +113,25 @@ class FractionJournal:
             if path.name in self._parts:
                 continue
             try:
-                metadata = open_parquet(path).schema_arrow.metadata or {}
-                positions = json.loads(metadata[POSITIONS_KEY])
-            except (InputError, KeyError, ValueError):
+                positions = self._positions(path)
+            except (InputError, OSError, KeyError, TypeError, ValueError):
                 if path.exists():
                     path.rename(path.with_suffix(".torn"))
+                    remove_files([seal_path(path)])
                     self.torn.append(path)
                 continue
             self._note(path, positions)
+
+    def _positions(self, path: Path) -> list[int]:
+        """Return the positions in a part whose content has been checked; raise an error if it is damaged."""
+        if is_damaged(path):
+            raise InputError(f"{path} is damaged")
+        if not seal_path(path).exists():  # of an earlier version
+            check_whole(path)
+        positions = json.loads((open_parquet(path).schema_arrow.metadata or {})[POSITIONS_KEY])
+        if not all(0 <= position < len(self.finished) for position in positions):
+            raise ValueError(f"{path} contains prompts that the fraction does not have")
+        return positions
 
     def _note(self, path: Path, positions: list[int]) -> None:
         self._parts[path.name] = _Part(path, positions)
@@ -136,7 +148,7 @@ class FractionJournal:
         positions = sorted(rows)
         path = self.folder / f"part-{worker}-{self._written:06d}.parquet"
         record = {POSITIONS_KEY: json.dumps(positions).encode()}
-        with ParquetSink(path, self.schema, self.provenance, metadata=record) as sink:
+        with ParquetSink(path, self.schema, self.provenance, metadata=record, sealed=True) as sink:
             sink.write([row for position in positions for row in rows[position]])
         self._written += 1
         self._note(path, positions)

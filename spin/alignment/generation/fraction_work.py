@@ -20,6 +20,7 @@ from spin.alignment.generation.base import PromptRequest, Response, SamplingConf
 from spin.alignment.generation.config import GenerateConfig
 from spin.alignment.generation.fraction_journal import FractionJournal
 from spin.alignment.generation.leases import Leases, Worker
+from spin.alignment.models.vocabulary import check_ids
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -48,6 +49,7 @@ class GenerationJob:
     Attributes:
         longest_prompt: prompts with more tokens are skipped.
         context: number of tokens the model can attend to; None without a limit.
+        model_config: the model's configuration.
         provenance: that of every fraction, except for ``data_frac`` and the sum of the fraction's ids.
         overwrite: whether existing fractions with other provenance may be replaced.
         lease_timeout: seconds without a heartbeat after which a worker counts as dead.
@@ -62,6 +64,7 @@ class GenerationJob:
     frac_len: int
     longest_prompt: int
     context: int | None
+    model_config: Any
     provenance: Provenance
     lease_timeout: float
     overwrite: bool = False
@@ -95,6 +98,7 @@ class GenerationJob:
             return reason
         try:
             ids = self.encoder.prompt_ids(prompt)
+            check_ids(ids, self.model_config, self.encoder.name, "the prompt")
         except InputError as error:
             raise InputError(f"prompt {row['prompt_id']}: {error}") from error
         if len(ids) > self.longest_prompt:

@@ -20,6 +20,7 @@ from spin.alignment.generation.config import ADAPTER_FILES, GenerateConfig
 
 if TYPE_CHECKING:
     from spin.alignment.core.provenance import Provenance
+    from spin.alignment.data.chat_encoder import ChatEncoder
     from spin.alignment.data.prompt_store import PromptStore
     from spin.alignment.generation.fraction_work import GenerationJob
     from spin.alignment.generation.leases import Worker
@@ -67,13 +68,14 @@ def expected_provenance(config: GenerateConfig, model_dir: Path) -> Provenance:
 
 def is_already_complete(path: Path, stated: Provenance) -> bool:
     """Return whether a fraction exists and was generated with the same settings from byte-identical input files."""
-    from spin.alignment.core.parquet import open_parquet
+    from spin.alignment.core.parquet import check_whole, open_parquet
     from spin.alignment.core.provenance import read_provenance
 
     if not path.exists() or not stated.extra:
         return False
     try:
         found = read_provenance(open_parquet(path).schema_arrow, path)
+        check_whole(path)
     except InputError:  # damaged: wanted_fractions() sets it aside and says so
         return False
     derived = ("tokenizer_hash", "chat_template_hash", "prompts_hash", "num_prompts", "data_frac", "extra")
@@ -110,7 +112,7 @@ def wanted_fractions(config: GenerateConfig, stated: Provenance, store: PromptSt
     Raises:
         InputError: a fraction exists but was generated from other inputs or settings, or the data has no such fraction.
     """
-    from spin.alignment.core.parquet import open_parquet
+    from spin.alignment.core.parquet import check_whole, open_parquet
     from spin.alignment.core.provenance import read_provenance
     from spin.alignment.data.fractions import check_fraction, fraction_path, num_fractions
 
@@ -123,6 +125,7 @@ def wanted_fractions(config: GenerateConfig, stated: Provenance, store: PromptSt
         if path.exists():
             try:
                 found = read_provenance(open_parquet(path).schema_arrow, path)
+                check_whole(path)
             except InputError as error:
                 path.rename(path.with_suffix(".torn"))
                 say_error(f"set aside as {path.with_suffix('.torn').name} and generated again: {error}")
@@ -141,19 +144,40 @@ def wanted_fractions(config: GenerateConfig, stated: Provenance, store: PromptSt
     return wanted
 
 
-def make_job(config: GenerateConfig, stated: Provenance, model_dir: Path, worker: str) -> GenerationJob:
-    """Open the prompts and the tokenizer; return what all fractions share."""
-    import pyarrow as pa
-    from transformers import AutoConfig
+def open_model(config: GenerateConfig, model_dir: Path) -> tuple[Any, ChatEncoder]:
+    """Check the model, its adapter and its tokenizer from their files; return the model's configuration and its encoder.
 
+    Raises:
+        InputError: a file is damaged, or weights, adapter or tokenizer do not fit the configuration.
+    """
     from spin.alignment.data.chat_encoder import ChatEncoder, load_tokenizer
+    from spin.alignment.generation import find_backend
+    from spin.alignment.models.vocabulary import check_control_tokens
+    from spin.alignment.models.weights_check import check_model
+
+    trusted, served = config.trust_remote_code, find_backend(config.backend).needs_server
+    model_config = check_model(model_dir, trust_remote_code=trusted, needs_weights=not served)
+    if config.adapter and not served:
+        from spin.alignment.models.adapters import check_adapter
+
+        check_adapter(Path(config.adapter), model_dir, model_config, trusted)
+    encoder = ChatEncoder(load_tokenizer(config.model, config.revision, trusted), config.system)
+    check_control_tokens(encoder, model_config, str(model_dir))
+    return model_config, encoder
+
+
+def make_job(
+    config: GenerateConfig, stated: Provenance, model_config: Any, encoder: ChatEncoder, worker: str
+) -> GenerationJob:
+    """Open the prompts; return what all fractions share."""
+    import pyarrow as pa
+
     from spin.alignment.data.rows import GENERATED_SCHEMA, OPTIONAL_COLUMNS
     from spin.alignment.generation.fraction_work import GenerationJob, longest_prompt
     from spin.alignment.models.folder import context_length
 
     store = open_store(config, stated, worker)
-    encoder = ChatEncoder(load_tokenizer(config.model, config.revision, config.trust_remote_code), config.system)
-    context = context_length(AutoConfig.from_pretrained(model_dir, trust_remote_code=config.trust_remote_code))
+    context = context_length(model_config)
     schema = store.features.extend(GENERATED_SCHEMA)
     if config.logprobs:
         schema = schema.append(pa.field("rejected_logprobs", OPTIONAL_COLUMNS["rejected_logprobs"]))
@@ -167,6 +191,7 @@ def make_job(config: GenerateConfig, stated: Provenance, model_dir: Path, worker
         frac_len=config.frac_len,
         longest_prompt=longest_prompt(config, context),
         context=context,
+        model_config=model_config,
         provenance=replace(
             stated,
             tokenizer_hash=encoder.tokenizer_hash,
@@ -199,6 +224,7 @@ def load_backend(
     """Load the model, for prompts like ``requests`` (longest first)."""
     from spin.alignment.generation import make_backend
     from spin.alignment.generation.base import BackendSettings
+    from spin.alignment.models.vocabulary import ids_without_token
 
     settings = part_of(
         config,
@@ -210,6 +236,7 @@ def load_backend(
         max_model_len=engine_length(config, job, several, requests),
         trust_remote_code=config.trust_remote_code,
         stop_ids=job.encoder.stop_ids,
+        masked_ids=ids_without_token(job.encoder.tokenizer, job.model_config),
         pad_id=job.encoder.pad_id,
         decode=job.encoder.decode,
     )
@@ -252,9 +279,10 @@ def work(config: GenerateConfig, stated: Provenance, model_dir: Path) -> int:
     rank = int(os.environ.get("RANK", "0"))
     name = "all fractions" if config.data_frac == "auto" else f"fraction {config.data_frac}"
     progress = GenerationProgress(name + (f" rank {rank}" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""))
+    model_config, encoder = open_model(config, model_dir)  # before anything is written
     with Worker(Path(config.output_dir) / PARTS_FOLDER / "workers") as worker:
         try:
-            job = make_job(config, stated, model_dir, worker.name)
+            job = make_job(config, stated, model_config, encoder, worker.name)
             fractions = wanted_fractions(config, job.provenance, job.store)
         except InputError:
             withdraw(worker)

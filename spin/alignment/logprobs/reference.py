@@ -14,13 +14,14 @@ import numpy as np
 import pyarrow as pa
 from accelerate.utils import broadcast_object_list
 
-from spin.alignment.core.files import atomic_file, remove_files
+from spin.alignment.core.console import say_error
+from spin.alignment.core.content_hash import remove_sealed, sealed_file
 from spin.alignment.logprobs.batch import PairDataset
 from spin.alignment.logprobs.collators import PackedCollator
 from spin.alignment.logprobs.micro_batches import MicroBatcher
 from spin.alignment.logprobs.pair_forward import PairForward
 from spin.alignment.logprobs.plans import consecutive, plan_by_pairs
-from spin.alignment.logprobs.reference_store import _KEY, ReferenceKey
+from spin.alignment.logprobs.reference_store import _KEY, ReferenceKey, key_of, read_table
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -112,15 +113,18 @@ def _write(path: Path, results: dict[int, list[np.ndarray]], key: ReferenceKey, 
 
 def _write_table(path: Path, table: pa.Table, key: ReferenceKey) -> None:
     schema = table.schema.with_metadata({_KEY: json.dumps(asdict(key)).encode()})
-    with atomic_file(path) as file, pa.ipc.new_file(file, schema) as writer:
+    with sealed_file(path) as file, pa.ipc.new_file(file, schema) as writer:
         writer.write_table(table.combine_chunks().cast(schema))
 
 
 def _parts(path: Path, key: ReferenceKey) -> list[pa.Table]:
     tables = []
     for part in sorted(path.parent.glob(f".{path.name}.part-*")):
-        table = pa.ipc.open_file(pa.memory_map(str(part))).read_all()
-        if json.loads(table.schema.metadata[_KEY]) == asdict(key):
+        table = read_table(part)
+        if table is None:
+            say_error(f"{part} is damaged: its pairs are computed again")
+            remove_sealed([part])
+        elif key_of(table) == asdict(key):
             tables.append(table)
     return tables
 
@@ -131,4 +135,4 @@ def _merge(path: Path, key: ReferenceKey, num_rows: int) -> None:
     if len(indices) != num_rows:
         raise RuntimeError(f"only {len(indices)} of {num_rows} pairs have reference log-probs: a process lost its part")
     _write_table(path, table.take(first), key)
-    remove_files(path.parent.glob(f".{path.name}.part-*"))
+    remove_sealed(path.parent.glob(f".{path.name}.part-*"))

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
+from spin.alignment.core.console import say_error
+from spin.alignment.core.content_hash import is_damaged, remove_sealed
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.provenance import hash_json, hash_text
 from spin.alignment.core.sides import SIDES
@@ -45,6 +47,31 @@ def responses_of(columns: Sequence[str]) -> tuple[str, ...]:
     return (*SIDES, *sorted(set(found) - set(SIDES)))
 
 
+def read_table(path: Path) -> pa.Table | None:
+    """Return the content of a store or of a part of one, memory-mapped; None if it is damaged."""
+    try:
+        return None if is_damaged(path) else pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    except (pa.ArrowException, OSError):
+        return None
+
+
+def key_of(table: pa.Table) -> dict[str, str]:
+    """Return the key that a store records; empty if it has none."""
+    found = json.loads((table.schema.metadata or {}).get(_KEY, b"{}"))
+    return found if isinstance(found, dict) else {}
+
+
+def discard_damaged(path: Path) -> bool:
+    """Remove a damaged store, so that it is computed again, and say so; return whether there is a whole one."""
+    if not path.exists():
+        return False
+    if read_table(path) is not None:
+        return True
+    say_error(f"{path} is damaged: computed again")
+    remove_sealed([path])
+    return False
+
+
 class ReferenceLogps:
     """A memory-mapped store on disk; ``store[i]`` returns the token log-probs (nats) of each response of pair i, by name."""
 
@@ -54,12 +81,11 @@ class ReferenceLogps:
         Raises:
             InputError: the store is damaged, was computed for other inputs, or has the wrong number of rows.
         """
-        try:
-            table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-        except (pa.ArrowException, OSError) as error:
-            raise InputError(f"{path} is damaged ({error}): remove it to compute it again") from error
+        table = read_table(path)
+        if table is None:
+            raise InputError(f"{path} is damaged: remove it to compute it again")
         # The file name contains a hash of the key, but files can be renamed or copied.
-        found = json.loads((table.schema.metadata or {}).get(_KEY, b"{}"))
+        found = key_of(table)
         differing = [name for name, value in asdict(key).items() if found.get(name) != value]
         if differing or table.num_rows != len(rows):
             what = ", ".join(differing) or "the number of rows"

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spin.alignment.core.errors import InputError
+from spin.alignment.core.files import read_json
 from spin.alignment.models.config import ModelConfig
 from spin.alignment.models.loading import load_model
+from spin.alignment.models.weights_check import meta_model, read_header
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -18,8 +22,6 @@ def add_adapters(model: PreTrainedModel, config: ModelConfig) -> Any:
     Raises:
         InputError: peft is not installed.
     """
-    import importlib.util
-
     if importlib.util.find_spec("peft") is None:
         raise InputError("use_peft needs the peft package: pip install 'selfplay-spin[peft]'")
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
@@ -34,6 +36,45 @@ def add_adapters(model: PreTrainedModel, config: ModelConfig) -> Any:
         task_type="CAUSAL_LM",
     )
     return get_peft_model(model, settings)
+
+
+def check_adapter(folder: Path, model_folder: Path, model_config: Any, trust_remote_code: bool = False) -> None:
+    """Check from headers alone that a saved LoRA adapter has exactly the weights that it needs on a model.
+
+    Without peft (vLLM applies adapters without it), only the files are checked.
+
+    Raises:
+        InputError: a file is damaged, the adapter is of another type, or its weights do not fit the model.
+    """
+    values = read_json(folder / "adapter_config.json")
+    kind = values.get("peft_type") if isinstance(values, dict) else None
+    if kind != "LORA":
+        raise InputError(
+            f"the adapter in {folder} is of type {kind}, but only LORA is supported: merge it into the model first"
+        )
+    stored = {name: tuple(tensor.shape) for name, tensor in read_header(folder / "adapter_model.safetensors").items()}
+    model = meta_model(model_folder, model_config, "causal", trust_remote_code)
+    if model is None or importlib.util.find_spec("peft") is None:
+        return
+    import torch
+    from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
+
+    try:
+        with torch.device("meta"):
+            adapted = get_peft_model(model, PeftConfig.from_pretrained(str(folder)))
+        wanted = {name: tuple(weight.shape) for name, weight in get_peft_model_state_dict(adapted).items()}
+    except Exception as error:  # peft raises its own kinds for each setting that it cannot apply
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"the adapter in {folder} does not fit the model ({reason}): give the model it was trained on"
+        ) from error
+    differing = sorted(name for name in {**stored, **wanted} if stored.get(name) != wanted.get(name))
+    if differing:
+        name = differing[0]
+        raise InputError(
+            f"the adapter in {folder} does not fit the model ({name} has the shape {stored.get(name, 'of no weight')}, but the "
+            f"model takes {wanted.get(name, 'no such weight')}): give the model it was trained on"
+        )
 
 
 def merge_adapters(model: Any, state_dict: dict[str, Any], config: ModelConfig) -> PreTrainedModel:

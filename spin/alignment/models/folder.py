@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from spin.alignment.core.errors import InputError
+from spin.alignment.core.files import read_json
+from spin.alignment.models.vocabulary import check_ids
 
 
 def check_model_path(name: str, needs_weights: bool = True) -> None:
@@ -25,10 +26,29 @@ def check_model_path(name: str, needs_weights: bool = True) -> None:
             raise InputError(f"model folder {name} does not exist: check the path")
         return
     if not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise InputError(
+                f"{name} contains an adapter and no model: give the folder of the model, and the adapter with --adapter (or "
+                "merge them)"
+            )
         raise InputError(f"{name} contains no config.json: give the folder of a saved model")
+    read_config_file(folder)
     if needs_weights and not any(folder.glob("*.safetensors")):
         found = "only pickled weights" if any(folder.glob("*.bin")) else "no weights"
         raise InputError(f"{name} contains {found}: save the model as safetensors (save_pretrained) first")
+
+
+def read_config_file(folder: Path) -> dict[str, Any]:
+    """Return the content of a model's ``config.json``.
+
+    Raises:
+        InputError: it is not a JSON object that names a model type.
+    """
+    path = folder / "config.json"
+    values = read_json(path)
+    if not isinstance(values, dict) or not (values.get("model_type") or values.get("auto_map")):
+        raise InputError(f"{path} does not name a model_type: restore the file that the model was saved with")
+    return values
 
 
 def model_folder(name: str, revision: str | None = None) -> Path:
@@ -58,8 +78,7 @@ def check_fits(folder: Path, longest: int, max_token_id: int) -> None:
     Raises:
         InputError: sequences exceed the model's context, or contain ids outside its vocabulary.
     """
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    check_config_fits(config, str(folder), longest, max_token_id)
+    check_config_fits(read_config_file(folder), str(folder), longest, max_token_id)
 
 
 def check_config_fits(config: Mapping[str, Any], name: str, longest: int, max_token_id: int) -> None:
@@ -68,17 +87,13 @@ def check_config_fits(config: Mapping[str, Any], name: str, longest: int, max_to
     Raises:
         InputError: as :func:`check_fits`.
     """
-    config = config.get("text_config", config)  # of a multimodal model, the language model's
-    context, vocabulary = config.get("max_position_embeddings"), config.get("vocab_size")
+    text = config.get("text_config", config)  # of a multimodal model, the language model's
+    context = text.get("max_position_embeddings")
     if context and longest > context:
         raise InputError(
             f"the longest pair has {longest} tokens, but {name} can attend to {context} tokens: lower max_length"
         )
-    if vocabulary and max_token_id >= vocabulary:
-        raise InputError(
-            f"the data contains token id {max_token_id}, but the vocabulary of {name} has {vocabulary} entries: give the "
-            "model whose tokenizer encoded the data"
-        )
+    check_ids([max_token_id], config, name, "the data")
 
 
 def is_complete_checkpoint(path: str | Path) -> bool:
@@ -106,9 +121,12 @@ MODEL_PATTERNS = (
     "tokenizer*",
     "chat_template*",
     "special_tokens_map.json",
+    "added_tokens.json",
     "vocab*",
     "merges.txt",
     "*.model",
+    "*.tiktoken",
+    "*.jinja",
 )
 
 

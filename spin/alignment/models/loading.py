@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from spin.alignment.core.errors import InputError
 from spin.alignment.models.config import ModelConfig
-from spin.alignment.models.folder import check_model_path, model_folder
+from spin.alignment.models.folder import check_model_path, model_folder, read_config_file
 from spin.alignment.models.precision import resolve_dtype
+from spin.alignment.models.weights_check import check_model, refuse_mismatch, validate_generation_config
 
 if TYPE_CHECKING:
     import torch
@@ -18,9 +19,13 @@ def load_model(config: ModelConfig, seed: int = 42) -> PreTrainedModel:
     """Load a causal language model with dropout disabled, without adapters (see :func:`add_adapters`).
 
     With ``init_from_config`` the weights are initialised at random with ``seed`` instead.
+
+    Raises:
+        InputError: the folder is damaged, or weights are missing, unexpected or of another shape than its config.json describes.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations import is_deepspeed_zero3_enabled
 
     check_model_path(config.model_name_or_path, needs_weights=not config.init_from_config)
     common: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
@@ -28,7 +33,8 @@ def load_model(config: ModelConfig, seed: int = 42) -> PreTrainedModel:
         common["attn_implementation"] = config.attn_implementation
     name, revision, dtype = config.model_name_or_path, config.model_revision, resolve_dtype(config.dtype)
     if config.init_from_config:
-        model_config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=config.trust_remote_code)
+        folder = model_folder(name, revision)
+        model_config = check_model(folder, trust_remote_code=config.trust_remote_code, needs_weights=False)
         torch.manual_seed(seed)  # every process must draw the same weights
         model = AutoModelForCausalLM.from_config(
             model_config, dtype=torch.float32 if dtype == "auto" else dtype, **common
@@ -37,27 +43,19 @@ def load_model(config: ModelConfig, seed: int = 42) -> PreTrainedModel:
         quantised = quantisation(config)
         if quantised is not None:
             common["quantization_config"] = quantised
-        model = AutoModelForCausalLM.from_pretrained(
-            model_folder(name, revision), dtype=dtype, use_safetensors=True, **common
+        folder = model_folder(name, revision)
+        # Reported instead of raised, so that a weight of the wrong shape is refused like a missing one. ZeRO-3 reports none.
+        common["ignore_mismatched_sizes"] = not is_deepspeed_zero3_enabled()
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **common
         )
+        refuse_mismatch(folder, report, quantised="quantization_config" in read_config_file(folder))
         if config.load_in_4bit:
             _keep_differentiable(model)
     disable_dropout(model)
-    _fix_generation_config(model)
+    if getattr(model, "generation_config", None) is not None:
+        validate_generation_config(model.generation_config)
     return model
-
-
-def _fix_generation_config(model: PreTrainedModel) -> None:
-    """Set ``do_sample`` in a generation config that has sampling values but no sampling, which transformers refuses to save."""
-    settings = getattr(model, "generation_config", None)
-    if settings is None:
-        return
-    try:
-        settings.validate(strict=True)
-    except ValueError:
-        # Only if that was the fault: validated again, and any other error is raised here rather than after training.
-        settings.do_sample = True
-        settings.validate(strict=True)
 
 
 def quantisation(config: ModelConfig) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.sides import INITIAL, SIDES
@@ -152,6 +152,8 @@ def label_problems(row: dict[str, Any], side: str) -> list[str]:
 
 def side_problems(row: dict[str, Any], side: str, encoder: ChatEncoder | None) -> list[str]:
     """Return the problems of one response: its ids against its text, its end, and its weights."""
+    from spin.alignment.data.stored_ids import ids_problem
+
     ids, reason, weights = (row.get(f"{side}_{name}") for name in ("token_ids", "finish_reason", "weights"))
     problems = []
     if reason is not None and reason not in FINISH_REASONS:
@@ -176,25 +178,40 @@ def side_problems(row: dict[str, Any], side: str, encoder: ChatEncoder | None) -
         problems.append(f"{side}_finish_reason is stop, but the ids contain {len(ends)} end tokens, not one at the end")
     if reason == "length" and ends:
         problems.append(f"{side}_finish_reason is length, but the ids contain an end token")
-    if encoder.decode(ids) != row[side][-1]["content"]:
-        problems.append(f"{side}_token_ids do not decode to the text of the {side} response")
+    if problem := ids_problem(row, side, encoder):
+        problems.append(problem)
     return problems
 
 
 def model_problems(folder: Path) -> list[str]:
-    """Return what prevents a model folder from being an opponent: weights, tokenizer, template, end token."""
-    from spin.alignment.data.chat_encoder import ChatEncoder, load_tokenizer
-    from spin.alignment.models.folder import check_model_path
+    """Return what prevents a model folder from being used: configuration, weights, tokenizer, template, end token.
 
-    problems = []
+    The folder of a sequence classifier is checked as a scorer, which needs no chat template.
+    """
+    from spin.alignment.data.chat_encoder import ChatEncoder, load_tokenizer
+    from spin.alignment.models.folder import check_model_path, read_config_file
+    from spin.alignment.models.vocabulary import check_control_tokens
+    from spin.alignment.models.weights_check import Task, check_model
+
+    problems, model_config, task = [], None, "causal"
     try:
         check_model_path(str(folder))
+        architectures = read_config_file(folder).get("architectures") or []
+        if isinstance(architectures, list) and any("SequenceClassification" in str(name) for name in architectures):
+            task = "classifier"
+        model_config = check_model(folder, cast("Task", task))
     except InputError as error:
         problems.append(str(error))
     for weights in sorted(folder.glob("*.safetensors")):
-        problems += weight_problems(weights)
+        problems += [
+            problem for problem in weight_problems(weights) if not any(str(weights) in one for one in problems)
+        ]
     try:
-        ChatEncoder(load_tokenizer(str(folder)))
+        tokenizer = load_tokenizer(str(folder))
+        if task == "causal":
+            encoder = ChatEncoder(tokenizer)
+            if model_config is not None:
+                check_control_tokens(encoder, model_config, str(folder))
     except InputError as error:
         problems.append(str(error))
     return problems

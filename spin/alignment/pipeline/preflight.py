@@ -20,13 +20,19 @@ def check_before_start(config: RunConfig, source: str) -> None:
     Raises:
         InputError: naming the problem and its section or file.
     """
-    from spin.alignment.models.folder import check_model_path
+    from spin.alignment.models.folder import check_model_path, model_folder
+    from spin.alignment.models.vocabulary import check_control_tokens
+    from spin.alignment.models.weights_check import check_model
     from spin.alignment.pipeline.launch_config import check_launch_config
 
     check_launch_config(config.launch)
-    check_model_path(config.model, needs_weights=not (config.sft or {}).get("init_from_config", False))
+    needs_weights = not (config.sft or {}).get("init_from_config", False)
+    check_model_path(config.model, needs_weights)
     check_settings(config, source)
-    check_data(config)
+    trusted = bool({**config.generate, **(config.online or {})}.get("trust_remote_code"))
+    folder = model_folder(config.model, config.model_revision)
+    model_config = check_model(folder, trust_remote_code=trusted, needs_weights=needs_weights)
+    check_control_tokens(check_data(config), model_config, config.model)
 
 
 def check_settings(config: RunConfig, source: str) -> None:
@@ -37,8 +43,8 @@ def check_settings(config: RunConfig, source: str) -> None:
         kind.check_settings(config, source)
 
 
-def check_data(config: RunConfig) -> None:
-    """Read the prompts and encode some of them, so that an unusable template is found before hours of training.
+def check_data(config: RunConfig) -> ChatEncoder:
+    """Read the prompts and encode some of them, so that an unusable template is found before training; return the encoder.
 
     A ground truth is required only for SFT, evaluation, and pairings that compare with it.
     """
@@ -58,6 +64,7 @@ def check_data(config: RunConfig) -> None:
             except InputError as error:
                 raise InputError(f"{path} [{split}], prompt {row['prompt_id']}: {error}") from error
     check_held_out(config, encoder)
+    return encoder
 
 
 def check_held_out(config: RunConfig, encoder: ChatEncoder) -> None:

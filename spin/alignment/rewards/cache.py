@@ -11,10 +11,12 @@ import hashlib
 import json
 import os
 import uuid
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TextIO
 
+from spin.alignment.core.console import say_error
 from spin.alignment.core.errors import InputError
 
 _HASH_LENGTH = 32  # hexadecimal digits: 128 bits, so that millions of keys do not collide
@@ -46,8 +48,7 @@ class ScoreCache:
             scorer: name of the scorer.
             identity: everything else that affects a score: hash of the weights, precision, name of a served model.
 
-        Raises:
-            InputError: a file is damaged.
+        Damaged entries are left out, and said to be: they are scored again.
         """
         self._values: dict[str, float] = {}
         self._file: TextIO | None = None
@@ -76,7 +77,7 @@ class ScoreCache:
             if self._file is None:  # a new file per process: appending to an existing one could follow a torn line
                 self._folder.mkdir(parents=True, exist_ok=True)
                 self._file = (self._folder / f"{os.getpid()}-{uuid.uuid4().hex[:12]}.jsonl").open("x", encoding="utf-8")
-            self._file.writelines(json.dumps([key, value]) + "\n" for key, value in values.items())
+            self._file.writelines(_line(key, value) for key, value in values.items())
             self._file.flush()
             os.fsync(self._file.fileno())
         except OSError as error:
@@ -91,16 +92,32 @@ class ScoreCache:
             self._file = None
 
 
+def _line(key: str, value: float) -> str:
+    """One entry as a line of JSON, with a checksum of what is before it."""
+    content = json.dumps([key, value])
+    return f"{content[:-1]}, {zlib.crc32(content.encode())}]\n"
+
+
+def _entry(line: str) -> tuple[str, float]:
+    """Return the entry of a line; raise ValueError or TypeError if it is damaged. Earlier versions wrote no checksum."""
+    key, value, *checksum = json.loads(line)
+    if not isinstance(key, str) or not isinstance(value, int | float) or len(checksum) > 1:
+        raise TypeError("not an entry")
+    if checksum and _line(key, value) != line:
+        raise ValueError("the checksum differs")
+    return key, float(value)
+
+
 def _read(path: Path) -> Iterator[tuple[str, float]]:
     """Yield the entries of one file; a last line without a newline was being written by a killed process and is ignored."""
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
+    damaged = 0
+    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
+        for line in file:
             if not line.endswith("\n"):
-                return
+                break
             try:
-                key, value = json.loads(line)
-                yield str(key), float(value)
-            except (ValueError, TypeError) as error:
-                raise InputError(
-                    f"line {number} of {path} is damaged: remove the file; its entries will be scored again"
-                ) from error
+                yield _entry(line)
+            except (ValueError, TypeError, RecursionError):
+                damaged += 1
+    if damaged:
+        say_error(f"{path}: {damaged} entries are damaged and will be scored again")

@@ -71,4 +71,7 @@ def _check_model(settings: ScorerSettings) -> None:
 
     check_model_path(settings.model)
     if Path(settings.model).is_dir():
+        from spin.alignment.models.weights_check import check_model
+
         check_classifier_folder(Path(settings.model), kind)
+        check_model(Path(settings.model), "classifier", settings.trust_remote_code)

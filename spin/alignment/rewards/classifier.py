@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import logging
 import math
 from collections.abc import Sequence
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spin.alignment.core.errors import InputError
+from spin.alignment.models.folder import read_config_file
+from spin.alignment.models.vocabulary import check_ids
 from spin.alignment.rewards.base import ScorerSettings
 from spin.alignment.rewards.cache import ScoreCache, content_key
 
@@ -47,7 +48,7 @@ def check_classifier_folder(folder: Path, kind: str) -> dict[str, Any]:
     Raises:
         InputError: the model is of another kind, or has another number of outputs.
     """
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config: dict[str, Any] = read_config_file(folder)
     architectures = config.get("architectures") or []
     known = any("SequenceClassification" in name for name in architectures)
     if not known and "AutoModelForSequenceClassification" not in (config.get("auto_map") or {}):
@@ -77,11 +78,13 @@ class SequenceClassifier:
         from spin.alignment.data.chat_encoder import load_tokenizer
         from spin.alignment.models.folder import model_folder
         from spin.alignment.models.precision import resolve_dtype
+        from spin.alignment.models.weights_check import check_model
 
         assert settings.model is not None
         self.settings = settings
         self.folder = model_folder(settings.model)
         self.config = check_classifier_folder(self.folder, settings.name.replace("_", " "))
+        check_model(self.folder, "classifier", settings.trust_remote_code)
         self.dtype = resolve_dtype(settings.dtype)
         self.tokenizer = load_tokenizer(self.folder, trust_remote_code=settings.trust_remote_code)
         self.limit = self._limit()
@@ -149,6 +152,7 @@ class SequenceClassifier:
         new: dict[str, Encoded] = {}
         keys = [item.key for item in inputs]
         for key, item in zip(keys, inputs, strict=True):
+            check_ids(item.ids, self.config, str(self.folder), item.where)
             if key in self.cache:
                 found[key] = self.cache[key]
             else:
@@ -191,17 +195,16 @@ class SequenceClassifier:
             import torch
             from transformers import AutoModelForSequenceClassification
 
-            model, info = AutoModelForSequenceClassification.from_pretrained(
+            from spin.alignment.models.weights_check import refuse_mismatch
+
+            model, report = AutoModelForSequenceClassification.from_pretrained(
                 self.folder,
                 dtype=self.dtype,
                 use_safetensors=True,
                 trust_remote_code=self.settings.trust_remote_code,
                 output_loading_info=True,
             )
-            # transformers initialises missing weights at random with only a warning: the scores would be noise.
-            if info["missing_keys"]:
-                missing = ", ".join(sorted(info["missing_keys"])[:3])
-                raise InputError(f"{self.folder} lacks the weights {missing}: give a model that was trained to score")
+            refuse_mismatch(self.folder, report, model.base_model_prefix, "classifier")
             model.config.get_text_config().use_cache = False  # no generation, so keys and values would waste memory
             self._model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         return self._model

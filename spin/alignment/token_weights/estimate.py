@@ -16,6 +16,7 @@ from spin.alignment.core.sides import SIDES
 from spin.alignment.data.chat_encoder import ChatEncoder
 from spin.alignment.data.config import DataConfig
 from spin.alignment.data.preferences import load_preferences
+from spin.alignment.data.stored_ids import check_origin
 from spin.alignment.methods.weightings import PairTokens, draws, find_weighting, weights_of_pair
 from spin.alignment.token_weights.config import WeightsConfig
 from spin.alignment.token_weights.files import WeightedRow, find_splits, is_done, read_statistics, write_weighted
@@ -185,6 +186,7 @@ def open_splits(
         facts = {**common, "pairs": hash_text(*(f"{file.name}={hash_file(file)}" for file in files))}
         if is_done(output_dir, name, files, facts, overwrite):
             continue
+        check_origin(input_dir, name, encoder)
         rows = load_preferences(str(input_dir), name)
         encoded, reasons = encode_rows(rows, encoder, f"{input_dir} [{name}]")
         split = Split(name, files, rows, encoded, reasons, facts, encoder)

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from spin.alignment.core.console import say_error
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.files import read_json, remove_files, write_json_atomic
-from spin.alignment.core.parquet import ParquetSink, open_parquet, read_batches
+from spin.alignment.core.parquet import ParquetSink, check_whole, open_parquet, read_batches
 from spin.alignment.core.provenance import METADATA_KEY, Provenance, read_provenance
 from spin.alignment.core.sides import SIDES
 from spin.alignment.data.rows import OPTIONAL_COLUMNS
@@ -171,7 +172,14 @@ def is_done(output_dir: Path, split: str, files: Sequence[Path], facts: dict[str
     made = [output_dir / file.name for file in files]
     if not weights_file(output_dir, split).exists() or not all(path.exists() for path in made):
         return False
-    found = [read_provenance(open_parquet(path).schema_arrow, path).extra.get("weights") for path in made]
+    try:
+        found = [read_provenance(open_parquet(path).schema_arrow, path).extra.get("weights") for path in made]
+        for path in made:
+            check_whole(path)
+        read_statistics(output_dir, split)
+    except InputError as error:
+        say_error(f"{split}: weights computed again, because {error}")
+        return False
     if all(item == facts for item in found):
         return True
     if overwrite:
@@ -184,5 +192,13 @@ def is_done(output_dir: Path, split: str, files: Sequence[Path], facts: dict[str
 
 
 def read_statistics(output_dir: Path, split: str) -> dict[str, Any]:
-    """Return the stored statistics of a split's weights."""
-    return dict(read_json(weights_file(output_dir, split)))
+    """Return the stored statistics of a split's weights.
+
+    Raises:
+        InputError: their file is damaged.
+    """
+    path = weights_file(output_dir, split)
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise InputError(f"{path} contains no statistics: remove it to compute the weights again")
+    return found

@@ -58,7 +58,8 @@ def check_teacher(config: WeightsConfig, student: str) -> None:
         InputError: the model does not exist, or its tokenizer cannot be aligned.
     """
     from spin.alignment.models.config import ModelConfig
-    from spin.alignment.models.folder import check_model_path
+    from spin.alignment.models.folder import check_model_path, model_folder
+    from spin.alignment.models.weights_check import check_model
     from spin.alignment.token_weights.model_scores import check_offsets, open_encoder
 
     def encoder(name: str, revision: str | None) -> ChatEncoder:
@@ -67,4 +68,5 @@ def check_teacher(config: WeightsConfig, student: str) -> None:
 
     teacher = config.model_plus or ""
     check_model_path(teacher)
+    check_model(model_folder(teacher, config.revision_plus), trust_remote_code=config.trust_remote_code)
     check_offsets(encoder(teacher, config.revision_plus), encoder(student, config.revision_minus))

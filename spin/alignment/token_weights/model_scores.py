@@ -16,9 +16,12 @@ from spin.alignment.core.sides import SIDES
 from spin.alignment.data.chat_encoder import ChatEncoder, load_tokenizer
 from spin.alignment.data.config import DataConfig
 from spin.alignment.data.encode_pairs import EncodedPair, encode_pair, truncate_pair
+from spin.alignment.data.stored_ids import ids_problem
 from spin.alignment.models.config import ModelConfig
 from spin.alignment.models.folder import check_fits, check_model_path, model_folder
 from spin.alignment.models.loading import load_model
+from spin.alignment.models.vocabulary import check_control_tokens
+from spin.alignment.models.weights_check import check_model
 from spin.alignment.token_weights.align_tokens import aligned_gains, character_logps, token_spans
 
 if TYPE_CHECKING:
@@ -34,7 +37,6 @@ ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 _ROW_TOKENS, _PADDED_PAIRS = {"cpu": 2048}, 4
 _GPU_ROW_TOKENS = 32_768
 _NOT_TRUNCATED = 2**62
-_CHECKED_ROWS = 32
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,10 @@ class Judge:
             InputError: the model does not exist, has no weights, or its tokenizer has no usable chat template.
         """
         check_model_path(config.model_name_or_path)
-        encoder = open_encoder(config, system)
         folder = model_folder(config.model_name_or_path, config.model_revision)
+        model_config = check_model(folder, trust_remote_code=config.trust_remote_code)
+        encoder = open_encoder(config, system)
+        check_control_tokens(encoder, model_config, config.model_name_or_path)
         return cls(config, folder, encoder, hash_weights(folder))
 
     def record(self) -> dict[str, str]:
@@ -104,16 +108,11 @@ def encode_rows(rows: Dataset, encoder: ChatEncoder, where: str) -> tuple[Datase
         if isinstance(pair, str):
             return {name: [] for name in ID_COLUMNS} | {"reason": pair}
         found: dict[str, Any] = pair.columns()
-        # A wrong tokenizer shows in the first rows; decoding all of them would be slow.
-        for side in SIDES if index < _CHECKED_ROWS else ():
-            text = row[side][-1]["content"]
-            if (
-                row.get(f"{side}_token_ids") is not None
-                and encoder.decode(found[f"{side}_ids"]).strip() != text.strip()
-            ):
+        for side in SIDES:
+            if problem := ids_problem(row, side, encoder):
                 raise InputError(
-                    f"{where} row {index}: {side}_token_ids do not decode to the {side} text with the tokenizer of "
-                    f"{encoder.name}: pass models whose tokenizer encoded the data"
+                    f"{where} row {index}: {problem} with the tokenizer of {encoder.name}: pass models whose tokenizer encoded "
+                    "the data"
                 )
         return found | {"reason": ""}
 
@@ -200,17 +199,25 @@ def score_splits(
     if something is missing, and freed afterwards. Every process must call it.
     """
     import torch
+    from accelerate.utils import broadcast_object_list
 
     from spin.alignment.logprobs.batch import PairDataset
     from spin.alignment.logprobs.reference import compute_reference, log_progress
-    from spin.alignment.logprobs.reference_store import ReferenceKey, ReferenceLogps, hash_tokens, store_path
+    from spin.alignment.logprobs.reference_store import (
+        ReferenceKey,
+        ReferenceLogps,
+        discard_damaged,
+        hash_tokens,
+        store_path,
+    )
 
     accelerator.wait_for_everyone()
     precision = f"{judge.config.dtype}, {batching}, {accelerator.device.type}"
     keys = {name: ReferenceKey(judge.weights_hash, hash_tokens(rows), precision) for name, rows in splits.items()}
     paths = {name: store_path(folder, name, key) for name, key in keys.items()}
-    missing = [name for name, path in paths.items() if not path.exists()]
-    accelerator.wait_for_everyone()
+    whole = [accelerator.is_main_process and [name for name, path in paths.items() if discard_damaged(path)]]
+    whole = broadcast_object_list(whole)[0]
+    missing = [name for name in paths if name not in whole]
     if missing:
         folder.mkdir(parents=True, exist_ok=True)
         model = load_model(judge.config).to(accelerator.device).eval()

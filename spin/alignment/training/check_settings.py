@@ -238,7 +238,7 @@ def check_folders(settings: Settings, source: str) -> None:
             raise InputError(f"'output_dir' in {source} is the folder of {key}, {path}: choose another folder")
 
 
-def check_model(model: ModelConfig, source: str) -> None:
+def check_model_settings(model: ModelConfig, source: str) -> None:
     """Check quantisation, attention and adapters on the layers of the model, without its weights.
 
     Raises:

@@ -42,6 +42,7 @@ class SPINConfig(SPINKeys, TrainingArguments):
     max_length: int = same_as(DataConfig, "max_length")
     max_prompt_length: int = same_as(DataConfig, "max_prompt_length")
     system: System = same_as(DataConfig, "system")
+    retokenize: bool = same_as(DataConfig, "retokenize")
     preprocessing_num_workers: int = same_as(DataConfig, "preprocessing_num_workers", recorded=False)
 
     def __post_init__(self) -> None:

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import json
 import shutil
+import zipfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from spin.alignment.core.console import say_error
+from spin.alignment.core.content_hash import HASHES_FILE, damaged_file, write_hashes
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.files import read_json, write_json_atomic
 from spin.alignment.models.folder import is_complete_checkpoint
+from spin.alignment.models.weights_check import read_header
 from spin.alignment.training.settings import Settings, without_paths
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 class OutputFolder:
@@ -69,7 +80,7 @@ class OutputFolder:
                 f"cannot create output_dir {self.path} ({error.strerror}): choose a folder you can write to"
             ) from error
         if self.overwrite:
-            for folder in self.path.glob("checkpoint-*"):
+            for folder in self.path.glob("checkpoint-*"):  # also those set aside as damaged
                 shutil.rmtree(folder)
             for name in ("metrics.json", "config.json"):  # without a config the old model counts as incomplete
                 (self.path / name).unlink(missing_ok=True)
@@ -78,14 +89,33 @@ class OutputFolder:
             shutil.rmtree(torn)
         write_json_atomic(self.path / "inputs.json", self.inputs)
 
-    def resume_point(self) -> str | None:
-        """Return the checkpoint to resume from: the requested one, else the last complete one, else None.
+    def resume_point(self, accelerator: Accelerator) -> str | None:
+        """Return the checkpoint to resume from: the requested one, else the last whole one, else None.
+
+        Its content is compared with the hashes that were written with it; damaged checkpoints are set aside, which is said.
+        The main process decides for all: every process must call it.
 
         Raises:
-            InputError: the requested checkpoint is missing or incomplete.
+            InputError: the requested checkpoint is missing, incomplete or damaged.
         """
+        found: list[Any] = [None, ""]
+        if accelerator.is_main_process:
+            try:
+                found[0] = self._resume_point()
+            except InputError as error:  # raised in every process, none of which may wait for the others
+                found[1] = str(error)
+        point, refusal = broadcast_object_list(found)
+        if refusal:
+            raise InputError(refusal)
+        return point
+
+    def _resume_point(self) -> str | None:
         wanted = self.resume
         if check_resume_point(wanted):
+            if name := damaged_part(Path(str(wanted))):
+                raise InputError(
+                    f"resume_from_checkpoint {wanted} is damaged ({name}): restore it, or name another checkpoint"
+                )
             return str(wanted)
         if wanted in (False, "false", "False"):
             return None
@@ -95,7 +125,14 @@ class OutputFolder:
                 f"{found[-1]} was saved with save_only_model, so training cannot resume exactly: set "
                 "overwrite_output_dir: true to start over"
             )
-        return str(found[-1]) if found else None
+        while found:
+            name = damaged_part(found[-1])
+            if name is None:
+                return str(found[-1])
+            damaged = found.pop()
+            instead = f"resuming from {found[-1].name}" if found else "starting over"
+            say_error(f"{damaged} is damaged ({name}) and set aside as {_set_aside(damaged).name}: {instead}")
+        return None
 
     def _checkpoints(self, complete: bool) -> list[Path]:
         # The Trainer writes trainer_state.json last: it proves that a checkpoint is complete.
@@ -115,6 +152,45 @@ def check_resume_point(wanted: str | bool | None) -> bool:
     if not (Path(str(wanted)) / "trainer_state.json").is_file():
         raise InputError(f"resume_from_checkpoint {wanted} is not a complete checkpoint: name a checkpoint-N folder")
     return True
+
+
+class HashCheckpoint(TrainerCallback):
+    """Writes the content hashes of every checkpoint once all processes have written their part of it."""
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        PartialState().wait_for_everyone()
+        if args.should_save:
+            write_hashes(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        PartialState().wait_for_everyone()
+
+
+def damaged_part(checkpoint: Path) -> str | None:
+    """Return which file of a checkpoint is damaged; None if all are whole.
+
+    A checkpoint without hashes (of an earlier version, or killed while they were computed) is checked as far as its files allow:
+    the headers and sizes of safetensors, and the checksums in the files of torch.save.
+    """
+    if (checkpoint / HASHES_FILE).exists():
+        return damaged_file(checkpoint)
+    for path in sorted(checkpoint.rglob("*")):
+        try:
+            if path.suffix == ".safetensors":
+                read_header(path)
+            elif path.suffix in (".pt", ".pth", ".bin") and path.name != "training_args.bin":
+                with zipfile.ZipFile(path) as file:
+                    if file.testzip() is not None:
+                        return path.name
+        except (InputError, OSError, zipfile.BadZipFile, RuntimeError, ValueError):
+            return path.name
+    return None
+
+
+def _set_aside(checkpoint: Path) -> Path:
+    """Rename a damaged checkpoint, so that neither the Trainer nor a later run takes it for one; return its new path."""
+    aside = checkpoint.with_name(f"{checkpoint.name}.damaged")
+    if aside.exists():
+        shutil.rmtree(aside)
+    return checkpoint.rename(aside)
 
 
 def _is_json(path: Path) -> bool:

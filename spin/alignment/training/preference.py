@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spin.alignment.core.console import say_error
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.files import read_json
 from spin.alignment.data.split_names import is_held_out
@@ -88,7 +89,7 @@ class PreferenceTraining(TrainingProgram):
         # The Trainer's timer includes the computation of the reference log-probs.
         runtime = result.metrics["train_runtime"] - trainer.reference_seconds
         return {
-            "first_loss": read_json(job.settings.output_dir / FIRST_LOSS_FILE),
+            "first_loss": _first_loss(job.settings.output_dir / FIRST_LOSS_FILE),
             "reference_seconds": round(trainer.reference_seconds, 2),
             "seconds_per_step": round(runtime / max(1, trainer.steps_run), 4),
             "completion_tokens": trainer.tokens_seen,
@@ -96,3 +97,12 @@ class PreferenceTraining(TrainingProgram):
             "pairs": job.data.sizes(),
             "dropped": job.data.dropped,
         }
+
+
+def _first_loss(path: Path) -> Any:
+    """Return the recorded first loss; None if its file is damaged, which must not end a training that is already done."""
+    try:
+        return read_json(path)
+    except InputError as error:
+        say_error(f"metrics.json has no first_loss: {error}")
+        return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from spin.alignment.core.errors import InputError
@@ -38,6 +39,8 @@ def encode_split(
 
     loss = find_loss(loss_type)
     check_columns(rows, loss_type, loss)
+    if config.retokenize:
+        rows = without_ids(rows)
     weighted = weighted_responses(rows, loss)
     targets = {name: name for name in loss.responses}
     if reverse:
@@ -45,6 +48,7 @@ def encode_split(
 
     def encode(row: dict[str, Any], index: int) -> dict[str, Any]:
         try:
+            check_stored_ids(row, loss.responses, encoder)
             pair = encode_pair(row, encoder, config.max_length, config.max_prompt_length, loss.responses)
             whole = None if isinstance(pair, str) else pair
             found: dict[str, Any] = {"prompt_ids": whole.prompt_ids if whole else [], "dropped": "" if whole else pair}
@@ -74,6 +78,37 @@ def encode_split(
         reasons = ", ".join(f"{count} x {reason}" for reason, count in dropped.items())
         raise InputError(f"no pair remains to train on ({reasons}): check the data, or raise max_length")
     return encoded.select(kept).remove_columns("dropped"), dict(dropped)
+
+
+def check_stored_ids(row: dict[str, Any], responses: Sequence[str], encoder: ChatEncoder) -> None:
+    """Check that the stored ids of some responses are their text.
+
+    Raises:
+        InputError: those of one are not.
+    """
+    from spin.alignment.data.stored_ids import ids_problem
+
+    for name in responses:
+        if problem := ids_problem(row, name, encoder):
+            raise InputError(
+                f"{problem} with the tokenizer of {encoder.name}: train the model whose tokenizer encoded them, or set "
+                "retokenize: true to encode the text again"
+            )
+
+
+def without_ids(rows: Dataset) -> Dataset:
+    """Return rows without stored token ids, so that their text is encoded.
+
+    Raises:
+        InputError: they have token weights, which belong to the stored ids.
+    """
+    weights = [name for name in rows.column_names if name.endswith("_weights")]
+    if weights:
+        raise InputError(
+            f"retokenize is true, but the pairs have {' and '.join(weights)}, which belong to the stored token ids: compute them "
+            "again for this model with spin/estimate_weights.py, or remove the columns"
+        )
+    return rows.remove_columns([name for name in rows.column_names if name.endswith("_token_ids")])
 
 
 def check_columns(rows: Dataset, loss_type: str, loss: Loss) -> None:
@@ -172,8 +207,12 @@ def label_of(row: dict[str, Any], side: str, label: Label) -> float:
 def load_pairs(settings: Settings, encoder: ChatEncoder) -> tuple[dict[str, Dataset], dict[str, dict[str, int]]]:
     """Load, mix and encode the data; return the encoded splits and the dropped rows of each by reason."""
     from spin.alignment.data.preferences import mix_preferences
+    from spin.alignment.data.stored_ids import check_origin
 
     check_preference(settings)
+    for path in settings.data.dataset_mixer if not settings.data.retokenize else ():
+        for split in settings.data.dataset_splits:
+            check_origin(path, split, encoder, ", or set retokenize: true to encode their text for this model")
     mixed = mix_preferences(settings.data.dataset_mixer, settings.data.dataset_splits, settings.arguments.seed)
     encoded, dropped = {}, {}
     arguments = settings.arguments

@@ -6,11 +6,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from accelerate.utils import broadcast_object_list
+
 from spin.alignment.core.errors import InputError
 from spin.alignment.logprobs.batch import PairDataset
 from spin.alignment.logprobs.pair_forward import PairForward, weight_dtype
 from spin.alignment.logprobs.reference import compute_reference, log_progress
-from spin.alignment.logprobs.reference_store import ReferenceKey, ReferenceLogps, hash_tokens, store_path
+from spin.alignment.logprobs.reference_store import (
+    ReferenceKey,
+    ReferenceLogps,
+    discard_damaged,
+    hash_tokens,
+    store_path,
+)
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -37,12 +45,13 @@ def attach_reference(
             continue
         key = ReferenceKey(weights_hash, hash_tokens(dataset.rows), precision(forward, accelerator))
         path = store_path(folder, split, key)
-        accelerator.wait_for_everyone()
-        if not path.exists():
+        found = [accelerator.is_main_process and discard_damaged(path)]
+        if not broadcast_object_list(found)[0]:
             if checkpoints is not None:
                 raise InputError(
-                    f"{path} is missing, and a resumed run cannot compute it: restore it, or remove the checkpoints in "
-                    f"{checkpoints} and start over"
+                    f"{path} is missing or was damaged, and a resumed run cannot compute it: restore it; or start the same "
+                    f"configuration with another output_dir and with reference_dir: {folder}, stop it after its first step, and "
+                    f"run this command again; or remove the checkpoints in {checkpoints} and start over"
                 )
             progress = log_progress(f"reference log-probs, {split} split")
             compute_reference(forward, dataset, path, key, accelerator, progress)

@@ -16,8 +16,10 @@ from spin.alignment.models.folder import model_folder
 from spin.alignment.models.loading import load_model
 from spin.alignment.models.precision import weight_dtypes
 from spin.alignment.models.saving import save_checkpoint
-from spin.alignment.training.check_settings import check_model, checked_settings
-from spin.alignment.training.output_dir import OutputFolder
+from spin.alignment.models.vocabulary import check_control_tokens
+from spin.alignment.models.weights_check import check_model
+from spin.alignment.training.check_settings import check_model_settings, checked_settings
+from spin.alignment.training.output_dir import HashCheckpoint, OutputFolder
 from spin.alignment.training.program import TrainingJob, TrainingProgram
 from spin.alignment.training.settings import Settings, make_encoder
 
@@ -37,13 +39,19 @@ def train(program: TrainingProgram, values: Mapping[str, Any], source: str) -> N
     # Encoding may fork worker processes, and the tokenizers' threads do not survive a fork.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     settings = checked_settings(program, values, source)
-    check_model(settings.model, source)
+    check_model_settings(settings.model, source)
     setup_logging(settings.arguments.process_index == 0)
+    folder = model_folder(settings.model.model_name_or_path, settings.model.model_revision)
+    model_config = check_model(
+        folder,
+        trust_remote_code=settings.model.trust_remote_code,
+        needs_weights=not settings.model.init_from_config,
+    )
     encoder = make_encoder(settings)
+    check_control_tokens(encoder, model_config, settings.model.model_name_or_path)
     data = program.load_data(settings, encoder)
     for line in program.describe_data(data):
         report(settings, line)
-    folder = model_folder(settings.model.model_name_or_path, settings.model.model_revision)
     program.check_data(settings, data, folder)
     run_job(program, TrainingJob(settings, encoder, data, program.model_key(settings, folder)))
 
@@ -121,7 +129,8 @@ def train_policy(
     """Train from the last checkpoint, if any, save the policy, and write ``metrics.json`` last."""
     settings = job.settings
     started = time.monotonic()
-    resume = folder.resume_point()
+    trainer.add_callback(HashCheckpoint())
+    resume = folder.resume_point(trainer.accelerator)
     if resume:
         report(settings, f"resuming from {resume}")
     trainer.add_callback(shared_checkpoints())

@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.server_link import RetryPolicy, ServerLink, TryAgain
-from spin.alignment.generation.base import GenerationBackend, PromptRequest, Response, SamplingConfig, sample_seed
+from spin.alignment.generation.base import (
+    GenerationBackend,
+    PromptRequest,
+    Response,
+    SamplingConfig,
+    check_sampled,
+    logit_bias,
+    sample_seed,
+)
 
 if TYPE_CHECKING:
     from spin.alignment.generation.base import BackendSettings
@@ -41,6 +49,8 @@ class OpenAIBackend(GenerationBackend):
         """
         _check_settings(settings)
         self.settings = settings
+        self._masked = frozenset(settings.masked_ids)
+        self._bias = {str(token): bias for token, bias in logit_bias(settings.masked_ids).items()}
         self.policy = policy or RetryPolicy()
         self.batch_size = settings.batch_size or DEFAULT_BATCH_SIZE
         key = os.environ.get("OPENAI_API_KEY", "").strip()
@@ -113,6 +123,7 @@ class OpenAIBackend(GenerationBackend):
             # Stop texts are matched against text without special tokens, as this project decodes it.
             "skip_special_tokens": True,
             "return_token_ids": True,
+            **({"logit_bias": self._bias} if self._bias else {}),
             # 0: the log-prob of the sampled token and of no other.
             **({"logprobs": 0} if sampling.logprobs else {}),
         }
@@ -133,6 +144,7 @@ class OpenAIBackend(GenerationBackend):
             raise InputError(f"{server} returned text but no token ids: {RIGHT_SERVER}")
         if choice.get("prompt_token_ids") not in (None, list(request.token_ids)):
             raise InputError(f"{server} changed the token ids of {prompt} before it answered: {RIGHT_SERVER}")
+        check_sampled(ids, self._masked, server)
         logprobs = self._logprobs(choice, ids, prompt) if sampling.logprobs else None
         reason, limit = choice.get("finish_reason"), sampling.longest(request)
         if reason not in ("stop", "length"):

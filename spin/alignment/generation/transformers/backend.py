@@ -20,6 +20,7 @@ from spin.alignment.generation.transformers.decoder import Decoder, takes_ragged
 from spin.alignment.generation.transformers.jobs import Job, Request
 from spin.alignment.generation.transformers.kv_cache import RowCache, layer_windows
 from spin.alignment.generation.transformers.stop_texts import StopTextWatcher
+from spin.alignment.models.adapters import check_adapter
 from spin.alignment.models.config import ModelConfig
 from spin.alignment.models.loading import load_model
 
@@ -91,8 +92,9 @@ class TransformersBackend(GenerationBackend):
             InputError: a request reaches positions at which the model's rotary embedding would depend on the rest of the batch.
         """
         most = self.settings.batch_size or DEFAULT_BATCH_SIZE
-        decoder = Decoder(self.model, self._windows, sampling, self.settings.pad_id, most, self._ragged)
-        queue = _Queue(requests, sampling, self.settings, _fixed_positions(self.model))
+        settings = self.settings
+        decoder = Decoder(self.model, self._windows, sampling, settings.pad_id, most, self._ragged, settings.masked_ids)
+        queue = _Queue(requests, sampling, settings, _fixed_positions(self.model))
         columns = self._columns()
         # The fraction of a full batch that was empty, summed over steps. A forward pass for few rows costs about as much as one
         # for many, so when it reaches 1 the empty rows have cost as much as the prefill that would fill them.
@@ -223,19 +225,11 @@ def _with_adapter(model: Any, folder: str) -> Any:
         raise InputError("an adapter needs the peft package: pip install 'selfplay-spin[peft]'")
     if not (Path(folder) / "adapter_config.json").is_file():
         raise InputError(f"adapter folder {folder} contains no adapter_config.json: give the folder of a saved adapter")
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
 
-    if (kind := PeftConfig.from_pretrained(folder).peft_type) != "LORA":
-        raise InputError(
-            f"the adapter in {folder} is of type {kind}, but only LORA is supported: merge it into the model first"
-        )
-    try:
-        adapted = PeftModel.from_pretrained(model, folder)
-    except (RuntimeError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(
-            f"the adapter in {folder} does not fit the model ({reason}): give the model it was trained on"
-        ) from error
+    name = str(getattr(model.config, "name_or_path", "") or folder)
+    check_adapter(Path(folder), Path(name), model.config)  # peft only warns of missing weights
+    adapted = PeftModel.from_pretrained(model, folder)
     if next(model.parameters()).dtype == torch.float32:
         return adapted.merge_and_unload()
     return adapted.get_base_model()

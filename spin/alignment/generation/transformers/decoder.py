@@ -26,12 +26,21 @@ class Decoder:
     """The running batch of one model: ``jobs[b]`` occupies row b of the cache."""
 
     def __init__(
-        self, model: Any, windows: list[int | None], sampling: SamplingConfig, pad_id: int, most: int, ragged: bool
+        self,
+        model: Any,
+        windows: list[int | None],
+        sampling: SamplingConfig,
+        pad_id: int,
+        most: int,
+        ragged: bool,
+        masked_ids: Sequence[int] = (),
     ) -> None:
-        """Start empty. ``most`` limits the number of rows; ``ragged`` is the result of :func:`takes_ragged_rows`."""
+        """Start empty. ``most`` limits the number of rows; ``ragged`` is the result of :func:`takes_ragged_rows`; tokens of
+        ``masked_ids`` are never drawn."""
         self.model, self.windows, self.sampling, self.pad_id, self.most = model, windows, sampling, pad_id, most
         self._takes_ragged = ragged
         self.device: torch.device = model.device
+        self._masked = torch.tensor(masked_ids, device=self.device) if masked_ids else None  # (M,)
         self.jobs: list[Job] = []
         self.cache = RowCache(windows)
         # Logits of the last position only: those of a whole prefill would be (B, T, V).
@@ -126,6 +135,9 @@ class Decoder:
     def _draw(self, logits: Tensor, jobs: Sequence[Job], seen: Tensor | None) -> tuple[Tensor, list[int]]:
         """Sample a token for each job from logits ``(B, V)``; return the tokens, ``(B, 1)``, and the rows that continue."""
         penalised = logits if seen is None else penalise(logits, seen, self.sampling.repetition_penalty)
+        if self._masked is not None:
+            # A copy: the log-probs of sampled tokens are those of the whole vocabulary, as in training.
+            penalised = penalised.index_fill(1, self._masked, -torch.inf)  # (B, V)
         uniforms = None
         if self.sampling.temperature:
             uniforms = torch.tensor([job.next_number() for job in jobs], dtype=torch.float64).to(self.device)

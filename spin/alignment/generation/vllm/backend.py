@@ -11,8 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.files import read_json
-from spin.alignment.generation.base import GenerationBackend, PromptRequest, Response, SamplingConfig, sample_seed
+from spin.alignment.generation.base import (
+    GenerationBackend,
+    PromptRequest,
+    Response,
+    SamplingConfig,
+    check_sampled,
+    logit_bias,
+    sample_seed,
+)
 from spin.alignment.generation.vllm.engine_guard import EngineGuard
+from spin.alignment.models.folder import model_folder
+from spin.alignment.models.weights_check import check_model
 
 if TYPE_CHECKING:
     from spin.alignment.generation.base import BackendSettings
@@ -69,17 +79,16 @@ class VLLMBackend(GenerationBackend):
         except ImportError as error:
             raise InputError(f"vLLM is installed but cannot be imported ({error}): {INSTALL_HINT}") from error
         import torch
-        from transformers import AutoConfig
 
-        config = AutoConfig.from_pretrained(
-            settings.model, revision=settings.revision, trust_remote_code=settings.trust_remote_code
-        )
+        folder = model_folder(settings.model, settings.revision)
+        config = check_model(folder, trust_remote_code=settings.trust_remote_code)
         on_cpu = not torch.cuda.is_available()
         if on_cpu:
             _check_cpu_head_size(config, settings.model)
         if settings.batch_invariant:
             _check_batch_invariance()
         self.settings = settings
+        self._masked = frozenset(settings.masked_ids)
         self._guard = EngineGuard()
         self.engine: Any = LLM(
             model=settings.model,
@@ -200,6 +209,7 @@ class VLLMBackend(GenerationBackend):
             # Only these ids end a response: the EOS in the model's configuration must not be added.
             stop_token_ids=self.settings.stop_ids,
             ignore_eos=True,
+            logit_bias=logit_bias(self.settings.masked_ids) or None,
             stop=list(sampling.stop),
             # Stop texts are matched against text; without them, no text is needed.
             detokenize=bool(sampling.stop),
@@ -209,6 +219,7 @@ class VLLMBackend(GenerationBackend):
 
     def _response(self, output: Any, sampling: SamplingConfig) -> Response:
         ids = list(output.token_ids)
+        check_sampled(ids, self._masked, "vLLM")
         logprobs = None
         if sampling.logprobs:
             logprobs = [float(step[token].logprob) for step, token in zip(output.logprobs, ids, strict=True)]

@@ -96,12 +96,14 @@ def check_training(program: TrainingProgram, config: RunConfig, values: Mapping[
     """
     from dataclasses import replace
 
-    from spin.alignment.training.check_settings import check_model, checked_settings
+    from spin.alignment.training.check_settings import check_model_settings, checked_settings
 
     # The models of later stages do not exist yet, so their paths are not checked here.
     values = {**values, "model_name_or_path": "opponent"}
     settings = checked_settings(program, values, where, config.launch.num_processes)
-    check_model(replace(settings.model, model_name_or_path=config.model, model_revision=config.model_revision), where)
+    check_model_settings(
+        replace(settings.model, model_name_or_path=config.model, model_revision=config.model_revision), where
+    )
     return settings
 
 

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from spin.alignment.core.files import read_json, write_json_atomic
+from spin.alignment.core.content_hash import is_damaged, sealed_file
+from spin.alignment.core.files import read_json
 from spin.alignment.logprobs.batch import PairDataset
 from spin.alignment.logprobs.collators import PackedCollator
 from spin.alignment.logprobs.pair_forward import PairForward
@@ -79,13 +80,17 @@ def plan_token_budget(
     record = Path(arguments.output_dir) / BUDGET_FILE
     budget = arguments.max_tokens_per_batch
     if budget is None and resumed and record.exists():
-        budget = max(longest, int(read_json(record)))
+        if is_damaged(record):
+            logger.warning("%s is damaged: the budget is planned again, so rounding may differ from before", record)
+        else:
+            budget = max(longest, int(read_json(record)))
     if budget is None:
         loaded = round(stats.weight_bytes / settings.sharding.weights)
         budget = _fitting_budget(lambda tokens: estimate(tokens).total - loaded, longest, step_tokens, accelerator)
     accelerator.wait_for_everyone()  # until all processes have read the record
     if accelerator.is_main_process:
-        write_json_atomic(record, budget)
+        with sealed_file(record) as file:
+            file.write(f"{budget}\n".encode())
     for line in estimate(budget).lines():
         logger.info(line)
     return budget

@@ -63,17 +63,22 @@ def check_settings(settings: Settings) -> None:
 
 
 def check_context(settings: Settings, splits: dict[str, PromptDataset], folder: Path) -> None:
-    """Check that the longest prompt plus a response fits into the model's context.
+    """Check that the longest prompt plus a response fits into the model's context, and all ids into its vocabulary.
 
     Raises:
-        InputError: it does not; the message names the prompt.
+        InputError: they do not; the message names the prompt.
     """
-    from transformers import AutoConfig
-
     from spin.alignment.models.folder import context_length
+    from spin.alignment.models.vocabulary import check_ids
+    from spin.alignment.models.weights_check import check_model
 
-    context = context_length(AutoConfig.from_pretrained(folder, trust_remote_code=settings.model.trust_remote_code))
+    trusted, model = settings.model.trust_remote_code, settings.model.model_name_or_path
+    config = check_model(folder, trust_remote_code=trusted, needs_weights=False)
+    context = context_length(config)
     for name, dataset in splits.items():
+        for prompt in dataset.prompts:
+            where = f"prompt {prompt.prompt_id} of the {name} split"
+            check_ids((*prompt.token_ids, *prompt.ground_truth_ids), config, model, where)
         longest = max(dataset.prompts, key=lambda prompt: len(prompt.token_ids))
         needed = len(longest.token_ids) + settings.arguments.max_new_tokens
         if context is not None and needed > context:

@@ -14,6 +14,7 @@ from spin.alignment.generation import find_backend, make_backend
 from spin.alignment.generation.base import BackendSettings, GenerationBackend, PromptRequest, Response, SamplingConfig
 from spin.alignment.logprobs.forward import use_attention
 from spin.alignment.models.config import ModelConfig
+from spin.alignment.models.vocabulary import ids_without_token
 
 if TYPE_CHECKING:
     from spin.alignment.data.chat_encoder import ChatEncoder
@@ -124,6 +125,7 @@ def make_sampler(
         gpu_memory_utilization=args.gpu_memory_utilization,
         trust_remote_code=source.trust_remote_code,
         stop_ids=encoder.stop_ids,
+        masked_ids=ids_without_token(encoder.tokenizer, model.config),
         pad_id=encoder.pad_id,
         decode=encoder.decode,
     )
