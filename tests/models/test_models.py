@@ -13,6 +13,7 @@ from spin.alignment.models.adapters import add_adapters
 from spin.alignment.models.config import ModelConfig
 from spin.alignment.models.folder import check_fits, is_complete_checkpoint
 from spin.alignment.models.loading import disable_dropout, load_model
+from spin.alignment.models.precision import generation_dtype
 from spin.alignment.models.saving import save_checkpoint
 from tests.helpers import char_tokenizer, save_tiny_model, tiny_llama
 
@@ -34,13 +35,29 @@ def test_a_weight_that_is_not_finite_is_never_saved(tmp_path):
     assert not is_complete_checkpoint(tmp_path / "out")
 
 
-def test_weights_are_saved_in_the_precision_they_came_in(tmp_path):
+def test_weights_are_saved_in_the_precision_in_memory_or_in_the_wanted_one(tmp_path):
     model = tiny_llama(20)
-    dtypes = {name: torch.bfloat16 for name, _ in model.named_parameters()} | {"model.norm.weight": torch.float32}
-    save_checkpoint(model, char_tokenizer(), tmp_path, dtypes=dtypes)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
-    assert loaded.dtype == torch.bfloat16
-    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight.bfloat16())
+    save_checkpoint(model, char_tokenizer(), tmp_path / "as they are", trained_in="bfloat16")
+    kept = AutoModelForCausalLM.from_pretrained(tmp_path / "as they are", dtype="auto")
+    assert kept.dtype == torch.float32 and torch.equal(kept.lm_head.weight, model.lm_head.weight)
+    assert generation_dtype(str(tmp_path / "as they are"), "auto") == "bfloat16"
+    assert generation_dtype(str(tmp_path / "as they are"), "float32") == "float32"
+    # Its next iteration, trained without mixed precision, does not inherit the record.
+    save_checkpoint(kept, char_tokenizer(), tmp_path / "next")
+    assert generation_dtype(str(tmp_path / "next"), "auto") == "auto"
+    save_checkpoint(model, char_tokenizer(), tmp_path / "half", dtype=torch.bfloat16, trained_in="bfloat16")
+    half = AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype="auto")
+    assert half.dtype == torch.bfloat16
+    assert torch.equal(half.lm_head.weight, model.lm_head.weight.bfloat16())
+    assert "trained_in_dtype" not in json.loads((tmp_path / "half" / "config.json").read_text())
+
+
+def test_a_weight_that_16_bits_cannot_hold_is_named(tmp_path):
+    model = tiny_llama(20)
+    model.model.norm.weight.data[3] = 1e5
+    with pytest.raises(FloatingPointError, match=r"model\.norm\.weight is too large for save_dtype torch\.float16"):
+        save_checkpoint(model, char_tokenizer(), tmp_path / "out", dtype=torch.float16)
+    assert not is_complete_checkpoint(tmp_path / "out")
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,10 @@ class InputError(ValueError):
     """
 
 
+class NotFiniteError(InputError, FloatingPointError):
+    """A loss, gradient, log-prob or weight is NaN or infinite: what it was computed from must not be used any further."""
+
+
 def suggestion(name: str, valid: Iterable[str]) -> str:
     """Return ``; did you mean 'x'?`` with the closest valid name, or an empty string if none is close."""
     close = difflib.get_close_matches(name, list(valid), n=1)

@@ -69,6 +69,7 @@ def score(config: EvaluateConfig, held_out: list[HeldOut], encoder: ChatEncoder)
     from spin.alignment.generation.base import BackendSettings
     from spin.alignment.models.config import ModelConfig
     from spin.alignment.models.loading import load_model
+    from spin.alignment.models.precision import generation_dtype
     from spin.alignment.rewards import find_scorer
 
     longest = max(len(item.request.token_ids) for item in held_out) + config.max_new_tokens
@@ -105,7 +106,7 @@ def score(config: EvaluateConfig, held_out: list[HeldOut], encoder: ChatEncoder)
     loaded = ModelConfig(
         model_name_or_path=config.model,
         model_revision=config.revision,
-        dtype=config.dtype,
+        dtype=generation_dtype(config.model, config.dtype),
         trust_remote_code=config.trust_remote_code,
     )
     model = load_model(loaded).to("cuda" if torch.cuda.is_available() else "cpu").eval()

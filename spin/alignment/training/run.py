@@ -6,21 +6,21 @@ import logging
 import os
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from spin.alignment.core.console import say
 from spin.alignment.core.files import write_json_atomic
-from spin.alignment.models.adapters import add_adapters, merge_adapters
+from spin.alignment.models.adapters import add_adapters
 from spin.alignment.models.folder import model_folder
 from spin.alignment.models.loading import load_model
-from spin.alignment.models.precision import weight_dtypes
-from spin.alignment.models.saving import save_checkpoint
+from spin.alignment.models.precision import training_dtype
 from spin.alignment.training.output_dir import OutputFolder
 from spin.alignment.training.program import TrainingJob, TrainingProgram
 from spin.alignment.training.settings import Settings, make_encoder, read_settings
+from spin.alignment.training.trained_policy import save_policy
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
 
@@ -58,39 +58,22 @@ def run_job(program: TrainingProgram, job: TrainingJob) -> None:
     folder.prepare(settings.arguments.process_index == 0)
     try:
         program.open(settings)
-        model, dtypes = load_policy(settings)
-        trainer = program.make_trainer(job, model)
-        train_policy(program, job, trainer, folder, dtypes)
+        trainer = program.make_trainer(job, load_policy(settings))
+        train_policy(program, job, trainer, folder)
     finally:
         program.close()
 
 
-def load_policy(settings: Settings) -> tuple[PreTrainedModel, dict[str, torch.dtype]]:
-    """Load the model to train, with adapters if requested; return it and the dtypes to save it in."""
+def load_policy(settings: Settings) -> PreTrainedModel:
+    """Load the model to train, with adapters if requested, in the precision in which its weights are trained."""
     from transformers import set_seed
 
-    model = load_model(settings.model, settings.arguments.seed)
-    dtypes = weight_dtypes(model)
+    dtype = training_dtype(settings.model.dtype, settings.arguments, settings.model.use_peft)
+    model = load_model(replace(settings.model, dtype=dtype), settings.arguments.seed)
     if settings.model.use_peft:
         set_seed(settings.arguments.seed)  # the adapters' random initialisation must be the same in every process
         model = add_adapters(model, settings.model)
-    return model, dtypes
-
-
-def save_policy(trainer: Any, settings: Settings, dtypes: dict[str, torch.dtype]) -> None:
-    """Save the trained policy as a standalone model, in the precision it was loaded in.
-
-    Sharded weights are gathered and adapters are merged.
-    """
-    accelerator = trainer.accelerator
-    # Outside the condition below: gathering shards is a collective operation.
-    state_dict = accelerator.get_state_dict(trainer.model_wrapped)
-    if accelerator.is_main_process:
-        model = accelerator.unwrap_model(trainer.model_wrapped)
-        if settings.model.use_peft:
-            model, state_dict, dtypes = merge_adapters(model, state_dict, settings.model), None, {}
-        save_checkpoint(model, trainer.processing_class, settings.output_dir, state_dict, dtypes)
-    accelerator.wait_for_everyone()
+    return model
 
 
 def push_policy(settings: Settings) -> None:
@@ -113,9 +96,7 @@ def push_policy(settings: Settings) -> None:
     report(settings, f"pushed {settings.output_dir} to {repository}")
 
 
-def train_policy(
-    program: TrainingProgram, job: TrainingJob, trainer: Any, folder: OutputFolder, dtypes: dict[str, Any]
-) -> None:
+def train_policy(program: TrainingProgram, job: TrainingJob, trainer: Any, folder: OutputFolder) -> None:
     """Train from the last checkpoint, if any, save the policy, and write ``metrics.json`` last."""
     settings = job.settings
     started = time.monotonic()
@@ -125,7 +106,7 @@ def train_policy(
     result = trainer.train(resume_from_checkpoint=resume)
     final = trainer.evaluate() if trainer.eval_dataset is not None else {}
     seconds = time.monotonic() - started
-    save_policy(trainer, settings, dtypes)
+    saved = save_policy(trainer, settings)
     if trainer.accelerator.is_main_process:
         history = trainer.state.log_history
         logged = [entry for entry in history if "loss" in entry]
@@ -134,6 +115,7 @@ def train_policy(
             "steps": trainer.state.global_step,
             "seconds": round(seconds, 2),
             **program.metrics(job, trainer, result),
+            **saved,
             "final": (logged[-1] if logged else {}) | final,
             "history": history,
         }

@@ -22,6 +22,7 @@ from spin.alignment.generation.transformers.kv_cache import RowCache, layer_wind
 from spin.alignment.generation.transformers.stop_texts import StopTextWatcher
 from spin.alignment.models.config import ModelConfig
 from spin.alignment.models.loading import load_model
+from spin.alignment.models.precision import generation_dtype
 
 if TYPE_CHECKING:
     from spin.alignment.generation.base import BackendSettings
@@ -204,7 +205,7 @@ def _load(settings: BackendSettings) -> Any:
     config = ModelConfig(
         model_name_or_path=settings.model,
         model_revision=settings.revision,
-        dtype=settings.dtype,
+        dtype=generation_dtype(settings.model, settings.dtype),
         trust_remote_code=settings.trust_remote_code,
     )
     model = load_model(config)

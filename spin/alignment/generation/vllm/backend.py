@@ -13,6 +13,7 @@ from spin.alignment.core.errors import InputError
 from spin.alignment.core.files import read_json
 from spin.alignment.generation.base import GenerationBackend, PromptRequest, Response, SamplingConfig, sample_seed
 from spin.alignment.generation.vllm.engine_guard import EngineGuard
+from spin.alignment.models.precision import generation_dtype
 
 if TYPE_CHECKING:
     from spin.alignment.generation.base import BackendSettings
@@ -84,7 +85,7 @@ class VLLMBackend(GenerationBackend):
         self.engine: Any = LLM(
             model=settings.model,
             revision=settings.revision,
-            dtype=_engine_dtype(settings.dtype, config.dtype),
+            dtype=_engine_dtype(generation_dtype(settings.model, settings.dtype), config.dtype),
             tensor_parallel_size=settings.tensor_parallel_size,
             max_model_len=settings.max_model_len,
             gpu_memory_utilization=settings.gpu_memory_utilization,

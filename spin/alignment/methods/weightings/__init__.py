@@ -77,7 +77,9 @@ def check_transform(name: str, settings: Mapping[str, object]) -> dict[str, floa
     for given, value in settings.items():
         key = RENAMED_SETTINGS.get(name, {}).get(given, given)
         if key != given and key in settings:
-            raise InputError(f"transform_params contains '{given}' and '{key}', which are the same setting: keep '{key}'")
+            raise InputError(
+                f"transform_params contains '{given}' and '{key}', which are the same setting: keep '{key}'"
+            )
         if key not in known:
             choice = f"it takes {', '.join(known)}{suggestion(key, known)}" if known else "it takes no settings"
             raise InputError(f"transform_params contains '{key}', which transform {name} does not take: {choice}")
