@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -17,7 +17,14 @@ class InputError(ValueError):
 
 
 class NotFiniteError(InputError, FloatingPointError):
-    """A loss, gradient, log-prob or weight is NaN or infinite: what it was computed from must not be used any further."""
+    """A loss, gradient, log-prob or weight is NaN or infinite: what it was computed from must not be used any further.
+
+    ``rows`` are the encoded rows that it was computed from, as far as they are known.
+    """
+
+    def __init__(self, sentence: str, rows: Iterable[Mapping[str, Any]] = ()) -> None:
+        super().__init__(sentence)
+        self.rows = tuple(rows)
 
 
 def suggestion(name: str, valid: Iterable[str]) -> str:

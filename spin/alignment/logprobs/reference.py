@@ -14,8 +14,9 @@ import numpy as np
 import pyarrow as pa
 from accelerate.utils import broadcast_object_list
 
+from spin.alignment.core.errors import NotFiniteError
 from spin.alignment.core.files import atomic_file, remove_files
-from spin.alignment.logprobs.batch import PairDataset
+from spin.alignment.logprobs.batch import Feature, PairDataset
 from spin.alignment.logprobs.collators import PackedCollator
 from spin.alignment.logprobs.micro_batches import MicroBatcher
 from spin.alignment.logprobs.pair_forward import PairForward
@@ -57,6 +58,9 @@ def compute_reference(
 
     Finished pairs are written in parts as they are computed; after a kill, only the missing ones are computed. Every process runs
     the same number of forward passes, as ZeRO-3 and FSDP require; surplus ones repeat the last micro-batch.
+
+    Raises:
+        NotFiniteError: a log-prob is not finite; nothing of its part is stored.
     """
     missing = _missing(path, key, len(dataset), accelerator)
     batches = longest_first(dataset.rows, missing, forward.batcher)
@@ -69,6 +73,7 @@ def compute_reference(
         for turn in range(rounds):
             indices = batches[min(turn * count + rank, len(batches) - 1)]
             logps = [response.numpy() for response in forward.logps([dataset.rows[index] for index in indices])]
+            check_finite(logps, [dataset.rows[index] for index in indices])
             # logps lists all chosen responses, then all rejected ones: a stride picks those of one pair.
             results |= {index: logps[place :: len(indices)] for place, index in enumerate(indices)}
             if len(results) >= _PART_PAIRS or turn + 1 == rounds:
@@ -79,6 +84,13 @@ def compute_reference(
     if accelerator.is_main_process:
         _merge(path, key, len(dataset))
     accelerator.wait_for_everyone()
+
+
+def check_finite(logps: Sequence[np.ndarray], rows: Sequence[Feature]) -> None:
+    """Refuse log-probs of ``rows`` that are not finite: all first responses, then all second ones, and so on."""
+    bad = {number % len(rows) for number, values in enumerate(logps) if not np.isfinite(values).all()}
+    if bad:
+        raise NotFiniteError("a reference log-prob is not finite", [rows[number] for number in sorted(bad)])
 
 
 def _missing(path: Path, key: ReferenceKey, num_rows: int, accelerator: Accelerator) -> list[int]:

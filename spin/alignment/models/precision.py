@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from spin.alignment.core.console import say_error
 from spin.alignment.core.errors import InputError
+from spin.alignment.models.config import Dtype
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +38,7 @@ def resolve_dtype(name: str) -> torch.dtype | str:
     return getattr(torch, name)
 
 
-def training_dtype(dtype: str, arguments: Any, adapters: bool = False) -> str:
+def training_dtype(dtype: Dtype, arguments: Any, adapters: bool = False) -> Dtype:
     """Return the ``dtype`` in which to load the weights that will be trained under some TrainingArguments.
 
     With mixed precision they are kept in float32, and are loaded as such: loading float32 weights in 16 bits first would round
@@ -48,12 +49,12 @@ def training_dtype(dtype: str, arguments: Any, adapters: bool = False) -> str:
     return "float32" if keeps_masters and not adapters else dtype
 
 
-def compute_name(arguments: Any) -> str:
-    """Return the 16-bit precision of mixed-precision training, or an empty string."""
-    return "bfloat16" if arguments.bf16 else "float16" if arguments.fp16 else ""
+def compute_name(arguments: Any) -> Dtype | None:
+    """Return the 16-bit precision of mixed-precision training; None without it."""
+    return "bfloat16" if arguments.bf16 else "float16" if arguments.fp16 else None
 
 
-def generation_dtype(model: str, dtype: str) -> str:
+def generation_dtype(model: str, dtype: Dtype) -> Dtype:
     """Return the precision in which to generate from or score with a model whose ``dtype`` is configured.
 
     ``auto`` is that of the checkpoint. A float32 checkpoint of mixed-precision training (see ``save_dtype``) is used in the 16
@@ -64,7 +65,7 @@ def generation_dtype(model: str, dtype: str) -> str:
     recorded = json.loads((Path(model) / "config.json").read_text(encoding="utf-8")).get(TRAINED_IN, "auto")
     if recorded != "auto":
         say_error(f"{model} was saved in float32 after training in {recorded}: it is used in {recorded} (dtype: auto)")
-    return str(recorded)
+    return cast(Dtype, recorded)
 
 
 def keep_master_weights(model: torch.nn.Module) -> None:

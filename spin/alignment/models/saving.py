@@ -24,7 +24,7 @@ def save_checkpoint(
     output_dir: str | Path,
     state_dict: dict[str, Any] | None = None,
     dtype: torch.dtype | None = None,
-    trained_in: str = "",
+    trained_in: str | None = None,
 ) -> Path:
     """Save everything needed to load a model: weights, config, generation config, tokenizer and chat template.
 
@@ -92,7 +92,7 @@ def most_common_dtype(state_dict: Mapping[str, torch.Tensor]) -> torch.dtype | N
     return sizes.most_common(1)[0][0] if sizes else None
 
 
-def _write_dtype(config_file: Path, dtype: torch.dtype | None, trained_in: str) -> None:
+def _write_dtype(config_file: Path, dtype: torch.dtype | None, trained_in: str | None) -> None:
     """Record the precision of the saved weights; ``save_pretrained`` wrote that of the model in memory."""
     config = json.loads(config_file.read_text(encoding="utf-8"))
     if dtype is not None:

@@ -18,7 +18,7 @@ from spin.alignment.models.precision import training_dtype
 from spin.alignment.training.output_dir import OutputFolder
 from spin.alignment.training.program import TrainingJob, TrainingProgram
 from spin.alignment.training.settings import Settings, make_encoder, read_settings
-from spin.alignment.training.trained_policy import save_policy
+from spin.alignment.training.trained_policy import MasterWeights, save_policy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,6 +59,9 @@ def run_job(program: TrainingProgram, job: TrainingJob) -> None:
     try:
         program.open(settings)
         trainer = program.make_trainer(job, load_policy(settings))
+        if settings.arguments.deepspeed_plugin is not None and not settings.model.init_from_config:
+            start = model_folder(settings.model.model_name_or_path, settings.model.model_revision)
+            trainer.add_callback(MasterWeights(trainer, start))
         train_policy(program, job, trainer, folder)
     finally:
         program.close()
@@ -106,12 +109,13 @@ def train_policy(program: TrainingProgram, job: TrainingJob, trainer: Any, folde
     result = trainer.train(resume_from_checkpoint=resume)
     final = trainer.evaluate() if trainer.eval_dataset is not None else {}
     seconds = time.monotonic() - started
+    train_loss = trainer.mean_loss()  # result.training_loss leaves out the steps before a resume
     saved = save_policy(trainer, settings)
     if trainer.accelerator.is_main_process:
         history = trainer.state.log_history
         logged = [entry for entry in history if "loss" in entry]
         metrics = {
-            "train_loss": result.training_loss,
+            "train_loss": train_loss,
             "steps": trainer.state.global_step,
             "seconds": round(seconds, 2),
             **program.metrics(job, trainer, result),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +15,12 @@ from spin.alignment.core.errors import InputError
 from spin.alignment.core.provenance import hash_file, hash_json
 from spin.alignment.core.settings import check_settings
 from spin.alignment.models.precision import prepare_precision
+from spin.alignment.training.accounting import accounting
 from spin.alignment.training.keys import SFTKeys
 from spin.alignment.training.program import TrainingData, TrainingJob, TrainingProgram
 from spin.alignment.training.settings import Settings
 from spin.alignment.training.sft_data import load_ground_truth
+from spin.alignment.training.watched_steps import WatchedSteps
 
 if TYPE_CHECKING:
     from spin.alignment.data.chat_encoder import ChatEncoder
@@ -40,10 +43,37 @@ class SFTArguments(SFTKeys, SFTConfig):
         super().__post_init__()
 
 
-class GroundTruthTrainer(SFTTrainer):
+class GroundTruthTrainer(WatchedSteps, SFTTrainer):
     """SFTTrainer with label smoothing in one forward pass: TRL's own runs a second one for its metrics."""
 
+    kind = "sft"
+
+    def training_step(
+        self, model: Any, inputs: dict[str, torch.Tensor], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """Run a step's forward and backward passes on rows of ``(B, T)`` tokens."""
+        self.begin_step(rows_of(inputs))
+        return self.end_step(super().training_step(model, inputs, num_items_in_batch))
+
     def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """Return :meth:`smoothed_loss`.
+
+        Raises:
+            NotFiniteError: it is not finite; the rows are saved.
+        """
+        found = self.smoothed_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss = found[0] if return_outputs else found
+        if not torch.isfinite(loss):
+            raise self.failed(f"the loss is {loss.item()}", rows_of(inputs), exact=False)
+        return found
+
+    def smoothed_loss(
         self,
         model: Any,
         inputs: dict[str, torch.Tensor],
@@ -62,6 +92,15 @@ class GroundTruthTrainer(SFTTrainer):
         return (loss, outputs) if return_outputs else loss
 
 
+def rows_of(inputs: Mapping[str, torch.Tensor]) -> list[dict[str, Any]]:
+    """Return the rows of a padded batch, without padding: ``input_ids`` and ``labels`` (-100 on the prompt)."""
+    keep = inputs["attention_mask"].bool()
+    return [
+        {"input_ids": ids[mask].tolist(), "labels": labels[mask].tolist()}
+        for ids, labels, mask in zip(inputs["input_ids"], inputs["labels"], keep, strict=True)
+    ]
+
+
 class SFTTraining(TrainingProgram):
     """Fine-tunes on the ground truth, from a model or (``init_from_config``) from random weights."""
 
@@ -70,7 +109,9 @@ class SFTTraining(TrainingProgram):
 
     def load_data(self, settings: Settings, encoder: ChatEncoder) -> TrainingData:
         """Load, mix and encode the prompts with their ground truth; dropped rows are counted by reason."""
-        return TrainingData(*load_ground_truth(settings, encoder))
+        splits, accounts = load_ground_truth(settings, encoder)
+        dropped = sum((account.dropped for account in accounts.values()), Counter[str]())
+        return TrainingData(splits, dict(dropped), accounts)
 
     def describe_data(self, data: TrainingData) -> list[str]:
         """Return a line per split with its number of rows; the first also counts the dropped rows of all splits."""
@@ -102,4 +143,8 @@ class SFTTraining(TrainingProgram):
 
     def metrics(self, job: TrainingJob, trainer: GroundTruthTrainer, result: Any) -> dict[str, Any]:
         """Return the numbers of rows."""
-        return {"rows": job.data.sizes(), "dropped": job.data.dropped}
+        return {
+            "rows": job.data.sizes(),
+            "dropped": job.data.dropped,
+            "accounting": accounting(job.data.accounts, trainer.totals()),
+        }

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import TYPE_CHECKING
 
 from spin.alignment.core.errors import InputError
+from spin.alignment.training.accounting import Account
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 def encode_ground_truth(
     prompts: Dataset, encoder: ChatEncoder, settings: Settings, source: str
-) -> tuple[Dataset, Counter[str]]:
-    """Encode prompts with their ground truth; return rows of ``input_ids`` and ``labels`` (-100 on the prompt), and the number
-    of dropped rows by reason.
+) -> tuple[Dataset, Account]:
+    """Encode prompts with their ground truth; return rows of ``input_ids`` and ``labels`` (-100 on the prompt), and the account
+    of all rows and tokens read.
 
     Raises:
         InputError: a row cannot be encoded, or no row remains.
@@ -27,7 +27,7 @@ def encode_ground_truth(
 
     from spin.alignment.data.encode_pairs import encode_pair
 
-    rows, dropped = [], Counter[str]()
+    rows, account = [], Account()
     for index, row in enumerate(prompts):
         # Encoded as a pair with a one-token rejected response, so that rows are truncated exactly as in preference training.
         stub = {"rejected": row["chosen"], "rejected_token_ids": [encoder.end_id]}
@@ -37,23 +37,27 @@ def encode_ground_truth(
         except InputError as error:
             raise InputError(f"{source} row {index} (prompt {row['prompt_id']}): {error}") from error
         if isinstance(pair, str):
-            dropped[pair] += 1
+            # The stub's token is no token of the row.
+            account.drop(str(pair), max(0, getattr(pair, "tokens", 0) - 1))
             continue
         ids = [*pair.prompt_ids, *pair.chosen_ids]
+        account.keep(len(ids), (pair.truncated[0], pair.truncated[1] - (1 - len(pair.rejected_ids))))
         rows.append({"input_ids": ids, "labels": [-100] * len(pair.prompt_ids) + pair.chosen_ids})
     if not rows:
-        raise InputError(f"{source}: no row remains to train on ({dict(dropped)}): check the data, or raise max_length")
-    return Dataset.from_list(rows), dropped
+        reasons = dict(account.dropped)
+        raise InputError(f"{source}: no row remains to train on ({reasons}): check the data, or raise max_length")
+    account.check(len(rows), sum(len(row["input_ids"]) for row in rows))
+    return Dataset.from_list(rows), account
 
 
-def load_ground_truth(settings: Settings, encoder: ChatEncoder) -> tuple[dict[str, Dataset], dict[str, int]]:
-    """Load and mix the prompts of every data set; return the encoded splits and the number of dropped rows by reason."""
+def load_ground_truth(settings: Settings, encoder: ChatEncoder) -> tuple[dict[str, Dataset], dict[str, Account]]:
+    """Load and mix the prompts of every data set; return the encoded splits and the account of each."""
     from datasets import concatenate_datasets
 
     from spin.alignment.data.rows import load_prompts
 
     pieces: dict[str, list[Dataset]] = {}
-    dropped: Counter[str] = Counter()
+    accounts: dict[str, Account] = {}
     for split in settings.data.dataset_splits:
         name = "test" if split.startswith("test") else "train"
         for source, fraction in settings.data.dataset_mixer.items():
@@ -66,9 +70,9 @@ def load_ground_truth(settings: Settings, encoder: ChatEncoder) -> tuple[dict[st
                 prompts = prompts.shuffle(seed=settings.arguments.seed).select(
                     range(max(1, int(fraction * len(prompts))))
                 )
-            encoded, lost = encode_ground_truth(prompts, encoder, settings, source)
+            encoded, account = encode_ground_truth(prompts, encoder, settings, source)
             pieces.setdefault(name, []).append(encoded)
-            dropped += lost
+            accounts[name] = accounts.get(name, Account()) + account
     if "train" not in pieces:
         raise InputError(f"dataset_splits is {settings.data.dataset_splits}: add a training split such as train")
-    return {name: concatenate_datasets(parts) for name, parts in pieces.items()}, dict(dropped)
+    return {name: concatenate_datasets(parts) for name, parts in pieces.items()}, accounts

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import DistributedType
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from spin.alignment.core.console import say
 from spin.alignment.models.adapters import merge_adapters
@@ -37,7 +39,7 @@ class RoundingLoss:
     def sentence(self, dtype: str) -> str:
         """Return the line that is printed when the policy is saved."""
         return (
-            f"saving in {dtype} loses {self.update:.1%} of the update (norm of the rounding error relative to that of the update); "
+            f"saving in {dtype} loses {self.update:.1%} of the update (norm of the rounding error over that of the update); "
             f"{self.unchanged:.1%} of the changed weights return to their values at the start; save_dtype: float32 loses nothing"
         )
 
@@ -115,3 +117,33 @@ def rounding_loss(state_dict: Mapping[str, torch.Tensor], settings: Settings, dt
         changed += int(differs.sum())
         unchanged += int((differs & (rounded[name] == before.to(dtype))).sum())
     return RoundingLoss((error / moved) ** 0.5 if moved else 0.0, unchanged / max(1, changed))
+
+
+class MasterWeights(TrainerCallback):
+    """Starts DeepSpeed's float32 copies from the checkpoint's float32 weights; it makes them from the 16-bit weights it loads."""
+
+    def __init__(self, trainer: Any, folder: Path) -> None:
+        self.trainer, self.folder = trainer, folder
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.global_step == 0:  # a resumed run has loaded its copies from the checkpoint
+            restore_masters(self.trainer, self.folder)
+
+
+def restore_masters(trainer: Any, folder: Path) -> int:
+    """Set DeepSpeed's float32 copies to the float32 weights of a model folder; return how many. Every process must call it."""
+    from deepspeed.utils import safe_set_full_fp32_param
+    from safetensors import safe_open
+
+    model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+    parameters = {
+        name: weight for name, weight in model.named_parameters() if weight.requires_grad and weight.dtype.itemsize < 4
+    }
+    restored = 0
+    for path in sorted(folder.glob("*.safetensors")) if parameters else ():
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  (safe_open is not a mapping)
+                if name in parameters and file.get_slice(name).get_dtype() == "F32":
+                    safe_set_full_fp32_param(parameters[name], file.get_tensor(name).to(trainer.args.device))
+                    restored += 1
+    return restored

@@ -10,6 +10,7 @@ from spin.alignment.core.errors import InputError
 from spin.alignment.core.provenance import hash_text
 from spin.alignment.generation import BACKENDS, find_backend
 from spin.alignment.pairs.annotate import scorer_record
+from spin.alignment.training.accounting import accounting
 from spin.alignment.training.online.config import OnlineConfig
 from spin.alignment.training.online.labels import PairMaker, scorer_of
 from spin.alignment.training.online.prompts import PromptDataset, check_ground_truth, load_splits
@@ -155,7 +156,11 @@ class OnlineTraining(TrainingProgram):
 
     def metrics(self, job: TrainingJob, trainer: OnlineTrainer, result: Any) -> dict[str, Any]:
         """Return the numbers of prompts."""
-        return {"prompts": job.data.sizes(), "left_out": job.data.dropped}
+        return {
+            "prompts": job.data.sizes(),
+            "left_out": job.data.dropped,
+            "accounting": accounting({}, trainer.totals()),
+        }
 
     def close(self) -> None:
         """Shut down the sampler and the scorer."""

@@ -133,7 +133,7 @@ def make_sampler(
     return InPlaceSampler(model, settings, own_attention, precision)
 
 
-def save_weights(model: Any, folder: Path, compute: str = "") -> None:
+def save_weights(model: Any, folder: Path, compute: str | None = None) -> None:
     """Save a module's weights to a folder as a model, in the precision ``compute`` (default: that of its configuration)."""
     import torch
 
