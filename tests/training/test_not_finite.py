@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from spin import cli, run_online, run_sft, run_spin
 from spin.alignment.core.errors import NotFiniteError
 from spin.alignment.models.folder import is_complete_checkpoint
+from spin.alignment.training.optimizers import RMSprop
 from tests.helpers import run_main
 from tests.helpers.online import write_online, write_prompts
 from tests.helpers.training import write_config
@@ -127,18 +128,20 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(tiny_model, pairs
 
 
 def test_weights_that_are_not_finite_never_become_a_checkpoint(tiny_model, pairs, tmp_path, monkeypatch):
-    config = write_config(
-        tmp_path / "c.yaml",
-        tiny_model,
-        pairs,
-        save_strategy="steps",
-        save_steps=2,
-        learning_rate=1e38,
-        max_grad_norm=0.0,
-    )
-    sentence = stopped(run_spin.main, config)
-    assert "not finite" in sentence or "is nan" in sentence
-    assert not list((tmp_path / "out").glob("checkpoint-*/trainer_state.json"))
+    """An update can overflow although its gradient is finite; the next loss would tell, but the checkpoint comes first."""
+    real, steps = RMSprop.step, []
+
+    def overflowing(self, closure=None):
+        real(self, closure)
+        steps.append(len(steps))
+        if len(steps) == 3:
+            self.param_groups[0]["params"][0].data[0, 0] = math.inf
+
+    monkeypatch.setattr(RMSprop, "step", overflowing)
+    config = write_config(tmp_path / "c.yaml", tiny_model, pairs, save_strategy="steps", save_steps=1)
+    assert "the weight model.embed_tokens.weight is not finite after the update" in stopped(run_spin.main, config)
+    complete = [path.parent.name for path in (tmp_path / "out").glob("checkpoint-*/trainer_state.json")]
+    assert sorted(complete) == ["checkpoint-1", "checkpoint-2"]
 
 
 def test_sft_stops_too(poisoned, tmp_path):
@@ -154,10 +157,11 @@ def test_sft_stops_too(poisoned, tmp_path):
 
 def test_sampling_online_stops_too(poisoned, tmp_path):
     prompts = write_prompts(tmp_path / "data", 12)
-    sentence = stopped(run_online.main, write_online(tmp_path, poisoned, prompts))
-    assert "the logits of the model are not finite after prompt p7" in sentence and "at step 2" in sentence
-    code, said, _ = run_main(cli.main, "replay", tmp_path / "out" / "failed-step-2")
-    assert code == 0 and "prompt p7: loss nan" in said
+    sentence = stopped(run_online.main, write_online(tmp_path, poisoned, prompts, per_device_train_batch_size=12))
+    assert "sampling found that the logits of the model are not finite after prompt p" in sentence
+    assert "at step 1" in sentence and len(rows_of(tmp_path / "out" / "failed-step-1")) == 12
+    code, said, _ = run_main(cli.main, "replay", tmp_path / "out" / "failed-step-1")
+    assert code == 0 and "prompt p7: loss nan" in said and "1 of 12 rows are not finite" in said
 
 
 def test_replay_refuses_another_folder(tmp_path):

@@ -89,6 +89,13 @@ class OutputFolder:
             )
         return str(found[-1]) if found else None
 
+    def after_full_disk(self) -> Path | None:
+        """Remove checkpoints that were not finished, which would keep the disk full; return the last complete one."""
+        for torn in self._checkpoints(complete=False):
+            shutil.rmtree(torn, ignore_errors=True)
+        found = self._checkpoints(complete=True)
+        return found[-1] if found else None
+
     def _checkpoints(self, complete: bool) -> list[Path]:
         # The Trainer writes trainer_state.json last: it proves that a checkpoint is complete.
         found = [path for path in self.path.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]

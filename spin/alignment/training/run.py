@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from spin.alignment.core.console import say
-from spin.alignment.core.files import write_json_atomic
+from spin.alignment.core.errors import InputError
+from spin.alignment.core.files import is_disk_full, write_json_atomic
 from spin.alignment.models.adapters import add_adapters
 from spin.alignment.models.folder import model_folder
 from spin.alignment.models.loading import load_model
@@ -46,6 +48,25 @@ def train(program: TrainingProgram, values: Mapping[str, Any], source: str) -> N
     run_job(program, TrainingJob(settings, encoder, data, program.model_key(settings, folder)))
 
 
+@contextlib.contextmanager
+def explain_full_disk(folder: OutputFolder) -> Iterator[None]:
+    """Turn a write that failed for lack of space into one sentence, and remove the unfinished checkpoint.
+
+    Raises:
+        InputError: the disk is full; the checkpoints that were complete are unchanged.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        kept = folder.after_full_disk()
+        raise InputError(
+            f"no space left on the disk while training in {folder.path}: free some and run the same command again, which "
+            + (f"resumes from {kept}" if kept else "starts from the beginning")
+        ) from error
+
+
 def run_job(program: TrainingProgram, job: TrainingJob) -> None:
     """Load the policy, train it and save it, unless the run is already complete."""
     settings = job.settings
@@ -57,12 +78,13 @@ def run_job(program: TrainingProgram, job: TrainingJob) -> None:
         return
     folder.prepare(settings.arguments.process_index == 0)
     try:
-        program.open(settings)
-        trainer = program.make_trainer(job, load_policy(settings))
-        if settings.arguments.deepspeed_plugin is not None and not settings.model.init_from_config:
-            start = model_folder(settings.model.model_name_or_path, settings.model.model_revision)
-            trainer.add_callback(MasterWeights(trainer, start))
-        train_policy(program, job, trainer, folder)
+        with explain_full_disk(folder):
+            program.open(settings)
+            trainer = program.make_trainer(job, load_policy(settings))
+            if settings.arguments.deepspeed_plugin is not None and not settings.model.init_from_config:
+                start = model_folder(settings.model.model_name_or_path, settings.model.model_revision)
+                trainer.add_callback(MasterWeights(trainer, start))
+            train_policy(program, job, trainer, folder)
     finally:
         program.close()
 

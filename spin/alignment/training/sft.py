@@ -14,6 +14,7 @@ from trl import SFTConfig, SFTTrainer
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.provenance import hash_file, hash_json
 from spin.alignment.core.settings import check_settings
+from spin.alignment.models.folder import check_fits
 from spin.alignment.models.precision import prepare_precision
 from spin.alignment.training.accounting import accounting
 from spin.alignment.training.keys import SFTKeys
@@ -119,6 +120,11 @@ class SFTTraining(TrainingProgram):
         return [
             f"{split}: {number} rows{dropped if split == 'train' else ''}" for split, number in data.sizes().items()
         ]
+
+    def check_data(self, settings: Settings, data: TrainingData, model_folder: Path) -> None:
+        """Check that every row fits into the model's context and vocabulary."""
+        rows = [ids for split in data.splits.values() for ids in split["input_ids"]]
+        check_fits(model_folder, max(map(len, rows)), max(map(max, rows)))
 
     def model_key(self, settings: Settings, model_folder: Path) -> str:
         """Return a hash of the weights, or of the model configuration if training starts from random weights."""

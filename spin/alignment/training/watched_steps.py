@@ -113,7 +113,7 @@ class WatchedSteps(Trainer):
             return
         for name, weight in itertools.chain(self.model.named_parameters(), self.model.named_buffers()):
             if weight.is_floating_point() and not torch.isfinite(_local(weight)).all():
-                raise self.failed(f"the weight {name} is not finite after the update, its largest value")
+                raise self.failed(f"the weight {name} is not finite after the update")
         super().save_model(output_dir, _internal_call)
         sums = self.totals() | {"loss": self.mean_over_processes(self.sums["loss"])}
         if output_dir and self.args.should_save:

@@ -71,8 +71,11 @@ def check_context(settings: Settings, splits: dict[str, PromptDataset], folder: 
     from transformers import AutoConfig
 
     from spin.alignment.models.folder import context_length
+    from spin.alignment.models.positions import fixed_positions
 
-    context = context_length(AutoConfig.from_pretrained(folder, trust_remote_code=settings.model.trust_remote_code))
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=settings.model.trust_remote_code)
+    fixed = fixed_positions(config.get_text_config(decoder=True).to_dict())
+    context = min((length for length in (context_length(config), fixed) if length is not None), default=None)
     for name, dataset in splits.items():
         longest = max(dataset.prompts, key=lambda prompt: len(prompt.token_ids))
         needed = len(longest.token_ids) + settings.arguments.max_new_tokens
