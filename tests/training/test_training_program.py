@@ -37,7 +37,8 @@ class Recorded(TrainingProgram):
     def make_trainer(self, job, model):
         self.calls.append("make_trainer")
         return SimpleNamespace(
-            train=lambda resume_from_checkpoint: SimpleNamespace(training_loss=0.5),
+            train=lambda resume_from_checkpoint: SimpleNamespace(),
+            mean_loss=lambda: 0.5,
             eval_dataset=None,
             accelerator=SimpleNamespace(
                 is_main_process=True, wait_for_everyone=lambda: None, end_training=lambda: self.calls.append("end")

@@ -129,7 +129,8 @@ def train_policy(program: TrainingProgram, job: TrainingJob, trainer: Any, folde
     if resume:
         report(settings, f"resuming from {resume}")
     result = trainer.train(resume_from_checkpoint=resume)
-    final = trainer.evaluate() if trainer.eval_dataset is not None else {}
+    evaluates = trainer.eval_dataset is not None and settings.evaluates_at_the_end
+    final = trainer.evaluate() if evaluates else {}
     seconds = time.monotonic() - started
     train_loss = trainer.mean_loss()  # result.training_loss leaves out the steps before a resume
     saved = save_policy(trainer, settings)
