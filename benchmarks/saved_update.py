@@ -5,8 +5,8 @@ iterations, saved with ``save_dtype`` float32 and bfloat16, and loaded again::
 
     python benchmarks/saved_update.py --out benchmarks/results/saved-update-cpu.json    # about two minutes on one CPU core
 
-``margin`` is the mean over the pairs of ``[log pi(y) - log pi_0(y)] - [log pi(y') - log pi_0(y')]`` (nats), computed in float32 with
-``pi_0`` the initial weights.
+``margin`` is the mean over the pairs of ``[log pi(y) - log pi_0(y)] - [log pi(y') - log pi_0(y')]`` (nats), computed in float32,
+where ``pi_0`` is the initial model.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from spin.alignment.models.adapters import add_adapters
 from spin.alignment.models.config import ModelConfig
 from spin.alignment.models.folder import check_fits, is_complete_checkpoint
 from spin.alignment.models.loading import disable_dropout, load_model
+from spin.alignment.models.positions import fixed_positions
 from spin.alignment.models.precision import generation_dtype
 from spin.alignment.models.saving import save_checkpoint
 from tests.helpers import char_tokenizer, save_tiny_model, tiny_llama
@@ -126,3 +127,37 @@ def test_an_evaluation_leaves_the_gradients_through_a_quantised_base_as_they_are
 def test_data_that_does_not_fit_the_model(tiny_model, length, token, message):
     with pytest.raises(InputError, match=message):
         check_fits(tiny_model, length, token)
+
+
+LONGROPE = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+
+
+@pytest.mark.parametrize(
+    ("config", "limit"),
+    [
+        (
+            {"rope_scaling": {"type": "longrope", **LONGROPE}, "original_max_position_embeddings": 64},
+            64,
+        ),  # Phi-3's files
+        ({"rope_scaling": {"type": "su", **LONGROPE}, "original_max_position_embeddings": 64}, 64),  # its first ones
+        ({"rope_parameters": {"rope_type": "longrope", "original_max_position_embeddings": 128}}, 128),
+        (
+            {"rope_parameters": {"full_attention": {"rope_type": "longrope", "original_max_position_embeddings": 32}}},
+            32,
+        ),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, 512),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, None),
+        ({"rope_scaling": None}, None),
+        ({}, None),
+    ],
+)
+def test_positions_that_depend_on_the_batch_are_used_up_to_where_they_do_not(tiny_model, tmp_path, config, limit):
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    found = json.loads((folder / "config.json").read_text())
+    found.pop("rope_parameters", None)
+    (folder / "config.json").write_text(json.dumps(found | config))
+    assert fixed_positions(found | config) == limit
+    check_fits(folder, limit or 512, 1)
+    if limit is not None and limit < 512:
+        with pytest.raises(InputError, match=rf"above {limit} tokens the positions of .* lower max_length to {limit}"):
+            check_fits(folder, limit + 1, 1)

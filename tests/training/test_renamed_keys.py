@@ -1,4 +1,4 @@
-"""Configuration files of the original SPIN and SPPO code, alignment-handbook, TRL and verl: each key means what it meant, or is refused."""
+"""Configuration files of the original code, alignment-handbook, TRL and verl: a key means what it meant, or is refused."""
 
 from __future__ import annotations
 

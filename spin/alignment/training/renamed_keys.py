@@ -1,8 +1,8 @@
 """Keys of other projects' configuration files: what they mean here, or why they are refused.
 
 The original SPIN and SPPO code, alignment-handbook, TRL's DPO and verl have keys that this project names differently, that have
-only one possible value here, or that it does not support. Each is listed once below, so that a configuration file of theirs either
-means what it meant there or is refused by name.
+only one possible value here, or that it does not support. Each is listed once below, so that a configuration file of theirs
+either means what it meant there or is refused by name.
 """
 
 from __future__ import annotations
