@@ -40,7 +40,7 @@ def summarize(config: RunConfig) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     rows = [row for row in rows if len(row) > len(IDENTITY)]
     if not rows:
         raise InputError(f"{config.run_dir} has no results yet: finish a stage with `spin run` first")
-    summary = {"rows": rows, "verdicts": verdicts(rows), "warnings": warnings(rows)}
+    summary = {"rows": rows, "verdicts": verdicts(rows), "warnings": warnings(rows, drops_identical(config))}
     shown = [evaluations[model.name] | {"model": model.name} for model in models if model.role != "control"]
     return summary, before_and_after(shown)
 
@@ -146,8 +146,13 @@ def _verdict(row: dict[str, Any], other: dict[str, Any], name: str) -> list[str]
     return lines
 
 
-def warnings(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Return what to know before trusting the table."""
+def drops_identical(config: RunConfig) -> bool:
+    """Return whether responses that equal the ground truth are left out of the pairs (``convert.identical``)."""
+    return config.convert.get("identical") == "drop"
+
+
+def warnings(rows: Sequence[dict[str, Any]], drops_identical: bool = False) -> list[str]:
+    """Return what to know before trusting the table; ``drops_identical``: identical responses are not trained on."""
     start = _of_role(rows, "start") or {}
     lines = []
     for row in rows:
@@ -157,7 +162,7 @@ def warnings(rows: Sequence[dict[str, Any]]) -> list[str]:
                 f"{name}: the log-probability of the chosen responses fell by {-row['chosen_drift']:.2f} nats: add nll_weight or "
                 "lower the learning rate"
             )
-        if row.get("identical_rate", 0.0) > IDENTICAL_RATE:
+        if not drops_identical and row.get("identical_rate", 0.0) > IDENTICAL_RATE:
             lines.append(
                 f"{name}: {row['identical_rate']:.0%} of the responses equal the ground truth and teach nothing: set "
                 "convert.identical to drop"
