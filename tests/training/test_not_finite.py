@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 
 import pytest
@@ -49,9 +50,8 @@ def rows_of(folder) -> list[dict]:
 def test_a_reference_that_is_not_finite_names_its_rows_and_stores_nothing(poisoned, pairs, tmp_path, batching):
     sentence = stopped(run_spin.main, write_config(tmp_path / "c.yaml", poisoned, pairs, batching=batching))
     folder = tmp_path / "out" / "failed-step-0"
-    assert (
-        "a reference log-prob is not finite before the first step for prompt p" in sentence and f"{folder}" in sentence
-    )
+    assert re.search(r"a reference log-prob of pair \d+ is not finite before the first step for prompt p", sentence)
+    assert f"`spin replay {folder}`" in sentence
     assert {row["prompt_id"] for row in rows_of(folder)} <= {"p7", "p17"}
     assert not list((tmp_path / "out" / "reference").glob("*")) and not is_complete_checkpoint(tmp_path / "out")
     code, said, err = run_main(cli.main, "replay", folder)
@@ -162,6 +162,20 @@ def test_sampling_online_stops_too(poisoned, tmp_path):
     assert "at step 1" in sentence and len(rows_of(tmp_path / "out" / "failed-step-1")) == 12
     code, said, _ = run_main(cli.main, "replay", tmp_path / "out" / "failed-step-1")
     assert code == 0 and "prompt p7: loss nan" in said and "1 of 12 rows are not finite" in said
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_a_generated_log_prob_that_is_not_finite_is_not_written(value):
+    from types import SimpleNamespace
+
+    from spin.alignment.generation.base import Response
+    from spin.alignment.generation.fraction_work import GenerationJob
+
+    turns = [{"role": "user", "content": "say"}]
+    store = SimpleNamespace(row=lambda index: {"prompt_id": "p3", "chosen": turns})
+    job = SimpleNamespace(store=store)
+    with pytest.raises(NotFiniteError, match="a log-prob of a response to prompt p3 is not finite"):
+        GenerationJob.rows(job, 0, [Response([5, 6], "stop", [-1.0, value])])
 
 
 def test_replay_refuses_another_folder(tmp_path):

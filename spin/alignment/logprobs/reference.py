@@ -73,7 +73,7 @@ def compute_reference(
         for turn in range(rounds):
             indices = batches[min(turn * count + rank, len(batches) - 1)]
             logps = [response.numpy() for response in forward.logps([dataset.rows[index] for index in indices])]
-            check_finite(logps, [dataset.rows[index] for index in indices])
+            check_finite(logps, [dataset.rows[index] for index in indices], indices)
             # logps lists all chosen responses, then all rejected ones: a stride picks those of one pair.
             results |= {index: logps[place :: len(indices)] for place, index in enumerate(indices)}
             if len(results) >= _PART_PAIRS or turn + 1 == rounds:
@@ -86,11 +86,18 @@ def compute_reference(
     accelerator.wait_for_everyone()
 
 
-def check_finite(logps: Sequence[np.ndarray], rows: Sequence[Feature]) -> None:
-    """Refuse log-probs of ``rows`` that are not finite: all first responses, then all second ones, and so on."""
+def check_finite(logps: Sequence[np.ndarray], rows: Sequence[Feature], indices: Sequence[int] = ()) -> None:
+    """Refuse log-probs of ``rows`` that are not finite: all first responses, then all second ones, and so on.
+
+    ``indices`` are the numbers of the rows in their data set, for the message.
+
+    Raises:
+        NotFiniteError: some are not finite.
+    """
     bad = {number % len(rows) for number, values in enumerate(logps) if not np.isfinite(values).all()}
     if bad:
-        raise NotFiniteError("a reference log-prob is not finite", [rows[number] for number in sorted(bad)])
+        pairs = f" of pair {', '.join(str(indices[number]) for number in sorted(bad))}" if indices else ""
+        raise NotFiniteError(f"a reference log-prob{pairs} is not finite", [rows[number] for number in sorted(bad)])
 
 
 def _missing(path: Path, key: ReferenceKey, num_rows: int, accelerator: Accelerator) -> list[int]:
