@@ -57,7 +57,7 @@ class OutputFolder:
                 f"cannot create output_dir {self.path} ({error.strerror}): choose a folder you can write to"
             ) from error
         if self.overwrite:
-            for folder in self.path.glob("checkpoint-*"):
+            for folder in (*self.path.glob("checkpoint-*"), *self.path.glob("failed-step-*")):
                 shutil.rmtree(folder)
             for name in ("metrics.json", "config.json"):  # without a config the old model counts as incomplete
                 (self.path / name).unlink(missing_ok=True)

@@ -115,7 +115,7 @@ def push_policy(settings: Settings) -> None:
         repo_id=repository,
         folder_path=settings.output_dir,
         revision=arguments.hub_revision,
-        ignore_patterns=["checkpoint-*", "reference/*", ".*"],  # only needed to resume
+        ignore_patterns=["checkpoint-*", "failed-step-*", "reference/*", ".*"],  # only needed to resume
         commit_message="Trained by selfplay-spin",
     )
     report(settings, f"pushed {settings.output_dir} to {repository}")

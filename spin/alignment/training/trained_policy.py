@@ -108,7 +108,7 @@ def rounding_loss(state_dict: Mapping[str, torch.Tensor], settings: Settings, dt
     error = moved = 0.0
     changed = unchanged = 0
     for name, weight in state_dict.items():
-        if name not in start or not weight.is_floating_point():
+        if not weight.is_floating_point():
             continue
         before = start[name].to(weight.device, weight.dtype)
         error += (rounded[name].to(weight.dtype) - weight).double().pow(2).sum().item()
