@@ -7,6 +7,7 @@ import typing
 
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.settings import check_settings, setting
+from spin.alignment.data.source_names import with_config
 
 System = typing.Literal["keep", "fold"]
 
@@ -27,6 +28,11 @@ class DataConfig:
         "splits to load (run_sft.py, run_online.py: train); add test_prefs to evaluate",
         set_by_run=True,
     )
+    dataset_configs: list[str] = setting(
+        [],
+        "configuration of each data set of dataset_mixer, in order; or write 'path:configuration' there",
+        set_by_run=True,
+    )
     preprocessing_num_workers: int = setting(1, "processes that encode the data", ge=1, recorded=False)
     max_length: int = setting(1024, "longest prompt plus response, in tokens", ge=1)
     max_prompt_length: int = setting(512, "prompt tokens kept if prompt plus response exceed max_length", ge=1)
@@ -36,6 +42,15 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_settings(self)
+        if self.dataset_configs and len(self.dataset_configs) != len(self.dataset_mixer):
+            raise InputError(
+                f"dataset_configs names {len(self.dataset_configs)} configurations for {len(self.dataset_mixer)} data sets: name "
+                "one for each data set of dataset_mixer"
+            )
+        if self.dataset_configs:
+            named = zip(self.dataset_mixer.items(), self.dataset_configs, strict=True)
+            mixer = {with_config(source, config): fraction for (source, fraction), config in named}
+            object.__setattr__(self, "dataset_mixer", mixer)
         if self.max_length <= self.max_prompt_length:
             raise InputError(
                 f"max_prompt_length is {self.max_prompt_length} and max_length {self.max_length}: "

@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from spin.alignment.core.errors import InputError
+from spin.alignment.data.turns import answer_text, present_fields
 
 
 def plain_text(prompt: Sequence[dict[str, str]]) -> str:
     """Return a conversation as text: a single turn as it is, several turns with their roles, separated by blank lines."""
     if len(prompt) == 1:
         return prompt[0]["content"]
-    return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
+    return "\n\n".join(f"{turn['role']}: {answer_text(turn)}" for turn in prompt)
 
 
-def template_ids(tokenizer: Any, prompt: Sequence[dict[str, str]], response: str | None, where: str) -> list[int]:
+def template_ids(
+    tokenizer: Any, prompt: Sequence[dict[str, str]], response: str | None, where: str, tools: str | None = None
+) -> list[int]:
     """Return the ids of a whole conversation, or of its prompt and the generation prompt if ``response`` is ``None``.
 
     Raises:
         InputError: the template rejects the conversation.
     """
-    turns = [*prompt, *([] if response is None else [{"role": "assistant", "content": response}])]
+    turns = [
+        *map(_as_template_reads, prompt),
+        *([] if response is None else [{"role": "assistant", "content": response}]),
+    ]
+    given = {"tools": json.loads(tools)} if tools else {}
     try:
         ids: list[int] = tokenizer.apply_chat_template(
-            turns, tokenize=True, add_generation_prompt=response is None, return_dict=False
+            turns, tokenize=True, add_generation_prompt=response is None, return_dict=False, **given
         )
     except Exception as error:  # a template may raise anything, and its message is what the user needs
         roles = ", ".join(turn["role"] for turn in turns)
@@ -33,3 +41,8 @@ def template_ids(tokenizer: Any, prompt: Sequence[dict[str, str]], response: str
             "choose another reward model"
         ) from error
     return ids
+
+
+def _as_template_reads(turn: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = present_fields(turn)
+    return found | ({"tool_calls": json.loads(found["tool_calls"])} if "tool_calls" in found else {})

@@ -29,19 +29,19 @@ def encode_ground_truth(
 
     rows, account = [], Account()
     for index, row in enumerate(prompts):
-        # Encoded as a pair with a one-token rejected response, so that rows are truncated exactly as in preference training.
-        stub = {"rejected": row["chosen"], "rejected_token_ids": [encoder.end_id]}
-        pair_row = {"prompt_id": row["prompt_id"], "chosen": row["chosen"], **stub}
         try:
-            pair = encode_pair(pair_row, encoder, settings.data.max_length, settings.data.max_prompt_length)
+            # As in preference training, where the other response may shorten it further.
+            pair_row = {name: row[name] for name in ("prompt_id", "chosen")}
+            pair = encode_pair(
+                pair_row, encoder, settings.data.max_length, settings.data.max_prompt_length, ("chosen",)
+            )
         except InputError as error:
             raise InputError(f"{source} row {index} (prompt {row['prompt_id']}): {error}") from error
         if isinstance(pair, str):
-            # The stub's token is no token of the row.
-            account.drop(str(pair), max(0, getattr(pair, "tokens", 0) - 1))
+            account.drop(str(pair), getattr(pair, "tokens", 0))
             continue
         ids = [*pair.prompt_ids, *pair.chosen_ids]
-        account.keep(len(ids), (pair.truncated[0], pair.truncated[1] - (1 - len(pair.rejected_ids))))
+        account.keep(len(ids), pair.truncated)
         rows.append({"input_ids": ids, "labels": [-100] * len(pair.prompt_ids) + pair.chosen_ids})
     if not rows:
         reasons = dict(account.dropped)
@@ -51,28 +51,21 @@ def encode_ground_truth(
 
 
 def load_ground_truth(settings: Settings, encoder: ChatEncoder) -> tuple[dict[str, Dataset], dict[str, Account]]:
-    """Load and mix the prompts of every data set; return the encoded splits and the account of each."""
+    """Load and mix the prompts of every data set; return the encoded splits and the account of each.
+
+    Raises:
+        InputError: a data set or split is missing or named twice, a fraction is out of range, or a row cannot be encoded.
+    """
     from datasets import concatenate_datasets
 
+    from spin.alignment.data.mixture import pieces_of
     from spin.alignment.data.rows import load_prompts
 
-    pieces: dict[str, list[Dataset]] = {}
+    encoded: dict[str, list[Dataset]] = {}
     accounts: dict[str, Account] = {}
-    for split in settings.data.dataset_splits:
-        name = "test" if split.startswith("test") else "train"
-        for source, fraction in settings.data.dataset_mixer.items():
-            if not 0 < fraction <= 1:
-                raise InputError(
-                    f"the fraction of {source} in dataset_mixer is {fraction}: set it above 0 and at most 1"
-                )
-            prompts = load_prompts(source, split.removesuffix("_prefs"))
-            if name == "train" and fraction < 1:
-                prompts = prompts.shuffle(seed=settings.arguments.seed).select(
-                    range(max(1, int(fraction * len(prompts))))
-                )
-            encoded, account = encode_ground_truth(prompts, encoder, settings, source)
-            pieces.setdefault(name, []).append(encoded)
-            accounts[name] = accounts.get(name, Account()) + account
-    if "train" not in pieces:
-        raise InputError(f"dataset_splits is {settings.data.dataset_splits}: add a training split such as train")
-    return {name: concatenate_datasets(parts) for name, parts in pieces.items()}, accounts
+    for piece in pieces_of(settings.data.dataset_mixer, settings.data.dataset_splits):
+        prompts = piece.selected(load_prompts(piece.source, piece.split), settings.arguments.seed)
+        rows, account = encode_ground_truth(prompts, encoder, settings, piece.source)
+        encoded.setdefault(piece.use, []).append(rows)
+        accounts[piece.use] = accounts.get(piece.use, Account()) + account
+    return {use: concatenate_datasets(parts) for use, parts in encoded.items()}, accounts

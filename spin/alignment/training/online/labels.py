@@ -113,6 +113,7 @@ class PairMaker:
                 ],
                 "rejected_token_ids": list(response.token_ids),
                 "rejected_finish_reason": response.finish_reason,
+                **prompt.carried,
             }
             for sample, response in enumerate(responses)
         ]
