@@ -23,6 +23,7 @@ USAGE = """usage: spin COMMAND ...
   validate PATH [--tokenizer MODEL]   check a data set, a model folder or a run against the contract
   doctor                              check which packages, devices and backends work here
   diff RUN_A RUN_B                    show how two runs differ: packages, settings, inputs, outputs
+  replay FOLDER [--model MODEL]       find the row and token at which a training stopped (failed-step-N)
 
 See `spin COMMAND --help` for details. Exit codes: 0 done, 1 internal error, 2 bad input, 130 interrupted."""
 
@@ -154,6 +155,22 @@ def diff(arguments: Sequence[str]) -> None:
     show_differences(options.left, options.right)
 
 
+def replay(arguments: Sequence[str]) -> None:
+    """``spin replay FOLDER``: compute the rows of a failed training step again, one at a time."""
+    parser = Parser(
+        prog="spin replay",
+        description="Compute the loss of every row of a failed training step again, and show the first token that is not finite.",
+    )
+    parser.add_argument("folder", help="folder failed-step-N in the output_dir of the training")
+    parser.add_argument(
+        "--model", default=None, help="model to use instead of the training's last checkpoint or its start"
+    )
+    options = parser.parse_args(arguments)
+    from spin.alignment.training.replay import replay as replay_rows
+
+    replay_rows(Path(options.folder), options.model)
+
+
 COMMANDS = {
     "init": init,
     "run": run,
@@ -163,6 +180,7 @@ COMMANDS = {
     "validate": validate,
     "doctor": doctor,
     "diff": diff,
+    "replay": replay,
 }
 
 

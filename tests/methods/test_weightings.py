@@ -50,12 +50,29 @@ def test_origin_is_as_is_and_the_sign_is_turned_before_it():
     assert weights_of_pair("teacher", pair, "origin") == ([0.25, -3.0], [-0.25, 3.0])
 
 
-def test_binary_takes_the_top_percent_and_all_that_equal_the_last():
+def test_binary_takes_as_many_tokens_as_tis_dpo_does():
     binary = WEIGHT_TRANSFORMS["binary"]
     assert binary([0.1, 0.4, 0.3, 0.2]) == [0.0, 1.0, 1.0, 0.0]  # the top half
-    assert binary([0.1, 0.4, 0.3, 0.2], p=30) == [0.0, 1.0, 1.0, 0.0]  # ceil(1.2) = 2 tokens
-    assert binary([1.0, 0.0, 1.0, 1.0], p=25) == [1.0, 0.0, 1.0, 1.0]  # one is taken, three are equal to it
-    assert binary([5.0, 6.0], p=0) == [0.0, 0.0] and binary([5.0, 6.0], p=100) == [1.0, 1.0]
+    assert binary([0.1, 0.4, 0.3, 0.2], top_percent=30) == [0.0, 1.0, 0.0, 0.0]  # int(1.2) = 1 token
+    assert binary([0.1, 0.4, 0.3, 0.2], top_percent=24) == [0.0] * 4  # int(0.96) = 0
+    assert binary([1.0, 0.0, 1.0, 1.0], top_percent=25) == [0.0] * 4  # one of three equal tokens: none of them
+    assert binary([1.0, 0.0, 1.0, 2.0], top_percent=75) == [1.0, 0.0, 1.0, 1.0]
+    assert binary([5.0, 6.0], top_percent=0) == [0.0, 0.0] and binary([5.0, 6.0], top_percent=100) == [1.0, 1.0]
+    assert binary([], top_percent=50) == []
+
+
+@pytest.mark.parametrize(
+    "transform, given, found",
+    [
+        ("binary", {"p": "30"}, {"top_percent": 30.0}),
+        ("threshold", {"lower_threshold": -2, "upper_threshold": 2}, {"lower": -2.0, "upper": 2.0}),
+        ("threshold_and_scale", {"min_val": -2, "max_scale": 1.4}, {"lower": -2.0, "high": 1.4}),
+        ("rank_based", {"min_scale": 0.5, "max_scale": 1.5}, {"low": 0.5, "high": 1.5}),
+        ("random", {"min_val": 0.5}, {"low": 0.5}),
+    ],
+)
+def test_settings_under_earlier_names_and_those_of_tis_dpo(transform, given, found):
+    assert check_transform(transform, given) == found
 
 
 def test_threshold_clips():
@@ -103,7 +120,8 @@ def test_every_transform_gives_a_weight_for_each_token(name):
         ("exponential", {"mu": "nan"}, "mu in transform_params is 'nan'"),
         ("exponential", {"k": "0"}, "k is 0.0: set it above 0"),
         ("exponential", {"lower": "2"}, "lower is 2.0 and upper is 1.5"),
-        ("binary", {"p": "101"}, "p is 101.0: set it from 0 to 100"),
+        ("binary", {"p": "101"}, "top_percent is 101.0: set it from 0 to 100"),
+        ("binary", {"p": "30", "top_percent": "40"}, "contains 'p' and 'top_percent', which are the same setting"),
         ("random", {"seed": "1.5"}, "seed in transform_params is '1.5': set it to a whole number"),
         ("rank_based", {"low": "1.3"}, "low is 1.3 and high is 1.3"),
     ],

@@ -13,6 +13,8 @@ from spin.alignment.models.adapters import add_adapters
 from spin.alignment.models.config import ModelConfig
 from spin.alignment.models.folder import check_fits, is_complete_checkpoint
 from spin.alignment.models.loading import disable_dropout, load_model
+from spin.alignment.models.positions import fixed_positions
+from spin.alignment.models.precision import generation_dtype
 from spin.alignment.models.saving import save_checkpoint
 from tests.helpers import char_tokenizer, save_tiny_model, tiny_llama
 
@@ -34,13 +36,29 @@ def test_a_weight_that_is_not_finite_is_never_saved(tmp_path):
     assert not is_complete_checkpoint(tmp_path / "out")
 
 
-def test_weights_are_saved_in_the_precision_they_came_in(tmp_path):
+def test_weights_are_saved_in_the_precision_in_memory_or_in_the_wanted_one(tmp_path):
     model = tiny_llama(20)
-    dtypes = {name: torch.bfloat16 for name, _ in model.named_parameters()} | {"model.norm.weight": torch.float32}
-    save_checkpoint(model, char_tokenizer(), tmp_path, dtypes=dtypes)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
-    assert loaded.dtype == torch.bfloat16
-    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight.bfloat16())
+    save_checkpoint(model, char_tokenizer(), tmp_path / "as they are", trained_in="bfloat16")
+    kept = AutoModelForCausalLM.from_pretrained(tmp_path / "as they are", dtype="auto")
+    assert kept.dtype == torch.float32 and torch.equal(kept.lm_head.weight, model.lm_head.weight)
+    assert generation_dtype(str(tmp_path / "as they are"), "auto") == "bfloat16"
+    assert generation_dtype(str(tmp_path / "as they are"), "float32") == "float32"
+    # Its next iteration, trained without mixed precision, does not inherit the record.
+    save_checkpoint(kept, char_tokenizer(), tmp_path / "next")
+    assert generation_dtype(str(tmp_path / "next"), "auto") == "auto"
+    save_checkpoint(model, char_tokenizer(), tmp_path / "half", dtype=torch.bfloat16, trained_in="bfloat16")
+    half = AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype="auto")
+    assert half.dtype == torch.bfloat16
+    assert torch.equal(half.lm_head.weight, model.lm_head.weight.bfloat16())
+    assert "trained_in_dtype" not in json.loads((tmp_path / "half" / "config.json").read_text())
+
+
+def test_a_weight_that_16_bits_cannot_hold_is_named(tmp_path):
+    model = tiny_llama(20)
+    model.model.norm.weight.data[3] = 1e5
+    with pytest.raises(FloatingPointError, match=r"model\.norm\.weight is too large for save_dtype torch\.float16"):
+        save_checkpoint(model, char_tokenizer(), tmp_path / "out", dtype=torch.float16)
+    assert not is_complete_checkpoint(tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -109,3 +127,37 @@ def test_an_evaluation_leaves_the_gradients_through_a_quantised_base_as_they_are
 def test_data_that_does_not_fit_the_model(tiny_model, length, token, message):
     with pytest.raises(InputError, match=message):
         check_fits(tiny_model, length, token)
+
+
+LONGROPE = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+
+
+@pytest.mark.parametrize(
+    ("config", "limit"),
+    [
+        (
+            {"rope_scaling": {"type": "longrope", **LONGROPE}, "original_max_position_embeddings": 64},
+            64,
+        ),  # Phi-3's files
+        ({"rope_scaling": {"type": "su", **LONGROPE}, "original_max_position_embeddings": 64}, 64),  # its first ones
+        ({"rope_parameters": {"rope_type": "longrope", "original_max_position_embeddings": 128}}, 128),
+        (
+            {"rope_parameters": {"full_attention": {"rope_type": "longrope", "original_max_position_embeddings": 32}}},
+            32,
+        ),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, 512),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, None),
+        ({"rope_scaling": None}, None),
+        ({}, None),
+    ],
+)
+def test_positions_that_depend_on_the_batch_are_used_up_to_where_they_do_not(tiny_model, tmp_path, config, limit):
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    found = json.loads((folder / "config.json").read_text())
+    found.pop("rope_parameters", None)
+    (folder / "config.json").write_text(json.dumps(found | config))
+    assert fixed_positions(found | config) == limit
+    check_fits(folder, limit or 512, 1)
+    if limit is not None and limit < 512:
+        with pytest.raises(InputError, match=rf"above {limit} tokens the positions of .* lower max_length to {limit}"):
+            check_fits(folder, limit + 1, 1)

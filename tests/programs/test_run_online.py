@@ -115,9 +115,17 @@ class SoftMeanSPPO:
         (OnlineDPO(), 2, 3, {"updates_per_batch": 2, "ref_update_freq": 3, "max_tokens_per_batch": 90}),
         (OnlineDPO(), 2, 1, {"updates_per_batch": 2, "batching": "padded"}),
         (OnlineIPO(), 1, 2, {"loss_type": "ipo", "ref_update_freq": 2}),
+        (OnlineDPO(), 1, 1000, {"ref_update_freq": -1}),
         (SoftMeanSPPO(), 2, 2, {"pairing": "every_sample", "loss_type": "sppo_reward", "ref_update_freq": 2}),
     ],
-    ids=["online DPO", "two updates, reference of three steps", "padded", "online IPO", "SPPO with rewards"],
+    ids=[
+        "online DPO",
+        "two updates, reference of three steps",
+        "padded",
+        "online IPO",
+        "fixed reference",
+        "SPPO with rewards",
+    ],
 )
 def test_equals_a_plain_loop(tmp_path, tiny_model, prompts, method, updates, freq, changes):
     if isinstance(method, SoftMeanSPPO):
@@ -167,9 +175,10 @@ def test_killed_and_resumed_gives_the_same_numbers(tmp_path, tiny_model, prompts
     assert steps[0][2:] == steps[1][2:]
 
 
-def test_a_lost_reference_ends_the_resume(tmp_path, tiny_model, prompts):
+@pytest.mark.parametrize("freq", [4, -1])
+def test_a_lost_reference_ends_the_resume(tmp_path, tiny_model, prompts, freq):
     config = write_online(
-        tmp_path, tiny_model, prompts, max_steps=2, ref_update_freq=4, save_strategy="steps", save_steps=1
+        tmp_path, tiny_model, prompts, max_steps=2, ref_update_freq=freq, save_strategy="steps", save_steps=1
     )
     train(config)
     (tmp_path / "out" / "metrics.json").unlink()

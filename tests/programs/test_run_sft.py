@@ -106,14 +106,14 @@ def test_prompts_are_those_of_generation_and_carry_no_loss(tiny_model, sums, tmp
     values = load_config(write_config(tmp_path, tiny_model, sums, dataset_splits=["train"]))
     settings = read_settings(values, "sft.yaml", SFTArguments)
     encoder = ChatEncoder(AutoTokenizer.from_pretrained(tiny_model))
-    data, dropped = load_ground_truth(settings, encoder)
+    data, accounts = load_ground_truth(settings, encoder)
     row = data["train"][0]
     prompt = encoder.prompt_ids([{"role": "user", "content": "0+1"}])
     answer = encoder.response_ids([{"role": "user", "content": "0+1"}, {"role": "assistant", "content": "1"}])
     assert row["input_ids"] == prompt + answer
     assert row["labels"] == [-100] * len(prompt) + answer
     assert answer.count(encoder.end_id) == 1
-    assert not dropped
+    assert not accounts["train"].dropped and accounts["train"].rows == len(data["train"])
 
 
 def test_training_lowers_the_loss_and_the_model_loads_by_itself(tiny_model, sums, tmp_path):

@@ -82,10 +82,34 @@ def test_small_steps_on_bfloat16_weights_are_not_rounded_away(tiny_model, pairs,
     pure = write_config(tmp_path / "p.yaml", start, pairs, output_dir=str(tmp_path / "pure"), **settings)
     assert "warning: the trained weights have 16 bits" in run_script("spin/run_spin.py", pure).stderr
     name = "model.norm.weight"
-    assert weights(tmp_path / "out")[name].dtype == torch.bfloat16  # saved as it was loaded
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert weights(tmp_path / "out")[name].dtype == torch.float32  # saved as it was trained
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
+    assert weights(tmp_path / "pure")[name].dtype == torch.bfloat16
     assert weights(tmp_path / "out")[name].ne(1).any()
     assert weights(tmp_path / "pure")[name].eq(1).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ZeRO-3", "FSDP2"])
+def test_sharded_float32_copies_start_from_and_are_saved_as_float32(tiny_model, pairs, tmp_path, kind):
+    """A step of 1e-12 changes nothing: the saved weights are those of the start, which bfloat16 cannot represent."""
+    settings = {
+        "bf16": True,
+        "dtype": "bfloat16",
+        "learning_rate": 1e-12,
+        "max_steps": 1,
+        "per_device_train_batch_size": 2,
+    }
+    options = [item.replace("=no", "=bf16") for item in TWO_PROCESSES[kind]]
+    if kind == "ZeRO-3":
+        options += ["--mixed_precision", "bf16"]
+    train(
+        write_config(tmp_path / "c.yaml", tiny_model, pairs, **settings),
+        launch=launcher(*options),
+        DS_ACCELERATOR="cpu",
+    )
+    assert {weight.dtype for weight in weights(tmp_path / "out").values()} == {torch.float32}
+    assert difference(tmp_path / "out", tiny_model) < 1e-9
 
 
 @pytest.mark.slow

@@ -107,11 +107,14 @@ def test_warnings_of_length_saturation_and_cut():
             "mean_length": 13.0,
             "reward_accuracy": 1.0,
             "truncation_rate": 0.2,
+            "identical_rate": 0.75,
         }
     )
     said = "\n".join(warnings(rows))
     assert "saturated" in said and "20% of the held-out" in said and "moved from 10.0 to 13.0" in said
     assert warnings(rows[:1]) == [] and verdicts(rows[:1], {}) == []
+    # A run that drops such pairs, as the demo does, is not told to drop them.
+    assert "teach nothing" in said and "teach nothing" not in "\n".join(warnings(rows, drops_identical=True))
 
 
 def test_error_of_nll_is_that_of_the_rate(tmp_path):

@@ -37,7 +37,8 @@ class Recorded(TrainingProgram):
     def make_trainer(self, job, model):
         self.calls.append("make_trainer")
         return SimpleNamespace(
-            train=lambda resume_from_checkpoint: SimpleNamespace(training_loss=0.5),
+            train=lambda resume_from_checkpoint: SimpleNamespace(),
+            mean_loss=lambda: 0.5,
             eval_dataset=None,
             accelerator=SimpleNamespace(
                 is_main_process=True, wait_for_everyone=lambda: None, end_training=lambda: self.calls.append("end")
@@ -55,7 +56,7 @@ class Recorded(TrainingProgram):
 
 @pytest.fixture
 def job(tmp_path):
-    arguments = SimpleNamespace(process_index=0, save_only_model=False)
+    arguments = SimpleNamespace(process_index=0, save_only_model=False, deepspeed_plugin=None)
     output = SimpleNamespace(resume_from_checkpoint=None)
     settings = SimpleNamespace(
         output_dir=tmp_path / "out", output=output, overwrite=False, arguments=arguments, push=False
@@ -63,19 +64,21 @@ def job(tmp_path):
     return TrainingJob(settings, None, TrainingData({"train": [1, 2, 3]}, {}), "weights")
 
 
-def save(trainer, settings, dtypes):
+def save(trainer, settings):
     (settings.output_dir / "config.json").write_text("{}")
     (settings.output_dir / "model.safetensors").touch()
+    return {"save_dtype": "float32"}
 
 
 def test_a_finished_training_is_left_alone_and_its_metrics_are_those_of_the_program(job, monkeypatch, capsys):
     program = Recorded()
-    monkeypatch.setattr(run, "load_policy", lambda settings: program.calls.append("load_policy") or (None, {}))
+    monkeypatch.setattr(run, "load_policy", lambda settings: program.calls.append("load_policy"))
     monkeypatch.setattr(run, "save_policy", save)
     run.run_job(program, job)
     assert program.calls == ["open", "load_policy", "make_trainer", "end", "close"]
     written = json.loads((job.settings.output_dir / "metrics.json").read_text())
     assert (written["steps"], written["train_loss"], written["rows"]) == (7, 0.5, {"train": 3})
+    assert written["save_dtype"] == "float32"
     assert json.loads((job.settings.output_dir / "inputs.json").read_text()) == {"model": "weights", "data": "data"}
     program.calls.clear()
     run.run_job(program, job)

@@ -24,6 +24,17 @@ class InputError(ValueError):
         super().__init__(printable(message))
 
 
+class NotFiniteError(InputError, FloatingPointError):
+    """A loss, gradient, log-prob or weight is NaN or infinite: what it was computed from must not be used any further.
+
+    ``rows`` are the encoded rows that it was computed from, as far as they are known.
+    """
+
+    def __init__(self, sentence: str, rows: Iterable[Mapping[str, Any]] = ()) -> None:
+        super().__init__(sentence)
+        self.rows = tuple(rows)
+
+
 def suggestion(name: str, valid: Iterable[str]) -> str:
     """Return ``; did you mean 'x'?`` with the closest valid name, or an empty string if none is close."""
     close = difflib.get_close_matches(name, list(valid), n=1)

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 
 from spin.alignment.core.errors import InputError
 
+FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _TEMPORARY = re.compile(r"\..+\.(\d+)-[0-9a-f]{8}\.tmp")  # as named by atomic_file
 
 
@@ -118,12 +119,36 @@ def is_leftover(path: Path, target: Path) -> bool:
 
 
 def _explained(error: OSError, path: Path) -> InputError | None:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if error.errno in FULL_ERRNOS:
         return InputError(f"no space left on the disk while writing {path}: free some and run the same command again")
     # ENOTDIR and EEXIST: a parent of the path is a file.
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
         return InputError(f"cannot write {path} ({error.strerror}): choose a folder you may write to")
     return None
+
+
+# How libraries that write files themselves (safetensors, torch.save, Arrow) say that the disk is full.
+_FULL_DISK = (
+    "No space left on device",
+    "File too large",
+    "Disk quota exceeded",
+    "os error 28",
+    "os error 27",
+    "os error 122",
+)
+_FULL_DISK_TORCH = ("PytorchStreamWriter failed writing file", "file write failed", "unexpected pos")
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Return whether an error, or one that it was raised from, means that a file could not be written for lack of space."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in FULL_ERRNOS:
+            return True
+        if any(phrase in str(seen) for phrase in (*_FULL_DISK, *_FULL_DISK_TORCH)):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
 
 
 def write_text_atomic(path: str | Path, text: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from spin.alignment.core.errors import InputError
@@ -13,10 +13,14 @@ from spin.alignment.data.chat_encoder import ChatEncoder
 
 @dataclass(frozen=True)
 class EncodedPair:
-    """The responses of one preference row as ids, by name; all follow the same prompt. A truncated response has no EOS."""
+    """The responses of one preference row as ids, by name; all follow the same prompt. A truncated response has no EOS.
+
+    ``truncated`` is the number of tokens that were removed from the prompt and from all responses.
+    """
 
     prompt_ids: list[int]
     responses: Mapping[str, list[int]]
+    truncated: tuple[int, int] = field(default=(0, 0), compare=False)
 
     @property
     def chosen_ids(self) -> list[int]:
@@ -31,6 +35,19 @@ class EncodedPair:
         return {"prompt_ids": self.prompt_ids} | {f"{name}_ids": ids for name, ids in self.responses.items()}
 
 
+class DroppedPair(str):
+    """The reason why a row is dropped. ``tokens`` is the number of its tokens; 0 if it could not be encoded."""
+
+    tokens: int = 0
+
+    @classmethod
+    def of(cls, reason: str, tokens: int) -> DroppedPair:
+        """Return a reason with the number of tokens that are dropped."""
+        dropped = cls(reason)
+        dropped.tokens = tokens
+        return dropped
+
+
 def encode_pair(
     row: Mapping[str, Any],
     encoder: ChatEncoder,
@@ -38,7 +55,7 @@ def encode_pair(
     max_prompt_length: int,
     responses: Sequence[str] = SIDES,
 ) -> EncodedPair | str:
-    """Encode and truncate a preference row; if it has to be dropped, return the reason instead.
+    """Encode and truncate a preference row; if it has to be dropped, return the reason instead (see :class:`DroppedPair`).
 
     Sampled ids (``chosen_token_ids``, ``rejected_token_ids``) are used as they are. If the prompt plus the longest response
     exceeds ``max_length`` tokens, the prompt keeps its BOS and its last tokens, ``max_prompt_length`` in total, and all
@@ -60,13 +77,14 @@ def encode_pair(
     for name in responses:
         ids = _response_ids(row, name, encoder, prompt_ids)
         if isinstance(ids, str):
-            return ids
+            return DroppedPair.of(ids, len(prompt_ids) + sum(map(len, found.values())))
         found[name] = ids
     whole = EncodedPair(prompt_ids, found)
     pair = truncate_pair(whole, max_length, max_prompt_length, encoder.tokenizer.bos_token_id)
     for name, ids in pair.responses.items():
         if not ids:
-            return f"empty {name} response after truncation to max_length {max_length}"
+            tokens = len(prompt_ids) + sum(map(len, found.values()))
+            return DroppedPair.of(f"empty {name} response after truncation to max_length {max_length}", tokens)
     return pair
 
 
@@ -78,7 +96,9 @@ def truncate_pair(pair: EncodedPair, max_length: int, max_prompt_length: int, bo
         return pair
     prompt_ids = truncate_prompt(pair.prompt_ids, max_prompt_length, bos_id)
     free = max(0, max_length - len(prompt_ids))
-    return EncodedPair(prompt_ids, {name: ids[:free] for name, ids in pair.responses.items()})
+    responses = {name: ids[:free] for name, ids in pair.responses.items()}
+    removed = sum(len(ids) - len(responses[name]) for name, ids in pair.responses.items())
+    return EncodedPair(prompt_ids, responses, (len(pair.prompt_ids) - len(prompt_ids), removed))
 
 
 def truncate_prompt(ids: list[int], max_prompt_length: int, bos_id: int | None) -> list[int]:

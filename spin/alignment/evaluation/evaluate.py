@@ -140,6 +140,7 @@ def answer_and_score(
 
     from spin.alignment.models.config import ModelConfig
     from spin.alignment.models.loading import load_model
+    from spin.alignment.models.precision import generation_dtype
 
     backend = open_backend(config, held_out, encoder, masked_ids)
     try:
@@ -152,7 +153,7 @@ def answer_and_score(
     loaded = ModelConfig(
         model_name_or_path=config.model,
         model_revision=config.revision,
-        dtype=config.dtype,
+        dtype=generation_dtype(config.model, config.dtype),
         trust_remote_code=config.trust_remote_code,
     )
     model = load_model(loaded).to("cuda" if torch.cuda.is_available() else "cpu").eval()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import sys
 from array import array
 from collections import deque
@@ -11,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spin.alignment.core.errors import InputError
+from spin.alignment.core.errors import InputError, NotFiniteError
 from spin.alignment.data.fractions import fraction_path, fraction_rows
 from spin.alignment.data.prompt_store import PromptStore, ids_sum
 from spin.alignment.data.rows import carried_columns
@@ -114,10 +115,18 @@ class GenerationJob:
         return replace(self.provenance, data_frac=number, extra=extra)
 
     def rows(self, index: int, responses: list[Response]) -> list[dict[str, Any]]:
-        """Return the generated rows of the prompt at ``index`` in the store; ``chosen`` is null without a ground truth."""
+        """Return the generated rows of the prompt at ``index`` in the store; ``chosen`` is null without a ground truth.
+
+        Raises:
+            NotFiniteError: a log-prob is not finite, in any backend.
+        """
         row = self.store.row(index)
         prompt = prompt_turns(row["chosen"])
         ground_truth = row["chosen"] if len(prompt) < len(row["chosen"]) else None
+        if any(not math.isfinite(value) for response in responses for value in response.logprobs or ()):
+            raise NotFiniteError(
+                f"a log-prob of a response to prompt {row['prompt_id']} is not finite: check the model's weights and its dtype"
+            )
         return [
             {
                 "prompt_id": row["prompt_id"],

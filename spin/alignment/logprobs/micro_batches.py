@@ -19,11 +19,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """The input of one forward and backward pass; not ``counted`` if it only keeps this process in step with the others."""
+    """The input of one forward and backward pass; not ``counted`` if it only keeps this process in step with the others.
+
+    ``features`` are its pairs, in the order of the loss's streams.
+    """
 
     batch: PackedBatch | dict[str, Tensor]
     pairs: int
     counted: bool = True
+    features: tuple[Feature, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -63,4 +67,4 @@ class MicroBatcher:
             if isinstance(batch, PackedBatch)
             else {name: value.to(device) for name, value in batch.items()}
         )
-        return MicroBatch(moved, len(indices), counted=bool(indices))
+        return MicroBatch(moved, len(indices), bool(indices), tuple(chosen))

@@ -16,7 +16,8 @@ from accelerate.utils import broadcast_object_list
 
 from spin.alignment.core.console import say_error
 from spin.alignment.core.content_hash import remove_sealed, sealed_file
-from spin.alignment.logprobs.batch import PairDataset
+from spin.alignment.core.errors import NotFiniteError
+from spin.alignment.logprobs.batch import Feature, PairDataset
 from spin.alignment.logprobs.collators import PackedCollator
 from spin.alignment.logprobs.micro_batches import MicroBatcher
 from spin.alignment.logprobs.pair_forward import PairForward
@@ -58,6 +59,9 @@ def compute_reference(
 
     Finished pairs are written in parts as they are computed; after a kill, only the missing ones are computed. Every process runs
     the same number of forward passes, as ZeRO-3 and FSDP require; surplus ones repeat the last micro-batch.
+
+    Raises:
+        NotFiniteError: a log-prob is not finite; nothing of its part is stored.
     """
     missing = _missing(path, key, len(dataset), accelerator)
     batches = longest_first(dataset.rows, missing, forward.batcher)
@@ -70,6 +74,7 @@ def compute_reference(
         for turn in range(rounds):
             indices = batches[min(turn * count + rank, len(batches) - 1)]
             logps = [response.numpy() for response in forward.logps([dataset.rows[index] for index in indices])]
+            check_finite(logps, [dataset.rows[index] for index in indices], indices)
             # logps lists all chosen responses, then all rejected ones: a stride picks those of one pair.
             results |= {index: logps[place :: len(indices)] for place, index in enumerate(indices)}
             if len(results) >= _PART_PAIRS or turn + 1 == rounds:
@@ -80,6 +85,20 @@ def compute_reference(
     if accelerator.is_main_process:
         _merge(path, key, len(dataset))
     accelerator.wait_for_everyone()
+
+
+def check_finite(logps: Sequence[np.ndarray], rows: Sequence[Feature], indices: Sequence[int] = ()) -> None:
+    """Refuse log-probs of ``rows`` that are not finite: all first responses, then all second ones, and so on.
+
+    ``indices`` are the numbers of the rows in their data set, for the message.
+
+    Raises:
+        NotFiniteError: some are not finite.
+    """
+    bad = {number % len(rows) for number, values in enumerate(logps) if not np.isfinite(values).all()}
+    if bad:
+        pairs = f" of pair {', '.join(str(indices[number]) for number in sorted(bad))}" if indices else ""
+        raise NotFiniteError(f"a reference log-prob{pairs} is not finite", [rows[number] for number in sorted(bad)])
 
 
 def _missing(path: Path, key: ReferenceKey, num_rows: int, accelerator: Accelerator) -> list[int]:

@@ -80,8 +80,9 @@ def check_adapter(folder: Path, model_folder: Path, model_config: Any, trust_rem
 def merge_adapters(model: Any, state_dict: dict[str, Any], config: ModelConfig) -> PreTrainedModel:
     """Return the base model with the trained adapters merged into its weights.
 
-    The base model is reloaded without quantisation on the CPU: merging into 4-bit weights would round the update away, and
-    under ZeRO-3 or FSDP no process has the full base model. ``state_dict`` is the gathered state of the adapted model.
+    The base model is reloaded on the CPU, in float32 and not quantised: merging into 16-bit or 4-bit weights would round
+    the update away, and under ZeRO-3 or FSDP no process has the full base model. ``state_dict`` is the gathered state of the
+    adapted model.
     """
     from dataclasses import replace
 
@@ -91,7 +92,7 @@ def merge_adapters(model: Any, state_dict: dict[str, Any], config: ModelConfig) 
     # Only one process merges: loading into ZeRO-3 partitions is a collective operation and would hang.
     unset_hf_deepspeed_config()
     adapters = get_peft_model_state_dict(model, state_dict=state_dict)
-    base = load_model(replace(config, load_in_4bit=False, load_in_8bit=False))
+    base = load_model(replace(config, dtype="float32", load_in_4bit=False, load_in_8bit=False))
     adapted = get_peft_model(base, model.peft_config["default"])
     outcome = set_peft_model_state_dict(adapted, adapters)
     if outcome.unexpected_keys:

@@ -8,6 +8,7 @@ from typing import Any
 
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.files import read_json
+from spin.alignment.models.positions import fixed_positions
 from spin.alignment.models.vocabulary import check_ids
 
 
@@ -76,7 +77,8 @@ def check_fits(folder: Path, longest: int, max_token_id: int) -> None:
     """Check sequences against a model's configuration before its weights are loaded.
 
     Raises:
-        InputError: sequences exceed the model's context, or contain ids outside its vocabulary.
+        InputError: sequences exceed the model's context or the length up to which its positions are fixed, or contain ids
+            outside its vocabulary.
     """
     check_config_fits(read_config_file(folder), str(folder), longest, max_token_id)
 
@@ -92,6 +94,12 @@ def check_config_fits(config: Mapping[str, Any], name: str, longest: int, max_to
     if context and longest > context:
         raise InputError(
             f"the longest pair has {longest} tokens, but {name} can attend to {context} tokens: lower max_length"
+        )
+    fixed = fixed_positions(config)
+    if fixed and longest > fixed:
+        raise InputError(
+            f"the longest sequence has {longest} tokens, but above {fixed} tokens the positions of {name} depend on the longest "
+            f"sequence of a batch, and so would every log-prob: lower max_length to {fixed}"
         )
     check_ids([max_token_id], config, name, "the data")
 

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
+from spin.alignment.core.console import say_error
 from spin.alignment.core.errors import InputError
+from spin.alignment.models.config import Dtype
 
 if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger(__name__)
+
+# Key in config.json of a float32 checkpoint: the 16-bit precision that the model computed in while it was trained.
+TRAINED_IN = "trained_in_dtype"
 
 
 def resolve_dtype(name: str) -> torch.dtype | str:
@@ -31,9 +38,34 @@ def resolve_dtype(name: str) -> torch.dtype | str:
     return getattr(torch, name)
 
 
-def weight_dtypes(model: torch.nn.Module) -> dict[str, torch.dtype]:
-    """Return the dtype of every parameter by name, in which the checkpoint will be saved."""
-    return {name: parameter.dtype for name, parameter in model.named_parameters()}
+def training_dtype(dtype: Dtype, arguments: Any, adapters: bool = False) -> Dtype:
+    """Return the ``dtype`` in which to load the weights that will be trained under some TrainingArguments.
+
+    With mixed precision they are kept in float32, and are loaded as such: loading float32 weights in 16 bits first would round
+    away what earlier iterations have learned. Under DeepSpeed, which makes the float32 copies itself, and with ``adapters``,
+    whose base model is not trained, it is the configured one.
+    """
+    keeps_masters = (arguments.bf16 or arguments.fp16) and arguments.deepspeed_plugin is None
+    return "float32" if keeps_masters and not adapters else dtype
+
+
+def compute_name(arguments: Any) -> Dtype | None:
+    """Return the 16-bit precision of mixed-precision training; None without it."""
+    return "bfloat16" if arguments.bf16 else "float16" if arguments.fp16 else None
+
+
+def generation_dtype(model: str, dtype: Dtype) -> Dtype:
+    """Return the precision in which to generate from or score with a model whose ``dtype`` is configured.
+
+    ``auto`` is that of the checkpoint. A float32 checkpoint of mixed-precision training (see ``save_dtype``) is used in the 16
+    bits that it computed in during training: its float32 weights are for the next iteration's training.
+    """
+    if dtype != "auto" or not (Path(model) / "config.json").is_file():
+        return dtype
+    recorded = json.loads((Path(model) / "config.json").read_text(encoding="utf-8")).get(TRAINED_IN, "auto")
+    if recorded != "auto":
+        say_error(f"{model} was saved in float32 after training in {recorded}: it is used in {recorded} (dtype: auto)")
+    return cast(Dtype, recorded)
 
 
 def keep_master_weights(model: torch.nn.Module) -> None:

@@ -44,7 +44,7 @@ def summarize(config: RunConfig) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     summary = {
         "rows": rows,
         "verdicts": verdicts(rows, responses),
-        "warnings": warnings(rows)
+        "warnings": warnings(rows, drops_identical(config))
         + [without_responses(name, path) for name, path in paths.items() if not path.exists()],
     }
     shown = [model.name for model in models if model.role != "control" and evaluations[model.name]]
@@ -151,8 +151,13 @@ def exact_key(temperature: str) -> str:
     return fixed.get(temperature) or f"sampled_exact_t{temperature.replace('.', '')}"
 
 
-def warnings(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Return what to know before trusting the table."""
+def drops_identical(config: RunConfig) -> bool:
+    """Return whether responses that equal the ground truth are left out of the pairs (``convert.identical``)."""
+    return config.convert.get("identical") == "drop"
+
+
+def warnings(rows: Sequence[dict[str, Any]], drops_identical: bool = False) -> list[str]:
+    """Return what to know before trusting the table; ``drops_identical``: identical responses are not trained on."""
     start = of_role(rows, "start") or {}
     lines = []
     for row in rows:
@@ -164,7 +169,7 @@ def warnings(rows: Sequence[dict[str, Any]]) -> list[str]:
                 f"{name}: the log-probability of the chosen responses fell by {-row['chosen_drift']:.2f} nats: add nll_weight or "
                 "lower the learning rate"
             )
-        if row.get("identical_rate", 0.0) > IDENTICAL_RATE:
+        if not drops_identical and row.get("identical_rate", 0.0) > IDENTICAL_RATE:
             lines.append(
                 f"{name}: {row['identical_rate']:.0%} of the responses equal the ground truth and teach nothing: set "
                 "convert.identical to drop"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,7 +43,7 @@ class FirstLoss:
             return
         mask = inputs.completion_mask.bool()  # (2B, T)
         difference = (inputs.policy_logps.detach() - inputs.reference_logps).abs()[mask].mean().item()
-        if not difference <= self._tolerance:  # also true for NaN
+        if math.isfinite(difference) and difference > self._tolerance:  # NaN stops the step by itself, naming the row
             raise RuntimeError(
                 f"policy and reference differ by {difference:.3g} nats per token before the first step: the stored log-probs "
                 "are not those of this model"

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from spin.alignment.core.settings import check_settings, setting
+from spin.alignment.models.config import Dtype
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,11 @@ class OutputConfig:
         unset="the last complete checkpoint",
         set_by_run=True,
         recorded=False,
+    )
+    save_dtype: Dtype = setting(
+        "auto",
+        "precision of the saved model; auto: that in which its weights were trained, float32 with mixed precision or LoRA; "
+        "float32 takes 4 bytes per weight on disk, 16 bits take 2 but round the update (docs/training.md#precision)",
     )
     push_to_hub: bool = setting(
         False, "upload the final model and its metrics, but no intermediate checkpoints", recorded=False

@@ -71,6 +71,11 @@ class PairMetrics:
         for name in self._names:
             self._sums[name].append(values[name].double().sum())
 
+    def counted(self) -> tuple[int, int]:
+        """Return the number of pairs and completion tokens that this process has added since they were averaged last."""
+        pairs, tokens = (sum(int(value) for value in self._sums.get(name, ())) for name in ("pairs", "tokens"))
+        return pairs, tokens
+
     @staticmethod
     def _drift(inputs: LossInputs, chosen: Tensor) -> dict[str, Tensor]:
         if inputs.reference_logps is None:

@@ -19,6 +19,7 @@ class PairObjective:
     def __init__(self, args: SPINConfig, first_loss: FirstLoss) -> None:
         self.args, self.first_loss = args, first_loss
         self.metrics = {"train": PairMetrics(args.loss), "eval": PairMetrics(args.loss)}
+        self._faults: list[torch.Tensor] = []
 
     def __call__(
         self, inputs: LossInputs, share: float | torch.Tensor, training: bool, counted: bool, step: int
@@ -39,12 +40,20 @@ class PairObjective:
         losses = preference_losses = per_pair(outputs)  # (B,)
         if self.args.nll_weight:
             losses = losses + self.args.nll_weight * chosen_nll(inputs)
+        # A log-prob of -inf can give a finite loss (hinge), so both are looked at.
+        logps = torch.stack(inputs.split(inputs.policy_logps.detach()))  # (k, B, T)
+        self._faults.append(~(torch.isfinite(losses.detach()) & torch.isfinite(logps).all(dim=2).all(dim=0)))  # (B,)
         if not counted:  # still part of the graph: under ZeRO-3 and FSDP every process must run a backward pass
             return losses.sum() * 0.0
         if training and self.first_loss.value is None:
             self.first_loss.add(inputs, preference_losses, share, step)
         self.metrics["train" if training else "eval"].add(inputs, outputs, losses)
         return losses.sum() * share
+
+    def take_faults(self) -> torch.Tensor:
+        """Return which pairs since the last call have a loss or a log-prob that is not finite: bool, in their order."""
+        faults, self._faults = self._faults, []
+        return torch.cat(faults) if faults else torch.zeros(0, dtype=torch.bool)
 
     def averages(self, accelerator: Any, mode: str) -> tuple[dict[str, float], int]:
         """Return the averages over all pairs since the last call, under their logged names, and the number of tokens.

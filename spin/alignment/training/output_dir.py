@@ -80,7 +80,8 @@ class OutputFolder:
                 f"cannot create output_dir {self.path} ({error.strerror}): choose a folder you can write to"
             ) from error
         if self.overwrite:
-            for folder in self.path.glob("checkpoint-*"):  # also those set aside as damaged
+            # Also those set aside as damaged.
+            for folder in (*self.path.glob("checkpoint-*"), *self.path.glob("failed-step-*")):
                 shutil.rmtree(folder)
             for name in ("metrics.json", "config.json"):  # without a config the old model counts as incomplete
                 (self.path / name).unlink(missing_ok=True)
@@ -133,6 +134,13 @@ class OutputFolder:
             instead = f"resuming from {found[-1].name}" if found else "starting over"
             say_error(f"{damaged} is damaged ({name}) and set aside as {_set_aside(damaged).name}: {instead}")
         return None
+
+    def after_full_disk(self) -> Path | None:
+        """Remove checkpoints that were not finished, which would keep the disk full; return the last complete one."""
+        for torn in self._checkpoints(complete=False):
+            shutil.rmtree(torn, ignore_errors=True)
+        found = self._checkpoints(complete=True)
+        return found[-1] if found else None
 
     def _checkpoints(self, complete: bool) -> list[Path]:
         # The Trainer writes trainer_state.json last: it proves that a checkpoint is complete.

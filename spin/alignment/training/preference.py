@@ -12,6 +12,7 @@ from spin.alignment.data.split_names import is_held_out
 from spin.alignment.logprobs.batch import PairDataset
 from spin.alignment.logprobs.position_kl import check_can_keep_reference
 from spin.alignment.models.folder import check_fits
+from spin.alignment.training.accounting import accounting
 from spin.alignment.training.config import SPINConfig
 from spin.alignment.training.first_loss import FIRST_LOSS_FILE
 from spin.alignment.training.metrics import metric_names
@@ -48,7 +49,8 @@ class PreferenceTraining(TrainingProgram):
 
     def load_data(self, settings: Settings, encoder: ChatEncoder) -> TrainingData:
         """Load, mix and encode the pairs; dropped pairs are counted by split and reason."""
-        return TrainingData(*load_pairs(settings, encoder))
+        splits, accounts = load_pairs(settings, encoder)
+        return TrainingData(splits, {split: dict(account.dropped) for split, account in accounts.items()}, accounts)
 
     def describe_data(self, data: TrainingData) -> list[str]:
         """Return a line per split with the number of pairs, and of dropped pairs by reason."""
@@ -96,6 +98,7 @@ class PreferenceTraining(TrainingProgram):
             "completion_tokens_per_second": round(trainer.tokens_seen / max(runtime, 1e-9), 1),
             "pairs": job.data.sizes(),
             "dropped": job.data.dropped,
+            "accounting": accounting(job.data.accounts, trainer.totals()),
         }
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 import math
-from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.sides import SIDES
+from spin.alignment.training.accounting import Account
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -21,15 +21,26 @@ if TYPE_CHECKING:
     from spin.alignment.training.config import SPINConfig
     from spin.alignment.training.settings import Settings
 
+# Where an encoded row comes from; not part of what is trained on.
+ORIGIN = ["prompt_id", "source"]
+
 
 def encode_split(
     rows: Dataset, encoder: ChatEncoder, config: DataConfig, loss_type: str = "sigmoid", reverse: bool = False
 ) -> tuple[Dataset, dict[str, int]]:
-    """Encode preference rows to ids, token weights and the labels that the loss reads; return the encoded rows and the number
-    of dropped rows by reason. ``reverse`` swaps chosen and rejected, including their token weights and labels.
+    """Return the rows of :func:`encode_rows` without their origin, and the number of dropped rows by reason."""
+    encoded, account = encode_rows(rows, encoder, config, loss_type, reverse)
+    return encoded.remove_columns(ORIGIN), dict(account.dropped)
 
-    The encoded rows have ``prompt_ids`` and, for each response that the loss reads, ``{response}_ids``, ``{response}_{label}``
-    and, where the rows have token weights, ``{response}_weights``.
+
+def encode_rows(
+    rows: Dataset, encoder: ChatEncoder, config: DataConfig, loss_type: str = "sigmoid", reverse: bool = False
+) -> tuple[Dataset, Account]:
+    """Encode preference rows to ids, token weights and the labels that the loss reads; return the encoded rows and the account
+    of all rows and tokens read. ``reverse`` swaps chosen and rejected, including their token weights and labels.
+
+    Each encoded row has the columns :data:`ORIGIN`, ``prompt_ids`` and, for each response that the loss reads,
+    ``{response}_ids``, ``{response}_{label}`` and, where the rows have token weights, ``{response}_weights``.
 
     Raises:
         InputError: a row is invalid, columns are missing, or no pair remains.
@@ -51,7 +62,13 @@ def encode_split(
             check_stored_ids(row, loss.responses, encoder)
             pair = encode_pair(row, encoder, config.max_length, config.max_prompt_length, loss.responses)
             whole = None if isinstance(pair, str) else pair
-            found: dict[str, Any] = {"prompt_ids": whole.prompt_ids if whole else [], "dropped": "" if whole else pair}
+            found: dict[str, Any] = {
+                "prompt_ids": whole.prompt_ids if whole else [],
+                "dropped": "" if whole else str(pair),
+            }
+            found |= {name: str(row[name]) for name in ORIGIN}
+            found["truncated"] = list(whole.truncated) if whole else [0, 0]
+            found["dropped_tokens"] = 0 if whole else getattr(pair, "tokens", 0)
             for name, other in targets.items():
                 ids = whole.responses[name] if whole else []
                 found[f"{other}_ids"] = ids
@@ -72,12 +89,35 @@ def encode_split(
         load_from_cache_file=False,
         desc="encode pairs",
     )
-    dropped = Counter(reason for reason in encoded["dropped"] if reason)
+    account = account_of(encoded, loss.responses)
     kept = [index for index, reason in enumerate(encoded["dropped"]) if not reason]
     if not kept:
-        reasons = ", ".join(f"{count} x {reason}" for reason, count in dropped.items())
+        reasons = ", ".join(f"{count} x {reason}" for reason, count in account.dropped.items())
         raise InputError(f"no pair remains to train on ({reasons}): check the data, or raise max_length")
-    return encoded.select(kept).remove_columns("dropped"), dict(dropped)
+    found = encoded.select(kept).remove_columns(["dropped", "dropped_tokens", "truncated"])
+    account.check(len(found), sum(tokens_of(found, loss.responses)))
+    return found, account
+
+
+def tokens_of(encoded: Dataset, responses: Sequence[str]) -> list[int]:
+    """Return the number of tokens of each encoded row: its prompt and all responses."""
+    import pyarrow.compute as pc
+
+    table = encoded.with_format("arrow")[:]
+    lengths = [pc.list_value_length(table[f"{name}_ids"]) for name in ("prompt", *responses)]
+    return functools.reduce(pc.add, lengths).to_pylist()
+
+
+def account_of(encoded: Dataset, responses: Sequence[str]) -> Account:
+    """Return the account of encoded rows, dropped ones included."""
+    account = Account()
+    columns = [encoded[name] for name in ("dropped", "dropped_tokens", "truncated")]
+    for reason, lost, truncated, tokens in zip(*columns, tokens_of(encoded, responses), strict=True):
+        if reason:
+            account.drop(reason, lost)
+        else:
+            account.keep(tokens, tuple(truncated))
+    return account
 
 
 def check_stored_ids(row: dict[str, Any], responses: Sequence[str], encoder: ChatEncoder) -> None:
@@ -204,8 +244,8 @@ def label_of(row: dict[str, Any], side: str, label: Label) -> float:
     return float(value)
 
 
-def load_pairs(settings: Settings, encoder: ChatEncoder) -> tuple[dict[str, Dataset], dict[str, dict[str, int]]]:
-    """Load, mix and encode the data; return the encoded splits and the dropped rows of each by reason."""
+def load_pairs(settings: Settings, encoder: ChatEncoder) -> tuple[dict[str, Dataset], dict[str, Account]]:
+    """Load, mix and encode the data; return the encoded splits and the account of each."""
     from spin.alignment.data.preferences import mix_preferences
     from spin.alignment.data.stored_ids import check_origin
 
@@ -214,13 +254,13 @@ def load_pairs(settings: Settings, encoder: ChatEncoder) -> tuple[dict[str, Data
         for split in settings.data.dataset_splits:
             check_origin(path, split, encoder, ", or set retokenize: true to encode their text for this model")
     mixed = mix_preferences(settings.data.dataset_mixer, settings.data.dataset_splits, settings.arguments.seed)
-    encoded, dropped = {}, {}
+    encoded, accounts = {}, {}
     arguments = settings.arguments
     for split, rows in mixed.items():
-        encoded[split], dropped[split] = encode_split(
+        encoded[split], accounts[split] = encode_rows(
             rows, encoder, settings.data, arguments.loss_type, arguments.reverse
         )
-    return encoded, dropped
+    return encoded, accounts
 
 
 def check_preference(settings: Settings) -> None:
@@ -250,7 +290,7 @@ def data_key(pairs: dict[str, Dataset]) -> str:
     parts = []
     for split, rows in sorted(pairs.items()):
         parts.append(f"{split}={hash_tokens(rows)}")
-        others = sorted(name for name in rows.column_names if not name.endswith("_ids"))
+        others = sorted(name for name in rows.column_names if not name.endswith("_ids") and name not in ORIGIN)
         parts += [f"{split}.{name}={hash_text(*map(str, rows[name]))}" for name in others]
     return hash_text(*parts)
 

@@ -13,7 +13,7 @@ from spin.alignment.data.preferences import to_preferences
 from spin.alignment.logprobs.batch import PairDataset
 from spin.alignment.logprobs.forward import causal_model
 from spin.alignment.models.folder import check_config_fits
-from spin.alignment.training.preference_data import check_budget, encode_split, largest
+from spin.alignment.training.preference_data import check_budget, encode_rows, largest
 
 if TYPE_CHECKING:
     from spin.alignment.training.config import SPINConfig
@@ -55,8 +55,8 @@ def to_pairs(dataset: Any, name: str, args: SPINConfig, tokenizer: Any, model: A
     rows = rows.remove_columns([column for column in rows.column_names if column == "source"])
     rows = rows.add_column("source", [name] * len(rows))
     encoder = ChatEncoder(tokenizer, args.system)
-    encoded, dropped = encode_split(rows, encoder, args.limits, args.loss_type, args.reverse)
-    for reason, count in dropped.items():
+    encoded, account = encode_rows(rows, encoder, args.limits, args.loss_type, args.reverse)
+    for reason, count in account.dropped.items():
         logger.warning("%s: %d of %d pairs dropped: %s", name, count, len(rows), reason)
     pairs = {name: encoded}
     check_config_fits(causal_model(model).config.to_dict(), "the model", *largest(pairs))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from spin.alignment.core.provenance import hash_weights
+from spin.alignment.training.accounting import Account
 from spin.alignment.training.settings import Settings, inputs_record
 
 if TYPE_CHECKING:
@@ -17,10 +18,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The encoded splits (``train``, optionally ``test``) and the dropped rows as reported in ``metrics.json``."""
+    """The encoded splits (``train``, optionally ``test``), the dropped rows as reported in ``metrics.json``, and the account of
+    each split's rows and tokens.
+    """
 
     splits: dict[str, Any]
     dropped: dict[str, Any]
+    accounts: dict[str, Account] = field(default_factory=dict)
 
     def sizes(self) -> dict[str, int]:
         """Return the number of rows of each split."""

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spin.alignment.core.console import say
-from spin.alignment.core.files import share_files, write_json_atomic
-from spin.alignment.models.adapters import add_adapters, merge_adapters
+from spin.alignment.core.errors import InputError
+from spin.alignment.core.files import is_disk_full, share_files, write_json_atomic
+from spin.alignment.models.adapters import add_adapters
 from spin.alignment.models.folder import model_folder
 from spin.alignment.models.loading import load_model
-from spin.alignment.models.precision import weight_dtypes
-from spin.alignment.models.saving import save_checkpoint
+from spin.alignment.models.precision import training_dtype
 from spin.alignment.models.vocabulary import check_control_tokens
 from spin.alignment.models.weights_check import check_model
 from spin.alignment.training.check_settings import check_model_settings, checked_settings
 from spin.alignment.training.output_dir import HashCheckpoint, OutputFolder
 from spin.alignment.training.program import TrainingJob, TrainingProgram
 from spin.alignment.training.settings import Settings, make_encoder
+from spin.alignment.training.trained_policy import MasterWeights, save_policy
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
 
@@ -56,6 +58,25 @@ def train(program: TrainingProgram, values: Mapping[str, Any], source: str) -> N
     run_job(program, TrainingJob(settings, encoder, data, program.model_key(settings, folder)))
 
 
+@contextlib.contextmanager
+def explain_full_disk(folder: OutputFolder) -> Iterator[None]:
+    """Turn a write that failed for lack of space into one sentence, and remove the unfinished checkpoint.
+
+    Raises:
+        InputError: the disk is full; the checkpoints that were complete are unchanged.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        kept = folder.after_full_disk()
+        raise InputError(
+            f"no space left on the disk while training in {folder.path}: free some and run the same command again, which "
+            + (f"resumes from {kept}" if kept else "starts from the beginning")
+        ) from error
+
+
 def run_job(program: TrainingProgram, job: TrainingJob) -> None:
     """Load the policy, train it and save it, unless the run is already complete."""
     settings = job.settings
@@ -67,40 +88,27 @@ def run_job(program: TrainingProgram, job: TrainingJob) -> None:
         return
     folder.prepare(settings.arguments.process_index == 0)
     try:
-        program.open(settings)
-        model, dtypes = load_policy(settings)
-        trainer = program.make_trainer(job, model)
-        train_policy(program, job, trainer, folder, dtypes)
+        with explain_full_disk(folder):
+            program.open(settings)
+            trainer = program.make_trainer(job, load_policy(settings))
+            if settings.arguments.deepspeed_plugin is not None and not settings.model.init_from_config:
+                start = model_folder(settings.model.model_name_or_path, settings.model.model_revision)
+                trainer.add_callback(MasterWeights(trainer, start))
+            train_policy(program, job, trainer, folder)
     finally:
         program.close()
 
 
-def load_policy(settings: Settings) -> tuple[PreTrainedModel, dict[str, torch.dtype]]:
-    """Load the model to train, with adapters if requested; return it and the dtypes to save it in."""
+def load_policy(settings: Settings) -> PreTrainedModel:
+    """Load the model to train, with adapters if requested, in the precision in which its weights are trained."""
     from transformers import set_seed
 
-    model = load_model(settings.model, settings.arguments.seed)
-    dtypes = weight_dtypes(model)
+    dtype = training_dtype(settings.model.dtype, settings.arguments, settings.model.use_peft)
+    model = load_model(replace(settings.model, dtype=dtype), settings.arguments.seed)
     if settings.model.use_peft:
         set_seed(settings.arguments.seed)  # the adapters' random initialisation must be the same in every process
         model = add_adapters(model, settings.model)
-    return model, dtypes
-
-
-def save_policy(trainer: Any, settings: Settings, dtypes: dict[str, torch.dtype]) -> None:
-    """Save the trained policy as a standalone model, in the precision it was loaded in.
-
-    Sharded weights are gathered and adapters are merged.
-    """
-    accelerator = trainer.accelerator
-    # Outside the condition below: gathering shards is a collective operation.
-    state_dict = accelerator.get_state_dict(trainer.model_wrapped)
-    if accelerator.is_main_process:
-        model = accelerator.unwrap_model(trainer.model_wrapped)
-        if settings.model.use_peft:
-            model, state_dict, dtypes = merge_adapters(model, state_dict, settings.model), None, {}
-        save_checkpoint(model, trainer.processing_class, settings.output_dir, state_dict, dtypes)
-    accelerator.wait_for_everyone()
+    return model
 
 
 def push_policy(settings: Settings) -> None:
@@ -117,15 +125,13 @@ def push_policy(settings: Settings) -> None:
         repo_id=repository,
         folder_path=settings.output_dir,
         revision=arguments.hub_revision,
-        ignore_patterns=["checkpoint-*", "reference/*", ".*"],  # only needed to resume
+        ignore_patterns=["checkpoint-*", "failed-step-*", "reference/*", ".*"],  # only needed to resume
         commit_message="Trained by selfplay-spin",
     )
     report(settings, f"pushed {settings.output_dir} to {repository}")
 
 
-def train_policy(
-    program: TrainingProgram, job: TrainingJob, trainer: Any, folder: OutputFolder, dtypes: dict[str, Any]
-) -> None:
+def train_policy(program: TrainingProgram, job: TrainingJob, trainer: Any, folder: OutputFolder) -> None:
     """Train from the last checkpoint, if any, save the policy, and write ``metrics.json`` last."""
     settings = job.settings
     started = time.monotonic()
@@ -135,17 +141,20 @@ def train_policy(
         report(settings, f"resuming from {resume}")
     trainer.add_callback(shared_checkpoints())
     result = trainer.train(resume_from_checkpoint=resume)
-    final = trainer.evaluate() if trainer.eval_dataset is not None else {}
+    evaluates = trainer.eval_dataset is not None and settings.evaluates_at_the_end
+    final = trainer.evaluate() if evaluates else {}
     seconds = time.monotonic() - started
-    save_policy(trainer, settings, dtypes)
+    train_loss = trainer.mean_loss()  # result.training_loss leaves out the steps before a resume
+    saved = save_policy(trainer, settings)
     if trainer.accelerator.is_main_process:
         history = trainer.state.log_history
         logged = [entry for entry in history if "loss" in entry]
         metrics = {
-            "train_loss": result.training_loss,
+            "train_loss": train_loss,
             "steps": trainer.state.global_step,
             "seconds": round(seconds, 2),
             **program.metrics(job, trainer, result),
+            **saved,
             "final": (logged[-1] if logged else {}) | final,
             "history": history,
         }

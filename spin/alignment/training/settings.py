@@ -61,6 +61,11 @@ class Settings:
         return self.output.overwrite_output_dir
 
     @property
+    def evaluates_at_the_end(self) -> bool:
+        """Whether the trained policy is scored on the test split, if there is one; ``do_eval: false`` turns it off."""
+        return self.values.get("do_eval") is not False
+
+    @property
     def push(self) -> bool:
         return self.output.push_to_hub
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from spin.alignment.core.provenance import hash_file, hash_json
 from spin.alignment.core.settings import check_settings
 from spin.alignment.models.folder import check_fits
 from spin.alignment.models.precision import prepare_precision
+from spin.alignment.training.accounting import accounting
 from spin.alignment.training.keys import SFTKeys
 from spin.alignment.training.program import TrainingData, TrainingJob, TrainingProgram
 from spin.alignment.training.settings import Settings
@@ -65,7 +67,9 @@ class SFTTraining(TrainingProgram):
 
     def load_data(self, settings: Settings, encoder: ChatEncoder) -> TrainingData:
         """Load, mix and encode the prompts with their ground truth; dropped rows are counted by reason."""
-        return TrainingData(*load_ground_truth(settings, encoder))
+        splits, accounts = load_ground_truth(settings, encoder)
+        dropped = sum((account.dropped for account in accounts.values()), Counter[str]())
+        return TrainingData(splits, dict(dropped), accounts)
 
     def describe_data(self, data: TrainingData) -> list[str]:
         """Return a line per split with its number of rows; the first also counts the dropped rows of all splits."""
@@ -103,4 +107,8 @@ class SFTTraining(TrainingProgram):
 
     def metrics(self, job: TrainingJob, trainer: GroundTruthTrainer, result: Any) -> dict[str, Any]:
         """Return the numbers of rows."""
-        return {"rows": job.data.sizes(), "dropped": job.data.dropped}
+        return {
+            "rows": job.data.sizes(),
+            "dropped": job.data.dropped,
+            "accounting": accounting(job.data.accounts, trainer.totals()),
+        }

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from trl import SFTTrainer
 
 from spin.alignment.training.filler_rows import EachRowOnce, FillerRow
+from spin.alignment.training.watched_steps import WatchedSteps
 
 
-class GroundTruthTrainer(EachRowOnce, SFTTrainer):
+class GroundTruthTrainer(EachRowOnce, WatchedSteps, SFTTrainer):
     """SFTTrainer with label smoothing in one forward pass: TRL's own runs a second one for its metrics.
 
     Held-out metrics are means over all response tokens, whatever the batch size and the number of processes.
     """
 
     data_collator: Any
+    kind = "sft"
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
@@ -26,7 +28,32 @@ class GroundTruthTrainer(EachRowOnce, SFTTrainer):
         # number, and the number in all processes.
         self._held_out: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
+    def training_step(
+        self, model: Any, inputs: dict[str, torch.Tensor], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """Run a step's forward and backward passes on rows of ``(B, T)`` tokens."""
+        self.begin_step(rows_of(inputs))
+        return self.end_step(super().training_step(model, inputs, num_items_in_batch))
+
     def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """Return :meth:`smoothed_loss`.
+
+        Raises:
+            NotFiniteError: it is not finite; the rows are saved.
+        """
+        found = self.smoothed_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss = found[0] if return_outputs else found
+        if not torch.isfinite(loss):
+            raise self.failed(f"the loss is {loss.item()}", rows_of(inputs), exact=False)
+        return found
+
+    def smoothed_loss(
         self,
         model: Any,
         inputs: dict[str, torch.Tensor],
@@ -71,6 +98,17 @@ class GroundTruthTrainer(EachRowOnce, SFTTrainer):
                     ).sum() / everywhere.sum().cpu()
                     self._metrics["eval"][name] = [weighted.item()]
         super().log(logs, start_time)
+
+
+def rows_of(inputs: Mapping[str, torch.Tensor]) -> list[dict[str, Any]]:
+    """Return the rows of a padded batch, without padding and fillers: ``input_ids`` and ``labels`` (-100 on the prompt)."""
+    keep = inputs["attention_mask"].bool()
+    rows = zip(inputs["input_ids"], inputs["labels"], keep, strict=True)
+    return [
+        {"input_ids": ids[mask].tolist(), "labels": labels[mask].tolist()}
+        for ids, labels, mask in rows
+        if (labels != -100).any()
+    ]
 
 
 def response_tokens(labels: torch.Tensor) -> torch.Tensor:

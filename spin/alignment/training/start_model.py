@@ -11,7 +11,7 @@ from spin.alignment.core.errors import InputError
 from spin.alignment.data.chat_encoder import load_tokenizer
 from spin.alignment.models.config import ModelConfig
 from spin.alignment.models.loading import disable_dropout, load_model
-from spin.alignment.models.precision import prepare_precision
+from spin.alignment.models.precision import prepare_precision, training_dtype
 from spin.alignment.models.weights_hash import hash_module
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def start_model(model: Any, args: SPINConfig, tokenizer: Any = None) -> tuple[to
     """
     if isinstance(model, str | Path):
         name = str(model)
-        model = load_model(ModelConfig(model_name_or_path=name), args.seed)
+        model = load_model(ModelConfig(model_name_or_path=name, dtype=training_dtype("auto", args)), args.seed)
     else:
         name = getattr(model.config, "_name_or_path", "")
         disable_dropout(model)

@@ -14,8 +14,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from datasets import Dataset
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from spin.alignment.core.errors import NotFiniteError
 from spin.alignment.logprobs.batch import PairDataset, PairList
 from spin.alignment.logprobs.forward import batch_loss
 from spin.alignment.logprobs.micro_batches import MicroBatch
@@ -30,9 +31,10 @@ from spin.alignment.training.optimizers import optimizer_class_and_kwargs
 from spin.alignment.training.preference_rows import to_pairs
 from spin.alignment.training.reference_logps import attach_reference
 from spin.alignment.training.start_model import identify, start_model
+from spin.alignment.training.watched_steps import WatchedSteps
 
 
-class SPINTrainer(EachRowOnce, Trainer):
+class SPINTrainer(EachRowOnce, WatchedSteps):
     """Trains on pairs. The loss of an optimiser step is the mean over all its pairs, regardless of how they are batched."""
 
     args: SPINConfig
@@ -57,6 +59,7 @@ class SPINTrainer(EachRowOnce, Trainer):
         model, processing_class = start_model(model, args, processing_class)
         self.reference_seconds = 0.0
         self.tokens_seen = 0
+        self._fed: list[int] = []  # lengths of the responses given to the loss since the last log
         # Copied before the model is patched or resumed: alpha needs the reference's full distributions, not just log-probs.
         check_can_keep_reference(args)
         self.opponent = frozen_copy(model, args.device) if args.alpha else None
@@ -88,6 +91,7 @@ class SPINTrainer(EachRowOnce, Trainer):
 
         Raises:
             InputError: memory ran out; the message says what to change before resuming.
+            NotFiniteError: a loss, log-prob or gradient is not finite; the rows are saved in ``output_dir``.
         """
         with advise_when_memory_is_full(
             lambda: (self.pair_forward.batcher.token_budget, self.longest_pair()), self.args.gradient_checkpointing
@@ -114,7 +118,14 @@ class SPINTrainer(EachRowOnce, Trainer):
     def training_step(
         self, model: Any, inputs: PairList, num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """Run forward and backward on the pairs of one optimiser step, one micro-batch at a time; return their loss."""
+        """Run forward and backward on the pairs of one optimiser step; return their loss."""
+        return self.end_step(self.run_pairs(model, inputs, num_items_in_batch))
+
+    def run_pairs(self, model: Any, inputs: PairList, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
+        """Run forward and backward on some pairs, one micro-batch at a time; return their loss."""
+        rows = [] if inputs.is_stand_in else inputs.features
+        self.begin_step(rows)
+        self._fed += [len(row[f"{name}_ids"]) for row in rows for name in self.args.loss.responses]
         model.train()
         if callable(getattr(self.optimizer, "train", None)):  # schedule-free optimisers have modes like a module
             self.optimizer.train()
@@ -147,21 +158,34 @@ class SPINTrainer(EachRowOnce, Trainer):
         settings = {"training": model.training, "counted": inputs.counted, "step": self.state.global_step}
         objective = partial(self.objective, share=share, **settings)
         loss = batch_loss(model, inputs.batch, objective, self.opponent, self.args.loss.responses)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss is {loss.item()} at step {self.state.global_step}: lower the learning rate, or train in bfloat16 or "
-                "float32"
-            )
+        faults = self.objective.take_faults()
+        if faults.any() | ~torch.isfinite(loss):
+            found = [inputs.features[number] for number in faults.nonzero().flatten().tolist()]
+            raise self.failed(f"the loss or a log-prob is not finite (the loss is {loss.item():g})", found or None)
         loss = loss.float()
         return (loss, {}) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log the averages over the pairs of all processes since the last log, under their standard names."""
         mode = "eval" if any(name.startswith("eval_") for name in logs) else "train"
+        if mode == "train":
+            self._check_fed()
         averages, tokens = self.objective.averages(self.accelerator, mode)
         self.tokens_seen += tokens if mode == "train" else 0
         logs |= averages
         super().log(logs, start_time)
+
+    def _check_fed(self) -> None:
+        """Check that the loss has counted every pair and completion token that it was given since the last log.
+
+        Raises:
+            RuntimeError: batching lost or repeated some (an internal error).
+        """
+        given = (len(self._fed) // len(self.args.loss.responses), sum(self._fed))
+        counted = self.objective.metrics["train"].counted()
+        self._fed = []
+        if counted != given:
+            raise RuntimeError(f"{given} pairs and completion tokens were batched, but the loss counted {counted}")
 
     def prediction_step(
         self, model: Any, inputs: PairList, prediction_loss_only: bool, ignore_keys: list[str] | None = None
@@ -190,14 +214,13 @@ class SPINTrainer(EachRowOnce, Trainer):
         self.prepare_batching(self.train_dataset, resumed)
         if not self.args.loss.needs_reference:
             return
-        attach_reference(
-            self.pair_forward,
-            {"train": self.train_dataset, "test": self.eval_dataset},
-            self.reference_hash,
-            Path(self.args.reference_dir or Path(self.args.output_dir) / "reference"),
-            self.accelerator,
-            self.args.output_dir if resumed else None,
-        )
+        splits = {"train": self.train_dataset, "test": self.eval_dataset}
+        folder = Path(self.args.reference_dir or Path(self.args.output_dir) / "reference")
+        checkpoints = self.args.output_dir if resumed else None
+        try:
+            attach_reference(self.pair_forward, splits, self.reference_hash, folder, self.accelerator, checkpoints)
+        except NotFiniteError as error:
+            raise self.failed(str(error), error.rows, step=0) from error
 
     def prepare_batching(self, pairs: PairDataset, resumed: bool) -> None:
         """Check that packed rows give the same log-probs as padded ones, and choose the token budget for these pairs."""

@@ -23,6 +23,8 @@ from spin.alignment.generation.transformers.stop_texts import StopTextWatcher
 from spin.alignment.models.adapters import check_adapter
 from spin.alignment.models.config import ModelConfig
 from spin.alignment.models.loading import load_model
+from spin.alignment.models.positions import fixed_positions
+from spin.alignment.models.precision import generation_dtype
 
 if TYPE_CHECKING:
     from spin.alignment.generation.base import BackendSettings
@@ -94,7 +96,9 @@ class TransformersBackend(GenerationBackend):
         most = self.settings.batch_size or DEFAULT_BATCH_SIZE
         settings = self.settings
         decoder = Decoder(self.model, self._windows, sampling, settings.pad_id, most, self._ragged, settings.masked_ids)
-        queue = _Queue(requests, sampling, settings, _fixed_positions(self.model))
+        queue = _Queue(
+            requests, sampling, settings, fixed_positions(self.model.config.get_text_config(decoder=True).to_dict())
+        )
         columns = self._columns()
         # The fraction of a full batch that was empty, summed over steps. A forward pass for few rows costs about as much as one
         # for many, so when it reaches 1 the empty rows have cost as much as the prefill that would fill them.
@@ -189,24 +193,12 @@ class _Queue:
         return True
 
 
-def _fixed_positions(model: Any) -> int | None:
-    """Return the length up to which a model's positions do not depend on other rows; None if they never do."""
-    # transformers picks the frequencies of "longrope" and "dynamic" by the longest row of a batch.
-    config = model.config.get_text_config(decoder=True)
-    rope = getattr(config, "rope_parameters", None) or {}
-    settings = [rope, *(value for value in rope.values() if isinstance(value, dict))]
-    kinds = {setting.get("rope_type"): setting for setting in settings}
-    if "longrope" in kinds:
-        return int(kinds["longrope"].get("original_max_position_embeddings") or config.max_position_embeddings)
-    return int(config.max_position_embeddings) if "dynamic" in kinds else None
-
-
 def _load(settings: BackendSettings) -> Any:
     """Load the model in the settings with its adapter on this process's device."""
     config = ModelConfig(
         model_name_or_path=settings.model,
         model_revision=settings.revision,
-        dtype=settings.dtype,
+        dtype=generation_dtype(settings.model, settings.dtype),
         trust_remote_code=settings.trust_remote_code,
     )
     model = load_model(config)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spin.alignment.core.errors import NotFiniteError
 from spin.alignment.generation.base import SamplingConfig
 from spin.alignment.generation.transformers.decode_attention import RaggedRows, own_attention, supports_decode_attention
 from spin.alignment.generation.transformers.jobs import Job
@@ -151,9 +152,7 @@ class Decoder:
             tokens = drawn.tolist()
         if NOT_FINITE in tokens:
             prompt_id = jobs[tokens.index(NOT_FINITE)].request.prompt.prompt_id
-            raise FloatingPointError(
-                f"the logits of the model are not finite after prompt {prompt_id}: check its weights"
-            )
+            raise NotFiniteError(f"the logits of the model are not finite after prompt {prompt_id}: check its weights")
         drawn = drawn[:, None]
         if seen is not None:
             seen.scatter_(1, drawn, True)

@@ -22,6 +22,7 @@ from spin.alignment.generation.base import (
 )
 from spin.alignment.generation.vllm.engine_guard import EngineGuard
 from spin.alignment.models.folder import model_folder
+from spin.alignment.models.precision import generation_dtype
 from spin.alignment.models.weights_check import check_model
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ class VLLMBackend(GenerationBackend):
         self.engine: Any = LLM(
             model=settings.model,
             revision=settings.revision,
-            dtype=_engine_dtype(settings.dtype, config.dtype),
+            dtype=_engine_dtype(generation_dtype(settings.model, settings.dtype), config.dtype),
             tensor_parallel_size=settings.tensor_parallel_size,
             max_model_len=settings.max_model_len,
             gpu_memory_utilization=settings.gpu_memory_utilization,

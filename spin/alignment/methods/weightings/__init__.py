@@ -40,6 +40,14 @@ WEIGHT_TRANSFORMS: dict[str, Transform] = {
     "threshold_and_scale": threshold_and_scale,
 }
 DEFAULT_TRANSFORM = "exponential"
+# Settings under earlier names, and under those of TIS-DPO's implementation.
+RENAMED_SETTINGS: dict[str, dict[str, str]] = {
+    "binary": {"p": "top_percent"},
+    "random": {"min_val": "low", "max_val": "high"},
+    "rank_based": {"min_scale": "low", "max_scale": "high"},
+    "threshold": {"lower_threshold": "lower", "upper_threshold": "upper"},
+    "threshold_and_scale": {"min_val": "lower", "max_val": "upper", "min_scale": "low", "max_scale": "high"},
+}
 
 
 def find_weighting(name: str) -> Weighting:
@@ -58,14 +66,20 @@ def draws(transform: str) -> bool:
 
 
 def check_transform(name: str, settings: Mapping[str, object]) -> dict[str, float]:
-    """Return the settings of a transform as numbers.
+    """Return the settings of a transform as numbers, under their present names (see :data:`RENAMED_SETTINGS`).
 
     Raises:
-        InputError: an unknown transform or setting, a value that is not a finite number, or one out of range.
+        InputError: an unknown transform or setting, a setting given under both of its names, a value that is not a finite number,
+            or one out of range.
     """
     known = list(inspect.signature(lookup(WEIGHT_TRANSFORMS, name, "transform")).parameters)[1:]
     numbers: dict[str, float] = {}
-    for key, value in settings.items():
+    for given, value in settings.items():
+        key = RENAMED_SETTINGS.get(name, {}).get(given, given)
+        if key != given and key in settings:
+            raise InputError(
+                f"transform_params contains '{given}' and '{key}', which are the same setting: keep '{key}'"
+            )
         if key not in known:
             choice = f"it takes {', '.join(known)}{suggestion(key, known)}" if known else "it takes no settings"
             raise InputError(f"transform_params contains '{key}', which transform {name} does not take: {choice}")

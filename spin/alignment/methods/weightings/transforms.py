@@ -32,17 +32,19 @@ def origin(values: Sequence[float]) -> list[float]:
     return [float(value) for value in values]
 
 
-def binary(values: Sequence[float], p: float = 50.0) -> list[float]:
-    """Return 1 for the top ``p`` percent of a response's tokens and 0 for the rest.
+def binary(values: Sequence[float], top_percent: float = 50.0) -> list[float]:
+    """Return 1 for the top ``top_percent`` of a response's tokens and 0 for the rest.
 
-    The top ``ceil(p n / 100)`` of n tokens are selected, plus all that tie with the last of them.
+    As in TIS-DPO's implementation, the largest ``int(n top_percent / 100)`` of n tokens are selected, but none of several equal
+    ones of which only some belong to them: equal tokens get equal weights.
     """
-    _check(0 <= p <= 100, f"p is {p}: set it from 0 to 100 (percent)")
-    count = math.ceil(p * len(values) / 100)
-    if count == 0:
-        return [0.0] * len(values)
-    least = sorted(values, reverse=True)[count - 1]  # smallest selected value
-    return [1.0 if value >= least else 0.0 for value in values]
+    _check(0 <= top_percent <= 100, f"top_percent is {top_percent}: set it from 0 to 100")
+    ordered = sorted(values, reverse=True)
+    count = int(len(ordered) * top_percent / 100)
+    if count == len(ordered):
+        return [1.0] * len(ordered)
+    largest_excluded = ordered[count]
+    return [1.0 if value > largest_excluded else 0.0 for value in values]
 
 
 def threshold(values: Sequence[float], lower: float = -1.0, upper: float = 1.0) -> list[float]:

@@ -14,6 +14,7 @@ from spin.alignment.pairs.annotate import check_loss
 from spin.alignment.rewards.base import ScorerSettings
 from spin.alignment.training.config import SPINConfig
 from spin.alignment.training.online.keys import OnlineKeys
+from spin.alignment.training.online.moving_reference import FIXED
 
 # Scorers that compare a response with the other responses to its prompt.
 COMPARATIVE = ("judge", "preference_model")
@@ -40,6 +41,10 @@ class OnlineConfig(OnlineKeys, SPINConfig):
             raise InputError(
                 f"max_prompt_length {self.max_prompt_length} plus max_new_tokens {self.max_new_tokens} exceeds max_length "
                 f"{self.max_length}: lower one, or raise max_length"
+            )
+        if self.ref_update_freq < 1 and self.ref_update_freq != FIXED:
+            raise InputError(
+                f"ref_update_freq is {self.ref_update_freq}: set it to 1 or more, or to {FIXED} for a fixed reference"
             )
         if self.reference_dir:
             raise InputError("reference_dir is set, but online training stores no reference log-probs: remove it")

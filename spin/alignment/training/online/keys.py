@@ -66,8 +66,7 @@ class OnlineKeys:
     ref_update_freq: int = setting(
         1,
         "number of steps between updates of the reference to the policy; 1: the reference is the policy that sampled, and no "
-        "copy is kept",
-        ge=1,
+        "copy is kept; -1: the reference stays the initial model",
     )
 
     eval_prompts: str | None = setting(

@@ -140,7 +140,7 @@ class PairMaker:
         ]
 
     def _feature(self, prompt: OnlinePrompt, pair: dict[str, Any]) -> dict[str, Any]:
-        feature: dict[str, Any] = {"prompt_ids": list(prompt.token_ids)}
+        feature: dict[str, Any] = {"prompt_id": prompt.prompt_id, "prompt_ids": list(prompt.token_ids)}
         for side in SIDES:
             ids = pair.get(f"{side}_token_ids")
             feature[f"{side}_ids"] = list(ids or prompt.ground_truth_ids)

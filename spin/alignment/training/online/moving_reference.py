@@ -13,12 +13,14 @@ from safetensors.torch import load_file, save_file
 from spin.alignment.core.errors import InputError
 
 REFERENCE_FILE = "reference.safetensors"
+FIXED = -1  # a frequency: the reference is never updated
 
 
 class MovingReference:
     """The trained weights as of the start of the last step whose number is a multiple of ``frequency``.
 
-    With a frequency of 1 the reference is the policy before its update, and no copy is kept.
+    With a frequency of 1 the reference is the policy before its update, and no copy is kept; with :data:`FIXED` it is the policy
+    before the first step.
     """
 
     def __init__(self, frequency: int) -> None:
@@ -26,8 +28,9 @@ class MovingReference:
         self._kept: dict[str, torch.Tensor] = {}
 
     def update(self, model: Any, step: int) -> None:
-        """Copy the weights of an unwrapped model before a ``step`` that is a multiple of the frequency."""
-        if self.frequency > 1 and step % self.frequency == 0:
+        """Copy the weights of an unwrapped model before a ``step`` at which an update is due."""
+        is_due = step == 0 if self.frequency == FIXED else step % self.frequency == 0
+        if self.frequency != 1 and is_due:
             self._kept = {name: weight.detach().clone() for name, weight in _trained(model)}
 
     @contextlib.contextmanager

@@ -11,6 +11,7 @@ from spin.alignment.core.provenance import hash_text
 from spin.alignment.data.split_names import is_held_out
 from spin.alignment.generation import BACKENDS, find_backend
 from spin.alignment.pairs.annotate import scorer_record
+from spin.alignment.training.accounting import accounting
 from spin.alignment.training.online.config import OnlineConfig
 from spin.alignment.training.online.labels import PairMaker, scorer_of
 from spin.alignment.training.online.prompts import PromptDataset, check_ground_truth, load_splits
@@ -69,12 +70,14 @@ def check_context(settings: Settings, splits: dict[str, PromptDataset], folder: 
         InputError: they do not; the message names the prompt.
     """
     from spin.alignment.models.folder import context_length
+    from spin.alignment.models.positions import fixed_positions
     from spin.alignment.models.vocabulary import check_ids
     from spin.alignment.models.weights_check import check_model
 
     trusted, model = settings.model.trust_remote_code, settings.model.model_name_or_path
     config = check_model(folder, trust_remote_code=trusted, needs_weights=False)
-    context = context_length(config)
+    fixed = fixed_positions(config.get_text_config(decoder=True).to_dict())
+    context = min((length for length in (context_length(config), fixed) if length is not None), default=None)
     for name, dataset in splits.items():
         for prompt in dataset.prompts:
             where = f"prompt {prompt.prompt_id} of the {name} split"
@@ -167,7 +170,11 @@ class OnlineTraining(TrainingProgram):
 
     def metrics(self, job: TrainingJob, trainer: OnlineTrainer, result: Any) -> dict[str, Any]:
         """Return the numbers of prompts."""
-        return {"prompts": job.data.sizes(), "left_out": job.data.dropped}
+        return {
+            "prompts": job.data.sizes(),
+            "left_out": job.data.dropped,
+            "accounting": accounting({}, trainer.totals()),
+        }
 
     def close(self) -> None:
         """Shut down the sampler and the scorer."""

@@ -14,6 +14,7 @@ from spin.alignment.generation import find_backend, make_backend
 from spin.alignment.generation.base import BackendSettings, GenerationBackend, PromptRequest, Response, SamplingConfig
 from spin.alignment.logprobs.forward import use_attention
 from spin.alignment.models.config import ModelConfig
+from spin.alignment.models.precision import compute_name
 from spin.alignment.models.vocabulary import ids_without_token
 
 if TYPE_CHECKING:
@@ -116,10 +117,13 @@ def make_sampler(
     Raises:
         InputError: the engine is not installed, or does not support the model.
     """
+    # Under mixed precision the policy's weights have 32 bits, but it computes in 16: so does the engine.
+    compute = compute_name(args)
+    dtype = source.dtype if source.dtype != "auto" or not compute else compute
     settings = BackendSettings(
         model=source.model_name_or_path,
         revision=source.model_revision,
-        dtype=source.dtype,
+        dtype=dtype,
         batch_size=args.generation_batch_size,
         max_model_len=args.max_prompt_length + args.max_new_tokens,
         gpu_memory_utilization=args.gpu_memory_utilization,
@@ -130,15 +134,15 @@ def make_sampler(
         decode=encoder.decode,
     )
     if find_backend(args.backend).online == "engine":
-        return EngineSampler(make_backend(args.backend, settings), lambda folder: save_weights(model, folder))
+        return EngineSampler(make_backend(args.backend, settings), lambda folder: save_weights(model, folder, compute))
     return InPlaceSampler(model, settings, own_attention, precision)
 
 
-def save_weights(model: Any, folder: Path) -> None:
-    """Save a module's weights to a folder as a model, in the precision given by its configuration."""
+def save_weights(model: Any, folder: Path, compute: str | None = None) -> None:
+    """Save a module's weights to a folder as a model, in the precision ``compute`` (default: that of its configuration)."""
     import torch
 
-    dtype = getattr(torch, str(model.config.dtype or torch.float32).removeprefix("torch."))
+    dtype = getattr(torch, compute or str(model.config.dtype or torch.float32).removeprefix("torch."))
     model.save_pretrained(folder, state_dict={name: weight.to(dtype) for name, weight in model.state_dict().items()})
 
 

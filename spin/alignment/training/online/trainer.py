@@ -14,11 +14,12 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import TrainerCallback, TrainerControl
 
-from spin.alignment.core.errors import InputError
+from spin.alignment.core.errors import InputError, NotFiniteError
 from spin.alignment.data.chat_encoder import ChatEncoder
 from spin.alignment.generation.base import PromptRequest, SamplingConfig, sample_seed
 from spin.alignment.logprobs.batch import PairDataset, PairList
 from spin.alignment.logprobs.forward import causal_model
+from spin.alignment.logprobs.reference import check_finite
 from spin.alignment.models.config import ModelConfig
 from spin.alignment.training.online.config import OnlineConfig
 from spin.alignment.training.online.labels import PairMaker, StepCounts, scorer_of
@@ -129,17 +130,16 @@ class OnlineTrainer(SPINTrainer):
             own = batch[self.accelerator.process_index :: self.accelerator.num_processes]
             # Every process must take part in the collectives: one without pairs runs a stand-in that does not count.
             shared = PairList(own or batch[:1], is_stand_in=not own)
-            total += super().training_step(model, shared, torch.tensor(len(batch), device=self.args.device))
+            total += self.run_pairs(model, shared, torch.tensor(len(batch), device=self.args.device))
             if number < len(batches):
                 self._step_optimizer(model)
         self._last_tokens = sum(self.pair_forward.tokens(pair) for pair in pairs)
         self._time("update", started)
-        return total / max(1, len(batches))
+        return self.end_step(total / max(1, len(batches)))
 
     def _step_optimizer(self, model: Any) -> None:
         """Take an extra optimiser step within a Trainer step; the last one of a batch is taken by the Trainer itself."""
-        if self.args.max_grad_norm:
-            self.accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
+        self._get_grad_norm(model, self._clip_grad_norm(model) if self.args.max_grad_norm else None)
         self.optimizer.step()
         model.zero_grad()
 
@@ -166,7 +166,14 @@ class OnlineTrainer(SPINTrainer):
     def _respond(self, prompts: Sequence[OnlinePrompt], sampling: SamplingConfig) -> Any:
         self.sampler.refresh()
         requests = [PromptRequest(prompt.prompt_id, prompt.token_ids) for prompt in prompts]
-        return self.sampler.respond(requests, sampling)
+        try:
+            return self.sampler.respond(requests, sampling)
+        except NotFiniteError as error:
+            rows = [
+                {"prompt_id": item.prompt_id, "input_ids": item.token_ids, "labels": item.token_ids}
+                for item in requests
+            ]
+            raise self.failed(f"sampling found that {error},", rows, kind="sft") from error
 
     def _time(self, what: str, started: float) -> float:
         now = time.monotonic()
@@ -186,6 +193,10 @@ class OnlineTrainer(SPINTrainer):
             for indices in forward.batcher.plan(features):
                 # The chosen responses of the micro-batch, then its rejected ones; (R,) each.
                 logps = [response.numpy() for response in forward.logps([features[index] for index in indices])]
+                try:
+                    check_finite(logps, [features[index] for index in indices])
+                except NotFiniteError as error:
+                    raise self.failed(str(error), error.rows) from error
                 for place, index in enumerate(indices):
                     # ``place`` counts pairs within the micro-batch.
                     features[index]["chosen_reference"] = logps[place]
