@@ -7,6 +7,7 @@ import typing
 
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.settings import check_settings, setting
+from spin.alignment.data.template_date import parse_date
 
 System = typing.Literal["keep", "fold"]
 
@@ -33,9 +34,23 @@ class DataConfig:
     system: System = setting(
         "keep", "fold moves a system turn into the first user turn, for templates without a system role"
     )
+    chat_template_kwargs: dict[str, typing.Any] = setting(
+        {},
+        "arguments of the chat template, such as enable_thinking: false; the same when generating and training",
+        set_by_run=True,
+    )
+    template_date: str | None = setting(
+        None,
+        "day that a chat template with today's date sees, as YYYY-MM-DD",
+        unset="the day recorded in the pairs or in the output to continue, else today",
+        recorded=False,
+        set_by_run=True,
+    )
 
     def __post_init__(self) -> None:
         check_settings(self)
+        if self.template_date is not None:
+            parse_date(self.template_date)
         if self.max_length <= self.max_prompt_length:
             raise InputError(
                 f"max_prompt_length is {self.max_prompt_length} and max_length {self.max_length}: "

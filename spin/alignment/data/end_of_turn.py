@@ -64,11 +64,11 @@ def end_of_turn_id(after: Sequence[int], control: Iterable[int], ends: Iterable[
     tokens in a row (Cohere closes a part of the response before the turn) it is the first that the model's files name among
     its ``ends``, failing that the first.
     """
-    control, ends = set(control), set(ends) | ({eos_id} - {None})
-    closing = []
+    control, ends = set(control), {*ends} if eos_id is None else {*ends, eos_id}
+    closing: list[int] = []
     for token in after:
         if token not in control:
             break
         closing.append(token)
     named = [token for token in closing if token in ends]
-    return (named or closing or [eos_id])[0]
+    return next(iter(named or closing), eos_id)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
+import secrets
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from spin.alignment.core.errors import InputError
+from spin.alignment.core.files import write_text_atomic
 
+DATE_FILE = "template-date"
 _TEMPLATE_FILES = ("tokenizer_config.json", "chat_template.json", "*.jinja", "additional_chat_templates/*.jinja")
 
 
@@ -42,6 +46,24 @@ def pinned_date(setting: str | None, recorded: Iterable[str | None]) -> datetime
         if text:
             return parse_date(str(text))
     return None
+
+
+def shared_date(folder: Path) -> datetime.date:
+    """Return today's date as the first process recorded it in ``folder``, so that all that work there agree across midnight."""
+    path = folder / DATE_FILE
+    folder.mkdir(parents=True, exist_ok=True)
+    own = folder / f".{DATE_FILE}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    own.write_text(today().isoformat(), encoding="utf-8")
+    try:
+        os.link(own, path)  # unlike a rename, it fails if another process was first
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without hard links
+        if not path.exists():
+            write_text_atomic(path, today().isoformat())
+    finally:
+        own.unlink(missing_ok=True)
+    return parse_date(path.read_text(encoding="utf-8").strip(), str(path))
 
 
 def recorded_in_json(path: Path) -> str | None:

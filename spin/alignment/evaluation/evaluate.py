@@ -23,12 +23,22 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
     from spin.alignment.core.files import write_json_atomic
     from spin.alignment.core.provenance import hash_weights
-    from spin.alignment.data.chat_encoder import ChatEncoder, load_tokenizer
+    from spin.alignment.data.chat_encoder import load_encoder
+    from spin.alignment.data.template_date import pinned_date
     from spin.alignment.models.folder import check_model_path, context_length, model_folder
 
     config.check_metric()
     check_model_path(config.model)
-    encoder = ChatEncoder(load_tokenizer(config.model, config.revision, config.trust_remote_code), config.system)
+    encoder = load_encoder(
+        config.model,
+        config.revision,
+        config.trust_remote_code,
+        system=config.system,
+        chat_template_kwargs=config.chat_template_kwargs,
+        date=pinned_date(config.template_date, ()),
+    )
+    for remark in encoder.remarks:
+        say_error(remark)
     folder = model_folder(config.model, config.revision)
     context = context_length(AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code))
     held_out, left_out = load_held_out(config, encoder, context or sys.maxsize)
@@ -38,6 +48,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "metric": config.metric,
         "input_dir": config.input_dir,
         "split": config.split,
+        **encoder.template_record,
         "n": len(held_out),
         "left_out": left_out,
         **score(config, held_out, encoder),

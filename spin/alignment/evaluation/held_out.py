@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from spin.alignment.core.errors import InputError
+from spin.alignment.data.chat_encoder import template_arguments
 from spin.alignment.generation.base import GenerationBackend, PromptRequest, Response, SamplingConfig
 
 if TYPE_CHECKING:
@@ -42,8 +43,8 @@ def encode_held_out(
     for row in rows:
         *prompt, answer = row["chosen"]
         try:
-            ids = encoder.prompt_ids(prompt)
-            ground_truth_ids = encoder.response_ids(row["chosen"])
+            ids = encoder.prompt_ids(prompt, **template_arguments(row))
+            ground_truth_ids = encoder.response_ids(row["chosen"], ids, **template_arguments(row))
         except InputError as error:
             raise InputError(f"prompt {row['prompt_id']}: {error}") from error
         # Both the ground truth (for the NLL) and a response of full length must fit.
@@ -116,7 +117,7 @@ def evaluate_responses(
     ]
     for sampling in samplings:
         responses = respond(backend, held_out, sampling, chunk, tell)
-        texts = [encoder.decode(response.token_ids) for response in responses]
+        texts = [encoder.response_text(response.token_ids) for response in responses]
         by_temperature[f"{sampling.temperature:g}"] = score_responses(held_out, responses, texts, scorer)
         for item, text in zip(shown, texts, strict=False):
             item["responses"][f"{sampling.temperature:g}"] = text

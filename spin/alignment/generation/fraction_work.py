@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spin.alignment.core.errors import InputError
+from spin.alignment.data.chat_encoder import RowRefused, template_arguments
 from spin.alignment.data.formats import prompt_turns
 from spin.alignment.data.fractions import fraction_path, fraction_rows
 from spin.alignment.data.prompt_store import PromptStore, ids_sum
@@ -90,10 +91,10 @@ class GenerationJob:
 
     def _request(self, row: dict[str, Any]) -> PromptRequest | str:
         prompt = prompt_turns(row["chosen"])
-        if reason := self.encoder.refusal(prompt):
-            return reason
         try:
-            ids = self.encoder.prompt_ids(prompt)
+            ids = self.encoder.prompt_ids(prompt, **template_arguments(row))
+        except RowRefused as refused:
+            return str(refused)
         except InputError as error:
             raise InputError(f"prompt {row['prompt_id']}: {error}") from error
         if len(ids) > self.longest_prompt:
@@ -127,7 +128,7 @@ class GenerationJob:
         ]
 
     def _text(self, response: Response) -> str:
-        text = self.encoder.decode(response.token_ids)
+        text = self.encoder.response_text(response.token_ids)
         ends = [place for stop in self.sampling.stop if (place := text.find(stop)) >= 0]
         return text[: min(ends)] if ends else text
 

@@ -110,6 +110,7 @@ def _rows(file: Path) -> Iterator[dict[str, Any]]:
 
 def row_problems(row: dict[str, Any], where: str, is_pair: bool, encoder: ChatEncoder | None) -> list[str]:
     """Return the violations of the row contract: turns, token ids, finish reasons, weights."""
+    from spin.alignment.data.chat_encoder import template_arguments
     from spin.alignment.data.formats import check_conversation
     from spin.alignment.data.preferences import check_pair
 
@@ -130,7 +131,7 @@ def row_problems(row: dict[str, Any], where: str, is_pair: bool, encoder: ChatEn
         ]
     if encoder is not None:
         try:
-            encoder.prompt_ids(row["rejected" if is_pair else "chosen"][:-1])
+            encoder.prompt_ids(row["rejected" if is_pair else "chosen"][:-1], **template_arguments(row))
         except InputError as error:
             problems.append(f"{where}: {error}")
     return problems
@@ -175,14 +176,15 @@ def side_problems(row: dict[str, Any], side: str, encoder: ChatEncoder | None) -
         problems.append(f"{side}_finish_reason is stop, but the ids contain {len(ends)} end tokens, not one at the end")
     if reason == "length" and ends:
         problems.append(f"{side}_finish_reason is length, but the ids contain an end token")
-    if encoder.decode(ids) != row[side][-1]["content"]:
+    # Texts from elsewhere may lack the thought that the prompt opens.
+    if row[side][-1]["content"] not in (encoder.response_text(ids), encoder.decode(ids)):
         problems.append(f"{side}_token_ids do not decode to the text of the {side} response")
     return problems
 
 
 def model_problems(folder: Path) -> list[str]:
     """Return what prevents a model folder from being an opponent: weights, tokenizer, template, end token."""
-    from spin.alignment.data.chat_encoder import ChatEncoder, load_tokenizer
+    from spin.alignment.data.chat_encoder import load_encoder
     from spin.alignment.models.folder import check_model_path
 
     problems = []
@@ -193,7 +195,7 @@ def model_problems(folder: Path) -> list[str]:
     for weights in sorted(folder.glob("*.safetensors")):
         problems += weight_problems(weights)
     try:
-        ChatEncoder(load_tokenizer(str(folder)))
+        load_encoder(folder)
     except InputError as error:
         problems.append(str(error))
     return problems

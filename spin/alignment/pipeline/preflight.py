@@ -37,19 +37,26 @@ def check_data(config: RunConfig) -> None:
 
     A ground truth is required only for SFT, evaluation, and pairings that compare with it.
     """
-    from spin.alignment.data.chat_encoder import ChatEncoder, load_tokenizer
+    from spin.alignment.data.chat_encoder import RowRefused, load_encoder, template_arguments
     from spin.alignment.data.formats import prompt_turns
     from spin.alignment.data.rows import load_prompts
 
     # The settings of the program that reads the prompts: run_online.py if it replaces generate.py.
     told: dict[str, Any] = {**config.generate, **(config.online or {})}
-    tokenizer = load_tokenizer(config.model, config.model_revision, bool(told.get("trust_remote_code")))
-    encoder = ChatEncoder(tokenizer, told.get("system", "keep"))
+    encoder = load_encoder(
+        config.model,
+        config.model_revision,
+        bool(told.get("trust_remote_code")),
+        system=told.get("system", "keep"),
+        chat_template_kwargs=config.chat_template_kwargs,
+    )
     for (path, split), ground_truth_required in data_sources(config).items():
         prompts = load_prompts(path, split, ground_truth_required)
         for row in prompts.select(range(min(100, len(prompts)))):
             try:
-                encoder.prompt_ids(prompt_turns(row["chosen"]))
+                encoder.prompt_ids(prompt_turns(row["chosen"]), **template_arguments(row))
+            except RowRefused:  # left out and counted by the program that reads it
+                continue
             except InputError as error:
                 raise InputError(f"{path} [{split}], prompt {row['prompt_id']}: {error}") from error
 

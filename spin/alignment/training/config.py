@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 from transformers import TrainingArguments
 
@@ -40,6 +41,8 @@ class SPINConfig(SPINKeys, TrainingArguments):
     max_length: int = same_as(DataConfig, "max_length")
     max_prompt_length: int = same_as(DataConfig, "max_prompt_length")
     system: System = same_as(DataConfig, "system")
+    chat_template_kwargs: dict[str, Any] = same_as(DataConfig, "chat_template_kwargs")
+    template_date: str | None = same_as(DataConfig, "template_date", recorded=False)
     preprocessing_num_workers: int = same_as(DataConfig, "preprocessing_num_workers", recorded=False)
 
     def __post_init__(self) -> None:

@@ -38,6 +38,8 @@ def train(program: TrainingProgram, values: Mapping[str, Any], source: str) -> N
     program.check_settings(settings)
     setup_logging(settings.arguments.process_index == 0)
     encoder = make_encoder(settings)
+    for remark in encoder.remarks:
+        report(settings, remark)
     data = program.load_data(settings, encoder)
     for line in program.describe_data(data):
         report(settings, line)

@@ -25,13 +25,14 @@ def encode_ground_truth(
     """
     from datasets import Dataset
 
+    from spin.alignment.data.chat_encoder import template_arguments
     from spin.alignment.data.encode_pairs import encode_pair
 
     rows, dropped = [], Counter[str]()
     for index, row in enumerate(prompts):
         # Encoded as a pair with a one-token rejected response, so that rows are truncated exactly as in preference training.
         stub = {"rejected": row["chosen"], "rejected_token_ids": [encoder.end_id]}
-        pair_row = {"prompt_id": row["prompt_id"], "chosen": row["chosen"], **stub}
+        pair_row = {"prompt_id": row["prompt_id"], "chosen": row["chosen"], **stub, **template_arguments(row)}
         try:
             pair = encode_pair(pair_row, encoder, settings.data.max_length, settings.data.max_prompt_length)
         except InputError as error:

@@ -105,7 +105,7 @@ class OnlineTraining(TrainingProgram):
         find_backend(settings.arguments.backend).check_installed()
 
     def load_data(self, settings: Settings, encoder: ChatEncoder) -> TrainingData:
-        """Load, mix and encode the prompts; those that are too long are skipped and counted by split."""
+        """Load, mix and encode the prompts; skipped ones are counted by split and reason."""
         data = TrainingData(*load_splits(settings.data, settings.arguments, encoder))
         for prompts in data.splits.values():
             check_ground_truth(prompts, settings.arguments.scorer)
@@ -115,7 +115,7 @@ class OnlineTraining(TrainingProgram):
         """Return a line per split with the number of prompts, and of those skipped."""
         return [
             f"{split}: {number} prompts"
-            + (f", {data.dropped[split]} skipped: longer than max_prompt_length" if data.dropped[split] else "")
+            + "".join(f", {count} skipped: {reason}" for reason, count in data.dropped[split].items())
             for split, number in data.sizes().items()
         ]
 
