@@ -13,7 +13,7 @@ MARK = "\ufdd0"
 class ControlTokens:
     """The control tokens of a tokenizer, found in text.
 
-    All special tokens count, and added tokens that the template writes itself, such as the ``<think>`` of models that do not
+    All special tokens count, and added tokens that mark a part of a conversation, such as the ``<think>`` of models that do not
     declare it special: their ``soft`` tokens. Ordinary entries among the added tokens (runs of spaces, HTML tags) do not.
     """
 
@@ -28,7 +28,7 @@ class ControlTokens:
         self._soft = {
             str(token.content)
             for token in added.values()
-            if str(token.content) not in special and token.content in template and _is_marker(str(token.content))
+            if str(token.content) not in special and _is_marker(str(token.content), template)
         }
         self._allowed = {token for token in special if token in in_responses} | self._soft
         self._allowed |= {token for token in special if _STRUCTURE.search(token)}
@@ -58,8 +58,10 @@ class ControlTokens:
 _STRUCTURE = re.compile(r"think|thought|reason|channel|message|tool_call|python_tag|(?<!tool_)response", re.IGNORECASE)
 
 
-def _is_marker(token: str) -> bool:
-    return bool(re.search(r"[<\[|｜]", token)) and len(token) > 2 and not token.isspace()
+def _is_marker(token: str, template: str) -> bool:
+    """Return whether an added token marks a part of a conversation: the template writes it, or its name says so."""
+    looks = bool(re.search(r"[<\[|｜]", token)) and len(token) > 2
+    return looks and (token in template or _STRUCTURE.search(token) is not None)
 
 
 def _pattern(tokens: Iterable[str]) -> re.Pattern[str]:

@@ -36,7 +36,7 @@ def train_values(config: RunConfig, iteration: int) -> dict[str, Any]:
         for key in ("chat_template_kwargs", "template_date"):
             if alone.get(key):
                 raise InputError(
-                    f"'{key}' in {config.train['config']} is the same in the whole run: set it at the top of the run's file instead"
+                    f"'{key}' in {config.train['config']} is the same in the whole run: set it at the top of its file"
                 )
         values = merge(
             {key: value for key, value in alone.items() if key not in set_by_run(*SECTIONS["train"])}, values
