@@ -15,7 +15,7 @@ from spin.alignment.data.chat_encoder import ChatEncoder, RowRefused, load_encod
 from spin.alignment.data.encode_pairs import encode_pair
 from spin.alignment.data.end_of_turn import end_ids_of, model_end_ids
 from spin.alignment.data.template_date import parse_date, recorded_in_json, shared_date, template_has_date
-from spin.alignment.data.thoughts import final_answer
+from spin.alignment.data.thoughts import without_thought
 from tests.helpers import char_tokenizer
 from tests.helpers.real_templates import byte_tokenizer
 
@@ -93,7 +93,7 @@ class TestThought:
     def test_what_a_model_samples_reads_back(self):
         ids = self.encoder.tokenizer("I add.\n</think>\n\n4<|im_end|>")["input_ids"]
         stored = {"role": "assistant", "content": self.encoder.response_text(ids)}
-        assert stored["content"] == "<think>\nI add.\n</think>\n\n4" and final_answer(stored["content"]) == "4"
+        assert stored["content"] == "<think>\nI add.\n</think>\n\n4" and without_thought(stored["content"]) == "4"
         assert self.encoder.response_ids([USER, stored]) == ids
         bare = {"role": "assistant", "content": "I add.\n</think>\n\n4"}  # without the marker, as other tools store it
         assert self.encoder.response_ids([USER, bare])[-len("4") - 1 :] == ids[-2:]
@@ -115,7 +115,7 @@ class TestThought:
         ],
     )
     def test_final_answers(self, response, answer):
-        assert final_answer(response) == answer
+        assert without_thought(response) == answer
 
 
 class TestEnds:

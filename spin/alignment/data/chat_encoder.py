@@ -16,7 +16,7 @@ from typing import Any
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.provenance import hash_json, hash_text
 from spin.alignment.data.chat_template import ChatTemplate
-from spin.alignment.data.control_tokens import MARK
+from spin.alignment.data.control_tokens import MARK, ids_of_pieces
 from spin.alignment.data.conversation_text import ConversationText, RowRefused, SystemPolicy
 from spin.alignment.data.end_of_turn import model_end_ids
 from spin.alignment.data.formats import Message
@@ -262,10 +262,9 @@ class ChatEncoder:
 
     def _encode(self, text: str) -> list[int]:
         """Return the ids of rendered text. Marks keep what stands around them from becoming one token."""
+        ids = ids_of_pieces(self.tokenizer, text)
         if MARK not in text:
-            return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        pieces = [self.tokenizer(piece, add_special_tokens=False)["input_ids"] for piece in text.split(MARK)]
-        ids = [token for piece in pieces for token in piece]
+            return ids
         kept = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         if kept.strip() != text.replace(MARK, "").strip():  # tokenizers that start every text with a space
             raise RowRefused(

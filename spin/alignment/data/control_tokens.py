@@ -49,9 +49,19 @@ class ControlTokens:
             return "U+FDD0"
         return found[0] if found else None
 
+    def spelled(self, text: str) -> str:
+        """Return a text with :data:`MARK` inside every control token except markers of the parts of a response."""
+        return self._in_response.sub(lambda found: found[0][0] + MARK + found[0][1:], text.replace(MARK, ""))
+
     def marked(self, text: str) -> str:
         """Return a text with :data:`MARK` inside every soft token, to be encoded in pieces between the marks."""
         return self._soft_pattern.sub(lambda found: found[0][0] + MARK + found[0][1:], text)
+
+
+def ids_of_pieces(tokenizer: Any, text: str) -> list[int]:
+    """Return the ids of a text, encoded in pieces between the marks, which are not part of it."""
+    pieces = [tokenizer(piece, add_special_tokens=False)["input_ids"] for piece in text.split(MARK)]
+    return [token for piece in pieces for token in piece]
 
 
 # The parts of a response, whether or not a tokenizer declares their markers special.

@@ -91,7 +91,7 @@ def behind_thought(text: str) -> str:
     return text[max((found.end() for found in _CLOSING.finditer(text)), default=0) :]
 
 
-def final_answer(response: str) -> str:
+def without_thought(response: str) -> str:
     """Return a response without its thought: the text behind it, or the final channel of a response in channels.
 
     The thought may lack its opening marker, since many templates write that into the prompt. A response that was truncated
