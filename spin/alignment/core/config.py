@@ -7,6 +7,7 @@ iteration is a few lines, not a copy. Everything is checked here, before a model
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import enum
 import math
 import os
@@ -149,7 +150,11 @@ def _convert_one(value: Any, plain: Any, hint: Any, where: str) -> Any:
     elif plain is int and isinstance(value, int | float) and not isinstance(value, bool):
         if math.isfinite(value) and int(value) == value:
             return int(value)
-    elif plain is str and isinstance(value, str | int | float | os.PathLike) and not isinstance(value, bool):
+    elif (
+        plain is str
+        and isinstance(value, str | int | float | os.PathLike | datetime.date)
+        and not isinstance(value, bool)
+    ):
         return value if isinstance(value, str) else str(value)
     elif isinstance(plain, type) and issubclass(plain, enum.Enum):
         if value in [item.value for item in plain]:
