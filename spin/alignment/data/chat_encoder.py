@@ -209,7 +209,7 @@ class ChatEncoder:
         """Content hash of the chat template, its arguments and its date (if it has any), and of the system policy."""
         more = [hash_json(self.template.arguments)] if self.template.arguments else []
         more += [self.template.date.isoformat()] if self.template.uses_date else []
-        return hash_text(self.template.source, self.system, *more)
+        return hash_text(self.template.hashed, self.system, *more)
 
     @cached_property
     def tokenizer_hash(self) -> str:

@@ -23,7 +23,7 @@ class ChatTemplate:
     """A tokenizer's chat template with the arguments that it is always rendered with.
 
     ``arguments`` are template arguments such as ``enable_thinking``. ``date`` is what a template with today's date sees, so that
-    the same conversation gives the same text on any day.
+    the same conversation gives the same text on any day. ``source`` is the text of the template, or of all of them.
     """
 
     def __init__(self, tokenizer: Any, name: str, arguments: Mapping[str, Any], date: datetime.date) -> None:
@@ -40,8 +40,9 @@ class ChatTemplate:
         self.tokenizer, self.name, self.date = tokenizer, name, date
         self.arguments = dict(arguments)
         template = tokenizer.chat_template
-        # As the tokenizer stores it: some have several templates by name.
-        self.source = template if isinstance(template, str) else json.dumps(template, sort_keys=True)
+        # Some tokenizers have several templates by name.
+        self.source = template if isinstance(template, str) else "\n".join(template.values())
+        self.hashed = template if isinstance(template, str) else json.dumps(template, sort_keys=True)
         self.uses_date = _DATE_FUNCTION in self.source
         self.check_arguments(self.arguments)
 
