@@ -162,6 +162,11 @@ class TestControlTokens:
             self.encoder.response_ids([USER, ANSWER | {"reasoning_content": text}])
         with pytest.raises(RowRefused, match="the tools contain the control token"):
             self.encoder.prompt_ids([USER], tools=json.dumps([{"function": {"name": text}}]))
+        hidden = json.dumps([{"function": {"name": text}}]).replace("<", "\\u003c")
+        with pytest.raises(RowRefused, match="the tools contain the control token"):
+            self.encoder.prompt_ids([USER], tools=hidden)
+        with pytest.raises(RowRefused, match="control token"):
+            self.encoder.response_ids([USER, {"role": "assistant", "content": "", "tool_calls": hidden}])
 
     def test_markers_of_parts_are_text_in_a_question_and_tokens_in_an_answer(self):
         think = self.encoder.tokenizer.convert_tokens_to_ids("<think>")
@@ -209,6 +214,16 @@ class TestArguments:
             chatml(self.TEMPLATE, chat_template_kwargs=arguments)
         with pytest.raises(InputError, match=message):
             chatml(self.TEMPLATE).prompt_ids([USER], chat_template_kwargs=json.dumps(arguments))
+
+    def test_a_row_may_open_a_thought_or_not(self):
+        opens = TURNS + OPEN.replace("{% endif %}", "{% if enable_thinking %}<think>\n{% endif %}{% endif %}")
+        encoder, row = chatml(opens), {"chat_template_kwargs": '{"enable_thinking": true}'}
+        assert encoder.response_text(encoder.response_ids([USER, ANSWER])) == "4"
+        ids = encoder.response_ids([USER, ANSWER], **row)
+        assert encoder.tokenizer.decode(ids) == "\n</think>\n\n4<|im_end|>"
+        sampled = encoder.tokenizer("I add.\n</think>\n\n4<|im_end|>")["input_ids"]
+        assert encoder.response_text(sampled, **row) == "<think>\nI add.\n</think>\n\n4"
+        assert encoder.response_text(sampled) == "I add.\n</think>\n\n4"
 
 
 class TestLimits:

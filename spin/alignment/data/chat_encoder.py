@@ -183,11 +183,12 @@ class ChatEncoder:
         # Some templates start a response with text of their own (Mistral: a space), which is not part of it.
         return self.raw_text(token_ids).removeprefix(self.response_prefix).removesuffix(self.response_suffix)
 
-    def response_text(self, token_ids: Sequence[int]) -> str:
+    def response_text(self, token_ids: Sequence[int], chat_template_kwargs: str | None = None) -> str:
         """Return the text of a whole response, as rows store it: :meth:`decode`, after the thought that the generation prompt
-        opens, if it does and the response continues it."""
+        opens, if it does (with the template arguments of the row) and the response continues it."""
         text = self.raw_text(token_ids)
-        opened = self.thought.opener if self.thought and not text.startswith(self.response_prefix) else ""
+        thought = self.text.thought_with(chat_template_kwargs)
+        opened = thought.opener if thought and not text.startswith(self.response_prefix or thought.closing) else ""
         return opened + text.removeprefix(self.response_prefix).removesuffix(self.response_suffix)
 
     def raw_text(self, token_ids: Sequence[int]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal
@@ -11,7 +12,13 @@ from spin.alignment.data.chat_template import ChatTemplate, json_value, template
 from spin.alignment.data.control_tokens import ControlTokens
 from spin.alignment.data.end_of_turn import end_of_turn_id
 from spin.alignment.data.formats import Message
-from spin.alignment.data.thoughts import behind_thought, leading_thought, opened_thought
+from spin.alignment.data.thoughts import (
+    OpenedThought,
+    behind_thought,
+    is_empty_thought,
+    leading_thought,
+    opened_thought,
+)
 
 SystemPolicy = Literal["keep", "fold"]
 SYSTEM_POLICIES: tuple[SystemPolicy, ...] = ("keep", "fold")
@@ -51,6 +58,7 @@ class ConversationText:
         if system not in SYSTEM_POLICIES:
             raise InputError(f"unknown system policy '{system}': choose one of {', '.join(SYSTEM_POLICIES)}")
         self.template, self.system, self.name = template, system, template.name
+        self._thoughts: dict[str, OpenedThought | None] = {}
         tokenizer = template.tokenizer
         control = {int(token) for token in getattr(tokenizer, "added_tokens_decoder", {})} | {
             *tokenizer.all_special_ids
@@ -95,7 +103,9 @@ class ConversationText:
         if reason := self.refusal(messages):
             raise RowRefused(reason)
         marked = (
-            turn if turn["role"] == "assistant" else {**turn, "content": self._control.marked(turn["content"] or "")}
+            turn
+            if turn["role"] == "assistant"
+            else {**turn, "content": self._control.marked(turn.get("content") or "")}
             for turn in turns
         )
         return list(marked)
@@ -104,24 +114,44 @@ class ConversationText:
         self, turns: list[dict[str, Any]], add_generation_prompt: bool, tools: str | None, row_arguments: str | None
     ) -> str:
         """Return prepared turns as text."""
-        arguments = json_value(row_arguments, "chat_template_kwargs") if row_arguments else {}
-        if not isinstance(arguments, Mapping):
-            raise InputError("chat_template_kwargs of the row is not a mapping: correct the row")
-        self.template.check_arguments(arguments)
-        called = json_value(tools, "tools") if tools else None
-        source = self.template.source
+        arguments, source = self._row_arguments(row_arguments), self.template.source
+        # Marked as JSON text, so that every text inside is.
+        called = json.loads(self._control.marked(_plain_json(tools, "tools"))) if tools else None
         read = [template_turn(turn, source) for turn in turns]
+        if not any("tool_calls" in turn for turn in read):
+            return self.template.render(read, add_generation_prompt, called or None, arguments)
         as_text = [template_turn(turn, source, arguments_as_text=True) for turn in turns]
         try:
             text = self.template.render(read, add_generation_prompt, called or None, arguments)
         except InputError:
-            if read == as_text:
-                raise
             return self.template.render(as_text, add_generation_prompt, called or None, arguments)
         # An object that is written as it is becomes Python's notation, which is not JSON.
-        if read != as_text and any(str(value) in text for value in _arguments_of(read)):
+        if any(str(value) in text for value in _arguments_of(read)):
             return self.template.render(as_text, add_generation_prompt, called or None, arguments)
         return text
+
+    def _row_arguments(self, text: str | None) -> Mapping[str, Any]:
+        """Return the template arguments of one row, checked."""
+        if not text:
+            return {}
+        arguments = json_value(text, "chat_template_kwargs")
+        if not isinstance(arguments, Mapping):
+            raise InputError("chat_template_kwargs of the row is not a mapping: correct the row")
+        self.template.check_arguments(arguments)
+        if token := self._control.found_in(_plain_json(text, "chat_template_kwargs"), is_response=False):
+            raise RowRefused(
+                f"chat_template_kwargs contain the control token '{token}' as text: remove it from the row"
+            )
+        return arguments
+
+    def thought_with(self, row_arguments: str | None) -> OpenedThought | None:
+        """Return the thought that the generation prompt opens with the arguments of a row."""
+        if not row_arguments:
+            return self.thought
+        if row_arguments not in self._thoughts:
+            turns = [{"role": "user", "content": "Hi"}]
+            self._thoughts[row_arguments] = opened_thought(self._render(turns, True, None, row_arguments))
+        return self._thoughts[row_arguments]
 
     def prompt(self, prompt: Sequence[Message], tools: str | None, row_arguments: str | None) -> str:
         """Return the text of a prompt with the generation prompt.
@@ -132,7 +162,7 @@ class ConversationText:
         """
         if not prompt or prompt[-1]["role"] == "assistant":
             raise InputError("a prompt must end with a user turn: give the conversation without its final response")
-        if tools and (token := self._control.found_in(tools, is_response=False)):
+        if tools and (token := self._control.found_in(_plain_json(tools, "tools"), is_response=False)):
             raise RowRefused(f"the tools contain the control token '{token}' as text: remove it from the row")
         text = self._render(self._prepare(prompt), True, tools, row_arguments)
         for kind, name in _names_of(prompt, tools):
@@ -163,20 +193,19 @@ class ConversationText:
 
     def _continuation(self, prompt: str, whole: str, turn: Message) -> str | None:
         """Return what a turn adds to the text of its prompt, given the ``whole`` rendered text; None if they do not add up."""
-        content, reasoning = turn["content"] or "", turn.get("reasoning_content")
+        thought = opened_thought(prompt)
         if whole.startswith(prompt):
             response = whole[len(prompt) :]
-            opened = self.thought.opener if self.thought else ""
-            if leading_thought(opened + self.response_prefix) and response.startswith(self.response_prefix):
-                own = response.removeprefix(self.response_prefix).lstrip()
-                # The template writes an empty thought before one that it does not recognise in the content.
-                if leading_thought(own):
-                    return self.thought.without_tag(own) if self.thought else own
-            return None if self.thought and self.thought.close not in response else response
-        if not self.thought or not prompt.endswith(self.thought.opener):
+            complete = (thought.opener if thought else "") + response
+            first = leading_thought(complete)
+            own = complete[len(first) :]
+            # The template writes an empty thought before one that it does not recognise in the content.
+            if is_empty_thought(first) and leading_thought(own):
+                return thought.without_tag(own) if thought else own
+            return None if thought and thought.close not in response else response
+        if thought is None or not whole.startswith(header := prompt.removesuffix(thought.opener)):
             return None
-        header = prompt.removesuffix(self.thought.opener)
-        return self.thought.continued(whole[len(header) :], content, reasoning) if whole.startswith(header) else None
+        return thought.continued(whole[len(header) :], turn.get("content") or "", turn.get("reasoning_content"))
 
     def _complete(self, turn: Message, response: str) -> str:
         """Return the text of the last turn with the thought that the template cuts off; everything else must be in it.
@@ -184,7 +213,7 @@ class ConversationText:
         Raises:
             RowRefused: the template omits a part of the turn.
         """
-        content = turn["content"] or ""
+        content = turn.get("content") or ""
         thought = leading_thought(content)
         if thought and thought.strip() and thought.split()[-1] not in response:
             response = thought.rstrip() + (response if response[:1].isspace() else _tail_space(thought) + response)
@@ -228,7 +257,15 @@ def _control_reason(token: str, role: str) -> str:
 def _texts_of(message: Message) -> list[str]:
     """Every text of a turn that a template may write."""
     keys = ("content", "reasoning_content", "tool_calls", "name", "tool_call_id")
-    return [str(message[key]) for key in keys if message.get(key) is not None]
+    found = {key: str(message[key]) for key in keys if message.get(key) is not None}
+    if "tool_calls" in found:
+        found["tool_calls"] = _plain_json(message["tool_calls"], "tool_calls")
+    return list(found.values())
+
+
+def _plain_json(value: Any, where: str) -> str:
+    """Return JSON text without escapes, which would hide a control token."""
+    return json.dumps(json_value(value, where), ensure_ascii=False)
 
 
 def _names_of(messages: Sequence[Message], tools: str | None) -> list[tuple[str, str]]:

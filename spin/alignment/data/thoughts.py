@@ -86,6 +86,11 @@ def leading_thought(text: str) -> str:
     return found[0] if found else ""
 
 
+def is_empty_thought(text: str) -> bool:
+    """Return whether a text is a thought without content."""
+    return bool(text.strip()) and not _CLOSING.sub("", _OPENING.sub("", text)).strip()
+
+
 def behind_thought(text: str) -> str:
     """Return what stands behind the last marker that closes a thought; the whole text if there is none."""
     return text[max((found.end() for found in _CLOSING.finditer(text)), default=0) :]

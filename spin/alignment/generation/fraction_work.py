@@ -119,7 +119,10 @@ class GenerationJob:
                 "prompt_id": row["prompt_id"],
                 "sample_index": sample,
                 "chosen": ground_truth,
-                "rejected": [*prompt, {"role": "assistant", "content": self._text(response)}],
+                "rejected": [
+                    *prompt,
+                    {"role": "assistant", "content": self._text(response, row.get("chat_template_kwargs"))},
+                ],
                 "rejected_token_ids": response.token_ids,
                 "rejected_finish_reason": response.finish_reason,
                 **({"rejected_logprobs": response.logprobs} if self.sampling.logprobs else {}),
@@ -127,8 +130,8 @@ class GenerationJob:
             for sample, response in enumerate(responses)
         ]
 
-    def _text(self, response: Response) -> str:
-        text = self.encoder.response_text(response.token_ids)
+    def _text(self, response: Response, row_arguments: str | None) -> str:
+        text = self.encoder.response_text(response.token_ids, row_arguments)
         ends = [place for stop in self.sampling.stop if (place := text.find(stop)) >= 0]
         return text[: min(ends)] if ends else text
 

@@ -177,7 +177,10 @@ def side_problems(row: dict[str, Any], side: str, encoder: ChatEncoder | None) -
     if reason == "length" and ends:
         problems.append(f"{side}_finish_reason is length, but the ids contain an end token")
     # Texts from elsewhere may lack the thought that the prompt opens.
-    if row[side][-1]["content"] not in (encoder.response_text(ids), encoder.decode(ids)):
+    if row[side][-1]["content"] not in (
+        encoder.response_text(ids, row.get("chat_template_kwargs")),
+        encoder.decode(ids),
+    ):
         problems.append(f"{side}_token_ids do not decode to the text of the {side} response")
     return problems
 
