@@ -293,7 +293,7 @@ def refuse_set_by_run(values: Mapping[str, Any], classes: Sequence[type], where:
         InputError: naming the key.
     """
     for key in set_by_run(*classes):
-        if key in values and key in {field.name for field in dataclasses.fields(RunConfig)}:
+        if key in values and key in ("chat_template_kwargs", "template_date"):
             raise InputError(f"'{key}' in {where} is the same in the whole run: set it at the top of the file")
         if key in values:
             raise InputError(f"'{key}' in {where} is set by the pipeline itself: remove it")
