@@ -20,7 +20,7 @@ from spin.alignment.data.fractions import fraction_path
 from spin.alignment.data.preferences import load_preferences
 from spin.alignment.data.rows import GENERATED_SCHEMA
 from spin.alignment.methods.pairings import PAIRINGS, EveryRow
-from spin.alignment.pairs.preference_files import Selection, last_contents
+from spin.alignment.pairs.preference_files import Selection, last_turns
 from tests.helpers import REPOSITORY, hear_ctrl_c, program_environment
 from tests.helpers.gathering import (
     LOGPROBS,
@@ -105,7 +105,7 @@ def test_last_turns_of_a_slice_are_its_own():
     rows = [row(0, 0, chosen=[{"role": "user", "content": "?"}] * index + [{"role": "assistant", "content": text}])
             for index, text in enumerate(texts)]  # fmt: skip
     batch = pa.RecordBatch.from_pylist(rows, GENERATED_SCHEMA)
-    assert last_contents(batch.slice(1, 2), "chosen").to_pylist() == ["b", "c"]
+    assert [turn["content"] for turn in last_turns(batch.slice(1, 2), "chosen").to_pylist()] == ["b", "c"]
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,10 @@ def test_sampled_ids_weights_and_labels_of_our_own_columns_are_kept():
     assert turned["chosen_ids"] == [9, 8, 7] and turned["rejected_weights"] == [1.0, 2.0]
 
 
+def test_a_column_named_source_is_no_obstacle():
+    assert pairs_of({**OWN, "source": "web"}).rows.to_list() == pairs_of(OWN).rows.to_list()
+
+
 def test_pairs_are_cut_and_dropped_as_the_settings_say(caplog):
     long, empty = {**FORMS["TRL text"], "chosen": "5" * 40}, {**FORMS["TRL text"], "rejected": "<|im_end|>"}
     with caplog.at_level("WARNING"):
@@ -86,7 +90,8 @@ BAD = {
         "train_dataset row 0: 'chosen' and 'rejected' do not share a prompt",
     ),
     "our own, two prompts": ({**OWN, "rejected": [RIGHT]}, "train_dataset row 0: 'chosen' and 'rejected' do not share"),
-    "tools": ({**FORMS["TRL conversational"], "tools": "[{}]"}, "train_dataset row 0 has 'tools'"),
+    "tools": ({**FORMS["TRL conversational"], "tools": "{}f"}, "train_dataset row 0: 'tools' is not JSON"),
+    "images": ({**FORMS["TRL conversational"], "images": ["a"]}, "train_dataset row 0 has 'images', which a text model"),
 }  # fmt: skip
 
 

@@ -6,14 +6,20 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
+from spin.alignment.core.text import printable
+
 T = TypeVar("T")
 
 
 class InputError(ValueError):
     """Bad input or configuration: one sentence that names the file, row or key, and the fix.
 
-    Programs print it on stderr and exit with code 2.
+    Programs print it on stderr and exit with code 2. Half a character that the input contains is escaped, because messages are
+    also written to files.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 def suggestion(name: str, valid: Iterable[str]) -> str:

@@ -73,15 +73,20 @@ class ParquetSink:
 
 
 def open_parquet(path: str | Path) -> pq.ParquetFile:
-    """Open a parquet file; raise :class:`InputError` if it is missing, truncated or not parquet."""
+    """Open a parquet file; raise :class:`InputError` if it is missing, truncated or not parquet, or repeats a column's name."""
     try:
         # Pre-buffering keeps every chunk it has read, so memory would grow with the file.
-        return pq.ParquetFile(path, pre_buffer=False, buffer_size=2**20)
+        file = pq.ParquetFile(path, pre_buffer=False, buffer_size=2**20)
+        names = file.schema_arrow.names
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist: check the path") from error
     except (pa.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{path} is not a readable parquet file ({reason}): restore it or write it again") from error
+    repeated = [name for name in names if names.count(name) > 1]
+    if repeated:
+        raise InputError(f"{path} has several columns named '{repeated[0]}': rename or remove one")
+    return file
 
 
 def read_batches(
@@ -107,9 +112,26 @@ def read_batches(
 def read_rows(
     path: str | Path, batch_size: int = 1024, columns: Sequence[str] | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Stream the rows of a parquet file, one record batch in memory at a time."""
+    """Stream the rows of a parquet file, one record batch in memory at a time.
+
+    Raises:
+        InputError: the file is missing or corrupt, or a text in it is not UTF-8.
+    """
     for batch in read_batches(path, batch_size, columns):
-        yield from batch.to_pylist()
+        yield from batch_rows(batch, path)
+
+
+def batch_rows(batch: pa.RecordBatch, path: str | Path) -> list[dict[str, Any]]:
+    """Return the rows of a record batch of a file.
+
+    Raises:
+        InputError: a text in it is not UTF-8.
+    """
+    try:
+        return batch.to_pylist()
+    except (UnicodeDecodeError, pa.ArrowException) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path} contains text that is not UTF-8 ({reason}): write it again") from error
 
 
 def read_skipped(path: str | Path) -> list[dict[str, str]]:

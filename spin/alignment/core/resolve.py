@@ -34,8 +34,10 @@ def resolve(registry: Mapping[str, T], name: str, kind: str, takes: Iterable[str
     )
 
 
-def import_function(path: str, kind: str, takes: Iterable[str]) -> Callable[..., Any]:
+def import_function(path: str, kind: str, takes: Iterable[str], takes_more: bool = False) -> Callable[..., Any]:
     """Import ``module:function``, where the function may be a dotted attribute; the current folder is put on the module path.
+
+    With ``takes_more`` the function may require further arguments, which the caller passes by name.
 
     Raises:
         InputError: no such module or function, or it cannot be called with the positional parameters ``takes``.
@@ -65,7 +67,7 @@ def import_function(path: str, kind: str, takes: Iterable[str]) -> Callable[...,
         raise InputError(
             f"{function_name} of {kind} '{path}' is not callable: name a function of ({', '.join(wanted)})"
         )
-    if not _takes(function, len(wanted)):
+    if not _takes(function, len(wanted), takes_more):
         numbers = {1: "one positional argument", 3: "three positional arguments"}
         raise InputError(
             f"{kind} '{path}' does not take {numbers.get(len(wanted), f'{len(wanted)} positional arguments')}: define it as "
@@ -74,9 +76,10 @@ def import_function(path: str, kind: str, takes: Iterable[str]) -> Callable[...,
     return function
 
 
-def _takes(function: Callable[..., Any], count: int) -> bool:
+def _takes(function: Callable[..., Any], count: int, takes_more: bool) -> bool:
     try:
-        inspect.signature(function).bind(*[""] * count)
+        signature = inspect.signature(function)
+        (signature.bind_partial if takes_more else signature.bind)(*[""] * count)
     except TypeError:
         return False
     except ValueError:  # some functions written in C have no signature: the first call checks it

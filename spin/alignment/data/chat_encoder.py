@@ -19,8 +19,8 @@ from spin.alignment.data.chat_template import ChatTemplate
 from spin.alignment.data.control_tokens import MARK, ids_of_pieces
 from spin.alignment.data.conversation_text import ConversationText, RowRefused, SystemPolicy
 from spin.alignment.data.end_of_turn import model_end_ids
-from spin.alignment.data.formats import Message
 from spin.alignment.data.template_date import today
+from spin.alignment.data.turns import Message
 
 
 def load_tokenizer(model: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> Any:

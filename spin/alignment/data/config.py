@@ -7,6 +7,7 @@ import typing
 
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.settings import check_settings, setting
+from spin.alignment.data.source_names import with_config
 from spin.alignment.data.template_date import parse_date
 
 System = typing.Literal["keep", "fold"]
@@ -26,6 +27,11 @@ class DataConfig:
     dataset_splits: list[str] = setting(
         ["train_prefs"],
         "splits to load (run_sft.py, run_online.py: train); add test_prefs to evaluate",
+        set_by_run=True,
+    )
+    dataset_configs: list[str] = setting(
+        [],
+        "configuration of each data set of dataset_mixer, in order; or write 'path:configuration' there",
         set_by_run=True,
     )
     preprocessing_num_workers: int = setting(1, "processes that encode the data", ge=1, recorded=False)
@@ -51,6 +57,15 @@ class DataConfig:
         check_settings(self)
         if self.template_date is not None:
             parse_date(self.template_date)
+        if self.dataset_configs and len(self.dataset_configs) != len(self.dataset_mixer):
+            raise InputError(
+                f"dataset_configs names {len(self.dataset_configs)} configurations for {len(self.dataset_mixer)} data sets: name "
+                "one for each data set of dataset_mixer"
+            )
+        if self.dataset_configs:
+            named = zip(self.dataset_mixer.items(), self.dataset_configs, strict=True)
+            mixer = {with_config(source, config): fraction for (source, fraction), config in named}
+            object.__setattr__(self, "dataset_mixer", mixer)
         if self.max_length <= self.max_prompt_length:
             raise InputError(
                 f"max_prompt_length is {self.max_prompt_length} and max_length {self.max_length}: "

@@ -11,7 +11,6 @@ from spin.alignment.core.errors import InputError
 from spin.alignment.data.chat_template import ChatTemplate, json_value, template_turn
 from spin.alignment.data.control_tokens import ControlTokens
 from spin.alignment.data.end_of_turn import end_of_turn_id
-from spin.alignment.data.formats import Message
 from spin.alignment.data.thoughts import (
     OpenedThought,
     behind_thought,
@@ -19,6 +18,7 @@ from spin.alignment.data.thoughts import (
     leading_thought,
     opened_thought,
 )
+from spin.alignment.data.turns import Message
 
 SystemPolicy = Literal["keep", "fold"]
 SYSTEM_POLICIES: tuple[SystemPolicy, ...] = ("keep", "fold")

@@ -2,91 +2,167 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from spin.alignment.core.errors import InputError
-from spin.alignment.core.provenance import hash_text
+from spin.alignment.data.columns import (
+    EXTRA_COLUMNS,
+    LABEL_COLUMNS,
+    REASONING_KEYS,
+    SYSTEM_COLUMNS,
+    Record,
+    RowNotes,
+    check_turn_key,
+    is_empty,
+    other_columns,
+    read_extra_columns,
+    to_json,
+)
+from spin.alignment.data.foreign_forms import FOREIGN_FORMS
+from spin.alignment.data.row_ids import source_id
+from spin.alignment.data.turns import (
+    TURN_KEYS,
+    Message,
+    check_conversation,
+    json_list,
+    prompt_hash,
+    prompt_turns,
+    read_turns,
+    take_context_marks,
+    text_turn,
+)
 
-Message = dict[str, str]
 Turns = Literal["last", "all"]
-_SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+# Columns of prompt rows that exist only in files in which some row has them.
+CARRIED_COLUMNS = ("tools", "chat_template_kwargs", EXTRA_COLUMNS)
+# Columns that may contain the prompt of a preference row, in this order.
+_PROMPT_COLUMNS = ("prompt", "instruction", "question", "conversations", "messages")
+_TRANSCRIPT_TURN = re.compile(r"\n\n(Human|Assistant):[ ]?")
 
 
 @dataclass(frozen=True)
 class Conversation:
     """A prompt and its ground truth: ``messages`` ends with the assistant turn to be played against.
 
-    Without a ground truth, ``messages`` is the prompt alone and ends with a user turn.
+    Without a ground truth, ``messages`` is the prompt alone and ends with a user (or tool) turn.
+
+    Attributes:
+        tools, chat_template_kwargs: JSON texts that the chat template reads, or None.
+        extra_columns: the row's other columns, for scorers.
     """
 
     prompt_id: str
     messages: list[Message]
+    tools: str | None = None
+    chat_template_kwargs: str | None = None
+    extra_columns: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def hash(self) -> str:
+        """A hash of everything that the prompt consists of."""
+        return prompt_hash(prompt_turns(self.messages), self.tools, self.chat_template_kwargs)
+
+    def row(self) -> dict[str, Any]:
+        """Return the prompt row: ``prompt_id``, ``chosen``, and those of :data:`CARRIED_COLUMNS` that it has."""
+        extra = to_json(self.extra_columns) if self.extra_columns else None
+        carried = dict(zip(CARRIED_COLUMNS, (self.tools, self.chat_template_kwargs, extra), strict=True))
+        columns = {name: value for name, value in carried.items() if value is not None}
+        return {"prompt_id": self.prompt_id, "chosen": self.messages, **columns}
 
 
 def _messages_form(record: Mapping[str, Any], where: str) -> list[Message]:
-    return _as_messages(record["messages"], where, "messages")
+    return read_turns(record["messages"], where, "messages")
 
 
 def _real_form(record: Mapping[str, Any], where: str) -> list[Message]:
-    return _as_messages(record["real"], where, "real")
+    return read_turns(record["real"], where, "real")
 
 
-def _chosen_form(record: Mapping[str, Any], where: str) -> list[Message]:
+def _chosen_form(record: Record, where: str) -> list[Message]:
     return whole_conversation(record, "chosen", where)
 
 
-def whole_conversation(record: Mapping[str, Any], column: str, where: str) -> list[Message]:
-    """Return the conversation in ``column``: as it is if complete, otherwise the column ``prompt`` followed by it."""
-    response, prompt = record[column], record.get("prompt")
-    tail = _message_list(response, "assistant", where, column)
-    if prompt is None or (tail and tail[0]["role"] != "assistant"):
+def whole_conversation(record: Record, column: str, where: str) -> list[Message]:
+    """Return the conversation in ``column``: as it is if complete, otherwise the row's prompt followed by it.
+
+    The prompt is in one of the columns prompt, instruction (with input), question, conversations, messages. A text without any
+    of them may be a transcript of ``Human:`` and ``Assistant:``.
+    """
+    tail = message_list(record[column], "assistant", where, column)
+    if tail and tail[0]["role"] != "assistant":
+        _check_same_prompt(tail, record, where, column)
         return tail
-    return _message_list(prompt, "user", where, "prompt") + tail
+    prompt = next((name for name in _PROMPT_COLUMNS if record.get(name) is not None), None)
+    if prompt is None:
+        text = record[column]
+        return _transcript(text) if isinstance(text, str) and text.lstrip().startswith("Human:") else tail
+    if prompt == "instruction":
+        return [*_alpaca_prompt(record, where), *tail]
+    return message_list(record[prompt], "user", where, prompt) + tail
 
 
-def _message_list(value: Any, role: str, where: str, column: str) -> list[Message]:
-    return [_message(role, value)] if isinstance(value, str) else _as_messages(value, where, column)
+def _check_same_prompt(messages: list[Message], record: Record, where: str, column: str) -> None:
+    """Refuse turns in the column ``prompt`` that a whole conversation does not start with; a text is a copy of one turn."""
+    if not isinstance(record.row.get("prompt"), list | tuple):
+        return
+    prompt = read_turns(record["prompt"], where, "prompt")
+    if prompt and [dict(turn) for turn in prompt] != messages[: len(prompt)]:
+        raise InputError(
+            f"{where}: '{column}' is a whole conversation, but does not start with the turns in 'prompt': keep one of the two"
+        )
+
+
+def _transcript(text: str) -> list[Message]:
+    """Read a dialogue in the form of Anthropic's HH data: paragraphs that start with ``Human:`` or ``Assistant:``."""
+    _, *parts = _TRANSCRIPT_TURN.split("\n\n" + text.lstrip())
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [text_turn(roles[speaker], said) for speaker, said in zip(parts[::2], parts[1::2], strict=True)]
+
+
+def message_list(value: Any, role: str, where: str, column: str) -> list[Message]:
+    """Return a text as one turn of ``role``, and a list of turns as it is."""
+    return [text_turn(role, value)] if isinstance(value, str) else read_turns(value, where, column)
 
 
 def _prompt_response_form(record: Mapping[str, Any], where: str) -> list[Message]:
     column = "response" if "response" in record else "completion"
-    head = _message_list(record["prompt"], "user", where, "prompt")
-    return head + _message_list(record[column], "assistant", where, column)
+    head = message_list(record["prompt"], "user", where, "prompt")
+    return head + message_list(record[column], "assistant", where, column)
 
 
-def _alpaca_form(record: Mapping[str, Any], where: str) -> list[Message]:
+def _alpaca_prompt(record: Mapping[str, Any], where: str) -> list[Message]:
+    messages = []
+    history = record.get("history") or []
+    for turn in history if isinstance(history, list | tuple) else [history]:
+        if not isinstance(turn, list | tuple) or len(turn) != 2:
+            raise InputError(f"{where}: 'history' must contain [question, answer] pairs: correct the row")
+        messages += [text_turn("user", turn[0]), text_turn("assistant", turn[1])]
+    parts = [record.get(column) for column in ("instruction", "input")]
     for column in ("instruction", "input"):
         if not isinstance(record.get(column, ""), str | None):
             raise InputError(f"{where}: '{column}' is {type(record[column]).__name__}, not text: correct the row")
-    messages = [_message("system", record["system"])] if record.get("system") else []
-    for turn in record.get("history") or []:
-        if not isinstance(turn, list | tuple) or len(turn) != 2:
-            raise InputError(f"{where}: 'history' must contain [question, answer] pairs: correct the row")
-        messages += [_message("user", turn[0]), _message("assistant", turn[1])]
-    question = "\n\n".join(part for part in (record["instruction"], record.get("input")) if part)
-    return [*messages, _message("user", question), _message("assistant", record["output"])]
+    return [*messages, text_turn("user", "\n\n".join(part for part in parts if part))]
+
+
+def _alpaca_form(record: Mapping[str, Any], where: str) -> list[Message]:
+    return [*_alpaca_prompt(record, where), text_turn("assistant", record["output"])]
 
 
 def _sharegpt_form(record: Mapping[str, Any], where: str) -> list[Message]:
-    messages = []
-    for turn in _as_list(record["conversations"], where, "conversations"):
-        if not isinstance(turn, Mapping) or "from" not in turn or "value" not in turn:
-            raise InputError(f"{where}: 'conversations' must contain turns with 'from' and 'value': correct the row")
-        speaker = str(turn["from"])
-        if speaker not in _SHAREGPT_ROLES:
-            raise InputError(f"{where}: unknown speaker '{speaker}': use one of {', '.join(sorted(_SHAREGPT_ROLES))}")
-        messages.append(_message(_SHAREGPT_ROLES[speaker], turn["value"]))
-    return messages
+    return read_turns(record["conversations"], where, "conversations")
 
 
 def _question_answer_form(record: Mapping[str, Any], where: str) -> list[Message]:
-    return [_message("user", record["question"]), _message("assistant", record["answer"])]
+    return [text_turn("user", record["question"]), text_turn("assistant", record["answer"])]
 
 
 # Columns that identify a format -> its reader. The order matters: the first format whose columns are all present is used.
-FORMATS: dict[tuple[str, ...], Callable[[Mapping[str, Any], str], list[Message]]] = {
+# A column that no reader reads is checked, carried or ignored as ``columns.py`` says.
+FORMATS: dict[tuple[str, ...], Callable[[Record, str], list[Message]]] = {
     ("real",): _real_form,
     ("chosen",): _chosen_form,
     ("messages",): _messages_form,
@@ -99,120 +175,188 @@ FORMATS: dict[tuple[str, ...], Callable[[Mapping[str, Any], str], list[Message]]
 
 
 def to_conversations(
-    record: Mapping[str, Any], where: str, turns: Turns = "last", ground_truth_required: bool = True
+    row: Mapping[str, Any],
+    where: str,
+    turns: Turns = "last",
+    ground_truth_required: bool = True,
+    notes: RowNotes | None = None,
 ) -> list[Conversation]:
     """Convert one raw row to the conversations to be played: up to the last assistant turn, or one for each (``turns="all"``).
 
-    A user turn after the last assistant turn has no answer to learn from and is dropped. With ``ground_truth_required=False`` a
-    row may lack the ground truth: a conversation without an assistant turn, or a column ``prompt`` alone (text, or turns
-    that end with the user's) whose answer columns are absent or null.
+    Turns after the last answer have none to learn from and are dropped, and so is an answer whose turn has the weight 0. With
+    ``ground_truth_required=False`` a row may lack the ground truth: a conversation without an assistant turn, or a column
+    ``prompt`` alone (text, or turns that end with the user's) whose answer columns are absent or null. A row whose label is false
+    (an unpaired bad response) has no ground truth: it gives no conversation and is counted in ``notes``.
 
     Raises:
-        InputError: the format is unknown, a turn is empty or not text, roles do not alternate, or there is no assistant turn.
+        InputError: the format is unknown, a column would change what is trained, a turn is empty or not text, roles do not
+            alternate, or there is no assistant turn.
     """
-    prompt_only = not ground_truth_required and _is_prompt_only(record)
-    messages = _prompt_form(record, where) if prompt_only else _read_form(record, where)
+    row = _under_known_names(row, where)
+    record, notes = Record(row), notes or RowNotes()
+    if read_label(record, where) is False:
+        notes.label_false += 1
+        return []
+    prompt_only = not ground_truth_required and _is_prompt_only(row)
+    messages = with_system(_prompt_form(record, where) if prompt_only else _read_form(record, where), record, where)
+    context_only = take_context_marks(messages)
     # A column ``prompt`` alone is kept as it is: its last user turn is the question.
-    trails = len(messages) > 1 and messages[-1]["role"] == "user" and messages[-2]["role"] == "assistant"
-    if trails and not prompt_only:
-        messages = messages[:-1]
+    if not prompt_only:
+        messages = _until_last_answer(messages)
+        _add_reasoning(messages, record, where)
     check_conversation(messages, where, ground_truth_required)
-    own_id = record.get("prompt_id", record.get("id"))
-    ends = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    if messages[-1]["role"] == "user":
-        return [Conversation(prompt_hash(messages) if own_id in (None, "") else str(own_id), messages)]
-    if turns == "last":
+    carried = template_columns(record, where)
+    extra = read_extra_columns(record.get(EXTRA_COLUMNS), where) | other_columns(record, where, notes)
+    check_turn_keys(record, where, notes)
+    ends = [index for index, turn in enumerate(messages) if turn["role"] == "assistant" and index not in context_only]
+    if messages[-1]["role"] != "assistant":
+        ends = [len(messages) - 1]
+    elif not ends:
+        raise InputError(f"{where} has no assistant turn to train on, all of them have weight 0: remove the row")
+    elif turns == "last":
         ends = ends[-1:]
+    own_id = source_id(row, where)
     conversations = []
     for number, end in enumerate(ends):
         played = messages[: end + 1]
-        name = prompt_hash(played[:-1]) if own_id in (None, "") else str(own_id)
         # Several conversations of one row would share its id; hashed ids differ by themselves.
-        suffix = f"#{number}" if turns == "all" and own_id not in (None, "") and len(ends) > 1 else ""
-        conversations.append(Conversation(name + suffix, played))
+        suffix = f"#{number}" if turns == "all" and len(ends) > 1 else ""
+        hashed = prompt_hash(prompt_turns(played), *carried)
+        name = f"{own_id}{suffix}" if own_id else hashed
+        conversations.append(Conversation(name, played, *carried, extra))
     return conversations
 
 
-def _is_prompt_only(record: Mapping[str, Any]) -> bool:
-    forms = (columns for columns in FORMATS if all(record.get(column) is not None for column in columns))
-    return record.get("prompt") is not None and next(forms, None) is None
+def _under_known_names(row: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """Return a row in a form of another tool (``foreign_forms.py``) under the names that :data:`FORMATS` reads."""
+    if any(all(column in row for column in columns) for columns in FORMATS):
+        return row
+    for columns, rename in FOREIGN_FORMS.items():
+        if all(column in row for column in columns):
+            return rename(row, where)
+    return row
+
+
+def _until_last_answer(messages: list[Message]) -> list[Message]:
+    """Drop what follows the last answer: a user turn, the replies of tools, or both."""
+    roles = [message["role"] for message in messages]
+    if "assistant" not in roles:
+        return messages
+    if roles[-1] == "assistant":
+        return messages
+    end = len(roles) - roles[::-1].index("assistant")
+    return (
+        messages[:end] if re.fullmatch(r"(tool )*(user )?", "".join(f"{role} " for role in roles[end:])) else messages
+    )
+
+
+def _is_prompt_only(row: Mapping[str, Any]) -> bool:
+    forms = (columns for columns in FORMATS if all(row.get(column) is not None for column in columns))
+    return row.get("prompt") is not None and next(forms, None) is None
 
 
 def _prompt_form(record: Mapping[str, Any], where: str) -> list[Message]:
-    return _message_list(record["prompt"], "user", where, "prompt")
+    return message_list(record["prompt"], "user", where, "prompt")
 
 
-def _read_form(record: Mapping[str, Any], where: str) -> list[Message]:
+def _read_form(record: Record, where: str) -> list[Message]:
     for columns, reader in FORMATS.items():
         # Present is enough, even if null: the reader then names the row instead of guessing another format.
         if all(column in record for column in columns):
             return reader(record, where)
-    known = ", ".join("+".join(columns) for columns in FORMATS)
+    known = ", ".join("+".join(columns) for columns in (*FORMATS, *FOREIGN_FORMS))
+    if "prompt" in record:
+        known += "; or keep prompts without an answer (spin/reformat.py --allow_prompts)"
     raise InputError(f"{where} has the columns {', '.join(record) or '(none)'}: rename them to one of {known}")
 
 
-def prompt_turns(conversation: Sequence[Message]) -> list[Message]:
-    """Return the prompt of a prompt row's conversation: all but the last turn, or all of it if there is no ground truth."""
-    return list(conversation if conversation[-1]["role"] == "user" else conversation[:-1])
-
-
-def prompt_hash(prompt: Sequence[Message]) -> str:
-    """Return an id for a prompt whose row has none: a hash of its messages."""
-    return hash_text(*(part for message in prompt for part in (message["role"], message["content"])))
-
-
-def check_conversation(messages: Sequence[Message], where: str, ground_truth_required: bool = True) -> None:
-    """Check the row contract: an optional system turn, then alternating user and assistant turns, ending with the assistant
-    (or, unless ``ground_truth_required``, with the user).
+def with_system(messages: list[Message], record: Mapping[str, Any], where: str) -> list[Message]:
+    """Return the conversation with the system prompt of the row's own column, if it has one.
 
     Raises:
-        InputError: it does not hold; the error names ``where`` and the violation.
+        InputError: it is not text, or the conversation or another column has a different one.
     """
-    roles = [message["role"] for message in messages]
-    if "assistant" not in roles and ground_truth_required:
-        raise InputError(
-            f"{where} has no assistant turn: there is no ground truth to learn from; remove or complete the row"
-        )
-    body = roles[1:] if roles[:1] == ["system"] else roles
-    expected = (["user", "assistant"] * (len(body) // 2 + 1))[: len(body)]
-    if not body or body != expected or (ground_truth_required and len(body) % 2):
-        raise InputError(
-            f"{where} has the role order {' '.join(roles) or '(no turns)'}: it must be [system] user assistant [user "
-            "assistant ...]"
-        )
-    for number, message in enumerate(messages):
-        if not isinstance(message["content"], str):
-            kind = type(message["content"]).__name__
-            raise InputError(f"{where} has {kind} instead of text in turn {number}: correct the row")
-        if not message["content"].strip() and message["role"] != "system":
-            raise InputError(f"{where} has an empty {message['role']} turn (turn {number}): remove or complete the row")
-        if not _is_unicode(message["content"]):
-            raise InputError(f"{where} has an unpaired surrogate (half a character) in turn {number}: correct the row")
+    found = {name: record[name] for name in SYSTEM_COLUMNS if not is_empty(record.get(name))}
+    if not found:
+        return messages
+    name, text = next(iter(found.items()))
+    if not isinstance(text, str):
+        raise InputError(f"{where}: '{name}' is {type(text).__name__}, not text: correct the row")
+    own = [message["content"] for message in messages[:1] if message["role"] == "system"]
+    if any(other != text for other in (*found.values(), *own)):
+        both = " and ".join([*found, *(["a system turn"] if own else [])])
+        raise InputError(f"{where} has different system prompts ({both}): keep one of them")
+    return messages if own else [text_turn("system", text), *messages]
 
 
-def _is_unicode(text: str) -> bool:
-    # JSON can escape an unpaired surrogate ("\ud83d"), which Python accepts but parquet cannot store.
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+def _add_reasoning(messages: list[Message], record: Mapping[str, Any], where: str) -> None:
+    """Put the thoughts that stand in a column of their own into the answer, if the conversation ends with one."""
+    if not messages or messages[-1]["role"] != "assistant":
+        return
+    for name in REASONING_KEYS:
+        text = record.get(name)
+        if is_empty(text):
+            continue
+        if not isinstance(text, str):
+            raise InputError(f"{where}: '{name}' is {type(text).__name__}, not text: correct the row")
+        if messages[-1].setdefault("reasoning_content", text) != text:
+            raise InputError(f"{where} has different thoughts in '{name}' and elsewhere in the row: keep one of them")
 
 
-def _message(role: str, content: Any) -> Message:
-    return {"role": role, "content": content}
+def check_turn_keys(record: Record, where: str, notes: RowNotes) -> None:
+    """Check the keys of all turns in the columns that were read, and note those that are ignored.
+
+    Raises:
+        InputError: a key would change what is trained; it is named.
+    """
+    for name in record.used:
+        value = record.row[name]
+        for turn in value if isinstance(value, list | tuple) else [value]:
+            if not isinstance(turn, Mapping) or not ({"role", "from"} & turn.keys()):
+                continue
+            for key in turn.keys() - TURN_KEYS:
+                if not is_empty(turn[key]):
+                    check_turn_key(key, turn[key], where)
+                    notes.turn_keys.add(key)
 
 
-def _as_list(value: Any, where: str, column: str) -> list[Any]:
-    if not isinstance(value, list | tuple):
-        raise InputError(f"{where}: '{column}' is {type(value).__name__}, not a list of turns: correct the column")
-    return list(value)
+def template_columns(record: Mapping[str, Any], where: str) -> tuple[str | None, str | None]:
+    """Return the columns ``tools`` (or ``functions``) and ``chat_template_kwargs`` as JSON text, None where there are none.
+
+    Raises:
+        InputError: they are not lists of objects, or an object.
+    """
+    tools = json_list(record.get("tools"), where, "tools", dict)
+    functions = json_list(record.get("functions"), where, "functions", _as_function)
+    if tools and functions:
+        raise InputError(f"{where} has both tools and functions: keep tools")
+    settings = json_list(record.get("chat_template_kwargs"), where, "chat_template_kwargs", dict)
+    # One object is read as a list of one.
+    values = json.loads(settings) if settings else [None]
+    if len(values) != 1:
+        raise InputError(f"{where}: 'chat_template_kwargs' is not one object: correct the row")
+    return tools or functions, json.dumps(values[0], ensure_ascii=False) if values[0] else None
 
 
-def _as_messages(value: Any, where: str, column: str) -> list[Message]:
-    messages = []
-    for turn in _as_list(value, where, column):
-        if not isinstance(turn, Mapping) or "role" not in turn or "content" not in turn:
-            raise InputError(f"{where}: '{column}' must contain turns with 'role' and 'content': correct the row")
-        messages.append(_message(str(turn["role"]), turn["content"]))
-    return messages
+def _as_function(function: Mapping[str, Any]) -> dict[str, Any]:
+    return {"type": "function", "function": dict(function)}
+
+
+def read_label(record: Mapping[str, Any], where: str) -> bool | None:
+    """Return whether the response of an unpaired preference row is good; None if the row has no label.
+
+    Raises:
+        InputError: the label is neither true nor false.
+    """
+    for name in LABEL_COLUMNS:
+        value = record.get(name)
+        if isinstance(value, str) and value.strip().lower() in ("true", "false"):
+            value = value.strip().lower() == "true"
+        if isinstance(value, bool):
+            return value
+        if not is_empty(value):
+            raise InputError(
+                f"{where} has '{name}' {value!r}, which is neither true nor false: use true for a good and false for a bad "
+                f"response, rename the column, or remove it (spin/reformat.py --ignore_columns {name})"
+            )
+    return None

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,29 +10,35 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from spin.alignment.core.errors import InputError
-from spin.alignment.core.parquet import open_parquet, read_batches
+from spin.alignment.core.parquet import batch_rows, open_parquet, read_batches
 from spin.alignment.core.provenance import METADATA_KEY, Provenance, read_provenance
-from spin.alignment.core.sides import INITIAL, SIDES
-from spin.alignment.data.formats import Message, check_conversation, prompt_hash, whole_conversation
-from spin.alignment.data.rows import LABEL_TYPE, OPTIONAL_COLUMNS, PREFERENCE_SCHEMA
+from spin.alignment.data.column_types import joined
+from spin.alignment.data.foreign_forms import FOREIGN_PAIR_COLUMNS
+from spin.alignment.data.mixture import pieces_of
+from spin.alignment.data.preference_forms import (
+    OWN_COLUMNS,
+    check_own_columns,
+    check_pair,
+    converted_table,
+    suspect_columns,
+)
 from spin.alignment.data.source_files import read_records, split_files
+from spin.alignment.data.source_names import is_local
+from spin.alignment.data.split_names import preference_split
+from spin.alignment.data.turns import Message, present_fields
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 
-# Columns that mark rows in the format of docs/data_format.md.
-OWN_COLUMNS = frozenset({"prompt_id", "sample_index", "chosen", "rejected"})
-
-# Columns of TRL's data sets that change what a template makes of a conversation.
-PROMPT_COLUMNS = ("tools", "chat_template_kwargs", "image", "images", "videos")
+_CHECKED = sorted(OWN_COLUMNS)
 
 
 def split_prompt(chosen: Sequence[Message], rejected: Sequence[Message]) -> list[Message]:
     """Return the prompt of a pair: the common prefix of both conversations, excluding the last turn of each."""
     prompt: list[Message] = []
     for ours, theirs in zip(chosen[:-1], rejected[:-1], strict=False):
-        if ours != theirs:
+        if present_fields(ours) != present_fields(theirs):
             break
         prompt.append(ours)
     return prompt
@@ -42,8 +47,8 @@ def split_prompt(chosen: Sequence[Message], rejected: Sequence[Message]) -> list
 def load_preferences(path: str | Path, split: str) -> Dataset:
     """Load the preference rows of a split (``train`` is the same as ``train_prefs``) in the format of docs/data_format.md.
 
-    The original's ``real``/``generated`` columns, rows with a column ``prompt``, and rows without ids or token ids are
-    accepted: a missing ``prompt_id`` becomes the hash of the prompt, a missing ``sample_index`` counts the rows of a prompt.
+    Rows in the forms of ``preference_forms.py`` and ``foreign_forms.py`` and rows without ids or token ids are accepted: a
+    missing ``prompt_id`` becomes the hash of the prompt, a missing ``sample_index`` counts the rows of a prompt.
 
     Raises:
         InputError: a file is missing or damaged, a column is missing, a row violates the contract, a sample appears twice,
@@ -52,8 +57,8 @@ def load_preferences(path: str | Path, split: str) -> Dataset:
     from datasets import Dataset
 
     path = str(path)
-    tables = _preference_tables(path, split)
-    table = pa.concat_tables(tables, promote_options="default")
+    tables = _preference_tables(path, preference_split(split))
+    table = joined([table for _, table in tables], [name for name, _ in tables])
     if table.num_rows == 0:
         raise InputError(f"{path} contains no pairs of the split '{split}': generate and convert some first")
     _check_repeated(table, path)
@@ -78,27 +83,29 @@ def to_preferences(rows: Dataset, name: str) -> Dataset:
     if len(rows) == 0:
         raise InputError(f"{name} has no rows: give at least one pair")
     rows = rows.with_format(None)
-    if set(rows.column_names) >= OWN_COLUMNS:
+    if set(rows.column_names) >= OWN_COLUMNS and FOREIGN_PAIR_COLUMNS.isdisjoint(rows.column_names):
+        check_own_columns(((f"{name} row {number}", row) for number, row in enumerate(rows)), rows.column_names)
         for number, row in enumerate(rows):
             check_pair(row["chosen"], row["rejected"], f"{name} row {number}", row.get("chosen_token_ids") is not None)
     else:
-        rows = Dataset(_converted_table(((f"{name} row {number}", row) for number, row in enumerate(rows)), name))
+        rows = Dataset(converted_table(((f"{name} row {number}", row) for number, row in enumerate(rows)), name))
     _check_repeated(rows.with_format("arrow")[:], name)
     return rows
 
 
-def _preference_tables(path: str, split: str) -> list[pa.Table]:
-    if not Path(path).exists():  # the name of a data set on the Hub
-        return [_converted_table(read_records(path, split.removesuffix("_prefs")), path)]
+def _preference_tables(path: str, split: str) -> list[tuple[str, pa.Table]]:
+    """Return the pairs of each file of a split, with the name of the file."""
+    if not is_local(path):  # a data set on the Hub, or a path that read_records() refuses
+        return [(path, converted_table(read_records(path, split), path))]
     tables = []
-    files = split_files(Path(path), split.removesuffix("_prefs"))
+    files = split_files(path, split)
     _check_one_provenance(files)
     for file in files:
         columns = set(open_parquet(file).schema_arrow.names) if file.suffix == ".parquet" else set()
-        if columns >= OWN_COLUMNS:
-            tables.append(_own_table(file))
+        if columns >= OWN_COLUMNS and columns.isdisjoint(FOREIGN_PAIR_COLUMNS):
+            tables.append((str(file), _own_table(file)))
         else:
-            tables.append(_converted_table(read_records(str(file), None), str(file)))
+            tables.append((str(file), converted_table(read_records(str(file), None), str(file))))
     return tables
 
 
@@ -119,7 +126,7 @@ def _check_one_provenance(files: Sequence[Path]) -> None:
 
 def conversion_record(path: str, split: str) -> dict[str, Any]:
     """Return what the files of a split say of their conversion (``extra`` of the provenance); empty for files from elsewhere."""
-    files = split_files(Path(path), split.removesuffix("_prefs")) if Path(path).exists() else []
+    files = split_files(path, preference_split(split)) if is_local(path) else []
     for file in files:
         schema = open_parquet(file).schema_arrow if file.suffix == ".parquet" else pa.schema([])
         if METADATA_KEY in (schema.metadata or {}):
@@ -129,66 +136,23 @@ def conversion_record(path: str, split: str) -> dict[str, Any]:
 
 def _own_table(file: Path) -> pa.Table:
     batches, row = [], 0
+    suspect = suspect_columns(open_parquet(file).schema_arrow.names)
     for batch in read_batches(file):
+        found = batch.select(suspect).to_pylist() if suspect else []
+        check_own_columns(((f"{file} row {row + place}", values) for place, values in enumerate(found)), suspect)
         # Sampled ids mark a chosen response that a model generated, which may be empty.
         sampled = batch.column("chosen_token_ids") if "chosen_token_ids" in batch.schema.names else None
         own = sampled.is_valid().to_pylist() if sampled is not None else [False] * batch.num_rows
-        for pair, is_own in zip(batch.select(["chosen", "rejected"]).to_pylist(), own, strict=True):
+        for pair, is_own in zip(batch_rows(batch.select(_CHECKED), file), own, strict=True):
+            for name in ("prompt_id", "sample_index"):
+                if pair[name] is None:
+                    raise InputError(f"{file} row {row} has no {name}: give every row one, or remove the column")
             check_pair(pair["chosen"], pair["rejected"], f"{file} row {row}", is_own)
             row += 1
         batches.append(batch)
     schema = open_parquet(file).schema_arrow
     # Provenance is dropped here: it has been checked, and tables with different metadata cannot be concatenated.
     return pa.Table.from_batches(batches, schema).replace_schema_metadata(None)
-
-
-def _converted_table(records: Iterator[tuple[str, Mapping[str, Any]]], source: str) -> pa.Table:
-    fields = {field.name: field.type for field in PREFERENCE_SCHEMA} | OPTIONAL_COLUMNS
-    rows, samples, present = [], Counter[str](), set(OWN_COLUMNS)
-    for where, record in records:
-        row = _preference_row(record, where)
-        row.setdefault("sample_index", samples[row["prompt_id"]])
-        samples[row["prompt_id"]] += 1
-        rows.append(row)
-        present |= fields.keys() & row.keys()
-    columns = {name: kind for name, kind in fields.items() if name in present}
-    schema = pa.schema([*columns.items(), *((name, LABEL_TYPE) for name in _label_columns(rows, fields))])
-    try:
-        return pa.Table.from_pylist(rows, schema)
-    except pa.ArrowException as error:
-        raise InputError(f"{source} contains a value of the wrong type ({error}): see docs/data_format.md") from error
-
-
-def _label_columns(rows: Sequence[Mapping[str, Any]], known: Iterable[str]) -> list[str]:
-    """Return the columns ``chosen_X`` and ``rejected_X`` that hold a number, or nothing, in every row: labels of a response."""
-    names = {name for row in rows for name in row if name.startswith(tuple(f"{side}_" for side in SIDES))} - {*known}
-    numbers = {name for name in names if all(_is_number(row.get(name)) for row in rows)}
-    return sorted(name for name in numbers if {f"{side}_{name.partition('_')[2]}" for side in SIDES} <= numbers)
-
-
-def _is_number(value: Any) -> bool:
-    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
-
-
-def _preference_row(record: Mapping[str, Any], where: str) -> dict[str, Any]:
-    row = {name: value for name, value in record.items() if value is not None}
-    if {"real", "generated"} <= row.keys():
-        row["chosen"], row["rejected"] = row.pop("real"), row.pop("generated")
-    for name in SIDES:
-        if name not in row:
-            raise InputError(f"{where} lacks the column '{name}': convert the data with spin/convert_data.py")
-    if isinstance(row["chosen"], str) and "prompt" not in row:
-        raise InputError(f"{where} has 'chosen' as text without 'prompt': add that column, or give conversations")
-    for name in PROMPT_COLUMNS:
-        if row.get(name):
-            raise InputError(
-                f"{where} has '{name}', which would change the prompt and is not supported: remove the column"
-            )
-    conversations = {name: whole_conversation(row, name, where) for name in (*SIDES, INITIAL) if name in row}
-    row |= conversations
-    check_pair(row["chosen"], row["rejected"], where, row.get("chosen_token_ids") is not None)
-    row["prompt_id"] = str(row.get("prompt_id") or prompt_hash(row["chosen"][:-1]))
-    return row
 
 
 def _check_repeated(table: pa.Table, path: str) -> None:
@@ -201,74 +165,23 @@ def _check_repeated(table: pa.Table, path: str) -> None:
         )
 
 
-def check_pair(chosen: Any, rejected: Any, where: str, own_chosen: bool = False) -> None:
-    """Check one pair: two conversations that differ only in their last (assistant) turn.
-
-    A response generated by a model (``rejected``, and ``chosen`` with ``own_chosen``) may be empty: the model may have
-    answered with EOS alone.
-
-    Raises:
-        InputError: the check failed; the error names ``where`` and the reason.
-    """
-    for name, messages in (("chosen", chosen), ("rejected", rejected)):
-        if not isinstance(messages, list) or not all(_is_turn(turn) for turn in messages):
-            raise InputError(f"{where}: '{name}' must contain turns with 'role' and 'content': convert the data again")
-    if own_chosen and chosen and chosen[-1]["content"] == "":
-        # A placeholder, because the row contract does not allow an empty turn.
-        check_conversation([*chosen[:-1], {**chosen[-1], "content": "EOS"}], where)
-    else:
-        check_conversation(chosen, where)
-    if not rejected or rejected[-1]["role"] != "assistant" or list(chosen[:-1]) != list(rejected[:-1]):
-        raise InputError(
-            f"{where}: 'chosen' and 'rejected' do not share a prompt: they must differ only in the last turn"
-        )
-    if not isinstance(rejected[-1]["content"], str):
-        raise InputError(f"{where}: the rejected response is not text: convert the data again")
-
-
-def _is_turn(turn: Any) -> bool:
-    return isinstance(turn, Mapping) and {"role", "content"} <= turn.keys()
-
-
 def mix_preferences(dataset_mixer: Mapping[str, float], splits: Sequence[str], seed: int) -> dict[str, Dataset]:
     """Load and mix the data sets of ``dataset_mixer`` (path -> fraction of its training rows, in (0, 1]).
 
-    Returns ``{"train": ..., "test": ...}`` with the splits named in ``splits``; test splits are used in full, as in the
+    Returns ``{"train": ..., "test": ...}`` with all splits named in ``splits``; held-out splits are used in full, as in the
     original. A column ``source`` gives the path each row came from; the training rows are shuffled with ``seed``.
 
     Raises:
-        InputError: no data set is given, a fraction is out of range, or a data set cannot be read.
+        InputError: no data set or training split is given, one is named twice or cannot be read, or a fraction is out of range.
     """
-    from datasets import concatenate_datasets
-
-    if not dataset_mixer:
-        raise InputError("dataset_mixer is empty: write at least one 'path: fraction' line")
-    for path, fraction in dataset_mixer.items():
-        if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction <= 1:
-            raise InputError(f"dataset_mixer gives {path} the fraction {fraction}: set it above 0 and at most 1")
-    mixed: dict[str, Dataset] = {}
-    for split in splits:
-        name = "test" if split.startswith("test") else "train"
-        pieces = []
-        for path, fraction in dataset_mixer.items():
-            rows = load_preferences(path, split)
-            if name == "train" and fraction < 1:
-                # A random subset, because the first rows of a data set may all be of one kind.
-                rows = rows.shuffle(seed=seed).select(range(max(1, int(fraction * len(rows)))))
-            pieces.append(rows.add_column("source", [path] * len(rows)))
-        joined = concatenate_datasets(_aligned(pieces))
-        mixed[name] = joined.shuffle(seed=seed) if name == "train" else joined
-    if "train" not in mixed:
-        raise InputError(f"dataset_splits is {list(splits)}: add a training split such as train_prefs")
-    return mixed
-
-
-def _aligned(pieces: list[Dataset]) -> list[Dataset]:
     from datasets import Dataset
 
-    columns = [{*piece.column_names} for piece in pieces]
-    if all(names == columns[0] for names in columns):
-        return pieces
-    # datasets cannot concatenate pieces with different columns; Arrow fills the missing ones with nulls.
-    union = pa.concat_tables([piece.with_format("arrow")[:] for piece in pieces], promote_options="default")
-    return [Dataset(union)]
+    found: dict[str, list[tuple[str, pa.Table]]] = {}
+    for piece in pieces_of(dataset_mixer, splits, preference_split):
+        rows = piece.selected(load_preferences(piece.source, piece.split), seed)
+        table = rows.add_column("source", [piece.source] * len(rows)).with_format("arrow")[:]
+        found.setdefault(piece.use, []).append((f"{piece.source} [{piece.split}]", table))
+    mixed = {
+        use: Dataset(joined([table for _, table in parts], [name for name, _ in parts])) for use, parts in found.items()
+    }
+    return mixed | {"train": mixed["train"].shuffle(seed=seed)}

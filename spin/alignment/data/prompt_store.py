@@ -13,8 +13,12 @@ import pyarrow as pa
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.files import atomic_file
 from spin.alignment.core.provenance import hash_texts, id_number
-from spin.alignment.data.rows import PROMPT_SCHEMA, prompt_texts, stream_prompts
+from spin.alignment.data.formats import CARRIED_COLUMNS
+from spin.alignment.data.rows import PROMPT_SCHEMA, Features, prompt_texts, stream_prompts, without_null_fields
+from spin.alignment.data.turns import OPTIONAL_FIELDS
 
+# The file has every optional field and column, because it is written before the last row has been read.
+_SCHEMA = Features({*OPTIONAL_FIELDS}, {*CARRIED_COLUMNS}).extend(PROMPT_SCHEMA)
 _ROWS = 1024  # per record batch; all batches but the last are full, so a row is found by division
 ID_MODULUS = 2**64
 
@@ -31,6 +35,7 @@ class PromptStore:
         num_rows: number of prompts.
         prompts_hash: hash of all rows in order (:func:`spin.alignment.data.rows.prompts_hash`).
         all_ids: sum of all prompt ids (:func:`ids_sum`).
+        features: the optional fields and columns that some row has.
     """
 
     def __init__(self, path: Path) -> None:
@@ -41,6 +46,7 @@ class PromptStore:
         self.num_rows: int = facts["num_rows"]
         self.prompts_hash: str = facts["prompts_hash"]
         self.all_ids: str = facts["all_ids"]
+        self.features = Features({*facts.get("fields", ())}, {*facts.get("columns", ())})
 
     @classmethod
     def open(cls, path: Path, input_dir: str, split: str) -> PromptStore:
@@ -61,20 +67,22 @@ class PromptStore:
     def create(path: Path, input_dir: str, split: str) -> None:
         """Stream the prompts of a data set to ``path`` and their count and hashes to a JSON file next to it."""
         rows = stream_prompts(input_dir, split, ground_truth_required=False)
-        count, total = 0, 0
+        count, total, features = 0, 0, Features()
 
         # Hashing, counting and writing share one pass over the data.
         def texts() -> Iterator[str]:
             nonlocal count, total
             while batch := list(islice(rows, _ROWS)):
-                writer.write_batch(pa.RecordBatch.from_pylist(batch, PROMPT_SCHEMA))
+                writer.write_batch(pa.RecordBatch.from_pylist(batch, _SCHEMA))
                 for row in batch:
                     count, total = count + 1, total + id_number(row["prompt_id"])
+                    features.add(row)
                     yield from prompt_texts(row)
 
-        with atomic_file(path) as file, pa.ipc.new_file(file, PROMPT_SCHEMA) as writer:
+        with atomic_file(path) as file, pa.ipc.new_file(file, _SCHEMA) as writer:
             digest = hash_texts(texts())
-        facts = {"num_rows": count, "prompts_hash": digest, "all_ids": f"{total % ID_MODULUS:016x}"}
+        facts: dict[str, Any] = {"num_rows": count, "prompts_hash": digest, "all_ids": f"{total % ID_MODULUS:016x}"}
+        facts |= {"fields": sorted(features.fields), "columns": sorted(features.columns)}
         with atomic_file(path.with_suffix(".json")) as file:
             file.write(json.dumps(facts).encode())
 
@@ -82,9 +90,10 @@ class PromptStore:
         return self.num_rows
 
     def row(self, index: int) -> dict[str, Any]:
-        """Return one row: ``prompt_id`` and ``chosen``, which ends with a user turn if there is no ground truth."""
+        """Return one row: ``prompt_id``, ``chosen`` (which ends with a user turn if there is no ground truth), and the columns
+        that it carries."""
         batch = self._reader.get_batch(index // _ROWS)
-        return batch.slice(index % _ROWS, 1).to_pylist()[0]
+        return without_null_fields(batch.slice(index % _ROWS, 1).to_pylist()[0])
 
     def remove(self) -> None:
         """Remove the files; processes that have them open can still read them."""

@@ -14,36 +14,53 @@ from typing import TYPE_CHECKING, Any, Literal
 from spin.alignment.core.console import say
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.settings import check_settings, recorded, setting
+from spin.alignment.data.column_mapping import column_mapping, with_columns
+from spin.alignment.data.source_names import is_local, name_and_config, with_config
 
 if TYPE_CHECKING:
     import numpy as np
 
     from spin.alignment.core.provenance import Provenance
     from spin.alignment.data.formats import Conversation
+    from spin.alignment.data.rows import Features
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReformatConfig:
     """Turn foreign SFT data into prompts with their ground truth."""
 
-    data: str = setting(help="Hub name, folder, or parquet, json or jsonl file")
+    data: str = setting(
+        help="Hub name, folder (save_to_disk and cloned repositories too), or file (docs/data_format.md)"
+    )
     output_dir: str = setting(help="folder for {split}.parquet and test.parquet")
     split: str = setting("train", "split of the source to read, and name of the file written", recorded=True)
+    config: str | None = setting(
+        None, "configuration of the data set, such as main of openai/gsm8k; or write NAME:main as data"
+    )
+    columns: dict[str, str] = setting(
+        {},
+        "columns of the source under the names of a known format, such as prompt=query response=extra.solution; applied before "
+        "the format is recognised",
+    )
     test_size: float = setting(0.0, "rows held out (a number, or a proportion below 1)", ge=0, recorded=True)
     subset: int = setting(0, "random subset of this many training rows (0: all)", ge=0, recorded=True)
     seed: int = setting(42, "seed of the subset and of the test split", recorded=True)
     turns: Literal["last", "all"] = setting("last", "assistant turns that become ground truth", recorded=True)
     skip_invalid: bool = setting(False, "skip rows that break the contract, and report them", recorded=True)
+    allow_prompts: bool = setting(False, "keep rows without an answer, as prompts without ground truth")
+    ignore_columns: list[str] = setting([], "columns of the source to leave out, for instance one that is refused")
     overwrite: bool = setting(False, "replace a different data set in the output folder")
 
     def __post_init__(self) -> None:
         check_settings(self)
+        object.__setattr__(self, "data", with_config(self.data, self.config))
+        object.__setattr__(self, "columns", column_mapping(self.columns))
         if not (self.test_size < 1 or self.test_size.is_integer()):
             raise InputError(f"test_size is {self.test_size:g}: give a whole number of rows, or a proportion below 1")
         if self.test_size and self.split == "test":
             raise InputError("split 'test' cannot hold out a test split of its own: set test_size to 0")
-        local, folder = Path(self.data), Path(self.output_dir)
-        if local.is_dir() and local.resolve() == folder.resolve():
+        local, folder = Path(name_and_config(self.data)[0]), Path(self.output_dir)
+        if is_local(self.data) and local.is_dir() and local.resolve() == folder.resolve():
             raise InputError(f"output_dir is the folder of the data, {folder}: choose another one")
 
 
@@ -69,7 +86,7 @@ def reformat(config: ReformatConfig) -> dict[str, Path]:
         rows = {path.name: open_parquet(path).metadata.num_rows for path in paths.values()}
         say(f"{folder} is already complete: {rows}")
         return paths
-    source = Source(config.data, config.split, config.turns, config.skip_invalid)
+    source = Source(config)
     selection = select(source, config.seed, config.test_size, config.subset)
     write(source, selection, config.seed, paths, provenance)
     if held_out is not None:
@@ -83,10 +100,16 @@ def make_provenance(config: ReformatConfig, paths: dict[str, Path]) -> dict[str,
     from spin.alignment.core.provenance import Provenance, hash_text
     from spin.alignment.data.source_files import split_files
 
-    local = Path(config.data)
-    content = source_hash(split_files(local, config.split)) if local.exists() else hash_text(config.data)
+    content = hash_text(config.data)
+    if is_local(config.data):
+        content = source_hash(split_files(config.data, config.split))
+    settings = recorded(config)
+    # Recorded only where they are used, so that the outputs of earlier versions are still recognised.
+    settings |= {
+        name: getattr(config, name) for name in ("columns", "allow_prompts", "ignore_columns") if getattr(config, name)
+    }
     return {
-        name: Provenance("prompts", sampling=recorded(config), prompts_hash=content, split=path.stem)
+        name: Provenance("prompts", sampling=settings, prompts_hash=content, split=path.stem)
         for name, path in paths.items()
     }
 
@@ -101,42 +124,55 @@ def tell_result(source: Source, selection: Selection, folder: Path) -> None:
     )
     for reason in source.invalid[:5]:
         say(f"  skipped: {reason}")
+    source.notes.tell(source.data)
 
 
-@dataclass
 class Source:
-    """The conversations of the input, read again in each pass, and the invalid rows that were skipped."""
+    """The conversations of the input, read again in each pass.
 
-    data: str
-    split: str
-    turns: str
-    skip_invalid: bool
+    Attributes:
+        invalid: why rows were skipped in the last pass.
+        notes: what else the rows contain.
+    """
 
-    def __post_init__(self) -> None:
+    def __init__(self, config: ReformatConfig) -> None:
+        from spin.alignment.data.columns import RowNotes
+
+        self.config, self.data = config, config.data
         self.invalid: list[str] = []
+        self.notes = RowNotes()
 
     def conversations(self) -> Iterator[tuple[str, Conversation]]:
+        from spin.alignment.data.columns import RowNotes
         from spin.alignment.data.formats import to_conversations
         from spin.alignment.data.source_files import read_records
 
-        self.invalid = []
-        for where, record in read_records(self.data, self.split):
+        self.invalid, self.notes = [], RowNotes()
+        config, left_out = self.config, {*self.config.ignore_columns}
+        unseen = {*left_out}
+        for where, record in read_records(config.data, config.split):
+            unseen -= record.keys()
+            row = {name: value for name, value in record.items() if name not in left_out} if left_out else record
             try:
-                found = to_conversations(record, where, self.turns)  # type: ignore[arg-type]
+                renamed = with_columns(row, config.columns, where)
+                found = to_conversations(renamed, where, config.turns, not config.allow_prompts, self.notes)
             except InputError as error:
-                if not self.skip_invalid:
+                if not config.skip_invalid:
                     raise
                 self.invalid.append(str(error))
                 continue
             for conversation in found:
                 yield where, conversation
+        if unseen:
+            raise InputError(f"{config.data} has no column {', '.join(sorted(unseen))}: correct ignore_columns")
 
 
 @dataclass(frozen=True)
 class Selection:
     """Which distinct prompts go where: sorted by opening, the first ``num_test`` are held out, the next ``num_train`` trained on.
 
-    ``prompts`` (sorted hashes) and ``places`` (their ranks) have the shape (distinct prompts,).
+    ``prompts`` (sorted hashes) and ``places`` (their ranks) have the shape (distinct prompts,). ``features`` are the optional
+    fields and columns that some row has.
     """
 
     prompts: np.ndarray
@@ -144,6 +180,7 @@ class Selection:
     num_test: int
     num_train: int
     num_rows: int
+    features: Features
 
     def place(self, prompt: int) -> int:
         """Return the rank of the prompt with this hash in the order of the openings."""
@@ -159,30 +196,34 @@ def keyed_hash(seed: int, text: str) -> int:
 
 def prompt_key(seed: int, conversation: Conversation) -> int:
     """Return the hash that identifies duplicate prompts."""
-    from spin.alignment.data.formats import prompt_hash
-
-    return keyed_hash(seed, prompt_hash(conversation.messages[:-1]))
+    return keyed_hash(seed, conversation.hash)
 
 
 def opening_key(seed: int, conversation: Conversation) -> int:
     """Return the hash of everything before the first answer; it determines subset and test split."""
-    from spin.alignment.data.formats import prompt_hash
+    from spin.alignment.data.turns import prompt_hash
 
     roles = [message["role"] for message in conversation.messages]
-    return keyed_hash(seed, prompt_hash(conversation.messages[: roles.index("assistant")]))
+    opening = conversation.messages[: roles.index("assistant")] if "assistant" in roles else conversation.messages
+    return keyed_hash(seed, prompt_hash(opening, conversation.tools, conversation.chat_template_kwargs))
 
 
 def select(source: Source, seed: int, test_size: float, subset: int) -> Selection:
     """First pass: rank every prompt, check that ids are unique, and draw the test split and the subset."""
     import numpy as np
 
+    from spin.alignment.data.rows import Features
+
     prompts, openings, ids = array("Q"), array("Q"), array("Q")
+    features = Features()
     for _, conversation in source.conversations():
         prompts.append(prompt_key(seed, conversation))
         openings.append(opening_key(seed, conversation))
         ids.append(keyed_hash(seed, conversation.prompt_id))
+        features.add(conversation.row())
     if not prompts:
-        raise InputError(f"{source.data} has no usable row: {source.invalid[0] if source.invalid else 'it is empty'}")
+        reason = "all have the label false" if source.notes.label_false else "it is empty"
+        raise InputError(f"{source.data} has no usable row: {source.invalid[0] if source.invalid else reason}")
     unique, first = np.unique(np.frombuffer(prompts, dtype=np.uint64), return_index=True)
     kept_ids, counts = np.unique(np.frombuffer(ids, dtype=np.uint64)[first], return_counts=True)
     if (counts > 1).any():
@@ -203,7 +244,7 @@ def select(source: Source, seed: int, test_size: float, subset: int) -> Selectio
         )
     places = np.empty(len(unique), dtype=np.uint64)
     places[order] = np.arange(len(unique), dtype=np.uint64)
-    return Selection(unique, places, num_test, num_train, len(prompts))
+    return Selection(unique, places, num_test, num_train, len(prompts), features)
 
 
 def _name_shared_id(source: Source, seed: int, shared: set[int]) -> None:
@@ -228,11 +269,12 @@ def write(
     from spin.alignment.data.rows import PROMPT_SCHEMA
 
     remove_leftovers(*paths.values())
+    schema = selection.features.extend(PROMPT_SCHEMA)
     written = np.zeros(len(selection.prompts), dtype=bool)
     with ExitStack() as stack:
         # Contexts exit in reverse order: the training file, entered first, appears last and marks completion.
         sinks = {
-            name: stack.enter_context(ParquetSink(paths[name], PROMPT_SCHEMA, provenance[name]))
+            name: stack.enter_context(ParquetSink(paths[name], schema, provenance[name]))
             for name in sorted(paths, key="test".__eq__)
         }
         batches: dict[str, list[dict[str, Any]]] = {name: [] for name in sinks}
@@ -244,7 +286,7 @@ def write(
                 continue
             written[place] = True
             name = "test" if place < selection.num_test else "train"
-            batches[name].append({"prompt_id": conversation.prompt_id, "chosen": conversation.messages})
+            batches[name].append(conversation.row())
             if len(batches[name]) == 1000:
                 sinks[name].write(batches[name])
                 batches[name] = []

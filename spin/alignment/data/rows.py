@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,8 +13,10 @@ import pyarrow as pa
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.provenance import hash_texts, id_number
 from spin.alignment.core.sides import INITIAL
-from spin.alignment.data.formats import to_conversations
+from spin.alignment.data.columns import EXTRA_COLUMNS, RowNotes, read_extra_columns
+from spin.alignment.data.formats import CARRIED_COLUMNS, Conversation, to_conversations
 from spin.alignment.data.source_files import read_records
+from spin.alignment.data.turns import OPTIONAL_FIELDS, present_fields, turn_texts
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -41,34 +44,88 @@ OPTIONAL_COLUMNS = {
     f"{INITIAL}_token_ids": pa.list_(pa.int32()),
     f"{INITIAL}_finish_reason": pa.string(),
 }
+# Columns of any row that exist only in files in which some row has them; JSON text.
+CARRIED_TYPES = dict.fromkeys(CARRIED_COLUMNS, pa.string())
 # A label of a response, such as chosen_score and rejected_score.
 LABEL_TYPE = pa.float64()
 
 
+def turns_type(fields: Iterable[str] = ()) -> pa.DataType:
+    """Return the type of a conversation whose turns have some of the optional ``fields``."""
+    known = [name for name in OPTIONAL_FIELDS if name in set(fields)]
+    return pa.list_(pa.struct([*MESSAGES.value_type, *((name, pa.string()) for name in known)]))
+
+
+def is_turns_type(found: pa.DataType) -> bool:
+    """Return whether a column contains conversations, with or without optional fields."""
+    return pa.types.is_list(found) and found in (turns_type(_fields_of(found)), MESSAGES)
+
+
+def _fields_of(found: pa.DataType) -> set[str]:
+    value = found.value_type
+    return {value.field(place).name for place in range(value.num_fields)} if pa.types.is_struct(value) else set()
+
+
+@dataclass
+class Features:
+    """Which optional fields of turns and which carried columns occur in some rows."""
+
+    fields: set[str] = field(default_factory=set)
+    columns: set[str] = field(default_factory=set)
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Note those of a row, in all of its conversations."""
+        self.columns.update(name for name in CARRIED_COLUMNS if row.get(name) is not None)
+        for name in ("chosen", "rejected", INITIAL):
+            for turn in row.get(name) or ():
+                self.fields.update(item for item in OPTIONAL_FIELDS if turn.get(item) is not None)
+
+    def extend(self, schema: pa.Schema) -> pa.Schema:
+        """Return a schema with these fields in its conversations and these columns; without any, the schema itself."""
+        wide = turns_type(self.fields)
+        kinds = [wide if item.type == MESSAGES else item.type for item in schema]
+        carried = [(name, CARRIED_TYPES[name]) for name in CARRIED_COLUMNS if name in self.columns]
+        return pa.schema([*zip(schema.names, kinds, strict=True), *carried])
+
+
 def stream_prompts(input_dir: str, split: str, ground_truth_required: bool = True) -> Iterator[dict[str, Any]]:
-    """Stream the prompts of a split with their ground truth: ``prompt_id`` (unique) and ``chosen``.
+    """Stream the prompts of a split with their ground truth: ``prompt_id`` (unique), ``chosen``, and those of
+    ``CARRIED_COLUMNS`` that the row has.
 
     ``input_dir`` is a folder, a file or a Hub name, in the project's own format or any in ``formats.py``. Unless
-    ``ground_truth_required``, a row may have no ground truth: its ``chosen`` is then the prompt and ends with a user turn.
+    ``ground_truth_required``, a row may have no ground truth: its ``chosen`` is then the prompt and ends with a user turn. What
+    is skipped, ignored or passed to scorers only is reported after the last row.
 
     Raises:
-        InputError: a row violates the row contract, or (after the last row) two rows share a prompt id.
+        InputError: a row violates the row contract, or (after the last row) two rows share a prompt id or none is left.
     """
     seen = array("Q")  # 8 bytes per prompt, where a set of ids would take about 100
-    for where, record in read_records(input_dir, split):
-        (conversation,) = to_conversations(record, where, ground_truth_required=ground_truth_required)
+    notes = RowNotes()
+    for _, conversation in _conversations(input_dir, split, ground_truth_required, notes):
         seen.append(id_number(conversation.prompt_id))
-        yield {"prompt_id": conversation.prompt_id, "chosen": conversation.messages}
+        yield conversation.row()
+    notes.tell(input_dir)
+    if not seen:
+        raise InputError(
+            f"{input_dir} has only rows with label false, which have no ground truth: give good responses too"
+        )
     unique, counts = np.unique(np.frombuffer(seen, dtype=np.uint64), return_counts=True)
     if len(unique) < len(seen):
         _name_repeated(input_dir, split, ground_truth_required, {int(number) for number in unique[counts > 1]})
 
 
+def _conversations(
+    input_dir: str, split: str, ground_truth_required: bool, notes: RowNotes
+) -> Iterator[tuple[str, Conversation]]:
+    for where, record in read_records(input_dir, split):
+        for found in to_conversations(record, where, ground_truth_required=ground_truth_required, notes=notes):
+            yield where, found
+
+
 def _name_repeated(input_dir: str, split: str, ground_truth_required: bool, numbers: set[int]) -> None:
     """Read the data a second time to find the two rows that share an id, and raise an error that names them."""
     places: dict[str, str] = {}
-    for where, record in read_records(input_dir, split):
-        (conversation,) = to_conversations(record, where, ground_truth_required=ground_truth_required)
+    for where, conversation in _conversations(input_dir, split, ground_truth_required, RowNotes()):
         if id_number(conversation.prompt_id) not in numbers:
             continue
         earlier = places.setdefault(conversation.prompt_id, where)
@@ -82,16 +139,17 @@ def _name_repeated(input_dir: str, split: str, ground_truth_required: bool, numb
 
 def load_prompts(input_dir: str, split: str, ground_truth_required: bool = True) -> Dataset:
     """Load the prompts of a split into memory (see :func:`stream_prompts`)."""
-    from datasets import Dataset, Features, Value
+    from datasets import Dataset
 
-    features = Features(
-        {"prompt_id": Value("string"), "chosen": [{"role": Value("string"), "content": Value("string")}]}
-    )
-    return Dataset.from_list(list(stream_prompts(input_dir, split, ground_truth_required)), features=features)
+    rows, features = [], Features()
+    for row in stream_prompts(input_dir, split, ground_truth_required):
+        features.add(row)
+        rows.append(row)
+    return Dataset(pa.Table.from_pylist(rows, features.extend(PROMPT_SCHEMA)))
 
 
 def to_prompt_rows(rows: Dataset, name: str) -> list[dict[str, Any]]:
-    """Return the prompt rows of a data set in memory: ``prompt_id`` and ``chosen``, as :func:`stream_prompts` yields them.
+    """Return the prompt rows of a data set in memory, as :func:`stream_prompts` yields them.
 
     A row has the prompt alone (column ``prompt``, text or turns) or its ground truth too, in any form that ``formats.py`` knows.
 
@@ -101,22 +159,48 @@ def to_prompt_rows(rows: Dataset, name: str) -> list[dict[str, Any]]:
     if len(rows) == 0:
         raise InputError(f"{name} has no rows: give at least one prompt")
     found: dict[str, dict[str, Any]] = {}
+    notes = RowNotes()
     for number, record in enumerate(rows.with_format(None)):
         where = f"{name} row {number}"
-        (conversation,) = to_conversations(record, where, ground_truth_required=False)
-        if conversation.prompt_id in found:
-            raise InputError(
-                f"{where} has the prompt id {conversation.prompt_id} of an earlier row: remove one of them"
-            )
-        found[conversation.prompt_id] = {"prompt_id": conversation.prompt_id, "chosen": conversation.messages}
+        for conversation in to_conversations(record, where, ground_truth_required=False, notes=notes):
+            if conversation.prompt_id in found:
+                raise InputError(
+                    f"{where} has the prompt id {conversation.prompt_id} of an earlier row: remove one of them"
+                )
+            found[conversation.prompt_id] = conversation.row()
+    notes.tell(name)
+    if not found:
+        raise InputError(f"{name} has only rows with label false, which have no ground truth: give good responses too")
     return list(found.values())
+
+
+def carried_columns(row: Mapping[str, Any]) -> dict[str, str]:
+    """Return the carried columns that a row has."""
+    return {name: row[name] for name in CARRIED_COLUMNS if row.get(name) is not None}
+
+
+def scorer_columns(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the columns of the source that a row carries for scorers (its column ``extra_columns``).
+
+    Raises:
+        InputError: the column is not the JSON text of an object.
+    """
+    return read_extra_columns(row.get(EXTRA_COLUMNS), f"prompt {row.get('prompt_id', '?')}")
+
+
+def without_null_fields(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a prompt row without the null fields and columns that parquet or Arrow fills in."""
+    turns = [present_fields(turn) for turn in row["chosen"]]
+    return {"prompt_id": row["prompt_id"], "chosen": turns, **carried_columns(row)}
 
 
 def prompt_texts(row: Mapping[str, Any]) -> Iterator[str]:
     """Yield every text of a prompt row, in order: the input of :func:`prompts_hash`."""
     yield row["prompt_id"]
     for turn in row["chosen"]:
-        yield from (turn["role"], turn["content"])
+        yield from turn_texts(turn)
+    for name, text in carried_columns(row).items():
+        yield from (name, text)
 
 
 def prompts_hash(prompts: Iterable[Mapping[str, Any]]) -> str:

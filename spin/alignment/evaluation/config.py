@@ -8,6 +8,7 @@ from typing import Any
 from spin.alignment.core.errors import InputError, lookup
 from spin.alignment.core.settings import check_settings, part_of, same_as, setting
 from spin.alignment.data.config import DataConfig, System
+from spin.alignment.data.source_names import with_config
 from spin.alignment.data.template_date import parse_date
 from spin.alignment.generation import BACKENDS, check_backend_settings, find_backend
 from spin.alignment.generation.base import BackendSettings, SamplingConfig
@@ -30,6 +31,9 @@ class EvaluateConfig:
         help="prompts with ground truth: folder, file or Hub name", group="prompts and scores", set_by_run=True
     )
     split: str = setting("test", "split of the data", set_by_run=True)
+    config: str | None = setting(
+        None, "configuration of the data set, such as main; or write NAME:main as input_dir", set_by_run=True
+    )
     output_file: str = setting(help="JSON file to write", set_by_run=True)
     metric: str = setting(
         "exact_match", "a rule: exact_match, math_answer, module:function, or a sum (docs/scoring.md)"
@@ -51,6 +55,7 @@ class EvaluateConfig:
         check_settings(self)
         if self.template_date is not None:
             parse_date(self.template_date)
+        object.__setattr__(self, "input_dir", with_config(self.input_dir, self.config))
         if find_backend(self.backend).needs_server:
             others = " or ".join(name for name in BACKENDS if not find_backend(name).needs_server)
             raise InputError(

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from spin.alignment.core.errors import InputError
 from spin.alignment.data.chat_encoder import template_arguments
+from spin.alignment.data.rows import scorer_columns
+from spin.alignment.data.turns import answer_text, question
 from spin.alignment.generation.base import GenerationBackend, PromptRequest, Response, SamplingConfig
+from spin.alignment.rewards.row_columns import score_response
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,12 +25,14 @@ Tell = Callable[[str], None]
 
 @dataclass(frozen=True)
 class HeldOut:
-    """One held-out prompt: its request, its text for a scorer, and the ground truth as text and ids (EOS included)."""
+    """One held-out prompt: its request, its text for a scorer, the ground truth as text and ids (EOS included), and the other
+    columns of its row for the scorer."""
 
     request: PromptRequest
     prompt: str
     ground_truth: str
     ground_truth_ids: tuple[int, ...]
+    columns: Mapping[str, Any] = field(default_factory=dict)
 
 
 def encode_held_out(
@@ -50,7 +55,8 @@ def encode_held_out(
         # Both the ground truth (for the NLL) and a response of full length must fit.
         if len(ids) + max(max_new_tokens, len(ground_truth_ids)) <= context:
             request = PromptRequest(row["prompt_id"], tuple(ids))
-            held_out.append(HeldOut(request, prompt[-1]["content"], answer["content"], tuple(ground_truth_ids)))
+            columns = scorer_columns(row)
+            held_out.append(HeldOut(request, question(prompt), answer_text(answer), tuple(ground_truth_ids), columns))
     if not held_out:
         raise InputError(
             f"no held-out prompt fits with {max_new_tokens} new tokens into the context of {context}: lower max_new_tokens"
@@ -86,7 +92,10 @@ def score_responses(
     held_out: Sequence[HeldOut], responses: Sequence[Response], texts: Sequence[str], scorer: Scorer
 ) -> dict[str, float]:
     """Return ``exact``, ``exact_se``, ``identical_rate``, ``truncation_rate``, and ``mean_length`` in tokens, EOS included."""
-    scores = [scorer(item.prompt, text, item.ground_truth) for item, text in zip(held_out, texts, strict=True)]
+    scores = [
+        score_response(scorer, item.prompt, text, item.ground_truth, item.columns)
+        for item, text in zip(held_out, texts, strict=True)
+    ]
     exact, error = mean_and_error(scores)
     same = [text.strip() == item.ground_truth.strip() for item, text in zip(held_out, texts, strict=True)]
     count = len(responses)

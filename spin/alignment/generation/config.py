@@ -9,6 +9,7 @@ from typing import Any, Literal
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.settings import check_settings, part_of, same_as, setting
 from spin.alignment.data.config import DataConfig, System
+from spin.alignment.data.source_names import with_config
 from spin.alignment.data.template_date import parse_date
 from spin.alignment.generation import BACKENDS, check_backend_settings, find_backend
 from spin.alignment.generation.base import BackendSettings, SamplingConfig
@@ -37,6 +38,9 @@ class GenerateConfig:
     )
     output_dir: str = setting(help="folder of the fractions, shared by all machines", set_by_run=True)
     split: str = setting("train", "split of the data", set_by_run=True)
+    config: str | None = setting(
+        None, "configuration of the data set, such as main; or write NAME:main as input_dir", set_by_run=True
+    )
     data_frac: int | Literal["auto"] = setting(
         0, "which fraction to generate; auto: all that are not finished yet", ge=0, set_by_run=True
     )
@@ -76,6 +80,7 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         check_settings(self)
+        object.__setattr__(self, "input_dir", with_config(self.input_dir, self.config))
         check_backend_settings(self.backend, vars(self))
         if (self.base_url is not None) != find_backend(self.backend).needs_server:
             serving = ", ".join(name for name in BACKENDS if find_backend(name).needs_server)

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from spin.alignment.core.errors import InputError
 from spin.alignment.data.chat_encoder import RowRefused, template_arguments
-from spin.alignment.data.formats import prompt_turns
 from spin.alignment.data.fractions import fraction_path, fraction_rows
 from spin.alignment.data.prompt_store import PromptStore, ids_sum
+from spin.alignment.data.rows import carried_columns
+from spin.alignment.data.turns import prompt_turns
 from spin.alignment.generation.base import PromptRequest, Response, SamplingConfig
 from spin.alignment.generation.config import GenerateConfig
 from spin.alignment.generation.fraction_journal import FractionJournal
@@ -126,6 +127,7 @@ class GenerationJob:
                 "rejected_token_ids": response.token_ids,
                 "rejected_finish_reason": response.finish_reason,
                 **({"rejected_logprobs": response.logprobs} if self.sampling.logprobs else {}),
+                **carried_columns(row),
             }
             for sample, response in enumerate(responses)
         ]

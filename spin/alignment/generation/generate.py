@@ -37,10 +37,10 @@ def expected_provenance(config: GenerateConfig, model_dir: Path, date: datetime.
     from spin.alignment.core.provenance import Provenance, hash_file, hash_text, hash_weights, package_versions
     from spin.alignment.data.end_of_turn import model_end_ids
     from spin.alignment.data.source_files import split_files
+    from spin.alignment.data.source_names import is_local
     from spin.alignment.generation import find_backend
 
-    data = Path(config.input_dir)
-    data_files = split_files(data, config.split) if data.exists() else []
+    data_files = split_files(config.input_dir, config.split) if is_local(config.input_dir) else []
     # A server chooses the weights that it loads; the local folder may contain only the tokenizer.
     has_weights = not find_backend(config.backend).needs_server or any(model_dir.glob("*.safetensors"))
     weights_hash = hash_weights(model_dir) if has_weights else ""
@@ -187,7 +187,7 @@ def make_job(
         date=date,
     )
     context = context_length(AutoConfig.from_pretrained(model_dir, trust_remote_code=config.trust_remote_code))
-    schema = GENERATED_SCHEMA
+    schema = store.features.extend(GENERATED_SCHEMA)
     if config.logprobs:
         schema = schema.append(pa.field("rejected_logprobs", OPTIONAL_COLUMNS["rejected_logprobs"]))
     return GenerationJob(

@@ -30,6 +30,8 @@ class Labeller:
         Raises:
             InputError: the scorer cannot score a response, or its labels contradict each other; the prompt is named.
         """
+        from spin.alignment.data.rows import scorer_columns
+        from spin.alignment.data.turns import answer_text
         from spin.alignment.rewards import PromptGroup
 
         ordered = [sorted(rows, key=lambda row: int(row["sample_index"])) for rows in prompts]
@@ -37,8 +39,10 @@ class Labeller:
             PromptGroup(
                 prompt_id=rows[0]["prompt_id"],
                 prompt=rows[0]["rejected"][:-1],
-                responses=[row["rejected"][-1]["content"] for row in rows],
-                reference=None if rows[0]["chosen"] is None else rows[0]["chosen"][-1]["content"],
+                responses=[answer_text(row["rejected"][-1]) for row in rows],
+                reference=None if rows[0]["chosen"] is None else answer_text(rows[0]["chosen"][-1]),
+                tools=rows[0].get("tools"),
+                columns=scorer_columns(rows[0]),
             )
             for rows in ordered
         ]

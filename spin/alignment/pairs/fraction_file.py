@@ -16,7 +16,7 @@ from spin.alignment.core.errors import InputError
 from spin.alignment.core.parquet import SKIPPED_KEY
 from spin.alignment.core.provenance import read_provenance
 from spin.alignment.data.fractions import fraction_size
-from spin.alignment.data.rows import GENERATED_SCHEMA
+from spin.alignment.data.rows import GENERATED_SCHEMA, MESSAGES, is_turns_type
 
 # Rows vary from a few bytes to a few hundred kilobytes, so a batch is limited by both.
 _BATCH_BYTES = 4 * 2**20
@@ -57,7 +57,7 @@ class Fraction:
             raise InputError(f"{self.path} is missing the columns {', '.join(sorted(missing))}: generate it again")
         for field in GENERATED_SCHEMA:
             found = self.schema.field(field.name).type
-            if found != field.type:
+            if found != field.type and not (field.type == MESSAGES and is_turns_type(found)):
                 raise InputError(
                     f"{self.path}: the column '{field.name}' is {found}, not {field.type}: generate it again"
                 )

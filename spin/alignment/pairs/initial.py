@@ -63,15 +63,20 @@ class InitialResponses:
                 )
             numbers.append(self._rows[key])
         found = self._table.take(pa.array(numbers, pa.int64())).combine_chunks()
-        columns = [column.combine_chunks() for column in found.columns]
-        return pa.RecordBatch.from_arrays([*pairs.columns, *columns], schema=with_initial(pairs.schema))
+        schema = with_initial(pairs.schema)
+        columns = [
+            column.combine_chunks().cast(schema.field(name).type)
+            for name, column in zip(found.column_names, found.columns, strict=True)
+        ]
+        return pa.RecordBatch.from_arrays([*pairs.columns, *columns], schema=schema)
 
 
 def with_initial(schema: pa.Schema) -> pa.Schema:
     """Return the schema of pairs extended by the columns of the third response."""
     from spin.alignment.data.rows import OPTIONAL_COLUMNS
 
-    return pa.schema([*schema, *(pa.field(name, OPTIONAL_COLUMNS[name]) for name in _COLUMNS.values())])
+    kinds = OPTIONAL_COLUMNS | {INITIAL: schema.field("rejected").type}  # turns may have optional fields
+    return pa.schema([*schema, *(pa.field(name, kinds[name]) for name in _COLUMNS.values())])
 
 
 def initial_record(folder: Path, split: str, made: Provenance) -> dict[str, str]:

@@ -63,9 +63,7 @@ class Selection:
         pairs = batch if self.pairing.keeps_rows else self._paired(batch, num_samples, counts)
         if self.initial is not None:
             pairs = self.initial.join(pairs)
-        identical = pc.equal(*(pc.utf8_trim_whitespace(last_contents(pairs, name)) for name in SIDES)).to_numpy(
-            zero_copy_only=False
-        )
+        identical = equal_responses(pairs).to_numpy(zero_copy_only=False)
         truncated = np.zeros(pairs.num_rows, dtype=bool)
         for name in pairs.schema.names:
             if name.endswith("_finish_reason"):
@@ -108,8 +106,23 @@ class Selection:
         return pa.RecordBatch.from_pylist(pairs, schema)
 
 
-def last_contents(batch: pa.RecordBatch, name: str) -> pa.Array:
-    """Return the text of the last turn of each conversation in a column.
+def equal_responses(batch: pa.RecordBatch) -> pa.Array:
+    """Return for each pair whether its responses are equal, ignoring leading and trailing whitespace: text, thoughts, tool calls.
+
+    Raises:
+        InputError: a conversation has no last turn, or the turn has no text.
+    """
+    chosen, rejected = (last_turns(batch, name) for name in SIDES)
+    equal = pc.equal(*(pc.utf8_trim_whitespace(pc.struct_field(turns, "content")) for turns in (chosen, rejected)))
+    for name in ("reasoning_content", "tool_calls"):
+        if name in {field.name for field in chosen.type}:
+            values = (pc.fill_null(pc.struct_field(turns, name), "") for turns in (chosen, rejected))
+            equal = pc.and_(equal, pc.equal(*(pc.utf8_trim_whitespace(value) for value in values)))
+    return equal
+
+
+def last_turns(batch: pa.RecordBatch, name: str) -> pa.Array:
+    """Return the last turn of each conversation in a column.
 
     Raises:
         InputError: a conversation has no last turn, or the turn has no text.
@@ -119,9 +132,10 @@ def last_contents(batch: pa.RecordBatch, name: str) -> pa.Array:
     if column.null_count or (np.diff(ends) < 1).any():
         number = int(np.argmax((np.diff(ends) < 1) | column.is_null().to_numpy(zero_copy_only=False)))
     else:
-        contents = pc.struct_field(column.values, "content").take(pa.array(ends[1:] - 1))
+        turns = column.values.take(pa.array(ends[1:] - 1))
+        contents = pc.struct_field(turns, "content")
         if not contents.null_count:
-            return contents
+            return turns
         number = int(np.argmax(contents.is_null().to_numpy(zero_copy_only=False)))
     prompt_id = batch.column("prompt_id")[number]
     raise InputError(f"'{name}' of prompt {prompt_id} does not end with a turn that has content: generate it again")

@@ -13,6 +13,8 @@ from spin.alignment.core.errors import InputError
 from spin.alignment.core.settings import check_settings, same_as, set_by_run, setting
 from spin.alignment.core.sides import INITIAL
 from spin.alignment.data.config import DataConfig
+from spin.alignment.data.source_names import with_config
+from spin.alignment.data.split_names import is_held_out
 from spin.alignment.data.template_date import parse_date
 from spin.alignment.evaluation.config import EvaluateConfig
 from spin.alignment.generation.config import GenerateConfig
@@ -52,6 +54,10 @@ class RunData:
     test: str = setting("", "held-out prompts; without them no model is scored")
     train_split: str = setting("train", "split of the prompts to train on")
     test_split: str = setting("test", "split of the held-out prompts")
+    config: str | None = setting(
+        None,
+        "configuration of the data sets, such as main of openai/gsm8k; or write openai/gsm8k:main where one is named",
+    )
     test_pairs: bool = setting(
         False, "also generate for the held-out prompts: training then reports its metrics on held-out pairs"
     )
@@ -65,6 +71,10 @@ class RunData:
 
     def __post_init__(self) -> None:
         check_settings(self)
+        for name in ("train", "test", "prompts"):
+            value = getattr(self, name)
+            several = [with_config(item, self.config) for item in (value if isinstance(value, list) else [value])]
+            object.__setattr__(self, name, several if isinstance(value, list) else several[0])
 
     def played(self, iteration: int = 0) -> tuple[str, str]:
         """Return the data set and the split whose prompts the model responds to in an iteration."""
@@ -144,9 +154,9 @@ class RunConfig:
             raise InputError("data.test_pairs is true but data.test is empty: name the held-out prompts")
         # The training programs recognise a held-out split by its name, as the original code does.
         for name in ("train_split", "prompts_split"):
-            if getattr(self.data, name).startswith("test"):
+            if is_held_out(getattr(self.data, name)):
                 raise InputError(
-                    f"data.{name} is {getattr(self.data, name)}: a split named test... is never trained on, rename it"
+                    f"data.{name} is {getattr(self.data, name)}: a split of that name is never trained on, rename it"
                 )
         if isinstance(self.data.prompts, list) and len(self.data.prompts) != self.iterations:
             raise InputError(
@@ -155,7 +165,7 @@ class RunConfig:
             )
         if self.data.prompts_split and not self.data.prompts:
             raise InputError("data.prompts_split is set, but data.prompts is not: name the prompts, or use train_split")
-        if self.data.test_pairs and not self.data.test_split.startswith("test"):
+        if self.data.test_pairs and not is_held_out(self.data.test_split):
             raise InputError(f"data.test_split is {self.data.test_split}: name it test... to make held-out pairs of it")
         self._check_sections()
 

@@ -111,8 +111,8 @@ def _rows(file: Path) -> Iterator[dict[str, Any]]:
 def row_problems(row: dict[str, Any], where: str, is_pair: bool, encoder: ChatEncoder | None) -> list[str]:
     """Return the violations of the row contract: turns, token ids, finish reasons, weights."""
     from spin.alignment.data.chat_encoder import template_arguments
-    from spin.alignment.data.formats import check_conversation
-    from spin.alignment.data.preferences import check_pair
+    from spin.alignment.data.preference_forms import check_pair
+    from spin.alignment.data.turns import check_conversation, prompt_turns
 
     problems = []
     try:
@@ -121,7 +121,8 @@ def row_problems(row: dict[str, Any], where: str, is_pair: bool, encoder: ChatEn
         elif is_pair:
             check_pair(row["chosen"], row["rejected"], where, row.get("chosen_token_ids") is not None)
         else:
-            check_conversation(row["chosen"], where)
+            # As written by reformat.py --allow_prompts, prompts may lack the ground truth.
+            check_conversation(row["chosen"], where, ground_truth_required=False)
     except InputError as error:
         return [str(error)]
     responses = (*SIDES, *([INITIAL] if row.get(INITIAL) else []))
@@ -131,7 +132,8 @@ def row_problems(row: dict[str, Any], where: str, is_pair: bool, encoder: ChatEn
         ]
     if encoder is not None:
         try:
-            encoder.prompt_ids(row["rejected" if is_pair else "chosen"][:-1], **template_arguments(row))
+            prompt = prompt_turns(row["rejected" if is_pair else "chosen"])
+            encoder.prompt_ids(prompt, **template_arguments(row))
         except InputError as error:
             problems.append(f"{where}: {error}")
     return problems

@@ -38,8 +38,8 @@ def check_data(config: RunConfig) -> None:
     A ground truth is required only for SFT, evaluation, and pairings that compare with it.
     """
     from spin.alignment.data.chat_encoder import RowRefused, load_encoder, template_arguments
-    from spin.alignment.data.formats import prompt_turns
     from spin.alignment.data.rows import load_prompts
+    from spin.alignment.data.turns import prompt_turns
 
     # The settings of the program that reads the prompts: run_online.py if it replaces generate.py.
     told: dict[str, Any] = {**config.generate, **(config.online or {})}

@@ -1,21 +1,23 @@
 """The interface of scorers: what they receive and return. No I/O.
 
-A rule scorer is a plain function of three texts (:class:`Scorer`). A group scorer (:class:`GroupScorer`) labels all responses to
-a prompt at once: a model needs batches, and a preference model compares the responses with each other.
+A rule scorer is a plain function of three texts and, if it asks for them, of the row's other columns (:class:`Scorer`). A group
+scorer (:class:`GroupScorer`) labels all responses to a prompt at once: a model needs batches, and a preference model compares
+the responses with each other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from spin.alignment.core.settings import setting
+from spin.alignment.data.turns import question
 from spin.alignment.models.config import Dtype
 
 
 class Scorer(Protocol):
-    """Scores one response; higher is better."""
+    """Scores one response; higher is better. Further parameters of a rule receive the columns of the row with their names."""
 
     def __call__(self, prompt: str, response: str, reference: str) -> float:
         """Return a finite number.
@@ -37,17 +39,20 @@ class PromptGroup:
         prompt: the conversation before the response: dicts with ``role`` and ``content``.
         responses: texts; sample ``i`` is ``responses[i]``.
         reference: the ground truth, or ``None``.
+        tools: JSON text of the tools of the conversation, or ``None``.
+        columns: the other columns of the row in the source, for rules.
     """
 
     prompt_id: str
     prompt: list[dict[str, str]]
     responses: list[str]
     reference: str | None = None
+    tools: str | None = None
+    columns: Mapping[str, Any] = field(default_factory=dict)
 
     def question(self) -> str:
         """Return the ``prompt`` of a rule function: the text of the last user turn, or of the last turn if there is none."""
-        turns = [turn for turn in self.prompt if turn.get("role") == "user"] or self.prompt
-        return turns[-1]["content"] if turns else ""
+        return question(self.prompt)
 
     def texts(self, with_reference: bool) -> list[str]:
         """Return the responses, followed by the ground truth if it is wanted and available."""

@@ -13,6 +13,7 @@ from spin.alignment.core.errors import InputError
 from spin.alignment.core.resolve import import_function
 from spin.alignment.rewards.base import Scorer
 from spin.alignment.rewards.math_verify import check_math_verify
+from spin.alignment.rewards.row_columns import TEXTS, score_response
 
 
 @dataclass(frozen=True)
@@ -21,16 +22,19 @@ class WeightedSum:
 
     terms: tuple[tuple[float, Scorer], ...]
 
-    def __call__(self, prompt: str, response: str, reference: str) -> float:
+    def __call__(self, prompt: str, response: str, reference: str, **columns: Any) -> float:
         # fsum rounds once, so the score does not depend on the order of the terms.
-        return math.fsum(weight * scorer(prompt, response, reference) for weight, scorer in self.terms)
+        return math.fsum(
+            weight * score_response(scorer, prompt, response, reference, columns) for weight, scorer in self.terms
+        )
 
 
 def find_rule(name: str, registry: Mapping[str, Scorer], models: Mapping[str, Any]) -> Scorer:
     """Return the function that a rule's name stands for.
 
     ``name`` is a term, or several joined by ``+``: ``[weight*]rule[:parameter=value,...]``. A rule is a name in ``registry`` or
-    ``module:function``, imported with the current folder on the path.
+    ``module:function``, imported with the current folder on the path. Parameters beyond the three texts are columns of the row
+    (see ``row_columns.py``), those with a number as default are set in the name.
 
     Args:
         models: names of scorers that are not functions, to give a helpful error.
@@ -84,7 +88,7 @@ def _find_one(rule: str, registry: Mapping[str, Scorer], models: Mapping[str, An
         if path == "math_verify":
             check_math_verify()
     elif ":" in path:
-        function = import_function(path, "scorer", takes=("prompt", "response", "reference"))
+        function = import_function(path, "scorer", takes=TEXTS, takes_more=True)
     else:
         names = ", ".join(sorted([*registry, *models]))
         raise InputError(f"unknown scorer '{path}': choose one of {names}, or write module:function")

@@ -47,10 +47,10 @@ class RewardModel:
         tokenizer = self.classifier.tokenizer
         if not tokenizer.chat_template:
             return self._encode_pair(plain_text(group.prompt), response, where)
-        ids = template_ids(tokenizer, group.prompt, response, where)
+        ids = template_ids(tokenizer, group.prompt, response, where, group.tools)
         if len(ids) > self.classifier.limit:
             start = int(bool(ids) and ids[0] == tokenizer.bos_token_id)  # truncation keeps the BOS
-            prompt = len(template_ids(tokenizer, group.prompt, None, where))
+            prompt = len(template_ids(tokenizer, group.prompt, None, where, group.tools))
             excess = self.classifier.excess(len(ids), max(0, prompt - start), where)
             ids = [*ids[:start], *ids[start + excess :]]
         return Encoded(tuple(ids), None, where)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from spin.alignment.core.errors import InputError
 from spin.alignment.rewards.base import GroupLabels, PromptGroup, Scorer
+from spin.alignment.rewards.row_columns import score_response
 
 
 def no_reference(scorer: str, prompt_id: str) -> InputError:
@@ -20,7 +21,7 @@ def no_reference(scorer: str, prompt_id: str) -> InputError:
 
 @dataclass(frozen=True)
 class RuleScorer:
-    """Labels from a function of three texts. ``name`` is its name in errors.
+    """Labels from a function of three texts and the columns that it asks for. ``name`` is its name in errors.
 
     With ``needs_reference``, prompts without a ground truth are refused: a comparison with nothing would give every response
     the same score.
@@ -50,7 +51,7 @@ class RuleScorer:
 
     def _score(self, group: PromptGroup, response: str, where: str) -> float:
         try:
-            value = self.scorer(group.question(), response, group.reference or "")
+            value = score_response(self.scorer, group.question(), response, group.reference or "", group.columns)
         except InputError as error:
             raise InputError(f"scorer {self.name} failed on {where}: {error}") from error
         except Exception as error:  # the function may be the user's own and raise anything

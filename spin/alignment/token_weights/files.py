@@ -154,11 +154,12 @@ def find_splits(input_dir: Path) -> dict[str, list[Path]]:
         InputError: there are none, or a file of a numbered set is missing.
     """
     from spin.alignment.data.source_files import split_files
+    from spin.alignment.data.split_names import preference_split
 
     names = sorted({file.name.partition("_prefs")[0] for file in input_dir.glob("*_prefs*.parquet")})
     if not names:
         raise InputError(f"{input_dir} has no files such as train_prefs-*.parquet: run spin/convert_data.py first")
-    return {name: split_files(input_dir, name) for name in names}
+    return {name: split_files(input_dir, preference_split(name)) for name in names}
 
 
 def is_done(output_dir: Path, split: str, files: Sequence[Path], facts: dict[str, Any], overwrite: bool) -> bool:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.files import read_json
+from spin.alignment.data.split_names import is_held_out
 from spin.alignment.logprobs.batch import PairDataset
 from spin.alignment.logprobs.position_kl import check_can_keep_reference
 from spin.alignment.models.folder import check_fits
@@ -33,7 +34,7 @@ class PreferenceTraining(TrainingProgram):
                 "init_from_config cannot be used here (self-play needs a trained opponent): use spin/run_sft.py"
             )
         strategy, splits = settings.arguments.eval_strategy, settings.data.dataset_splits
-        if strategy != "no" and not any(split.startswith("test") for split in splits):
+        if strategy != "no" and not any(is_held_out(split) for split in splits):
             raise InputError(
                 f"eval_strategy is {strategy}, but dataset_splits names no test split: add test_prefs to it"
             )

@@ -65,6 +65,8 @@ def to_pairs(dataset: Any, name: str, args: SPINConfig, tokenizer: Any, model: A
     if not has_rows(dataset, name):
         return dataset
     rows = to_preferences(dataset, name)
+    # A column of the data with this name has nothing to do with training.
+    rows = rows.remove_columns([column for column in rows.column_names if column == "source"])
     rows = rows.add_column("source", [name] * len(rows))
     encoder = args_encoder(args, tokenizer, model)
     encoded, dropped = encode_split(rows, encoder, args.limits, args.loss_type, args.reverse)

@@ -48,28 +48,21 @@ def encode_ground_truth(
 
 
 def load_ground_truth(settings: Settings, encoder: ChatEncoder) -> tuple[dict[str, Dataset], dict[str, int]]:
-    """Load and mix the prompts of every data set; return the encoded splits and the number of dropped rows by reason."""
+    """Load and mix the prompts of every data set; return the encoded splits and the number of dropped rows by reason.
+
+    Raises:
+        InputError: a data set or split is missing or named twice, a fraction is out of range, or a row cannot be encoded.
+    """
     from datasets import concatenate_datasets
 
+    from spin.alignment.data.mixture import pieces_of
     from spin.alignment.data.rows import load_prompts
 
-    pieces: dict[str, list[Dataset]] = {}
+    encoded: dict[str, list[Dataset]] = {}
     dropped: Counter[str] = Counter()
-    for split in settings.data.dataset_splits:
-        name = "test" if split.startswith("test") else "train"
-        for source, fraction in settings.data.dataset_mixer.items():
-            if not 0 < fraction <= 1:
-                raise InputError(
-                    f"the fraction of {source} in dataset_mixer is {fraction}: set it above 0 and at most 1"
-                )
-            prompts = load_prompts(source, split.removesuffix("_prefs"))
-            if name == "train" and fraction < 1:
-                prompts = prompts.shuffle(seed=settings.arguments.seed).select(
-                    range(max(1, int(fraction * len(prompts))))
-                )
-            encoded, lost = encode_ground_truth(prompts, encoder, settings, source)
-            pieces.setdefault(name, []).append(encoded)
-            dropped += lost
-    if "train" not in pieces:
-        raise InputError(f"dataset_splits is {settings.data.dataset_splits}: add a training split such as train")
-    return {name: concatenate_datasets(parts) for name, parts in pieces.items()}, dict(dropped)
+    for piece in pieces_of(settings.data.dataset_mixer, settings.data.dataset_splits):
+        prompts = piece.selected(load_prompts(piece.source, piece.split), settings.arguments.seed)
+        rows, lost = encode_ground_truth(prompts, encoder, settings, piece.source)
+        encoded.setdefault(piece.use, []).append(rows)
+        dropped += lost
+    return {use: concatenate_datasets(parts) for use, parts in encoded.items()}, dict(dropped)

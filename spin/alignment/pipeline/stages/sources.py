@@ -17,8 +17,9 @@ def model_source(model: str) -> Source:
 
 def data_source(path: str, split: str) -> Source:
     from spin.alignment.data.source_files import split_files
+    from spin.alignment.data.source_names import is_local
 
-    return Source(f"{path} {split}", lambda: split_files(Path(path), split) if Path(path).exists() else [])
+    return Source(f"{path} {split}", lambda: split_files(path, split) if is_local(path) else [])
 
 
 def pair_sources(folders: Sequence[str]) -> list[Source]:

@@ -109,10 +109,16 @@ class PairMaker:
                 "chosen": prompt.ground_truth,
                 "rejected": [
                     *prompt.messages,
-                    {"role": "assistant", "content": self.encoder.response_text(response.token_ids)},
+                    {
+                        "role": "assistant",
+                        "content": self.encoder.response_text(
+                            response.token_ids, prompt.carried.get("chat_template_kwargs")
+                        ),
+                    },
                 ],
                 "rejected_token_ids": list(response.token_ids),
                 "rejected_finish_reason": response.finish_reason,
+                **prompt.carried,
             }
             for sample, response in enumerate(responses)
         ]

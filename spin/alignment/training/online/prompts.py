@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +15,9 @@ from spin.alignment.core.errors import InputError
 from spin.alignment.core.provenance import hash_text
 from spin.alignment.data.chat_encoder import RowRefused, template_arguments
 from spin.alignment.data.fractions import fraction_rows
-from spin.alignment.data.rows import load_prompts, prompts_hash, to_prompt_rows
+from spin.alignment.data.mixture import pieces_of
+from spin.alignment.data.rows import carried_columns, load_prompts, prompts_hash, to_prompt_rows
+from spin.alignment.data.turns import answer_text, present_fields
 from spin.alignment.logprobs.batch import PairDataset
 from spin.alignment.methods.pairings import find_pairing, missing_ground_truth
 from spin.alignment.rewards import needs_reference, no_reference
@@ -34,6 +36,7 @@ class OnlinePrompt:
     """One prompt: its ids (including the generation prompt), its turns, and the conversation with the ground truth, if any.
 
     ``ground_truth_ids`` are truncated to ``max_length`` as in offline training; empty if the ground truth is not trained on.
+    ``carried`` are the columns of the row that the template or a scorer reads (``CARRIED_COLUMNS``).
     """
 
     prompt_id: str
@@ -41,11 +44,12 @@ class OnlinePrompt:
     messages: list[dict[str, str]]
     ground_truth: list[dict[str, str]] | None
     ground_truth_ids: tuple[int, ...] = ()
+    carried: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def reference(self) -> str | None:
         """The text of the ground truth, for the scorer."""
-        return None if self.ground_truth is None else self.ground_truth[-1]["content"]
+        return None if self.ground_truth is None else answer_text(self.ground_truth[-1])
 
 
 class PromptDataset(torch.utils.data.Dataset):
@@ -79,15 +83,13 @@ def load_splits(
         InputError: a fraction out of range, a row that cannot be encoded, a ground truth that is missing but needed by the
             pairing, or no prompt that is short enough.
     """
-    sources = []
-    for source, fraction in data.dataset_mixer.items():
-        if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction <= 1:
-            raise InputError(f"the fraction of {source} in dataset_mixer is {fraction}: set it above 0 and at most 1")
-        for split in data.dataset_splits:
-            rows = load_prompts(source, split, ground_truth_required=False)
-            if fraction < 1:
-                rows = rows.shuffle(seed=arguments.seed).select(range(max(1, int(fraction * len(rows)))))
-            sources.append((source, rows))
+    sources = [
+        (
+            piece.source,
+            piece.selected(load_prompts(piece.source, piece.split, ground_truth_required=False), arguments.seed),
+        )
+        for piece in pieces_of(data.dataset_mixer, data.dataset_splits)
+    ]
     splits, left_out = {}, {}
     trained_on = arguments.pairing if find_pairing(arguments.pairing).needs_ground_truth else None
     prompts = [encode(row, encoder, source, trained_on, data) for source, rows in sources for row in rows]
@@ -172,7 +174,7 @@ def encode(
     Raises:
         InputError: the row cannot be encoded, or its ground truth is missing.
     """
-    conversation = [dict(turn) for turn in row["chosen"]]
+    conversation = [present_fields(turn) for turn in row["chosen"]]
     ground_truth = conversation if conversation[-1]["role"] == "assistant" else None
     messages = conversation if ground_truth is None else conversation[:-1]
     if pairing is not None and ground_truth is None:
@@ -192,4 +194,6 @@ def encode(
         return str(refused)
     except InputError as error:
         raise InputError(f"{source}, prompt {row['prompt_id']}: {error}") from error
-    return OnlinePrompt(row["prompt_id"], tuple(ids), messages, ground_truth, tuple(ground_truth_ids))
+    return OnlinePrompt(
+        row["prompt_id"], tuple(ids), messages, ground_truth, tuple(ground_truth_ids), carried_columns(row)
+    )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.provenance import hash_text
+from spin.alignment.data.split_names import is_held_out
 from spin.alignment.generation import BACKENDS, find_backend
 from spin.alignment.pairs.annotate import scorer_record
 from spin.alignment.training.online.config import OnlineConfig
@@ -51,7 +52,7 @@ def check_settings(settings: Settings) -> None:
         raise InputError(
             f"use_peft does not work online with backend {arguments.backend} (it reloads full weights): use {others}"
         )
-    held_out = [split for split in data.dataset_splits if split.startswith("test")]
+    held_out = [split for split in data.dataset_splits if is_held_out(split)]
     if held_out:
         raise InputError(
             f"dataset_splits contains {held_out[0]}, which would be trained on: remove it, and set eval_prompts for held-out "

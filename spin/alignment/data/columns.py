@@ -1,0 +1,352 @@
+"""What a column of a foreign row means: one rule for every reader.
+
+A column is used (the reader has read it), carried (passed to scorers), ignored (a copy of text that is used), or refused by name
+because other tools would train on something else with it. What is carried or ignored is reported once per data set.
+"""
+
+from __future__ import annotations
+
+import datetime
+import decimal
+import functools
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from spin.alignment.core.console import say_error
+from spin.alignment.core.errors import InputError
+from spin.alignment.core.sides import INITIAL, SIDES
+
+# Harmless columns that repeat the text of others: neither trained on nor passed to scorers.
+COPIES = frozenset({"completion", "conversations", "messages", "prompt", "real", "response", "text"})
+# Columns of the project's own rows that only some readers need.
+OWN = frozenset({"prompt_id", "id", "sample_index", "generated", INITIAL, *SIDES})
+EXTRA_COLUMNS = "extra_columns"
+SYSTEM_COLUMNS = ("system", "system_prompt", "system_message")
+LABEL_COLUMNS = ("label", "kto_tag")
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+
+
+class Record(Mapping[str, Any]):
+    """A foreign row that remembers which of its columns were read (``used``); ``in`` and iteration do not count."""
+
+    def __init__(self, row: Mapping[str, Any]) -> None:
+        self.row, self.used = row, set[str]()
+
+    def __getitem__(self, name: str) -> Any:
+        value = self.row[name]
+        self.used.add(name)
+        return value
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self[name] if name in self.row else default
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.row
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.row)
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+
+def is_empty(value: Any, depth: int = 16) -> bool:
+    """Return whether a value says nothing: null, blank text, an empty list or object, or one that contains only such; what is
+    nested more than ``depth`` deep counts as something."""
+    if value is None or isinstance(value, str):
+        return value is None or not value.strip()
+    if not depth or not isinstance(value, dict | list | tuple):
+        return False
+    return all(is_empty(item, depth - 1) for item in (value.values() if isinstance(value, dict) else value))
+
+
+def _is_off(value: Any) -> bool:
+    return is_empty(value) or (isinstance(value, bool | int | float) and not value)
+
+
+def _is_one(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(_is_one(item) for item in value)
+    return is_empty(value) or (isinstance(value, bool | int | float) and value == 1)
+
+
+def _is_metadata(value: Any) -> bool:
+    return is_empty(value) or isinstance(value, str)
+
+
+def _is_not_false(value: Any) -> bool:
+    return value is not False
+
+
+def _is_no_list(value: Any) -> bool:
+    return is_empty(value) or not isinstance(value, list | tuple)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A kind of column (or key of a turn) that would change what is trained.
+
+    Attributes:
+        why, fix: parts of the message; ``{name}`` is the column.
+        names: the columns themselves.
+        words: any column with one of these words in its name, too.
+        allows: whether a value means nothing, so that the column is harmless.
+        beside_text: only refused where the prompt was put together from text columns; whole conversations contain it already.
+    """
+
+    why: str
+    fix: str
+    names: frozenset[str] = frozenset()
+    words: frozenset[str] = frozenset()
+    allows: Callable[[Any], bool] = is_empty
+    beside_text: bool = False
+
+    def concerns(self, name: str) -> bool:
+        return name in self.names or not self.words.isdisjoint(words_of(name))
+
+
+def _set(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_IGNORE = "or remove the column (spin/reformat.py --ignore_columns {name})"
+REFUSALS = (
+    Refusal(
+        "which a text model cannot see",
+        f"remove such rows, {_IGNORE}",
+        words=_set("image images img imgs video videos audio audios pixel pixels"),
+        allows=_is_off,
+    ),
+    Refusal(
+        "which would weight or mask what is trained",
+        f"use turns with weight 0 or 1, or token weights of the pairs, {_IGNORE}",
+        names=_set("train trainable training_detail train_detail loss loss_scale learn"),
+        words=_set("weight weights"),
+        allows=_is_one,
+    ),
+    Refusal(
+        "which would mask what is trained",
+        f"give assistant turns the key 'train' instead, {_IGNORE}",
+        words=_set("mask masks masked"),
+        allows=_is_off,
+    ),
+    Refusal(
+        "which is neither true nor false",
+        f"use true for a good and false for a bad response, rename the column, {_IGNORE}",
+        names=frozenset(LABEL_COLUMNS),
+    ),
+    Refusal(
+        "which would change what is learned from the response",
+        f"write true or false into a column 'label', rename the column, {_IGNORE}",
+        words=_set("label labels"),
+        allows=_is_metadata,
+    ),
+    Refusal(
+        "which is false, so the response may be a bad one",
+        f"rename the column to 'label', {_IGNORE}",
+        names=_set("is_chosen is_preferred is_good is_correct accepted preferred desirable correct"),
+        allows=_is_not_false,
+    ),
+    Refusal(
+        "but text is tokenized here",
+        "remove the column",
+        names=_set("input_ids token_ids prompt_ids completion_ids response_ids prompt_token_ids response_token_ids"),
+        allows=_is_no_list,
+    ),
+    Refusal(
+        "which a chat template would read",
+        f"write it into the column chat_template_kwargs, {_IGNORE}",
+        names=_set(
+            "add_generation_prompt builtin_tools chat_template continue_final_message date_string documents enable_thinking "
+            "model_identity reasoning_effort thinking_budget"
+        ),
+    ),
+    Refusal(
+        "which may contain the thoughts before the response",
+        f"rename it to reasoning_content to train on it, {_IGNORE}",
+        names=_set(
+            "chain_of_thought cot inner_thoughts reasoning_details reasoning_text reasoning_trace think thinking_blocks thought "
+            "thoughts"
+        ),
+    ),
+    Refusal(
+        "which would change the tools of the conversation",
+        f"write tools into the column 'tools' and calls into the assistant turn ('tool_calls'), {_IGNORE}",
+        names=_set(
+            "available_tools function_call function_calls function_list tool_call tool_calls tool_definitions tool_responses "
+            "tools_json"
+        ),
+    ),
+    Refusal(
+        "which would change the prompt",
+        f"write it into the prompt, {_IGNORE}",
+        names=_set(
+            "background choices context contexts document evidence history input inputs instruction options passage passages"
+        ),
+        beside_text=True,
+    ),
+)
+# Keys of a turn only.
+TURN_REFUSALS = (
+    Refusal(
+        "which would change the turn",
+        "write whole turns of text, or remove the key",
+        names=_set("prefix partial prefill refusal"),
+        allows=_is_off,
+    ),
+    Refusal(
+        "which would change the tools of the conversation",
+        "write tools into the column 'tools' of the row, and calls into 'tool_calls' of the assistant turn",
+        names=_set("tools functions function_calls tool_responses"),
+    ),
+)
+
+
+def words_of(name: str) -> set[str]:
+    """Return the words of a column's name, in lower case: ``pixelValues_1`` has pixel, values and 1."""
+    return {word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+|\d+", name)}
+
+
+@functools.lru_cache(maxsize=4096)
+def refusals_of(name: str) -> list[Refusal]:
+    """Return the kinds of :data:`REFUSALS` that a column's name belongs to; the first one decides."""
+    return [refusal for refusal in REFUSALS if refusal.concerns(name)]
+
+
+def check_column(name: str, value: Any, where: str, whole: bool = True) -> None:
+    """Check that a column that no reader has used does not change what is trained.
+
+    Args:
+        whole: the prompt was given as whole turns; with False it was put together from text columns.
+
+    Raises:
+        InputError: it does; the message names it and the fix.
+    """
+    for refusal in refusals_of(name)[:1]:
+        if not (refusal.beside_text and whole) and not refusal.allows(value):
+            raise InputError(f"{where} has '{name}', {refusal.why}: {refusal.fix.format(name=name)}")
+
+
+def check_turn_key(name: str, value: Any, where: str) -> None:
+    """Check that an unknown key of a turn does not change what is trained.
+
+    Raises:
+        InputError: it does; the message names it and the fix.
+    """
+    kinds = [refusal for refusal in TURN_REFUSALS if refusal.concerns(name)] or refusals_of(name)
+    for refusal in kinds[:1]:
+        if not refusal.beside_text and not refusal.allows(value):
+            fix = refusal.fix.partition(f", {_IGNORE}")[0].format(name=name)
+            raise InputError(f"{where} has a turn with '{name}', {refusal.why}: {fix}")
+
+
+_TOLD = set[str]()
+
+
+@dataclass
+class RowNotes:
+    """What was found in the rows of one data set besides what is trained on; :meth:`tell` reports it in one line.
+
+    Attributes:
+        carried, ignored: columns passed to scorers, and columns that are not.
+        labels: X of numeric columns chosen_X and rejected_X.
+        turn_keys: ignored keys of turns.
+        label_false: number of rows whose response has the label false.
+    """
+
+    carried: set[str] = field(default_factory=set)
+    ignored: set[str] = field(default_factory=set)
+    labels: set[str] = field(default_factory=set)
+    turn_keys: set[str] = field(default_factory=set)
+    label_false: int = 0
+
+    def tell(self, source: str) -> None:
+        """Report the notes on standard error; a line that has been written before is not repeated."""
+        parts = [
+            ("columns passed to scorers only", self.carried),
+            ("labels, for losses that read them", self.labels),
+            ("ignored columns", self.ignored),
+            ("ignored keys of turns", self.turn_keys),
+        ]
+        found = [f"{what}: {', '.join(sorted(names))}" for what, names in parts if names]
+        if self.label_false:
+            found.append(f"skipped, because a response with label false is no ground truth: {self.label_false}")
+        line = f"{source}: {'; '.join(found)}"
+        if found and line not in _TOLD:
+            _TOLD.add(line)
+            say_error(line)
+
+
+def other_columns(record: Record, where: str, notes: RowNotes) -> dict[str, Any]:
+    """Return the columns of a row that no reader has used and that scorers receive, once all others are checked.
+
+    Raises:
+        InputError: a column would change what is trained.
+    """
+    whole = any(_is_turns(record.row[name]) for name in record.used)
+    found = {}
+    for name, value in record.row.items():
+        if name in record.used or name in OWN or _belongs_to_side(name):
+            continue
+        if is_empty(value) and (name in COPIES or refusals_of(name)):
+            continue
+        check_column(name, value, where, whole)
+        if name in COPIES or not _is_json(value):
+            notes.ignored.add(name)
+        else:
+            notes.carried.add(name)
+            found[name] = value
+    return found
+
+
+def _is_turns(value: Any) -> bool:
+    return isinstance(value, list | tuple) and any(
+        isinstance(item, Mapping) and {"role", "from"} & item.keys() for item in value
+    )
+
+
+def _belongs_to_side(name: str) -> bool:
+    return name.startswith(tuple(f"{side}_" for side in (*SIDES, INITIAL)))
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        to_json(value)
+    except (TypeError, ValueError, RecursionError):  # bytes, for example, or nested too deep
+        return False
+    return True
+
+
+def to_json(value: Any) -> str:
+    """Return a value as JSON text, dates and decimals as text. ASCII, because parquet cannot store unpaired surrogates.
+
+    Raises:
+        TypeError, ValueError, RecursionError: it cannot be written as JSON.
+    """
+    return json.dumps(value, sort_keys=True, default=_as_text)
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, datetime.date | datetime.time | datetime.timedelta | decimal.Decimal):
+        return str(value)
+    raise TypeError(type(value).__name__)
+
+
+def read_extra_columns(text: Any, where: str) -> dict[str, Any]:
+    """Return the columns that the column ``extra_columns`` (JSON text) contains; empty if it is null.
+
+    Raises:
+        InputError: it is not the JSON text of an object.
+    """
+    if text is None:
+        return {}
+    try:
+        found = json.loads(text)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"{where}: '{EXTRA_COLUMNS}' is not JSON text ({error}): remove the column") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{where}: '{EXTRA_COLUMNS}' is not the JSON text of an object: remove the column")
+    return found
