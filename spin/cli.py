@@ -121,9 +121,9 @@ def validate(arguments: Sequence[str]) -> int:
 
     encoder = None
     if options.tokenizer is not None:
-        from spin.alignment.data.chat_encoder import ChatEncoder, load_tokenizer
+        from spin.alignment.data.chat_encoder import load_encoder
 
-        encoder = ChatEncoder(load_tokenizer(options.tokenizer), options.system)
+        encoder = load_encoder(options.tokenizer, system=options.system)
     checked, problems = problems_of(Path(options.path), encoder)
     for problem in problems:
         say(problem)

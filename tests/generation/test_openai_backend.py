@@ -49,7 +49,7 @@ def test_every_setting_of_the_sampling_is_in_the_request(server, connect):
         "stop_token_ids": [STOP],
         "ignore_eos": True,
         "stop": ["END"],
-        "skip_special_tokens": True,
+        "skip_special_tokens": False,
         "return_token_ids": True,
         "logprobs": 0,
     }

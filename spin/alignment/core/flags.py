@@ -5,12 +5,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
+import json
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
+import yaml
+
 from spin.alignment.core.config import convert, key_values
+from spin.alignment.core.errors import InputError
 from spin.alignment.core.key_tables import default_text
 from spin.alignment.core.program import Parser
 from spin.alignment.core.settings import (
@@ -64,6 +68,8 @@ def choices_of(hint: Any) -> tuple[Any, ...]:
 
 def _metavar(hint: Any) -> str:
     kinds = members_of(hint)
+    if typing.get_args(kinds[0])[1:] == (Any,):
+        return "JSON"
     if kinds[0] is dict or typing.get_origin(kinds[0]) is dict:
         return "KEY=VALUE"
     if typing.get_origin(kinds[0]) in (list, tuple):
@@ -101,6 +107,8 @@ def _read(text: Any, hint: Any, where: str) -> Any:
     if isinstance(text, bool):
         return text
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is dict and inner[1] is Any:
+        return _read_mapping(text, where)
     if origin is dict:
         return {key: _read(item, inner[1], where) for key, item in key_values(text, where).items()}
     if origin in (list, tuple):
@@ -113,15 +121,38 @@ def _read(text: Any, hint: Any, where: str) -> Any:
     return convert(text, hint, where)
 
 
+def _read_mapping(texts: Sequence[str], where: str) -> dict[str, Any]:
+    """Read a mapping of any values: one JSON object, or ``key=value`` texts whose values are YAML scalars.
+
+    Raises:
+        InputError: neither of them.
+    """
+    if len(texts) == 1 and texts[0].lstrip().startswith("{"):
+        try:
+            return dict(json.loads(texts[0]))
+        except ValueError as error:
+            raise InputError(f"{where} is not valid JSON ({error}): correct the value") from error
+    found = {}
+    for key, text in key_values(texts, where).items():
+        try:
+            found[key] = yaml.safe_load(text)
+        except (yaml.YAMLError, ValueError) as error:
+            raise InputError(f"{where} contains '{key}={text}', which cannot be read: quote the value") from error
+    return found
+
+
 def to_arguments(config: Any) -> list[str]:
     """Return the command line that produces this configuration: every setting that differs from its default."""
     arguments: list[str] = []
+    hints = hints_of(type(config))
     for name, field in settings_of(type(config)).items():
         value = getattr(config, name)
         if value is None or value == default_of(field):
             continue
         if value is True:
             arguments.append(f"--{name}")
+        elif isinstance(value, Mapping) and typing.get_args(hints[name])[1:] == (Any,):
+            arguments.append(f"--{name}={json.dumps(value)}")
         elif isinstance(value, Mapping):
             arguments += [f"--{name}={key}={item}" for key, item in value.items()]
         else:

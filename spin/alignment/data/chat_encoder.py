@@ -6,20 +6,21 @@ the ids that it was sampled with. Nothing here inspects the pad id: padding is m
 
 from __future__ import annotations
 
+import datetime
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.provenance import hash_json, hash_text
-from spin.alignment.data.formats import Message
-
-SystemPolicy = Literal["keep", "fold"]
-SYSTEM_POLICIES: tuple[SystemPolicy, ...] = ("keep", "fold")
-# Text that no template contains itself: rendered to see what a template does with a turn.
-_PROBE = "Reply 7"
+from spin.alignment.data.chat_template import ChatTemplate
+from spin.alignment.data.control_tokens import MARK, ids_of_pieces
+from spin.alignment.data.conversation_text import ConversationText, RowRefused, SystemPolicy
+from spin.alignment.data.end_of_turn import model_end_ids
+from spin.alignment.data.template_date import today
+from spin.alignment.data.turns import Message
 
 
 def load_tokenizer(model: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -48,46 +49,77 @@ def load_tokenizer(model: str | Path, revision: str | None = None, trust_remote_
         ) from error
 
 
-def fold_system(messages: Sequence[Message]) -> list[Message]:
-    """Prepend the text of the leading system turn to the first user turn, separated by a blank line."""
-    if len(messages) < 2 or messages[0]["role"] != "system":
-        return list(messages)
-    system, user, *rest = messages
-    return [{"role": user["role"], "content": f"{system['content']}\n\n{user['content']}"}, *rest]
+def load_encoder(
+    model: str | Path,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    *,
+    system: SystemPolicy = "keep",
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    date: datetime.date | None = None,
+) -> ChatEncoder:
+    """Return the chat encoder of a model folder or Hub name, with the end-of-turn ids that its files name.
+
+    Raises:
+        InputError: as :func:`load_tokenizer` and :class:`ChatEncoder`, or a damaged ``generation_config.json``.
+    """
+    tokenizer = load_tokenizer(model, revision, trust_remote_code)
+    ends = model_end_ids(model, revision)
+    return ChatEncoder(tokenizer, system, chat_template_kwargs=chat_template_kwargs, date=date, end_ids=ends)
+
+
+def template_arguments(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of :class:`ChatEncoder` methods that a row carries: its ``tools`` and ``chat_template_kwargs``."""
+    return {name: row[name] for name in ("tools", "chat_template_kwargs") if row.get(name) is not None}
 
 
 class ChatEncoder:
     """Converts conversations to token ids and back with the tokenizer's own chat template.
 
+    Methods that take a conversation also take what its row carries: ``tools`` (JSON text of the list) and
+    ``chat_template_kwargs`` (JSON text of template arguments for this row).
+
     Attributes:
         end_id: the end-of-turn id that the template writes after a response (the EOS if it writes none).
-        stop_ids: the ids that end a sampled response: end-of-turn and EOS, ascending.
+        stop_ids: the ids that end a sampled response: end-of-turn, EOS and those that the model's files name, ascending.
         pad_id: an id to pad tensors with; never detect padding by it, since it may be the EOS.
+        response_prefix, response_suffix: what the template writes around the text of a response.
     """
 
-    def __init__(self, tokenizer: Any, system: SystemPolicy = "keep") -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        system: SystemPolicy = "keep",
+        *,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        date: datetime.date | None = None,
+        end_ids: Iterable[int] = (),
+    ) -> None:
         """Probe the template once.
+
+        Args:
+            chat_template_kwargs: template arguments for every row, such as ``enable_thinking``.
+            date: the day that a template with the date sees (default: today).
+            end_ids: further ids that end a response, see :func:`model_end_ids`.
 
         Raises:
             InputError: the tokenizer has no chat template, the template cannot be rendered, or no token ends a turn.
         """
-        if system not in SYSTEM_POLICIES:
-            raise InputError(f"unknown system policy '{system}': choose one of {', '.join(SYSTEM_POLICIES)}")
         self.tokenizer = tokenizer
         self.system = system
         self.name = getattr(tokenizer, "name_or_path", "") or "tokenizer"
-        if not tokenizer.chat_template:
-            raise InputError(
-                f"the tokenizer of {self.name} has no chat template: add chat_template.jinja to its folder "
-                "or start from a chat (SFT) model"
-            )
-        self.response_prefix, self.end_id = self._probe_response()
-        eos = tokenizer.eos_token_id
-        self.stop_ids: list[int] = sorted({self.end_id} if eos is None else {self.end_id, eos})
+        self.template = ChatTemplate(tokenizer, self.name, chat_template_kwargs or {}, date or today())
+        self.text = ConversationText(self.template, system, end_ids)
+        self.end_id: int = self.text.end_id
+        self.stop_ids: list[int] = self.text.stop_ids
+        self.response_prefix, self.response_suffix = self.text.response_prefix, self.text.response_suffix
+        self.thought = self.text.thought
         self.pad_id: int = self.end_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        self._reserved = self._reserved_texts()
+        self._hidden = {self.pad_id, tokenizer.bos_token_id} - {None}
 
-    def prompt_ids(self, prompt: Sequence[Message]) -> list[int]:
+    def prompt_ids(
+        self, prompt: Sequence[Message], tools: str | None = None, chat_template_kwargs: str | None = None
+    ) -> list[int]:
         """Return the ids of a prompt, including the generation prompt, with at most one BOS.
 
         Args:
@@ -95,30 +127,45 @@ class ChatEncoder:
 
         Raises:
             InputError: the template rejects the conversation.
+            RowRefused: its text contains a control token, or the template omits its tools.
         """
-        if not prompt or prompt[-1]["role"] == "assistant":
-            raise InputError("a prompt must end with a user turn: give the conversation without its final response")
-        return self._one_bos(self._render(self._prepare(prompt), tokenize=True, add_generation_prompt=True))
+        return self._one_bos(self._encode(self.text.prompt(prompt, tools, chat_template_kwargs)))
 
-    def response_ids(self, conversation: Sequence[Message], prompt_ids: list[int] | None = None) -> list[int]:
+    def response_ids(
+        self,
+        conversation: Sequence[Message],
+        prompt_ids: list[int] | None = None,
+        tools: str | None = None,
+        chat_template_kwargs: str | None = None,
+    ) -> list[int]:
         """Return the ids of the final assistant turn without the prompt, ending with exactly one end-of-turn id.
+
+        Prompt and response together are the template's own rendering of the conversation. Where its generation prompt opens
+        a thought that it does not write in finished turns, they continue that thought with the turn's own, or close it.
 
         ``prompt_ids`` are the ids of the preceding conversation, if the caller already has them.
 
         Raises:
-            InputError: the conversation does not end with an assistant turn, or its response contains the end-of-turn token.
+            InputError: the conversation does not end with an assistant turn, or the template rejects it.
+            RowRefused: its text contains a control token, or the template would write something else than the turn.
         """
         if not conversation or conversation[-1]["role"] != "assistant":
             raise InputError("a conversation must end with an assistant turn: add the response")
-        response = self._response_tokens(conversation, prompt_ids or self.prompt_ids(conversation[:-1]))
-        ids = response[: response.index(self.end_id)] if self.end_id in response else response
-        reason = self.refusal(conversation[-1:])
-        if reason or any(token in self.stop_ids for token in ids):
-            raise InputError(reason or self._reserved_reason(self.tokenizer.convert_ids_to_tokens(self.end_id)))
-        return [*ids, self.end_id]
+        prompt, response = self.text.prompt_and_response(conversation, tools, chat_template_kwargs)
+        before = prompt_ids or self._one_bos(self._encode(prompt))
+        whole = self._one_bos(self._encode(prompt + response))
+        # A token that crosses the boundary cannot be sampled: the response is then encoded by itself.
+        ids = whole[len(before) :] if whole[: len(before)] == before else self._encode(response)
+        ends = [place for place, token in enumerate(ids) if token in self.stop_ids]
+        # A template may end a tool call with another of the model's ends than an answer.
+        return ids[: ends[0] + 1] if ends else [*ids, self.end_id]
 
     def aligned_ids(
-        self, conversation: Sequence[Message], ended: bool
+        self,
+        conversation: Sequence[Message],
+        ended: bool,
+        tools: str | None = None,
+        chat_template_kwargs: str | None = None,
     ) -> tuple[list[int], list[int], list[tuple[int, int]]]:
         """Return the ids of a conversation's prompt, those of its last turn, and for each of the latter its span of characters
         in the text of that turn, ``(start, end)``.
@@ -126,21 +173,127 @@ class ChatEncoder:
         With ``ended`` the end-of-turn id is appended, with an empty span. Requires a tokenizer with character offsets.
         """
         text = conversation[-1]["content"]
-        prompt_ids = self.prompt_ids(conversation[:-1])
-        ids, spans = self._tokens_in_place(conversation, prompt_ids) or self._tokens_alone(text)
+        prompt = self.text.prompt(conversation[:-1], tools, chat_template_kwargs)
+        prompt_ids = self._one_bos(self._encode(prompt))
+        ids, spans = self._tokens_in_place(conversation, prompt, prompt_ids, tools, chat_template_kwargs) or (
+            self._tokens_alone(text)
+        )
         end_ids = [self.end_id] if ended else []
         return prompt_ids, [*ids, *end_ids], [*spans, *((len(text), len(text)) for _ in end_ids)]
 
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Return the text of sampled ids without end-of-turn, padding and BOS, as far as it is the response's own: not what the
+        template writes around one. Markers of its parts (thoughts, channels, tool calls) stay."""
+        # Some templates start a response with text of their own (Mistral: a space), which is not part of it.
+        return self.raw_text(token_ids).removeprefix(self.response_prefix).removesuffix(self.response_suffix)
+
+    def response_text(self, token_ids: Sequence[int], chat_template_kwargs: str | None = None) -> str:
+        """Return the text of a whole response, as rows store it: :meth:`decode`, after the thought that the generation prompt
+        opens, if it does (with the template arguments of the row) and the response continues it."""
+        text = self.raw_text(token_ids)
+        thought = self.text.thought_with(chat_template_kwargs)
+        opened = thought.opener if thought and not text.startswith(self.response_prefix or thought.closing) else ""
+        return opened + text.removeprefix(self.response_prefix).removesuffix(self.response_suffix)
+
+    def raw_text(self, token_ids: Sequence[int]) -> str:
+        """Return the text of sampled ids, without end-of-turn, padding and BOS."""
+        ids = list(token_ids)
+        while ids and ids[-1] in self.stop_ids:
+            ids.pop()
+        ids = [token for token in ids if token not in self._hidden]
+        return self.tokenizer.decode(
+            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False, spaces_between_special_tokens=False
+        )
+
+    def refusal(self, messages: Sequence[Message]) -> str | None:
+        """Return why a conversation cannot be encoded faithfully (its text contains a control token), or None."""
+        return self.text.refusal(messages)
+
+    @cached_property
+    def template_hash(self) -> str:
+        """Content hash of the chat template, its arguments and its date (if it has any), and of the system policy."""
+        more = [hash_json(self.template.arguments)] if self.template.arguments else []
+        more += [self.template.date.isoformat()] if self.template.uses_date else []
+        return hash_text(self.template.hashed, self.system, *more)
+
+    @cached_property
+    def tokenizer_hash(self) -> str:
+        """Content hash of everything that affects how text is converted to ids."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            return hash_json({"vocabulary": self.tokenizer.get_vocab(), "special": self.tokenizer.all_special_tokens})
+        state = json.loads(backend.to_str())
+        # Padding and truncation reflect the last call, not the tokenizer itself.
+        state.pop("padding", None)
+        state.pop("truncation", None)
+        return hash_json({"tokenizer": state, "eos": self.tokenizer.eos_token, "bos": self.tokenizer.bos_token})
+
+    @property
+    def fingerprint(self) -> str:
+        """One hash of tokenizer, template, template arguments, date and system policy: equal fingerprints give equal ids."""
+        return hash_text(self.tokenizer_hash, self.template_hash)
+
+    @property
+    def template_record(self) -> dict[str, Any]:
+        """What decides the template's text besides the template, as provenance records it: ``chat_template_kwargs`` if there
+        are any, ``template_date`` if the template has a date."""
+        record: dict[str, Any] = {}
+        if self.template.arguments:
+            record["chat_template_kwargs"] = self.template.arguments
+        if self.template.uses_date:
+            record["template_date"] = self.template.date.isoformat()
+        return record
+
+    @property
+    def remarks(self) -> list[str]:
+        """What a user should know about this template, a line each; programs print them once."""
+        lines = []
+        if self.thought is not None:
+            lines.append(
+                f"the chat template of {self.name} opens a thought ({self.thought.tag}) in the generation prompt: a ground truth "
+                f"with a thought continues it, one without closes it first ({self.thought.closing!r})"
+            )
+        if self.template.uses_date:
+            lines.append(
+                f"the chat template of {self.name} contains the date: it is {self.template.date.isoformat()} for every row "
+                "(template_date)"
+            )
+        if self.text.foreign_ends:
+            lines.append(
+                f"generation_config.json of {self.name} names ids that are no control tokens of its tokenizer as ends "
+                f"({', '.join(map(str, self.text.foreign_ends))}): they do not end a response"
+            )
+        return lines
+
+    def _encode(self, text: str) -> list[int]:
+        """Return the ids of rendered text. Marks keep what stands around them from becoming one token."""
+        ids = ids_of_pieces(self.tokenizer, text)
+        if MARK not in text:
+            return ids
+        kept = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        if kept.strip() != text.replace(MARK, "").strip():  # tokenizers that start every text with a space
+            raise RowRefused(
+                "a turn contains a control token as text, which this tokenizer cannot spell: remove it from the row"
+            )
+        return ids
+
     def _tokens_in_place(
-        self, conversation: Sequence[Message], prompt_ids: list[int]
+        self,
+        conversation: Sequence[Message],
+        prompt: str,
+        prompt_ids: list[int],
+        tools: str | None,
+        row_arguments: str | None,
     ) -> tuple[list[int], list[tuple[int, int]]] | None:
         """The tokens of the last turn's text as they follow the prompt; None if the template or a token that crosses the
         boundary hides where the text starts."""
-        messages, text = self._prepare(conversation), conversation[-1]["content"]
-        before = self._render(messages[:-1], tokenize=False, add_generation_prompt=True)
-        whole = self._render(messages, tokenize=False, add_generation_prompt=False)
-        said = text if text in whole[len(before) :] else text.strip()  # some templates strip whitespace
-        start = whole.find(said, len(before)) if said and whole.startswith(before) else -1
+        text = conversation[-1]["content"]
+        try:
+            whole = prompt + self.text.prompt_and_response(conversation, tools, row_arguments)[1]
+        except RowRefused:
+            return None
+        said = text if text in whole[len(prompt) :] else text.strip()  # some templates strip whitespace
+        start = whole.find(said, len(prompt)) if said and MARK not in whole else -1
         if start < 0:
             return None
         encoded = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
@@ -158,124 +311,10 @@ class ChatEncoder:
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         return list(encoded["input_ids"]), [(begin, end) for begin, end in encoded["offset_mapping"]]
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Return the response text of sampled ids, without end-of-turn and other special tokens."""
-        text = self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        # Some templates start a response with text of their own (Mistral: a space), which is not part of it.
-        return text.removeprefix(self.response_prefix)
-
-    def refusal(self, messages: Sequence[Message]) -> str | None:
-        """Return why a conversation cannot be encoded faithfully (its text contains a control token), or None."""
-        for message in messages:
-            for text in self._reserved:
-                if text in message["content"]:
-                    return self._reserved_reason(text, message["role"])
-        return None
-
-    @cached_property
-    def template_hash(self) -> str:
-        """Content hash of the chat template and of the system policy."""
-        template = self.tokenizer.chat_template
-        return hash_text(template if isinstance(template, str) else json.dumps(template, sort_keys=True), self.system)
-
-    @cached_property
-    def tokenizer_hash(self) -> str:
-        """Content hash of everything that affects how text is converted to ids."""
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        if backend is None:
-            return hash_json({"vocabulary": self.tokenizer.get_vocab(), "special": self.tokenizer.all_special_tokens})
-        state = json.loads(backend.to_str())
-        # Padding and truncation reflect the last call, not the tokenizer itself.
-        state.pop("padding", None)
-        state.pop("truncation", None)
-        return hash_json({"tokenizer": state, "eos": self.tokenizer.eos_token, "bos": self.tokenizer.bos_token})
-
-    @property
-    def fingerprint(self) -> str:
-        """One hash of tokenizer, template and system policy: equal fingerprints give equal ids."""
-        return hash_text(self.tokenizer_hash, self.template_hash)
-
-    @cached_property
-    def _has_system_role(self) -> bool:
-        """Whether the template renders the text of a system turn: some raise, some silently omit it."""
-        messages = [{"role": "system", "content": _PROBE}, {"role": "user", "content": "Hi"}]
-        try:
-            return _PROBE in self._render(messages, tokenize=False, add_generation_prompt=True)
-        except InputError:
-            return False
-
-    def _prepare(self, messages: Sequence[Message]) -> list[Message]:
-        if messages[0]["role"] != "system":
-            return list(messages)
-        if self.system == "fold":
-            return fold_system(messages)
-        if not self._has_system_role:
-            raise InputError(
-                f"the chat template of {self.name} has no system role but the data has system turns: "
-                "pass --system fold to move their text into the first user turn"
-            )
-        return list(messages)
-
-    def _render(self, messages: Sequence[Message], tokenize: bool, add_generation_prompt: bool) -> Any:
-        """Apply the template; return text, or ids (a list of int) if ``tokenize``."""
-        try:
-            return self.tokenizer.apply_chat_template(
-                list(messages), tokenize=tokenize, add_generation_prompt=add_generation_prompt, return_dict=False
-            )
-        except Exception as error:  # a template may raise anything, and its message is what the user needs
-            roles = ", ".join(message["role"] for message in messages)
-            raise InputError(
-                f"the chat template of {self.name} rejects the turns '{roles}' ({error}): fix the row or the template"
-            ) from error
-
-    def _probe_response(self) -> tuple[str, int]:
-        """Return the text that the template writes before a response, and the id it writes after one."""
-        user = [{"role": "user", "content": "Hi"}]
-        prompt = self._render(user, tokenize=False, add_generation_prompt=True)
-        whole = self._render(
-            [*user, {"role": "assistant", "content": _PROBE}], tokenize=False, add_generation_prompt=False
-        )
-        before, found, after = whole.rpartition(_PROBE)
-        if not found:
-            raise InputError(f"the chat template of {self.name} omits the assistant's text: fix the template")
-        prefix = before.removeprefix(prompt) if before.startswith(prompt) else ""
-        # Only a control token can end a turn: a template that writes plain text after a response ends with the EOS.
-        control = {int(token) for token in getattr(self.tokenizer, "added_tokens_decoder", {})}
-        control.update(self.tokenizer.all_special_ids)
-        ids = self.tokenizer(after.strip(), add_special_tokens=False)["input_ids"] if after.strip() else []
-        end_id = ids[0] if ids and ids[0] in control else self.tokenizer.eos_token_id
-        if end_id is None:
-            raise InputError(
-                f"the tokenizer of {self.name} has neither an EOS token nor an end-of-turn token in its template, "
-                "so a response could never end: set eos_token in tokenizer_config.json"
-            )
-        return prefix, int(end_id)
-
-    def _reserved_texts(self) -> list[str]:
-        """The texts of tokens that content must not contain, because they would start or end a turn."""
-        ids = {*self.stop_ids, self.tokenizer.bos_token_id} - {None}
-        return [str(token) for token in self.tokenizer.convert_ids_to_tokens(sorted(ids))]
-
-    def _reserved_reason(self, text: str, role: str = "assistant") -> str:
-        return f"the {role} turn contains the control token '{text}' as text: remove it from the row"
-
-    def _response_tokens(self, conversation: Sequence[Message], prompt: list[int]) -> list[int]:
-        """The ids of the final turn as the template writes them, including anything after the end of turn."""
-        messages = self._prepare(conversation)
-        whole = self._one_bos(self._render(messages, tokenize=True, add_generation_prompt=False))
-        if whole[: len(prompt)] == prompt:
-            return whole[len(prompt) :]
-        # Not a prefix: a token crosses the boundary, or the template rewrites earlier turns. The text may still align.
-        prompt_text = self._render(messages[:-1], tokenize=False, add_generation_prompt=True)
-        whole_text = self._render(messages, tokenize=False, add_generation_prompt=False)
-        aligned = whole_text.startswith(prompt_text)
-        text = whole_text[len(prompt_text) :] if aligned else conversation[-1]["content"]
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-
     def _one_bos(self, ids: list[int]) -> list[int]:
         """Drop a repeated BOS: some templates write one and the tokenizer adds another."""
         bos = self.tokenizer.bos_token_id
-        start = 0
-        while bos is not None and ids[start : start + 2] == [bos, bos]:
-            start += 1
-        return list(ids[start:])
+        return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
+
+
+__all__ = ["ChatEncoder", "RowRefused", "load_encoder", "load_tokenizer", "template_arguments"]

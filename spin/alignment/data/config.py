@@ -8,6 +8,7 @@ import typing
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.settings import check_settings, setting
 from spin.alignment.data.source_names import with_config
+from spin.alignment.data.template_date import parse_date
 
 System = typing.Literal["keep", "fold"]
 
@@ -41,6 +42,18 @@ class DataConfig:
     system: System = setting(
         "keep", "fold moves a system turn into the first user turn, for templates without a system role"
     )
+    chat_template_kwargs: dict[str, typing.Any] = setting(
+        {},
+        "arguments of the chat template, such as enable_thinking: false; the same when generating and training",
+        set_by_run=True,
+    )
+    template_date: str | None = setting(
+        None,
+        "day that a chat template with today's date sees, as YYYY-MM-DD",
+        unset="the day recorded in the pairs or in the output to continue, else today",
+        recorded=False,
+        set_by_run=True,
+    )
 
     retokenize: bool = setting(
         False,
@@ -50,6 +63,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_settings(self)
+        if self.template_date is not None:
+            parse_date(self.template_date)
         if self.dataset_configs and len(self.dataset_configs) != len(self.dataset_mixer):
             raise InputError(
                 f"dataset_configs names {len(self.dataset_configs)} configurations for {len(self.dataset_mixer)} data sets: name "

@@ -8,7 +8,7 @@ from typing import Any
 
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.sides import SIDES
-from spin.alignment.data.chat_encoder import ChatEncoder
+from spin.alignment.data.chat_encoder import ChatEncoder, RowRefused, template_arguments
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,10 @@ def encode_pair(
             raise InputError(
                 f"prompt {row.get('prompt_id', '?')}: {responses[0]} and {name} have different prompts: correct the row"
             )
-    if reason := encoder.refusal(prompt):
-        return reason
-    prompt_ids = encoder.prompt_ids(prompt)
+    try:
+        prompt_ids = encoder.prompt_ids(prompt, **template_arguments(row))
+    except RowRefused as refused:
+        return str(refused)
     found: dict[str, list[int]] = {}
     for name in responses:
         ids = _response_ids(row, name, encoder, prompt_ids)
@@ -115,10 +116,12 @@ def _response_ids(row: Mapping[str, Any], side: str, encoder: ChatEncoder, promp
     sampled = row.get(f"{side}_token_ids")
     if sampled is not None:
         return [int(token) for token in sampled] or f"empty {side} response"
-    if not row[side][-1]["content"]:
+    turn = row[side][-1]
+    if not any(turn.get(key) for key in ("content", "reasoning_content", "tool_calls")):
         return [encoder.end_id]  # the model answered with the end of turn alone
-    if reason := encoder.refusal(row[side][-1:]):
-        return reason
-    ids = encoder.response_ids(row[side], prompt_ids)
+    try:
+        ids = encoder.response_ids(row[side], prompt_ids, **template_arguments(row))
+    except RowRefused as refused:
+        return str(refused)
     # A response that reached the length limit did not end, so the model must not learn an end of turn there.
     return ids[:-1] or f"empty {side} response" if row.get(f"{side}_finish_reason") == "length" else ids

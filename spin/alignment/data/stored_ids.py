@@ -9,7 +9,8 @@ from typing import Any
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.parquet import open_parquet
 from spin.alignment.core.provenance import METADATA_KEY, Provenance, read_provenance
-from spin.alignment.data.chat_encoder import SYSTEM_POLICIES, ChatEncoder
+from spin.alignment.data.chat_encoder import ChatEncoder
+from spin.alignment.data.conversation_text import SYSTEM_POLICIES
 from spin.alignment.data.source_files import split_files
 from spin.alignment.data.source_names import is_local
 from spin.alignment.data.split_names import preference_split
@@ -46,13 +47,21 @@ def _difference(made: Provenance, encoder: ChatEncoder) -> str:
         return f"another tokenizer ({made.tokenizer_hash}) than that of {encoder.name} ({encoder.tokenizer_hash})"
     if not made.chat_template_hash or made.chat_template_hash == encoder.template_hash:
         return ""
+    for name in ("chat_template_kwargs", "template_date"):
+        theirs, ours = made.sampling.get(name), encoder.template_record.get(name)
+        if theirs != ours:
+            return f"{name} {theirs}, but {name} is {ours} here"
     for system in SYSTEM_POLICIES:
-        if system != encoder.system and ChatEncoder(encoder.tokenizer, system).template_hash == made.chat_template_hash:
+        other = ChatEncoder(
+            encoder.tokenizer,
+            system,
+            chat_template_kwargs=encoder.template.arguments,
+            date=encoder.template.date,
+            end_ids=encoder.stop_ids,
+        )
+        if system != encoder.system and other.template_hash == made.chat_template_hash:
             return f"system: {system}, but system is {encoder.system} here"
-    return (
-        f"another chat template, or other arguments of it ({made.chat_template_hash}), than that of {encoder.name} "
-        f"({encoder.template_hash})"
-    )
+    return f"another chat template ({made.chat_template_hash}), than that of {encoder.name} ({encoder.template_hash})"
 
 
 def ids_problem(row: Mapping[str, Any], response: str, encoder: ChatEncoder) -> str | None:
@@ -66,11 +75,13 @@ def ids_problem(row: Mapping[str, Any], response: str, encoder: ChatEncoder) -> 
     problem = f"{response}_token_ids do not decode to the text of the {response} response"
     if min(ids) < 0:
         return problem
-    turn, decoded = row[response][-1], encoder.decode(ids)
+    turn = row[response][-1]
     text = turn["content"]
-    if decoded.strip() == text.strip():
+    # Texts from elsewhere may lack the thought that the generation prompt opens.
+    readings = (encoder.response_text(ids, row.get("chat_template_kwargs")), encoder.decode(ids))
+    if text.strip() in [reading.strip() for reading in readings]:
         return None
-    if any(turn.get(name) for name in _STRUCTURED) and text.strip() in decoded:
+    if any(turn.get(name) for name in _STRUCTURED) and any(text.strip() in reading for reading in readings):
         return None
     by_stop_text = row.get(f"{response}_finish_reason") == "stop" and ids[-1] not in encoder.stop_ids
-    return None if by_stop_text and decoded.startswith(text) else problem
+    return None if by_stop_text and any(reading.startswith(text) for reading in readings) else problem

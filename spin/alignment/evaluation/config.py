@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from spin.alignment.core.errors import InputError, lookup
 from spin.alignment.core.settings import check_settings, part_of, same_as, setting
 from spin.alignment.data.config import DataConfig, System
 from spin.alignment.data.source_names import with_config
+from spin.alignment.data.template_date import parse_date
 from spin.alignment.generation import BACKENDS, check_backend_settings, find_backend
 from spin.alignment.generation.base import BackendSettings, SamplingConfig
 from spin.alignment.models.config import Dtype, ModelConfig
@@ -21,6 +23,8 @@ class EvaluateConfig:
     revision: str | None = same_as(ModelConfig, "model_revision", set_by_run=True)
     dtype: Dtype = same_as(ModelConfig, "dtype")
     system: System = same_as(DataConfig, "system")
+    chat_template_kwargs: dict[str, Any] = same_as(DataConfig, "chat_template_kwargs", set_by_run=True)
+    template_date: str | None = same_as(DataConfig, "template_date", set_by_run=True, unset="today")
     trust_remote_code: bool = same_as(ModelConfig, "trust_remote_code")
 
     input_dir: str = setting(
@@ -56,6 +60,8 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         check_settings(self)
+        if self.template_date is not None:
+            parse_date(self.template_date)
         object.__setattr__(self, "input_dir", with_config(self.input_dir, self.config))
         if find_backend(self.backend).needs_server:
             others = " or ".join(name for name in BACKENDS if not find_backend(name).needs_server)

@@ -26,8 +26,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         InputError: the model, every prompt or the metric cannot be used; if it can be known, before a model is loaded.
     """
     from spin.alignment.core.files import write_json_atomic
-    from spin.alignment.data.chat_encoder import ChatEncoder, load_tokenizer
+    from spin.alignment.data.chat_encoder import load_encoder
     from spin.alignment.data.held_out_rows import describe_skipped
+    from spin.alignment.data.template_date import pinned_date
     from spin.alignment.evaluation.responses import responses_path, write_responses
     from spin.alignment.models.folder import check_model_path, context_length, model_folder
     from spin.alignment.models.vocabulary import check_control_tokens, check_ids, ids_without_token
@@ -35,7 +36,16 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
     config.check_metric()
     check_model_path(config.model)
-    encoder = ChatEncoder(load_tokenizer(config.model, config.revision, config.trust_remote_code), config.system)
+    encoder = load_encoder(
+        config.model,
+        config.revision,
+        config.trust_remote_code,
+        system=config.system,
+        chat_template_kwargs=config.chat_template_kwargs,
+        date=pinned_date(config.template_date, ()),
+    )
+    for remark in encoder.remarks:
+        say_error(remark)
     folder = model_folder(config.model, config.revision)
     model_config = check_model(folder, trust_remote_code=config.trust_remote_code)
     check_control_tokens(encoder, model_config, config.model)
@@ -52,6 +62,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "metric": config.metric,
         "input_dir": config.input_dir,
         "split": config.split,
+        **encoder.template_record,
         "n": len(held_out),
         "skipped": skipped,
         **averages(config, rows, len(held_out)),
@@ -202,7 +213,7 @@ def respond_and_score(
     rows: list[dict[str, Any]] = []
     for temperature in config.temperatures:
         responses = respond(backend, held_out, config.sampling(temperature), chunk, say_error)
-        texts = [encoder.decode(response.token_ids) for response in responses]
+        texts = [encoder.response_text(response.token_ids) for response in responses]
         rows += scored_rows(config.model, temperature, held_out, responses, texts, scorer, skipped)
     return rows
 

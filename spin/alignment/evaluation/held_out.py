@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from spin.alignment.core.errors import InputError
+from spin.alignment.data.chat_encoder import template_arguments
 from spin.alignment.data.held_out_rows import Skipped
 from spin.alignment.data.rows import scorer_columns
 from spin.alignment.data.turns import answer_text, question
@@ -52,10 +53,8 @@ def encode_held_out(
     for row in rows:
         *prompt, answer = row["chosen"]
         try:
-            ids = encoder.prompt_ids(prompt)
-            ground_truth_ids = encoder.response_ids(row["chosen"])
-            if reason := encoder.refusal(prompt):
-                raise InputError(reason)
+            ids = encoder.prompt_ids(prompt, **template_arguments(row))
+            ground_truth_ids = encoder.response_ids(row["chosen"], ids, **template_arguments(row))
         except InputError as error:
             skipped.append({"prompt_id": row["prompt_id"], "reason": str(error)})
             continue

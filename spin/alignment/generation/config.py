@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.settings import check_settings, part_of, same_as, setting
 from spin.alignment.data.config import DataConfig, System
 from spin.alignment.data.source_names import with_config
+from spin.alignment.data.template_date import parse_date
 from spin.alignment.generation import BACKENDS, check_backend_settings, find_backend
 from spin.alignment.generation.base import BackendSettings, SamplingConfig
 from spin.alignment.models.config import Dtype, ModelConfig
@@ -28,6 +29,10 @@ class GenerateConfig:
     )
     dtype: Dtype = same_as(ModelConfig, "dtype", recorded=True)
     system: System = same_as(DataConfig, "system")
+    chat_template_kwargs: dict[str, Any] = same_as(DataConfig, "chat_template_kwargs", set_by_run=True)
+    template_date: str | None = same_as(
+        DataConfig, "template_date", set_by_run=True, unset="the day recorded in output_dir, else today"
+    )
     trust_remote_code: bool = same_as(ModelConfig, "trust_remote_code")
 
     input_dir: str = setting(
@@ -85,6 +90,8 @@ class GenerateConfig:
         if (self.base_url is not None) != find_backend(self.backend).needs_server:
             serving = ", ".join(name for name in BACKENDS if find_backend(name).needs_server)
             raise InputError(f"base_url and --backend {serving} require each other: give both or neither")
+        if self.template_date is not None:
+            parse_date(self.template_date)
         part_of(self, SamplingConfig)  # runs the checks of its values
 
     @property

@@ -22,6 +22,7 @@ from spin.alignment.core.files import remove_files
 from spin.alignment.core.parquet import ParquetSink, check_whole, open_parquet, read_batches
 from spin.alignment.core.provenance import Provenance, hash_json, read_provenance
 from spin.alignment.data.fractions import PARTS_FOLDER, fraction_path, num_fractions
+from spin.alignment.data.template_date import DATE_FILE
 
 POSITIONS_KEY = b"spin.positions"
 _MERGE_PROMPTS = 256
@@ -37,8 +38,8 @@ def clear_parts(output_dir: Path, split: str, num_rows: int, frac_len: int) -> N
     # A worker killed between merging and cleaning up leaves parts of complete fractions.
     for left in [*parts.glob(f"{split}-[0-9][0-9][0-9][0-9][0-9]*"), *parts.glob(f"*prompts-{split}-*")]:
         remove_folder(left) if left.is_dir() else left.unlink(missing_ok=True)
-    if not any(parts.glob("*-*")):
-        remove_files((parts / "workers").glob("*"))
+    if not any(path for path in parts.glob("*-*") if path.name != DATE_FILE):
+        remove_files([*(parts / "workers").glob("*"), parts / DATE_FILE])
         for folder in (parts / "workers", parts):
             # If it is not empty, another worker is still running and will remove it.
             with contextlib.suppress(OSError):

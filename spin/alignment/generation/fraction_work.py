@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spin.alignment.core.errors import InputError, NotFiniteError
+from spin.alignment.data.chat_encoder import RowRefused, template_arguments
 from spin.alignment.data.fractions import fraction_path, fraction_rows
 from spin.alignment.data.prompt_store import PromptStore, ids_sum
 from spin.alignment.data.rows import carried_columns
@@ -95,11 +96,11 @@ class GenerationJob:
 
     def _request(self, row: dict[str, Any]) -> PromptRequest | str:
         prompt = prompt_turns(row["chosen"])
-        if reason := self.encoder.refusal(prompt):
-            return reason
         try:
-            ids = self.encoder.prompt_ids(prompt)
+            ids = self.encoder.prompt_ids(prompt, **template_arguments(row))
             check_ids(ids, self.model_config, self.encoder.name, "the prompt")
+        except RowRefused as refused:
+            return str(refused)
         except InputError as error:
             raise InputError(f"prompt {row['prompt_id']}: {error}") from error
         if len(ids) > self.longest_prompt:
@@ -132,7 +133,10 @@ class GenerationJob:
                 "prompt_id": row["prompt_id"],
                 "sample_index": sample,
                 "chosen": ground_truth,
-                "rejected": [*prompt, {"role": "assistant", "content": self._text(response)}],
+                "rejected": [
+                    *prompt,
+                    {"role": "assistant", "content": self._text(response, row.get("chat_template_kwargs"))},
+                ],
                 "rejected_token_ids": response.token_ids,
                 "rejected_finish_reason": response.finish_reason,
                 **({"rejected_logprobs": response.logprobs} if self.sampling.logprobs else {}),
@@ -141,8 +145,8 @@ class GenerationJob:
             for sample, response in enumerate(responses)
         ]
 
-    def _text(self, response: Response) -> str:
-        text = self.encoder.decode(response.token_ids)
+    def _text(self, response: Response, row_arguments: str | None) -> str:
+        text = self.encoder.response_text(response.token_ids, row_arguments)
         ends = [place for stop in self.sampling.stop if (place := text.find(stop)) >= 0]
         return text[: min(ends)] if ends else text
 

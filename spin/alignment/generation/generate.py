@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import signal
 import sys
@@ -27,12 +28,14 @@ if TYPE_CHECKING:
     from spin.alignment.generation.worker import GenerationRun
 
 
-def expected_provenance(config: GenerateConfig, model_dir: Path) -> Provenance:
-    """Return the provenance of the fractions as far as it is known before the tokenizer or any row is read.
+def expected_provenance(config: GenerateConfig, model_dir: Path, date: datetime.date | None = None) -> Provenance:
+    """Return the provenance of the fractions as far as it is known before the tokenizer or any row is read; ``date`` is that
+    of a chat template that has one.
 
     ``extra["inputs"]`` is one hash of every input file, so that a finished fraction is recognised within a second.
     """
     from spin.alignment.core.provenance import Provenance, hash_file, hash_text, hash_weights, package_versions
+    from spin.alignment.data.end_of_turn import model_end_ids
     from spin.alignment.data.source_files import split_files
     from spin.alignment.data.source_names import is_local
     from spin.alignment.generation import find_backend
@@ -47,6 +50,12 @@ def expected_provenance(config: GenerateConfig, model_dir: Path) -> Provenance:
         settings["adapter"] = hash_text(*(hash_file(Path(config.adapter) / name) for name in ADAPTER_FILES))
     if config.batch_invariant:
         settings["batch_invariant"] = True
+    if config.chat_template_kwargs:
+        settings["chat_template_kwargs"] = config.chat_template_kwargs
+    if date is not None:
+        settings["template_date"] = date.isoformat()
+    if len(ends := model_end_ids(model_dir)) > 1:
+        settings["end_ids"] = list(ends)
     # Only what decides ids: a folder may also contain metrics, with the seconds that its training took.
     texts = [file for file in model_files(model_dir) if file.suffix != ".safetensors"]
     contents = [f"{file.name}={hash_file(file)}" for file in (*texts, *data_files)]
@@ -144,13 +153,29 @@ def wanted_fractions(config: GenerateConfig, stated: Provenance, store: PromptSt
     return wanted
 
 
-def open_model(config: GenerateConfig, model_dir: Path) -> tuple[Any, ChatEncoder]:
+def date_of_template(config: GenerateConfig, model_dir: Path) -> datetime.date | None:
+    """Return the date that a chat template with today's date sees, None for any other: the setting, else that of the fractions
+    in the output folder, else the one that the first process recorded there.
+
+    Raises:
+        InputError: the existing fractions were generated with different dates.
+    """
+    from spin.alignment.data.fractions import PARTS_FOLDER
+    from spin.alignment.data.template_date import pinned_date, recorded_in_rows, shared_date, template_has_date
+
+    if not template_has_date(model_dir):
+        return None
+    recorded = () if config.overwrite else (recorded_in_rows(sorted(Path(config.output_dir).glob("*.parquet"))),)
+    return pinned_date(config.template_date, recorded) or shared_date(Path(config.output_dir) / PARTS_FOLDER)
+
+
+def open_model(config: GenerateConfig, model_dir: Path, date: datetime.date | None = None) -> tuple[Any, ChatEncoder]:
     """Check the model, its adapter and its tokenizer from their files; return the model's configuration and its encoder.
 
     Raises:
         InputError: a file is damaged, or weights, adapter or tokenizer do not fit the configuration.
     """
-    from spin.alignment.data.chat_encoder import ChatEncoder, load_tokenizer
+    from spin.alignment.data.chat_encoder import load_encoder
     from spin.alignment.generation import find_backend
     from spin.alignment.models.vocabulary import check_control_tokens
     from spin.alignment.models.weights_check import check_model
@@ -161,7 +186,14 @@ def open_model(config: GenerateConfig, model_dir: Path) -> tuple[Any, ChatEncode
         from spin.alignment.models.adapters import check_adapter
 
         check_adapter(Path(config.adapter), model_dir, model_config, trusted)
-    encoder = ChatEncoder(load_tokenizer(config.model, config.revision, trusted), config.system)
+    encoder = load_encoder(
+        config.model,
+        config.revision,
+        trusted,
+        system=config.system,
+        chat_template_kwargs=config.chat_template_kwargs,
+        date=date,
+    )
     check_control_tokens(encoder, model_config, str(model_dir))
     return model_config, encoder
 
@@ -260,16 +292,17 @@ def generate(config: GenerateConfig) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     check_model_path(config.model, needs_weights=not find_backend(config.backend).needs_server)
     model_dir = model_folder(config.model, config.revision)
-    stated = expected_provenance(config, model_dir)
+    date = date_of_template(config, model_dir)
+    stated = expected_provenance(config, model_dir, date)
     num_prompts = already_complete(config, stated)
     if num_prompts:
         say(f"{config.output_dir} is already complete ({config.split}, fraction {config.data_frac})")
     else:
-        num_prompts = work(config, stated, model_dir)
+        num_prompts = work(config, stated, model_dir, date)
     clear_parts(Path(config.output_dir), config.split, num_prompts, config.frac_len)
 
 
-def work(config: GenerateConfig, stated: Provenance, model_dir: Path) -> int:
+def work(config: GenerateConfig, stated: Provenance, model_dir: Path, date: datetime.date | None = None) -> int:
     """Work on the requested fractions until they are merged; return the number of prompts of the split."""
     from spin.alignment.data.fractions import PARTS_FOLDER
     from spin.alignment.generation.leases import Worker
@@ -283,6 +316,8 @@ def work(config: GenerateConfig, stated: Provenance, model_dir: Path) -> int:
     with Worker(Path(config.output_dir) / PARTS_FOLDER / "workers") as worker:
         try:
             job = make_job(config, stated, model_config, encoder, worker.name)
+            for remark in job.encoder.remarks if rank == 0 else ():
+                say_error(remark)
             fractions = wanted_fractions(config, job.provenance, job.store)
         except InputError:
             withdraw(worker)

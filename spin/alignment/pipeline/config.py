@@ -11,11 +11,12 @@ from typing import Any, TypeVar
 from spin.alignment.core.config import build, load_config, load_yaml
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.secrets import refuse_stored_secrets, without_secrets
-from spin.alignment.core.settings import check_settings, set_by_run, setting
+from spin.alignment.core.settings import check_settings, same_as, set_by_run, setting
 from spin.alignment.core.sides import INITIAL
 from spin.alignment.data.config import DataConfig
 from spin.alignment.data.source_names import with_config
 from spin.alignment.data.split_names import is_held_out
+from spin.alignment.data.template_date import parse_date
 from spin.alignment.evaluation.config import EvaluateConfig
 from spin.alignment.generation.config import GenerateConfig
 from spin.alignment.methods.weightings import WEIGHTINGS, Compares, Weighting, find_weighting
@@ -123,6 +124,12 @@ class RunConfig:
     data: RunData = setting(help="prompts with ground truth, see below")
     model_revision: str | None = setting(None, "revision of a Hub model")
     iterations: int = setting(1, "number of iterations; raise it later and the run continues", ge=1, le=1000)
+    chat_template_kwargs: dict[str, Any] = same_as(
+        DataConfig,
+        "chat_template_kwargs",
+        help="arguments of the chat template in every program of the run, such as enable_thinking: false",
+    )
+    template_date: str | None = same_as(DataConfig, "template_date", unset="the day of the first start of the run")
     history: int = setting(
         1, "number of earlier iterations whose data is added to that of the current one (the paper: 1)", ge=0
     )
@@ -149,6 +156,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_settings(self)
+        if self.template_date is not None:
+            parse_date(self.template_date)
         if self.launch.config_file and not Path(self.launch.config_file).is_file():
             raise InputError(f"launch.config_file {self.launch.config_file} does not exist: give an accelerate config")
         if self.launch.parallel and (self.launch.num_processes > 1 or self.launch.config_file):
@@ -217,6 +226,12 @@ class RunConfig:
             raise InputError(
                 "'reverse' in the section 'train' would train the policy to prefer the rejected responses: remove it"
             )
+
+    @property
+    def template_settings(self) -> dict[str, Any]:
+        """What every program is told about the chat template: the settings that are given."""
+        given = {"chat_template_kwargs": self.chat_template_kwargs, "template_date": self.template_date}
+        return {name: value for name, value in given.items() if value}
 
     @property
     def start_model(self) -> str:
@@ -306,6 +321,8 @@ def refuse_set_by_run(values: Mapping[str, Any], classes: Sequence[type], where:
         InputError: naming the key.
     """
     for key in set_by_run(*classes):
+        if key in values and key in ("chat_template_kwargs", "template_date"):
+            raise InputError(f"'{key}' in {where} is the same in the whole run: set it at the top of the file")
         if key in values:
             raise InputError(f"'{key}' in {where} is set by the pipeline itself: remove it")
 

@@ -110,6 +110,7 @@ def _rows(file: Path) -> Iterator[dict[str, Any]]:
 
 def row_problems(row: dict[str, Any], where: str, is_pair: bool, encoder: ChatEncoder | None) -> list[str]:
     """Return the violations of the row contract: turns, token ids, finish reasons, weights."""
+    from spin.alignment.data.chat_encoder import template_arguments
     from spin.alignment.data.preference_forms import check_pair
     from spin.alignment.data.turns import check_conversation, prompt_turns
 
@@ -131,7 +132,8 @@ def row_problems(row: dict[str, Any], where: str, is_pair: bool, encoder: ChatEn
         ]
     if encoder is not None:
         try:
-            encoder.prompt_ids(prompt_turns(row["rejected" if is_pair else "chosen"]))
+            prompt = prompt_turns(row["rejected" if is_pair else "chosen"])
+            encoder.prompt_ids(prompt, **template_arguments(row))
         except InputError as error:
             problems.append(f"{where}: {error}")
     return problems
@@ -188,7 +190,7 @@ def model_problems(folder: Path) -> list[str]:
 
     The folder of a sequence classifier is checked as a scorer, which needs no chat template.
     """
-    from spin.alignment.data.chat_encoder import ChatEncoder, load_tokenizer
+    from spin.alignment.data.chat_encoder import load_encoder, load_tokenizer
     from spin.alignment.models.folder import check_model_path, read_config_file
     from spin.alignment.models.vocabulary import check_control_tokens
     from spin.alignment.models.weights_check import Task, check_model
@@ -207,11 +209,12 @@ def model_problems(folder: Path) -> list[str]:
             problem for problem in weight_problems(weights) if not any(str(weights) in one for one in problems)
         ]
     try:
-        tokenizer = load_tokenizer(str(folder))
         if task == "causal":
-            encoder = ChatEncoder(tokenizer)
+            encoder = load_encoder(folder)
             if model_config is not None:
                 check_control_tokens(encoder, model_config, str(folder))
+        else:
+            load_tokenizer(str(folder))
     except InputError as error:
         problems.append(str(error))
     return problems

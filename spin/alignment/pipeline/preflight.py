@@ -48,19 +48,26 @@ def check_data(config: RunConfig) -> ChatEncoder:
 
     A ground truth is required only for SFT, evaluation, and pairings that compare with it.
     """
-    from spin.alignment.data.chat_encoder import ChatEncoder, load_tokenizer
+    from spin.alignment.data.chat_encoder import RowRefused, load_encoder, template_arguments
     from spin.alignment.data.rows import load_prompts
     from spin.alignment.data.turns import prompt_turns
 
     # The settings of the program that reads the prompts: run_online.py if it replaces generate.py.
     told: dict[str, Any] = {**config.generate, **(config.online or {})}
-    tokenizer = load_tokenizer(config.model, config.model_revision, bool(told.get("trust_remote_code")))
-    encoder = ChatEncoder(tokenizer, told.get("system", "keep"))
+    encoder = load_encoder(
+        config.model,
+        config.model_revision,
+        bool(told.get("trust_remote_code")),
+        system=told.get("system", "keep"),
+        chat_template_kwargs=config.chat_template_kwargs,
+    )
     for (path, split), ground_truth_required in data_sources(config).items():
         prompts = load_prompts(path, split, ground_truth_required)
         for row in prompts.select(range(min(100, len(prompts)))):
             try:
-                encoder.prompt_ids(prompt_turns(row["chosen"]))
+                encoder.prompt_ids(prompt_turns(row["chosen"]), **template_arguments(row))
+            except RowRefused:  # left out and counted by the program that reads it
+                continue
             except InputError as error:
                 raise InputError(f"{path} [{split}], prompt {row['prompt_id']}: {error}") from error
     check_held_out(config, encoder)
@@ -73,6 +80,7 @@ def check_held_out(config: RunConfig, encoder: ChatEncoder) -> None:
     Raises:
         InputError: the held-out data cannot be read, or none of the first usable rows can be encoded.
     """
+    from spin.alignment.data.chat_encoder import template_arguments
     from spin.alignment.data.held_out_rows import check_any_left, read_held_out
 
     data, skipped, usable = config.data, [], []
@@ -81,7 +89,7 @@ def check_held_out(config: RunConfig, encoder: ChatEncoder) -> None:
     rows, _ = read_held_out(data.test, data.test_split)
     for row in rows[:100]:
         try:
-            usable.append(encoder.response_ids(row["chosen"]))
+            usable.append(encoder.response_ids(row["chosen"], **template_arguments(row)))
         except InputError as error:
             skipped.append({"prompt_id": row["prompt_id"], "reason": str(error)})
     check_any_left(usable, skipped, f"{data.test}, split {data.test_split}")

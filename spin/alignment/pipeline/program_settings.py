@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from spin.alignment.core.config import build, load_config, merge
+from spin.alignment.core.errors import InputError
 from spin.alignment.core.settings import set_by_run
 from spin.alignment.core.sides import INITIAL
 from spin.alignment.evaluation.config import EvaluateConfig
@@ -32,6 +33,11 @@ def train_values(config: RunConfig, iteration: int) -> dict[str, Any]:
     if "config" in config.train:
         # A configuration for a single iteration: its model, data and output are dropped, since the pipeline sets them.
         alone = load_config(str(config.train["config"]))
+        for key in ("chat_template_kwargs", "template_date"):
+            if alone.get(key):
+                raise InputError(
+                    f"'{key}' in {config.train['config']} is the same in the whole run: set it at the top of its file"
+                )
         values = merge(
             {key: value for key, value in alone.items() if key not in set_by_run(*SECTIONS["train"])}, values
         )
@@ -70,6 +76,7 @@ def generate_config(config: RunConfig, iteration: int, held_out: bool = False) -
         "data_frac": "auto",
         "iteration": iteration,
         "seed": config.generation_seed(iteration),
+        **config.template_settings,
     }
     # Held-out prompts are few: one fraction, whatever frac_len the training prompts have.
     section = config.generate | ({"frac_len": 0} if held_out else {})
@@ -100,6 +107,7 @@ def evaluate_config(config: RunConfig, name: str, model: str) -> EvaluateConfig:
         "split": config.data.test_split,
         "output_file": str(Path(config.run_dir) / name / "eval.json"),
         "seed": config.seed,
+        **config.template_settings,
     }
     return section_config("evaluate", EvaluateConfig, config.evaluate | own)
 
@@ -127,7 +135,7 @@ def weights_values(config: RunConfig, iteration: int) -> dict[str, Any]:
     inherited = ("max_length", "max_prompt_length", "system") if config.weighting.needs_models else ("system",)
     shared: dict[str, Any] = {key: trained[key] for key in inherited if key in trained}
     output = {"output_dir": str(folder / "weights"), "page": str(folder / "weights.html"), "seed": config.seed}
-    return {**shared, **section, **models, "input_dir": str(folder / "pairs"), **output}
+    return {**shared, **section, **models, **config.template_settings, "input_dir": str(folder / "pairs"), **output}
 
 
 def sft_values(config: RunConfig, name: str) -> dict[str, Any]:
@@ -158,8 +166,10 @@ def online_values(config: RunConfig) -> dict[str, Any]:
 
 def _owned(config: RunConfig, model: str, folder: Path) -> dict[str, Any]:
     owned = {"model_name_or_path": model, "output_dir": str(folder / "checkpoint"), "seed": config.seed}
-    return owned | (
-        {"model_revision": config.model_revision} if model == config.model and config.model_revision else {}
+    return (
+        config.template_settings
+        | owned
+        | ({"model_revision": config.model_revision} if model == config.model and config.model_revision else {})
     )
 
 

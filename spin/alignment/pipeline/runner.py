@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 import threading
 from collections.abc import Callable, Sequence
@@ -137,6 +138,7 @@ def run_stages(
         for folder in (run_dir, *(path for path in run_dir.iterdir() if path.is_dir())):
             remove_all_leftovers(folder)
         set_damaged_aside(run_dir)
+        config = with_pinned_date(config)
         pipeline = Pipeline(config, make_stages(config), rerun_changed)
         pipeline.children.is_hurried = is_hurried
         pipeline.refuse_changes()
@@ -166,6 +168,27 @@ def secrets_of(stages: Sequence[Stage]) -> dict[str, str]:
             if found.setdefault(name, value) != value:
                 raise InputError(f"{stage.name} has another hub_token than the stages before it: give a single one")
     return found
+
+
+def with_pinned_date(config: RunConfig) -> RunConfig:
+    """Return a configuration with the date that chat templates see: of a run that goes on, the day it was first started on.
+
+    Without a chat template that has the date, nothing is added.
+    """
+    from spin.alignment.core.config import load_yaml
+    from spin.alignment.data.template_date import template_has_date, today
+    from spin.alignment.models.folder import model_folder
+
+    teacher = (config.weigh or {}).get("model_plus")
+    models = [(config.model, config.model_revision)]
+    models += [(str(teacher), (config.weigh or {}).get("revision_plus"))] if teacher else []
+    if config.template_date is not None or not any(template_has_date(model_folder(*model)) for model in models):
+        return config
+    try:
+        recorded = load_yaml(Path(config.run_dir) / "run.yaml").get("template_date")
+    except InputError:  # a new run, or one that was killed while it wrote the file
+        recorded = None
+    return dataclasses.replace(config, template_date=str(recorded or today().isoformat()))
 
 
 def explain(failure: StageFailed) -> int:

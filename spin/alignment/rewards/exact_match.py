@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from spin.alignment.data.thoughts import without_thought
+
 
 def exact_match(prompt: str, response: str, reference: str) -> float:
-    """Return 1.0 if both texts are equal after stripping, otherwise 0.0."""
-    return float(response.strip() == reference.strip())
+    """Return 1.0 if both texts are equal without their thoughts and after stripping, otherwise 0.0."""
+    return float(without_thought(response).strip() == without_thought(reference).strip())

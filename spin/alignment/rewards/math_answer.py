@@ -11,6 +11,8 @@ import re
 from fractions import Fraction
 from typing import NamedTuple
 
+from spin.alignment.data.thoughts import without_thought
+
 # A minus after a digit, letter or bracket is a subtraction, not a sign; commas count only between groups of three digits.
 _NUMBER = re.compile(r"(?:(?<![\w)}])-)?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:\s*/\s*\d+)?|\.\d+)")
 # Both \frac{3}{4} and \frac34, optionally after a whole number (1\frac12 is 3/2). At most 40 digits: int() rejects very long
@@ -65,8 +67,8 @@ class Box(NamedTuple):
 
 
 def math_answer(prompt: str, response: str, reference: str) -> float:
-    """Return 1.0 if both final answers are the same, otherwise 0.0 (also if the response has none)."""
-    ours, ground_truth = final_answer(response), final_answer(reference)
+    """Return 1.0 if both final answers, behind any thought, are the same, otherwise 0.0 (also if the response has none)."""
+    ours, ground_truth = (final_answer(without_thought(text)) for text in (response, reference))
     return float(ours is not None and ours == ground_truth)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.settings import check_settings, default_of, part_of, same_as, setting, settings_of
@@ -59,6 +59,10 @@ class WeightsConfig:
     trust_remote_code: bool = same_as(ModelConfig, "trust_remote_code", help="run code that comes with the models")
 
     system: System = same_as(DataConfig, "system", group="sequences")
+    chat_template_kwargs: dict[str, Any] = same_as(DataConfig, "chat_template_kwargs", set_by_run=True)
+    template_date: str | None = same_as(
+        DataConfig, "template_date", set_by_run=True, unset="the day recorded in the pairs, else today"
+    )
     max_length: int = same_as(
         DataConfig,
         "max_length",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spin.alignment.core.console import say
+from spin.alignment.core.console import say, say_error
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.provenance import hash_file, hash_text
 from spin.alignment.core.resolve import module_record
@@ -139,6 +139,8 @@ def estimate_weights(config: WeightsConfig, write_page: WritePage | None = None)
     method = Method.of(config)
     *judges, encoder = open_judges(config)
     accelerator = make_accelerator()
+    for remark in encoder.remarks if accelerator.is_main_process else ():
+        say_error(remark)
     input_dir, output_dir = Path(config.input_dir), Path(config.output_dir)
     splits = open_splits(input_dir, output_dir, method, judges, encoder, config.overwrite)
     accelerator.wait_for_everyone()  # until all processes have checked the output, before the main process replaces it

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from spin.alignment.core.errors import InputError
+from spin.alignment.data.template_date import today
 from spin.alignment.token_weights.config import WeightsConfig
 
 if TYPE_CHECKING:
@@ -30,11 +32,14 @@ def open_judges(config: WeightsConfig) -> tuple[Judge | None, Judge | None, Chat
             trust_remote_code=config.trust_remote_code,
         )
 
+    template = template_settings(config)
     weighting = find_weighting(config.weighting)
     if not weighting.needs_models:
-        return None, None, open_encoder(model(config.tokenizer, config.revision_tokenizer), config.system)
-    plus = Judge.open(model(config.model_plus, config.revision_plus), config.system)
-    minus = Judge.open(model(config.model_minus, config.revision_minus), config.system)
+        return None, None, open_encoder(model(config.tokenizer, config.revision_tokenizer), template)
+    # A teacher of another family need not know the arguments of the data's template.
+    plus_template = teacher_settings(config, template) if weighting.compares is Compares.TEACHER else template
+    plus = Judge.open(model(config.model_plus, config.revision_plus), plus_template)
+    minus = Judge.open(model(config.model_minus, config.revision_minus), template)
     if plus.weights_hash == minus.weights_hash:
         raise InputError(
             f"model_plus {config.model_plus} and model_minus {config.model_minus} have the same weights, so all gains are 0: "
@@ -51,6 +56,33 @@ def open_judges(config: WeightsConfig) -> tuple[Judge | None, Judge | None, Chat
     return plus, minus, minus.encoder
 
 
+def template_settings(config: WeightsConfig) -> dict[str, Any]:
+    """Return how prompts are rendered: the keyword arguments of :func:`load_encoder`.
+
+    Raises:
+        InputError: the pairs were generated with different dates.
+    """
+    from spin.alignment.data.template_date import pinned_date, recorded_in_rows
+
+    recorded = recorded_in_rows(sorted(Path(config.input_dir).glob("*.parquet"))) if not config.template_date else None
+    date = pinned_date(config.template_date, [recorded])
+    return {"system": config.system, "chat_template_kwargs": config.chat_template_kwargs, "date": date}
+
+
+def teacher_settings(config: WeightsConfig, template: dict[str, Any]) -> dict[str, Any]:
+    """Return ``template`` with those template arguments that the teacher's own template uses."""
+    from spin.alignment.data.chat_encoder import load_tokenizer
+    from spin.alignment.data.chat_template import ChatTemplate
+
+    if not config.chat_template_kwargs:
+        return template
+    teacher = config.model_plus or ""
+    tokenizer = load_tokenizer(teacher, config.revision_plus, config.trust_remote_code)
+    known = ChatTemplate(tokenizer, teacher, {}, template["date"] or today())
+    used = {name: value for name, value in config.chat_template_kwargs.items() if known.mentions(name)}
+    return template | {"chat_template_kwargs": used}
+
+
 def check_teacher(config: WeightsConfig, student: str) -> None:
     """Check a teacher's folder and tokenizer against those of a student, whose weights need not exist yet.
 
@@ -62,11 +94,16 @@ def check_teacher(config: WeightsConfig, student: str) -> None:
     from spin.alignment.models.weights_check import check_model
     from spin.alignment.token_weights.model_scores import check_offsets, open_encoder
 
-    def encoder(name: str, revision: str | None) -> ChatEncoder:
+    def encoder(name: str, revision: str | None, template: dict[str, Any]) -> ChatEncoder:
         trusted = config.trust_remote_code
-        return open_encoder(ModelConfig(name, revision, trust_remote_code=trusted), config.system)
+        return open_encoder(ModelConfig(name, revision, trust_remote_code=trusted), template)
 
     teacher = config.model_plus or ""
     check_model_path(teacher)
     check_model(model_folder(teacher, config.revision_plus), trust_remote_code=config.trust_remote_code)
-    check_offsets(encoder(teacher, config.revision_plus), encoder(student, config.revision_minus))
+    # The pairs need not exist yet: the date does not matter here.
+    template = {"system": config.system, "chat_template_kwargs": config.chat_template_kwargs, "date": today()}
+    check_offsets(
+        encoder(teacher, config.revision_plus, teacher_settings(config, template)),
+        encoder(student, config.revision_minus, template),
+    )

@@ -13,7 +13,7 @@ import numpy as np
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.provenance import hash_weights
 from spin.alignment.core.sides import SIDES
-from spin.alignment.data.chat_encoder import ChatEncoder, load_tokenizer
+from spin.alignment.data.chat_encoder import ChatEncoder, load_encoder, template_arguments
 from spin.alignment.data.config import DataConfig
 from spin.alignment.data.encode_pairs import EncodedPair, encode_pair, truncate_pair
 from spin.alignment.data.stored_ids import ids_problem
@@ -49,8 +49,8 @@ class Judge:
     weights_hash: str
 
     @classmethod
-    def open(cls, config: ModelConfig, system: Any) -> Judge:
-        """Check a model's folder and load its tokenizer.
+    def open(cls, config: ModelConfig, template: Mapping[str, Any]) -> Judge:
+        """Check a model's folder and load its tokenizer; ``template`` is what :func:`open_encoder` takes.
 
         Raises:
             InputError: the model does not exist, has no weights, or its tokenizer has no usable chat template.
@@ -58,7 +58,7 @@ class Judge:
         check_model_path(config.model_name_or_path)
         folder = model_folder(config.model_name_or_path, config.model_revision)
         model_config = check_model(folder, trust_remote_code=config.trust_remote_code)
-        encoder = open_encoder(config, system)
+        encoder = open_encoder(config, template)
         check_control_tokens(encoder, model_config, config.model_name_or_path)
         return cls(config, folder, encoder, hash_weights(folder))
 
@@ -72,10 +72,9 @@ class Judge:
         }
 
 
-def open_encoder(config: ModelConfig, system: Any) -> ChatEncoder:
-    """Return the chat encoder of a model's tokenizer."""
-    name, revision = config.model_name_or_path, config.model_revision
-    return ChatEncoder(load_tokenizer(name, revision, config.trust_remote_code), system)
+def open_encoder(config: ModelConfig, template: Mapping[str, Any]) -> ChatEncoder:
+    """Return the chat encoder of a model's tokenizer; ``template`` has the keyword arguments of :func:`load_encoder`."""
+    return load_encoder(config.model_name_or_path, config.model_revision, config.trust_remote_code, **template)
 
 
 def check_offsets(teacher: ChatEncoder, student: ChatEncoder) -> bool:
@@ -136,7 +135,10 @@ def align_rows(rows: Dataset, encoded: Dataset, student: ChatEncoder, teacher: C
             ended = ids[-1] in student.stop_ids
             text, places = student_text(student, ids[:-1] if ended else ids)
             conversation = [*row[side][:-1], {"role": "assistant", "content": text}]
-            prompt_ids, teacher_ids, spans = teacher.aligned_ids(conversation, ended)  # spans in characters of ``text``
+            given = template_arguments(row)
+            prompt_ids, teacher_ids, spans = teacher.aligned_ids(
+                conversation, ended, **given
+            )  # spans in characters of ``text``
             found["prompt_ids"] = prompt_ids
             # A response with neither text nor end-of-turn has nothing to score; one id is used as a placeholder.
             found |= {f"{side}_ids": teacher_ids or [teacher.end_id], f"{side}_spans": spans, f"{side}_places": places}
@@ -152,7 +154,8 @@ def with_prompts(rows: Dataset, encoded: Dataset, encoder: ChatEncoder) -> Datas
     """Return the same response ids after prompts encoded with another chat template of the same tokenizer."""
 
     def prompt(row: dict[str, Any], index: int) -> dict[str, Any]:
-        return {"prompt_ids": encoder.prompt_ids(rows[index]["chosen"][:-1])}
+        found = rows[index]
+        return {"prompt_ids": encoder.prompt_ids(found["chosen"][:-1], **template_arguments(found))}
 
     return encoded.map(prompt, with_indices=True, load_from_cache_file=False, desc="teacher's prompts")
 
@@ -161,7 +164,7 @@ def student_text(encoder: ChatEncoder, ids: Sequence[int]) -> tuple[str, list[tu
     """Return the text of response ids and the span of each, without the prefix that the template adds to a response."""
 
     def decode(some: list[int]) -> str:
-        return encoder.tokenizer.decode(some, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return encoder.raw_text(some)
 
     text, spans = token_spans(decode, ids)
     opening = len(encoder.response_prefix) if text.startswith(encoder.response_prefix) else 0

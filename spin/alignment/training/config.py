@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 from transformers import TrainingArguments
 
@@ -43,6 +44,8 @@ class SPINConfig(SPINKeys, TrainingArguments):
     max_prompt_length: int = same_as(DataConfig, "max_prompt_length")
     system: System = same_as(DataConfig, "system")
     retokenize: bool = same_as(DataConfig, "retokenize")
+    chat_template_kwargs: dict[str, Any] = same_as(DataConfig, "chat_template_kwargs")
+    template_date: str | None = same_as(DataConfig, "template_date", recorded=False)
     preprocessing_num_workers: int = same_as(DataConfig, "preprocessing_num_workers", recorded=False)
 
     def __post_init__(self) -> None:

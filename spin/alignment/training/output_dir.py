@@ -18,7 +18,7 @@ from spin.alignment.core.errors import InputError
 from spin.alignment.core.files import read_json, write_json_atomic
 from spin.alignment.models.folder import is_complete_checkpoint
 from spin.alignment.models.weights_check import read_header
-from spin.alignment.training.settings import Settings, without_paths
+from spin.alignment.training.settings import INPUTS_FILE, Settings, without_paths
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -38,7 +38,7 @@ class OutputFolder:
         Raises:
             InputError: the folder contains the model or the checkpoints of a different run.
         """
-        record = self.path / "inputs.json"
+        record = self.path / INPUTS_FILE
         if self.overwrite:
             return False
         if not record.exists():
@@ -88,7 +88,7 @@ class OutputFolder:
         # The Trainer would take an incomplete checkpoint for its latest one.
         for torn in self._checkpoints(complete=False):
             shutil.rmtree(torn)
-        write_json_atomic(self.path / "inputs.json", self.inputs)
+        write_json_atomic(self.path / INPUTS_FILE, self.inputs)
 
     def resume_point(self, accelerator: Accelerator) -> str | None:
         """Return the checkpoint to resume from: the requested one, else the last whole one, else None.

@@ -9,7 +9,9 @@ import datasets
 
 from spin.alignment.core.errors import InputError
 from spin.alignment.data.chat_encoder import ChatEncoder
+from spin.alignment.data.end_of_turn import end_ids_of
 from spin.alignment.data.preferences import to_preferences
+from spin.alignment.data.template_date import pinned_date
 from spin.alignment.logprobs.batch import PairDataset
 from spin.alignment.logprobs.forward import causal_model
 from spin.alignment.models.folder import check_config_fits
@@ -34,6 +36,18 @@ def has_rows(dataset: Any, name: str) -> bool:
     return isinstance(dataset, datasets.Dataset)
 
 
+def args_encoder(args: SPINConfig, tokenizer: Any, model: Any) -> ChatEncoder:
+    """Return the chat encoder of a trainer's tokenizer and model, with the template settings in ``args``."""
+    generation = getattr(causal_model(model), "generation_config", None)
+    return ChatEncoder(
+        tokenizer,
+        args.system,
+        chat_template_kwargs=args.chat_template_kwargs,
+        date=pinned_date(args.template_date, ()),
+        end_ids=end_ids_of(getattr(generation, "eos_token_id", None)),
+    )
+
+
 def to_pairs(dataset: Any, name: str, args: SPINConfig, tokenizer: Any, model: Any) -> Any:
     """Return the encoded pairs of a ``datasets.Dataset`` of preference rows, truncated to the limits in ``args``; anything else
     that the trainer accepts (encoded pairs, None) is returned unchanged.
@@ -54,7 +68,7 @@ def to_pairs(dataset: Any, name: str, args: SPINConfig, tokenizer: Any, model: A
     # A column of the data with this name has nothing to do with training.
     rows = rows.remove_columns([column for column in rows.column_names if column == "source"])
     rows = rows.add_column("source", [name] * len(rows))
-    encoder = ChatEncoder(tokenizer, args.system)
+    encoder = args_encoder(args, tokenizer, model)
     encoded, account = encode_rows(rows, encoder, args.limits, args.loss_type, args.reverse)
     for reason, count in account.dropped.items():
         logger.warning("%s: %d of %d pairs dropped: %s", name, count, len(rows), reason)

@@ -83,7 +83,8 @@ class TrainingProgram(ABC):
 
     def inputs(self, job: TrainingJob) -> dict[str, Any]:
         """Return everything that determines the result, by hash or value: the contents of ``inputs.json``."""
-        return inputs_record(job.settings, job.model_key, self.data_key(job))
+        record = inputs_record(job.settings, job.model_key, self.data_key(job))
+        return record | job.encoder.template_record
 
     def open(self, settings: Settings) -> None:  # noqa: B027
         """Acquire resources besides the policy (such as a scorer), before the policy is loaded."""

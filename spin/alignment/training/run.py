@@ -51,6 +51,8 @@ def train(program: TrainingProgram, values: Mapping[str, Any], source: str) -> N
     )
     encoder = make_encoder(settings)
     check_control_tokens(encoder, model_config, settings.model.model_name_or_path)
+    for remark in encoder.remarks:
+        report(settings, remark)
     data = program.load_data(settings, encoder)
     for line in program.describe_data(data):
         report(settings, line)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 import os
 import re
@@ -26,6 +27,7 @@ from spin.alignment.training.renamed_keys import rename_keys
 if TYPE_CHECKING:
     from spin.alignment.data.chat_encoder import ChatEncoder
 
+INPUTS_FILE = "inputs.json"
 # Keys of transformers that affect neither the weights nor the metrics; the project's own keys declare this themselves.
 _WITHOUT_EFFECT = (
     "log_level",
@@ -200,16 +202,40 @@ def skip_unused_deepspeed_build() -> None:
 
 
 def make_encoder(settings: Settings) -> ChatEncoder:
-    """Return the chat encoder of the model to train.
+    """Return the chat encoder of the model to train. A template with the date sees the day of the setting, else that of the
+    pairs, else that of the training to continue, else today.
 
     Raises:
-        InputError: the tokenizer is missing, or it has no usable chat template.
+        InputError: the tokenizer is missing, it has no usable chat template, or the pairs were generated on different dates.
     """
-    from spin.alignment.data.chat_encoder import ChatEncoder, load_tokenizer
+    from spin.alignment.data.chat_encoder import load_encoder
+    from spin.alignment.data.template_date import pinned_date, recorded_in_json, recorded_in_rows
 
-    model = settings.model
-    tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision, model.trust_remote_code)
-    return ChatEncoder(tokenizer, settings.data.system)
+    model, data = settings.model, settings.data
+    recorded: list[str | None] = []
+    if data.template_date is None:
+        folders = [Path(source) for source in data.dataset_mixer]
+        recorded.append(recorded_in_rows(file for folder in folders for file in sorted(folder.glob("*.parquet"))))
+        recorded.append(None if settings.overwrite else recorded_in_json(settings.output_dir / INPUTS_FILE))
+    return load_encoder(
+        model.model_name_or_path,
+        model.model_revision,
+        model.trust_remote_code,
+        system=data.system,
+        chat_template_kwargs=data.chat_template_kwargs,
+        date=pinned_date(data.template_date, recorded) or _same_day(settings.arguments.world_size),
+    )
+
+
+def _same_day(processes: int) -> datetime.date:
+    """Return today's date, that of the main process if there are several: they may start on both sides of midnight."""
+    from spin.alignment.data.template_date import parse_date, today
+
+    if processes == 1:
+        return today()
+    from accelerate.utils import broadcast_object_list
+
+    return parse_date(str(broadcast_object_list([today().isoformat()])[0]))
 
 
 def inputs_record(settings: Settings, opponent: str, data: str) -> dict[str, Any]:

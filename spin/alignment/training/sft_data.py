@@ -25,13 +25,14 @@ def encode_ground_truth(
     """
     from datasets import Dataset
 
+    from spin.alignment.data.chat_encoder import template_arguments
     from spin.alignment.data.encode_pairs import encode_pair
 
     rows, account = [], Account()
     for index, row in enumerate(prompts):
         try:
             # As in preference training, where the other response may shorten it further.
-            pair_row = {name: row[name] for name in ("prompt_id", "chosen")}
+            pair_row = {name: row[name] for name in ("prompt_id", "chosen")} | template_arguments(row)
             pair = encode_pair(
                 pair_row, encoder, settings.data.max_length, settings.data.max_prompt_length, ("chosen",)
             )

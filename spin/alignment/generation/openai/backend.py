@@ -120,8 +120,8 @@ class OpenAIBackend(GenerationBackend):
             "stop_token_ids": list(self.settings.stop_ids),
             "ignore_eos": True,
             "stop": list(sampling.stop),
-            # Stop texts are matched against text without special tokens, as this project decodes it.
-            "skip_special_tokens": True,
+            # Stop texts are matched against text with the markers of its parts, as this project decodes it.
+            "skip_special_tokens": False,
             "return_token_ids": True,
             **({"logit_bias": self._bias} if self._bias else {}),
             # 0: the log-prob of the sampled token and of no other.

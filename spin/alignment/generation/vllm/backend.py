@@ -214,6 +214,7 @@ class VLLMBackend(GenerationBackend):
             stop=list(sampling.stop),
             # Stop texts are matched against text; without them, no text is needed.
             detokenize=bool(sampling.stop),
+            skip_special_tokens=False,
             logprobs=0 if sampling.logprobs else None,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )

@@ -41,7 +41,7 @@ class Evaluate(StageKind):
                 kind=self,
                 name=f"{name}/evaluate",
                 configs=[evaluation],
-                settings=managed | config.evaluate,
+                settings=managed | config.evaluate | config.template_settings,
                 sources=[model_source(path), data_source(data.test, data.test_split)],
                 outputs=lambda: [Path(evaluation.output_file), responses_path(evaluation.output_file)],
                 iteration=model.iteration,

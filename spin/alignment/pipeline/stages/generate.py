@@ -28,7 +28,10 @@ class Generate(StageKind):
             kind=self,
             name=name,
             configs=configs,
-            settings=managed | config.generate | {"splits": [item.split for item in configs]},
+            settings=managed
+            | config.generate
+            | config.template_settings
+            | {"splits": [item.split for item in configs]},
             sources=[model_source(first.model), *(data_source(item.input_dir, item.split) for item in configs)],
             outputs=functools.partial(fraction_files, configs),
             folder=Path(first.output_dir),
@@ -85,11 +88,17 @@ def _num_fractions(path: str, split: str, frac_len: int) -> int:
 
 def decoded_problems(config: RunConfig, iteration: int, folder: Path) -> list[str]:
     """Return the problems of generated rows or pairs, with token ids checked by the tokenizer of the opponent."""
-    from spin.alignment.data.chat_encoder import ChatEncoder, load_tokenizer
+    from spin.alignment.data.chat_encoder import load_encoder
+    from spin.alignment.data.template_date import pinned_date
     from spin.alignment.pipeline.data_checks import data_problems
 
     try:
-        encoder = ChatEncoder(load_tokenizer(config.opponent(iteration)), config.generate.get("system", "keep"))
+        encoder = load_encoder(
+            config.opponent(iteration),
+            system=config.generate.get("system", "keep"),
+            chat_template_kwargs=config.chat_template_kwargs,
+            date=pinned_date(config.template_date, ()),
+        )
         return data_problems(folder, encoder)[1]
     except InputError as error:
         return [str(error)]

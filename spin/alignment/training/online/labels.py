@@ -130,7 +130,12 @@ class PairMaker:
                 "chosen": prompt.ground_truth,
                 "rejected": [
                     *prompt.messages,
-                    {"role": "assistant", "content": self.encoder.decode(response.token_ids)},
+                    {
+                        "role": "assistant",
+                        "content": self.encoder.response_text(
+                            response.token_ids, prompt.carried.get("chat_template_kwargs")
+                        ),
+                    },
                 ],
                 "rejected_token_ids": list(response.token_ids),
                 "rejected_finish_reason": response.finish_reason,

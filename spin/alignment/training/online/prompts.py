@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from datasets import Dataset
 
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.provenance import hash_text
+from spin.alignment.data.chat_encoder import RowRefused, template_arguments
 from spin.alignment.data.held_out_rows import check_any_left, describe_skipped, read_held_out
 from spin.alignment.data.mixture import pieces_of
 from spin.alignment.data.rows import carried_columns, load_prompts, prompts_hash, to_prompt_rows
@@ -73,9 +75,9 @@ def longest_pairs(prompts: Sequence[OnlinePrompt], max_new_tokens: int, end_id: 
 
 def load_splits(
     data: DataConfig, arguments: OnlineConfig, encoder: ChatEncoder
-) -> tuple[dict[str, PromptDataset], dict[str, int]]:
-    """Load, mix and encode the prompts; return ``train`` (and ``test`` if held-out prompts are configured), and the number of
-    prompts of each that are skipped because they are longer than ``max_prompt_length``.
+) -> tuple[dict[str, PromptDataset], dict[str, dict[str, int]]]:
+    """Load, mix and encode the prompts; return ``train`` (and ``test`` if held-out prompts are configured), and for each the
+    number of skipped prompts by reason.
 
     Raises:
         InputError: a fraction out of range, a row that cannot be encoded, a ground truth that is missing but needed by the
@@ -97,9 +99,9 @@ def load_splits(
     return splits, left_out
 
 
-def load_held_out(path: str, arguments: OnlineConfig, encoder: ChatEncoder) -> tuple[PromptDataset, int]:
-    """Return the held-out prompts of ``path``, at most ``eval_limit``, and how many rows are skipped, which are named in a
-    warning: they cannot be read or encoded, are too long, or lack the ground truth that the scorer compares with.
+def load_held_out(path: str, arguments: OnlineConfig, encoder: ChatEncoder) -> tuple[PromptDataset, dict[str, int]]:
+    """Return the held-out prompts of ``path``, at most ``eval_limit``, and the number of skipped rows by reason. They are named
+    in a warning: rows that cannot be read or encoded, are too long, or lack the ground truth that the scorer compares with.
 
     Raises:
         InputError: the data cannot be read, or no row of it can be used.
@@ -109,6 +111,8 @@ def load_held_out(path: str, arguments: OnlineConfig, encoder: ChatEncoder) -> t
     for row in rows:
         try:
             prompt = encode(row, encoder, path)
+            if isinstance(prompt, str):
+                raise InputError(prompt)
             if len(prompt.token_ids) > arguments.max_prompt_length:
                 raise InputError(f"it has {len(prompt.token_ids)} tokens: raise max_prompt_length")
             if compares and not (prompt.reference or "").strip():
@@ -120,12 +124,13 @@ def load_held_out(path: str, arguments: OnlineConfig, encoder: ChatEncoder) -> t
     check_any_left(prompts, skipped, f"{path}, split {arguments.eval_split}")
     for line in describe_skipped(skipped):
         logger.warning(line)
-    return PromptDataset(prompts, hash_text(prompts_hash(rows))), len(skipped)
+    reasons = Counter(item["reason"] for item in skipped)
+    return PromptDataset(prompts, hash_text(prompts_hash(rows))), dict(reasons)
 
 
 def to_prompts(dataset: Any, args: OnlineConfig, encoder: ChatEncoder, name: str) -> Any:
     """Return the encoded prompts of a ``datasets.Dataset`` (see :func:`to_prompt_rows`); anything else that the trainer accepts
-    (encoded prompts, None) is returned unchanged. Prompts longer than ``max_prompt_length`` are skipped; their number is logged.
+    (encoded prompts, None) is returned unchanged. Skipped prompts are logged, with their number and the reason.
 
     Raises:
         InputError: an unsupported kind of data set, a row that cannot be encoded, or a row without the ground truth that the
@@ -137,8 +142,8 @@ def to_prompts(dataset: Any, args: OnlineConfig, encoder: ChatEncoder, name: str
     trained_on = args.pairing if name == "train_dataset" and find_pairing(args.pairing).needs_ground_truth else None
     prompts = [encode(row, encoder, name, trained_on, args.limits) for row in rows]
     made, left_out = _dataset([(name, rows)], prompts, args.max_prompt_length)
-    if left_out:
-        logger.warning("%s: %d of %d prompts skipped: longer than max_prompt_length", name, left_out, len(rows))
+    for reason, count in left_out.items():
+        logger.warning("%s: %d of %d prompts skipped: %s", name, count, len(rows), reason)
     check_ground_truth(made, args.scorer)
     return made
 
@@ -157,13 +162,20 @@ def check_ground_truth(dataset: PromptDataset, scorer: str | None) -> None:
 
 
 def _dataset(
-    sources: Sequence[tuple[str, Iterable[Mapping[str, Any]]]], prompts: Sequence[OnlinePrompt], most: int
-) -> tuple[PromptDataset, int]:
-    short = [prompt for prompt in prompts if len(prompt.token_ids) <= most]
-    if not short:
+    sources: Sequence[tuple[str, Iterable[Mapping[str, Any]]]], prompts: Sequence[OnlinePrompt | str], most: int
+) -> tuple[PromptDataset, dict[str, int]]:
+    """Return the prompts of at most ``most`` tokens, and the number of the others by reason."""
+    encoded = [prompt for prompt in prompts if isinstance(prompt, OnlinePrompt)]
+    short = [prompt for prompt in encoded if len(prompt.token_ids) <= most]
+    left_out = Counter(prompt for prompt in prompts if isinstance(prompt, str))
+    if len(short) < len(encoded):
+        left_out["longer than max_prompt_length"] = len(encoded) - len(short)
+    if not short and encoded:
         raise InputError(f"no prompt of {sources[0][0]} has {most} tokens or fewer: raise max_prompt_length")
+    if not short:
+        raise InputError(f"no prompt of {sources[0][0]} can be used: {next(iter(left_out), 'it has none')}")
     key = hash_text(*(prompts_hash(rows) for _, rows in sources))
-    return PromptDataset(short, key), len(prompts) - len(short)
+    return PromptDataset(short, key), dict(left_out)
 
 
 def encode(
@@ -172,9 +184,9 @@ def encode(
     source: str,
     pairing: str | None = None,
     limits: DataConfig | None = None,
-) -> OnlinePrompt:
-    """Encode one prompt row, including its ground truth if a ``pairing`` that trains on it is given. A row without ground truth
-    ends with the user's turn.
+) -> OnlinePrompt | str:
+    """Encode one prompt row, or return the reason why it has to be skipped. Its ground truth is encoded if a ``pairing`` that
+    trains on it is given. A row without ground truth ends with the user's turn.
 
     Raises:
         InputError: the row cannot be encoded, or its ground truth is missing.
@@ -186,16 +198,17 @@ def encode(
         raise missing_ground_truth(row["prompt_id"], pairing)
     ground_truth_ids: list[int] = []
     try:
-        if reason := encoder.refusal(messages):
-            raise InputError(reason)
-        ids = encoder.prompt_ids(messages)
+        ids = encoder.prompt_ids(messages, **template_arguments(row))
         if (
             pairing is not None
             and ground_truth is not None
             and limits is not None
             and len(ids) <= limits.max_prompt_length
         ):
-            ground_truth_ids = encoder.response_ids(ground_truth, ids)[: limits.max_length - len(ids)]
+            whole = encoder.response_ids(ground_truth, ids, **template_arguments(row))
+            ground_truth_ids = whole[: limits.max_length - len(ids)]
+    except RowRefused as refused:
+        return str(refused)
     except InputError as error:
         raise InputError(f"{source}, prompt {row['prompt_id']}: {error}") from error
     return OnlinePrompt(

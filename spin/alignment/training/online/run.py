@@ -119,7 +119,7 @@ class OnlineTraining(TrainingProgram):
         return [f"{prefix}_{name}" for prefix in prefixes for name in ("score", "length", "truncated")]
 
     def load_data(self, settings: Settings, encoder: ChatEncoder) -> TrainingData:
-        """Load, mix and encode the prompts; those that are too long are skipped and counted by split."""
+        """Load, mix and encode the prompts; skipped ones are counted by split and reason."""
         data = TrainingData(*load_splits(settings.data, settings.arguments, encoder))
         for prompts in data.splits.values():
             check_ground_truth(prompts, settings.arguments.scorer)
@@ -127,10 +127,9 @@ class OnlineTraining(TrainingProgram):
 
     def describe_data(self, data: TrainingData) -> list[str]:
         """Return a line per split with the number of prompts, and of those skipped."""
-        reasons = {"train": ": longer than max_prompt_length", "test": ""}
         return [
             f"{split}: {number} prompts"
-            + (f", {data.dropped[split]} skipped{reasons[split]}" if data.dropped[split] else "")
+            + "".join(f", {count} skipped: {reason}" for reason, count in data.dropped[split].items())
             for split, number in data.sizes().items()
         ]
 

@@ -15,7 +15,6 @@ from datasets import Dataset
 from transformers import TrainerCallback, TrainerControl
 
 from spin.alignment.core.errors import InputError, NotFiniteError
-from spin.alignment.data.chat_encoder import ChatEncoder
 from spin.alignment.generation.base import PromptRequest, SamplingConfig, sample_seed
 from spin.alignment.logprobs.batch import PairDataset, PairList
 from spin.alignment.logprobs.forward import causal_model
@@ -27,6 +26,7 @@ from spin.alignment.training.online.moving_reference import MovingReference
 from spin.alignment.training.online.prompts import OnlinePrompt, PromptDataset, load_held_out, longest_pairs, to_prompts
 from spin.alignment.training.online.samplers import make_sampler
 from spin.alignment.training.online.step_log import evaluation_log, reduced, training_log
+from spin.alignment.training.preference_rows import args_encoder
 from spin.alignment.training.start_model import start_model
 from spin.alignment.training.trainer import SPINTrainer
 
@@ -61,7 +61,7 @@ class OnlineTrainer(SPINTrainer):
             InputError: as in :class:`SPINTrainer`, or the scorer, the engine or a prompt cannot be used.
         """
         model, processing_class = start_model(model, args, processing_class)
-        encoder = ChatEncoder(processing_class, args.system)
+        encoder = pair_maker.encoder if pair_maker is not None else args_encoder(args, processing_class, model)
         if eval_dataset is not None and args.scorer is None:
             raise InputError("eval_dataset is given, but there is no scorer to rate the responses: set scorer")
         if eval_dataset is None and args.eval_prompts:
