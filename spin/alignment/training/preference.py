@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from spin.alignment.core.console import say_error
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.files import read_json
-from spin.alignment.data.split_names import is_held_out
 from spin.alignment.logprobs.batch import PairDataset
 from spin.alignment.logprobs.position_kl import check_can_keep_reference
 from spin.alignment.models.folder import check_fits
@@ -18,7 +17,7 @@ from spin.alignment.training.first_loss import FIRST_LOSS_FILE
 from spin.alignment.training.metrics import metric_names
 from spin.alignment.training.preference_data import check_budget, data_key, largest, load_pairs
 from spin.alignment.training.program import TrainingData, TrainingJob, TrainingProgram
-from spin.alignment.training.settings import Settings
+from spin.alignment.training.settings import Settings, check_evaluation
 from spin.alignment.training.trainer import SPINTrainer
 
 if TYPE_CHECKING:
@@ -36,11 +35,7 @@ class PreferenceTraining(TrainingProgram):
             raise InputError(
                 "init_from_config cannot be used here (self-play needs a trained opponent): use spin/run_sft.py"
             )
-        strategy, splits = settings.arguments.eval_strategy, settings.data.dataset_splits
-        if strategy != "no" and not any(is_held_out(split) for split in splits):
-            raise InputError(
-                f"eval_strategy is {strategy.value}, but dataset_splits names no test split: add test_prefs to it"
-            )
+        check_evaluation(settings, "test_prefs")
         check_can_keep_reference(settings.arguments)
 
     def held_out_metrics(self, arguments: Any) -> list[str]:

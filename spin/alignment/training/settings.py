@@ -18,6 +18,7 @@ from spin.alignment.core.resolve import module_record
 from spin.alignment.core.secrets import refuse_stored_secrets, without_secrets
 from spin.alignment.core.settings import check_outputs, checked_value, declaration_of, hints_of, settings_of
 from spin.alignment.data.config import DataConfig
+from spin.alignment.data.split_names import is_held_out
 from spin.alignment.models.config import ModelConfig
 from spin.alignment.models.folder import check_model_path
 from spin.alignment.training.argument_ranges import check_ranges
@@ -184,6 +185,19 @@ def numbers_read(value: Any) -> Any:
     if isinstance(value, list):
         return [numbers_read(item) for item in value]
     return float(value) if isinstance(value, str) and re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", value) else value
+
+
+def check_evaluation(settings: Settings, split: str) -> None:
+    """Check that there are held-out rows if they are to be evaluated; ``split`` is how such a split is called.
+
+    Raises:
+        InputError: no split of the data is a test split.
+    """
+    strategy = settings.arguments.eval_strategy
+    if strategy != "no" and not any(is_held_out(name) for name in settings.data.dataset_splits):
+        raise InputError(
+            f"eval_strategy is {strategy.value}, but dataset_splits names no test split: add {split} to it"
+        )
 
 
 def skip_unused_deepspeed_build() -> None:

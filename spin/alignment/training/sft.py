@@ -18,7 +18,7 @@ from spin.alignment.models.precision import prepare_precision
 from spin.alignment.training.accounting import accounting
 from spin.alignment.training.keys import SFTKeys
 from spin.alignment.training.program import TrainingData, TrainingJob, TrainingProgram
-from spin.alignment.training.settings import Settings
+from spin.alignment.training.settings import Settings, check_evaluation
 from spin.alignment.training.sft_data import load_ground_truth
 from spin.alignment.training.sft_trainer import GroundTruthTrainer
 
@@ -64,6 +64,10 @@ class SFTTraining(TrainingProgram):
 
     arguments_class = SFTArguments
     defaults: ClassVar[Mapping[str, Any]] = {"dataset_splits": ["train"]}
+
+    def check_settings(self, settings: Settings) -> None:
+        """Check that there is a test split if evaluation is requested."""
+        check_evaluation(settings, "test")
 
     def load_data(self, settings: Settings, encoder: ChatEncoder) -> TrainingData:
         """Load, mix and encode the prompts with their ground truth; dropped rows are counted by reason."""
