@@ -24,8 +24,6 @@ from spin.alignment.pipeline.start_server import import_libraries
 from tests.faults.file_events import NEEDS_SPACE, FileEvents, How
 from tests.faults.programs import PROGRAMS, Program, contents, differing, make_inputs
 
-TRIES = 3  # a rerun may find one thing to report, but must get through
-
 
 @dataclass
 class Outcome:
@@ -178,13 +176,14 @@ def main() -> None:
     settings = json.loads(sys.argv[1])
     import_libraries()
     root = Path(settings["root"])
-    if not (root / "inputs").exists():
-        # In a fork: work in this process could start threads, which no fork survives.
-        made = run_forked(lambda: make_inputs(root / "inputs"), root / "said.txt")
-        assert made.code == 0, made.said
-    started = time.monotonic()
-    for report in faults(settings["program"], root, settings["counts"], settings["seed"]):
-        print(json.dumps({**report, "program": settings["program"], "seconds": round(time.monotonic() - started, 1)}), flush=True)
+    # In a fork: work in this process could start threads, which no fork survives.
+    made = run_forked(lambda: make_inputs(root / "inputs"), root / "said.txt")
+    assert made.code == 0, made.said
+    for program, counts in settings["programs"].items():
+        started = time.monotonic()
+        for report in faults(program, root, counts, settings["seed"]):
+            seconds = round(time.monotonic() - started, 1)
+            print(json.dumps({"program": program, **report, "seconds": seconds}), flush=True)
 
 
 if __name__ == "__main__":
