@@ -14,6 +14,7 @@ from spin.alignment.core.errors import InputError
 from spin.alignment.core.files import atomic_file, read_json, remove_leftovers, write_json_atomic
 from spin.alignment.core.parquet import ParquetSink, open_parquet, read_rows, read_skipped
 from spin.alignment.core.provenance import Provenance, read_provenance
+from tests.helpers import run_main
 
 SCHEMA = pa.schema([("prompt_id", pa.string()), ("value", pa.int64())])
 MADE = Provenance("generated", model="m", num_prompts=3)
@@ -101,3 +102,13 @@ def test_atomic_file_passes_on_the_errors_of_its_body(tmp_path):
     with pytest.raises(OSError, match="other"), atomic_file(tmp_path / "a"):
         raise OSError(errno.EIO, "other")
     assert not names(tmp_path)
+
+
+def test_a_full_disk_anywhere_in_a_program_is_one_sentence():
+    def main(_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "pairs/.train.part")
+
+    code, _, said = run_main(main)
+    assert code == 2 and said == (
+        "error: no space left on the disk while writing pairs/.train.part: free some and run the same command again\n"
+    )

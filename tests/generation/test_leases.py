@@ -147,3 +147,12 @@ def test_a_lost_disk_does_not_end_the_heartbeat(folder):
         while read_worker(first.path)["beat"] == before:
             assert time.monotonic() < deadline
             time.sleep(0.02)
+
+
+def test_a_damaged_lease_has_an_unknown_owner_who_gets_the_same_time(folder):
+    with worker(folder) as mine:
+        leases_ = Leases(folder / "claims", mine, lease_timeout=0.05)
+        leases_.path("a").write_bytes(b"host-\xb1-3")
+        assert not leases_.claim("a")
+        time.sleep(0.1)
+        assert leases_.claim("a")

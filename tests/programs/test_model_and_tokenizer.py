@@ -181,7 +181,11 @@ def test_pairs_of_another_tokenizer_or_template_are_refused_by_name(tiny_model: 
     own = {"tokenizer_hash": encoder.tokenizer_hash, "chat_template_hash": encoder.template_hash}
     cases = {
         "tokenizer": (own | {"tokenizer_hash": "0123"}, "were sampled with another tokenizer (0123)"),
-        "template": (own | {"chat_template_hash": "4567"}, "another chat template, or other arguments of it (4567)"),
+        "template": (own | {"chat_template_hash": "4567"}, "another chat template (4567)"),
+        "arguments": (
+            own | {"chat_template_hash": "89", "sampling": {"chat_template_kwargs": {"thinking": False}}},
+            "chat_template_kwargs {'thinking': False}, but chat_template_kwargs is None here",
+        ),
         "system": (own | {"chat_template_hash": folded.template_hash}, "system: fold, but system is keep here"),
     }
     for name, (made, sentence) in cases.items():

@@ -184,9 +184,25 @@ def test_a_lost_reference_ends_the_resume(tmp_path, tiny_model, prompts, freq):
     (tmp_path / "out" / "metrics.json").unlink()
     for checkpoint in (tmp_path / "out").glob("checkpoint-*"):
         (checkpoint / "reference.safetensors").unlink()
+        (checkpoint / "hashes.json").unlink()  # as an earlier version wrote it: nothing says which files it had
     code, _, error = run_main(run_online.main, config)
     assert code == 2
     assert "reference.safetensors is missing, so the run cannot resume exactly" in error
+
+
+def test_a_checkpoint_that_lost_its_reference_is_set_aside(tmp_path, tiny_model, prompts):
+    settings = {"max_steps": 3, "ref_update_freq": 2, "save_strategy": "steps", "save_steps": 1}
+    whole = write_online(tmp_path / "whole", tiny_model, prompts, **settings)
+    train(whole)
+    config = write_online(tmp_path / "lost", tiny_model, prompts, **settings)
+    train(config)
+    (tmp_path / "lost" / "out" / "metrics.json").unlink()
+    (tmp_path / "lost" / "out" / "checkpoint-3" / "reference.safetensors").unlink()
+    code, _, said = run_main(run_online.main, config)
+    assert (
+        code == 0 and "checkpoint-3 is damaged (reference.safetensors)" in said and "resuming from checkpoint-2" in said
+    )
+    assert difference(tmp_path / "whole" / "out", tmp_path / "lost" / "out") == 0.0
 
 
 def test_another_reward_is_another_training(tmp_path, tiny_model, prompts, monkeypatch):

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from spin import run_spin
+from spin.alignment.core.content_hash import sealed_file
 from tests.helpers import REPOSITORY, program_environment, run_main, run_script
 from tests.helpers.training import difference, metrics, train, write_config
 
@@ -104,7 +105,7 @@ def test_a_foreign_reference_stops_before_the_first_step(tiny_model, pairs, tmp_
     table = pa.ipc.open_file(str(store)).read_all()
     shifted = [[value - 1.0 for value in row] for row in table.column("chosen").to_pylist()]
     table = table.set_column(1, table.schema.field("chosen"), pa.array(shifted, pa.list_(pa.float32())))
-    with pa.ipc.new_file(str(store), table.schema) as writer:
+    with sealed_file(store) as file, pa.ipc.new_file(file, table.schema) as writer:
         writer.write_table(table)
     shutil.rmtree(tmp_path / "out")
     done = run_script("spin/run_spin.py", config)

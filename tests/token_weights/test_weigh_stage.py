@@ -79,7 +79,7 @@ def test_without_the_section_nothing_changes(tmp_path):
 def test_verdict_against_spin_without_weights(tmp_path):
     def row(name, role, iteration, exact):
         identity = {"model": name, "role": role, "iteration": iteration}
-        return {**identity, "greedy_exact": exact, "exact_at": {}}
+        return {**identity, "greedy_exact": exact, "nll": 0.5, "exact_at": {}}
 
     rows = [row("sft", "start", None, 0.5), row("iter0_spin", "unweighted", 0, 0.6), row("iter0", "policy", 0, 0.7)]
     rows.append(row("iter1", "policy", 1, 0.8))

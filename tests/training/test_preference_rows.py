@@ -51,7 +51,9 @@ def test_every_form_gives_the_same_pair(form):
     (found,) = pairs_of(FORMS[form]).rows
     prompt = TOKENIZER.apply_chat_template([QUESTION], add_generation_prompt=True, return_dict=False)
     five, six = TOKENIZER("56")["input_ids"]
-    assert found == {"prompt_ids": prompt, "chosen_ids": [five, end], "rejected_ids": [six, six, end]}
+    ids = {name: found[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")}
+    assert ids == {"prompt_ids": prompt, "chosen_ids": [five, end], "rejected_ids": [six, six, end]}
+    assert found["source"] == "train_dataset" and found["prompt_id"]
 
 
 def sampled(ids: list[int]) -> dict:

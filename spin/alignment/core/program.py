@@ -16,6 +16,7 @@ from typing import NoReturn
 
 from spin.alignment.core.console import escape_controls, flush_output, reader_is_gone, say, say_error
 from spin.alignment.core.errors import InputError, suggestion
+from spin.alignment.core.files import is_disk_full
 
 EXIT_DONE, EXIT_INTERNAL_ERROR, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
 RUN_VARIABLE = "SPIN_RUN_DIRECTORY"  # in the environment of every process that `spin run` starts
@@ -129,6 +130,11 @@ def run_program(main: Callable[[Sequence[str]], int | None], arguments: Sequence
             flush_output()
             say_error("interrupted: the reader of the output has ended; run the same command again to resume")
             sys.exit(EXIT_INTERRUPTED)
+        if is_disk_full(error):
+            name = getattr(error, "filename", None)
+            where = f" while writing {name}" if name else ""
+            say_error(f"error: no space left on the disk{where}: free some and run the same command again")
+            sys.exit(EXIT_BAD_INPUT)
         # Only unexpected errors reach this point; the traceback is for a bug report.
         traceback.print_exc()
         sys.exit(EXIT_INTERNAL_ERROR)

@@ -37,6 +37,10 @@ class ChatTemplate:
                 f"the tokenizer of {name} has no chat template: add chat_template.jinja to its folder "
                 "or start from a chat (SFT) model"
             )
+        if not isinstance(tokenizer.chat_template, str | dict):
+            raise InputError(
+                f"the chat template of {name} is {type(tokenizer.chat_template).__name__}, not text: restore its tokenizer files"
+            )
         self.tokenizer, self.name, self.date = tokenizer, name, date
         self.arguments = dict(arguments)
         template = tokenizer.chat_template

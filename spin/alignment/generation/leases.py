@@ -170,7 +170,7 @@ class Leases:
         """Return the worker that holds a lease, or None."""
         try:
             # A new file may still be empty: its unknown owner gets the same lease timeout.
-            return self.path(name).read_text(encoding="utf-8") or f"unknown owner of {name}"
+            return self.path(name).read_text(encoding="utf-8", errors="replace") or f"unknown owner of {name}"
         except FileNotFoundError:
             return None
 
