@@ -89,7 +89,8 @@ def test_verdict_against_spin_without_weights(tmp_path):
     responses = {item["model"]: read_responses(tmp_path / item["model"] / "eval.parquet") for item in rows}
     lines = verdicts(rows, responses)
     assert not any(line.startswith("iter1 against SPIN") for line in lines)
-    (line,) = [line for line in lines if line.startswith("iter0 against SPIN without weights (iter0_spin)")]
+    found = [line for line in lines if line.startswith("iter0 against SPIN without weights (iter0_spin)")]
+    (line,) = [line for line in found if "greedy" in line]
     assert "greedy exact match 0.600 -> 0.700, difference +0.100" in line and line.endswith("p = 0.002 (better)")
 
 
