@@ -142,7 +142,8 @@ class OurStep(Contender):
         stated = generate.expected_provenance(config, Path(config.model))
         self._open = ExitStack()
         worker = self._open.enter_context(Worker(self._output / PARTS_FOLDER / "workers"))
-        self._job = generate.make_job(config, stated, Path(config.model), worker.name)
+        model_config, encoder = generate.open_model(config, Path(config.model))
+        self._job = generate.make_job(config, stated, model_config, encoder, worker.name)
         progress = GenerationProgress("fraction 0")
         self._run = GenerationRun(self._job, [0], worker, lambda _: self._backend, config.prompts_in_part, progress)
 

@@ -106,7 +106,7 @@ def test_generation_and_training_keep_the_day_they_were_started_on(model, data, 
     on(23)
     assert "is already complete" in call(run_spin, config)
     code, _, err = run_main(run_spin, config, "--template_date=2026-11-23")
-    assert code == 2 and "data, template_date differ" in err
+    assert code == 2 and "template_date 2026-11-20, but template_date is 2026-11-23 here" in err
 
 
 def test_sft_and_online_training_continue_on_another_day(model, data, tmp_path, on):

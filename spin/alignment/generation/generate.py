@@ -312,7 +312,7 @@ def work(config: GenerateConfig, stated: Provenance, model_dir: Path, date: date
     rank = int(os.environ.get("RANK", "0"))
     name = "all fractions" if config.data_frac == "auto" else f"fraction {config.data_frac}"
     progress = GenerationProgress(name + (f" rank {rank}" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""))
-    model_config, encoder = open_model(config, model_dir)  # before anything is written
+    model_config, encoder = open_model(config, model_dir, date)  # before anything is written
     with Worker(Path(config.output_dir) / PARTS_FOLDER / "workers") as worker:
         try:
             job = make_job(config, stated, model_config, encoder, worker.name)
