@@ -168,6 +168,21 @@ def speed_table(name: str) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def faults_table(name: str) -> str:
+    """Return how many faults of each kind the long form of the fault suite injected, and how many were not survived."""
+    found = read_json(RESULTS / f"{name}.json")
+    lines = [
+        "| what was disturbed | file operations | kills | full disk | small disk | flipped bits | signals | failures |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for where, counts in found["counts"].items():
+        signals = sum(count for how, count in counts.items() if " to " in how)
+        failures = sum(failure["where"] == where for failure in found["failures"])
+        kinds = [counts.get(how, 0) for how in ("operations", "kill", "full", "small disk", "bit flip")]
+        lines.append("| " + " | ".join([f"`{where}`", *(f"{n:,}" for n in (*kinds, signals, failures))]) + " |")
+    return "\n".join(lines)
+
+
 def ratios_table(*names: str) -> str:
     """Return how much faster than each peer the project is, by benchmark, with the smallest and largest turn, and its memory."""
     results = [read_json(RESULTS / f"{name}.json") for name in names]

@@ -37,7 +37,7 @@ def test_a_long_ground_truth_is_cut_and_planned_for(tmp_path, tiny_model):
     ].prompts
     assert own.ground_truth_ids == ()  # nothing is trained on it
     broken = DataConfig(dataset_mixer={str(folder): 1.5}, dataset_splits=["train"], max_length=96, max_prompt_length=64)
-    with pytest.raises(InputError, match=r"the fraction 1\.5 set it above 0 and at most 1"):
+    with pytest.raises(InputError, match=r"the fraction 1\.5: set it above 0 and at most 1"):
         load_splits(broken, settings, encoder)
 
 
