@@ -21,7 +21,7 @@ from tests.helpers.training import write_pairs
 # Durations, dates and rates differ between two runs of the same thing.
 _VOLATILE = re.compile(r"seconds|runtime|per_second|started_at|finished_at|mtime|memory|flos|_rate$")
 _NOT_COMPARED = re.compile(
-    r"\.log$|\.html$|\.png$|(^|/)\.|\.lock$|training_args\.bin$|checkpoint-\d+/(?!model\.safetensors)|(^|/)logs/"
+    r"\.log$|\.html$|\.png$|(^|/)\.|\.lock$|training_args\.bin$|checkpoint-\d+/(?!model\.safetensors)|\.damaged/|(^|/)logs/"
 )
 
 

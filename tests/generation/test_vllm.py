@@ -55,7 +55,7 @@ def main():
     first = next(stream)[0]
     stream.close()
     lazy = {"drawn": len(drawn), "first": first, "left": backend.engine.llm_engine.get_num_unfinished_requests()}
-    letters = ["a", "b", "c"]
+    letters = ["b", "c", "f"]  # none is in the text of a special token, such as <pad>
     stop = SamplingConfig(max_new_tokens=40, seed=7, stop=tuple(letters), logprobs=True, min_p=0.01, top_k=50)
     said["stopped"] = backend.generate(requests, stop)
     said["short"] = backend.generate([PromptRequest("r", (5, 6, 7), free_tokens=3)], SamplingConfig(max_new_tokens=0))

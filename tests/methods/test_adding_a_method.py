@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from spin.generate import main
-from tests.helpers import REPOSITORY, run_command, run_main
+from tests.helpers import REPOSITORY, char_tokenizer, run_command, run_main
 from tests.helpers.online import write_prompts
 from tests.helpers.training import metrics, write_config
 
@@ -36,11 +36,11 @@ def test_the_example_pairs_and_trains(tmp_path, example, tiny_model):
     # A random model does not say please: let two samples of every prompt do so, the second in fewer tokens.
     (file,) = generated.glob("train-*.parquet")
     table = pq.read_table(file)
-    rows = table.to_pylist()
+    rows, tokenizer = table.to_pylist(), char_tokenizer()
     for row in rows:
         if row["sample_index"] > 0:
             row["rejected"][-1]["content"] = "please" * (3 - row["sample_index"])
-            row["rejected_token_ids"] = row["rejected_token_ids"][:1] * (4 - row["sample_index"])
+            row["rejected_token_ids"] = tokenizer(row["rejected"][-1]["content"])["input_ids"]
     pq.write_table(pa.Table.from_pylist(rows, table.schema), file)
     done = run_command([sys.executable, example, "pair", "--input_dir", generated, "--output_dir", tmp_path / "pairs"])
     assert done.returncode == 0, done.stderr

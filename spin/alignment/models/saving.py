@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from spin.alignment.core.errors import NotFiniteError
 from spin.alignment.core.files import share_files
+from spin.alignment.core.provenance import SUMS_FILE, write_sums
 from spin.alignment.models.precision import TRAINED_IN
 
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ def save_checkpoint(
     dtype: torch.dtype | None = None,
     trained_in: str | None = None,
 ) -> Path:
-    """Save everything needed to load a model: weights, config, generation config, tokenizer and chat template.
+    """Save everything needed to load a model: weights, config, generation config, tokenizer and chat template; and ``SHA256SUMS``
+    of the weights, which :func:`hash_weights` compares.
 
     Everything is written to a hidden folder, fsynced and moved into place, ``config.json`` last: its existence proves
     completion. Other files in ``output_dir`` (trainer checkpoints, metrics) are kept. ``dtype`` is the precision of the saved
@@ -51,6 +53,7 @@ def save_checkpoint(
         model.save_pretrained(hidden, state_dict=state_dict)
         _write_dtype(hidden / "config.json", saved_in, trained_in)
         tokenizer.save_pretrained(hidden)
+        write_sums(hidden)
         share_files(hidden)
         files = sorted((path for path in hidden.iterdir()), key=lambda path: path.name == "config.json")
         for path in files:
@@ -60,7 +63,7 @@ def save_checkpoint(
         shutil.rmtree(hidden, ignore_errors=True)  # it would fill the disk until the next attempt
         raise
     # config.json goes first and comes back last: a crash in between leaves a folder that no reader takes for a model.
-    for stale in [output_dir / "config.json", *output_dir.glob("*.safetensors*")]:
+    for stale in [output_dir / "config.json", output_dir / SUMS_FILE, *output_dir.glob("*.safetensors*")]:
         stale.unlink(missing_ok=True)
     for path in files:
         path.replace(output_dir / path.name)

@@ -190,6 +190,7 @@ def model_problems(folder: Path) -> list[str]:
 
     The folder of a sequence classifier is checked as a scorer, which needs no chat template.
     """
+    from spin.alignment.core.provenance import hash_weights
     from spin.alignment.data.chat_encoder import load_encoder, load_tokenizer
     from spin.alignment.models.folder import check_model_path, read_config_file
     from spin.alignment.models.vocabulary import check_control_tokens
@@ -202,6 +203,7 @@ def model_problems(folder: Path) -> list[str]:
         if isinstance(architectures, list) and any("SequenceClassification" in str(name) for name in architectures):
             task = "classifier"
         model_config = check_model(folder, cast("Task", task))
+        hash_weights(folder)  # refuses weights that are not those that were saved
     except InputError as error:
         problems.append(str(error))
     for weights in sorted(folder.glob("*.safetensors")):

@@ -176,7 +176,7 @@ def damaged_part(checkpoint: Path) -> str | None:
     """Return which file of a checkpoint is damaged; None if all are whole.
 
     A checkpoint without hashes (of an earlier version, or killed while they were computed) is checked as far as its files allow:
-    the headers and sizes of safetensors, and the checksums in the files of torch.save.
+    the headers and sizes of safetensors, the syntax of JSON, and the checksums in the files of torch.save.
     """
     if (checkpoint / HASHES_FILE).exists():
         return damaged_file(checkpoint)
@@ -184,6 +184,8 @@ def damaged_part(checkpoint: Path) -> str | None:
         try:
             if path.suffix == ".safetensors":
                 read_header(path)
+            elif path.suffix == ".json":
+                read_json(path)
             elif path.suffix in (".pt", ".pth", ".bin") and path.name != "training_args.bin":
                 with zipfile.ZipFile(path) as file:
                     if file.testzip() is not None:

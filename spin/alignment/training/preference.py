@@ -89,7 +89,7 @@ class PreferenceTraining(TrainingProgram):
             "first_loss": _first_loss(job.settings.output_dir / FIRST_LOSS_FILE),
             "reference_seconds": round(trainer.reference_seconds, 2),
             "seconds_per_step": round(runtime / max(1, trainer.steps_run), 4),
-            "completion_tokens": trainer.tokens_seen,
+            "completion_tokens": trainer.sums["completion_tokens"],
             "completion_tokens_per_second": round(trainer.tokens_seen / max(runtime, 1e-9), 1),
             "pairs": job.data.sizes(),
             "dropped": job.data.dropped,

@@ -149,7 +149,11 @@ def train_policy(program: TrainingProgram, job: TrainingJob, trainer: Any, folde
     train_loss = trainer.mean_loss()  # result.training_loss leaves out the steps before a resume
     saved = save_policy(trainer, settings)
     if trainer.accelerator.is_main_process:
-        history = trainer.state.log_history
+        # The Trainer's own mean, in its last entry, leaves out the steps before a resume.
+        history = [
+            entry | {"train_loss": train_loss} if "train_loss" in entry else entry
+            for entry in trainer.state.log_history
+        ]
         logged = [entry for entry in history if "loss" in entry]
         metrics = {
             "train_loss": train_loss,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +28,17 @@ class GroundTruthTrainer(EachRowOnce, WatchedSteps, SFTTrainer):
         # Of the evaluation under way: for each batch, the sum of the losses of its tokens (nats) in this process and their
         # number, and the number in all processes.
         self._held_out: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+
+    def train(self, resume_from_checkpoint: Any = None, **settings: Any) -> Any:
+        """Train; see :meth:`WatchedSteps.train`. TRL's count of tokens continues after a resume."""
+        if resume_from_checkpoint:
+            self.read_sums(Path(resume_from_checkpoint))
+            self._total_train_tokens = int(self.sums["tokens"])
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **settings)
+
+    def completion_tokens_of(self, rows: Sequence[Mapping[str, Any]]) -> int:
+        """Return the number of tokens that the rows are trained to predict."""
+        return sum(label != -100 for row in rows for label in row["labels"])
 
     def training_step(
         self, model: Any, inputs: dict[str, torch.Tensor], num_items_in_batch: torch.Tensor | int | None = None

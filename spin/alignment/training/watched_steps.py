@@ -23,15 +23,15 @@ _OVERFLOWS_ALLOWED = 20
 class WatchedSteps(Trainer):
     """A Trainer that stops before a number that is not finite is used, with the rows that caused it saved (``failed-step-N``).
 
-    It also keeps :attr:`sums` over all steps of the run: ``loss`` (the sum of the steps' losses), ``rows`` and ``tokens`` trained
-    in all processes. They are written to every checkpoint and read when the run resumes from it.
+    It also keeps :attr:`sums` over all steps of the run: ``loss`` (the sum of the steps' losses), ``rows``, ``tokens`` and
+    ``completion_tokens`` trained in all processes. They are written to every checkpoint and read when the run resumes from it.
     """
 
     kind = "pairs"  # of the rows in a failed step
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
-        self.sums: dict[str, float] = {"loss": 0.0, "rows": 0, "tokens": 0}
+        self.sums: dict[str, float] = {"loss": 0.0, "rows": 0, "tokens": 0, "completion_tokens": 0}
         self._step_rows: Sequence[Mapping[str, Any]] = []
         self._overflows = 0
 
@@ -41,22 +41,40 @@ class WatchedSteps(Trainer):
         Raises:
             NotFiniteError: a loss, log-prob or gradient is not finite; the rows are saved in ``output_dir``.
         """
-        if resume_from_checkpoint and (Path(resume_from_checkpoint) / SUMS_FILE).is_file():
-            self.sums = read_json(Path(resume_from_checkpoint) / SUMS_FILE)
+        if resume_from_checkpoint:
+            self.read_sums(Path(resume_from_checkpoint))
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **settings)
+
+    def read_sums(self, checkpoint: Path) -> None:
+        """Continue the sums of a checkpoint; one of an earlier version has none."""
+        if (checkpoint / SUMS_FILE).is_file():
+            self.sums |= read_json(checkpoint / SUMS_FILE)
+
+    def _run_epoch(self, *arguments: Any, **settings: Any) -> None:
+        """Run an epoch, unless all steps are done: the Trainer would take one more after a resume from its last checkpoint."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*arguments, **settings)
 
     @staticmethod
     def tokens_of(rows: Sequence[Mapping[str, Any]]) -> int:
         """Return the number of tokens of the rows: prompts and responses."""
         return sum(len(value) for row in rows for name, value in row.items() if name.endswith("_ids"))
 
+    def completion_tokens_of(self, rows: Sequence[Mapping[str, Any]]) -> int:
+        """Return the number of tokens of the rows' responses."""
+        raise NotImplementedError
+
     def begin_step(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Count the rows that this process is about to train on, and their tokens. Every process must call it."""
         self._step_rows = rows
-        counts = torch.tensor([len(rows), self.tokens_of(rows)], device=self.args.device)
+        counts = torch.tensor(
+            [len(rows), self.tokens_of(rows), self.completion_tokens_of(rows)], device=self.args.device
+        )
         found = self.accelerator.reduce(counts, reduction="sum").tolist()
-        self.sums["rows"] += found[0]
-        self.sums["tokens"] += found[1]
+        for name, count in zip(("rows", "tokens", "completion_tokens"), found, strict=True):
+            self.sums[name] += count
 
     def end_step(self, loss: torch.Tensor) -> torch.Tensor:
         """Add the loss of an optimiser step, as the Trainer counts it, to the sums, and return it."""
