@@ -16,14 +16,16 @@ from spin.alignment.data.chat_encoder import ChatEncoder, load_tokenizer
 from spin.alignment.data.config import DataConfig
 from spin.alignment.data.preferences import load_preferences
 from spin.alignment.data.rows import GENERATED_SCHEMA, PROMPT_SCHEMA, load_prompts
-from spin.alignment.evaluation.held_out import encode_held_out, score_responses
+from spin.alignment.evaluation.held_out import encode_held_out
+from spin.alignment.evaluation.responses import scored_rows
 from spin.alignment.generation import BACKENDS
 from spin.alignment.generation.base import Response
-from spin.alignment.rewards import SCORERS, find_scorer
+from spin.alignment.rewards import find_scorer
+from spin.alignment.rewards.rules import RuleScorer
 from spin.alignment.training.online.labels import PairMaker, StepCounts, scorer_of
 from spin.alignment.training.online.prompts import load_splits
 from spin.generate import main as generate_main
-from tests.helpers import run_main
+from tests.helpers import char_tokenizer, run_main, save_tiny_model
 from tests.helpers.generate_with_fake import FakeBackend
 
 TOOLS = [{"type": "function", "function": {"name": "weather"}}]
@@ -33,6 +35,24 @@ def allowed(prompt, response, reference, limit, *, scale=1.0, source="none"):
     assert source in ("web", None), source
     return scale * -abs(len(response) - limit)
 """
+
+
+# ChatML with tools, tool calls and thoughts.
+TEMPLATE = (
+    "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m.reasoning_content %}({{ m.reasoning_content }}){% endif %}{{ m['content'] }}"
+    "{% for call in m.tool_calls or [] %}[{{ call.function.name }}{{ call.function.arguments | tojson }}]{% endfor %}"
+    "<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = save_tiny_model(tmp_path_factory.mktemp("columns") / "model")
+    char_tokenizer(template=TEMPLATE).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture
@@ -80,14 +100,14 @@ def prompts(tmp_path) -> Path:
     return tmp_path / "prompts"
 
 
-def test_everything_of_a_row_reaches_the_pairs_and_the_rule(prompts, tmp_path, tiny_model, rule):
+def test_everything_of_a_row_reaches_the_pairs_and_the_rule(prompts, tmp_path, model, rule):
     rows = pq.read_table(prompts / "train.parquet")
     assert rows.schema.names == ["prompt_id", "chosen", "tools", "extra_columns"]
     turn = rows.schema.field("chosen").type.value_type
     assert [turn.field(place).name for place in range(turn.num_fields)] == [
         "role", "content", "reasoning_content", "tool_calls", "name",
     ]  # fmt: skip
-    flags = {"model": tiny_model, "backend": "fake", "input_dir": prompts, "max_new_tokens": 8, "num_samples": 3}
+    flags = {"model": model, "backend": "fake", "input_dir": prompts, "max_new_tokens": 8, "num_samples": 3}
     with patch.dict(BACKENDS, fake=FakeBackend):
         run(generate_main, output_dir=tmp_path / "generated", frac_len=4, data_frac="auto", **flags)
     made = [
@@ -116,11 +136,11 @@ def test_everything_of_a_row_reaches_the_pairs_and_the_rule(prompts, tmp_path, t
     }  # fmt: skip
 
 
-def test_data_without_anything_new_keeps_its_columns(tmp_path, tiny_model):
+def test_data_without_anything_new_keeps_its_columns(tmp_path, model):
     rows = [{"question": f"{number}?", "answer": str(number)} for number in range(3)]
     run(reformat.main, data=write(tmp_path / "a.jsonl", rows), output_dir=tmp_path / "prompts")
     assert pq.read_schema(tmp_path / "prompts" / "train.parquet").remove_metadata() == PROMPT_SCHEMA
-    flags = {"model": tiny_model, "backend": "fake", "input_dir": tmp_path / "prompts", "max_new_tokens": 8}
+    flags = {"model": model, "backend": "fake", "input_dir": tmp_path / "prompts", "max_new_tokens": 8}
     with patch.dict(BACKENDS, fake=FakeBackend):
         run(generate_main, output_dir=tmp_path / "generated", **flags)
     assert pq.read_schema(tmp_path / "generated" / "train-00000.parquet").remove_metadata() == GENERATED_SCHEMA
@@ -128,8 +148,8 @@ def test_data_without_anything_new_keeps_its_columns(tmp_path, tiny_model):
     assert load_preferences(tmp_path / "pairs", "train").column_names == GENERATED_SCHEMA.names
 
 
-def test_online_training_passes_the_columns_to_the_rule(prompts, tiny_model, rule):
-    encoder = ChatEncoder(load_tokenizer(tiny_model))
+def test_online_training_passes_the_columns_to_the_rule(prompts, model, rule):
+    encoder = ChatEncoder(load_tokenizer(model))
     config = SimpleNamespace(pairing="best_vs_worst", eval_prompts=None, seed=0, max_new_tokens=8, loss_type="sigmoid")
     data = DataConfig(
         dataset_mixer={str(prompts): 1.0}, dataset_splits=["train"], max_length=300, max_prompt_length=256
@@ -147,14 +167,18 @@ def test_online_training_passes_the_columns_to_the_rule(prompts, tiny_model, rul
     assert labelled[0][0]["tools"] == json.dumps(TOOLS)
 
 
-def test_evaluation_passes_the_columns_to_the_metric(prompts, tiny_model, rule):
-    encoder = ChatEncoder(load_tokenizer(tiny_model))
+def test_evaluation_passes_the_columns_to_the_metric(prompts, model, rule):
+    encoder = ChatEncoder(load_tokenizer(model))
     held_out, _ = encode_held_out(load_prompts(str(prompts), "train").to_list(), encoder, 400, 8)
     assert [item.prompt for item in held_out] == [f"{number}?" for number in range(6)]
     responses = [Response([encoder.end_id], "stop", None)] * 6
-    found = score_responses(held_out, responses, ["12"] * 6, find_scorer(rule))
-    assert found["exact"] == -sum(abs(2 - number) for number in range(6)) / 6
-    assert score_responses(held_out, responses, ["1"] * 6, SCORERS["exact_match"])["exact"] == pytest.approx(1 / 6)
+
+    def scores(name: str, text: str) -> list[float]:
+        scorer = RuleScorer(name, find_scorer(name))
+        return [row["score"] for row in scored_rows("m", 0.0, held_out, responses, [text] * 6, scorer, [])]
+
+    assert scores(rule, "12") == [-abs(2 - number) for number in range(6)]
+    assert sorted(scores("exact_match", "1")) == [0, 0, 0, 0, 0, 1]
 
 
 def test_prompts_without_an_answer_pass_on_request_only(tmp_path):

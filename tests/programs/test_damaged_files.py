@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from spin import run_spin
@@ -22,6 +23,13 @@ def flip(path: Path, share: float = 0.5) -> None:
     """Flip a bit of a file at a share of its length."""
     whole = path.read_bytes()
     path.write_bytes(flipped(whole, int(8 * len(whole) * share)))
+
+
+def flip_in_rows(path: Path) -> None:
+    """Flip a bit in the first page of a parquet file's first column."""
+    place = pq.ParquetFile(path).metadata.row_group(0).column(0)
+    start = place.dictionary_page_offset or place.data_page_offset
+    path.write_bytes(flipped(path.read_bytes(), 8 * (start + place.total_compressed_size - 3)))
 
 
 def unfinish(out: Path) -> None:
@@ -157,7 +165,7 @@ def test_token_weights_and_their_scores_are_computed_again(scoring_models: Path,
     path = out / "train_prefs-00001-of-00002.parquet"
     whole = path.read_bytes()
     stores = sorted((out / ".scores").glob("*.arrow"))
-    flip(path, 0.3)
+    flip_in_rows(path)
     flip(stores[0], 0.7)
     code, _, err = weigh(*arguments)
     assert code == 0, err
@@ -176,7 +184,7 @@ def test_a_finished_fraction_with_a_damaged_body_is_generated_again(tiny_model: 
     assert run_main(generate, *arguments)[0] == 0
     path = out / "train-00000.parquet"
     whole = path.read_bytes()
-    flip(path, 0.1)
+    flip_in_rows(path)
     code, _, err = run_main(generate, *arguments)
     assert code == 0, err
     assert "set aside as train-00000.torn and generated again" in err
