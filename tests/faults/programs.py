@@ -20,8 +20,9 @@ from tests.helpers.training import write_pairs
 
 # Durations, dates and rates differ between two runs of the same thing.
 _VOLATILE = re.compile(r"seconds|runtime|per_second|started_at|finished_at|mtime|memory|flos|_rate$")
+# The manifest contains the hashes of files with durations.
 _NOT_COMPARED = re.compile(
-    r"\.log$|\.html$|\.png$|(^|/)\.|\.lock$|training_args\.bin$|checkpoint-\d+/(?!model\.safetensors)|\.damaged/|(^|/)logs/"
+    r"^manifest\.json$|\.log$|\.html$|\.png$|(^|/)\.|\.lock$|training_args\.bin$|checkpoint-\d+/(?!model\.safetensors)|\.damaged/|(^|/)logs/"
 )
 
 
