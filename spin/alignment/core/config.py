@@ -188,7 +188,7 @@ def _convert_one(value: Any, plain: Any, hint: Any, where: str) -> Any:
 
 
 def _text_of(value: Any) -> str:
-    """Return the text of a path, or of a number as it stands in the configuration."""
+    """Return the text of a path, or of a number as it is written in the configuration."""
     return str(getattr(value, "text", value)) if isinstance(value, int | float) else str(value)
 
 

@@ -1,6 +1,6 @@
 """YAML as this project reads it: a strict subset, in which nothing is guessed, lost or unbounded.
 
-- A key is the text that stands in the file, and stands there once.
+- A key is the text that is written in the file, and occurs once.
 - Plain scalars are text, true or false, empty, or decimal numbers. A number remembers how it was written, so that a folder
   named ``1.10`` stays ``1.10`` where text is wanted. Dates and numbers in other bases are text: ``007`` names a folder.
 - Size and depth are bounded: an alias bomb is refused before it is expanded.
@@ -21,7 +21,7 @@ _TAG = "tag:yaml.org,2002:"
 
 
 class _Written:
-    """What :class:`WrittenInt` and :class:`WrittenFloat` share: the text of a number as it stands in the file."""
+    """What :class:`WrittenInt` and :class:`WrittenFloat` share: the text of a number as it is written in the file."""
 
     text: str
 
@@ -195,7 +195,7 @@ class _Check:
         return total, levels
 
     def keys(self, node: yaml.MappingNode) -> None:
-        """Check that every key of a mapping is text and stands there once."""
+        """Check that every key of a mapping is text and occurs once."""
         seen: dict[str, int] = {}
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode) or key.tag == _TAG + "null":

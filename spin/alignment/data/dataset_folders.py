@@ -155,7 +155,7 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def _described_configs(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return the configurations with data files in the README's metadata (https://huggingface.co/docs/hub/datasets-cards)."""
+    """Return the configurations with data files in the metadata of the README (`configs` of a dataset card)."""
     card = folder / "README.md"
     if not card.is_file():
         return {}

@@ -76,7 +76,7 @@ def to_preferences(rows: Dataset, name: str) -> Dataset:
         name: what messages call the data set.
 
     Raises:
-        InputError: no rows, a missing column, a row that breaks the contract, or one sample stands twice.
+        InputError: no rows, a missing column, a row that breaks the contract, or a sample that occurs twice.
     """
     from datasets import Dataset
 
