@@ -3,12 +3,14 @@
 import json
 import math
 import shutil
+import subprocess
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
 from spin.alignment.core.errors import InputError
+from spin.alignment.core.provenance import hash_weights
 from spin.alignment.models.adapters import add_adapters
 from spin.alignment.models.config import ModelConfig
 from spin.alignment.models.folder import check_fits, is_complete_checkpoint
@@ -16,7 +18,7 @@ from spin.alignment.models.loading import disable_dropout, load_model
 from spin.alignment.models.positions import fixed_positions
 from spin.alignment.models.precision import generation_dtype
 from spin.alignment.models.saving import save_checkpoint
-from tests.helpers import char_tokenizer, save_tiny_model, tiny_llama
+from tests.helpers import char_tokenizer, flipped, save_tiny_model, tiny_llama
 
 
 def test_a_generation_config_that_transformers_would_not_save(tiny_model, tmp_path):
@@ -51,6 +53,17 @@ def test_weights_are_saved_in_the_precision_in_memory_or_in_the_wanted_one(tmp_p
     assert half.dtype == torch.bfloat16
     assert torch.equal(half.lm_head.weight, model.lm_head.weight.bfloat16())
     assert "trained_in_dtype" not in json.loads((tmp_path / "half" / "config.json").read_text())
+
+
+def test_weights_carry_their_sha_256_and_changed_ones_are_refused(tmp_path):
+    save_checkpoint(tiny_llama(40), char_tokenizer(), tmp_path)
+    assert subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=tmp_path, check=False).returncode == 0
+    before, content = hash_weights(tmp_path), (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(flipped(content, 8 * len(content) - 9))
+    with pytest.raises(InputError, match=r"model\.safetensors is damaged: .* or remove SHA256SUMS if it was changed"):
+        hash_weights(tmp_path)
+    (tmp_path / "SHA256SUMS").unlink()
+    assert hash_weights(tmp_path) != before
 
 
 def test_a_weight_that_16_bits_cannot_hold_is_named(tmp_path):

@@ -156,6 +156,23 @@ def test_a_killed_training_goes_on_to_the_same_weights(finished, tmp_path):
     assert same(killed, out)
 
 
+def test_a_resume_from_the_last_checkpoint_takes_no_further_step(tiny_model, sums, tmp_path):
+    """Killed while the model was saved, after the last checkpoint, which is in the middle of an epoch."""
+    config = write_config(tmp_path, tiny_model, sums, max_steps=3, save_strategy="steps", save_steps=1)
+    out = train(config)
+    before, record = weights(out), metrics(out)
+    for name in ("metrics.json", "config.json"):
+        (out / name).unlink()
+    train(config)
+    assert all(torch.equal(before[name], found) for name, found in weights(out).items())
+    again = metrics(out)
+    assert again["steps"] == 3 and again["accounting"] == record["accounting"]
+    assert again["train_loss"] == record["train_loss"] == again["history"][-1]["train_loss"]
+    assert [entry.get("num_tokens") for entry in again["history"]] == [
+        entry.get("num_tokens") for entry in record["history"]
+    ]
+
+
 def test_a_finished_training_is_not_repeated_and_a_changed_one_refused(finished):
     out = Path(yaml.safe_load(finished.read_text())["output_dir"])
     before = (out / "metrics.json").stat().st_mtime_ns

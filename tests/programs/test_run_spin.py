@@ -15,7 +15,7 @@ import yaml
 from spin import run_spin
 from spin.alignment.core.content_hash import sealed_file
 from tests.helpers import REPOSITORY, program_environment, run_main, run_script
-from tests.helpers.training import difference, metrics, train, write_config
+from tests.helpers.training import difference, metrics, train, weights, write_config
 
 
 def test_training_moves_apart_what_it_should(reference_run, tiny_model):
@@ -79,6 +79,19 @@ def test_killed_and_resumed_gives_the_same_weights(reference_run, tiny_model, pa
     assert difference(out, reference_run) == 0.0
     assert not torn.exists() or (torn / "trainer_state.json").exists()
     assert metrics(out)["first_loss"] == metrics(reference_run)["first_loss"]
+
+
+def test_a_resume_from_the_last_checkpoint_takes_no_further_step(tiny_model, pairs, tmp_path):
+    config = write_config(tmp_path / "c.yaml", tiny_model, pairs, max_steps=3, save_strategy="steps", save_steps=1)
+    train(config)
+    before, record = weights(tmp_path / "out"), metrics(tmp_path / "out")
+    for name in ("metrics.json", "config.json"):
+        (tmp_path / "out" / name).unlink()
+    assert "resuming from" in train(config)
+    found, again = weights(tmp_path / "out"), metrics(tmp_path / "out")
+    assert all((before[name] == found[name]).all() for name in before)
+    for name in ("steps", "train_loss", "completion_tokens", "accounting"):
+        assert again[name] == record[name], name
 
 
 @pytest.mark.slow
