@@ -37,14 +37,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=REPOSITORY / "benchmarks" / "results" / "faults.json")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", help="one program, or one kind of run")
+    parser.add_argument("--only", help="one program, or one kind of run; the results of the others are kept")
+    parser.add_argument("--signals", type=int, help="signals for each kind of run, instead of those of the plan")
     arguments = parser.parse_args()
     programs = {name: counts for name, counts in LONG["programs"].items() if arguments.only in (None, name)}
-    kinds = {kind: count for kind, count in LONG["signals"].items() if arguments.only in (None, kind)}
+    kinds = {
+        kind: arguments.signals or count for kind, count in LONG["signals"].items() if arguments.only in (None, kind)
+    }
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     failures: list[dict[str, Any]] = []
+    if arguments.only and arguments.output.exists():
+        kept = json.loads(arguments.output.read_text())
+        counts.update({name: Counter(found) for name, found in kept["counts"].items() if arguments.only not in name})
+        failures = [failure for failure in kept["failures"] if arguments.only not in failure["where"]]
     with tempfile.TemporaryDirectory() as folder:
         sources = [("harness", {"programs": programs, "root": f"{folder}/programs", "seed": arguments.seed})]
+        sources = sources if programs else []
         sources += [
             ("run_storm", {"kind": kind, "count": count, "root": f"{folder}/runs", "seed": arguments.seed})
             for kind, count in kinds.items()

@@ -217,6 +217,7 @@ def main() -> None:
     settings = json.loads(sys.argv[1])
     import_libraries()
     root = Path(settings["root"])
+    root.mkdir(parents=True, exist_ok=True)
     # In a fork: work in this process could start threads, which no fork survives.
     made = run_forked(lambda: make_inputs(root / "inputs"), root / "said.txt")
     assert made.code == 0, made.said

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -120,10 +120,6 @@ class SPINTrainer(EachRowOnce, WatchedSteps):
     ) -> torch.Tensor:
         """Run forward and backward on the pairs of one optimiser step; return their loss."""
         return self.end_step(self.run_pairs(model, inputs, num_items_in_batch))
-
-    def completion_tokens_of(self, rows: Sequence[Mapping[str, Any]]) -> int:
-        """Return the number of tokens of the rows' responses."""
-        return sum(len(row[f"{name}_ids"]) for row in rows for name in self.args.loss.responses)
 
     def run_pairs(self, model: Any, inputs: PairList, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
         """Run forward and backward on some pairs, one micro-batch at a time; return their loss."""
