@@ -9,12 +9,12 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from spin import run_spin
+from spin import run_online, run_spin
 from spin.alignment.core.content_hash import HASHES_FILE
 from spin.alignment.training.output_dir import damaged_part
 from spin.generate import main as generate
 from tests.helpers import flipped, run_main
-from tests.helpers.online import write_prompts
+from tests.helpers.online import write_online, write_prompts
 from tests.helpers.training import difference, pairs, write_config  # noqa: F401  (pairs is a fixture)
 from tests.helpers.weights import models, scoring_models, weigh  # noqa: F401  (scoring_models is a fixture)
 
@@ -196,3 +196,19 @@ def test_a_model_is_saved_the_same_wherever_its_folder_is(trained: Path) -> None
     for name in ("config.json", "generation_config.json", "tokenizer_config.json", "chat_template.jinja"):
         assert str(trained) not in (trained / "out" / name).read_text()
     assert "_name_or_path" not in json.loads((trained / "out" / "config.json").read_text())
+
+
+def test_an_online_checkpoint_that_lost_its_reference_is_set_aside(tiny_model: Path, tmp_path: Path) -> None:
+    prompts = write_prompts(tmp_path / "prompts")
+    settings = {"max_steps": 3, "ref_update_freq": 2, "save_strategy": "steps", "save_steps": 1}
+    whole, lost = (write_online(tmp_path / name, tiny_model, prompts, **settings) for name in ("whole", "lost"))
+    for config in (whole, lost):
+        code, _, err = run_main(run_online.main, config)
+        assert code == 0, err
+    (tmp_path / "lost" / "out" / "metrics.json").unlink()
+    (tmp_path / "lost" / "out" / "checkpoint-3" / "reference.safetensors").unlink()
+    code, _, said = run_main(run_online.main, lost)
+    assert (
+        code == 0 and "checkpoint-3 is damaged (reference.safetensors)" in said and "resuming from checkpoint-2" in said
+    )
+    assert difference(tmp_path / "whole" / "out", tmp_path / "lost" / "out") == 0.0

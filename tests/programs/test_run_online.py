@@ -190,21 +190,6 @@ def test_a_lost_reference_ends_the_resume(tmp_path, tiny_model, prompts, freq):
     assert "reference.safetensors is missing, so the run cannot resume exactly" in error
 
 
-def test_a_checkpoint_that_lost_its_reference_is_set_aside(tmp_path, tiny_model, prompts):
-    settings = {"max_steps": 3, "ref_update_freq": 2, "save_strategy": "steps", "save_steps": 1}
-    whole = write_online(tmp_path / "whole", tiny_model, prompts, **settings)
-    train(whole)
-    config = write_online(tmp_path / "lost", tiny_model, prompts, **settings)
-    train(config)
-    (tmp_path / "lost" / "out" / "metrics.json").unlink()
-    (tmp_path / "lost" / "out" / "checkpoint-3" / "reference.safetensors").unlink()
-    code, _, said = run_main(run_online.main, config)
-    assert (
-        code == 0 and "checkpoint-3 is damaged (reference.safetensors)" in said and "resuming from checkpoint-2" in said
-    )
-    assert difference(tmp_path / "whole" / "out", tmp_path / "lost" / "out") == 0.0
-
-
 def test_another_reward_is_another_training(tmp_path, tiny_model, prompts, monkeypatch):
     module = tmp_path / "reward_of_this_test.py"
     module.write_text("def score(prompt, response, reference):\n    return float(len(response))\n")
