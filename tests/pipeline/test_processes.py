@@ -106,7 +106,7 @@ def stalled(rank: str, stack: str, state: str = "S") -> StalledProcess:
 
 def test_ranks_that_wait_for_the_others_are_not_to_blame():
     waiting = 'File "/site/torch/distributed/distributed_c10d.py", line 5 in all_reduce\n'
-    busy = 'Thread 0x1 (most recent call first):\n  File "/home/data.py", line 9 in read'
+    busy = 'Thread 0x1 (most recent call first):\n  File "/srv/data.py", line 9 in read'
     processes = [stalled("0", waiting), stalled("1", busy), stalled("2", waiting)]
     assert [item.description for item in culprits(processes)] == ["rank 1 (process 1) is at data.py line 9 in read"]
     assert [item.rank for item in culprits([stalled("0", waiting), stalled("1", waiting)])] == ["0", "1"]
