@@ -50,7 +50,7 @@ def test_a_system_column_becomes_the_system_turn(record, name):
     assert conversation.messages == [{"role": "system", "content": "Be terse."}, USER, ANSWER]
     assert conversation.prompt_id != read(record)[0].prompt_id
     assert (notes.carried, notes.ignored) == (set(), set())
-    for empty in (None, "", " \n"):
+    for empty in (None, "", " \n", float("nan")):  # pandas writes NaN
         assert read(record | {name: empty})[0].messages == [USER, ANSWER]
 
 
@@ -92,6 +92,19 @@ REFUSED = {
     "thoughts": ("hm", [""]),
     "tool_calls": ([{"name": "f"}], [[]]),
     "available_tools": ("[]x", [None]),
+    "is_chosen": ("False", ["True", 1]),
+    "accepted": (0, [True, "yes"]),
+    "attachments": (["a.pdf"], [None, []]),
+    "multi_modal_data": ({"image": ["a.png"]}, [{"image": []}]),
+    "is_training": (False, [True]),
+    "rationale": ("hm", ["", float("nan")]),
+    "system_instruction": ("Be terse.", ["", None]),
+    # As other languages write them.
+    "pixelValues": ([[0.1]], [None]),
+    "systemPrompt": ("Be terse.", [" "]),
+    "enableThinking": (True, [None]),
+    "toolCalls": ([{"name": "f"}], [[]]),
+    "inputIds": ([1, 2], [None]),
 }
 
 

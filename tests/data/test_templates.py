@@ -186,6 +186,27 @@ class TestControlTokens:
             [(0, 1), (1, 1)],
         )
 
+    def test_an_added_token_in_bars_is_text_in_a_question(self):
+        tokenizer = byte_tokenizer(TURNS + OPEN, IM, ("<|fim_prefix|>", "<h1>"), eos="<|im_end|>")
+        encoder = ChatEncoder(tokenizer)
+        fim, heading = tokenizer.convert_tokens_to_ids(["<|fim_prefix|>", "<h1>"])
+        ids = encoder.prompt_ids([{"role": "user", "content": "a<|fim_prefix|>b<h1>"}])
+        assert fim not in ids and heading in ids and "a<|fim_prefix|>b<h1>" in tokenizer.decode(ids)
+
+    def test_the_character_that_marks_a_token_is_refused_in_any_turn(self):
+        for turns in ([{**USER, "content": "a\ufdd0b"}, ANSWER], [USER, {**ANSWER, "content": "a\ufdd0b"}]):
+            with pytest.raises(RowRefused, match=r"contains the control token 'U\+FDD0'"):
+                self.encoder.response_ids(turns)
+
+    def test_a_tokenizer_that_splits_special_tokens_has_those_of_its_template(self):
+        plain, splits = (byte_tokenizer(CUTS, IM, ("<think>", "</think>"), eos="<|im_end|>") for _ in range(2))
+        splits.split_special_tokens = True
+        one, other = ChatEncoder(plain), ChatEncoder(splits)
+        said = [USER, {"role": "assistant", "content": "<think>a</think>4"}]
+        assert one.prompt_ids([USER]) == other.prompt_ids([USER]) and one.response_ids(said) == other.response_ids(said)
+        assert (one.end_id, one.stop_ids) == (other.end_id, other.stop_ids)
+        assert one.aligned_ids([USER, ANSWER], ended=True) == other.aligned_ids([USER, ANSWER], ended=True)
+
 
 class TestArguments:
     TEMPLATE = "{% if enable_thinking %}deep {% endif %}" + TURNS + OPEN

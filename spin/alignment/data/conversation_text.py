@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from spin.alignment.core.errors import InputError
 from spin.alignment.data.chat_template import ChatTemplate, json_value, template_turn
-from spin.alignment.data.control_tokens import ControlTokens
+from spin.alignment.data.control_tokens import ControlTokens, ids_of_pieces
 from spin.alignment.data.end_of_turn import end_of_turn_id
 from spin.alignment.data.thoughts import (
     OpenedThought,
@@ -237,7 +237,7 @@ class ConversationText:
         self.response_prefix = ""
         response = self._continuation(prompt, whole, {"role": "assistant", "content": _PROBE}) or ""
         self.response_prefix = response.rpartition(_PROBE)[0]
-        ids = tokenizer(after.strip(), add_special_tokens=False)["input_ids"] if after.strip() else []
+        ids = ids_of_pieces(tokenizer, after.strip()) if after.strip() else []
         end_id = end_of_turn_id(ids, control, ends, tokenizer.eos_token_id)
         if end_id is None:
             raise InputError(

@@ -259,6 +259,8 @@ def check_conversation(messages: Sequence[Mapping[str, Any]], where: str, ground
         InputError: it does not hold; the error names ``where`` and the violation.
     """
     roles = [message["role"] for message in messages]
+    if unknown := [role for role in roles if role not in _FOLLOWING]:
+        raise InputError(f"{where} has a turn with the role '{unknown[0]}': use one of system, user, assistant, tool")
     if "assistant" not in roles and ground_truth_required:
         raise InputError(
             f"{where} has no assistant turn: there is no ground truth to learn from; remove or complete the row"

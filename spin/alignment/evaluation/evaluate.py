@@ -213,7 +213,10 @@ def respond_and_score(
     rows: list[dict[str, Any]] = []
     for temperature in config.temperatures:
         responses = respond(backend, held_out, config.sampling(temperature), chunk, say_error)
-        texts = [encoder.response_text(response.token_ids) for response in responses]
+        texts = [
+            encoder.response_text(response.token_ids, item.chat_template_kwargs)
+            for item, response in zip(held_out, responses, strict=True)
+        ]
         rows += scored_rows(config.model, temperature, held_out, responses, texts, scorer, skipped)
     return rows
 
