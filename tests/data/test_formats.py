@@ -57,6 +57,16 @@ def test_all_turns_are_played_with_numbered_ids():
         ("x#0", [USER, ANSWER]),
         ("x#1", [USER, ANSWER, *MORE]),
     ]
+    # A row with one answer keeps its id.
+    assert [item.prompt_id for item in to_conversations({"id": "x", "messages": [USER, ANSWER]}, "row", "all")] == ["x"]
+
+
+def test_questions_and_answers_of_a_history_are_turns():
+    record = {"instruction": "4+5?", "output": "9", "history": [["2+3?", "5"]]}
+    assert [turn["content"] for turn in to_conversations(record, "row")[0].messages] == ["2+3?", "5", "4+5?", "9"]
+    for history in ([["2+3?"]], [["2+3?", "5", "x"]], ["2+3?", "5"]):
+        with pytest.raises(InputError, match=r"'history' must contain \[question, answer\] pairs"):
+            to_conversations({**record, "history": history}, "row")
 
 
 def message(role, content):

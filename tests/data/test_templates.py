@@ -168,6 +168,15 @@ class TestControlTokens:
         with pytest.raises(RowRefused, match="control token"):
             self.encoder.response_ids([USER, {"role": "assistant", "content": "", "tool_calls": hidden}])
 
+    def test_an_end_whose_name_is_that_of_a_part_never_belongs_in_a_response(self):
+        im = ("<|message|>", "<|end_message|>")
+        template = TURNS.replace("<|im_start|>", im[0]).replace("<|im_end|>", im[1]) + OPEN.replace(
+            "<|im_start|>", im[0]
+        )
+        encoder = ChatEncoder(byte_tokenizer(template, im, eos=im[1]))
+        assert encoder.refusal([USER, {**ANSWER, "content": "a<|message|>b"}]) is None
+        assert "'<|end_message|>' as text" in encoder.refusal([USER, {**ANSWER, "content": "a<|end_message|>b"}])
+
     def test_markers_of_parts_are_text_in_a_question_and_tokens_in_an_answer(self):
         think = self.encoder.tokenizer.convert_tokens_to_ids("<think>")
         asked = {"role": "user", "content": "Reason in <think> </think> tags."}

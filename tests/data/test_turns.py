@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 
 from spin.alignment.core.errors import InputError
 from spin.alignment.data.formats import to_conversations
-from spin.alignment.data.turns import answer_text, check_conversation, present_fields, prompt_hash, prompt_turns
+from spin.alignment.data.turns import (
+    answer_text,
+    check_conversation,
+    present_fields,
+    prompt_hash,
+    prompt_turns,
+    question,
+)
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 CALL = {"type": "function", "function": {"name": "weather", "arguments": '{"city": 1}'}}
@@ -83,6 +90,8 @@ def test_parts_of_text_are_joined_and_parts_of_thought_recognised():
 
 
 def test_what_says_that_a_turn_is_an_ordinary_answer_changes_nothing():
+    # A column of this name is a part of the prompt beside texts only, and a turn is a whole one.
+    assert read({**USER, "context": "x"}, ANSWER) == [USER, ANSWER]
     for more in (
         {"channel": "final"},
         {"recipient": "all"},
@@ -146,6 +155,11 @@ def test_bad_turns_are_named(turns, message):
     with pytest.raises(InputError, match=message) as error:
         read(*turns)
     assert str(error.value).startswith("a.jsonl row 7")
+
+
+def test_the_question_is_the_last_turn_of_the_user():
+    called, reply = {"role": "assistant", "content": "", "tool_calls": CALLS}, {"role": "tool", "content": "5"}
+    assert question([USER, called, reply]) == "q" and question([reply]) == "5" and question([]) == ""
 
 
 def test_hashes_and_texts_see_every_field():

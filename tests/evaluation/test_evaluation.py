@@ -249,6 +249,24 @@ def test_a_metric_by_dotted_path_and_a_sum(tiny_model, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("data", "output", "sentence"),
+    [
+        ("data", "data/eval.json", "is in the place of the data"),
+        ("data/test.parquet", "data/test.json", "is in the place of the data"),  # its responses would replace the data
+        ("data/test.jsonl", "data/../data/test.jsonl", "is in the place of the data"),
+        ("data", "eval.parquet", "the name of the responses' file: give a name such as eval.json"),
+    ],
+)
+def test_data_and_responses_are_never_overwritten(tmp_path, monkeypatch, data, output, sentence):
+    monkeypatch.chdir(tmp_path)
+    write_sums(tmp_path / "data")
+    (tmp_path / "data" / "test.parquet").touch()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+    code, _, err = run_main(evaluate_model.main, "--model", "m", "--input_dir", data, "--output_file", output)
+    assert code == 2 and sentence in err and {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before
+
+
+@pytest.mark.parametrize(
     ("flags", "sentence"),
     [
         (["--metric", "no_such_module:f"], "no_such_module"),

@@ -34,6 +34,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     from spin.alignment.models.vocabulary import check_control_tokens, check_ids, ids_without_token
     from spin.alignment.models.weights_check import check_model
 
+    config.check_files()
     config.check_metric()
     check_model_path(config.model)
     encoder = load_encoder(
