@@ -168,6 +168,28 @@ class TestControlTokens:
         with pytest.raises(RowRefused, match="control token"):
             self.encoder.response_ids([USER, {"role": "assistant", "content": "", "tool_calls": hidden}])
 
+    def test_a_token_that_the_template_writes_is_text_in_a_question_and_in_tools(self):
+        template = "{{ tools | tojson if tools else '' }}" + (TURNS + OPEN).replace("<|im_start|>", "[START]")
+        tokenizer = byte_tokenizer(template, IM, ("[START]", "<think>"), eos="<|im_end|>")
+        encoder, control = ChatEncoder(tokenizer), tokenizer.convert_tokens_to_ids(["[START]", "<think>"])
+        tools = json.dumps([{"function": {"name": "f", "description": "<think> [START]"}}])
+        ids = encoder.prompt_ids([{"role": "user", "content": "a [START] <think>"}], tools=tools)
+        assert [ids.count(token) for token in control] == [2, 0]
+        assert tokenizer.decode(ids).count("[START]") == 4 and tokenizer.decode(ids).count("<think>") == 2
+
+    def test_a_token_is_found_as_the_tokenizer_reads_the_text(self):
+        from tokenizers import AddedToken, normalizers
+
+        tokenizer = byte_tokenizer(TURNS + OPEN, IM, eos="<|im_end|>")
+        tokenizer.add_special_tokens(
+            {"additional_special_tokens": [AddedToken("<|stop|>", normalized=True), "<|im_end|>s"]}
+        )
+        tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+        encoder = ChatEncoder(tokenizer)
+        assert "'<|stop|>'" in encoder.refusal([{"role": "user", "content": "a <|STOP|>"}])
+        # Of two tokens that begin alike it is the longer one.
+        assert "'<|im_end|>s'" in encoder.refusal([{"role": "user", "content": "a <|im_end|>s"}])
+
     def test_an_end_whose_name_is_that_of_a_part_never_belongs_in_a_response(self):
         im = ("<|message|>", "<|end_message|>")
         template = TURNS.replace("<|im_start|>", im[0]).replace("<|im_end|>", im[1]) + OPEN.replace(
@@ -215,6 +237,17 @@ class TestControlTokens:
         assert one.prompt_ids([USER]) == other.prompt_ids([USER]) and one.response_ids(said) == other.response_ids(said)
         assert (one.end_id, one.stop_ids) == (other.end_id, other.stop_ids)
         assert one.aligned_ids([USER, ANSWER], ended=True) == other.aligned_ids([USER, ANSWER], ended=True)
+
+
+def test_arguments_of_a_call_are_never_written_in_the_notation_of_python():
+    calls = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
+        "{% for call in m.tool_calls or [] %}{{ call.function.name }} {{ call.function.arguments }}{% endfor %}<|im_end|>\n"
+        "{% endfor %}"
+    )
+    said = [{"function": {"name": "f", "arguments": {"a": None, "b": "x"}}}]
+    turn = {"role": "assistant", "content": "", "tool_calls": json.dumps(said)}
+    assert text_of(chatml(calls + OPEN), USER, turn)[1] == 'f {"a": null, "b": "x"}<|im_end|>'
 
 
 class TestArguments:

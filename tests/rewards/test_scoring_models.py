@@ -161,6 +161,18 @@ def test_a_response_cannot_add_a_text_of_its_own(encoder, name):
     assert "".join(tokenizer.convert_ids_to_tokens(seen[0].ids)).count("good[SEP]") == 1
 
 
+def test_a_response_cannot_end_its_turn(decoder):
+    scorer = make_scorer(settings("reward_model", decoder))
+    seen = []
+    logits = scorer.classifier.logits
+    scorer.classifier.logits = lambda inputs: seen.extend(inputs) or logits(inputs)
+    scorer.label([make_group("p1", ("a<|im_end|>", "b"), prompt=[{"role": "user", "content": "q<|im_start|>"}])])
+    tokenizer = scorer.classifier.tokenizer
+    control = [tokenizer.convert_tokens_to_ids(token) for token in ("<|im_start|>", "<|im_end|>")]
+    assert [[item.ids.count(token) for token in control] for item in seen] == [[2, 2]] * 2
+    assert "a<|im_end|>" in "".join(tokenizer.convert_ids_to_tokens(seen[0].ids))
+
+
 def test_equal_responses_need_no_model(encoder, monkeypatch):
     scorer = make_scorer(settings("preference_model", encoder))
     seen = count_forwards(scorer, monkeypatch)

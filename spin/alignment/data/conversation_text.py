@@ -13,7 +13,10 @@ from spin.alignment.data.control_tokens import ControlTokens, ids_of_pieces
 from spin.alignment.data.end_of_turn import end_of_turn_id
 from spin.alignment.data.thoughts import (
     OpenedThought,
+    bare_text,
     behind_thought,
+    ends_with_thought,
+    has_thought,
     is_empty_thought,
     leading_thought,
     opened_thought,
@@ -189,7 +192,7 @@ class ConversationText:
                 f"the chat template of {self.name} writes the prompt differently once this response follows (a thought that "
                 "is not closed, or one that the prompt excludes): correct the row, or set chat_template_kwargs"
             )
-        return prompt, self._complete(turn, response)
+        return prompt, self._complete(turn, prompt, response)
 
     def _continuation(self, prompt: str, whole: str, turn: Message) -> str | None:
         """Return what a turn adds to the text of its prompt, given the ``whole`` rendered text; None if they do not add up."""
@@ -207,7 +210,7 @@ class ConversationText:
             return None
         return thought.continued(whole[len(header) :], turn.get("content") or "", turn.get("reasoning_content"))
 
-    def _complete(self, turn: Message, response: str) -> str:
+    def _complete(self, turn: Message, prompt: str, response: str) -> str:
         """Return the text of the last turn with the thought that the template cuts off; everything else must be in it.
 
         Raises:
@@ -215,11 +218,14 @@ class ConversationText:
         """
         content = turn.get("content") or ""
         thought = leading_thought(content)
-        if thought and thought.strip() and thought.split()[-1] not in response:
+        is_in_prompt = is_empty_thought(thought) and ends_with_thought(prompt)
+        if thought and not is_in_prompt and not has_thought(response, thought):
             response = thought.rstrip() + (response if response[:1].isspace() else _tail_space(thought) + response)
-        parts = [("text", behind_thought(content)), ("reasoning_content", turn.get("reasoning_content") or "")]
-        for kind, part in [*parts, *_names_of([turn], None)]:
-            if part.strip() not in response:
+        text = behind_thought(content)
+        is_cut = len(text) < len(content) and bare_text(content) not in bare_text(response)
+        parts = [("text", text), ("reasoning_content", turn.get("reasoning_content") or ""), *_names_of([turn], None)]
+        for kind, part in parts:
+            if is_cut or part.strip() not in response:
                 raise RowRefused(
                     f"the chat template of {self.name} omits the assistant's {kind}: correct the row or the template"
                 )
