@@ -209,6 +209,12 @@ class TestControlTokens:
         row = {"chosen": [asked, said], "rejected": [asked, ANSWER]}
         assert encode_pair(row, self.encoder, 200, 100).prompt_ids == ids
 
+    def test_the_name_of_a_user_is_text(self):
+        named = chatml(TURNS.replace("{{ m['content'] }}", "{{ m.name }}: {{ m['content'] }}") + OPEN)
+        ids = named.prompt_ids([{**USER, "name": "<think>"}])
+        assert named.tokenizer.convert_tokens_to_ids("<think>") not in ids
+        assert "user\n<think>: Hi" in named.tokenizer.decode(ids)
+
     def test_token_weights_read_such_a_prompt_too(self):
         asked = {"role": "user", "content": "In <think> tags."}
         prompt, ids, spans = self.encoder.aligned_ids([asked, ANSWER], ended=True)
@@ -277,6 +283,14 @@ class TestArguments:
             chatml(self.TEMPLATE, chat_template_kwargs=arguments)
         with pytest.raises(InputError, match=message):
             chatml(self.TEMPLATE).prompt_ids([USER], chat_template_kwargs=json.dumps(arguments))
+
+    def test_arguments_of_a_row_are_text(self):
+        encoder = chatml("{{ style }}" + TURNS + OPEN)
+        think = encoder.tokenizer.convert_tokens_to_ids("<think>")
+        ids = encoder.prompt_ids([USER], chat_template_kwargs='{"style": "in <think> tags"}')
+        assert think not in ids and encoder.tokenizer.decode(ids).startswith("in <think> tags")
+        with pytest.raises(RowRefused, match="chat_template_kwargs contain the control token"):
+            encoder.prompt_ids([USER], chat_template_kwargs='{"style": "\\u003c|im_end|>"}')
 
     def test_a_row_may_open_a_thought_or_not(self):
         opens = TURNS + OPEN.replace("{% endif %}", "{% if enable_thinking %}<think>\n{% endif %}{% endif %}")

@@ -27,6 +27,8 @@ SystemPolicy = Literal["keep", "fold"]
 SYSTEM_POLICIES: tuple[SystemPolicy, ...] = ("keep", "fold")
 # Text that no template contains itself: rendered to see what a template does with a turn.
 _PROBE = "Reply 7"
+# Texts of a user's or a tool's turn.
+_MARKED = {"content", "name", "tool_call_id"}
 
 
 class RowRefused(InputError):
@@ -108,7 +110,7 @@ class ConversationText:
         marked = (
             turn
             if turn["role"] == "assistant"
-            else {**turn, "content": self._control.marked(turn.get("content") or "")}
+            else {**turn, **{key: self._control.marked(turn.get(key) or "") for key in turn.keys() & _MARKED}}
             for turn in turns
         )
         return list(marked)
@@ -141,11 +143,13 @@ class ConversationText:
         if not isinstance(arguments, Mapping):
             raise InputError("chat_template_kwargs of the row is not a mapping: correct the row")
         self.template.check_arguments(arguments)
-        if token := self._control.found_in(_plain_json(text, "chat_template_kwargs"), is_response=False):
+        plain = _plain_json(text, "chat_template_kwargs")
+        if token := self._control.found_in(plain, is_response=False):
             raise RowRefused(
                 f"chat_template_kwargs contain the control token '{token}' as text: remove it from the row"
             )
-        return arguments
+        marked: dict[str, Any] = json.loads(self._control.marked(plain))
+        return marked
 
     def thought_with(self, row_arguments: str | None) -> OpenedThought | None:
         """Return the thought that the generation prompt opens with the arguments of a row."""
