@@ -126,7 +126,7 @@ BAD = {
     "order": ({"messages": [USER, USER, ANSWER]}, "role order user user assistant"),
     "system late": ({"messages": [USER, SYSTEM, ANSWER]}, "role order user system assistant"),
     "tool": ({"messages": [USER, {"role": "tool", "content": "x"}, ANSWER]}, "role order user tool assistant"),
-    "role null": (message(None, "x"), "role order None assistant"),
+    "role null": (message(None, "x"), "the role 'None': use one of system"),
     "empty question": (message("user", " \n"), r"empty user turn \(turn 0\)"),
     "empty answer": ({"question": "a", "answer": ""}, r"empty assistant turn \(turn 1\)"),
     "content null": (message("user", None), "has NoneType instead of text in turn 0"),
@@ -236,9 +236,12 @@ def test_files_of_a_split(tmp_path, files, split, expected):
         (["train-00000-of-00003.parquet", "train-00002-of-00003.parquet"], "train", "is missing train-00001-of-00003"),
         (["train.jsonl", "train.parquet"], "train", "'train' as .jsonl and .parquet files: remove one kind"),
         (["train-0-of-1.parquet", "train-0-of-2.parquet", "train-1-of-2.parquet"], "train", "sets of different sizes"),
+        (["train.jsonl", "train-00000-of-00001.jsonl"], "train", "train.jsonl besides the numbered set train: remove one"),
+        (["train.jsonl", "data/train-00000-of-00001.jsonl"], "train", "'train' twice, as train.jsonl and as data/train-0"),
     ],
 )  # fmt: skip
 def test_unclear_folders_are_refused(tmp_path, files, split, message):
+    (tmp_path / "data").mkdir()
     for name in files:
         (tmp_path / name).touch()
     with pytest.raises(InputError, match=message):

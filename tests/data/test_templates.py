@@ -209,6 +209,20 @@ class TestControlTokens:
         row = {"chosen": [asked, said], "rejected": [asked, ANSWER]}
         assert encode_pair(row, self.encoder, 200, 100).prompt_ids == ids
 
+    def test_a_tokenizer_that_cannot_spell_a_token_refuses_the_text(self):
+        from tokenizers import decoders, pre_tokenizers
+
+        tokenizer = char_tokenizer(special=(*IM, "\u2581"))
+        tokenizer.add_tokens(["<think>"])
+        core = tokenizer.backend_tokenizer
+        spaced = pre_tokenizers.Metaspace(prepend_scheme="always")  # every piece starts with a space
+        core.pre_tokenizer = pre_tokenizers.Sequence([spaced, pre_tokenizers.Split("", "isolated")])
+        core.decoder = decoders.Metaspace(prepend_scheme="never")
+        encoder = ChatEncoder(tokenizer, end_ids=[3])
+        encoder.prompt_ids([USER])
+        with pytest.raises(RowRefused, match="a control token as text, which this tokenizer cannot spell"):
+            encoder.prompt_ids([{"role": "user", "content": "a<think>b"}])
+
     def test_the_name_of_a_user_is_text(self):
         named = chatml(TURNS.replace("{{ m['content'] }}", "{{ m.name }}: {{ m['content'] }}") + OPEN)
         ids = named.prompt_ids([{**USER, "name": "<think>"}])
