@@ -120,3 +120,11 @@ def test_programs_name_the_configuration_of_their_data():
         config = from_arguments(config_class, [*common, output, "o"], "program")
         assert config.input_dir == "org/a:main"
         assert from_arguments(config_class, to_arguments(config), "program") == config
+
+
+def test_held_out_splits_are_used_in_full():
+    pieces = pieces_of({"some/name": 0.5, "other/name": 1}, ["train", "test"])
+    assert [(piece.use, piece.source, piece.fraction) for piece in pieces] == [
+        *(("train", "some/name", 0.5), ("train", "other/name", 1)),
+        *(("test", "some/name", 1), ("test", "other/name", 1)),
+    ]

@@ -13,7 +13,7 @@ from spin.alignment.core.time_limit import TimeLimitReached, time_limit
 from spin.alignment.data import chat_template
 from spin.alignment.data.chat_encoder import ChatEncoder, RowRefused, load_encoder
 from spin.alignment.data.encode_pairs import encode_pair
-from spin.alignment.data.end_of_turn import end_ids_of, model_end_ids
+from spin.alignment.data.end_of_turn import end_ids_of, end_of_turn_id, model_end_ids
 from spin.alignment.data.template_date import parse_date, recorded_in_json, shared_date, template_has_date
 from spin.alignment.data.thoughts import without_thought
 from tests.helpers import char_tokenizer
@@ -131,6 +131,12 @@ class TestEnds:
         ids = tokenizer("4<|user|>\nand 5?<|endoftext|>")["input_ids"]
         assert encoder.response_text(ids) == "4<|user|>\nand 5?"
         assert encoder.response_text(tokenizer("4<|user|>")["input_ids"]) == "4"
+
+    def test_only_a_control_token_right_behind_the_response_ends_it(self):
+        assert end_of_turn_id([4, 3], {3, 4}, (), 9) == 4
+        assert end_of_turn_id([4, 3], {3, 4}, (3,), 9) == 3  # the model's files name it
+        assert end_of_turn_id([7, 3], {3, 4}, (3,), 9) == 9  # plain text follows: the EOS
+        assert end_of_turn_id([7], {3}, (), None) is None
 
     def test_an_end_that_is_an_ordinary_word_is_reported_and_ends_nothing(self):
         encoder = chatml(end_ids=[5])
