@@ -186,7 +186,8 @@ def meta_model(folder: Path, config: Any, task: Task, trust_remote_code: bool) -
     auto = autos[task]
     remote = auto.__name__ in (getattr(config, "auto_map", None) or {})
     known = remote or type(config) in auto._model_mapping
-    other: Any = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
+    names = getattr(config, "architectures", None)
+    other: Any = getattr(transformers, str(names[0]), None) if isinstance(names, list) and names else None
     if not known and other is None:
         return None
     try:
