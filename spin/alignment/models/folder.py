@@ -7,7 +7,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from spin.alignment.core.errors import InputError
+from spin.alignment.core.errors import InputError, reason_of
 from spin.alignment.core.files import read_json
 from spin.alignment.models.positions import fixed_positions
 from spin.alignment.models.vocabulary import check_ids
@@ -74,9 +74,8 @@ def model_folder(name: str, revision: str | None = None) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"model '{name}' is neither a local folder nor a Hub model that is cached or reachable ({reason}): "
+            f"model '{name}' is neither a local folder nor a Hub model that is cached or reachable ({reason_of(error)}): "
             "check the name, or unset HF_HUB_OFFLINE"
         ) from error
 
