@@ -246,3 +246,10 @@ def test_math_verify_does_algebra():
     assert score("", "it is 5", "#### 5") == 1.0
     assert score("", r"\boxed{[1,2)}", r"\boxed{[1,2]}") == 0.0
     assert score("", "I do not know", "#### 5") == 0.0
+
+
+@pytest.mark.parametrize("name", ["exact_match", "math_answer"])
+def test_a_thought_is_no_part_of_an_answer(name):
+    score = find_scorer(name)
+    assert score("", "<think>is it 6?</think>5", "<think>\n5 or 7\n</think>\n\n5") == 1.0
+    assert score("", "<think>it is 5", "5") == 0.0  # truncated inside its thought
