@@ -69,7 +69,9 @@ def test_a_process_that_is_not_safe_to_fork_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
     monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
     assert "touched CUDA" in start_server.fork_problem(has_gpu=True)
-    assert "touched CUDA" not in (start_server.fork_problem(has_gpu=False) or "")  # a CUDA build of torch on a machine without
+    assert "touched CUDA" not in (
+        start_server.fork_problem(has_gpu=False) or ""
+    )  # a CUDA build of torch on a machine without
     monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: False)
     stop = threading.Event()
     thread = threading.Thread(target=stop.wait)

@@ -25,8 +25,8 @@ FOREIGN_LABELS = {
     "chosen_probs_win": "chosen_win_prob",
     "chosen_probs_lose": "rejected_win_prob",
 }
-# TIS-DPO's columns (token_weight_estimation.py). They are not weights but log pi_minus(y_t) - log pi_plus(y_t), one for each token
-# of the bare response text, without the end of turn; its training negates and transforms them, as its own config says.
+# TIS-DPO's columns (token_weight_estimation.py). They are not weights but log pi_minus(y_t) - log pi_plus(y_t), one for each
+# token of the bare response text, without the end of turn; its training negates and transforms them, as its own config says.
 _TIS_DPO_GAINS = {"chosen_weight": "chosen_gains", "rejected_weight": "rejected_gains"}
 FOREIGN_PAIR_COLUMNS = frozenset({*FOREIGN_LABELS, *_TIS_DPO_GAINS})
 
@@ -46,7 +46,9 @@ def pair_form(row: Row, where: str) -> Row:
 
 
 def with_gains(row: Row, where: str) -> dict[str, Any]:
-    """Return a row with TIS-DPO's columns as ``chosen_gains`` and ``rejected_gains``: log pi_plus(y_t) - log pi_minus(y_t), in nats.
+    """Return a row with TIS-DPO's columns as ``chosen_gains`` and ``rejected_gains``.
+
+    A gain is log pi_plus(y_t) - log pi_minus(y_t), in nats.
 
     Raises:
         InputError: one of the columns is missing, or a value is not a finite number.
@@ -56,7 +58,9 @@ def with_gains(row: Row, where: str) -> dict[str, Any]:
         values = row.get(column)
         if not isinstance(values, list | tuple):
             other = next(known for known in _TIS_DPO_GAINS if known != column)
-            raise InputError(f"{where} has '{other}' but no list '{column}': TIS-DPO's files have both; add it, or remove both")
+            raise InputError(
+                f"{where} has '{other}' but no list '{column}': TIS-DPO's files have both; add it, or remove both"
+            )
         for value in values:
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
                 raise InputError(f"{where}: '{column}' contains {value!r}, not a finite number: correct the row")

@@ -330,7 +330,7 @@ def check_turn_keys(record: Record, where: str, notes: RowNotes) -> None:
         if isinstance(value, str):
             continue
         for turn in value if isinstance(value, list | tuple) else [value]:
-            if not isinstance(turn, dict | Mapping) or TURN_KEYS >= turn.keys() or not ({"role", "from"} & turn.keys()):
+            if not isinstance(turn, dict | Mapping) or turn.keys() <= TURN_KEYS or not ({"role", "from"} & turn.keys()):
                 continue
             for key in turn.keys() - TURN_KEYS:
                 if not is_empty(turn[key]):

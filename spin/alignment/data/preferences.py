@@ -110,8 +110,8 @@ def _preference_tables(path: str, split: str) -> list[tuple[str, pa.Table]]:
 
 
 def pair_batches(file: Path) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
-    """Return the columns and the rows of a file of pairs: parquet as it is, unless other tools' columns have to be renamed; anything
-    else in the format of docs/data_format.md.
+    """Return the columns and the rows of a file of pairs: parquet as it is, unless other tools' columns have to be renamed;
+    anything else in the format of docs/data_format.md.
 
     Raises:
         InputError: the file is damaged, or a row violates the contract.

@@ -208,8 +208,8 @@ class RunConfig:
             )
         if self.weighting.compares is Compares.STORED:
             raise InputError(
-                f"weigh.weighting is {section['weighting']}, which reads gains that come with pairs, but a run makes its own pairs: "
-                f"choose {_comparing(Compares.TRAINED)} or {_comparing(Compares.TEACHER)}"
+                f"weigh.weighting is {section['weighting']}, which reads gains that come with pairs, but a run makes its own "
+                f"pairs: choose {_comparing(Compares.TRAINED)} or {_comparing(Compares.TEACHER)}"
             )
         train = section.get("train")
         if train is not None and not isinstance(train, Mapping):

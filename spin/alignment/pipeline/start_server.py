@@ -100,8 +100,8 @@ def import_libraries() -> bool:
 def fork_problem(has_gpu: bool) -> str | None:
     """Return why a fork of this process is not equivalent to a new process; None if it is.
 
-    The trial fork also ends the idle threads of OpenBLAS, which shuts them down before every fork. Without a GPU, torch's CUDA build
-    has asked the CUDA runtime for one, after which forks may not use CUDA: nothing is lost, as they could not anyway.
+    The trial fork also ends the idle threads of OpenBLAS, which shuts them down before every fork. Without a GPU, torch's CUDA
+    build has asked the CUDA runtime for one, after which forks may not use CUDA: nothing is lost, as they could not anyway.
     """
     import torch
 

@@ -25,7 +25,10 @@ class WeightsConfig:
     """Compute token weights for the responses of preference data."""
 
     input_dir: str = setting(
-        help="folder with {split}_prefs-*.parquet from convert_data.py, or with pairs of another tool", group="rows", path="input", set_by_run=True
+        help="folder with {split}_prefs-*.parquet from convert_data.py, or with pairs of another tool",
+        group="rows",
+        path="input",
+        set_by_run=True,
     )
     output_dir: str = setting(help="folder for the same files with token weights", path="folder", set_by_run=True)
     page: str | None = setting(
@@ -36,7 +39,9 @@ class WeightsConfig:
         False, "replace weights that were computed from other inputs or settings", set_by_run=True
     )
 
-    weighting: str = setting(help="reverse_dpo, teacher, stored_gains, drift or uniform, or module:function", group="weights")
+    weighting: str = setting(
+        help="reverse_dpo, teacher, stored_gains, drift or uniform, or module:function", group="weights"
+    )
     transform: str | None = setting(
         None,
         "maps gains to weights: exponential, origin, binary, threshold, threshold_and_scale, rank_based or random",

@@ -108,7 +108,9 @@ class Split:
             InputError: it has none, or they do not line up with its tokens.
         """
         index = self.usable[position]
-        return gains_of_pair(self.rows[index], self.encoded[index], self.encoder, f"{self.files[0].parent} [{self.name}] row {index}")
+        return gains_of_pair(
+            self.rows[index], self.encoded[index], self.encoder, f"{self.files[0].parent} [{self.name}] row {index}"
+        )
 
     def weighted(self, method: Method, gains: Callable[[int], Gains] | None) -> Iterator[WeightedRow]:
         """Yield the weights of every row; ``gains`` is called with a row's position among the usable rows."""

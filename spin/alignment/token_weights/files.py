@@ -17,6 +17,7 @@ from spin.alignment.core.files import read_json, remove_files, write_json_atomic
 from spin.alignment.core.parquet import ParquetSink, check_whole, open_parquet
 from spin.alignment.core.provenance import METADATA_KEY, Provenance, read_provenance
 from spin.alignment.core.sides import SIDES
+from spin.alignment.data.column_types import OWN_TYPES
 from spin.alignment.data.preferences import pair_batches
 from spin.alignment.data.rows import OPTIONAL_COLUMNS
 
@@ -104,7 +105,7 @@ def write_weighted(
         provenance = _provenance(schema, file, split)
         # Gains have become weights.
         fields = [item for item in schema if item.name not in (*_COLUMNS, *GAINS)]
-        kinds = {**{item.name: item.type for item in schema}, **OPTIONAL_COLUMNS}
+        kinds = {**OWN_TYPES, **{item.name: item.type for item in schema}, **OPTIONAL_COLUMNS}
         added = [pa.field(name, kinds[name]) for name in _COLUMNS]
         with ParquetSink(
             output,

@@ -1,7 +1,7 @@
 """Gains that come with the pairs (TIS-DPO's files), moved to the tokens that are trained on.
 
-They belong to the tokens of the bare response text; a chat template may strip that text, tokenize it differently at its ends, and adds
-an end of turn.
+They belong to the tokens of the bare response text; a chat template may strip that text, change its first and last tokens, and
+adds an end of turn.
 """
 
 from __future__ import annotations
@@ -36,22 +36,23 @@ def _gains_of(row: Mapping[str, Any], side: str, ids: Sequence[int], encoder: Ch
     gains = row.get(f"{side}_gains")
     if gains is None:
         raise InputError(
-            f"{where} has no gains of tokens (TIS-DPO's 'chosen_weight' and 'rejected_weight'): add them, or choose another weighting"
+            f"{where} has no gains of tokens (TIS-DPO's 'chosen_weight' and 'rejected_weight'): add them, or choose another "
+            "weighting"
         )
     text = row[side][-1]["content"]
     bare = encoder.tokenizer(text, add_special_tokens=False)["input_ids"]
     if len(bare) != len(gains):
         raise InputError(
-            f"{where}: '{side}_weight' has {len(gains)} numbers, but the {side} response has {len(bare)} tokens with the tokenizer of "
-            f"{encoder.name}: pass the tokenizer of the models that computed them, or compute them again"
+            f"{where}: '{side}_weight' has {len(gains)} numbers, but the {side} response has {len(bare)} tokens with the "
+            f"tokenizer of {encoder.name}: pass the tokenizer of the models that computed them, or compute them again"
         )
     ended = ids[-1] in encoder.stop_ids
     rendered, places = student_text(encoder, ids[:-1] if ended else ids)
     whole, spans = token_spans(encoder.raw_text, bare)
     if rendered.strip() != whole.strip():
         raise InputError(
-            f"{where}: the chat template of {encoder.name} changes the text of the {side} response, so '{side}_weight' does not line "
-            "up with its tokens: correct the text, or compute weights with another weighting"
+            f"{where}: the chat template of {encoder.name} changes the text of the {side} response, so '{side}_weight' does not "
+            "line up with its tokens: correct the text, or compute weights with another weighting"
         )
     shares = character_logps(gains, spans, len(whole))
     # Spaces at the start that only one of both texts has.

@@ -90,7 +90,7 @@ class SPINConfig(SPINKeys, TrainingArguments):
         super().__post_init__()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what is pickled: everything but the token for the Hub, as the Trainer stores its arguments in every checkpoint."""
+        """Return what is pickled: all but the token for the Hub, as the Trainer stores its arguments in every checkpoint."""
         return {**self.__dict__, "hub_token": None}
 
     @property

@@ -207,8 +207,8 @@ def weighted_responses(rows: Dataset, loss: Loss) -> list[str]:
     gains = [f"{name}_gains" for name in loss.responses if f"{name}_gains" in rows.column_names]
     if gains and not weighted:
         raise InputError(
-            f"the pairs have gains of tokens ({' and '.join(gains)}; TIS-DPO's 'chosen_weight' and 'rejected_weight') but no weights: "
-            "compute them with spin/estimate_weights.py --weighting stored_gains"
+            f"the pairs have gains of tokens ({' and '.join(gains)}; TIS-DPO's 'chosen_weight' and 'rejected_weight') but no "
+            "weights: compute them with spin/estimate_weights.py --weighting stored_gains"
         )
     return weighted
 

@@ -41,9 +41,9 @@ class Compares(Enum):
 class Weighting:
     """A token weighting. A plain function is a weighting that compares no models.
 
-    If it compares nothing, the numbers it returns are the weights. Otherwise they are the gains, negated on the rejected side (``+d``
-    and ``-d``: the larger, the more should be learned from a token), and a transform of ``WEIGHT_TRANSFORMS`` maps them to
-    weights. ``constant``: equal weights are intended, so no warning is given.
+    If it compares nothing, the numbers it returns are the weights. Otherwise they are the gains, negated on the rejected side
+    (``+d`` and ``-d``: the larger, the more should be learned from a token), and a transform of ``WEIGHT_TRANSFORMS`` maps them
+    to weights. ``constant``: equal weights are intended, so no warning is given.
     """
 
     weigh: Weigh

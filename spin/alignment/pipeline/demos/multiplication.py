@@ -18,8 +18,8 @@ from spin.alignment.pipeline.demos.tiny_model import character_tokenizer, tiny_l
 NUM_TEST = 500
 SEED = 0
 CHARACTERS = "0123456789+*= "
-# 1 / sqrt(width): with transformers' 0.02 the first layers of so narrow a model pass on next to nothing, and how soon it starts to
-# learn differs from seed to seed and from machine to machine.
+# 1 / sqrt(width): with transformers' 0.02 the first layers of so narrow a model pass on next to nothing, and how soon it starts
+# to learn differs from seed to seed and from machine to machine.
 INITIALIZER_RANGE = 0.1
 
 
