@@ -131,8 +131,9 @@ def test_a_configuration_is_pickled_without_the_token_for_the_hub(tmp_path):
 
     import spin
 
-    for kind in (spin.SPINConfig, spin.OnlineConfig):
-        config = kind(output_dir=str(tmp_path / "out"), use_cpu=True, hub_token=TOKEN, beta=0.25)
+    scored = {"scorer": "tests.helpers.online:share_of_letters"}
+    for kind, more in ((spin.SPINConfig, {}), (spin.OnlineConfig, scored)):
+        config = kind(output_dir=str(tmp_path / "out"), use_cpu=True, hub_token=TOKEN, beta=0.25, **more)
         torch.save(config, tmp_path / "training_args.bin")
         assert (
             TOKEN.encode() not in (tmp_path / "training_args.bin").read_bytes() and TOKEN not in config.to_json_string()

@@ -71,6 +71,8 @@ class Conversation:
 
     def row(self) -> dict[str, Any]:
         """Return the prompt row: ``prompt_id``, ``chosen``, and those of :data:`CARRIED_COLUMNS` that it has."""
+        if not (self.tools or self.chat_template_kwargs or self.extra_columns):
+            return {"prompt_id": self.prompt_id, "chosen": self.messages}
         extra = to_json(self.extra_columns) if self.extra_columns else None
         carried = dict(zip(CARRIED_COLUMNS, (self.tools, self.chat_template_kwargs, extra), strict=True))
         columns = {name: value for name, value in carried.items() if value is not None}

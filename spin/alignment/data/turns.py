@@ -73,10 +73,13 @@ def _has_role(turn: Mapping[str, Any]) -> bool:
 
 
 def _read_turn(turn: Mapping[str, Any], where: str) -> Message:
-    sharegpt = turn.get("role") is None and "from" in turn
-    message = _sharegpt_turn(turn, where) if sharegpt else text_turn(_role(turn), turn.get("content"))
+    role, content = turn.get("role"), turn.get("content")
+    if len(turn) == 2 and isinstance(role, str) and isinstance(content, str):
+        return {"role": _ROLES.get(role, role), "content": content}  # by far the most common turn: role and text alone
+    sharegpt = role is None and "from" in turn
+    message = _sharegpt_turn(turn, where) if sharegpt else text_turn(_role(turn), content)
     if len(turn) == 2 and len(message) == 2 and isinstance(message["content"], str):
-        return message  # by far the most common turn: role and text alone
+        return message
     thoughts = _split_parts(message, where)
     message |= _reasoning(turn, message["role"], thoughts, where)
     if calls := _tool_calls(turn, where) or message.pop("tool_calls", None):
