@@ -57,7 +57,7 @@ def _gains_of(row: Mapping[str, Any], side: str, ids: Sequence[int], encoder: Ch
     shares = character_logps(gains, spans, len(whole))
     # Spaces at the start that only one of both texts has.
     shift = (len(rendered) - len(rendered.lstrip())) - (len(whole) - len(whole.lstrip()))
-    aligned = [None] * shift + shares if shift >= 0 else shares[-shift:]
+    aligned = [*[None] * shift, *shares[max(-shift, 0) :]]
     found = aligned_gains(aligned, [0.0] * len(places), places)
     # The end of turn was not scored. A gain of 0 says that both models find it equally likely.
     return found + [0.0] * ended
