@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -97,9 +98,9 @@ def write_weighted(
     ``facts``, stored in the provenance of every file, says how the weights were computed; ``rows`` are in the files' order.
     """
     statistics = WeightStatistics()
-    # Removed first: an interrupted rewrite must not leave a set that looks complete.
+    # Removed first: an interrupted rewrite must not leave a set that looks complete, nor files of an earlier one.
     proof, outputs = weights_file(output_dir, split), output_files(output_dir, split, files)
-    remove_files([proof, *outputs])
+    remove_files([proof, *_written_files(output_dir, split)])
     for file, output in zip(files, outputs, strict=True):
         schema, batches = pair_batches(file)
         provenance = _provenance(schema, file, split)
@@ -147,6 +148,11 @@ def _provenance(schema: pa.Schema, file: Path, split: str) -> Provenance:
     return Provenance(kind="preferences", split=split)
 
 
+def _written_files(output_dir: Path, split: str) -> list[Path]:
+    """Return the preference files of a split that exist in the output folder."""
+    return sorted(output_dir.glob(f"{glob.escape(split)}_prefs*.parquet"))
+
+
 def weights_file(output_dir: Path, split: str) -> Path:
     """Return the file that is written last: statistics of a split's weights, and proof that its files are complete."""
     return output_dir / f"{split}_prefs.weights.json"
@@ -183,7 +189,14 @@ def is_done(output_dir: Path, split: str, files: Sequence[Path], facts: dict[str
         InputError: it was created from other files or settings, and ``overwrite`` is false.
     """
     made = output_files(output_dir, split, files)
-    if not weights_file(output_dir, split).exists() or not all(path.exists() for path in made):
+    if not weights_file(output_dir, split).exists():
+        return False
+    stale = [path for path in _written_files(output_dir, split) if path not in made]
+    if stale and not overwrite:
+        raise InputError(
+            f"{stale[0]} was created from other pairs, whose files have other names: pass --overwrite or another output_dir"
+        )
+    if stale or not all(path.exists() for path in made):
         return False
     try:
         found = [read_provenance(open_parquet(path).schema_arrow, path).extra.get("weights") for path in made]
