@@ -172,8 +172,8 @@ def test_a_score_of_one_response_is_no_label_of_the_pair(tmp_path):
 
 BAD_PAIRS = {
     "tis-dpo": (
-        {**PAIR, "chosen_weight": [0.5], "rejected_weight": [0.1]},
-        "'chosen_weight', TIS-DPO's log-prob differences",
+        {**PAIR, "chosen_weight": [0.5]},
+        "has 'chosen_weight' but no list 'rejected_weight': TIS-DPO's files have both",
     ),
     "one win rate": ({**PAIR, "chosen_probs_lose": 1}, "has 'chosen_probs_lose' but no 'chosen_probs_win'"),
     "two scores": (

@@ -28,6 +28,16 @@ EXTRA_COLUMNS = "extra_columns"
 SYSTEM_COLUMNS = ("system", "system_prompt", "system_message")
 LABEL_COLUMNS = ("label", "kto_tag")
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+TEMPLATE_COLUMNS = ("tools", "functions", "chat_template_kwargs")
+_SIDE_PREFIXES = tuple(f"{side}_" for side in (*SIDES, INITIAL))
+# Columns that most rows lack.
+_RARE = frozenset({*SYSTEM_COLUMNS, *LABEL_COLUMNS, *REASONING_KEYS, *TEMPLATE_COLUMNS, EXTRA_COLUMNS})
+
+
+@functools.lru_cache(maxsize=1024)
+def has_rare_columns(names: tuple[str, ...]) -> bool:
+    """Return whether one of a row's columns holds a system prompt, label, thought, template argument or the scorers' columns."""
+    return not _RARE.isdisjoint(names)
 
 
 class Record(Mapping[str, Any]):
@@ -321,11 +331,11 @@ def other_columns(record: Record, where: str, notes: RowNotes) -> dict[str, Any]
     Raises:
         InputError: a column would change what is trained.
     """
-    whole = any(_is_turns(record.row[name]) for name in record.used)
+    others = [name for name in record.row if not (name in record.used or name in OWN or _belongs_to_side(name))]
+    whole = bool(others) and any(_is_turns(record.row[name]) for name in record.used)
     found = {}
-    for name, value in record.row.items():
-        if name in record.used or name in OWN or _belongs_to_side(name):
-            continue
+    for name in others:
+        value = record.row[name]
         if is_empty(value) and (name in COPIES or refusals_of(name)):
             continue
         check_column(name, value, where, whole)
@@ -344,7 +354,7 @@ def _is_turns(value: Any) -> bool:
 
 
 def _belongs_to_side(name: str) -> bool:
-    return name.startswith(tuple(f"{side}_" for side in (*SIDES, INITIAL)))
+    return name.startswith(_SIDE_PREFIXES)
 
 
 def _is_json(value: Any) -> bool:
