@@ -33,11 +33,13 @@ def start(arguments: list[str]) -> int:
         return pid
     code = 1
     try:
-        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115
+        # "a": all of them may write to one file.
+        sys.stdout = sys.stderr = open(os.environ.get("FAKE_OUTPUT", os.devnull), "a")  # noqa: PTH123, SIM115
         run_program(main, arguments)
     except SystemExit as stop:
         code = int(stop.code or 0)
     finally:
+        sys.stderr.flush()
         os._exit(code)
 
 
