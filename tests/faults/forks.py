@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from spin.alignment.core.program import end_with_parent
 from spin.alignment.pipeline import start_server
 
 # Of the process that forks. Arrow's allocator, which it does not use, would start a thread.
@@ -59,6 +60,7 @@ def print_reports(reports: Callable[[str, Mapping[str, Any], Path, int], Iterato
     The argument of the command is ``{"parts": {name: plan}, "root": folder, "seed": number}``.
     """
     settings = json.loads(sys.argv[1])
+    end_with_parent()
     import_everything()
     root = Path(settings["root"])
     root.mkdir(parents=True, exist_ok=True)
