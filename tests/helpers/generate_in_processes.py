@@ -1,7 +1,7 @@
 """Many generate.py processes on one folder, some of them killed: python tests/helpers/generate_in_processes.py SETTINGS_JSON.
 
 The processes are forked from this one, which has imported everything: a start costs milliseconds, so dozens of kills cost
-seconds. Prints one JSON line with what happened.
+seconds. What they say goes to the file FAKE_OUTPUT, if it is set. Prints one JSON line with what happened.
 """
 
 from __future__ import annotations
