@@ -22,9 +22,9 @@ SHORT: dict[str, dict[str, dict[str, Any]]] = {
         "run_online": _DEAR,
     },
     "run_storm": {
-        "spin-run-offline": {"signals": 2, "others": True},
-        "spin-run-online": {"signals": 1},
-        "spin-run-weights": {"signals": 1},
+        "spin-run-offline": {"signals": 2, "others": True, "spares_server": True},
+        "spin-run-online": {"signals": 1, "spares_server": True},
+        "spin-run-weights": {"signals": 1, "spares_server": True},
     },
     "many_writers": {"writers": {"processes": 16, "kills": 8}},
 }
