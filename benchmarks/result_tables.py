@@ -27,6 +27,13 @@ COLUMNS = (
     ("chosen drift", "chosen_drift", "{:+.2f}"),
     ("length", "mean_length", "{:.1f}"),
 )
+# The parts of the fault suite that are not one program.
+FAULT_PARTS = {
+    "spin-run-offline": "`spin run`, offline",
+    "spin-run-online": "`spin run`, online",
+    "spin-run-weights": "`spin run`, token weights",
+    "writers": "`generate`, 64 processes on one folder",
+}
 VARIANTS = ("unshared", "unfused", "padded", "uncached")  # of this project: no peers
 SHARES = ("greedy_exact", "sampled_exact", "sampled_exact_t05")
 # The rows of each table: (entry of demos.json, model, label).
@@ -203,18 +210,22 @@ def scale_table(name: str) -> str:
 
 
 def faults_table(name: str) -> str:
-    """Return how many faults of each kind the long form of the fault suite injected, and how many were not survived."""
-    found = read_json(RESULTS / f"{name}.json")
-    lines = [
-        "| what was disturbed | file operations | kills | full disk | small disk | flipped bits | signals | failures |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for where, counts in found["counts"].items():
+    """Return how many faults of each kind the long form of the fault suite has injected, and how many were not survived."""
+    kinds = {
+        "file operations": "file operations",
+        "kills": "kill",
+        "full disk": "full",
+        "small disk": "small disk",
+        "flipped bits": "bit flip",
+    }
+    lines = [["what was disturbed", *kinds, "signals", "faults", "of planned", "failures"]]
+    lines.append(["---", *["---:"] * (len(lines[0]) - 1)])
+    for part, result in read_json(RESULTS / f"{name}.json")["parts"].items():
+        counts = result["counts"]
         signals = sum(count for how, count in counts.items() if " to " in how)
-        failures = sum(failure["where"] == where for failure in found["failures"])
-        kinds = [counts.get(how, 0) for how in ("operations", "kill", "full", "small disk", "bit flip")]
-        lines.append("| " + " | ".join([f"`{where}`", *(f"{n:,}" for n in (*kinds, signals, failures))]) + " |")
-    return "\n".join(lines)
+        numbers = [*(counts.get(how, 0) for how in kinds.values()), signals, result["done"], result["planned"]]
+        lines.append([FAULT_PARTS.get(part, f"`{part}`"), *(f"{n:,}" for n in (*numbers, len(result["failures"])))])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def ratios_table(*names: str) -> str:
