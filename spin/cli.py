@@ -1,4 +1,4 @@
-"""The ``spin`` command: init, import-gguf, run, config, status, report and so on. Each command imports the heavy libraries that it needs."""
+"""The ``spin`` command: init, run, config, status, report and so on. Each command imports the heavy libraries that it needs."""
 
 from __future__ import annotations
 

@@ -46,9 +46,9 @@ class GgufFile:
         """The name of the quantisation of most weights, such as ``Q4_1``; empty if the file does not say."""
         from gguf import LlamaFileType
 
-        number = self.metadata.get("general.file_type")
         names = {kind.value: kind.name for kind in LlamaFileType}
-        return names.get(number, "").removeprefix("MOSTLY_").removeprefix("ALL_")
+        name = names.get(self.metadata.get("general.file_type", -1), "")
+        return name.removeprefix("MOSTLY_").removeprefix("ALL_")
 
 
 @contextmanager
@@ -61,7 +61,9 @@ def found_gguf(source: Path, scratch: Path) -> Iterator[Path]:
         InputError: there is no such file, or more than one, or the archive is damaged.
     """
     if not source.exists():
-        raise InputError(f"SOURCE {source} does not exist: give a .gguf file, or a folder, wheel or zip archive with one")
+        raise InputError(
+            f"SOURCE {source} does not exist: give a .gguf file, or a folder, wheel or zip archive with one"
+        )
     if source.is_dir():
         yield source / _only(sorted(path.name for path in source.glob("*.gguf")), source)
     elif not zipfile.is_zipfile(source):
@@ -117,7 +119,9 @@ def read_gguf(path: Path) -> GgufFile:
 
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
-            raise InputError(f"{path} is not a GGUF file: give a .gguf file, or a folder, wheel or zip archive with one")
+            raise InputError(
+                f"{path} is not a GGUF file: give a .gguf file, or a folder, wheel or zip archive with one"
+            )
     try:
         reader = GGUFReader(path)
         metadata = {

@@ -20,7 +20,7 @@ from spin.alignment.models.gguf_file import ORIGINAL, GgufFile, check_chat_model
 from spin.alignment.models.gguf_tokenizer import read_tokenizer
 from spin.alignment.models.loading import load_model
 from spin.alignment.models.saving import save_checkpoint
-from spin.alignment.models.weights_check import quiet_library, refuse_mismatch
+from spin.alignment.models.weights_check import quiet_library
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -56,7 +56,8 @@ def import_gguf(source: Path, out: Path, dtype: SavedDtype, stop_ids: StopIds) -
             return
         staging = _new_staging(out)
         try:
-            _convert(gguf, staging, dtype, stop_ids)
+            with quiet_library():
+                _convert(gguf, staging, dtype, stop_ids)
             write_json_atomic(staging / RECORD_FILE, record)
             staging.replace(out)  # onto nothing or an empty folder
             fsync_folder(out.absolute().parent)
@@ -120,7 +121,9 @@ def _convert(gguf: GgufFile, folder: Path, dtype: SavedDtype, stop_ids: StopIds)
     model.generation_config = _generation_config(tokenizer, ends)
     saved = getattr(torch, dtype)
     save_checkpoint(model, tokenizer, folder, dtype=saved)
-    _check_same(model.to(saved).float(), tokenizer, folder)
+    for weight in model.parameters():  # not the buffers: the rotary frequencies stay in float32
+        weight.data = weight.data.to(saved).float()
+    _check_same(model, tokenizer, folder)
 
 
 def _read_config(gguf: GgufFile) -> Any:
@@ -133,11 +136,12 @@ def _read_config(gguf: GgufFile) -> Any:
 
     name = gguf.architecture
     try:
-        with quiet_library():
-            config = AutoConfig.from_pretrained(gguf.path.parent, gguf_file=gguf.path.name)
+        config = AutoConfig.from_pretrained(gguf.path.parent, gguf_file=gguf.path.name)
     except Exception as error:  # each architecture's configuration raises its own kinds
         reason = " ".join(str(error).split())[:150]
-        raise InputError(f"{gguf.path} has the architecture '{name}', which cannot be read ({reason}): {ORIGINAL}") from error
+        raise InputError(
+            f"{gguf.path} has the architecture '{name}', which cannot be read ({reason}): {ORIGINAL}"
+        ) from error
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise InputError(f"{gguf.path} has the architecture '{name}', which is no causal language model: give one")
     scaling = gguf.metadata.get(f"{name}.rope.scaling.type", "none")
@@ -147,7 +151,9 @@ def _read_config(gguf: GgufFile) -> Any:
         raise InputError(
             f"{gguf.path} scales its rotary positions ({scaling}), which transformers does not read from GGUF: {ORIGINAL}"
         )
-    config._name_or_path = ""  # the header's title, which is neither a path nor a Hub name
+    # The header's title, which is neither a path nor a Hub name.
+    if hasattr(config, "_model_name_or_path"):
+        del config._model_name_or_path
     return config
 
 
@@ -162,19 +168,21 @@ def _read_model(gguf: GgufFile, config: Any) -> PreTrainedModel:
 
     say(f"dequantising {gguf.path.name} ({gguf.quantisation or 'unknown quantisation'})")
     try:
-        with quiet_library():
-            model, report = AutoModelForCausalLM.from_pretrained(
-                gguf.path.parent,
-                gguf_file=gguf.path.name,
-                config=config,
-                dtype=torch.float32,
-                quantization_config=GgufConfig(dequantize=True),
-                output_loading_info=True,
-            )
+        model, report = AutoModelForCausalLM.from_pretrained(
+            gguf.path.parent,
+            gguf_file=gguf.path.name,
+            config=config,
+            dtype=torch.float32,
+            quantization_config=GgufConfig(dequantize=True),
+            output_loading_info=True,
+        )
     except (ValueError, RuntimeError, NotImplementedError, KeyError) as error:
         reason = " ".join(str(error).split())[:150]
         raise InputError(f"the weights of {gguf.path} cannot be read ({reason}): {ORIGINAL}") from error
-    refuse_mismatch(gguf.path, report)
+    if missing := sorted(report["missing_keys"]):
+        raise InputError(
+            f"{gguf.path} lacks {len(missing)} of the weights of a '{config.model_type}' model ({missing[0]} ...): {ORIGINAL}"
+        )
     # transformers leaves out tensors that it has no place for.
     stored, kept = sum(gguf.tensors.values()), sum(weight.numel() for weight in model.parameters())
     if config.get_text_config().tie_word_embeddings:

@@ -6,12 +6,11 @@ from typing import Any
 
 from spin.alignment.core.errors import InputError
 from spin.alignment.models.gguf_file import ORIGINAL, GgufFile
-from spin.alignment.models.weights_check import quiet_library
 
 # Names of ``tokenizer.ggml.pre`` (llama.cpp's, src/llama-vocab.cpp) for byte-level vocabularies, by how text is split before
 # merging: as GPT-2 does, which is also what transformers does for every name it does not know; or with each digit alone first.
-_LIKE_GPT2 = {"", "default", "gpt-2", "mpt", "olmo", "jais", "trillion", "granite-docling", "phi-2", "gigachat"}
-_DIGITS_ALONE = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
+_LIKE_GPT2 = {"", "default", "gpt-2", "mpt", "olmo", "jais", "trillion", "granite-docling"}
+_DIGITS_ALONE = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2"}
 
 
 def read_tokenizer(gguf: GgufFile, context: int) -> Any:
@@ -23,8 +22,7 @@ def read_tokenizer(gguf: GgufFile, context: int) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     try:
-        with quiet_library():
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(gguf.path.parent, gguf_file=gguf.path.name)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(gguf.path.parent, gguf_file=gguf.path.name)
     except Exception as error:  # the tokenizers library raises bare Exceptions
         reason = " ".join(str(error).split())[:150]
         raise InputError(f"the tokenizer of {gguf.path} cannot be read ({reason}): {ORIGINAL}") from error
