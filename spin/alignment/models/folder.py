@@ -8,6 +8,7 @@ from typing import Any
 
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.files import read_json
+from spin.alignment.core.hub import hub_reason
 from spin.alignment.models.positions import fixed_positions
 from spin.alignment.models.vocabulary import check_ids
 
@@ -66,10 +67,9 @@ def model_folder(name: str, revision: str | None = None) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"model '{name}' is neither a local folder nor a Hub model that is cached or reachable ({reason}): "
-            "check the name, or unset HF_HUB_OFFLINE"
+            f"model '{name}' is neither a local folder nor a Hub model that can be read ({hub_reason(error)}): check the name, "
+            "give a folder, or unset HF_HUB_OFFLINE to download the model"
         ) from error
 
 
