@@ -18,9 +18,9 @@ from spin.alignment.models.config import ModelConfig
 from spin.alignment.models.folder import is_complete_checkpoint
 from spin.alignment.models.gguf_file import ORIGINAL, GgufFile, check_chat_model, found_gguf, read_gguf
 from spin.alignment.models.gguf_tokenizer import read_tokenizer
+from spin.alignment.models.library_output import quiet_library
 from spin.alignment.models.loading import load_model
 from spin.alignment.models.saving import save_checkpoint
-from spin.alignment.models.weights_check import quiet_library
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
