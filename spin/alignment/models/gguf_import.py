@@ -18,7 +18,7 @@ from spin.alignment.models.config import ModelConfig
 from spin.alignment.models.folder import is_complete_checkpoint
 from spin.alignment.models.gguf_file import ORIGINAL, GgufFile, check_chat_model, found_gguf, read_gguf
 from spin.alignment.models.gguf_tokenizer import read_tokenizer
-from spin.alignment.models.library_output import quiet_library
+from spin.alignment.models.library_output import name_accelerator, quiet_library
 from spin.alignment.models.loading import load_model
 from spin.alignment.models.saving import save_checkpoint
 
@@ -47,6 +47,7 @@ def import_gguf(source: Path, out: Path, dtype: SavedDtype, stop_ids: StopIds) -
         InputError: SOURCE is not such a file or cannot be converted, or OUT contains something else; nothing is written.
     """
     check_output_folder(out, "OUT")
+    name_accelerator()
     with found_gguf(source, out) as path:
         gguf = read_gguf(path)
         check_chat_model(gguf)

@@ -1,9 +1,18 @@
-"""What transformers writes to the terminal while it loads and saves a model: its progress bars and reports, left out."""
+"""What the libraries write to the terminal while a model is loaded and saved: progress bars, reports, warnings. Left out here."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
+
+
+def name_accelerator() -> None:
+    """Tell DeepSpeed that there is only a CPU, if so: accelerate imports it, and it would warn that it found nothing else."""
+    import torch
+
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 @contextlib.contextmanager
