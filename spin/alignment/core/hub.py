@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from spin.alignment.core.errors import reason_of
+
 
 def hub_reason(error: Exception) -> str:
     """Return why a name of the Hub could not be read, given the error that the library raised.
@@ -12,4 +14,4 @@ def hub_reason(error: Exception) -> str:
 
     if constants.HF_HUB_OFFLINE:
         return "it is not in the Hub cache, and HF_HUB_OFFLINE is set"
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return reason_of(error)

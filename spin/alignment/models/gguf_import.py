@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from spin.alignment.core.console import say
-from spin.alignment.core.errors import InputError
+from spin.alignment.core.errors import InputError, reason_of
 from spin.alignment.core.files import fsync_folder, read_json, write_json_atomic
 from spin.alignment.core.paths import check_output_folder
 from spin.alignment.core.provenance import hash_weights, package_versions, sha256
@@ -178,8 +178,7 @@ def _read_model(gguf: GgufFile, config: Any) -> PreTrainedModel:
             output_loading_info=True,
         )
     except (ValueError, RuntimeError, NotImplementedError, KeyError) as error:
-        reason = " ".join(str(error).split())[:150]
-        raise InputError(f"the weights of {gguf.path} cannot be read ({reason}): {ORIGINAL}") from error
+        raise InputError(f"the weights of {gguf.path} cannot be read ({reason_of(error)}): {ORIGINAL}") from error
     if missing := sorted(report["missing_keys"]):
         raise InputError(
             f"{gguf.path} lacks {len(missing)} of the weights of a '{config.model_type}' model ({missing[0]} ...): {ORIGINAL}"
