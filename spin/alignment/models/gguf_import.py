@@ -139,9 +139,8 @@ def _read_config(gguf: GgufFile) -> Any:
     try:
         config = AutoConfig.from_pretrained(gguf.path.parent, gguf_file=gguf.path.name)
     except Exception as error:  # each architecture's configuration raises its own kinds
-        reason = " ".join(str(error).split())[:150]
         raise InputError(
-            f"{gguf.path} has the architecture '{name}', which cannot be read ({reason}): {ORIGINAL}"
+            f"{gguf.path} has the architecture '{name}', which cannot be read ({reason_of(error)}): {ORIGINAL}"
         ) from error
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise InputError(f"{gguf.path} has the architecture '{name}', which is no causal language model: give one")
