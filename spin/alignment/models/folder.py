@@ -7,8 +7,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from spin.alignment.core.errors import InputError, reason_of
+from spin.alignment.core.errors import InputError
 from spin.alignment.core.files import read_json
+from spin.alignment.core.hub import hub_reason
 from spin.alignment.models.positions import fixed_positions
 from spin.alignment.models.vocabulary import check_ids
 
@@ -75,8 +76,8 @@ def model_folder(name: str, revision: str | None = None) -> Path:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except Exception as error:
         raise InputError(
-            f"model '{name}' is neither a local folder nor a Hub model that is cached or reachable ({reason_of(error)}): "
-            "check the name, or unset HF_HUB_OFFLINE"
+            f"model '{name}' is neither a local folder nor a Hub model that can be read ({hub_reason(error)}): check the name, "
+            "give a folder, or unset HF_HUB_OFFLINE to download the model"
         ) from error
 
 

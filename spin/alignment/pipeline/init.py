@@ -26,7 +26,15 @@ DEMOS = {"online": "demo_online", "sppo": "demo_sppo", "wspin": "demo_wspin"}
 SHIPPED_DATA, MADE_DATA = "data/iter0", "data/sorting"
 SCRIPTS = "scripts"
 # Scripts that run the single programs. The others set up and test a checkout.
-SCRIPT_FILES = ("checks.sh", "finetune.sh", "generate.sh", "generate_vllm.sh", "run_iterations.sh", "slurm/*.sbatch")
+SCRIPT_FILES = (
+    "checks.sh",
+    "fetch_smollm2.sh",
+    "finetune.sh",
+    "generate.sh",
+    "generate_vllm.sh",
+    "run_iterations.sh",
+    "slurm/*.sbatch",
+)
 SCRIPT_CONFIGS = ("config*.yaml", "deepspeed_zero3.yaml")
 
 
