@@ -26,6 +26,7 @@ from spin.alignment.training.memory.estimate import (
     estimate_memory,
 )
 from spin.alignment.training.memory.probe import ModelStats, measure_activations
+from spin.alignment.training.sft_config import SFTArguments
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,11 @@ def pair_tokens(dataset: PairDataset, collator: PackedCollator) -> tuple[np.ndar
 
 
 def plan_token_budget(
-    forward: PairForward, pairs: PairDataset, arguments: SPINConfig, accelerator: Accelerator, resumed: bool
+    forward: PairForward,
+    pairs: PairDataset,
+    arguments: SPINConfig | SFTArguments,
+    accelerator: Accelerator,
+    resumed: bool,
 ) -> int:
     """Return the token budget for micro-batches of such ``pairs``: the configured one, else the largest that fits every process.
 
