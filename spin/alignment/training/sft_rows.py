@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import pyarrow.compute as pc
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -39,11 +41,10 @@ def to_sft_rows(rows: Dataset, length_column: str) -> Dataset:
 
     The rows given have the first two, or ``input_ids`` and ``labels``, of which ``response_mask`` is made too.
     """
+    if "labels" in rows.column_names:
+        from datasets import Dataset
 
-    def encode(row: dict[str, Any]) -> dict[str, Any]:
-        found = {} if "prompt_ids" in row else without_labels(row["input_ids"], row["labels"])
-        ids = found or row
-        return found | {length_column: len(ids["prompt_ids"]) + len(ids["response_ids"])}
-
-    unused = [name for name in ("input_ids", "labels", "attention_mask") if name in rows.column_names]
-    return rows.map(encode, remove_columns=unused, load_from_cache_file=False, desc="lengths")
+        rows = Dataset.from_list([without_labels(row["input_ids"], row["labels"]) for row in rows])
+    columns = [rows.with_format("arrow")[:][name] for name in ("prompt_ids", "response_ids")]
+    lengths = pc.add(*map(pc.list_value_length, columns)).to_pylist()
+    return rows.add_column(length_column, lengths)
