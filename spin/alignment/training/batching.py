@@ -15,10 +15,11 @@ from spin.alignment.logprobs.pair_forward import PairForward, compute_dtype
 from spin.alignment.training.config import SPINConfig
 from spin.alignment.training.filler_rows import real_rows
 from spin.alignment.training.memory.plan import plan_token_budget
-from spin.alignment.training.sft_config import SFTArguments
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+    from spin.alignment.training.sft_config import SFTArguments
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,7 +26,9 @@ from spin.alignment.training.memory.estimate import (
     estimate_memory,
 )
 from spin.alignment.training.memory.probe import ModelStats, measure_activations
-from spin.alignment.training.sft_config import SFTArguments
+
+if TYPE_CHECKING:
+    from spin.alignment.training.sft_config import SFTArguments
 
 logger = logging.getLogger(__name__)
 
