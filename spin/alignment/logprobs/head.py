@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -20,11 +20,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from spin.alignment.logprobs.batch import PairGroup
-    from spin.alignment.logprobs.target_reader import TargetReader
     from spin.alignment.methods.losses import LossInputs
 
 # A function of the loss inputs of one group that returns the sum of its losses; it may store values for the metrics.
 Objective = Callable[["LossInputs"], "Tensor"]
+
+
+class LogitReader(Protocol):
+    """What takes the place of :func:`logps_and_slopes` and :func:`logps_of` in the head, with the same arguments."""
+
+    def logps_and_slopes(self, logits: Tensor, targets: Tensor, transform: LogitTransform) -> Tensor: ...
+
+    def logps_of(self, logits: Tensor, targets: Tensor, transform: LogitTransform) -> Tensor: ...
+
 
 # float32 workspace of the softmax, in elements: small enough for a CPU's cache, large enough to fill a GPU.
 _TILE_ELEMENTS = {"cpu": 2**19, "other": 2**26}
@@ -76,7 +84,7 @@ class FusedHeadLoss(torch.autograd.Function):
         groups: Sequence[PairGroup],
         objective: Objective,
         transform: LogitTransform,
-        reader: TargetReader | None = None,
+        reader: LogitReader | None = None,
     ) -> Tensor:
         read = logps_and_slopes if reader is None else reader.logps_and_slopes
         compute_weight = weight.to(hidden.dtype)  # (V, d)
@@ -184,7 +192,7 @@ def grouped_logps(
     targets: Tensor,
     groups: Sequence[PairGroup],
     transform: LogitTransform,
-    reader: TargetReader | None = None,
+    reader: LogitReader | None = None,
 ) -> Tensor:
     """Return the log-probs ``(N,)`` of all targets; a group's logits are recomputed in the backward pass.
 
