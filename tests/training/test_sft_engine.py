@@ -273,3 +273,34 @@ def test_a_row_without_a_label_is_read_but_counts_nowhere(tiny_model, tmp_path):
         train_sampling_strategy="sequential",
     )
     assert_same_steps(ours, theirs)
+
+
+def test_smollm2_learns_a_conversation_as_with_trl(smollm2, tmp_path):
+    """Real rows: the model's own template, both answers of a conversation, smoothing, and two micro-batches."""
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    talks = [
+        ("Name a colour.", "Red.", "And a fruit?", "An apple, for example."),
+        ("Count to three.", "1, 2, 3", "Why?", "You asked."),
+    ]
+    rows = []
+    for first, answer, second, last in talks:
+        turns = [("user", first), ("assistant", answer), ("user", second), ("assistant", last)]
+        ids: list[int] = []
+        labels: list[int] = []
+        for end, (role, _) in enumerate(turns, start=1):
+            some = [{"role": name, "content": text} for name, text in turns[:end]]
+            text = tokenizer.apply_chat_template(some, tokenize=False)
+            more = tokenizer(text, add_special_tokens=False)["input_ids"][len(ids) :]
+            labels += more if role == "assistant" else [-100] * len(more)
+            ids += more
+        rows.append({"input_ids": ids, "labels": labels})
+    settings = {"max_steps": 1, "per_device_train_batch_size": 2, "optim": "sgd", "label_smoothing_factor": 0.1}
+    data = Dataset.from_list(rows)
+    theirs = train_with_trl(tmp_path, smollm2, data, **settings)
+    wanted, loss = theirs.gradients[0], theirs.state.log_history[0]["loss"]
+    del theirs
+    ours = train_here(
+        tmp_path, smollm2, data, max_tokens_per_batch=max(len(row["input_ids"]) for row in rows), **settings
+    )
+    assert ours.state.log_history[0]["loss"] == pytest.approx(loss, rel=1e-5)
+    assert (ours.gradients[0] - wanted).norm() <= 1e-5 * wanted.norm()
