@@ -11,12 +11,11 @@ from benchmarks.shapes import EOS_ID, FIRST_WORD_ID, MEGA_BATCH, VERIFY_TOKENS, 
 
 Row = dict[str, list[int]]  # prompt_ids, response_ids; responses end with EOS
 
-# Log-normal lengths that reproduce an instruction data set of 1,000 rows (Alpaca, answers of a stronger model) in SmolLM2's
-# tokens: the median prompt with its template, the median response, the standard deviations of their logarithms, the longest
-# response, and with these 2.2 padded tokens per distinct one in shuffled batches of 8.
+# Lengths of an instruction data set of 1,000 rows (Alpaca, answers of a stronger model) in SmolLM2's tokens: the median prompt
+# with its template, the standard deviation of its logarithm, and the deciles of the response, from the shortest to the longest.
+# Shuffled batches of 8 such rows have 2.2 padded tokens per distinct one.
 PROMPT, PROMPT_SPREAD = 45, 0.22
-RESPONSE, RESPONSE_SPREAD = 107, 1.31
-LONGEST_RESPONSE = 595
+RESPONSE_DECILES = (2, 12, 20, 34, 65, 107, 161, 218, 291, 363, 595)
 MAX_LENGTH = 1024
 
 
@@ -37,9 +36,9 @@ class SFTPlan:
 
 def draw_lengths(count: int, rng: np.random.Generator) -> np.ndarray:
     """Return lengths of prompt and response in tokens, int64 of shape ``(count, 2)``."""
-    spreads = np.array([PROMPT_SPREAD, RESPONSE_SPREAD])
-    lengths = np.exp(np.log([PROMPT, RESPONSE]) + spreads * rng.standard_normal((count, 2))).astype(np.int64)
-    return np.stack([lengths[:, 0].clip(8, 200), lengths[:, 1].clip(2, LONGEST_RESPONSE)], axis=1)
+    prompts = np.exp(np.log(PROMPT) + PROMPT_SPREAD * rng.standard_normal(count)).clip(8, 200)
+    responses = np.interp(rng.random(count), np.linspace(0, 1, len(RESPONSE_DECILES)), RESPONSE_DECILES).clip(2)
+    return np.stack([prompts, responses], axis=1).astype(np.int64)
 
 
 def make_rows(lengths: np.ndarray, vocab_size: int, rng: np.random.Generator) -> list[Row]:
