@@ -71,7 +71,8 @@ class FusedHeadLoss(torch.autograd.Function):
     """Sum of the objective over all groups, with the gradients of hidden states and head computed in the forward pass.
 
     ``hidden`` (N, d), ``weight`` (V, d), ``bias`` (V,) or None, ``targets`` (N,). Matmuls run in the dtype of ``hidden``;
-    softmax, log-probs and the sum of the head's gradient over groups in float32 (float64 for float64 input).
+    softmax, log-probs and the sum of the head's gradient over groups in float32 (float64 for float64 input). A ``reader`` takes
+    the place of :func:`logps_and_slopes`.
     """
 
     @staticmethod

@@ -17,6 +17,7 @@ from spin.alignment.training.sft_config import SFTArguments
 from spin.alignment.training.sft_data import check_experts, check_row_lengths, load_ground_truth
 from spin.alignment.training.sft_rows import with_labels
 from spin.alignment.training.sft_trainer import GroundTruthTrainer
+from spin.alignment.training.token_means import NAMES
 
 if TYPE_CHECKING:
     from spin.alignment.data.chat_encoder import ChatEncoder
@@ -31,6 +32,10 @@ class SFTTraining(TrainingProgram):
     def check_settings(self, settings: Settings) -> None:
         """Check that there is a test split if evaluation is requested."""
         check_evaluation(settings, "test")
+
+    def held_out_metrics(self, arguments: Any) -> list[str]:
+        """Return the means over held-out response tokens."""
+        return list(NAMES)
 
     def load_data(self, settings: Settings, encoder: ChatEncoder) -> TrainingData:
         """Load, mix and encode the prompts with their ground truth; dropped rows are counted by reason."""
