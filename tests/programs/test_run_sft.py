@@ -208,6 +208,22 @@ def test_adapters_are_merged_before_saving(tiny_model, sums, tmp_path):
     assert changed and all("q_proj" in name for name in changed)
 
 
+def test_adapters_learn_the_same_with_recomputed_activations(tiny_model, sums, tmp_path):
+    lora = {"use_peft": True, "lora_r": 4, "learning_rate": 1e-2, "max_steps": 2}
+    runs = {
+        "kept": {},
+        "recomputed": {"gradient_checkpointing": True},
+        "reentrant": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+    }
+    folders = []
+    for name, settings in runs.items():
+        (tmp_path / name).mkdir()
+        folders.append(train(write_config(tmp_path / name, tiny_model, sums, **lora, **settings)))
+    kept, *others = map(weights, folders)
+    for other in others:
+        assert all(torch.allclose(kept[name], other[name], atol=1e-6) for name in kept)
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
