@@ -24,13 +24,14 @@ Tell = Callable[[str], None]
 
 @dataclass(frozen=True)
 class HeldOut:
-    """One held-out prompt: its request, its turns, the ground truth as text and ids (EOS included), and the other columns of its
-    row for the scorer."""
+    """One held-out prompt: its request, its turns, the ground truth as text and ids (EOS included), the template arguments of its
+    row (JSON text), and the other columns for the scorer."""
 
     request: PromptRequest
     messages: list[dict[str, str]]
     ground_truth: str
     ground_truth_ids: tuple[int, ...]
+    chat_template_kwargs: str | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -65,7 +66,16 @@ def encode_held_out(
             skipped.append({"prompt_id": row["prompt_id"], "reason": reason})
             continue
         request = PromptRequest(row["prompt_id"], tuple(ids))
-        held_out.append(HeldOut(request, prompt, answer_text(answer), tuple(ground_truth_ids), scorer_columns(row)))
+        held_out.append(
+            HeldOut(
+                request,
+                prompt,
+                answer_text(answer),
+                tuple(ground_truth_ids),
+                row.get("chat_template_kwargs"),
+                scorer_columns(row),
+            )
+        )
     return held_out, skipped
 
 
