@@ -175,6 +175,30 @@ def speed_table(name: str) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def sft_table(name: str) -> str:
+    """Return the table of an SFT benchmark: medians over turns, and each ratio with its smallest and largest turn."""
+    result = read_json(RESULTS / f"{name}.json")
+    lines = [
+        "| | tokens/s | peak GiB | of the matmul rate | ours is faster by (spread) | ours / its memory |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for contender, facts in result["contenders"].items():
+        if "error" in facts:
+            lines.append(f"| {facts['label']} | failed | | | | |")
+            continue
+        ratio, (low, high) = result["ratios"].get(contender), result["ratio_spread"].get(contender, (0, 0))
+        cells = [
+            f"**{facts['label']}**" if ratio is None else facts["label"],
+            f"{facts['tokens_per_second']:.0f}",
+            f"{facts['peak_bytes'] / GIB:.2f}",
+            f"{facts['matmul_fraction']:.0%}",
+            "–" if ratio is None else f"{ratio:.2f} ({low:.2f} to {high:.2f})",
+            "–" if ratio is None else f"{result['peak_memory_ratio'][contender]:.2f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def generation_table(name: str) -> str:
     """Return the table of a generation benchmark (medians over turns), and the two ratios of adjacent turns."""
     result = read_json(RESULTS / f"{name}.json")

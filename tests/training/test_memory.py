@@ -359,5 +359,5 @@ def test_the_budget_is_the_most_that_fits():
     assert automatic_budget(needed, 10**12, 100, 10**9, "cpu") == pays  # no more than pays
     assert automatic_budget(needed, 10**12, pays + 1, 10**9, "cpu") == pays + 1  # and a pair is never cut
     assert automatic_budget(needed, round(2000 / usable), 100, 10**6, "cuda") == 100
-    with pytest.raises(InputError, match=r"the longest pair has 101 tokens .* set gradient_checkpointing: true"):
+    with pytest.raises(InputError, match=r"the longest row has 101 tokens .* set gradient_checkpointing: true"):
         automatic_budget(needed, round(2000 / usable), 101, 10**6, "cuda")

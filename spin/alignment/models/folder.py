@@ -100,7 +100,7 @@ def check_config_fits(config: Mapping[str, Any], name: str, longest: int, max_to
     context = context_length(config)
     if context is not None and longest > context:
         raise InputError(
-            f"the longest pair has {longest} tokens, but {name} can attend to {context} tokens: lower max_length"
+            f"the longest row has {longest} tokens, but {name} can attend to {context} tokens: lower max_length"
         )
     fixed = fixed_positions(_text_settings(config))
     if fixed and longest > fixed:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spin.alignment.core.allocator import keep_freed_memory
 from spin.alignment.core.console import say
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.files import is_disk_full, share_files, write_json_atomic
@@ -43,6 +44,8 @@ def train(program: TrainingProgram, values: Mapping[str, Any], source: str) -> N
     settings = checked_settings(program, values, source)
     check_model_settings(settings.model, source)
     setup_logging(settings.arguments.process_index == 0)
+    if settings.arguments.device.type == "cpu":
+        keep_freed_memory()
     folder = model_folder(settings.model.model_name_or_path, settings.model.model_revision)
     model_config = check_model(
         folder,

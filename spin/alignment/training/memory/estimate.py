@@ -342,7 +342,7 @@ def automatic_budget(
     usable = available * _USABLE.get(device, _USABLE["cpu"])
     if needed_bytes(longest_pair) > usable:
         raise InputError(
-            f"the longest pair has {longest_pair} tokens and needs about {needed_bytes(longest_pair) / GIB:.1f} GiB beyond what "
+            f"the longest row has {longest_pair} tokens and needs about {needed_bytes(longest_pair) / GIB:.1f} GiB beyond what "
             f"is loaded, but {available / GIB:.1f} GiB are free: set gradient_checkpointing: true, lower max_length, use an "
             f"8-bit optimiser, LoRA or more GPUs with ZeRO-3, or try max_tokens_per_batch: {longest_pair} anyway"
         )

@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,6 +27,9 @@ from spin.alignment.training.memory.estimate import (
 )
 from spin.alignment.training.memory.probe import ModelStats, measure_activations
 
+if TYPE_CHECKING:
+    from spin.alignment.training.sft_config import SFTArguments
+
 logger = logging.getLogger(__name__)
 
 BUDGET_FILE = "token_budget.json"
@@ -44,7 +47,11 @@ def pair_tokens(dataset: PairDataset, collator: PackedCollator) -> tuple[np.ndar
 
 
 def plan_token_budget(
-    forward: PairForward, pairs: PairDataset, arguments: SPINConfig, accelerator: Accelerator, resumed: bool
+    forward: PairForward,
+    pairs: PairDataset,
+    arguments: SPINConfig | SFTArguments,
+    accelerator: Accelerator,
+    resumed: bool,
 ) -> int:
     """Return the token budget for micro-batches of such ``pairs``: the configured one, else the largest that fits every process.
 
