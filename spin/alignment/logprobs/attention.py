@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from spin.alignment.core.errors import InputError
+from spin.alignment.logprobs.cpu_attention import Segment, SegmentAttention
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,6 +64,20 @@ class PackedLayout:
     def key_lengths(self) -> list[int]:
         """Number of keys that each query segment attends to: those of the prompt and of its own branch."""
         return [tree.prompt + branch for tree in self.trees for branch in tree.branches]
+
+    @cached_property
+    def segments(self) -> list[Segment]:
+        """The query segments with the places of their keys in the row."""
+        found, start = [], 0
+        for tree in self.trees:
+            prompt = slice(start, start + tree.prompt)
+            branch_start = prompt.stop
+            for number, length in enumerate(tree.branches):
+                branch = slice(branch_start, branch_start + length)
+                found.append(Segment(branch if number else slice(start, branch.stop), (prompt, branch)))
+                branch_start = branch.stop
+            start += tree.tokens
+        return found
 
     @cached_property
     def key_index(self) -> Tensor:
@@ -148,7 +163,22 @@ Kernel = Callable[["Tensor", "Tensor", "Tensor", PackedLayout, AttentionCall], "
 
 
 def sdpa_kernel(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, call: AttentionCall) -> Tensor:
-    """Attend segment by segment with PyTorch's scaled dot-product attention; soft-capped scores are materialised."""
+    """Attend segment by segment with PyTorch's scaled dot-product attention; soft-capped scores are materialised.
+
+    On a CPU the gradient of plain attention in 16 bits is computed by :class:`SegmentAttention`.
+    """
+    attend = partial(_attend_segments, layout=layout, call=call)
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
+    plain = call.softcap is None and (call.window is None or call.window >= max(layout.key_lengths))
+    differentiated = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    if query.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16) and plain and differentiated:
+        states = (some.to(dtype) for some in (query, key, value))
+        scale = query.shape[-1] ** -0.5 if call.scaling is None else call.scaling
+        return SegmentAttention.apply(*states, layout.segments, scale, attend)
+    return attend(query, key, value)
+
+
+def _attend_segments(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, call: AttentionCall) -> Tensor:
     # split and cat have cheap gradients; the gradient of a slice is a whole row of zeros.
     keys, values = (piece.split(layout.segment_lengths, dim=2) for piece in (key, value))  # pieces (1, KV, length, D)
     grouped = query.shape[1] != key.shape[1]

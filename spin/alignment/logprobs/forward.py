@@ -19,6 +19,7 @@ from spin.alignment.core.sides import SIDES
 from spin.alignment.logprobs.attention import PACKED_ATTENTION, register
 from spin.alignment.logprobs.batch import PackedBatch
 from spin.alignment.logprobs.collators import LABEL
+from spin.alignment.logprobs.cpu_norms import install_cpu_norms
 from spin.alignment.logprobs.head import FusedHeadLoss, LogitTransform, Objective, grouped_logps
 from spin.alignment.logprobs.position_kl import ReferenceStates, grouped_logps_and_kl, padded_kl
 from spin.alignment.methods.losses import LossInputs
@@ -87,6 +88,7 @@ def install_packed_forward(model: Any, fused_head: bool = True) -> bool:
     head.forward = MethodType(head_forward, head)
     model.forward = MethodType(forward, model)
     use_attention(model, PACKED_ATTENTION)
+    install_cpu_norms(decoder)
     return fused_head
 
 
