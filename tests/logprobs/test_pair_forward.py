@@ -59,3 +59,14 @@ def test_log_probs_are_computed_in_the_given_precision(forward):
 )
 def test_the_precision_of_products_is_that_of_mixed_precision_else_of_the_weights(mixed_precision, expected):
     assert compute_dtype(torch.nn.Linear(2, 2).double(), mixed_precision) == expected
+
+
+def test_an_evaluation_converts_the_weights_once(forward):
+    pairs = random_pairs(2)
+    half = replace(forward, autocast=lambda: torch.autocast("cpu", torch.bfloat16))
+    layer = half.model.model.layers[0].mlp.down_proj
+    with half.evaluation():
+        before = half.logps(pairs)
+        layer.weight.data.zero_()  # seen only once the 16-bit copies are made again
+        assert all(map(torch.equal, before, half.logps(pairs)))
+    assert not all(map(torch.equal, before, half.logps(pairs)))

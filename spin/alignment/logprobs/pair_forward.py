@@ -112,11 +112,15 @@ class PairForward:
 
     @contextlib.contextmanager
     def evaluation(self) -> Iterator[None]:
-        """Switch the model to evaluation mode without gradients, and restore its mode on exit."""
+        """Switch the model to evaluation mode without gradients, and restore its mode on exit.
+
+        Mixed precision converts each weight once for all batches in between: do not change the weights between two of them.
+        """
         was_training = self.model.training
         self.model.eval()
         try:
-            with torch.no_grad():
+            # autocast empties its cache of 16-bit weights when the outermost context ends, and this one is the outermost.
+            with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
                 yield
         finally:
             self.model.train(was_training)
@@ -129,7 +133,6 @@ class PairForward:
         return self._logps(self.collate(features).batch)
 
     def _logps(self, batch: Any) -> list[torch.Tensor]:
-        # One autocast context per batch: a longer one would keep 16-bit copies of all weights in its cache.
         with torch.no_grad(), self.autocast():
             return batch_logps(self.model, batch)
 
