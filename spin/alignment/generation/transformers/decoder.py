@@ -15,6 +15,7 @@ from spin.alignment.generation.base import SamplingConfig
 from spin.alignment.generation.transformers.decode_attention import RaggedRows, own_attention, supports_decode_attention
 from spin.alignment.generation.transformers.jobs import Job
 from spin.alignment.generation.transformers.kv_cache import RowCache
+from spin.alignment.generation.transformers.packed_linear import PackedLinears
 from spin.alignment.generation.transformers.sampling import NOT_FINITE, draw_tokens, penalise, token_logprobs
 
 # Tokens per prefill, padding included (more do not fit in a CPU's cache), and how many of them may be padding before another
@@ -44,6 +45,7 @@ class Decoder:
         self._masked = torch.tensor(masked_ids, device=self.device) if masked_ids else None  # (M,)
         self.jobs: list[Job] = []
         self.cache = RowCache(windows)
+        self._packed = PackedLinears(model)  # as of now: online training changes the weights before its next decoder
         # Logits of the last position only: those of a whole prefill would be (B, T, V).
         self._keep_one = (
             {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(type(model).forward).parameters else {}
@@ -121,7 +123,7 @@ class Decoder:
     ) -> Tensor:
         """Return the logits after the last token of each row of ``ids`` ``(B, T)``, float32, shape ``(B, V)``."""
         rows = {} if ragged is None else {"ragged_rows": ragged}
-        with own_attention(self.model):
+        with own_attention(self.model), self._packed.applied():
             output = self.model(
                 input_ids=ids,
                 attention_mask=mask,
