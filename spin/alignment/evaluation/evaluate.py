@@ -79,7 +79,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 def provenance(config: EvaluateConfig, encoder: ChatEncoder, folder: Path, count: int) -> Provenance:
     """Return the record of what the responses were made from."""
     from spin.alignment.core.provenance import Provenance, hash_weights, package_versions
+    from spin.alignment.models.precision import machine_dtype
 
+    chosen = machine_dtype(folder, config.dtype)
     return Provenance(
         kind="evaluation",
         model=config.model,
@@ -92,7 +94,7 @@ def provenance(config: EvaluateConfig, encoder: ChatEncoder, folder: Path, count
         split=config.split,
         num_prompts=count,
         versions=package_versions(),
-        extra={"metric": config.metric},
+        extra={"metric": config.metric} | ({"computed_in": chosen} if chosen else {}),
     )
 
 
@@ -144,20 +146,22 @@ def answer_and_score(
     skipped: list[Skipped],
     masked_ids: tuple[int, ...],
 ) -> list[dict[str, Any]]:
-    """Generate and score with one loaded model (an engine is closed before the model is loaded for the log-likelihoods); return
+    """Generate and score with one loaded model (otherwise it is freed before the model for the log-likelihoods is loaded); return
     the rows of ``eval.parquet``. Responses that cannot be scored are added to ``skipped``; ``masked_ids`` are never sampled.
     """
     import torch
 
     from spin.alignment.models.config import ModelConfig
+    from spin.alignment.models.folder import model_folder
     from spin.alignment.models.loading import load_model
-    from spin.alignment.models.precision import generation_dtype
+    from spin.alignment.models.precision import generation_dtype, machine_dtype
 
     backend = open_backend(config, held_out, encoder, masked_ids)
     try:
         rows = respond_and_score(config, backend, held_out, encoder, skipped)
         model = getattr(backend, "model", None)
-        if model is not None:
+        # The log-likelihoods are those of the stored weights, even where responses are generated with rounded ones.
+        if model is not None and machine_dtype(model_folder(config.model, config.revision), config.dtype) is None:
             return with_nats(config, rows, model, held_out, encoder, skipped)
     finally:
         backend.close()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from spin.alignment.core.console import say_error
 from spin.alignment.core.errors import InputError
 from spin.alignment.models.config import Dtype
+from spin.alignment.models.folder import model_folder
 
 if TYPE_CHECKING:
     import torch
@@ -18,6 +19,10 @@ logger = logging.getLogger(__name__)
 
 # Key in config.json of a float32 checkpoint: the 16-bit precision that the model computed in while it was trained.
 TRAINED_IN = "trained_in_dtype"
+# Features of a CPU, in the words of Linux, with which it multiplies bfloat16 several times faster than float32.
+_FAST_BFLOAT16 = {"avx512_bf16", "amx_bf16"}
+# Size of the weight files (32 million float32 weights) below which decoding takes as long in either precision.
+_LARGE_BYTES = 2**27
 
 
 def resolve_dtype(name: str) -> torch.dtype | str:
@@ -66,6 +71,48 @@ def generation_dtype(model: str, dtype: Dtype) -> Dtype:
     if recorded != "auto":
         say_error(f"{model} was saved in float32 after training in {recorded}: it is used in {recorded} (dtype: auto)")
     return cast(Dtype, recorded)
+
+
+def computes_fast_in_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Return whether this machine has a CPU with instructions for products of bfloat16, and no GPU."""
+    try:
+        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        return False
+    features = next((line.split() for line in lines if line.startswith("flags")), [])
+    if _FAST_BFLOAT16.isdisjoint(features):
+        return False
+    import torch
+
+    return not torch.cuda.is_available()
+
+
+def machine_dtype(folder: Path, dtype: Dtype) -> Dtype | None:
+    """Return the precision that this machine chooses to generate in where ``dtype`` is ``auto``; None: the checkpoint's.
+
+    A large float32 checkpoint is used in bfloat16 by a CPU that is several times faster in it. Training and scoring are not
+    affected: rounding the weights would hide what a small step has changed.
+    """
+    if dtype != "auto" or not (folder / "config.json").is_file():
+        return None
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if values.get("dtype", values.get("torch_dtype")) != "float32" or TRAINED_IN in values:
+        return None
+    if sum(file.stat().st_size for file in folder.glob("*.safetensors")) < _LARGE_BYTES:
+        return None
+    return "bfloat16" if computes_fast_in_bfloat16() else None
+
+
+def decoding_dtype(model: str, revision: str | None, dtype: Dtype) -> Dtype:
+    """Return the precision in which to generate from a model: that of :func:`machine_dtype`, or of :func:`generation_dtype`."""
+    chosen = machine_dtype(model_folder(model, revision), dtype)
+    if chosen is None:
+        return generation_dtype(model, dtype)
+    say_error(
+        f"{model} is stored in float32 and this CPU is faster in {chosen}: responses are generated in {chosen} "
+        "(dtype: float32 keeps the precision of the checkpoint)"
+    )
+    return chosen
 
 
 def keep_master_weights(model: torch.nn.Module) -> None:

@@ -24,7 +24,7 @@ from spin.alignment.models.adapters import check_adapter
 from spin.alignment.models.config import ModelConfig
 from spin.alignment.models.loading import load_model
 from spin.alignment.models.positions import fixed_positions
-from spin.alignment.models.precision import generation_dtype
+from spin.alignment.models.precision import decoding_dtype
 
 if TYPE_CHECKING:
     from spin.alignment.generation.base import BackendSettings
@@ -198,7 +198,7 @@ def _load(settings: BackendSettings) -> Any:
     config = ModelConfig(
         model_name_or_path=settings.model,
         model_revision=settings.revision,
-        dtype=generation_dtype(settings.model, settings.dtype),
+        dtype=decoding_dtype(settings.model, settings.revision, settings.dtype),
         trust_remote_code=settings.trust_remote_code,
     )
     model = load_model(config)
