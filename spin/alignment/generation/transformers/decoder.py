@@ -121,7 +121,7 @@ class Decoder:
     def _forward(
         self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: RowCache, ragged: RaggedRows | None = None
     ) -> Tensor:
-        """Return the logits after the last token of each row of ``ids`` ``(B, T)``, float32, shape ``(B, V)``."""
+        """Return the logits after the last token of each row of ``ids`` ``(B, T)``, shape ``(B, V)``."""
         rows = {} if ragged is None else {"ragged_rows": ragged}
         with own_attention(self.model), self._packed.applied():
             output = self.model(
@@ -133,11 +133,11 @@ class Decoder:
                 **self._keep_one,
                 **rows,
             )
-        return output.logits[:, -1].float()  # (B, V)
+        return output.logits[:, -1]  # (B, V)
 
     def _draw(self, logits: Tensor, jobs: Sequence[Job], seen: Tensor | None) -> tuple[Tensor, list[int]]:
         """Sample a token for each job from logits ``(B, V)``; return the tokens, ``(B, 1)``, and the rows that continue."""
-        penalised = logits if seen is None else penalise(logits, seen, self.sampling.repetition_penalty)
+        penalised = logits if seen is None else penalise(logits.float(), seen, self.sampling.repetition_penalty)
         if self._masked is not None:
             # A copy: the log-probs of sampled tokens are those of the whole vocabulary, as in training.
             penalised = penalised.index_fill(1, self._masked, -torch.inf)  # (B, V)
