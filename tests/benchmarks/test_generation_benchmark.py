@@ -73,8 +73,8 @@ def test_share_of_the_same_responses() -> None:
 
 
 def test_padding_behind_the_stop_id_is_no_sampled_token() -> None:
-    assert real_tokens([7, 0, EOS_ID, 0, 0]) == [7, 0, EOS_ID]
-    assert real_tokens([7, 0, 8]) == [7, 0, 8]
+    assert real_tokens([7, 0, EOS_ID, 0, 0], [EOS_ID]) == [7, 0, EOS_ID]
+    assert real_tokens([7, 0, 8], [EOS_ID]) == [7, 0, 8]
 
 
 def test_prompts_differ_by_turn_and_their_text_becomes_their_ids(tmp_path: Path) -> None:
