@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from spin.alignment.core.console import say, say_error
+from spin.alignment.core.errors import InputError
 from spin.alignment.evaluation.config import EvaluateConfig
 
 if TYPE_CHECKING:
@@ -72,7 +74,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     for line in describe_skipped(skipped):
         say_error(line)
     exact = ", ".join(f"T={name} {values['exact']:.3f}" for name, values in result["temperatures"].items())
-    say(f"{config.model}: {config.metric} {exact}; NLL of the ground truth {result['nll']:.4f} nats per token")
+    nll = f"; NLL of the ground truth {result['nll']:.4f} nats per token" if "nll" in result else ""
+    say(f"{config.model}: {config.metric} {exact}{nll}")
     return result
 
 
@@ -97,27 +100,52 @@ def provenance(config: EvaluateConfig, encoder: ChatEncoder, folder: Path, count
 
 
 def load_held_out(config: EvaluateConfig, encoder: ChatEncoder, context: int) -> tuple[list[HeldOut], list[Skipped]]:
-    """Return the held-out prompts to score, and the rows that are skipped, each with the reason.
+    """Return the held-out prompts to score, and the rows that are skipped, each with the reason. A metric that compares with the
+    ground truth needs one in every row; otherwise it only gives the log-likelihood.
 
     Raises:
         InputError: the data cannot be read, or no row of it can be used.
     """
     from spin.alignment.data.held_out_rows import check_any_left, read_held_out
     from spin.alignment.evaluation.held_out import encode_held_out
+    from spin.alignment.rewards import needs_reference
 
-    rows, unreadable = read_held_out(config.input_dir, config.split, config.limit)
+    compares = needs_reference(config.metric)
+    rows, unreadable = read_held_out(config.input_dir, config.split, config.limit, ground_truth_required=compares)
+    rows, unscorable = scorable_rows(config, rows)
     held_out, unusable = encode_held_out(rows, encoder, context, config.max_new_tokens)
+    unusable = unscorable + unusable
     check_any_left(held_out, unusable, f"{config.input_dir}, split {config.split}")
     return held_out, [*unreadable, *unusable]
 
 
+def scorable_rows(config: EvaluateConfig, rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[Skipped]]:
+    """Return the rows that have the columns which the metric and ``group_by`` read, and those that are skipped."""
+    from spin.alignment.data.rows import scorer_columns
+    from spin.alignment.rewards import check_columns
+
+    usable, skipped = [], []
+    for row in rows:
+        try:
+            columns = scorer_columns(row)
+            check_columns(config.metric, columns)
+            if config.group_by is not None and columns.get(config.group_by) is None:
+                raise InputError(f"it has no column '{config.group_by}', which group_by names")
+        except InputError as error:
+            skipped.append({"prompt_id": row["prompt_id"], "reason": str(error)})
+        else:
+            usable.append(row)
+    return usable, skipped
+
+
 def averages(config: EvaluateConfig, rows: list[dict[str, Any]], count: int) -> dict[str, Any]:
-    """Return the averages over the rows of all temperatures, ``count`` of each, and the first few prompts with their responses.
+    """Return the averages over the rows of all temperatures, ``count`` of each, with ``group_by`` also those of each group, and
+    the first few prompts with their responses.
 
     Raises:
         InputError: the metric failed on every response, or no log-likelihood is finite.
     """
-    from spin.alignment.evaluation.responses import average_nats, average_responses
+    from spin.alignment.evaluation.responses import average_groups, average_nats, average_responses
 
     names = [f"{temperature:g}" for temperature in config.temperatures]
     parts = {name: rows[place * count : (place + 1) * count] for place, name in enumerate(names)}
@@ -132,6 +160,7 @@ def averages(config: EvaluateConfig, rows: list[dict[str, Any]], count: int) -> 
     ]
     return {
         "temperatures": {name: average_responses(part) for name, part in parts.items()},
+        **({} if config.group_by is None else {"groups": average_groups(parts)}),
         **average_nats(rows[:count]),
         "samples": samples,
     }
@@ -161,6 +190,8 @@ def answer_and_score(
             return with_nats(config, rows, model, held_out, encoder, skipped)
     finally:
         backend.close()
+    if all(item.ground_truth is None for item in held_out):
+        return [row | {"nats": None} for row in rows]
     loaded = ModelConfig(
         model_name_or_path=config.model,
         model_revision=config.revision,
@@ -214,7 +245,7 @@ def respond_and_score(
     for temperature in config.temperatures:
         responses = respond(backend, held_out, config.sampling(temperature), chunk, say_error)
         texts = [encoder.response_text(response.token_ids) for response in responses]
-        rows += scored_rows(config.model, temperature, held_out, responses, texts, scorer, skipped)
+        rows += scored_rows(config.model, temperature, held_out, responses, texts, scorer, skipped, config.group_by)
     return rows
 
 
@@ -226,11 +257,18 @@ def with_nats(
     encoder: ChatEncoder,
     skipped: list[Skipped],
 ) -> list[dict[str, Any]]:
-    """Return the rows with the nats of their ground truth; a prompt without a finite number is added to ``skipped``."""
+    """Return the rows with the nats of their ground truth, None without one; a prompt for which the number is not finite is
+    added to ``skipped``.
+    """
     from spin.alignment.evaluation.held_out import ground_truth_nats
 
     nats = ground_truth_nats(model, held_out, encoder.pad_id, config.batch_size)
     known = {item.request.prompt_id: value for item, value in zip(held_out, nats, strict=True)}
     reason = "the log-likelihood of its ground truth is not finite"
-    skipped += [{"prompt_id": name, "reason": reason} for name, value in known.items() if value is None]
+    damaged = [
+        item.request.prompt_id
+        for item, value in zip(held_out, nats, strict=True)
+        if item.ground_truth and value is None
+    ]
+    skipped += [{"prompt_id": name, "reason": reason} for name in damaged]
     return [row | {"nats": known[row["prompt_id"]]} for row in rows]

@@ -1,4 +1,4 @@
-"""``control/train``: SFT continued from the start on the same data, as the baseline for self-play."""
+"""``control/train``: SFT continued from the start, on the same data or on its own accepted responses: the baseline."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ class Control(Sft):
     section = "control"
     row = "sft_continued"
     role = "control"
-    needs = ("sft/train",)
+    needs = ("sft/train", "control/select")
     can_run_beside = True
