@@ -1,8 +1,8 @@
 """Rejection sampling: fractions of generated responses -> SFT data of the responses that a scorer accepts.
 
-Gathers the fractions of every split in a folder as convert_data.py does, scores every response, and writes ``{split}.parquet`` with a
-row for each accepted one: ``prompt_id`` (that of the prompt, ``#``, the sample index) and ``chosen``, the conversation that ends with
-the response. ``{split}.counts.json`` appears last and marks the split as complete.
+Gathers the fractions of every split in a folder as convert_data.py does, scores every response, and writes ``{split}.parquet``
+with a row for each accepted one: ``prompt_id`` (that of the prompt, ``#``, the sample index) and ``chosen``, the conversation
+that ends with the response. ``{split}.counts.json`` appears last and marks the split as complete.
 """
 
 from __future__ import annotations

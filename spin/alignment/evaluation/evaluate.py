@@ -100,18 +100,17 @@ def provenance(config: EvaluateConfig, encoder: ChatEncoder, folder: Path, count
 
 
 def load_held_out(config: EvaluateConfig, encoder: ChatEncoder, context: int) -> tuple[list[HeldOut], list[Skipped]]:
-    """Return the held-out prompts to score, and the rows that are skipped, each with the reason. A metric that compares with the
-    ground truth needs one in every row; otherwise it only gives the log-likelihood.
+    """Return the held-out prompts to score, and the rows that are skipped, each with the reason.
 
     Raises:
         InputError: the data cannot be read, or no row of it can be used.
     """
-    from spin.alignment.data.held_out_rows import check_any_left, read_held_out
+    from spin.alignment.data.held_out_rows import check_any_left, read_to_score
     from spin.alignment.evaluation.held_out import encode_held_out
     from spin.alignment.rewards import needs_reference
 
     compares = needs_reference(config.metric)
-    rows, unreadable = read_held_out(config.input_dir, config.split, config.limit, ground_truth_required=compares)
+    rows, unreadable = read_to_score(config.input_dir, config.split, compares, config.limit)
     rows, unscorable = scorable_rows(config, rows)
     held_out, unusable = encode_held_out(rows, encoder, context, config.max_new_tokens)
     unusable = unscorable + unusable
@@ -234,16 +233,13 @@ def respond_and_score(
     """Return the scored rows of every temperature in turn, in the order of the prompts."""
     from spin.alignment.evaluation.held_out import respond
     from spin.alignment.evaluation.responses import scored_rows
-    from spin.alignment.generation import find_backend
     from spin.alignment.rewards import find_scorer
     from spin.alignment.rewards.rules import RuleScorer
 
     scorer = RuleScorer(config.metric, find_scorer(config.metric))
-    # Only sets how often progress is shown, in prompts.
-    chunk = config.batch_size * 16 if find_backend(config.backend).holds_batch else len(held_out)
     rows: list[dict[str, Any]] = []
     for temperature in config.temperatures:
-        responses = respond(backend, held_out, config.sampling(temperature), chunk, say_error)
+        responses = respond(backend, held_out, config.sampling(temperature), say_error)
         texts = [encoder.response_text(response.token_ids) for response in responses]
         rows += scored_rows(config.model, temperature, held_out, responses, texts, scorer, skipped, config.group_by)
     return rows

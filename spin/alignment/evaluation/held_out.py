@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from spin.alignment.data.chat_encoder import ChatEncoder
 
 Tell = Callable[[str], None]
+PROGRESS_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -74,15 +76,17 @@ def encode_held_out(
 
 
 def respond(
-    backend: GenerationBackend, held_out: Sequence[HeldOut], sampling: SamplingConfig, chunk: int, tell: Tell
+    backend: GenerationBackend, held_out: Sequence[HeldOut], sampling: SamplingConfig, tell: Tell
 ) -> list[Response]:
-    """Return one response to each prompt, reporting progress after every ``chunk`` prompts."""
+    """Return one response to each prompt, reporting progress every ten seconds and at the end."""
     # Long prompts first: once nothing is left to refill the batch, only short ones are running.
     order = sorted(range(len(held_out)), key=lambda index: -len(held_out[index].request.token_ids))
     responses: dict[int, Response] = {}
+    told = time.monotonic()
     for place, answer in backend.stream((held_out[index].request for index in order), sampling):
         responses[order[place]] = answer[0]
-        if len(responses) % chunk == 0 or len(responses) == len(order):
+        if time.monotonic() - told >= PROGRESS_SECONDS or len(responses) == len(order):
+            told = time.monotonic()
             tell(f"temperature {sampling.temperature:g}: {len(responses)} of {len(order)} prompts")
     return [responses[index] for index in range(len(order))]
 

@@ -105,7 +105,7 @@ def check_held_out(config: RunConfig, encoder: ChatEncoder) -> None:
         InputError: the held-out data cannot be read, or none of the first usable rows can be encoded.
     """
     from spin.alignment.data.chat_encoder import template_arguments
-    from spin.alignment.data.held_out_rows import check_any_left, read_held_out
+    from spin.alignment.data.held_out_rows import check_any_left, read_to_score
     from spin.alignment.data.rows import scorer_columns
     from spin.alignment.pipeline.program_settings import evaluate_config
     from spin.alignment.rewards import check_columns, needs_reference
@@ -114,7 +114,7 @@ def check_held_out(config: RunConfig, encoder: ChatEncoder) -> None:
     if not data.test:
         return
     metric = evaluate_config(config, "start", config.start_model).metric
-    rows, _ = read_held_out(data.test, data.test_split, ground_truth_required=needs_reference(metric))
+    rows, _ = read_to_score(data.test, data.test_split, needs_reference(metric))
     for row in rows[:100]:
         answered = row["chosen"][-1]["role"] == "assistant"
         try:

@@ -215,10 +215,9 @@ GENRES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 def tasks() -> list[tuple[str, str]]:
     """Return every task as (genre, text), in a fixed order; no text occurs twice."""
-    found = [
+    return [
         (genre, template.format(topic))
         for genre, (templates, topics) in GENRES.items()
         for number, topic in enumerate(topics)
         for template in [templates[number % len(templates)]]
     ]
-    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from spin.alignment.pipeline.config import RunConfig
 from spin.alignment.pipeline.stages.sft import Sft
 
 
@@ -9,5 +10,7 @@ class Control(Sft):
     section = "control"
     row = "sft_continued"
     role = "control"
-    needs = ("sft/train", "control/select")
     can_run_beside = True
+
+    def needs(self, config: RunConfig) -> tuple[str, ...]:
+        return ("sft/train",) if config.select is None else ("sft/train", "control/select")

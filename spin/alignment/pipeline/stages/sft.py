@@ -13,11 +13,14 @@ from spin.alignment.pipeline.stages.training import TrainingKind, check_training
 
 class Sft(TrainingKind):
     program = "run_sft.py"
-    # The section of the configuration, the name and role of the model in the report, and what the training waits for.
+    # The section of the configuration, and the name and role of the model in the report.
     section = "sft"
     row = "sft"
     role: Role = "start"
-    needs: tuple[str, ...] = ()
+
+    def needs(self, config: RunConfig) -> tuple[str, ...]:
+        """Return the stages that the training waits for."""
+        return ()
 
     def at_start(self, config: RunConfig) -> list[Stage]:
         section = getattr(config, self.section)
@@ -33,7 +36,7 @@ class Sft(TrainingKind):
             data=f"{path} [{split}]",
         )
         sources = [data_source(path, split)]
-        return [self.stage(config, f"{self.section}/train", values, sources, model, self.needs)]
+        return [self.stage(config, f"{self.section}/train", values, sources, model, self.needs(config))]
 
     def check_settings(self, config: RunConfig, source: str) -> None:
         if getattr(config, self.section) is None:

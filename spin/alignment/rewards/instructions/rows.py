@@ -28,7 +28,7 @@ def read_instructions(value: Any, kinds: Mapping[str, Callable[..., bool]]) -> l
     """Return the instructions in a column: a list of objects, or its JSON text.
 
     Raises:
-        InputError: it is not such a list, or it is empty; a kind is unknown; an argument is missing, unknown or of the wrong type.
+        InputError: it is not such a list, or it is empty; a kind is unknown; an argument is missing, unknown or of another type.
     """
     if isinstance(value, str):
         try:
