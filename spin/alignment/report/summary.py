@@ -40,8 +40,9 @@ def summarize(config: RunConfig) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     for row in rows:
         for role in ("start", "control"):
             other = of_role(rows, role)
-            is_compared = other is not None and row is not other and row["role"] != "start"
-            if is_compared and (found := comparisons(row, other, responses)):
+            if other is None or other is row or row["role"] == "start":
+                continue
+            if found := comparisons(row, other, responses):
                 row[f"against_{role}"] = {key: comparison.as_row() for key, comparison in found.items()}
     summary = {
         "rows": rows,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 from spin.alignment.rewards.answer_format import answer_format
 from spin.alignment.rewards.base import GroupLabels, GroupScorer, PromptGroup, Scorer, ScorerSettings
@@ -20,7 +20,7 @@ from spin.alignment.rewards.rules import RuleScorer, no_reference
 SCORERS: dict[str, Scorer] = {
     "exact_match": exact_match,
     "format": answer_format,
-    "instructions": instructions,
+    "instructions": cast("Scorer", instructions),
     "length_penalty": length_penalty,
     "math_answer": math_answer,
     "math_verify": math_verify,
@@ -109,7 +109,7 @@ def check_columns(name: str, columns: Mapping[str, Any]) -> None:
     if name in GROUP_SCORERS:
         return
     for function in functions_of(find_scorer(name)):
-        asked_columns(function).select(columns)
+        asked_columns(cast("Callable[..., float]", function)).select(columns)
         for rule, check in COLUMN_CHECKS.items():
             if function is rule:
                 check(columns)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ class Generate(StageKind):
         config: RunConfig,
         name: str,
         configs: Sequence[GenerateConfig],
-        section: Mapping[str, Any] | None = None,
+        section: dict[str, Any] | None = None,
         needs: tuple[str, ...] = (),
     ) -> Stage:
         """Return the stage of some generations by one model into one folder; the model is loaded once for each. ``section`` has
