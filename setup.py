@@ -50,6 +50,7 @@ EXTRAS = {
     "peft": ["peft>=0.21.2,<0.22"],
     "qlora": ["peft>=0.21.2,<0.22", "bitsandbytes>=0.50"],
     "math": ["math-verify>=0.9,<0.10"],
+    "gguf": ["gguf>=0.19,<1"],
     "dev": [
         "torch==2.13.0",
         "pytest>=8",
@@ -64,6 +65,7 @@ EXTRAS = {
         "bitsandbytes>=0.50",
         "deepspeed>=0.19.8,<0.20",
         "math-verify>=0.9,<0.10",
+        "gguf>=0.19,<1",
     ],
 }
 
