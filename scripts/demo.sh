@@ -42,7 +42,8 @@ for argument in "$@"; do
 done
 if [ "$method" = chat ]; then spin_environment gguf; else spin_environment ""; fi
 export TOKENIZERS_PARALLELISM=false
-[ -n "${MODEL:-}" ] || export HF_HUB_OFFLINE=1
+# A MODEL of the chat demo may be a Hub name.
+[ "$method" = chat ] && [ -n "${MODEL:-}" ] || export HF_HUB_OFFLINE=1
 case "$method" in
     online | sppo) [ -f data/sorting/model/config.json ] || python scripts/make_sorting_data.py ;;
     chat)
@@ -52,10 +53,10 @@ case "$method" in
         if grep -qE '^flags.* (avx512_bf16|amx_bf16)( |$)' /proc/cpuinfo 2> /dev/null; then
             echo "this processor computes in bfloat16: the demo uses it"
         else
-            echo "this processor has no fast bfloat16: the demo uses float32, which takes two to three times as long"
+            echo "this processor has no fast bfloat16: the demo uses float32, which takes longer"
             precision=(--online.bf16=false --control.bf16=false --select.generate.dtype=float32 --evaluate.dtype=float32)
         fi
-        set -- --model="$model" "${precision[@]}" "$@"
+        set -- --model="$model" ${precision[@]+"${precision[@]}"} "$@"
         ;;
 esac
 exec python -m spin run "configs/$name.yaml" --run_dir="$run_dir" "$@"
