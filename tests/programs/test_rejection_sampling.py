@@ -50,6 +50,11 @@ def values(tmp_path, **changes):
     )
 
 
+def stages_of(folder, prefix):
+    stages = json.loads((folder / "manifest.json").read_text())["stages"]
+    return [stage for name, stage in stages.items() if name.startswith(prefix)]
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     root = tmp_path_factory.mktemp("rejection")
@@ -66,7 +71,9 @@ def test_the_control_is_trained_on_the_accepted_responses(run):
     counts = json.loads((folder / "control" / "accepted" / "train.counts.json").read_text())
     assert counts["responses"] == 12 * 4 and counts["accepted"] == len(rows) > 0
     metrics = json.loads((folder / "control" / "metrics.json").read_text())
-    assert metrics["rows"]["train"] == len(rows)
+    # A random model also writes control tokens, and training refuses those rows.
+    assert metrics["rows"]["train"] + sum(metrics["dropped"].values()) == len(rows)
+    assert [stage["state"] for stage in stages_of(folder, "control/")] == ["done"] * 4
 
 
 def test_the_report_compares_with_start_and_control_in_every_group(run):
@@ -93,7 +100,7 @@ def test_the_report_compares_with_start_and_control_in_every_group(run):
     difference = rows["online"]["groups"]["odd"]["greedy_exact"] - rows["sft"]["groups"]["odd"]["greedy_exact"]
     assert rows["online"]["against_start"]["greedy_exact/odd"]["difference"] == pytest.approx(difference)
     assert any("share_of_letters on odd" in line for line in summary["verdicts"])
-    assert "ground truth" not in out and "say 0" in out
+    assert "(ground truth:" not in out and "\nsay 0\n" in out
     assert "<dt>ground truth</dt>" not in (folder / "report.html").read_text()
 
 
