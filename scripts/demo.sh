@@ -5,7 +5,7 @@ usage() {
     cat <<'TEXT'
 usage: bash scripts/demo.sh [chat|spin|online|sppo|wspin] [RUN_DIR] [--key=value ...]
 
-  chat     a real chat model (135M): online DPO, instructions as checks    configs/demo_chat.yaml
+  chat     a real chat model (135M): online DPO, instructions as checks     configs/demo_chat.yaml
   spin     SPIN: SFT and three iterations of self-play (the default)        configs/demo.yaml
   online   online DPO with a checker, on prompts without ground truth       configs/demo_online.yaml
   sppo     SPPO: win rates from a checker, in iterations                    configs/demo_sppo.yaml
