@@ -331,11 +331,13 @@ def make_run_config(values: Mapping[str, Any], source: str) -> RunConfig:
     refuse_stored_secrets(values, source)
     overrides = values.get("overrides")
     if isinstance(overrides, Mapping):
-        # `--overrides.2.beta=1` gives the text '2', YAML the number 2.
-        overrides = {
+        # Keys of YAML and of the command line are text; those of a Python caller may be numbers, which then win.
+        numbered = {
             int(key) if str(key).isascii() and str(key).isdecimal() else key: item for key, item in overrides.items()
         }
-        values = {**values, "overrides": overrides}
+        if len(numbered) < len({str(key) for key in overrides}):
+            raise InputError(f"overrides in {source} names an iteration twice, as in 1 and 01: keep one of them")
+        values = {**values, "overrides": numbered}
     return build(RunConfig, values, source)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -94,9 +95,9 @@ def write_weighted(
     ``facts``, stored in the provenance of every file, says how the weights were computed; ``rows`` are in the files' order.
     """
     statistics = WeightStatistics()
-    # Removed first: an interrupted rewrite must not leave a set that looks complete.
+    # Removed first: an interrupted rewrite must not leave a set that looks complete, nor files of an earlier one.
     proof = weights_file(output_dir, split)
-    remove_files([proof, *(output_dir / file.name for file in files)])
+    remove_files([proof, *_written_files(output_dir, split)])
     for file in files:
         schema = open_parquet(file).schema_arrow
         provenance = _provenance(schema, file, split)
@@ -143,6 +144,11 @@ def _provenance(schema: pa.Schema, file: Path, split: str) -> Provenance:
     return Provenance(kind="preferences", split=split)
 
 
+def _written_files(output_dir: Path, split: str) -> list[Path]:
+    """Return the preference files of a split that exist in the output folder."""
+    return sorted(output_dir.glob(f"{glob.escape(split)}_prefs*.parquet"))
+
+
 def weights_file(output_dir: Path, split: str) -> Path:
     """Return the file that is written last: statistics of a split's weights, and proof that its files are complete."""
     return output_dir / f"{split}_prefs.weights.json"
@@ -170,7 +176,14 @@ def is_done(output_dir: Path, split: str, files: Sequence[Path], facts: dict[str
         InputError: it was created from other files or settings, and ``overwrite`` is false.
     """
     made = [output_dir / file.name for file in files]
-    if not weights_file(output_dir, split).exists() or not all(path.exists() for path in made):
+    if not weights_file(output_dir, split).exists():
+        return False
+    stale = [path for path in _written_files(output_dir, split) if path not in made]
+    if stale and not overwrite:
+        raise InputError(
+            f"{stale[0]} was created from other pairs, whose files have other names: pass --overwrite or another output_dir"
+        )
+    if stale or not all(path.exists() for path in made):
         return False
     try:
         found = [read_provenance(open_parquet(path).schema_arrow, path).extra.get("weights") for path in made]
