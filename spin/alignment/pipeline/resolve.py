@@ -174,7 +174,9 @@ def _of_section(config: RunConfig, name: str, inside: dict[str, str], every: boo
     else:
         yield from _of_flags(_flags_of(config, name), written)
     if name == "select":
-        sampled = {key.removeprefix("generate."): origin for key, origin in written.items() if key.startswith("generate.")}
+        sampled = {
+            key.removeprefix("generate."): origin for key, origin in written.items() if key.startswith("generate.")
+        }
         for item in _of_flags(sample_config(config), sampled):
             yield dataclasses.replace(item, key=f"generate.{item.key}")
 
