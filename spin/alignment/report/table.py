@@ -10,7 +10,7 @@ from spin.alignment.core.console import escape_controls
 if TYPE_CHECKING:
     from rich.table import Table
 
-# (heading, key, format); columns of other temperatures and of groups are inserted after T=1. ``{score}`` is the metric's word.
+# (heading, key, format); columns of other temperatures and of groups are inserted after T=1. ``{score}`` is exact or score.
 COLUMNS = (
     ("{score} greedy", "greedy_exact", "{:.3f}"),
     ("{score} T=1", "sampled_exact", "{:.3f}"),
@@ -26,7 +26,7 @@ COLUMNS = (
 _EXACT = ("exact_match", "math_answer", "math_verify")
 CAPTION = (
     "±: half of the 95 % interval over held-out prompts, responses or pairs; exact: share of held-out prompts answered right; "
-    "another metric: its mean over them; "
+    "score: mean of another metric over them; "
     "NLL: nats per token of the ground truth; identical: generated responses equal to it; reward acc., margin, chosen drift "
     "(nats): last training log; length (tokens) and truncated: held-out responses"
 )
@@ -45,7 +45,7 @@ def cells(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     extra += [(f"{name}, greedy", group_key("greedy_exact", name), "{:.3f}") for name in groups]
     columns = [item for item in (*COLUMNS[:2], *extra, *COLUMNS[2:]) if any(item[1] in row for row in rows)]
     metric = next((row["metric"] for row in rows if "metric" in row), "exact_match")
-    word = "exact" if metric in _EXACT else metric
+    word = "exact" if metric in _EXACT else "score"
     headings = ["model", *(heading.replace("{score}", word) for heading, _, _ in columns)]
     return headings, [[row["model"], *(cell(row, key, form) for _, key, form in columns)] for row in rows]
 
