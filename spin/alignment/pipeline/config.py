@@ -221,6 +221,11 @@ class RunConfig:
             raise InputError(
                 "the section 'weigh' lacks the key 'weighting': write reverse_dpo, teacher, drift or uniform"
             )
+        if self.weighting.compares is Compares.STORED:
+            raise InputError(
+                f"weigh.weighting is {section['weighting']}, which reads gains that come with pairs, but a run makes its own "
+                f"pairs: choose {_comparing(Compares.TRAINED)} or {_comparing(Compares.TEACHER)}"
+            )
         train = section.get("train")
         if train is not None and not isinstance(train, Mapping):
             raise InputError("weigh.train is not a mapping: write 'key: value' lines under it")
