@@ -28,6 +28,13 @@ COLUMNS = (
     ("chosen drift", "chosen_drift", "{:+.2f}"),
     ("length", "mean_length", "{:.1f}"),
 )
+# The parts of the fault suite that are not one program.
+FAULT_PARTS = {
+    "spin-run-offline": "`spin run`, offline",
+    "spin-run-online": "`spin run`, online",
+    "spin-run-weights": "`spin run`, token weights",
+    "writers": "`generate`, 64 processes on one folder",
+}
 VARIANTS = ("unshared", "unfused", "padded", "uncached")  # of this project: no peers
 SHARES = ("greedy_exact", "sampled_exact", "sampled_exact_t05")
 # The rows of each table: (entry of demos.json, model, label).
@@ -221,6 +228,30 @@ def speed_table(name: str) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def sft_table(name: str) -> str:
+    """Return the table of an SFT benchmark: medians over turns, and each ratio with its smallest and largest turn."""
+    result = read_json(RESULTS / f"{name}.json")
+    lines = [
+        "| | tokens/s | peak GiB | of the matmul rate | ours is faster by (spread) | ours / its memory |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for contender, facts in result["contenders"].items():
+        if "error" in facts:
+            lines.append(f"| {facts['label']} | failed | | | | |")
+            continue
+        ratio, (low, high) = result["ratios"].get(contender), result["ratio_spread"].get(contender, (0, 0))
+        cells = [
+            f"**{facts['label']}**" if ratio is None else facts["label"],
+            f"{facts['tokens_per_second']:.0f}",
+            f"{facts['peak_bytes'] / GIB:.2f}",
+            f"{facts['matmul_fraction']:.0%}",
+            "–" if ratio is None else f"{ratio:.2f} ({low:.2f} to {high:.2f})",
+            "–" if ratio is None else f"{result['peak_memory_ratio'][contender]:.2f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def generation_table(name: str) -> str:
     """Return the table of a generation benchmark (medians over turns), and the two ratios of adjacent turns."""
     result = read_json(RESULTS / f"{name}.json")
@@ -256,18 +287,22 @@ def scale_table(name: str) -> str:
 
 
 def faults_table(name: str) -> str:
-    """Return how many faults of each kind the long form of the fault suite injected, and how many were not survived."""
-    found = read_json(RESULTS / f"{name}.json")
-    lines = [
-        "| what was disturbed | file operations | kills | full disk | small disk | flipped bits | signals | failures |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for where, counts in found["counts"].items():
+    """Return how many faults of each kind the long form of the fault suite has injected, and how many were not survived."""
+    kinds = {
+        "file operations": "file operations",
+        "kills": "kill",
+        "full disk": "full",
+        "small disk": "small disk",
+        "flipped bits": "bit flip",
+    }
+    lines = [["what was disturbed", *kinds, "signals", "faults", "of planned", "failures"]]
+    lines.append(["---", *["---:"] * (len(lines[0]) - 1)])
+    for part, result in read_json(RESULTS / f"{name}.json")["parts"].items():
+        counts = result["counts"]
         signals = sum(count for how, count in counts.items() if " to " in how)
-        failures = sum(failure["where"] == where for failure in found["failures"])
-        kinds = [counts.get(how, 0) for how in ("operations", "kill", "full", "small disk", "bit flip")]
-        lines.append("| " + " | ".join([f"`{where}`", *(f"{n:,}" for n in (*kinds, signals, failures))]) + " |")
-    return "\n".join(lines)
+        numbers = [*(counts.get(how, 0) for how in kinds.values()), signals, result["done"], result["planned"]]
+        lines.append([FAULT_PARTS.get(part, f"`{part}`"), *(f"{n:,}" for n in (*numbers, len(result["failures"])))])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def ratios_table(*names: str) -> str:

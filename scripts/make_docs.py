@@ -12,6 +12,7 @@ A generated section is enclosed by a marker and ``<!-- end -->``:
     <!-- modules -->                     one table of modules per package, from the first paragraph of each docstring
     <!-- results: NAME -->               a table of results (TABLES in benchmarks/result_tables.py) with intervals
     <!-- speed: FILE -->                 the fine-tuning benchmark in benchmarks/results/FILE.json
+    <!-- sft: FILE -->                   the SFT benchmark in benchmarks/results/FILE.json
     <!-- ratios: FILE, FILE -->          how much faster than its peers the project is in these benchmarks
     <!-- generation: FILE -->            the generation benchmark in benchmarks/results/FILE.json
     <!-- scale: FILE -->                 generation and gathering of many rows without a model, in the same folder
@@ -35,6 +36,7 @@ from benchmarks.result_tables import (  # noqa: E402
     ratios_table,
     results_table,
     scale_table,
+    sft_table,
     speed_table,
     value,
 )
@@ -79,11 +81,14 @@ LAYERS = (
 )
 TABLE = re.compile(r"<!-- (keys|flags): (\w+)(?: / ([\w, ]+))? -->\n.*?<!-- end -->", re.DOTALL)
 MAP = re.compile(r"<!-- (packages|modules|instructions) -->\n.*?<!-- end -->", re.DOTALL)
-RESULTS = re.compile(r"<!-- (results|speed|ratios|faults|generation|scale): ([^>]+?) -->\n.*?<!-- end -->", re.DOTALL)
+RESULTS = re.compile(
+    r"<!-- (results|speed|ratios|faults|generation|scale|sft): ([^>]+?) -->\n.*?<!-- end -->", re.DOTALL
+)
 VALUE = re.compile(r"<!-- value: ([^/>]+) / ([^/>]+) / (\w+) -->.*?<!-- end -->")
 TABLE_OF = {
     "results": results_table,
     "speed": speed_table,
+    "sft": sft_table,
     "ratios": ratios_table,
     "faults": faults_table,
     "generation": generation_table,

@@ -17,6 +17,7 @@ from spin.alignment.data.chat_encoder import ChatEncoder
 from spin.alignment.training.settings import read_settings
 from spin.alignment.training.sft import SFTArguments
 from spin.alignment.training.sft_data import load_ground_truth
+from spin.alignment.training.sft_rows import with_labels
 from tests.helpers import run_main
 from tests.helpers.runs import write_sums
 
@@ -110,8 +111,10 @@ def test_prompts_are_those_of_generation_and_carry_no_loss(tiny_model, sums, tmp
     row = data["train"][0]
     prompt = encoder.prompt_ids([{"role": "user", "content": "0+1"}])
     answer = encoder.response_ids([{"role": "user", "content": "0+1"}, {"role": "assistant", "content": "1"}])
-    assert row["input_ids"] == prompt + answer
-    assert row["labels"] == [-100] * len(prompt) + answer
+    assert (row["prompt_ids"], row["response_ids"]) == (prompt, answer) and row["source"] == str(sums)
+    labelled = with_labels(row)
+    assert labelled["input_ids"] == prompt + answer
+    assert labelled["labels"] == [-100] * len(prompt) + answer
     assert answer.count(encoder.end_id) == 1
     assert not accounts["train"].dropped and accounts["train"].rows == len(data["train"])
 
@@ -203,6 +206,22 @@ def test_adapters_are_merged_before_saving(tiny_model, sums, tmp_path):
     assert not (out / "adapter_config.json").exists()
     changed = [name for name, value in weights(out).items() if not torch.equal(value, weights(tiny_model)[name])]
     assert changed and all("q_proj" in name for name in changed)
+
+
+def test_adapters_learn_the_same_with_recomputed_activations(tiny_model, sums, tmp_path):
+    lora = {"use_peft": True, "lora_r": 4, "learning_rate": 1e-2, "max_steps": 2}
+    runs = {
+        "kept": {},
+        "recomputed": {"gradient_checkpointing": True},
+        "reentrant": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+    }
+    folders = []
+    for name, settings in runs.items():
+        (tmp_path / name).mkdir()
+        folders.append(train(write_config(tmp_path / name, tiny_model, sums, **lora, **settings)))
+    kept, *others = map(weights, folders)
+    for other in others:
+        assert all(torch.allclose(kept[name], other[name], atol=1e-6) for name in kept)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from spin.alignment.core.errors import InputError
+from spin.alignment.core.errors import InputError, reason_of
+from spin.alignment.core.hub import hub_reason
 from spin.alignment.core.provenance import hash_json, hash_text
 from spin.alignment.data.chat_template import ChatTemplate
 from spin.alignment.data.control_tokens import MARK, ids_of_pieces
@@ -42,7 +43,7 @@ def load_tokenizer(model: str | Path, revision: str | None = None, trust_remote_
             raise InputError(
                 f"the tokenizer of {where} needs code that comes with it: read it, and set trust_remote_code if you trust it"
             ) from error
-        reason = " ".join(str(error).split())[:200]
+        reason = reason_of(error) if Path(name).is_dir() else hub_reason(error)
         raise InputError(
             f"cannot load the tokenizer of {where} ({reason}): give a folder that contains tokenizer files, "
             "or a Hub name that is cached or reachable (HF_HUB_OFFLINE unset)"

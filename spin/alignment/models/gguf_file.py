@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spin.alignment.core.errors import InputError
+from spin.alignment.core.errors import InputError, reason_of
 from spin.alignment.core.files import explained_os_errors
 
 _PART = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")
@@ -129,8 +129,7 @@ def read_gguf(path: Path) -> GgufFile:
         }
         tensors = {tensor.name: int(tensor.n_elements) for tensor in reader.tensors}
     except Exception as error:  # a header or tensor that ends too early fails anywhere in the reader
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
-        raise InputError(f"{path} is truncated or damaged ({reason}): download it again") from error
+        raise InputError(f"{path} is truncated or damaged ({reason_of(error)}): download it again") from error
     parts = metadata.get("split.count", 0)
     if parts > 1:
         raise InputError(_split_sentence(path.name, parts))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from spin.alignment.core.console import say
-from spin.alignment.core.errors import InputError
+from spin.alignment.core.errors import InputError, reason_of
 from spin.alignment.core.files import fsync_folder, read_json, write_json_atomic
 from spin.alignment.core.paths import check_output_folder
 from spin.alignment.core.provenance import hash_weights, package_versions, sha256
@@ -18,9 +18,9 @@ from spin.alignment.models.config import ModelConfig
 from spin.alignment.models.folder import is_complete_checkpoint
 from spin.alignment.models.gguf_file import ORIGINAL, GgufFile, check_chat_model, found_gguf, read_gguf
 from spin.alignment.models.gguf_tokenizer import read_tokenizer
+from spin.alignment.models.library_output import name_accelerator, quiet_library
 from spin.alignment.models.loading import load_model
 from spin.alignment.models.saving import save_checkpoint
-from spin.alignment.models.weights_check import quiet_library
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,6 +47,7 @@ def import_gguf(source: Path, out: Path, dtype: SavedDtype, stop_ids: StopIds) -
         InputError: SOURCE is not such a file or cannot be converted, or OUT contains something else; nothing is written.
     """
     check_output_folder(out, "OUT")
+    name_accelerator()
     with found_gguf(source, out) as path:
         gguf = read_gguf(path)
         check_chat_model(gguf)
@@ -138,9 +139,8 @@ def _read_config(gguf: GgufFile) -> Any:
     try:
         config = AutoConfig.from_pretrained(gguf.path.parent, gguf_file=gguf.path.name)
     except Exception as error:  # each architecture's configuration raises its own kinds
-        reason = " ".join(str(error).split())[:150]
         raise InputError(
-            f"{gguf.path} has the architecture '{name}', which cannot be read ({reason}): {ORIGINAL}"
+            f"{gguf.path} has the architecture '{name}', which cannot be read ({reason_of(error)}): {ORIGINAL}"
         ) from error
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise InputError(f"{gguf.path} has the architecture '{name}', which is no causal language model: give one")
@@ -177,8 +177,7 @@ def _read_model(gguf: GgufFile, config: Any) -> PreTrainedModel:
             output_loading_info=True,
         )
     except (ValueError, RuntimeError, NotImplementedError, KeyError) as error:
-        reason = " ".join(str(error).split())[:150]
-        raise InputError(f"the weights of {gguf.path} cannot be read ({reason}): {ORIGINAL}") from error
+        raise InputError(f"the weights of {gguf.path} cannot be read ({reason_of(error)}): {ORIGINAL}") from error
     if missing := sorted(report["missing_keys"]):
         raise InputError(
             f"{gguf.path} lacks {len(missing)} of the weights of a '{config.model_type}' model ({missing[0]} ...): {ORIGINAL}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from spin.alignment.core.errors import InputError
+from spin.alignment.core.errors import InputError, reason_of
 from spin.alignment.models.gguf_file import ORIGINAL, GgufFile
 
 # Names of ``tokenizer.ggml.pre`` (llama.cpp's, src/llama-vocab.cpp) for byte-level vocabularies, by how text is split before
@@ -24,8 +24,7 @@ def read_tokenizer(gguf: GgufFile, context: int) -> Any:
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(gguf.path.parent, gguf_file=gguf.path.name)
     except Exception as error:  # the tokenizers library raises bare Exceptions
-        reason = " ".join(str(error).split())[:150]
-        raise InputError(f"the tokenizer of {gguf.path} cannot be read ({reason}): {ORIGINAL}") from error
+        raise InputError(f"the tokenizer of {gguf.path} cannot be read ({reason_of(error)}): {ORIGINAL}") from error
     if gguf.metadata.get("tokenizer.ggml.model") == "gpt2":
         _split_as_trained(tokenizer, gguf)
     tokenizer.model_max_length = context

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# Weights of a model from this size on (50 million parameters in float32) take long enough for its precision to matter.
+_LARGE_BYTES = 200 * 10**6
+
 # Key in config.json of a float32 checkpoint: the 16-bit precision that the model computed in while it was trained.
 TRAINED_IN = "trained_in_dtype"
 
@@ -58,14 +61,38 @@ def generation_dtype(model: str, dtype: Dtype) -> Dtype:
     """Return the precision in which to generate from or score with a model whose ``dtype`` is configured.
 
     ``auto`` is that of the checkpoint. A float32 checkpoint of mixed-precision training (see ``save_dtype``) is used in the 16
-    bits that it computed in during training: its float32 weights are for the next iteration's training.
+    bits that it computed in during training: its float32 weights are for the next iteration's training. Where float32 is
+    slower on this CPU than it need be, that is said.
     """
     if dtype != "auto" or not (Path(model) / "config.json").is_file():
         return dtype
-    recorded = json.loads((Path(model) / "config.json").read_text(encoding="utf-8")).get(TRAINED_IN, "auto")
+    config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
+    recorded = config.get(TRAINED_IN, "auto")
     if recorded != "auto":
         say_error(f"{model} was saved in float32 after training in {recorded}: it is used in {recorded} (dtype: auto)")
+    elif config.get("dtype", config.get("torch_dtype")) == "float32" and is_faster_in_bfloat16(Path(model)):
+        say_error(
+            f"{model} is used in float32, the precision of its weights (dtype: auto); this CPU is faster in bfloat16 "
+            "(dtype: bfloat16)"
+        )
     return cast(Dtype, recorded)
+
+
+def is_faster_in_bfloat16(model: Path) -> bool:
+    """Return whether a local model is computed with on a CPU that is faster in bfloat16, and large enough for that to matter."""
+    import torch
+
+    if torch.accelerator.is_available() or not has_bfloat16_instructions():
+        return False
+    return sum(file.stat().st_size for file in model.glob("*.safetensors")) >= _LARGE_BYTES
+
+
+def has_bfloat16_instructions() -> bool:
+    """Return whether the CPU multiplies bfloat16 matrices in hardware (AVX-512, AMX or ARM's BF16); others emulate it slowly."""
+    import torch
+
+    able = torch.cpu.get_capabilities()
+    return any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def keep_master_weights(model: torch.nn.Module) -> None:

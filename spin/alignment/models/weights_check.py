@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from spin.alignment.core.errors import InputError, reason_of
 from spin.alignment.core.files import read_json
 from spin.alignment.models.folder import read_config_file
+from spin.alignment.models.library_output import quiet_library
 
 if TYPE_CHECKING:
     import torch
@@ -253,27 +253,6 @@ def _check_heads(folder: Path, config: Any) -> None:
         raise InputError(
             f"{file} has {heads} attention heads, which do not divide hidden_size {width}: restore the file"
         )
-
-
-@contextlib.contextmanager
-def quiet_library() -> Iterator[None]:
-    """Without the library's progress bars and load reports (what they say is said as one sentence here), and without ZeRO-3,
-    which would partition a model that has no weights."""
-    from transformers.integrations import deepspeed
-    from transformers.utils import logging
-
-    zero = deepspeed._hf_deepspeed_config_weak_ref
-    deepspeed.unset_hf_deepspeed_config()
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        deepspeed._hf_deepspeed_config_weak_ref = zero
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _some(names: Sequence[str]) -> str:

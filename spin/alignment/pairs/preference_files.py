@@ -12,20 +12,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from spin.alignment.core.errors import InputError
-from spin.alignment.core.files import fsync_folder, read_json, remove_files, remove_leftovers, write_json_atomic
+from spin.alignment.core.files import fsync_folder, remove_files, remove_leftovers
 from spin.alignment.core.parquet import ParquetSink
 from spin.alignment.core.provenance import Provenance
 from spin.alignment.core.sides import SIDES
 from spin.alignment.data.rows import LABEL_TYPE, OPTIONAL_COLUMNS
 from spin.alignment.methods.pairings import Pairing, missing_ground_truth
 from spin.alignment.pairs.annotate import Labeller, count_failures
+from spin.alignment.pairs.counts import COUNTS, counts_path, write_counts
 from spin.alignment.pairs.initial import InitialResponses
-
-COUNTS = ("rows", "identical", "truncated", "dropped", "skipped", "written")
-# When responses are scored: also responses for which the scorer failed, and prompts without a pair.
-SCORED_COUNTS = ("rows", "failed", "ties", *COUNTS[1:])
-# When each pair takes two responses: also those left over after the scorer failed on some.
-EVEN_COUNTS = (*SCORED_COUNTS[:3], "unpaired", *COUNTS[1:])
 
 
 def pair_schema(pairing: Pairing, schema: pa.Schema) -> pa.Schema:
@@ -155,7 +150,7 @@ class PreferenceFiles:
     ) -> None:
         self.folder, self.split, self.provenance = folder, split, provenance
         self.schema, self.rows_per_file = schema, rows_per_file
-        self.counts_path = folder / f"{split}_prefs.counts.json"
+        self.counts_path = counts_path(folder, split)
         self.counts = dict.fromkeys(count_names, 0)
         self.hidden: list[Path] = []
         self._sink: ParquetSink | None = None
@@ -202,25 +197,12 @@ class PreferenceFiles:
         for number, path in enumerate(self.hidden):
             path.rename(self.folder / f"{self.split}_prefs-{number:05d}-of-{len(self.hidden):05d}.parquet")
         fsync_folder(self.folder)
-        write_json_atomic(self.counts_path, self.counts)
+        write_counts(self.counts_path, self.counts)
 
     def is_complete(self) -> bool:
         """Return whether all files exist, with the counts file as proof of completion."""
         files = self._named()
         return self.counts_path.exists() and bool(files) and len(files) == int(files[0].stem[-5:])
-
-    def read_counts(self) -> dict[str, int]:
-        """Return the counts of the complete set on disk.
-
-        Raises:
-            InputError: the counts file is damaged.
-        """
-        counts: dict[str, int] = read_json(self.counts_path)
-        if not isinstance(counts, dict) or counts.keys() != self.counts.keys():
-            raise InputError(
-                f"{self.counts_path} does not contain the counts of these pairs: remove it and convert again"
-            )
-        return counts
 
     def _named(self) -> list[Path]:
         return list(self.folder.glob(f"{glob.escape(self.split)}_prefs-*.parquet"))

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spin.alignment.core.console import say_error
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.paths import check_output_folder
 
@@ -34,6 +35,37 @@ def check_before_start(config: RunConfig, source: str) -> None:
     folder = model_folder(config.model, config.model_revision)
     model_config = check_model(folder, trust_remote_code=trusted, needs_weights=needs_weights)
     check_control_tokens(check_data(config), model_config, config.model)
+    if remark := precision_remark(config, model_config):
+        say_error(remark)
+
+
+def precision_remark(config: RunConfig, model_config: Any) -> str:
+    """Return what to say if the start is used in another precision than the models that are trained from it; else ''.
+
+    With ``bf16: true`` those compute in bfloat16, in training and ever after (``generation_dtype``); a start that was saved in
+    float32 computes in float32, so part of every difference between them would be rounding.
+    """
+    from spin.alignment.models.precision import TRAINED_IN
+
+    trained = config.train if config.online is None else config.online
+    saved = str(getattr(model_config, "dtype", None)).removeprefix("torch.")
+    if (
+        config.sft is not None
+        or not trained.get("bf16")
+        or saved != "float32"
+        or getattr(model_config, TRAINED_IN, None)
+    ):
+        return ""
+    sections = {"generate": config.generate, "evaluate": config.evaluate if config.data.test else None}
+    left = [name for name, keys in sections.items() if keys is not None and keys.get("dtype", "auto") == "auto"]
+    if config.online is not None:
+        left = [name for name in left if name == "evaluate"]
+    if not left:
+        return ""
+    return (
+        f"{config.model} has float32 weights and is used in float32, but the models trained from it in bfloat16 (bf16: true): "
+        f"set {' and '.join(f'{name}.dtype' for name in left)} to bfloat16 to compare them in the same precision"
+    )
 
 
 def check_settings(config: RunConfig, source: str) -> None:

@@ -18,6 +18,7 @@ import atexit
 import contextlib
 import gc
 import importlib
+import importlib.util
 import json
 import os
 import runpy
@@ -56,6 +57,8 @@ TRAINING_LIBRARIES = (
     "spin.alignment.training.sft",
     "spin.alignment.training.online.run",
 )
+# Imported by accelerate at the first step of a training, where they are installed.
+LIBRARIES_AT_FIRST_USE = ("deepspeed",)
 # Read by libraries on import: torch detects GPUs without initialising CUDA, and pyarrow's spare allocator starts no thread.
 _WHILE_IMPORTING = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
 
@@ -89,12 +92,29 @@ def import_libraries() -> bool:
         import torch
 
         has_gpu = torch.cuda.is_available()
-        for name in () if has_gpu else TRAINING_LIBRARIES:
-            importlib.import_module(name)
+        if not has_gpu:
+            import_training_libraries()
         return has_gpu
     finally:
         os.environ.clear()
         os.environ.update(given)
+
+
+def import_training_libraries() -> None:
+    """Import what training needs, and what it would import or compute at its first step."""
+    for name in TRAINING_LIBRARIES:
+        importlib.import_module(name)
+    for name in LIBRARIES_AT_FIRST_USE:
+        if importlib.util.find_spec(name.partition(".")[0]):
+            importlib.import_module(name)
+    build_conversion_table()
+
+
+def build_conversion_table() -> None:
+    """Let transformers build its table of renamed weights, which it keeps and would build when the first model is loaded."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    get_checkpoint_conversion_mapping("llama")
 
 
 def fork_problem(has_gpu: bool) -> str | None:
