@@ -11,6 +11,7 @@ from spin import select_responses
 from spin.alignment.core.parquet import read_rows
 from spin.alignment.core.provenance import read_provenance
 from spin.alignment.data.rows import GENERATED_SCHEMA, load_prompts, scorer_columns
+from spin.alignment.pairs.counts import read_counts
 from tests.helpers import run_main
 from tests.helpers.gathering import NUM_FRACTIONS, own_prompts, record, row, write
 
@@ -47,7 +48,7 @@ def test_right_whole_and_different_responses_are_accepted(tmp_path):
     assert [turn["content"] for turn in found[f"{prompts[0]}#4"]] == [f"{prompts[0][1:]}?", "the #### 1"]
     count = len(prompts)
     counts = {"prompts": count, "responses": 5 * count, "failed": 0, "rejected": count, "truncated": count}
-    assert json.loads((out / "train.counts.json").read_text()) == counts | {"repeated": count, "accepted": 2 * count}
+    assert read_counts(out / "train.counts.json") == counts | {"repeated": count, "accepted": 2 * count}
     assert "accepted" in said
     # run_sft.py reads the rows as any prompts with ground truth
     assert len(load_prompts(str(out), "train")) == 2 * count
@@ -65,6 +66,8 @@ def test_a_rerun_writes_nothing_and_other_settings_are_refused(tmp_path):
     assert any("wrong" in item["chosen"][-1]["content"] for item in read_rows(out / "train.parquet"))
     (out / "train.counts.json").unlink()  # killed between the two files
     assert select(folder, out)[0] == 0 and (out / "train.counts.json").exists()
+    (out / "train.counts.json").write_text("{")
+    assert select(folder, out)[0] == 0 and read_counts(out / "train.counts.json")["accepted"] > 0
 
 
 def test_the_provenance_names_the_scorer(tmp_path):

@@ -27,10 +27,10 @@ def select_responses(config: SelectConfig) -> dict[str, dict[str, int]]:
     Raises:
         InputError: a setting, a folder or a fraction cannot be used, or no response of a split is accepted.
     """
-    from spin.alignment.core.files import read_json
     from spin.alignment.core.lock import folder_lock
     from spin.alignment.pairs.annotate import Labeller
     from spin.alignment.pairs.convert import show_counts
+    from spin.alignment.pairs.counts import read_counts
     from spin.alignment.rewards import check_scorer, make_scorer
 
     check_scorer(config.scorer_settings)
@@ -46,7 +46,7 @@ def select_responses(config: SelectConfig) -> dict[str, dict[str, int]]:
                 write_split(config, split, Labeller(scorer))
     else:
         say(f"{config.output_dir} is already complete")
-    counts = {split.name: read_json(counts_path(config, split)) for split in splits}
+    counts = {split.name: read_counts(counts_path(config, split)) for split in splits}
     show_counts(counts)
     return counts
 
@@ -89,13 +89,14 @@ def make_provenance(config: SelectConfig, split: Split) -> Provenance:
 
 
 def is_complete(config: SelectConfig, split: Split) -> bool:
-    """Return whether the rows of a split are there already.
+    """Return whether the rows of a split are there already; with a damaged counts file they are written again.
 
     Raises:
         InputError: they were selected from other inputs or with other settings, and ``overwrite`` is not set.
     """
     from spin.alignment.core.parquet import open_parquet
     from spin.alignment.core.provenance import read_provenance
+    from spin.alignment.pairs.counts import read_counts
 
     path = rows_path(config, split)
     if config.overwrite or not path.exists() or not counts_path(config, split).exists():
@@ -105,14 +106,19 @@ def is_complete(config: SelectConfig, split: Split) -> bool:
         raise InputError(
             f"{path} was selected from other inputs ({'; '.join(differences)}): choose another output_dir or pass --overwrite"
         )
+    try:
+        read_counts(counts_path(config, split))
+    except InputError:
+        return False
     return True
 
 
 def write_split(config: SelectConfig, split: Split, labeller: Labeller) -> None:
     """Write the accepted responses of a split, then their counts."""
-    from spin.alignment.core.files import remove_files, write_json_atomic
+    from spin.alignment.core.files import remove_files
     from spin.alignment.core.parquet import ParquetSink
     from spin.alignment.data.rows import PROMPT_SCHEMA, Features
+    from spin.alignment.pairs.counts import write_counts
 
     counts = dict.fromkeys(COUNTS, 0)
     rows, features = [], Features()
@@ -136,7 +142,7 @@ def write_split(config: SelectConfig, split: Split, labeller: Labeller) -> None:
     remove_files([count_file])
     with ParquetSink(path, features.extend(PROMPT_SCHEMA), make_provenance(config, split)) as sink:
         sink.write(rows)
-    write_json_atomic(count_file, counts)
+    write_counts(count_file, counts)
 
 
 def accepted(prompt: Sequence[dict[str, Any]], threshold: float, counts: dict[str, int]) -> list[dict[str, Any]]:
