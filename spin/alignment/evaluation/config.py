@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from spin.alignment.models.config import Dtype, ModelConfig
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """Score a model on held-out prompts with ground truth."""
+    """Score a model on held-out prompts."""
 
     model: str = setting(help="model folder or Hub name", group="model", path="input", set_by_run=True)
     revision: str | None = same_as(ModelConfig, "model_revision", set_by_run=True)
@@ -29,7 +30,7 @@ class EvaluateConfig:
     trust_remote_code: bool = same_as(ModelConfig, "trust_remote_code")
 
     input_dir: str = setting(
-        help="prompts with ground truth: folder, file or Hub name",
+        help="prompts, with ground truth if the metric compares with it: folder, file or Hub name",
         group="prompts and scores",
         path="input",
         set_by_run=True,
@@ -43,6 +44,9 @@ class EvaluateConfig:
     )
     metric: str = setting(
         "exact_match", "a rule: exact_match, math_answer, module:function, or a sum (docs/scoring.md)"
+    )
+    group_by: str | None = setting(
+        None, "column of the data, such as a topic or a difficulty: the scores are also averaged for each of its values"
     )
     limit: int = setting(0, "held-out prompts to use, drawn with a fixed seed (0: all)", ge=0)
     samples: int = setting(
@@ -106,3 +110,15 @@ class EvaluateConfig:
         if self.metric.isidentifier():
             lookup(SCORERS, self.metric, "metric")
         find_scorer(self.metric)
+
+    def check_columns(self, columns: Mapping[str, Any]) -> None:
+        """Check that a row has the columns that the metric and ``group_by`` read.
+
+        Raises:
+            InputError: a column is missing, or its value cannot be used.
+        """
+        from spin.alignment.rewards import check_columns
+
+        check_columns(self.metric, columns)
+        if self.group_by is not None and columns.get(self.group_by) is None:
+            raise InputError(f"it has no column '{self.group_by}', which group_by names")

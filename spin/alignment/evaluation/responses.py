@@ -34,9 +34,12 @@ SCHEMA = pa.schema(
             pa.float64(),
         ),  # of the ground truth, EOS included: the same in every row of a prompt; null if not finite
         ("tokens", pa.int32()),  # of the ground truth, likewise
+        ("group", pa.string()),  # value of the column that group_by names; null without it
     ]
 )
 Row = Mapping[str, Any]
+# Not in the files of earlier versions.
+_LATER = ("group",)
 
 
 def responses_path(output_file: str | Path) -> Path:
@@ -52,9 +55,10 @@ def scored_rows(
     texts: Sequence[str],
     scorer: GroupScorer,
     skipped: list[Skipped],
+    group_by: str | None = None,
 ) -> list[dict[str, Any]]:
-    """Return the rows of one temperature, without the log-likelihoods. A response that the scorer fails on has no score, and is
-    added to ``skipped``.
+    """Return the rows of one temperature, without the log-likelihoods; their group is the value of the column ``group_by``. A
+    response that the scorer fails on has no score, and is added to ``skipped``.
     """
     rows = []
     for item, response, text in zip(held_out, responses, texts, strict=True):
@@ -76,6 +80,7 @@ def scored_rows(
                 "finish_reason": response.finish_reason,
                 "score": score,
                 "tokens": len(item.ground_truth_ids),
+                "group": None if group_by is None else str(item.columns[group_by]),
             }
         )
     return rows
@@ -99,7 +104,7 @@ def average_responses(rows: Sequence[Row]) -> dict[str, Any]:
         raise InputError(
             f"the metric failed on every response, first on prompt {rows[0]['prompt_id']}: fix it or choose another"
         )
-    same = sum(row["response"].strip() == row["ground_truth"].strip() for row in rows)
+    same = sum(row["response"].strip() == (row["ground_truth"] or "").strip() for row in rows)
     truncated = sum(row["finish_reason"] == "length" for row in rows)
     return {
         **mean(scores).as_row("exact"),
@@ -109,13 +114,30 @@ def average_responses(rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def average_nats(rows: Sequence[Row]) -> dict[str, Any]:
-    """Return ``nll``, nats per token of the ground truth over all tokens, and ``nll_sequence``, nats per ground truth; each with
-    ``_se`` and ``_interval``. ``rows`` has one row per prompt.
+def average_groups(parts: Mapping[str, Sequence[Row]]) -> dict[str, dict[str, Any]]:
+    """Return for each group its size ``n`` and the averages by temperature, given the rows by temperature.
 
     Raises:
-        InputError: no prompt has a finite log-likelihood.
+        InputError: no response of a group has a score.
     """
+    names = dict.fromkeys(row["group"] for rows in parts.values() for row in rows)
+    found = {}
+    for name in names:
+        own = {temperature: [row for row in rows if row["group"] == name] for temperature, rows in parts.items()}
+        averages = {temperature: average_responses(rows) for temperature, rows in own.items()}
+        found[name] = {"n": len(next(iter(own.values()))), "temperatures": averages}
+    return found
+
+
+def average_nats(rows: Sequence[Row]) -> dict[str, Any]:
+    """Return ``nll``, nats per token of the ground truth over all tokens, and ``nll_sequence``, nats per ground truth; each with
+    ``_se`` and ``_interval``. Nothing if no prompt has a ground truth. ``rows`` has one row per prompt.
+
+    Raises:
+        InputError: no prompt with a ground truth has a finite log-likelihood.
+    """
+    if all(row["ground_truth"] is None for row in rows):
+        return {}
     known = [(row["nats"], row["tokens"]) for row in rows if row["nats"] is not None]
     if not known:
         raise InputError("the model gives no ground truth a finite log-likelihood: its weights are damaged")
@@ -142,8 +164,9 @@ def read_responses(path: Path) -> HeldOutResponses:
         InputError: the file is missing, damaged, or has other columns.
     """
     found = HeldOutResponses()
-    columns = [name for name in SCHEMA.names if name != "token_ids"]  # long, and not compared
-    for row in read_rows(path, columns=columns):
+    expected = [name for name in SCHEMA.names if name != "token_ids"]  # long, and not compared
+    columns = [name for name in expected if name not in _LATER]
+    for row in read_rows(path, columns=expected):
         if missing := [name for name in columns if name not in row]:
             raise InputError(f"{path} has no column {missing[0]}: it is not the eval.parquet of an evaluation")
         found.by_temperature.setdefault(f"{row['temperature']:g}", {})[row["prompt_id"]] = row
