@@ -72,7 +72,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     for line in describe_skipped(skipped):
         say_error(line)
     exact = ", ".join(f"T={name} {values['exact']:.3f}" for name, values in result["temperatures"].items())
-    say(f"{config.model}: {config.metric} {exact}; NLL of the ground truth {result['nll']:.4f} nats per token")
+    nll = f"; NLL of the ground truth {result['nll']:.4f} nats per token" if "nll" in result else ""
+    say(f"{config.model}: {config.metric} {exact}{nll}")
     return result
 
 
@@ -104,8 +105,11 @@ def load_held_out(config: EvaluateConfig, encoder: ChatEncoder, context: int) ->
     """
     from spin.alignment.data.held_out_rows import check_any_left, read_held_out
     from spin.alignment.evaluation.held_out import encode_held_out
+    from spin.alignment.rewards import needs_reference, no_reference
 
     rows, unreadable = read_held_out(config.input_dir, config.split, config.limit)
+    if needs_reference(config.metric) and rows[0]["chosen"][-1]["role"] != "assistant":
+        raise no_reference(config.metric, rows[0]["prompt_id"])
     held_out, unusable = encode_held_out(rows, encoder, context, config.max_new_tokens)
     check_any_left(held_out, unusable, f"{config.input_dir}, split {config.split}")
     return held_out, [*unreadable, *unusable]
@@ -156,6 +160,8 @@ def answer_and_score(
     backend = open_backend(config, held_out, encoder, masked_ids)
     try:
         rows = respond_and_score(config, backend, held_out, encoder, skipped)
+        if not any(item.ground_truth_ids for item in held_out):
+            return [row | {"nats": None} for row in rows]
         model = getattr(backend, "model", None)
         if model is not None:
             return with_nats(config, rows, model, held_out, encoder, skipped)

@@ -11,7 +11,7 @@ from spin.alignment.core.errors import InputError
 from spin.alignment.data.chat_encoder import template_arguments
 from spin.alignment.data.held_out_rows import Skipped
 from spin.alignment.data.rows import scorer_columns
-from spin.alignment.data.turns import answer_text, question
+from spin.alignment.data.turns import answer_text, prompt_turns, question
 from spin.alignment.generation.base import GenerationBackend, PromptRequest, Response, SamplingConfig
 
 if TYPE_CHECKING:
@@ -24,12 +24,12 @@ Tell = Callable[[str], None]
 
 @dataclass(frozen=True)
 class HeldOut:
-    """One held-out prompt: its request, its turns, the ground truth as text and ids (EOS included), and the other columns of its
-    row for the scorer."""
+    """One held-out prompt: its request, its turns, the ground truth as text and ids (EOS included; None and no ids if it has
+    none), and the other columns of its row for the scorer."""
 
     request: PromptRequest
     messages: list[dict[str, str]]
-    ground_truth: str
+    ground_truth: str | None
     ground_truth_ids: tuple[int, ...]
     columns: Mapping[str, Any] = field(default_factory=dict)
 
@@ -51,10 +51,11 @@ def encode_held_out(
     held_out: list[HeldOut] = []
     skipped: list[Skipped] = []
     for row in rows:
-        *prompt, answer = row["chosen"]
+        prompt = prompt_turns(row["chosen"])
+        answer = row["chosen"][-1] if len(prompt) < len(row["chosen"]) else None
         try:
             ids = encoder.prompt_ids(prompt, **template_arguments(row))
-            ground_truth_ids = encoder.response_ids(row["chosen"], ids, **template_arguments(row))
+            ground_truth_ids = encoder.response_ids(row["chosen"], ids, **template_arguments(row)) if answer else []
         except InputError as error:
             skipped.append({"prompt_id": row["prompt_id"], "reason": str(error)})
             continue
@@ -65,7 +66,8 @@ def encode_held_out(
             skipped.append({"prompt_id": row["prompt_id"], "reason": reason})
             continue
         request = PromptRequest(row["prompt_id"], tuple(ids))
-        held_out.append(HeldOut(request, prompt, answer_text(answer), tuple(ground_truth_ids), scorer_columns(row)))
+        text = None if answer is None else answer_text(answer)
+        held_out.append(HeldOut(request, prompt, text, tuple(ground_truth_ids), scorer_columns(row)))
     return held_out, skipped
 
 
@@ -84,13 +86,14 @@ def respond(
 
 
 def ground_truth_nats(model: Any, held_out: Sequence[HeldOut], pad_id: int, batch_size: int) -> list[float | None]:
-    """Return the negative log-likelihood of each ground truth in nats, EOS included; None where it is not finite."""
+    """Return the negative log-likelihood of each ground truth in nats, EOS included; None where it is not finite or missing."""
     import torch
 
     from spin.alignment.logprobs.forward import response_logps
 
     device = next(model.parameters()).device
-    order = sorted(range(len(held_out)), key=lambda index: -len(held_out[index].request.token_ids))
+    order = [index for index, item in enumerate(held_out) if item.ground_truth_ids]
+    order.sort(key=lambda index: -len(held_out[index].request.token_ids))
     nats: list[float | None] = [None] * len(held_out)
     for start in range(0, len(order), batch_size):
         places = order[start : start + batch_size]

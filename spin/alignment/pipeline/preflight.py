@@ -82,6 +82,7 @@ def check_held_out(config: RunConfig, encoder: ChatEncoder) -> None:
     """
     from spin.alignment.data.chat_encoder import template_arguments
     from spin.alignment.data.held_out_rows import check_any_left, read_held_out
+    from spin.alignment.data.turns import prompt_turns
 
     data, skipped, usable = config.data, [], []
     if not data.test:
@@ -89,7 +90,10 @@ def check_held_out(config: RunConfig, encoder: ChatEncoder) -> None:
     rows, _ = read_held_out(data.test, data.test_split)
     for row in rows[:100]:
         try:
-            usable.append(encoder.response_ids(row["chosen"], **template_arguments(row)))
+            ids = encoder.prompt_ids(prompt_turns(row["chosen"]), **template_arguments(row))
+            if row["chosen"][-1]["role"] == "assistant":
+                encoder.response_ids(row["chosen"], ids, **template_arguments(row))
+            usable.append(ids)
         except InputError as error:
             skipped.append({"prompt_id": row["prompt_id"], "reason": str(error)})
     check_any_left(usable, skipped, f"{data.test}, split {data.test_split}")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 from spin.alignment.rewards.answer_format import answer_format
-from spin.alignment.rewards.base import GroupLabels, GroupScorer, PromptGroup, Scorer, ScorerSettings
+from spin.alignment.rewards.base import GroupLabels, GroupScorer, Part, PromptGroup, Score, Scorer, ScorerSettings
 from spin.alignment.rewards.checks import check_scorer_settings
 from spin.alignment.rewards.exact_match import exact_match
 from spin.alignment.rewards.find import find_rule, functions_of
+from spin.alignment.rewards.ifeval import ifeval
 from spin.alignment.rewards.length_penalty import length_penalty
 from spin.alignment.rewards.math_answer import math_answer
 from spin.alignment.rewards.math_verify import math_verify
@@ -17,6 +19,7 @@ from spin.alignment.rewards.rules import RuleScorer, no_reference
 SCORERS: dict[str, Scorer] = {
     "exact_match": exact_match,
     "format": answer_format,
+    "ifeval": cast("Scorer", ifeval),  # takes columns of the row as well
     "length_penalty": length_penalty,
     "math_answer": math_answer,
     "math_verify": math_verify,
@@ -95,7 +98,9 @@ __all__ = [
     "SCORERS",
     "GroupLabels",
     "GroupScorer",
+    "Part",
     "PromptGroup",
+    "Score",
     "Scorer",
     "ScorerSettings",
     "check_scorer",

@@ -106,7 +106,7 @@ def load_held_out(path: str, arguments: OnlineConfig, encoder: ChatEncoder) -> t
     Raises:
         InputError: the data cannot be read, or no row of it can be used.
     """
-    rows, skipped = read_held_out(path, arguments.eval_split, arguments.eval_limit, ground_truth_required=False)
+    rows, skipped = read_held_out(path, arguments.eval_split, arguments.eval_limit, ground_truth_optional=True)
     prompts, compares = [], arguments.scorer is not None and needs_reference(arguments.scorer)
     for row in rows:
         try:
