@@ -8,7 +8,7 @@ from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
 # Folders that ship with the modules, relative to the repository; spin/alignment/core/assets.py locates them.
-ASSETS = ("configs", "data/iter0", "scripts")
+ASSETS = ("configs", "data/instructions", "data/iter0", "scripts")
 
 
 class BuildWithAssets(build_py):

@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# The embedded demos: installs the project, then trains a tiny model with one of the methods on two CPU cores.
+# The embedded demos: installs the project, then trains a small model with one of the methods on two CPU cores.
 set -euo pipefail
 usage() {
     cat <<'TEXT'
-usage: bash scripts/demo.sh [spin|online|sppo|wspin] [RUN_DIR] [--key=value ...]
+usage: bash scripts/demo.sh [chat|spin|online|sppo|wspin] [RUN_DIR] [--key=value ...]
 
+  chat     online DPO on a real chat model (135 million parameters) with instructions that rules can check, 15 minutes
+                                                                            configs/demo_chat.yaml
   spin     SPIN: SFT and three iterations of self-play (the default)        configs/demo.yaml
   online   online DPO with a checker, on prompts without ground truth       configs/demo_online.yaml
   sppo     SPPO: win rates from a checker, in iterations                    configs/demo_sppo.yaml
@@ -23,9 +25,9 @@ cd "$SPIN_ROOT"
 
 method=spin
 case "${1:-}" in
-    spin | online | sppo | wspin) method=$1; shift ;;
+    chat | spin | online | sppo | wspin) method=$1; shift ;;
     '' | --* | */*) ;;
-    *) spin_fail "there is no demo '$1': choose spin, online, sppo or wspin, or give RUN_DIR as a path with a / (see -h)" ;;
+    *) spin_fail "there is no demo '$1': choose chat, spin, online, sppo or wspin, or give RUN_DIR as a path with a / (see -h)" ;;
 esac
 name=demo
 [ "$method" = spin ] || name="demo_$method"
@@ -41,5 +43,15 @@ spin_environment ""
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 case "$method" in
     online | sppo) [ -f data/sorting/model/config.json ] || python scripts/make_sorting_data.py ;;
+    chat)
+        bash scripts/fetch_smollm2.sh
+        # AVX-512 bf16 (from 2020 on) or AMX; without them, bfloat16 is emulated and slower than float32.
+        if grep -qE '^flags.* (avx512_bf16|amx_bf16)( |$)' /proc/cpuinfo 2> /dev/null; then
+            echo "this processor computes in bfloat16: the demo uses it"
+        else
+            echo "this processor has no fast bfloat16: the demo uses float32, which takes two to three times as long"
+            set -- --online.bf16=false --control.bf16=false --select.generate.dtype=float32 --evaluate.dtype=float32 "$@"
+        fi
+        ;;
 esac
 exec python -m spin run "configs/$name.yaml" --run_dir="$run_dir" "$@"

@@ -6,7 +6,7 @@
     python -m benchmarks.evidence run b --arm spin --seed 2
     python -m benchmarks.evidence table                                # docs/evidence.md and its plots, from the results so far
 
-Run it from the folder of the repository. Everything is written under ``runs/evidence``; results also to ``benchmarks/results/evidence``.
+Everything is written under ``runs/evidence`` in the repository; results also to ``benchmarks/results/evidence``.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from spin.alignment.core.parquet import read_rows
 from spin.alignment.core.provenance import hash_weights
 from spin.alignment.evaluation.responses import HeldOutResponses, responses_path
 
-KEPT = ("prompt_id", "temperature", "finish_reason", "score", "parts", "nats", "tokens")
+KEPT = ("prompt_id", "temperature", "finish_reason", "score", "parts", "group", "nats", "tokens")
 
 
 def result_path(study: str, arm: str, seed: int, model: str, benchmark: str, response_seed: int = 1) -> Path:

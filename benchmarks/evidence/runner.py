@@ -1,4 +1,4 @@
-"""Runs the arms of a study one after the other: training, then every benchmark of every model. A rerun continues where it stopped."""
+"""Runs the arms of a study one after the other: training, then every benchmark of every model. A rerun continues."""
 
 from __future__ import annotations
 

@@ -16,12 +16,11 @@ Skipped = dict[str, str]
 
 
 def read_held_out(
-    source: str, split: str, limit: int = 0, ground_truth_optional: bool = False
+    source: str, split: str, limit: int = 0, ground_truth_required: bool = True
 ) -> tuple[list[dict[str, Any]], list[Skipped]]:
     """Return the usable prompt rows of a split, as ``stream_prompts`` yields them, and those skipped.
 
-    Prompts without ground truth are usable if no row has one (a benchmark with a checker), or with ``ground_truth_optional``: in
-    other data it is missing by mistake. With a ``limit``, that many of the usable rows are drawn with a fixed seed.
+    With a ``limit``, that many of the usable rows are drawn with a fixed seed.
 
     Raises:
         InputError: the source cannot be read, or none of its rows can be used.
@@ -33,7 +32,7 @@ def read_held_out(
         own_id = record.get("prompt_id", record.get("id"))
         name = where if own_id in (None, "") else str(own_id)
         try:
-            conversations = to_conversations(record, where, ground_truth_required=False, notes=notes)
+            conversations = to_conversations(record, where, ground_truth_required=ground_truth_required, notes=notes)
         except InputError as error:
             skipped.append({"prompt_id": name, "reason": str(error)})
             continue
@@ -45,15 +44,29 @@ def read_held_out(
                 rows[conversation.prompt_id] = conversation.row()
     notes.tell(source)
     usable = list(rows.values())
-    without = [row for row in usable if row["chosen"][-1]["role"] != "assistant"]
-    if len(without) < len(usable) and not ground_truth_optional:
-        reason = "it has no ground truth, but other rows have one: add it, or remove the row"
-        skipped += [{"prompt_id": row["prompt_id"], "reason": reason} for row in without]
-        usable = [row for row in usable if row["chosen"][-1]["role"] == "assistant"]
     check_any_left(usable, skipped, f"{source}, split {split}")
     if limit and limit < len(usable):
         usable = [usable[index] for index in fraction_rows(len(usable), 0, limit)]
     return usable, skipped
+
+
+def read_to_score(
+    source: str, split: str, compares: bool, limit: int = 0
+) -> tuple[list[dict[str, Any]], list[Skipped]]:
+    """Return :func:`read_held_out` for a metric that ``compares`` responses with the ground truth, or does not.
+
+    A data set in which no row has a ground truth is used as it is if the metric needs none. In any other, a row without one is
+    skipped: it is more likely to be damaged.
+
+    Raises:
+        InputError: as :func:`read_held_out`.
+    """
+    try:
+        return read_held_out(source, split, limit)
+    except InputError:
+        if compares:
+            raise
+        return read_held_out(source, split, limit, ground_truth_required=False)
 
 
 def check_any_left(rows: Sequence[Any], skipped: Sequence[Skipped], source: str) -> None:

@@ -16,15 +16,17 @@ class Measure:
 
     Attributes:
         key: its key in a summary.
-        name: its name for readers.
+        name: its name for readers; ``{metric}`` stands for that of the evaluation.
         temperature: that of the responses it scores; None: the log-likelihood of the ground truth, which is better when lower.
         part: one of the further numbers of the metric; empty: the metric itself.
+        group: the rows that it is limited to; None: all.
     """
 
     key: str
     name: str
     temperature: str | None
     part: str = ""
+    group: str | None = None
 
     def compare(self, one: HeldOutResponses, other: HeldOutResponses) -> Comparison | None:
         """Compare two models on the prompts that both have a value for; None for fewer than two prompts."""
@@ -37,6 +39,11 @@ class Measure:
             return compare_means(ours[0], base[0])
         return compare_ratios((ours[0], ours[1]), (base[0], base[1]))
 
+    def average(self, row: Mapping[str, Any]) -> float:
+        """Return the average of a model in its row of the summary."""
+        found = row if self.group is None else row["groups"][self.group]
+        return float(found[self.key.partition("/")[0]])
+
     def values(self, responses: HeldOutResponses) -> dict[str, tuple[float, float]]:
         """Return total and count of each prompt that has a value: nats and tokens, a part's, or the score and 1."""
         rows = responses.by_prompt if self.temperature is None else responses.by_temperature.get(self.temperature, {})
@@ -44,6 +51,8 @@ class Measure:
         return {name: value for name, value in found.items() if value is not None}
 
     def _value(self, row: Mapping[str, Any]) -> tuple[float, float] | None:
+        if self.group not in (None, row.get("group")):
+            return None
         if self.temperature is None:
             return None if row["nats"] is None else (row["nats"], float(row["tokens"]))
         if self.part:

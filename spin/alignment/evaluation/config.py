@@ -17,7 +17,7 @@ from spin.alignment.models.config import Dtype, ModelConfig
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """Score a model on held-out prompts with ground truth."""
+    """Score a model on held-out prompts."""
 
     model: str = setting(help="model folder or Hub name", group="model", path="input", set_by_run=True)
     revision: str | None = same_as(ModelConfig, "model_revision", set_by_run=True)
@@ -28,7 +28,7 @@ class EvaluateConfig:
     trust_remote_code: bool = same_as(ModelConfig, "trust_remote_code")
 
     input_dir: str = setting(
-        help="prompts with ground truth: folder, file or Hub name",
+        help="prompts, with ground truth if the metric compares with it: folder, file or Hub name",
         group="prompts and scores",
         path="input",
         set_by_run=True,
@@ -42,6 +42,9 @@ class EvaluateConfig:
     )
     metric: str = setting(
         "exact_match", "a rule: exact_match, math_answer, module:function, or a sum (docs/scoring.md)"
+    )
+    group_by: str | None = setting(
+        None, "column of the data, such as a topic or a difficulty: the scores are also averaged for each of its values"
     )
     limit: int = setting(0, "held-out prompts to use, drawn with a fixed seed (0: all)", ge=0)
     samples: int = setting(

@@ -38,9 +38,12 @@ SCHEMA = pa.schema(
             "parts",
             pa.list_(pa.struct([("name", pa.string()), ("total", pa.float64()), ("count", pa.float64())])),
         ),  # further numbers of the metric; null if it has none, or failed
+        ("group", pa.string()),  # value of the column that group_by names; null without it
     ]
 )
 Row = Mapping[str, Any]
+# Not in the files of earlier versions.
+_LATER = ("group", "parts")
 
 
 def responses_path(output_file: str | Path) -> Path:
@@ -56,9 +59,10 @@ def scored_rows(
     texts: Sequence[str],
     scorer: GroupScorer,
     skipped: list[Skipped],
+    group_by: str | None = None,
 ) -> list[dict[str, Any]]:
-    """Return the rows of one temperature, without the log-likelihoods. A response that the scorer fails on has no score, and is
-    added to ``skipped``.
+    """Return the rows of one temperature, without the log-likelihoods; their group is the value of the column ``group_by``. A
+    response that the scorer fails on has no score, and is added to ``skipped``.
     """
     rows = []
     for item, response, text in zip(held_out, responses, texts, strict=True):
@@ -83,6 +87,7 @@ def scored_rows(
                 "parts": [{"name": name, "total": part.total, "count": part.count} for name, part in parts.items()]
                 or None,
                 "tokens": len(item.ground_truth_ids) or None,
+                "group": None if group_by is None else str(item.columns[group_by]),
             }
         )
     return rows
@@ -135,12 +140,27 @@ def average_shares(shares: Sequence[tuple[float, float]]) -> Estimate:
     return mean(totals) if set(counts) == {1.0} else ratio(totals, counts)
 
 
-def average_nats(rows: Sequence[Row]) -> dict[str, Any]:
-    """Return ``nll``, nats per token of the ground truth over all tokens, and ``nll_sequence``, nats per ground truth; each with
-    ``_se`` and ``_interval``. ``rows`` has one row per prompt. Prompts without ground truth have neither.
+def average_groups(parts: Mapping[str, Sequence[Row]]) -> dict[str, dict[str, Any]]:
+    """Return for each group its size ``n`` and the averages by temperature, given the rows by temperature.
 
     Raises:
-        InputError: no prompt has a finite log-likelihood.
+        InputError: no response of a group has a score.
+    """
+    names = dict.fromkeys(row["group"] for rows in parts.values() for row in rows)
+    found = {}
+    for name in names:
+        own = {temperature: [row for row in rows if row["group"] == name] for temperature, rows in parts.items()}
+        averages = {temperature: average_responses(rows) for temperature, rows in own.items()}
+        found[name] = {"n": len(next(iter(own.values()))), "temperatures": averages}
+    return found
+
+
+def average_nats(rows: Sequence[Row]) -> dict[str, Any]:
+    """Return ``nll``, nats per token of the ground truth over all tokens, and ``nll_sequence``, nats per ground truth; each with
+    ``_se`` and ``_interval``. Nothing if no prompt has a ground truth. ``rows`` has one row per prompt.
+
+    Raises:
+        InputError: no prompt with a ground truth has a finite log-likelihood.
     """
     if all(row["ground_truth"] is None for row in rows):
         return {}
@@ -170,11 +190,10 @@ def read_responses(path: Path) -> HeldOutResponses:
         InputError: the file is missing, damaged, or has other columns.
     """
     found = HeldOutResponses()
-    columns = [name for name in SCHEMA.names if name != "token_ids"]  # long, and not compared
-    for row in read_rows(path, columns=columns):
-        if missing := [
-            name for name in columns if name not in row and name != "parts"
-        ]:  # earlier versions wrote no parts
+    expected = [name for name in SCHEMA.names if name != "token_ids"]  # long, and not compared
+    columns = [name for name in expected if name not in _LATER]
+    for row in read_rows(path, columns=expected):
+        if missing := [name for name in columns if name not in row]:
             raise InputError(f"{path} has no column {missing[0]}: it is not the eval.parquet of an evaluation")
         found.by_temperature.setdefault(f"{row['temperature']:g}", {})[row["prompt_id"]] = row
     return found

@@ -21,7 +21,7 @@ from spin.alignment.evaluation.config import EvaluateConfig
 from spin.alignment.generation.config import GenerateConfig
 from spin.alignment.methods.weightings import WEIGHTINGS, Compares, Weighting, find_weighting
 from spin.alignment.models.config import ModelConfig
-from spin.alignment.pairs.config import ConvertConfig
+from spin.alignment.pairs.config import ConvertConfig, SelectConfig
 from spin.alignment.token_weights.config import WeightsConfig
 from spin.alignment.training.keys import OutputConfig, SFTKeys, SPINKeys
 from spin.alignment.training.online.keys import OnlineKeys
@@ -33,6 +33,7 @@ _TRAINING = (ModelConfig, DataConfig, OutputConfig)
 SECTIONS: dict[str, tuple[type, ...]] = {
     "sft": (*_TRAINING, SFTKeys),
     "control": (*_TRAINING, SFTKeys),
+    "select": (SelectConfig,),
     "generate": (GenerateConfig,),
     "convert": (ConvertConfig,),
     "weigh": (WeightsConfig,),
@@ -140,6 +141,11 @@ class RunConfig:
     control: dict[str, Any] | None = setting(
         None, "keys of run_sft.py: SFT continued from the start model, for comparison"
     )
+    select: dict[str, Any] | None = setting(
+        None,
+        "flags of select_responses.py, and generate: flags of generate.py: the control is trained on the start model's own "
+        "responses that a scorer accepts (rejection sampling) instead of data.train",
+    )
     generate: dict[str, Any] = setting({}, "flags of generate.py, without the dashes")
     convert: dict[str, Any] = setting({}, "flags of convert_data.py")
     weigh: dict[str, Any] | None = setting(
@@ -189,6 +195,7 @@ class RunConfig:
             raise InputError(f"the section 'online' replaces the iterations: remove '{iterated[0]}', or 'online'")
         for name, classes in SECTIONS.items():
             refuse_set_by_run(getattr(self, name) or {}, classes, f"the section '{name}'")
+        self._check_select_section()
         self._check_weights_section(self.weigh)
         for iteration, values in self.overrides.items():
             if not isinstance(iteration, int) or not 0 <= iteration < self.iterations:
@@ -198,6 +205,12 @@ class RunConfig:
             if not isinstance(values, Mapping):
                 raise InputError(f"overrides.{iteration} is not a mapping: write 'key: value' lines under it")
             refuse_set_by_run(values, SECTIONS["train"], f"overrides.{iteration}")
+
+    def _check_select_section(self) -> None:
+        sampled = (self.select or {}).get("generate")
+        if sampled is not None and not isinstance(sampled, Mapping):
+            raise InputError("select.generate is not a mapping: write 'key: value' lines under it")
+        refuse_set_by_run(sampled or {}, SECTIONS["generate"], "select.generate")
 
     def _check_weights_section(self, section: Mapping[str, Any] | None) -> None:
         if section is None:
@@ -277,6 +290,16 @@ class RunConfig:
     def generation_seed(self, iteration: int) -> int:
         """Seeds of different iterations are far apart: the same seed would repeat each prompt's random numbers."""
         return self.seed * 1000 + iteration
+
+    @property
+    def sample_section(self) -> dict[str, Any]:
+        """The flags of generate.py for the responses that the control is trained on if they are accepted."""
+        return dict((self.select or {}).get("generate") or {})
+
+    @property
+    def sample_seed(self) -> int:
+        """The seed of those responses."""
+        return self.generation_seed(998)
 
     @property
     def initial_seed(self) -> int:

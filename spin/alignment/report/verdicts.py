@@ -11,11 +11,29 @@ from spin.alignment.evaluation.statistics import Z95, Comparison
 from spin.alignment.pipeline.stages.base import Role
 
 MEASURES = (
-    Measure("sampled_exact", "exact match at T=1", "1"),
-    Measure("greedy_exact", "greedy exact match", "0"),
+    Measure("sampled_exact", "{metric} at T=1", "1"),
+    Measure("greedy_exact", "greedy {metric}", "0"),
     Measure("nll", "NLL of the ground truth (nats per token)", None),
 )
 Responses = Mapping[str, HeldOutResponses]
+
+
+def measures_of(one: HeldOutResponses, other: HeldOutResponses) -> list[Measure]:
+    """Return the measures that two models are compared by: :data:`MEASURES`, and for each group of rows those of responses."""
+    groups = dict.fromkeys(row["group"] for row in one.by_prompt.values() if row.get("group") is not None)
+    shared = [name for name in groups if any(row.get("group") == name for row in other.by_prompt.values())]
+    of_groups = [
+        Measure(group_key(item.key, name), f"{item.name} on {name}", item.temperature, group=name)
+        for name in shared
+        for item in MEASURES
+        if item.temperature is not None
+    ]
+    return [*MEASURES, *of_groups]
+
+
+def group_key(key: str, group: str) -> str:
+    """Return the summary's name of a measure that is limited to a group of rows."""
+    return f"{key}/{group}"
 
 
 def verdicts(rows: Sequence[dict[str, Any]], responses: Responses) -> list[str]:
@@ -56,21 +74,25 @@ def comparisons(row: dict[str, Any], other: dict[str, Any], responses: Responses
     if row["model"] not in responses or other["model"] not in responses:
         return {}
     one, two = responses[row["model"]], responses[other["model"]]
-    return {measure.key: found for measure in MEASURES if (found := measure.compare(one, two)) is not None}
+    return {item.key: found for item in measures_of(one, two) if (found := item.compare(one, two)) is not None}
 
 
 def verdict(row: dict[str, Any], other: dict[str, Any] | None, name: str, responses: Responses) -> list[str]:
     """Return one sentence per measure on a model against another, which is called ``name``; none if either has no responses."""
     lines = []
     compared = {} if other is None else comparisons(row, other, responses)
-    for measure in MEASURES:
-        if other is None or measure.key not in compared:
+    if other is None or not compared:
+        return []
+    metric = row.get("metric", "exact_match").replace("_", " ")
+    for measure in measures_of(responses[row["model"]], responses[other["model"]]):
+        if measure.key not in compared:
             continue
         found = compared[measure.key]
         better = found.difference < 0 if measure.temperature is None else found.difference > 0
         word = ("better" if better else "worse") if found.is_clear else "no clear change"
+        before, after = (measure.average(item) for item in (other, row))
         lines.append(
-            f"{row['model']} against {name}: {measure.name} {other[measure.key]:.3f} -> {row[measure.key]:.3f}, difference "
+            f"{row['model']} against {name}: {measure.name.format(metric=metric)} {before:.3f} -> {after:.3f}, difference "
             f"{found.difference:+.3f} ± {Z95 * found.error:.3f} on the same {found.prompts} prompts, p = {p_text(found.p_value)} "
             f"({word})"
         )
