@@ -26,7 +26,7 @@ def prepare(source: Path) -> None:
     for name in ("alpaca_demo", "gsm8k", "ifeval/input_data.jsonl"):
         if not (source / name).exists():
             raise InputError(f"{source / name} does not exist: put the public data set there, or pass --data")
-    # 986 different rows: 200 to measure on, 86 to stop by, 700 to train on, of which SPIN plays with 448.
+    # 985 different rows: 200 to measure on, 86 to stop by, 699 to train on, of which SPIN plays with 448.
     _part(source / "alpaca_demo", "alpaca", test_size=HELD_OUT_ROWS)
     _part(DATA / "alpaca" / "train.parquet", "alpaca_sft", test_size=STOPPING_ROWS)
     _part(DATA / "alpaca_sft" / "train.parquet", "alpaca_spin", subset=SPIN_PROMPTS)

@@ -43,7 +43,7 @@ class Arm:
         program: what is started with the configuration of this arm; empty: nothing is trained.
         starts_from: the base model, or the arm of the same study whose model this one starts from.
         seeds: of the training.
-        benchmarks: what its models are measured on, besides those of the study.
+        benchmarks: what its models are measured on, besides the benchmarks of the study.
     """
 
     models: Mapping[str, str]
@@ -91,8 +91,11 @@ _SPIN = {f"iter{number}": f"iter{number}/checkpoint" for number in range(3)}
 STUDIES: dict[str, Study] = {
     "base": Study(
         "the base model",
-        ("ifeval", "gsm8k", "alpaca"),
-        {"start": Arm({"start": ""}, benchmarks=("ifeval_cooler", "ifeval_sampled", "instructions"))},
+        (),
+        {
+            "start": Arm({"start": ""}, benchmarks=("ifeval", "gsm8k", "alpaca")),
+            "sampling": Arm({"start": ""}, benchmarks=("instructions", "ifeval_cooler", "ifeval_sampled")),
+        },
     ),
     "b": Study(
         "SPIN's own claim: self-play against continued SFT, from an SFT model that has converged",
