@@ -118,7 +118,8 @@ def start_program(words: Sequence[str], folder: Path, name: str) -> dict[str, fl
     """
     log = folder / "evidence-logs" / f"{name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    environment = TUNED_ALLOCATOR | {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": str(REPOSITORY)}
+    paths = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = TUNED_ALLOCATOR | {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": paths}
     say(f"{time.strftime('%H:%M:%S')} {' '.join(words)}")
     started, before = time.monotonic(), _processor_seconds()
     with log.open("ab") as file:
