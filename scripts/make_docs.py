@@ -13,6 +13,7 @@ A generated section is enclosed by a marker and ``<!-- end -->``:
     <!-- speed: FILE -->                 the fine-tuning benchmark in benchmarks/results/FILE.json
     <!-- ratios: FILE, FILE -->          how much faster than its peers the project is in these benchmarks
     <!-- faults: FILE -->                the faults that `python -m tests.faults` injected, in benchmarks/results/FILE.json
+    <!-- evidence: STUDY -->             the results of a study of docs/evidence.md so far, in benchmarks/results/evidence
     <!-- value: ENTRY / MODEL / KEY -->  one number of benchmarks/results/demos.json, inside a sentence
 """
 
@@ -26,6 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.evidence.tables import evidence_tables  # noqa: E402
 from benchmarks.result_tables import faults_table, ratios_table, results_table, speed_table, value  # noqa: E402
 from spin.alignment.core.errors import lookup  # noqa: E402
 from spin.alignment.core.files import write_text_atomic  # noqa: E402
@@ -66,7 +68,7 @@ LAYERS = (
 )
 TABLE = re.compile(r"<!-- (keys|flags): (\w+)(?: / ([\w, ]+))? -->\n.*?<!-- end -->", re.DOTALL)
 MAP = re.compile(r"<!-- (packages|modules) -->\n.*?<!-- end -->", re.DOTALL)
-RESULTS = re.compile(r"<!-- (results|speed|ratios|faults): ([^>]+?) -->\n.*?<!-- end -->", re.DOTALL)
+RESULTS = re.compile(r"<!-- (results|speed|ratios|faults|evidence): ([^>]+?) -->\n.*?<!-- end -->", re.DOTALL)
 VALUE = re.compile(r"<!-- value: ([^/>]+) / ([^/>]+) / (\w+) -->.*?<!-- end -->")
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
@@ -133,7 +135,13 @@ def map_section(match: re.Match[str]) -> str:
 def results_section(match: re.Match[str]) -> str:
     """Return the up-to-date text of a table of results, markers included."""
     kind, names = match.groups()
-    makers = {"results": results_table, "speed": speed_table, "ratios": ratios_table, "faults": faults_table}
+    makers = {
+        "results": results_table,
+        "speed": speed_table,
+        "ratios": ratios_table,
+        "faults": faults_table,
+        "evidence": evidence_tables,
+    }
     text = makers[kind](*(names.split(", ") if kind == "ratios" else [names]))
     return f"<!-- {kind}: {names} -->\n{text}\n<!-- end -->"
 

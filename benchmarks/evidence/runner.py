@@ -121,17 +121,19 @@ def start_program(words: Sequence[str], folder: Path, name: str) -> dict[str, fl
     paths = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = TUNED_ALLOCATOR | {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": paths}
     say(f"{time.strftime('%H:%M:%S')} {' '.join(words)}")
-    started, before = time.monotonic(), _processor_seconds()
-    with log.open("ab") as file:
-        code = subprocess.run(
-            [sys.executable, *words], cwd=REPOSITORY, env=environment, stdout=file, stderr=file, check=False
-        ).returncode
     costs_path = folder / "cost.json"
     costs = read_json(costs_path) if costs_path.is_file() else {}
-    cost = costs.get(name, {"seconds": 0.0, "processor_seconds": 0.0})
-    cost["seconds"] += time.monotonic() - started
-    cost["processor_seconds"] += _processor_seconds() - before
-    write_json_atomic(costs_path, costs | {name: cost})
+    cost: dict[str, float] = costs.get(name, {"seconds": 0.0, "processor_seconds": 0.0})
+    started, before = time.monotonic(), _processor_seconds()
+    try:
+        with log.open("ab") as file:
+            code = subprocess.run(
+                [sys.executable, *words], cwd=REPOSITORY, env=environment, stdout=file, stderr=file, check=False
+            ).returncode
+    finally:  # an interrupted attempt counts as well
+        cost["seconds"] += time.monotonic() - started
+        cost["processor_seconds"] += _processor_seconds() - before
+        write_json_atomic(costs_path, costs | {name: cost})
     if code:
         raise InputError(f"{words[0]} ended with code {code}: see the end of {log}; the same command continues")
     return cost
