@@ -118,12 +118,26 @@ class Difference:
     p_value: float
 
 
+def paired_seeds(one: Trained, other: Trained, benchmark: str) -> list[tuple[int, int]]:
+    """Return the seeds of two models that are compared: the same, or, where the other has one seed only, that one."""
+    ours, theirs = one.seeds(benchmark), other.seeds(benchmark)
+    return [(seed, seed if seed in theirs else theirs[0]) for seed in ours] if theirs else []
+
+
+def win_rates(one: Trained, other: Trained, column: Column) -> list[Estimate]:
+    """Return for each seed the share of prompts on which a model scores higher than another; a tie counts one half."""
+    found = []
+    for seed, base in paired_seeds(one, other, column.benchmark):
+        mine, theirs = one.values(column, seed), other.values(column, base)
+        margins = [mine[name][0] - theirs[name][0] for name in mine if name in theirs]
+        found.append(average_shares([(0.5 if margin == 0 else float(margin > 0), 1.0) for margin in margins]))
+    return found
+
+
 def difference(one: Trained, other: Trained, column: Column) -> Difference | None:
-    """Compare two models in a measure; a model with one seed is compared with every seed of the other. None without results."""
-    ours, theirs = one.seeds(column.benchmark), other.seeds(column.benchmark)
-    pairs = [(seed, seed if seed in theirs else theirs[0]) for seed in ours] if theirs else []
+    """Compare two models in a measure, seed by seed (:func:`paired_seeds`); None without results."""
     found, values = [], []
-    for seed, base in pairs:
+    for seed, base in paired_seeds(one, other, column.benchmark):
         compared = column.measure.compare(
             one.result(column.benchmark, seed)[1], other.result(column.benchmark, base)[1]
         )

@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.evidence.measures import COLUMNS, Column, Difference, Trained, best_of, cell, difference, estimate
+from benchmarks.evidence.measures import (
+    COLUMNS,
+    Column,
+    Difference,
+    Trained,
+    best_of,
+    cell,
+    difference,
+    estimate,
+    win_rates,
+)
 from benchmarks.evidence.plan import REPOSITORY, STUDIES
 from spin.alignment.core.console import say
 from spin.alignment.core.errors import lookup
@@ -49,6 +59,7 @@ def evidence_tables(study: str) -> str:
         parts.insert(0, f"![{STUDIES[study].title}](images/{image.name})")
     if study in CONTROLS and len(models) > 1:
         parts.append(_differences(study, models))
+        parts += _win_rates(study, models) if "chrf" in MAIN[study] else []
     return "\n\n".join(parts)
 
 
@@ -91,17 +102,30 @@ def _sampled(models: Sequence[Trained]) -> list[str]:
     return [_table(headings, lines)] if lines else []
 
 
+def compared_models(study: str, models: Sequence[Trained]) -> list[tuple[Trained, Trained]]:
+    """Return every model with the start of the study, then with its control."""
+    others = dict.fromkeys((REFERENCES[study], CONTROLS[study]))
+    return [(model, other) for model in models for other in others if model not in (other, REFERENCES[study])]
+
+
+def _win_rates(study: str, models: Sequence[Trained]) -> list[str]:
+    """Return a table of win rates, if any are known."""
+    (column,) = (column for column in COLUMNS if column.measure.key == "chrf")
+    lines = [
+        [model.label, other.label, cell(rates, "{:.3f}")]
+        for model, other in compared_models(study, models)
+        if (rates := win_rates(model, other, column))
+    ]
+    return [_table(["model", "against", "win rate in chrF to the ground truth"], lines)] if lines else []
+
+
 def _differences(study: str, models: Sequence[Trained]) -> str:
-    reference, control = REFERENCES[study], CONTROLS[study]
     rows: list[tuple[Trained, Trained, Column, Difference]] = []
-    for model in models:
-        for other in dict.fromkeys((reference, control)):
-            if model in (other, reference):
-                continue
-            for column in COLUMNS:
-                found = difference(model, other, column) if column.measure.key in MAIN[study] else None
-                if found is not None:
-                    rows.append((model, other, column, found))
+    for model, other in compared_models(study, models):
+        for column in COLUMNS:
+            found = difference(model, other, column) if column.measure.key in MAIN[study] else None
+            if found is not None:
+                rows.append((model, other, column, found))
     adjusted = holm([found.p_value for *_, found in rows])
     lines = [
         [model.label, other.label, column.measure.name, *_difference(found, column), f"{p:.3f}"]

@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks.evidence import data, measures, plan, results, runner, tables
 from benchmarks.evidence.plan import BENCHMARKS, CONFIGS, STUDIES, arms_of, config_path
+from benchmarks.evidence.plots import study_plot
 from benchmarks.evidence.scorers import chrf
 from spin.alignment.core.config import load_config
 from spin.alignment.core.errors import InputError
@@ -101,7 +102,7 @@ def small_study(tmp_path, monkeypatch, tiny_model):
     """A study of a start and one trained arm on one benchmark, whose programs only write what they would."""
     study = plan.Study(
         "small",
-        ("gsm8k",),
+        ("gsm8k", "alpaca"),
         {
             "sft": plan.Arm({"final": "checkpoint"}, "run_sft.py"),
             "spin": plan.Arm({"iter0": "iter0/checkpoint"}, "spin run", "sft", seeds=(1, 2)),
@@ -143,7 +144,12 @@ def test_a_stopped_study_continues(small_study):
         run.run("b", "spin", 1)
     run.run("b", "sft")
     run.run("b", "spin", 1)
-    assert started == ["sft-seed1 train", "sft-seed1 final-gsm8k", "spin-seed1 train", "spin-seed1 iter0-gsm8k"]
+    measured = ["{} train", "{} {}-gsm8k", "{} {}-alpaca"]
+    assert started == [
+        text.format(folder, model)
+        for folder, model in (("sft-seed1", "final"), ("spin-seed1", "iter0"))
+        for text in measured
+    ]
 
 
 def test_a_result_is_kept_until_its_settings_change(small_study, monkeypatch):
@@ -168,7 +174,7 @@ def test_a_result_is_kept_until_its_settings_change(small_study, monkeypatch):
 
 def test_tables_compare_on_the_same_prompts(small_study, monkeypatch):
     run, _ = small_study
-    monkeypatch.setattr(tables, "MAIN", {"b": ("gsm8k",)})
+    monkeypatch.setattr(tables, "MAIN", {"b": ("gsm8k", "nll", "chrf")})
     monkeypatch.setitem(tables.CONTROLS, "b", tables.REFERENCES["b"])
     monkeypatch.setattr(tables, "IMAGES", Path("/nonexistent"))
     assert tables.evidence_tables("b") == "No result yet."
@@ -178,8 +184,24 @@ def test_tables_compare_on_the_same_prompts(small_study, monkeypatch):
     # Wilson: 40 of 100 is 0.309 to 0.498; 50 and 60 have halves of 0.0962 and 0.0943.
     assert any(line.startswith("| sft | 1 | 0.400 ±0.094 |") for line in lines)
     assert any("| spin iter0 | 2 | 0.550 ±0.067 (0.500 to 0.600) |" in line for line in lines)
-    (compared,) = [line for line in lines if line.startswith("| spin iter0 | sft |")]
+    (compared,) = [line for line in lines if line.startswith("| spin iter0 | sft | GSM8K")]
     assert "| +0.150 (" in compared and "| +0.200, +0.100 |" in compared and "| better |" in compared
+    # All nats are equal, so the difference and its error are 0.
+    (same,) = [line for line in lines if line.startswith("| spin iter0 | sft | NLL")]
+    assert "| +0.000 (+0.000 to +0.000) |" in same and "| no clear change |" in same
+    assert any(line.startswith("| spin iter0 | sft | 0.575 ±") for line in lines)  # the win rate: 0.6 and 0.55
+    assert study_plot("b", tables.models_of("b")).startswith(b"\x89PNG")
+
+
+def test_win_rates_by_hand(small_study):
+    run, _ = small_study
+    for arm in ("sft", "spin"):
+        run.run("b", arm)
+    (column,) = [column for column in measures.COLUMNS if column.measure.key == "gsm8k"]
+    sft, spin = measures.Trained("b", "sft", "final"), measures.Trained("b", "spin", "iter0")
+    # Seed 1 is right on 20 prompts more, seed 2 on 10 more, of 100; all others tie.
+    assert [item.value for item in measures.win_rates(spin, sft, column)] == pytest.approx([0.6, 0.55])
+    assert [item.value for item in measures.win_rates(sft, spin, column)] == pytest.approx([0.4])
 
 
 def test_best_of_n_by_hand(monkeypatch):
