@@ -9,7 +9,16 @@ import json
 import pytest
 
 from spin.alignment.core.errors import InputError
-from spin.alignment.rewards import Part, PromptGroup, Score, ScorerSettings, check_scorer, find_scorer, make_scorer
+from spin.alignment.rewards import (
+    Part,
+    PromptGroup,
+    Score,
+    ScorerSettings,
+    check_columns,
+    check_scorer,
+    find_scorer,
+    make_scorer,
+)
 from tests.helpers import SHARED_DATA
 
 needs_packages = pytest.mark.skipif(
@@ -68,6 +77,8 @@ def test_instructions_are_counted_by_hand(response, strict, loose):
 def test_a_row_that_cannot_be_checked_is_named(row, sentence):
     with pytest.raises(InputError, match=f"scorer ifeval failed on prompt p1, sample 0: .*{sentence}"):
         score("One.", row)
+    with pytest.raises(InputError, match=sentence):
+        check_columns("ifeval", row)  # before a model is loaded
 
 
 @needs_packages

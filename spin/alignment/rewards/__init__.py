@@ -10,7 +10,7 @@ from spin.alignment.rewards.base import GroupLabels, GroupScorer, Part, PromptGr
 from spin.alignment.rewards.checks import check_scorer_settings
 from spin.alignment.rewards.exact_match import exact_match
 from spin.alignment.rewards.find import find_rule, functions_of
-from spin.alignment.rewards.ifeval import ifeval
+from spin.alignment.rewards.ifeval import check_instruction_ids, ifeval
 from spin.alignment.rewards.instructions import check_instructions, instructions
 from spin.alignment.rewards.length_penalty import length_penalty
 from spin.alignment.rewards.math_answer import math_answer
@@ -32,7 +32,10 @@ SCORERS: dict[str, Scorer] = {
 COMPARING: tuple[Scorer, ...] = (exact_match, math_answer, math_verify)
 
 # Rules with a form of their own for a column -> a function that checks the columns of a row.
-COLUMN_CHECKS: dict[Callable[..., float], Callable[[Mapping[str, Any]], None]] = {instructions: check_instructions}
+COLUMN_CHECKS: dict[Callable[..., float | Score], Callable[[Mapping[str, Any]], None]] = {
+    ifeval: check_instruction_ids,
+    instructions: check_instructions,
+}
 
 
 # The imports of models stay inside functions, so that rules need no torch.

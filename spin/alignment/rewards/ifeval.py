@@ -48,11 +48,7 @@ def ifeval(
     Raises:
         InputError: a package is missing, or an instruction is unknown or lacks its arguments.
     """
-    if not instruction_id_list or len(instruction_id_list) != len(kwargs):
-        raise InputError(
-            f"the row has {len(instruction_id_list)} instruction ids and {len(kwargs)} sets of arguments: give each its kwargs"
-        )
-    checkers = [_checker(name, arguments) for name, arguments in zip(instruction_id_list, kwargs, strict=True)]
+    checkers = _checkers(instruction_id_list, kwargs)
     from if_verifiable.common import get_loose_transformations, strip_thinking
 
     text = strip_thinking(response)
@@ -68,6 +64,23 @@ def ifeval(
             "instruction_loose": Part(float(sum(loose)), len(checkers)),
         },
     )
+
+
+def check_instruction_ids(columns: Mapping[str, Any]) -> None:
+    """Check the columns of a row, before a model is loaded.
+
+    Raises:
+        InputError: as :func:`ifeval`.
+    """
+    _checkers(columns["instruction_id_list"], columns["kwargs"])
+
+
+def _checkers(instruction_id_list: Sequence[str], kwargs: Sequence[Mapping[str, Any]]) -> list[Any]:
+    if not instruction_id_list or len(instruction_id_list) != len(kwargs):
+        raise InputError(
+            f"the row has {len(instruction_id_list)} instruction ids and {len(kwargs)} sets of arguments: give each its kwargs"
+        )
+    return [_checker(name, arguments) for name, arguments in zip(instruction_id_list, kwargs, strict=True)]
 
 
 def _checker(name: str, arguments: Mapping[str, Any]) -> Any:
