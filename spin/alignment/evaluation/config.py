@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -90,3 +91,15 @@ class EvaluateConfig:
         if self.metric.isidentifier():
             lookup(SCORERS, self.metric, "metric")
         find_scorer(self.metric)
+
+    def check_columns(self, columns: Mapping[str, Any]) -> None:
+        """Check that a row has the columns that the metric and ``group_by`` read.
+
+        Raises:
+            InputError: a column is missing, or its value cannot be used.
+        """
+        from spin.alignment.rewards import check_columns
+
+        check_columns(self.metric, columns)
+        if self.group_by is not None and columns.get(self.group_by) is None:
+            raise InputError(f"it has no column '{self.group_by}', which group_by names")

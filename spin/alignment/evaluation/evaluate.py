@@ -121,15 +121,11 @@ def load_held_out(config: EvaluateConfig, encoder: ChatEncoder, context: int) ->
 def scorable_rows(config: EvaluateConfig, rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[Skipped]]:
     """Return the rows that have the columns which the metric and ``group_by`` read, and those that are skipped."""
     from spin.alignment.data.rows import scorer_columns
-    from spin.alignment.rewards import check_columns
 
     usable, skipped = [], []
     for row in rows:
         try:
-            columns = scorer_columns(row)
-            check_columns(config.metric, columns)
-            if config.group_by is not None and columns.get(config.group_by) is None:
-                raise InputError(f"it has no column '{config.group_by}', which group_by names")
+            config.check_columns(scorer_columns(row))
         except InputError as error:
             skipped.append({"prompt_id": row["prompt_id"], "reason": str(error)})
         else:

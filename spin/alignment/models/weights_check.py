@@ -42,7 +42,7 @@ def check_model(
             "the adapter to a folder of its own"
         )
     try:
-        with _plainly():
+        with quiet_library():
             config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # each model's configuration raises its own kinds
         raise InputError(
@@ -152,7 +152,7 @@ def _compared(folder: Path, model_class: Any, config: Any, stored: dict[str, tor
 
     Its loading code knows what a comparison of names does not: tied weights, renamed and fused ones.
     """
-    with _plainly():
+    with quiet_library():
         try:
             _, report = model_class.from_pretrained(
                 None,
@@ -190,7 +190,7 @@ def meta_model(folder: Path, config: Any, task: Task, trust_remote_code: bool) -
     if not known and other is None:
         return None
     try:
-        with _plainly(), torch.device("meta"):
+        with quiet_library(), torch.device("meta"):
             return auto.from_config(config, trust_remote_code=trust_remote_code) if known else other(config)
     except Exception as error:
         raise InputError(
@@ -206,7 +206,7 @@ def _check_generation_config(folder: Path) -> None:
     if not path.is_file():
         return
     try:
-        with _plainly():
+        with quiet_library():
             settings = GenerationConfig.from_pretrained(folder)
             validate_generation_config(settings)
     except Exception as error:  # its checks raise their own kinds, and wrong types fail anywhere
@@ -255,7 +255,7 @@ def _check_heads(folder: Path, config: Any) -> None:
 
 
 @contextlib.contextmanager
-def _plainly() -> Iterator[None]:
+def quiet_library() -> Iterator[None]:
     """Without the library's progress bars and load reports (what they say is said as one sentence here), and without ZeRO-3,
     which would partition a model that has no weights."""
     from transformers.integrations import deepspeed

@@ -53,7 +53,9 @@ class RunData:
     """Where prompts with ground truth come from."""
 
     train: str = setting(
-        help="prompts with ground truth, in any form that reformat.py reads", group="data", path="input"
+        help="prompts, with ground truth where a stage learns from it, in any form that reformat.py reads",
+        group="data",
+        path="input",
     )
     test: str = setting("", "held-out prompts; without them no model is scored", path="input")
     train_split: str = setting("train", "split of the prompts to train on", path="name")
@@ -122,7 +124,7 @@ class RunConfig:
         help="the SFT model that iteration 0 starts from and plays against; with sft: what SFT starts from",
         path="input",
     )
-    data: RunData = setting(help="prompts with ground truth, see below")
+    data: RunData = setting(help="prompts, see below")
     model_revision: str | None = setting(None, "revision of a Hub model")
     iterations: int = setting(1, "number of iterations; raise it later and the run continues", ge=1, le=1000)
     chat_template_kwargs: dict[str, Any] = same_as(

@@ -29,6 +29,7 @@ OPTIONAL: dict[str, tuple[tuple[str, ...], str, str, str | None]] = {
     "deepspeed": (("deepspeed",), "import deepspeed", "configs/deepspeed_*.yaml", "deepspeed"),
     "peft": (("peft",), "import peft", "use_peft", "peft"),
     "bitsandbytes": (("bitsandbytes",), "import bitsandbytes", "load_in_4bit", "qlora"),
+    "gguf": (("gguf",), "import gguf", "spin import-gguf", "gguf"),
     "flash_attn": (("flash-attn",), "import flash_attn", "attn_implementation: flash_attention_2", None),
 }
 _DEVICES = "import sys; from spin.alignment.pipeline.doctor import devices; sys.stdout.write(devices())"

@@ -29,7 +29,12 @@ FETCHED_MODEL, FETCH_SCRIPT = "models/SmolLM2-135M-Instruct", "scripts/fetch_smo
 SCRIPTS = "scripts"
 # Scripts that run the single programs. The others set up and test a checkout.
 SCRIPT_FILES = (
-    *("checks.sh", "fetch_smollm2.sh", "finetune.sh", "generate.sh", "generate_vllm.sh", "run_iterations.sh"),
+    "checks.sh",
+    "fetch_smollm2.sh",
+    "finetune.sh",
+    "generate.sh",
+    "generate_vllm.sh",
+    "run_iterations.sh",
     "slurm/*.sbatch",
 )
 SCRIPT_CONFIGS = ("config*.yaml", "deepspeed_zero3.yaml")

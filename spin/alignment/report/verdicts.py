@@ -83,7 +83,7 @@ def verdict(row: dict[str, Any], other: dict[str, Any] | None, name: str, respon
     compared = {} if other is None else comparisons(row, other, responses)
     if other is None or not compared:
         return []
-    metric = row.get("metric", "exact_match").replace("_", " ")
+    metric = "exact match" if row.get("metric", "exact_match") == "exact_match" else row["metric"]
     for measure in measures_of(responses[row["model"]], responses[other["model"]]):
         if measure.key not in compared:
             continue
