@@ -219,6 +219,40 @@ def speed_table(name: str) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def generation_table(name: str) -> str:
+    """Return the table of a generation benchmark (medians over turns), and the two ratios of adjacent turns."""
+    result = read_json(RESULTS / f"{name}.json")
+    lines = [["", "tokens/s", "from, to"], ["---"] * 3]
+    for facts in result["contenders"].values():
+        turns = facts["reps"]["tokens_per_second"]
+        lines.append([facts["label"], f"{facts['tokens_per_second']:.0f}", f"{min(turns):.0f}, {max(turns):.0f}"])
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    sentences = []
+    for key, words in (
+        ("vllm_vs_bare", "ours on vLLM compared with the engine alone"),
+        ("transformers_vs_original", "ours on transformers compared with the original's loop"),
+    ):
+        low, high = result["ratio_spread"][key]
+        goal = result["goals"][key]["goal"]
+        sentences.append(f"{words}: **{result[key]:.2f}x** ({low:.2f} to {high:.2f}; goal {goal:g})")
+    same = f"{result['vllm_same_responses']:.0%} of the responses on vLLM have the engine's ids"
+    return f"{table}\n\nTurn by turn, {'; '.join(sentences)}. {same}."
+
+
+def scale_table(name: str) -> str:
+    """Return the table of a generation benchmark without a model, by step and number of rows."""
+    result = read_json(RESULTS / f"{name}.json")
+    headings = ["step", "rows", "rows/s, wall time", "rows/s, processor time", "peak memory without mapped files"]
+    lines = [headings, ["---"] * len(headings)]
+    steps = {"generate": "generate: store, claim, decode, write, merge", "gather": "gather: check, prove, write"}
+    for step, label in steps.items():
+        for rows, measured in result["scale"].items():
+            facts = measured[step]
+            rates = [f"{facts[key]:,.0f}" for key in ("rows_per_second", "rows_per_core_second")]
+            lines.append([label, f"{int(rows):,}", *rates, f"{facts['peak_anonymous_bytes'] / 2**20:.0f} MiB"])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 def faults_table(name: str) -> str:
     """Return how many faults of each kind the long form of the fault suite injected, and how many were not survived."""
     found = read_json(RESULTS / f"{name}.json")

@@ -13,6 +13,8 @@ A generated section is enclosed by a marker and ``<!-- end -->``:
     <!-- results: NAME -->               a table of results (TABLES in benchmarks/result_tables.py) with intervals
     <!-- speed: FILE -->                 the fine-tuning benchmark in benchmarks/results/FILE.json
     <!-- ratios: FILE, FILE -->          how much faster than its peers the project is in these benchmarks
+    <!-- generation: FILE -->            the generation benchmark in benchmarks/results/FILE.json
+    <!-- scale: FILE -->                 generation and gathering of many rows without a model, in the same folder
     <!-- faults: FILE -->                the faults that `python -m tests.faults` injected, in benchmarks/results/FILE.json
     <!-- evidence: STUDY -->             the results of a study of docs/evidence.md so far, in benchmarks/results/evidence
     <!-- value: ENTRY / MODEL / KEY -->  one number of benchmarks/results/demos.json, inside a sentence
@@ -29,7 +31,15 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.evidence.tables import evidence_tables  # noqa: E402
-from benchmarks.result_tables import faults_table, ratios_table, results_table, speed_table, value  # noqa: E402
+from benchmarks.result_tables import (  # noqa: E402
+    faults_table,
+    generation_table,
+    ratios_table,
+    results_table,
+    scale_table,
+    speed_table,
+    value,
+)
 from spin.alignment.core.errors import lookup  # noqa: E402
 from spin.alignment.core.files import write_text_atomic  # noqa: E402
 from spin.alignment.core.key_tables import key_table  # noqa: E402
@@ -71,8 +81,19 @@ LAYERS = (
 )
 TABLE = re.compile(r"<!-- (keys|flags): (\w+)(?: / ([\w, ]+))? -->\n.*?<!-- end -->", re.DOTALL)
 MAP = re.compile(r"<!-- (packages|modules|instructions) -->\n.*?<!-- end -->", re.DOTALL)
-RESULTS = re.compile(r"<!-- (results|speed|ratios|faults|evidence): ([^>]+?) -->\n.*?<!-- end -->", re.DOTALL)
+RESULTS = re.compile(
+    r"<!-- (results|speed|ratios|faults|generation|scale|evidence): ([^>]+?) -->\n.*?<!-- end -->", re.DOTALL
+)
 VALUE = re.compile(r"<!-- value: ([^/>]+) / ([^/>]+) / (\w+) -->.*?<!-- end -->")
+TABLE_OF = {
+    "results": results_table,
+    "speed": speed_table,
+    "ratios": ratios_table,
+    "faults": faults_table,
+    "generation": generation_table,
+    "scale": scale_table,
+    "evidence": evidence_tables,
+}
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
 
@@ -148,14 +169,7 @@ def instructions_table() -> str:
 def results_section(match: re.Match[str]) -> str:
     """Return the up-to-date text of a table of results, markers included."""
     kind, names = match.groups()
-    makers = {
-        "results": results_table,
-        "speed": speed_table,
-        "ratios": ratios_table,
-        "faults": faults_table,
-        "evidence": evidence_tables,
-    }
-    text = makers[kind](*(names.split(", ") if kind == "ratios" else [names]))
+    text = TABLE_OF[kind](*(names.split(", ") if kind == "ratios" else [names]))
     return f"<!-- {kind}: {names} -->\n{text}\n<!-- end -->"
 
 

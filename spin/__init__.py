@@ -89,7 +89,7 @@ class _Package(ModuleType):
     """This package, whose public names stay what they are.
 
     ``import spin.generate`` imports the program ``spin/generate.py`` and then sets ``spin.generate`` to that module, in the place
-    of the function. The program is to be had by ``from spin.generate import main``.
+    of the function. ``from spin.generate import main`` imports the program.
     """
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.program import EXIT_BAD_INPUT, EXIT_DONE, EXIT_INTERRUPTED
+
+C = TypeVar("C")
 
 
 def generate(*, model: str | Path, input_dir: str | Path, output_dir: str | Path, **settings: Any) -> Path:
@@ -29,12 +31,11 @@ def generate(*, model: str | Path, input_dir: str | Path, output_dir: str | Path
     Raises:
         InputError: naming the setting, row or file that is wrong, and the fix.
     """
-    from spin.alignment.core.config import build
     from spin.alignment.generation.config import GenerateConfig
     from spin.alignment.generation.generate import generate as generate_fractions
 
     given = {"model": str(model), "input_dir": str(input_dir), "output_dir": str(output_dir), **settings}
-    generate_fractions(build(GenerateConfig, given, "spin.generate"))
+    generate_fractions(_settings(GenerateConfig, given, "spin.generate"))
     return Path(output_dir)
 
 
@@ -49,12 +50,11 @@ def convert(*, input_dir: str | Path, output_dir: str | Path, **settings: Any) -
     Raises:
         InputError: naming the setting, row or file that is wrong, and the fix.
     """
-    from spin.alignment.core.config import build
     from spin.alignment.pairs.config import ConvertConfig
     from spin.alignment.pairs.convert import convert as convert_fractions
 
     given = {"input_dir": str(input_dir), "output_dir": str(output_dir), **settings}
-    convert_fractions(build(ConvertConfig, given, "spin.convert"))
+    convert_fractions(_settings(ConvertConfig, given, "spin.convert"))
     return Path(output_dir)
 
 
@@ -109,9 +109,18 @@ def evaluate(*, model: str | Path, input_dir: str | Path, output_file: str | Pat
     Raises:
         InputError: naming the setting, row or file that is wrong, and the fix.
     """
-    from spin.alignment.core.config import build
     from spin.alignment.evaluation.config import EvaluateConfig
     from spin.alignment.evaluation.evaluate import evaluate as evaluate_model
 
     given = {"model": str(model), "input_dir": str(input_dir), "output_file": str(output_file), **settings}
-    return evaluate_model(build(EvaluateConfig, given, "spin.evaluate"))
+    return evaluate_model(_settings(EvaluateConfig, given, "spin.evaluate"))
+
+
+def _settings(config_class: type[C], given: Mapping[str, Any], source: str) -> C:
+    """Return the settings of a program, checked as on its command line: outputs that cannot be written are refused too."""
+    from spin.alignment.core.config import build
+    from spin.alignment.core.settings import check_outputs
+
+    config = build(config_class, given, source)
+    check_outputs(config)
+    return config

@@ -94,6 +94,18 @@ def test_the_functions_raise_where_the_programs_exit(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_an_output_that_cannot_be_written_is_refused_before_a_model_is_loaded(tmp_path):
+    (tmp_path / "file").touch()
+    below = tmp_path / "file" / "out"
+    for call in (
+        lambda: spin.generate(model="m", input_dir="d", output_dir=below),
+        lambda: spin.convert(input_dir="d", output_dir=below),
+        lambda: spin.evaluate(model="m", input_dir="d", output_file=below / "e.json"),
+    ):
+        with pytest.raises(spin.InputError, match=r"output_\w+ .* is below .*file, which is a file"):
+            call()
+
+
 def test_run_checks_as_the_command_and_raises_by_exit_code(tmp_path, monkeypatch):
     values, seen = tiny_run(tmp_path), []
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))

@@ -169,3 +169,14 @@ def test_a_bare_no_of_yaml_is_the_strategy_no():
         "save_strategy": "no",
         "bf16": False,
     }
+
+
+def test_a_path_that_is_no_text_is_named(tmp_path):
+    (tmp_path / "c.yaml").write_text('extends: "\\ud800.yaml"')
+    with pytest.raises(InputError, match="which is not text in UTF-8: correct the path"):
+        load_yaml(tmp_path / "c.yaml")
+
+
+def test_a_key_of_python_that_is_no_text_is_named():
+    with pytest.raises(InputError, match="unknown key 3 in the call"):
+        build(ModelConfig, {3: 4}, "the call")

@@ -89,11 +89,11 @@ def test_control_characters_do_not_act_on_the_terminal():
     )
 
 
-def test_reader_is_gone(monkeypatch):
+def test_reader_has_ended(monkeypatch):
     reading, writing = os.pipe()
     with os.fdopen(writing, "w") as pipe:
         monkeypatch.setattr(sys, "stdout", pipe)
-        assert not console.reader_is_gone()
+        assert not console.reader_has_ended()
         os.close(reading)
         time.sleep(0.01)
-        assert console.reader_is_gone()
+        assert console.reader_has_ended()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -112,3 +113,14 @@ def test_a_full_disk_anywhere_in_a_program_is_one_sentence():
     assert code == 2 and said == (
         "error: no space left on the disk while writing pairs/.train.part: free some and run the same command again\n"
     )
+
+
+def test_the_same_weights_in_a_folder_of_another_name_are_no_difference():
+    mine = Provenance("generated", model="runs/a", weights_hash="w", split="train")
+    assert mine.differences(replace(mine, model="/mnt/b")) == []
+    assert mine.differences(replace(mine, model="b", weights_hash="v")) == [
+        "model: 'runs/a' != 'b'",
+        "weights_hash: 'w' != 'v'",
+    ]
+    unknown = replace(mine, weights_hash="")
+    assert unknown.differences(replace(unknown, model="b")) == ["model: 'runs/a' != 'b'"]

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
@@ -91,6 +91,7 @@ def test_flags_become_the_types_of_the_fields():
         (["--rate", "fast"], "--rate is 'fast', which is not a number: correct the value"),
         (["--rate", "0"], "--rate is 0.0: set it to a number above 0 and at most 1"),
         (["--rate", "nan"], "--rate is nan: set it to"),
+        (["--params", "mu=a\0b"], "--params is 'a\\x00b', which has a NUL character in it"),
         (["--part_size", "0"], "--part_size is 0: set it to 1 or more"),
         (["--part_size", "2.5"], "--part_size is '2.5', which is not a whole number"),
         (["--number", "all"], "--number is 'all', which is not a whole number or 'auto'"),
@@ -191,3 +192,51 @@ def test_help_of_every_program_is_light(program):
     code += "sys.exit(bool({'torch', 'transformers', 'datasets', 'pyarrow'} & set(sys.modules)))"
     ran = subprocess.run([sys.executable, "-c", code], check=False, timeout=60, capture_output=True, text=True)
     assert ran.returncode == 0 and "default" in ran.stdout, ran.stderr
+
+
+@dataclass(frozen=True, kw_only=True)
+class Free:
+    """A program with settings of any kind."""
+
+    values: dict[str, Any] = setting({}, "anything")
+    size: float = setting(1.0, "how large", gt=0)
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["day=2024-01-02", "on=no", "n=3", "share=1.5"], {"day": "2024-01-02", "on": False, "n": 3, "share": 1.5}),
+        (['{"day": "2024-01-02", "deep": {"a": [1, null]}}'], {"day": "2024-01-02", "deep": {"a": [1, None]}}),
+    ],
+)
+def test_settings_of_any_kind_are_what_json_can_hold(given, expected):
+    parsed = from_arguments(Free, ["--values", *given], "example")
+    assert parsed.values == expected
+    assert from_arguments(Free, to_arguments(parsed), "example") == parsed
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ('{"a": ' + "[" * 6000 + "]" * 6000 + "}", "not valid JSON .*recursion"),
+        ('{"a": 1, "a": 2}', "the key 'a' occurs twice"),
+        ('{"a": {"b": 1, "b": 1}}', "the key 'b' occurs twice"),
+        ('{"a": NaN}', "NaN is not a finite number"),
+        ('{"a": -Infinity}', "-Infinity is not a finite number"),
+        ("a=" + "[" * 3000, "nested deeper than 50 levels"),
+        ("a=&x [*x]", "nested deeper than 50 levels"),
+        ("a={b: 1, b: 2}", "the key 'b' occurs twice"),
+    ],
+)
+def test_settings_of_any_kind_are_read_strictly(given, message):
+    with pytest.raises(InputError, match=message) as refusal:
+        from_arguments(Free, ["--values", given], "example")
+    assert len(str(refusal.value)) < 400
+
+
+def test_numbers_without_an_upper_bound_are_finite():
+    with pytest.raises(InputError, match="size is inf: set it to a number above 0"):
+        Free(size=math.inf)

@@ -13,7 +13,7 @@ from spin.alignment.core.errors import InputError
 from spin.alignment.core.provenance import hash_weights
 from spin.alignment.models.adapters import add_adapters
 from spin.alignment.models.config import ModelConfig
-from spin.alignment.models.folder import check_fits, is_complete_checkpoint
+from spin.alignment.models.folder import check_config_fits, check_fits, context_length, is_complete_checkpoint
 from spin.alignment.models.loading import disable_dropout, load_model
 from spin.alignment.models.positions import fixed_positions
 from spin.alignment.models.precision import generation_dtype
@@ -38,13 +38,15 @@ def test_a_weight_that_is_not_finite_is_never_saved(tmp_path):
     assert not is_complete_checkpoint(tmp_path / "out")
 
 
-def test_weights_are_saved_in_the_precision_in_memory_or_in_the_wanted_one(tmp_path):
+def test_weights_are_saved_in_the_precision_in_memory_or_in_the_wanted_one(tmp_path, capsys):
     model = tiny_llama(20)
     save_checkpoint(model, char_tokenizer(), tmp_path / "as they are", trained_in="bfloat16")
     kept = AutoModelForCausalLM.from_pretrained(tmp_path / "as they are", dtype="auto")
     assert kept.dtype == torch.float32 and torch.equal(kept.lm_head.weight, model.lm_head.weight)
     assert generation_dtype(str(tmp_path / "as they are"), "auto") == "bfloat16"
+    assert "was saved in float32 after training in bfloat16: it is used in bfloat16" in capsys.readouterr().err
     assert generation_dtype(str(tmp_path / "as they are"), "float32") == "float32"
+    assert capsys.readouterr().err == ""
     # Its next iteration, trained without mixed precision, does not inherit the record.
     save_checkpoint(kept, char_tokenizer(), tmp_path / "next")
     assert generation_dtype(str(tmp_path / "next"), "auto") == "auto"
@@ -140,6 +142,32 @@ def test_an_evaluation_leaves_the_gradients_through_a_quantised_base_as_they_are
 def test_data_that_does_not_fit_the_model(tiny_model, length, token, message):
     with pytest.raises(InputError, match=message):
         check_fits(tiny_model, length, token)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"n_positions": 64},  # GPT-2
+        {"max_seq_len": 64},  # MPT
+        {"text_config": None, "max_position_embeddings": 64},
+        {"max_position_embeddings": 512, "text_config": {"max_position_embeddings": 64}},  # multimodal
+        {
+            "text_config": {
+                "max_position_embeddings": 512,
+                "rope_scaling": {"type": "longrope"},
+                "original_max_position_embeddings": 64,
+            }
+        },
+    ],
+)
+def test_the_context_is_found_wherever_a_configuration_has_it(config):
+    check_config_fits(config, "the model", 64, 1)
+    with pytest.raises(InputError, match=r"has 65 tokens, but .* 64"):
+        check_config_fits(config, "the model", 65, 1)
+
+
+def test_the_context_of_a_configuration_object():
+    assert context_length(GPT2Config(n_positions=48)) == 48
 
 
 LONGROPE = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}

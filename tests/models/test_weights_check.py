@@ -241,3 +241,25 @@ def test_an_adapter_without_some_of_its_weights_is_refused(tiny_model: Path, tmp
             check_adapter(tmp_path, tiny_model, model_config)
     with pytest.raises(InputError, match="contains an adapter and no model"):
         check_model_path(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_link_without_its_file_is_named(model: Path, name: str) -> None:
+    """A snapshot of the Hub's cache that was copied without the blobs."""
+    (model / name).unlink()
+    (model / name).symlink_to("../../blobs/0123")
+    with pytest.raises(
+        InputError, match=rf"{name} in .* is a link to a file that does not exist: copy the folder again"
+    ):
+        check_model_path(str(model))
+
+
+@pytest.mark.parametrize("names", [None, [], [3], "LlamaForCausalLM", ["NoSuchModel"]])
+def test_a_model_type_decides_whatever_the_architectures_are(model: Path, names: object) -> None:
+    config(architectures=names)(model)
+    check_model(model)
+
+
+def test_a_link_that_is_not_of_the_model_does_not_matter(model: Path) -> None:
+    (model / "notes").symlink_to("nowhere")
+    check_model_path(str(model))

@@ -9,7 +9,10 @@ import pytest
 import yaml
 
 from spin import cli
+from spin.alignment.core.parquet import ParquetSink
+from spin.alignment.core.provenance import Provenance
 from spin.alignment.data.fractions import PARTS_FOLDER
+from spin.alignment.evaluation.responses import SCHEMA
 from spin.alignment.generation.leases import read_worker
 from spin.alignment.pipeline.config import open_run
 from spin.alignment.pipeline.doctor import Finding, show_findings
@@ -150,6 +153,19 @@ def test_results_that_lack_a_value_are_named_by_the_report(planned, tmp_path, co
     assert (
         code == 2 and f"the results of iter0 in {run / 'iter0'} are incomplete" in err and "run `spin run` again" in err
     )
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"temperatures": 3, "n": 1}', "{"])
+def test_damaged_results_are_a_problem_and_do_not_end_the_check(planned, tmp_path, content):
+    config = open_run(str(copy_run(planned, tmp_path / "run")))
+    stage = next(stage for stage in make_stages(config) if stage.name == "iter0/evaluate")
+    result = Path(stage.configs[0].output_file)
+    result.parent.mkdir(parents=True)
+    result.write_text(content)
+    with ParquetSink(result.with_suffix(".parquet"), SCHEMA, Provenance("evaluation")):
+        pass
+    (problem,) = stage.kind.problems(stage, config)
+    assert str(result) in problem
 
 
 def test_the_copy_of_the_metrics_is_made_again(planned, tmp_path):

@@ -184,6 +184,15 @@ def test_two_sources_that_change_places_are_a_change(tmp_path):
     assert manifest.changes("a", {"plus": "P", "minus": "Q", "content of P": "1", "content of Q": "2"}) == []
 
 
+def test_one_copy_less_of_the_same_data_is_a_change(tmp_path):
+    manifest = RunManifest(tmp_path)
+    two = {f"dataset_mixer.{name}": 1.0 for name in ("/a", "/b")} | {f"content of {name}": "x" for name in ("/a", "/b")}
+    one = {"dataset_mixer./a": 1.0, "content of /a": "x"}
+    manifest.start("a", two)
+    assert manifest.changes("a", one) == ["content of /b: x -> absent", "dataset_mixer./b: 1.0 -> absent"]
+    assert manifest.changes("a", two) == []
+
+
 def test_an_unhashed_file_may_be_spelled_in_another_way(tmp_path):
     (tmp_path / "launch.yaml").touch()
     manifest = RunManifest(tmp_path)

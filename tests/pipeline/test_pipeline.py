@@ -104,6 +104,11 @@ def test_paper_run_has_the_settings_of_its_later_iterations(monkeypatch):
         ({"iteration": 3}, "unknown key 'iteration'.*did you mean 'iterations'"),
         ({"iterations": 0}, "iterations is 0: set it to 1 or more"),
         ({"history": -1}, "history is -1"),
+        ({"overrides": {"1": {"beta": 0.5}, "01": {"beta": 0.7}}}, "names an iteration twice, as in 1 and 01"),
+        (
+            {"generate": {"system": "fold"}},
+            "'system' in the section 'train' of .* is keep, but fold in the section 'generate'",
+        ),
         ({"model": None}, "lacks the key 'model'"),
         ({"model": "./nowhere"}, "nowhere does not exist"),
         ({"data": {"train": "./no-data"}}, "no-data"),

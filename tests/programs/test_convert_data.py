@@ -130,6 +130,13 @@ def test_a_rerun_is_free_and_pairs_of_something_else_are_refused(generated, tmp_
     run(generated, out)
     stamps = {path: path.stat().st_mtime_ns for path in out.iterdir()}
     assert "already complete" in run(generated, out)
+    counts = out / "train_prefs.counts.json"
+    whole = counts.read_text()
+    for damaged in ("{", "[]", "{}", whole.replace("written", "writteo")):
+        counts.write_text(damaged)
+        assert "train_prefs.counts.json" in refused(generated, out)
+    counts.write_text(whole)
+    stamps[counts] = counts.stat().st_mtime_ns
     assert "extra.identical: 'drop' != 'keep'" in refused(generated, out, "--identical", "drop")
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == stamps
     run(generated, out, "--identical", "drop", "--overwrite", "--max_rows_per_file", 3)

@@ -108,6 +108,35 @@ def test_the_last_whole_checkpoint_is_used_and_the_result_is_the_same(killed: Pa
     assert damaged_part(damaged) is None  # it was written again
 
 
+@pytest.mark.parametrize("content", ["", '{"epoch": 1', "[" * 100_000])
+def test_a_checkpoint_whose_state_is_damaged_is_named_like_any_other(killed: Path, content: str) -> None:
+    """It was complete, so it is not taken for one that a kill left unfinished, which is removed without a word."""
+    out = killed / "out"
+    (out / "checkpoint-4" / "trainer_state.json").write_text(content)
+    (out / "checkpoint-3").mkdir()  # unfinished
+    (out / "checkpoint-7").write_text("a file")
+    code, _, err = run_main(run_spin.main, killed / "c.yaml")
+    assert code == 0, err
+    assert "checkpoint-4 is damaged (trainer_state.json) and set aside" in err and "checkpoint-3" not in err
+    assert (out / "checkpoint-4.damaged").is_dir() and not (out / "checkpoint-3").exists()
+
+
+def test_json_of_another_kind_is_damage(killed: Path) -> None:
+    checkpoint = killed / "out" / "checkpoint-4"
+    (checkpoint / HASHES_FILE).unlink()
+    (checkpoint / "run_sums.json").write_text("[1]")
+    assert damaged_part(checkpoint) == "run_sums.json"
+
+
+@pytest.mark.parametrize("content", ['"many"', "", "-5"])
+def test_a_token_budget_without_a_hash_is_planned_again_if_it_is_no_number(killed: Path, content: str) -> None:
+    (killed / "out" / ".token_budget.json.xxh3").unlink()
+    (killed / "out" / "token_budget.json").write_text(content)
+    code, _, err = run_main(run_spin.main, killed / "c.yaml")
+    assert code == 0, err
+    assert int((killed / "out" / "token_budget.json").read_text()) > 0
+
+
 @pytest.mark.slow
 def test_without_a_whole_checkpoint_the_training_starts_over(killed: Path, trained: Path) -> None:
     out = killed / "out"

@@ -16,6 +16,7 @@ from tests.helpers.weights import (
     models,
     save_teacher,
     weigh,
+    write_pairs,
 )
 
 BAD = {
@@ -135,3 +136,20 @@ def test_weights_that_are_no_numbers_are_refused(scoring_models, tmp_path):
 def test_rows_without_weights_are_refused(scoring_models, tmp_path):
     code, said = train_on(tmp_path, scoring_models, lambda rows: rows[2].update(chosen_weights=None))
     assert code == 2 and "but has none" in said
+
+
+def test_weights_of_pairs_in_other_files_do_not_stay_beside_the_new_ones(tmp_path, tiny_model):
+    """Converted again, pairs may be in fewer or more files: a reader would find two sets."""
+    arguments = ("--weighting", "uniform", "--tokenizer", tiny_model)
+    write_pairs(tmp_path / "one", files=1)
+    write_pairs(tmp_path / "two", files=2)
+    out = tmp_path / "out"
+    assert weigh(tmp_path, out, *arguments, pairs="one")[0] == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    code, _, err = weigh(tmp_path, out, *arguments, pairs="two")
+    assert code == 2 and "train_prefs-00000-of-00001.parquet was created from other pairs" in err
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
+    assert weigh(tmp_path, out, *arguments, "--overwrite", pairs="two")[0] == 0
+    assert sorted(path.name for path in out.glob("*.parquet")) == [
+        f"train_prefs-0000{number}-of-00002.parquet" for number in range(2)
+    ]

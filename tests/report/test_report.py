@@ -97,6 +97,12 @@ def test_a_model_of_an_older_version_is_shown_but_not_compared(finished_run):
     assert summary["rows"][2]["greedy_exact"] == 0.5
 
 
+def test_skipped_held_out_rows_are_warned_of():
+    row = {"model": "iter0", "role": "policy", "iteration": 0, "skipped": 2}
+    assert warnings([row]) == ["iter0: 2 held-out rows or responses skipped: eval.json names them"]
+    assert warnings([row | {"skipped": 0}]) == []
+
+
 def test_warnings_of_length_saturation_and_cut():
     rows = [{"model": "sft", "role": "start", "iteration": None, "mean_length": 10.0}]
     rows.append(

@@ -183,5 +183,45 @@ def test_replay_refuses_another_folder(tmp_path):
     assert code == 2 and "is no record of a failed step" in err
 
 
+RECORD = {
+    "step": 3,
+    "what": "the loss is nan",
+    "kind": "pairs",
+    "model": "",
+    "settings": {"loss_type": "sigmoid", "loss_arguments": {"beta": 0.1}},
+}
+ROW = {"prompt_ids": [5], "chosen_ids": [6], "rejected_ids": [7]}
+
+
+@pytest.mark.parametrize(
+    ("record", "rows", "problem"),
+    [
+        ([], [ROW], "must be a mapping"),
+        ({}, [ROW], "missing 4 required"),
+        (RECORD | {"kind": "other"}, [ROW], "other"),
+        (RECORD | {"settings": {"loss_type": "sigmoid"}}, [ROW], "it lacks loss_arguments"),
+        (RECORD, [], "it has no rows"),
+        (RECORD, [[]], "it lacks"),
+        (RECORD, ["half of a r"], "it lacks"),
+        (RECORD, [ROW, {"prompt_ids": [5], "chosen_ids": [6]}], "it lacks rejected_ids"),
+        (RECORD | {"kind": "sft"}, [{"input_ids": [5]}], "it lacks labels"),
+    ],
+)
+def test_replay_names_a_damaged_record(tmp_path, record, rows, problem):
+    (tmp_path / "step.json").write_text(json.dumps(record))
+    (tmp_path / "rows-0.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, _, err = run_main(cli.main, "replay", tmp_path)
+    assert code == 2 and re.fullmatch(
+        rf"error: the record in {tmp_path} is damaged \(.*{problem}.*\): run the .*\n", err
+    )
+
+
+def test_replay_refuses_a_model_of_another_vocabulary(tiny_model, tmp_path):
+    (tmp_path / "step.json").write_text(json.dumps(RECORD | {"model": str(tiny_model)}))
+    (tmp_path / "rows-0.jsonl").write_text(json.dumps(ROW | {"rejected_ids": [100_000]}) + "\n")
+    code, _, err = run_main(cli.main, "replay", tmp_path)
+    assert code == 2 and f"the record in {tmp_path} contains token id 100000" in err
+
+
 def test_the_error_is_bad_input_and_a_floating_point_error():
     assert issubclass(NotFiniteError, FloatingPointError) and NotFiniteError("x").rows == ()

@@ -14,6 +14,8 @@ from tests.helpers.training import metrics, write_config
 ACCEPTED = [
     ({"use_flash_attention_2": True}, {"attn_implementation": "flash_attention_2"}),  # uclaml/SPIN, tulu-70B
     ({"use_flash_attention_2": False}, {}),
+    ({"use_flash_attention_2": "no"}, {}),
+    ({"use_flash_attention_2": "True"}, {"attn_implementation": "flash_attention_2"}),
     ({"torch_dtype": None}, {"dtype": "float32"}),  # uclaml/SPPO, in the transformers of that time
     ({"torch_dtype": "bfloat16"}, {"dtype": "bfloat16"}),
     ({"do_eval": "no"}, {"do_eval": False}),  # uclaml/SPPO
@@ -77,3 +79,10 @@ def test_do_eval_false_leaves_out_the_evaluation_at_the_end(tiny_model, pairs, t
     code, _, err = run_main(run_spin.main, write_config(tmp_path / "c.yaml", tiny_model, pairs, do_eval="no", **splits))
     assert code == 0, err
     assert "eval_loss" not in metrics(tmp_path / "out")["final"]
+
+
+@pytest.mark.parametrize("share", [1, 1.0, "1.0", 3])
+def test_a_warmup_ratio_that_would_count_steps_is_refused(share):
+    """warmup_steps: 1 is one step, but warmup_ratio: 1 meant all of them."""
+    with pytest.raises(InputError, match=f"'warmup_ratio' in x is {share}: set it below 1"):
+        rename_keys({"warmup_ratio": share}, "x")

@@ -137,7 +137,7 @@ def build(config_class: type[C], values: Mapping[str, Any], source: str) -> C:
 
 def unknown_key(key: str, source: str, known: Iterable[str]) -> InputError:
     """Return the error for a key that nothing reads, with the closest key that exists."""
-    fix = suggestion(key, known) or ": remove it, or see --help for the keys that exist"
+    fix = suggestion(str(key), known) or ": remove it, or see --help for the keys that exist"
     return InputError(f"unknown key {shown(key)} in {source}{fix}")
 
 

@@ -67,7 +67,7 @@ def flush_output() -> None:
     _write(sys.stderr, "")
 
 
-def reader_is_gone() -> bool:
+def reader_has_ended() -> bool:
     """Return whether standard output is a pipe whose reading end has been closed."""
     try:
         poll = select.poll()

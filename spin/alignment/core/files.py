@@ -132,9 +132,6 @@ _FULL_DISK = (
     "No space left on device",
     "File too large",
     "Disk quota exceeded",
-    "os error 28",
-    "os error 27",
-    "os error 122",
 )
 _FULL_DISK_TORCH = ("PytorchStreamWriter failed writing file", "file write failed", "unexpected pos")
 

@@ -11,10 +11,8 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-import yaml
-
 from spin.alignment.core.config import convert, key_values
-from spin.alignment.core.errors import InputError
+from spin.alignment.core.errors import InputError, shown
 from spin.alignment.core.key_tables import default_text
 from spin.alignment.core.program import Parser
 from spin.alignment.core.settings import (
@@ -27,6 +25,7 @@ from spin.alignment.core.settings import (
     hints_of,
     settings_of,
 )
+from spin.alignment.core.yaml_text import parse_yaml
 
 C = TypeVar("C")
 
@@ -122,23 +121,38 @@ def _read(text: Any, hint: Any, where: str) -> Any:
 
 
 def _read_mapping(texts: Sequence[str], where: str) -> dict[str, Any]:
-    """Read a mapping of any values: one JSON object, or ``key=value`` texts whose values are YAML scalars.
+    """Read a mapping of any values: one JSON object, or ``key=value`` texts whose values are YAML.
 
     Raises:
         InputError: neither of them.
     """
     if len(texts) == 1 and texts[0].lstrip().startswith("{"):
         try:
-            return dict(json.loads(texts[0]))
-        except ValueError as error:
+            return dict(json.loads(texts[0], object_pairs_hook=_unique, parse_constant=_refuse_constant))
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{where} is not valid JSON ({error}): correct the value") from error
     found = {}
     for key, text in key_values(texts, where).items():
         try:
-            found[key] = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError) as error:
-            raise InputError(f"{where} contains '{key}={text}', which cannot be read: quote the value") from error
+            found[key] = parse_yaml(text)
+        except ValueError as error:
+            raise InputError(
+                f"{where} contains {shown(f'{key}={text}')}, which is not YAML ({error}): quote it"
+            ) from error
     return found
+
+
+def _unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object, unless it repeats a key: Python would keep the last value only."""
+    found = dict(items)
+    if len(found) < len(items):
+        keys = [key for key, _ in items]
+        raise ValueError(f"the key '{next(key for key in keys if keys.count(key) > 1)}' occurs twice")
+    return found
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a finite number")
 
 
 def to_arguments(config: Any) -> list[str]:

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from spin.alignment.core.content_hash import sealed_file
-from spin.alignment.core.errors import InputError
+from spin.alignment.core.errors import InputError, reason_of
 from spin.alignment.core.files import atomic_file
 from spin.alignment.core.provenance import Provenance
 
@@ -86,8 +86,9 @@ def open_parquet(path: str | Path) -> pq.ParquetFile:
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist: check the path") from error
     except (pa.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{path} is not a readable parquet file ({reason}): restore it or write it again") from error
+        raise InputError(
+            f"{path} is not a readable parquet file ({reason_of(error)}): restore it or write it again"
+        ) from error
     repeated = [name for name in names if names.count(name) > 1]
     if repeated:
         raise InputError(f"{path} has several columns named '{repeated[0]}': rename or remove one")
@@ -107,8 +108,7 @@ def read_batches(
         try:
             batch = next(batches, None)
         except (pa.ArrowException, OSError) as error:
-            reason = " ".join(str(error).split())
-            raise InputError(f"{path} is damaged ({reason}): restore it or write it again") from error
+            raise InputError(f"{path} is damaged ({reason_of(error)}): restore it or write it again") from error
         if batch is None:
             return
         yield batch
@@ -145,8 +145,7 @@ def batch_rows(batch: pa.RecordBatch, path: str | Path) -> list[dict[str, Any]]:
     try:
         return batch.to_pylist()
     except (UnicodeDecodeError, pa.ArrowException) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{path} contains text that is not UTF-8 ({reason}): write it again") from error
+        raise InputError(f"{path} contains text that is not UTF-8 ({reason_of(error)}): write it again") from error
 
 
 def read_skipped(path: str | Path) -> list[dict[str, str]]:

@@ -15,7 +15,8 @@ def checked_path(text: str, where: str) -> str:
     """Return a path with ``~`` expanded to the home folder.
 
     Raises:
-        InputError: a path that no file system has: empty, too long, or with a NUL; ``where`` names the setting.
+        InputError: a path that no file system has: empty, too long, not UTF-8, or with a control character; ``where`` names the
+            setting.
     """
     if not text.strip():
         raise InputError(f"{where} is empty: give a path")
@@ -24,8 +25,11 @@ def checked_path(text: str, where: str) -> str:
     expanded = os.path.expanduser(text)  # noqa: PTH111  (Path would raise for an unknown user)
     if expanded.startswith("~"):
         raise InputError(f"{where} is {text}, and there is no such home folder: write the path out")
-    longest = max(len(os.fsencode(name)) for name in expanded.split("/"))
-    if longest > MAX_NAME or len(os.fsencode(expanded)) > MAX_PATH:
+    try:
+        sizes = [len(os.fsencode(name)) for name in expanded.split("/")]
+    except UnicodeEncodeError as error:
+        raise InputError(f"{where} is {text[:60]!r}, which is not text in UTF-8: correct the path") from error
+    if max(sizes) > MAX_NAME or sum(sizes) + len(sizes) - 1 > MAX_PATH:
         raise InputError(
             f"{where} is '{text[:40]}...', which is too long for a path: use at most {MAX_NAME} bytes a name"
         )

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import NoReturn
 
-from spin.alignment.core.console import escape_controls, flush_output, reader_is_gone, say, say_error
+from spin.alignment.core.console import escape_controls, flush_output, reader_has_ended, say, say_error
 from spin.alignment.core.errors import InputError, suggestion
 from spin.alignment.core.files import is_disk_full
 
@@ -126,7 +126,7 @@ def run_program(main: Callable[[Sequence[str]], int | None], arguments: Sequence
         flush_output()
         raise
     except Exception as error:
-        if isinstance(error, BrokenPipeError) and reader_is_gone():  # a library wrote to standard output itself
+        if isinstance(error, BrokenPipeError) and reader_has_ended():  # a library wrote to standard output itself
             flush_output()
             say_error("interrupted: the reader of the output has ended; run the same command again to resume")
             sys.exit(EXIT_INTERRUPTED)

@@ -187,8 +187,6 @@ def write_sums(folder: Path) -> None:
 
 def read_sums(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of each weight file that was saved in a model folder; empty if nothing was recorded."""
-    try:
-        text = (folder / SUMS_FILE).read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
-        return {}
+    path = folder / SUMS_FILE
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     return {name.strip(): digest for digest, _, name in (line.partition("  ") for line in text.splitlines())}

@@ -203,7 +203,7 @@ class _Check:
             if key.value in seen:
                 first, again = seen[key.value], _line(key)
                 places = f"twice on line {again}" if first == again else f"on line {first} and on line {again}"
-                raise ValueError(f"the key '{key.value}' stands {places}")
+                raise ValueError(f"the key '{key.value}' occurs {places}")
             if key.tag != _TAG + "merge":
                 seen[key.value] = _line(key)
 

@@ -296,7 +296,9 @@ class ChatEncoder:
         start = whole.find(said, len(prompt)) if said and MARK not in whole else -1
         if start < 0:
             return None
-        encoded = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
+        encoded = self.tokenizer(
+            whole, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=False
+        )
         ids, offsets, end = list(encoded["input_ids"]), encoded["offset_mapping"], start + len(said)
         first = next(number for number, (_, until) in enumerate(offsets) if until > start)
         last = max(number for number, (begin, _) in enumerate(offsets) if begin < end)
@@ -308,7 +310,9 @@ class ChatEncoder:
         return ids[first : last + 1], [(begin - moved, min(until, end) - moved) for begin, until in places]
 
     def _tokens_alone(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        encoded = self.tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=False
+        )
         return list(encoded["input_ids"]), [(begin, end) for begin, end in encoded["offset_mapping"]]
 
     def _one_bos(self, ids: list[int]) -> list[int]:

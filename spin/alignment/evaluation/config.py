@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from spin.alignment.core.errors import InputError, lookup
 from spin.alignment.core.settings import check_settings, part_of, same_as, setting
 from spin.alignment.data.config import DataConfig, System
-from spin.alignment.data.source_names import with_config
+from spin.alignment.data.source_names import name_and_config, with_config
 from spin.alignment.data.template_date import parse_date
 from spin.alignment.generation import BACKENDS, check_backend_settings, find_backend
 from spin.alignment.generation.base import BackendSettings, SamplingConfig
@@ -79,6 +80,24 @@ class EvaluateConfig:
     def sampling(self, temperature: float) -> SamplingConfig:
         """Return how responses are sampled at a temperature."""
         return replace(part_of(self, SamplingConfig), temperature=temperature)
+
+    def check_files(self) -> None:
+        """Check that the files to be written are not data, or would become data of the input folder.
+
+        Raises:
+            InputError: they are, or would.
+        """
+        from spin.alignment.evaluation.responses import responses_path
+
+        source, output = Path(name_and_config(self.input_dir)[0]).resolve(), Path(self.output_file).resolve()
+        if output.suffix == ".parquet":
+            raise InputError(
+                f"output_file is {self.output_file}, the name of the responses' file: give a name such as eval.json"
+            )
+        if source == output.parent or source in (output, responses_path(output)):
+            raise InputError(
+                f"output_file {self.output_file} is in the place of the data, {self.input_dir}: choose another folder"
+            )
 
     def check_metric(self) -> None:
         """Check the rule that scores the responses; a module that it names is imported.

@@ -36,6 +36,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     from spin.alignment.models.vocabulary import check_control_tokens, check_ids, ids_without_token
     from spin.alignment.models.weights_check import check_model
 
+    config.check_files()
     config.check_metric()
     check_model_path(config.model)
     encoder = load_encoder(
@@ -236,7 +237,10 @@ def respond_and_score(
     rows: list[dict[str, Any]] = []
     for temperature in config.temperatures:
         responses = respond(backend, held_out, config.sampling(temperature), say_error)
-        texts = [encoder.response_text(response.token_ids) for response in responses]
+        texts = [
+            encoder.response_text(response.token_ids, item.chat_template_kwargs)
+            for item, response in zip(held_out, responses, strict=True)
+        ]
         rows += scored_rows(config.model, temperature, held_out, responses, texts, scorer, skipped, config.group_by)
     return rows
 

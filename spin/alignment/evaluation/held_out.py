@@ -27,12 +27,13 @@ PROGRESS_SECONDS = 10.0
 @dataclass(frozen=True)
 class HeldOut:
     """One held-out prompt: its request, its turns, the ground truth as text and ids (EOS included; None and no ids if it has
-    none), and the other columns of its row for the scorer."""
+    none), the template arguments of its row (JSON text), and the other columns for the scorer."""
 
     request: PromptRequest
     messages: list[dict[str, str]]
     ground_truth: str | None
     ground_truth_ids: tuple[int, ...]
+    chat_template_kwargs: str | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -70,8 +71,16 @@ def encode_held_out(
             skipped.append({"prompt_id": row["prompt_id"], "reason": reason})
             continue
         request = PromptRequest(row["prompt_id"], tuple(ids))
-        ground_truth = answer_text(row["chosen"][-1]) if answered else None
-        held_out.append(HeldOut(request, prompt, ground_truth, tuple(ground_truth_ids), scorer_columns(row)))
+        held_out.append(
+            HeldOut(
+                request,
+                prompt,
+                answer_text(row["chosen"][-1]) if answered else None,
+                tuple(ground_truth_ids),
+                row.get("chat_template_kwargs"),
+                scorer_columns(row),
+            )
+        )
     return held_out, skipped
 
 

@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spin.alignment.core.errors import InputError
+from spin.alignment.core.errors import InputError, reason_of
 from spin.alignment.core.files import read_json
 from spin.alignment.models.config import ModelConfig
 from spin.alignment.models.loading import load_model
@@ -64,9 +64,8 @@ def check_adapter(folder: Path, model_folder: Path, model_config: Any, trust_rem
             adapted = get_peft_model(model, PeftConfig.from_pretrained(str(folder)))
         wanted = {name: tuple(weight.shape) for name, weight in get_peft_model_state_dict(adapted).items()}
     except Exception as error:  # peft raises its own kinds for each setting that it cannot apply
-        reason = " ".join(str(error).split())[:200]
         raise InputError(
-            f"the adapter in {folder} does not fit the model ({reason}): give the model it was trained on"
+            f"the adapter in {folder} does not fit the model ({reason_of(error)}): give the model it was trained on"
         ) from error
     differing = sorted(name for name in {**stored, **wanted} if stored.get(name) != wanted.get(name))
     if differing:

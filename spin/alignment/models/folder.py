@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from spin.alignment.core.errors import InputError
+from spin.alignment.core.errors import InputError, reason_of
 from spin.alignment.core.files import read_json
 from spin.alignment.models.positions import fixed_positions
 from spin.alignment.models.vocabulary import check_ids
@@ -16,7 +17,7 @@ def check_model_path(name: str, needs_weights: bool = True) -> None:
     """Check a model folder before the model is loaded; Hub names are checked when they are resolved.
 
     Raises:
-        InputError: no name, a missing folder, no config, no weights, or only pickled weights.
+        InputError: no name, a missing folder, no config, no weights, only pickled weights, or links without their files.
     """
     if not name:
         raise InputError("model_name_or_path is missing: name a model folder or a Hub model")
@@ -26,6 +27,13 @@ def check_model_path(name: str, needs_weights: bool = True) -> None:
         if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
             raise InputError(f"model folder {name} does not exist: check the path")
         return
+    links = (path for path in sorted(folder.iterdir()) if path.is_symlink() and not path.exists())
+    broken = [path.name for path in links if any(fnmatch(path.name, pattern) for pattern in MODEL_PATTERNS)]
+    if broken:
+        raise InputError(
+            f"{broken[0]} in {name} is a link to a file that does not exist: copy the folder again with the files that its links "
+            "name (cp -rL)"
+        )
     if not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
             raise InputError(
@@ -66,9 +74,8 @@ def model_folder(name: str, revision: str | None = None) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"model '{name}' is neither a local folder nor a Hub model that is cached or reachable ({reason}): "
+            f"model '{name}' is neither a local folder nor a Hub model that is cached or reachable ({reason_of(error)}): "
             "check the name, or unset HF_HUB_OFFLINE"
         ) from error
 
@@ -89,13 +96,12 @@ def check_config_fits(config: Mapping[str, Any], name: str, longest: int, max_to
     Raises:
         InputError: as :func:`check_fits`.
     """
-    text = config.get("text_config", config)  # of a multimodal model, the language model's
-    context = text.get("max_position_embeddings")
-    if context and longest > context:
+    context = context_length(config)
+    if context is not None and longest > context:
         raise InputError(
             f"the longest pair has {longest} tokens, but {name} can attend to {context} tokens: lower max_length"
         )
-    fixed = fixed_positions(config)
+    fixed = fixed_positions(_text_settings(config))
     if fixed and longest > fixed:
         raise InputError(
             f"the longest sequence has {longest} tokens, but above {fixed} tokens the positions of {name} depend on the longest "
@@ -110,14 +116,22 @@ def is_complete_checkpoint(path: str | Path) -> bool:
     return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
 
 
-def context_length(model_config: Any) -> int | None:
-    """Return the number of tokens a model can attend to, from its configuration; None if there is no limit."""
-    text_config = getattr(model_config, "text_config", None) or model_config
+def context_length(config: Any) -> int | None:
+    """Return the number of tokens a model can attend to, from its configuration (an object, or config.json's content); None if
+    there is no limit.
+    """
+    settings = _text_settings(config if isinstance(config, Mapping) else config.to_dict())
     for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
-        value = getattr(text_config, name, None)
+        value = settings.get(name)
         if isinstance(value, int) and value > 0:
             return value
     return None
+
+
+def _text_settings(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the part of config.json that describes the language model, which multimodal models have in a section of its own."""
+    text = config.get("text_config")
+    return text if isinstance(text, Mapping) else config
 
 
 # The files of a saved model. A checkpoint folder also contains logs and trainer state, which do not affect later stages.

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from spin.alignment.core.errors import InputError
+from spin.alignment.core.errors import InputError, reason_of
 from spin.alignment.core.files import read_json
 from spin.alignment.models.folder import read_config_file
 
@@ -46,7 +46,7 @@ def check_model(
             config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # each model's configuration raises its own kinds
         raise InputError(
-            f"{folder / 'config.json'} describes no model that transformers can load ({_one_line(error)}): restore the file, "
+            f"{folder / 'config.json'} describes no model that transformers can load ({reason_of(error)}): restore the file, "
             "or update transformers"
         ) from error
     _check_heads(folder, config.get_text_config())
@@ -110,7 +110,7 @@ def read_header(path: Path) -> dict[str, torch.Tensor]:
                 for name, part in slices.items()
             }
     except Exception as error:  # SafetensorError, OSError, and what a damaged header makes of shapes and names
-        raise InputError(f"{path} is damaged ({_one_line(error)}): copy it again, or save the model again") from error
+        raise InputError(f"{path} is damaged ({reason_of(error)}): copy it again, or save the model again") from error
 
 
 def refuse_mismatch(
@@ -164,7 +164,7 @@ def _compared(folder: Path, model_class: Any, config: Any, stored: dict[str, tor
             )
         except Exception as error:
             raise InputError(
-                f"the weights in {folder} do not fit its config.json ({_one_line(error)}): copy the folder again, or restore "
+                f"the weights in {folder} do not fit its config.json ({reason_of(error)}): copy the folder again, or restore "
                 "the config.json that it was saved with"
             ) from error
     return report
@@ -186,7 +186,8 @@ def meta_model(folder: Path, config: Any, task: Task, trust_remote_code: bool) -
     auto = autos[task]
     remote = auto.__name__ in (getattr(config, "auto_map", None) or {})
     known = remote or type(config) in auto._model_mapping
-    other: Any = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
+    names = getattr(config, "architectures", None)
+    other: Any = getattr(transformers, str(names[0]), None) if isinstance(names, list) and names else None
     if not known and other is None:
         return None
     try:
@@ -194,7 +195,7 @@ def meta_model(folder: Path, config: Any, task: Task, trust_remote_code: bool) -
             return auto.from_config(config, trust_remote_code=trust_remote_code) if known else other(config)
     except Exception as error:
         raise InputError(
-            f"{folder / 'config.json'} describes a model that cannot be built ({_one_line(error)}): restore the file"
+            f"{folder / 'config.json'} describes a model that cannot be built ({reason_of(error)}): restore the file"
         ) from error
 
 
@@ -211,7 +212,7 @@ def _check_generation_config(folder: Path) -> None:
             validate_generation_config(settings)
     except Exception as error:  # its checks raise their own kinds, and wrong types fail anywhere
         raise InputError(
-            f"{path} is not a valid generation configuration ({_one_line(error)}): restore or remove the file"
+            f"{path} is not a valid generation configuration ({reason_of(error)}): restore or remove the file"
         ) from error
     for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
         if not isinstance(getattr(settings, name, None), int | float | None):
@@ -277,10 +278,6 @@ def quiet_library() -> Iterator[None]:
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:_NAMED]) + (" ..." if len(names) > _NAMED else "")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 __all__ = ["Task", "check_model", "meta_model", "read_header", "refuse_mismatch", "stored_weights"]

@@ -28,7 +28,6 @@ def convert(config: ConvertConfig) -> dict[str, dict[str, int]]:
     Raises:
         InputError: a setting, a folder or a fraction cannot be used; nothing is written.
     """
-    from spin.alignment.core.files import read_json
     from spin.alignment.core.lock import folder_lock
     from spin.alignment.pairs.annotate import scorer_settings
 
@@ -39,8 +38,8 @@ def convert(config: ConvertConfig) -> dict[str, dict[str, int]]:
     sets = {split.name: make_files(split, config) for split in splits if split.origin}
     check_output(output_dir, sets, splits, config.overwrite)
     if not config.overwrite and len(sets) == len(splits) and all(files.is_complete() for files in sets.values()):
+        counts = {split: files.read_counts() for split, files in sets.items()}
         say(f"{output_dir} is already complete")
-        counts = {split: read_json(files.counts_path) for split, files in sets.items()}
         show_counts(counts)
         return counts
     with folder_lock(output_dir, setting="output_dir"):

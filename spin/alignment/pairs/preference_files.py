@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from spin.alignment.core.errors import InputError
-from spin.alignment.core.files import fsync_folder, remove_files, remove_leftovers, write_json_atomic
+from spin.alignment.core.files import fsync_folder, read_json, remove_files, remove_leftovers, write_json_atomic
 from spin.alignment.core.parquet import ParquetSink
 from spin.alignment.core.provenance import Provenance
 from spin.alignment.core.sides import SIDES
@@ -208,6 +208,19 @@ class PreferenceFiles:
         """Return whether all files exist, with the counts file as proof of completion."""
         files = self._named()
         return self.counts_path.exists() and bool(files) and len(files) == int(files[0].stem[-5:])
+
+    def read_counts(self) -> dict[str, int]:
+        """Return the counts of the complete set on disk.
+
+        Raises:
+            InputError: the counts file is damaged.
+        """
+        counts: dict[str, int] = read_json(self.counts_path)
+        if not isinstance(counts, dict) or counts.keys() != self.counts.keys():
+            raise InputError(
+                f"{self.counts_path} does not contain the counts of these pairs: remove it and convert again"
+            )
+        return counts
 
     def _named(self) -> list[Path]:
         return list(self.folder.glob(f"{glob.escape(self.split)}_prefs-*.parquet"))

@@ -221,6 +221,11 @@ class RunConfig:
             raise InputError(
                 "the section 'weigh' lacks the key 'weighting': write reverse_dpo, teacher, drift or uniform"
             )
+        if self.weighting.compares is Compares.STORED:
+            raise InputError(
+                f"weigh.weighting is {section['weighting']}, which reads gains that come with pairs, but a run makes its own "
+                f"pairs: choose {_comparing(Compares.TRAINED)} or {_comparing(Compares.TEACHER)}"
+            )
         train = section.get("train")
         if train is not None and not isinstance(train, Mapping):
             raise InputError("weigh.train is not a mapping: write 'key: value' lines under it")
@@ -331,11 +336,13 @@ def make_run_config(values: Mapping[str, Any], source: str) -> RunConfig:
     refuse_stored_secrets(values, source)
     overrides = values.get("overrides")
     if isinstance(overrides, Mapping):
-        # `--overrides.2.beta=1` gives the text '2', YAML the number 2.
-        overrides = {
+        # Keys of YAML and of the command line are text; those of a Python caller may be numbers, which then win.
+        numbered = {
             int(key) if str(key).isascii() and str(key).isdecimal() else key: item for key, item in overrides.items()
         }
-        values = {**values, "overrides": overrides}
+        if len(numbered) < len({str(key) for key in overrides}):
+            raise InputError(f"overrides in {source} names an iteration twice, as in 1 and 01: keep one of them")
+        values = {**values, "overrides": numbered}
     return build(RunConfig, values, source)
 
 

@@ -101,8 +101,9 @@ class RunManifest:
         """
         then = self.stages[stage].inputs
         before, after = by_content(then), by_content(inputs)
-        same = (Counter(before.values()) & Counter(after.values())).keys()
-        changed = {key for key, item in (*before.items(), *after.items()) if item not in same}
+        then_count, now_count = Counter(before.values()), Counter(after.values())
+        items = (*before.items(), *after.items())
+        changed = {key for key, item in items if then_count[item] != now_count[item]}
         keys = sorted(key for key in changed if not _is_same(then.get(key), inputs.get(key)))
         return [f"{key}: {then.get(key, 'absent')} -> {inputs.get(key, 'absent')}" for key in keys]
 

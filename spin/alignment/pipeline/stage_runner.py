@@ -90,7 +90,7 @@ class StageRunner:
             self._keep_replaced(stage, suspects, "files of its output were changed or removed")
 
     def _keep_replaced(self, stage: Stage, paths: list[Path], reason: str) -> None:
-        """Move output that must not be used any more to RUN/replaced/, so that none of it ends up in the new output."""
+        """Move output that must no longer be used to RUN/replaced/, so that none of it ends up in the new output."""
         run_dir = self.manifest.run_dir
         kept = replaced_folder(run_dir)
         present = [path for path in paths if os.path.lexists(path)]

@@ -76,8 +76,11 @@ class Request:
         os.close(self.stderr)
 
 
-def import_libraries() -> None:
-    """Import what programs need. Changes that libraries make to the environment are reverted: programs get it unchanged."""
+def import_libraries() -> bool:
+    """Import what programs need; return whether there is a GPU.
+
+    Changes that libraries make to the environment are reverted: programs get it unchanged.
+    """
     given = dict(os.environ)
     os.environ.update({**_WHILE_IMPORTING, **given})
     try:
@@ -85,18 +88,20 @@ def import_libraries() -> None:
             importlib.import_module(name)
         import torch
 
-        if not torch.cuda.is_available():
-            for name in TRAINING_LIBRARIES:
-                importlib.import_module(name)
+        has_gpu = torch.cuda.is_available()
+        for name in () if has_gpu else TRAINING_LIBRARIES:
+            importlib.import_module(name)
+        return has_gpu
     finally:
         os.environ.clear()
         os.environ.update(given)
 
 
-def fork_problem() -> str | None:
+def fork_problem(has_gpu: bool) -> str | None:
     """Return why a fork of this process is not equivalent to a new process; None if it is.
 
-    The trial fork also ends the idle threads of OpenBLAS, which shuts them down before every fork.
+    The trial fork also ends the idle threads of OpenBLAS, which shuts them down before every fork. Without a GPU, torch's CUDA
+    build has asked the CUDA runtime for one, after which forks may not use CUDA: nothing is lost, as they could not anyway.
     """
     import torch
 
@@ -104,7 +109,7 @@ def fork_problem() -> str | None:
         return "importing the libraries initialised CUDA"
     trial = os.fork()
     if trial == 0:
-        os._exit(bool(torch.cuda._is_in_bad_fork()))
+        os._exit(has_gpu and bool(torch.cuda._is_in_bad_fork()))
     if os.waitstatus_to_exitcode(os.waitpid(trial, 0)[1]):
         return "importing the libraries touched CUDA"
     try:
@@ -245,8 +250,7 @@ def leave(code: int) -> NoReturn:
 
 def main(control: socket.socket) -> None:
     """Serve the client at the other end; in a forked process, run the program and exit."""
-    import_libraries()
-    problem = fork_problem()
+    problem = fork_problem(has_gpu=import_libraries())
     _send(control, {"problem": problem})
     if problem is not None:
         return

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from spin.alignment.core.errors import InputError
+from spin.alignment.core.errors import InputError, reason_of
 from spin.alignment.core.files import atomic_file, read_json, write_json_atomic, write_text_atomic
 
 _NAMED = 3  # rows that the sentence names
@@ -79,16 +79,34 @@ def plain(row: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value.tolist() if hasattr(value, "tolist") else value for name, value in row.items()}
 
 
+# What a record must have to be computed again, by kind: columns of every row, and settings.
+_NEEDED: dict[str, tuple[set[str], set[str]]] = {
+    "pairs": ({"prompt_ids", "chosen_ids", "rejected_ids"}, {"loss_type", "loss_arguments"}),
+    "sft": ({"input_ids", "labels"}, set()),
+}
+
+
 def read_failed_step(folder: Path) -> tuple[FailedStep, list[dict[str, Any]]]:
     """Return the record in a folder and the rows of all processes.
 
     Raises:
-        InputError: the folder has no record.
+        InputError: the folder has no record, or it is damaged.
     """
     if not (folder / "step.json").is_file():
         raise InputError(
             f"{folder} is no record of a failed step: give a folder failed-step-N of a training's output_dir"
         )
     files = sorted(folder.glob("rows-*.jsonl"))
-    rows = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
-    return FailedStep(**read_json(folder / "step.json")), rows
+    try:
+        step = FailedStep(**read_json(folder / "step.json"))
+        rows = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+        columns, settings = _NEEDED[step.kind]
+        lacking = [*(settings - {*step.settings}), *(name for row in rows for name in columns - {*row})]
+        problem = f"it lacks {lacking[0]}" if lacking else "" if rows else "it has no rows"
+    except (KeyError, TypeError, ValueError) as error:
+        problem = reason_of(error)
+    if problem:
+        raise InputError(
+            f"the record in {folder} is damaged ({problem}): run the training again, which writes a new one"
+        )
+    return step, rows

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import zipfile
 from pathlib import Path
@@ -143,9 +142,9 @@ class OutputFolder:
         return found[-1] if found else None
 
     def _checkpoints(self, complete: bool) -> list[Path]:
-        # The Trainer writes trainer_state.json last: it proves that a checkpoint is complete.
-        found = [path for path in self.path.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-        chosen = [path for path in found if _is_json(path / "trainer_state.json") == complete]
+        folders = (path for path in self.path.glob("checkpoint-*") if path.is_dir())
+        found = [path for path in folders if path.name.removeprefix("checkpoint-").isdigit()]
+        chosen = [path for path in found if _was_completed(path) == complete]
         return sorted(chosen, key=lambda path: int(path.name.removeprefix("checkpoint-")))  # 9 before 10
 
 
@@ -185,7 +184,8 @@ def damaged_part(checkpoint: Path) -> str | None:
             if path.suffix == ".safetensors":
                 read_header(path)
             elif path.suffix == ".json":
-                read_json(path)
+                if not isinstance(read_json(path), dict):
+                    return path.name
             elif path.suffix in (".pt", ".pth", ".bin") and path.name != "training_args.bin":
                 with zipfile.ZipFile(path) as file:
                     if file.testzip() is not None:
@@ -203,9 +203,12 @@ def _set_aside(checkpoint: Path) -> Path:
     return checkpoint.rename(aside)
 
 
-def _is_json(path: Path) -> bool:
+def _was_completed(checkpoint: Path) -> bool:
+    """Return whether all of a checkpoint was written, damaged since or not: the hashes come last, after trainer_state.json."""
+    if (checkpoint / HASHES_FILE).exists():
+        return True
     try:
-        json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        read_json(checkpoint / "trainer_state.json")
+    except InputError:
         return False
     return True

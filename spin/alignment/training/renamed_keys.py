@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from spin.alignment.core.config import convert
 from spin.alignment.core.errors import InputError
 
 # The same setting under another name.
 RENAMED = {
     "evaluation_strategy": "eval_strategy",
-    "warmup_ratio": "warmup_steps",
+    "warmup_ratio": "warmup_steps",  # below 1, warmup_steps is a fraction of all steps
     "torch_dtype": "dtype",
     "no_cuda": "use_cpu",
     "max_seq_length": "max_length",
@@ -124,8 +125,14 @@ REMOVED = {
 }
 
 
+def _read_bool(value: Any) -> Any:
+    """Return true or false for a text that means it, as transformers' own parser does; any other value is unchanged."""
+    meant = {"yes": True, "true": True, "no": False, "false": False}
+    return meant.get(value.lower(), value) if isinstance(value, str) else value
+
+
 def _flash_attention(value: Any) -> dict[str, Any]:
-    return {"attn_implementation": "flash_attention_2"} if value else {}
+    return {"attn_implementation": "flash_attention_2"} if _read_bool(value) else {}
 
 
 def _original_dtype(value: Any) -> dict[str, Any]:
@@ -133,17 +140,11 @@ def _original_dtype(value: Any) -> dict[str, Any]:
     return {"dtype": "float32" if value is None else value}
 
 
-def _yes_or_no(value: Any) -> dict[str, Any]:
-    if isinstance(value, str) and value.lower() in ("yes", "no", "true", "false"):
-        value = value.lower() in ("yes", "true")
-    return {"do_eval": value}
-
-
 # Keys whose value has another form here: the key and value that they stand for, or nothing.
 _TRANSLATED: dict[str, Callable[[Any], dict[str, Any]]] = {
     "use_flash_attention_2": _flash_attention,
     "torch_dtype": _original_dtype,
-    "do_eval": _yes_or_no,
+    "do_eval": lambda value: {"do_eval": _read_bool(value)},
 }
 
 
@@ -159,6 +160,10 @@ def rename_keys(values: Mapping[str, Any], source: str) -> dict[str, Any]:
             continue
         if key in REMOVED:
             raise InputError(f"the key '{key}' in {source} is not supported: {REMOVED[key]}")
+        if key == "warmup_ratio" and convert(value, float, f"'{key}' in {source}") >= 1:
+            raise InputError(
+                f"'{key}' in {source} is {value}: set it below 1, or set warmup_steps to a number of steps"
+            )
         found = _TRANSLATED[key](value) if key in _TRANSLATED else {RENAMED.get(key, key): value}
         for new, meant in found.items():
             if new in renamed or (new != key and new in values):

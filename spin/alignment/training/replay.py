@@ -31,9 +31,10 @@ def replay(folder: Path, model: str | None = None) -> list[Replayed]:
     The weights are those of ``model``, else of the last checkpoint beside the folder, else those that training started from.
 
     Raises:
-        InputError: the folder has no record, or no weights are found.
+        InputError: the folder has no record, no weights are found, or the model has another vocabulary.
     """
     from spin.alignment.data.chat_encoder import load_tokenizer
+    from spin.alignment.models.vocabulary import check_ids
 
     step, rows = read_failed_step(folder)
     name = model or last_checkpoint(folder.parent) or step.model
@@ -41,6 +42,8 @@ def replay(folder: Path, model: str | None = None) -> list[Replayed]:
         raise InputError(f"{folder} does not name its model: give one with --model")
     say(f"{step.what} {step.when}; {len(rows)} rows under the weights of {name}")
     policy = load_weights(name, step.model)
+    ids = (token for row in rows for column, values in row.items() if column.endswith("_ids") for token in values)
+    check_ids(ids, policy.config, name, f"the record in {folder}")
     tokenizer = load_tokenizer(step.model or name)
     compute = replay_pair if step.kind == "pairs" else replay_sequence
     found = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,10 @@ class GroundTruthTrainer(EachRowOnce, WatchedSteps, SFTTrainer):
     kind = "sft"
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
-        super().__init__(*arguments, **settings)
+        with warnings.catch_warnings():
+            # It announces the slower smoothing of TRL, which is not used here, and its end.
+            warnings.filterwarnings("ignore", "`label_smoothing_factor` is deprecated", FutureWarning)
+            super().__init__(*arguments, **settings)
         self.data_collator = without_fillers(self.data_collator)
         # Of the evaluation under way: for each batch, the sum of the losses of its tokens (nats) in this process and their
         # number, and the number in all processes.

@@ -57,10 +57,12 @@ class Evaluate(StageKind):
             return []
         try:
             evaluation, responses = read_json(result), read_responses(path)
+            expected = dict.fromkeys(evaluation["temperatures"], evaluation["n"])
         except InputError as error:
             return [str(error)]
+        except (KeyError, TypeError):
+            return [f"{result} is damaged: `spin run` with the configuration of this run makes it again"]
         found = {name: len(rows) for name, rows in responses.by_temperature.items()}
-        expected = dict.fromkeys(evaluation["temperatures"], evaluation["n"])
         return [] if found == expected else [f"{path} has {found} responses by temperature, but {result} {expected}"]
 
     def check_settings(self, config: RunConfig, source: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from spin.alignment.core.errors import InputError
 from spin.alignment.pipeline.config import RunConfig
 from spin.alignment.pipeline.program_settings import train_values
 from spin.alignment.pipeline.stages.base import Model, Stage
@@ -31,8 +32,23 @@ class Train(TrainingKind):
 
     def check_settings(self, config: RunConfig, source: str) -> None:
         for iteration in config.self_play_iterations:
-            where = f"the section 'train' of {source} (iteration {iteration})"
-            check_spin_settings(config, train_values(config, iteration), where)
+            where, values = f"the section 'train' of {source} (iteration {iteration})", train_values(config, iteration)
+            check_spin_settings(config, values, where)
+            check_system(config, values, where)
+
+
+def check_system(config: RunConfig, values: Mapping[str, Any], where: str) -> None:
+    """Check that the pairs will be trained with the treatment of system turns that they are generated with.
+
+    Raises:
+        InputError: it differs, and the stored ids are to be trained on.
+    """
+    generated, trained = (section.get("system", "keep") for section in (config.generate, values))
+    if generated != trained and not values.get("retokenize"):
+        raise InputError(
+            f"'system' in {where} is {trained}, but {generated} in the section 'generate', which makes other prompts: set both "
+            "to the same"
+        )
 
 
 def check_spin_settings(config: RunConfig, values: Mapping[str, Any], where: str) -> None:

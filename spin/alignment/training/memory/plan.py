@@ -13,7 +13,6 @@ import torch
 from accelerate import Accelerator
 
 from spin.alignment.core.content_hash import is_damaged, sealed_file
-from spin.alignment.core.files import read_json
 from spin.alignment.logprobs.batch import PairDataset
 from spin.alignment.logprobs.collators import PackedCollator
 from spin.alignment.logprobs.pair_forward import PairForward
@@ -80,10 +79,11 @@ def plan_token_budget(
     record = Path(arguments.output_dir) / BUDGET_FILE
     budget = arguments.max_tokens_per_batch
     if budget is None and resumed and record.exists():
-        if is_damaged(record):
-            logger.warning("%s is damaged: the budget is planned again, so rounding may differ from before", record)
+        text = "" if is_damaged(record) else record.read_text(encoding="utf-8", errors="replace").strip()
+        if text.isdecimal():
+            budget = max(longest, int(text))
         else:
-            budget = max(longest, int(read_json(record)))
+            logger.warning("%s is damaged: the budget is planned again, so rounding may differ from before", record)
     if budget is None:
         loaded = round(stats.weight_bytes / settings.sharding.weights)
         budget = _fitting_budget(lambda tokens: estimate(tokens).total - loaded, longest, step_tokens, accelerator)
