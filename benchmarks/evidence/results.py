@@ -52,6 +52,14 @@ def keep(output: Path, path: Path, flags: Mapping[str, Any], cost: Mapping[str, 
     write_json_atomic(path, found)
 
 
+def keep_training(checkpoint: Path, path: Path, cost: Mapping[str, float]) -> None:
+    """Copy what a training has logged to the committed results: all logs, numbers of rows, cost of the arm."""
+    metrics = read_json(checkpoint / "metrics.json")
+    names = ("first_loss", "final", "history", "rows", "dropped", "accounting", "seconds")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json_atomic(path, {name: metrics[name] for name in names if name in metrics} | {"cost": dict(cost)})
+
+
 def read_kept(path: Path) -> tuple[dict[str, Any], HeldOutResponses]:
     """Return a committed result: its averages, and its responses without their text."""
     responses = HeldOutResponses()

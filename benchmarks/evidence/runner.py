@@ -22,7 +22,7 @@ from benchmarks.evidence.plan import (
     find_study,
     run_folder,
 )
-from benchmarks.evidence.results import keep, kept, result_path
+from benchmarks.evidence.results import keep, keep_training, kept, result_path
 from benchmarks.harness import TUNED_ALLOCATOR
 from spin.alignment.core.console import say
 from spin.alignment.core.errors import InputError
@@ -69,7 +69,9 @@ class Runner:
         else:
             words = [f"spin/{arm.program}", str(config), f"--output_dir={folder}/checkpoint"]
             words.append(f"--model_name_or_path={start}")
-        start_program([*words, f"--seed={seed}"], folder, "train")
+        cost = start_program([*words, f"--seed={seed}"], folder, "train")
+        for model, part in arm.models.items():
+            keep_training(folder / part, result_path(study, name, seed, model, "training"), cost)
 
     def start_of(self, study: str, arm: Arm) -> Path:
         """Return the model that an arm starts from."""

@@ -17,9 +17,10 @@ from benchmarks.evidence.measures import (
     win_rates,
 )
 from benchmarks.evidence.plan import REPOSITORY, STUDIES
+from benchmarks.evidence.results import result_path
 from spin.alignment.core.console import say
 from spin.alignment.core.errors import lookup
-from spin.alignment.core.files import atomic_file, write_text_atomic
+from spin.alignment.core.files import atomic_file, read_json, write_text_atomic
 from spin.alignment.evaluation.statistics import holm
 
 IMAGES = REPOSITORY / "docs" / "images"
@@ -53,7 +54,7 @@ def evidence_tables(study: str) -> str:
     columns = [column for column in COLUMNS if any(model.seeds(column.benchmark) for model in models)]
     if not columns:
         return "No result yet."
-    parts = [_numbers(models, columns), *_sampled(models)]
+    parts = [_numbers(models, columns), *_sampled(models), *_trainings(models)]
     image = IMAGES / f"evidence-{study}.png"
     if image.is_file():
         parts.insert(0, f"![{STUDIES[study].title}](images/{image.name})")
@@ -87,6 +88,34 @@ def _lengths(model: Trained) -> list[str]:
         return ["–"] * 3
     forms = {"mean_length": "{:.0f}", "truncation_rate": "{:.1%}", "distinct_2": "{:.3f}"}
     return [form.format(sum(item[name] for item in found) / len(found)) for name, form in forms.items()]
+
+
+def _trainings(models: Sequence[Trained]) -> list[str]:
+    """Return a table of the last training log of each model, if any was trained on pairs."""
+    logged = ("rewards/accuracies", "rewards/margins", "drift/chosen", "logps/chosen", "logps/rejected")
+    lines = []
+    for model in models:
+        for seed in STUDIES[model.study].arms[model.arm].seeds:
+            path = result_path(model.study, model.arm, seed, model.model, "training")
+            final = read_json(path).get("final", {}) if path.is_file() else {}
+            if "rewards/margins" in final:
+                lines.append(
+                    [model.label, str(seed), *(f"{final[name]:.2f}" if name in final else "–" for name in logged)]
+                )
+    headings = [
+        "last training log",
+        "seed",
+        "reward accuracy",
+        "margin",
+        "chosen drift",
+        "log-prob chosen",
+        "log-prob rejected",
+    ]
+    return (
+        [f"{_table(headings, lines)}\n\nDrift and log-probs in nats per response, the margin times beta."]
+        if lines
+        else []
+    )
 
 
 def _sampled(models: Sequence[Trained]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -120,8 +121,10 @@ def small_study(tmp_path, monkeypatch, tiny_model):
         if name == "train":
             arm = study.arms[folder.name.partition("-")[0]]
             for model in arm.models.values():
-                (folder / model).parent.mkdir(parents=True, exist_ok=True)
-                (folder / model).symlink_to(tiny_model)
+                if not (folder / model).is_dir():
+                    shutil.copytree(tiny_model, folder / model)
+                final = {"rewards/margins": 1.5, "drift/chosen": -0.25} if "spin" in folder.name else {"loss": 1.0}
+                (folder / model / "metrics.json").write_text(json.dumps({"first_loss": 0.69, "final": final}))
         else:
             output = Path(words[words.index("--output_file") + 1])
             right = {"sft-seed1": 40, "spin-seed1": 60, "spin-seed2": 50}[folder.name]
@@ -184,6 +187,9 @@ def test_tables_compare_on_the_same_prompts(small_study, monkeypatch):
     # Wilson: 40 of 100 is 0.309 to 0.498; 50 and 60 have halves of 0.0962 and 0.0943.
     assert any(line.startswith("| sft | 1 | 0.400 ±0.094 |") for line in lines)
     assert any("| spin iter0 | 2 | 0.550 ±0.067 (0.500 to 0.600) |" in line for line in lines)
+    assert [line for line in lines if line.startswith("| spin iter0 | 1 | –")] == [
+        "| spin iter0 | 1 | – | 1.50 | -0.25 | – | – |"
+    ]
     (compared,) = [line for line in lines if line.startswith("| spin iter0 | sft | GSM8K")]
     assert "| +0.150 (" in compared and "| +0.200, +0.100 |" in compared and "| better |" in compared
     # All nats are equal, so the difference and its error are 0.
