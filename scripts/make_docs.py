@@ -17,6 +17,7 @@ A generated section is enclosed by a marker and ``<!-- end -->``:
     <!-- generation: FILE -->            the generation benchmark in benchmarks/results/FILE.json
     <!-- scale: FILE -->                 generation and gathering of many rows without a model, in the same folder
     <!-- faults: FILE -->                the faults that `python -m tests.faults` injected, in benchmarks/results/FILE.json
+    <!-- evidence: STUDY -->             the results of a study of docs/evidence.md so far, in benchmarks/results/evidence
     <!-- value: ENTRY / MODEL / KEY -->  one number of benchmarks/results/demos.json, inside a sentence
 """
 
@@ -30,6 +31,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.evidence.tables import evidence_tables  # noqa: E402
 from benchmarks.result_tables import (  # noqa: E402
     faults_table,
     generation_table,
@@ -82,7 +84,7 @@ LAYERS = (
 TABLE = re.compile(r"<!-- (keys|flags): (\w+)(?: / ([\w, ]+))? -->\n.*?<!-- end -->", re.DOTALL)
 MAP = re.compile(r"<!-- (packages|modules|instructions) -->\n.*?<!-- end -->", re.DOTALL)
 RESULTS = re.compile(
-    r"<!-- (results|speed|ratios|faults|generation|scale|sft): ([^>]+?) -->\n.*?<!-- end -->", re.DOTALL
+    r"<!-- (results|speed|ratios|faults|generation|scale|sft|evidence): ([^>]+?) -->\n.*?<!-- end -->", re.DOTALL
 )
 VALUE = re.compile(r"<!-- value: ([^/>]+) / ([^/>]+) / (\w+) -->.*?<!-- end -->")
 TABLE_OF = {
@@ -93,6 +95,7 @@ TABLE_OF = {
     "faults": faults_table,
     "generation": generation_table,
     "scale": scale_table,
+    "evidence": evidence_tables,
 }
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 

@@ -71,12 +71,11 @@ def encode_held_out(
             skipped.append({"prompt_id": row["prompt_id"], "reason": reason})
             continue
         request = PromptRequest(row["prompt_id"], tuple(ids))
-        ground_truth = answer_text(row["chosen"][-1]) if answered else None
         held_out.append(
             HeldOut(
                 request,
                 prompt,
-                ground_truth,
+                answer_text(row["chosen"][-1]) if answered else None,
                 tuple(ground_truth_ids),
                 row.get("chat_template_kwargs"),
                 scorer_columns(row),

@@ -3,51 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+from spin.alignment.evaluation.compare import Measure
 from spin.alignment.evaluation.responses import HeldOutResponses
-from spin.alignment.evaluation.statistics import Z95, Comparison, compare_means, compare_ratios
+from spin.alignment.evaluation.statistics import Z95, Comparison
 from spin.alignment.pipeline.stages.base import Role
-
-
-@dataclass(frozen=True)
-class Measure:
-    """A measure that models are compared by: its key in the summary, its name (``{metric}`` stands for that of the evaluation),
-    the temperature of the responses it scores (None: the log-likelihood of the ground truth, which is better when lower), and the
-    group of rows that it is limited to.
-    """
-
-    key: str
-    name: str
-    temperature: str | None
-    group: str | None = None
-
-    def compare(self, one: HeldOutResponses, other: HeldOutResponses) -> Comparison | None:
-        """Compare two models on the prompts that both have a value for; None for fewer than two prompts."""
-        mine, theirs = self._rows(one), self._rows(other)
-        shared = [(mine[name], theirs[name]) for name in mine if name in theirs]
-        if len(shared) < 2:
-            return None
-        if self.temperature is None:
-            ratios = [
-                ([row["nats"] for row in side], [row["tokens"] for row in side]) for side in zip(*shared, strict=True)
-            ]
-            return compare_ratios(*ratios)
-        return compare_means(*([row["score"] for row in side] for side in zip(*shared, strict=True)))
-
-    def average(self, row: Mapping[str, Any]) -> float:
-        """Return the average of a model in its row of the summary."""
-        found = row if self.group is None else row["groups"][self.group]
-        return float(found[self.key.partition("/")[0]])
-
-    def _rows(self, responses: HeldOutResponses) -> dict[str, Mapping[str, Any]]:
-        rows = responses.by_prompt if self.temperature is None else responses.by_temperature.get(self.temperature, {})
-        value = "nats" if self.temperature is None else "score"
-        return {
-            name: row for name, row in rows.items() if row[value] is not None and self.group in (None, row.get("group"))
-        }
-
 
 MEASURES = (
     Measure("sampled_exact", "{metric} at T=1", "1"),
@@ -62,7 +23,7 @@ def measures_of(one: HeldOutResponses, other: HeldOutResponses) -> list[Measure]
     groups = dict.fromkeys(row["group"] for row in one.by_prompt.values() if row.get("group") is not None)
     shared = [name for name in groups if any(row.get("group") == name for row in other.by_prompt.values())]
     of_groups = [
-        Measure(group_key(item.key, name), f"{item.name} on {name}", item.temperature, name)
+        Measure(group_key(item.key, name), f"{item.name} on {name}", item.temperature, group=name)
         for name in shared
         for item in MEASURES
         if item.temperature is not None

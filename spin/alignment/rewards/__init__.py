@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 from spin.alignment.rewards.answer_format import answer_format
-from spin.alignment.rewards.base import GroupLabels, GroupScorer, PromptGroup, Scorer, ScorerSettings
+from spin.alignment.rewards.base import GroupLabels, GroupScorer, Part, PromptGroup, Score, Scorer, ScorerSettings
 from spin.alignment.rewards.checks import check_scorer_settings
 from spin.alignment.rewards.exact_match import exact_match
 from spin.alignment.rewards.find import find_rule, functions_of
+from spin.alignment.rewards.ifeval import check_instruction_ids, ifeval
 from spin.alignment.rewards.instructions import check_instructions, instructions
 from spin.alignment.rewards.length_penalty import length_penalty
 from spin.alignment.rewards.math_answer import math_answer
@@ -20,6 +21,7 @@ from spin.alignment.rewards.rules import RuleScorer, no_reference
 SCORERS: dict[str, Scorer] = {
     "exact_match": exact_match,
     "format": answer_format,
+    "ifeval": cast("Scorer", ifeval),
     "instructions": cast("Scorer", instructions),
     "length_penalty": length_penalty,
     "math_answer": math_answer,
@@ -30,7 +32,10 @@ SCORERS: dict[str, Scorer] = {
 COMPARING: tuple[Scorer, ...] = (exact_match, math_answer, math_verify)
 
 # Rules with a form of their own for a column -> a function that checks the columns of a row.
-COLUMN_CHECKS: dict[Callable[..., float], Callable[[Mapping[str, Any]], None]] = {instructions: check_instructions}
+COLUMN_CHECKS: dict[Callable[..., float | Score], Callable[[Mapping[str, Any]], None]] = {
+    ifeval: check_instruction_ids,
+    instructions: check_instructions,
+}
 
 
 # The imports of models stay inside functions, so that rules need no torch.
@@ -120,7 +125,9 @@ __all__ = [
     "SCORERS",
     "GroupLabels",
     "GroupScorer",
+    "Part",
     "PromptGroup",
+    "Score",
     "Scorer",
     "ScorerSettings",
     "check_columns",
