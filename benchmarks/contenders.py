@@ -2,23 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 from benchmarks import matmul, ours, peers
-from benchmarks.harness import Job, Turns
-
-
-@dataclass(frozen=True)
-class Contender:
-    """``run(job, turns)`` prepares and trains; ``grouped``: batches grouped by length; ``cached``: reference computed once."""
-
-    label: str
-    run: Callable[[Job, Turns], None]
-    grouped: bool = False
-    cached: bool = True
-
+from benchmarks.contender import Contender
 
 CONTENDERS = {
     "ours": Contender("this project", ours.run),

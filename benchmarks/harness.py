@@ -32,7 +32,10 @@ class WorkerError(RuntimeError):
 
 @dataclass(frozen=True)
 class Job:
-    """Everything a worker needs to know. The rows are read from ``rows_file``; turns end after the steps of ``turn_ends``."""
+    """Everything a worker needs to know. The rows are read from ``rows_file``; turns end after the steps of ``turn_ends``.
+
+    ``benchmark`` names the registry of the contender.
+    """
 
     contender: str
     folder: str
@@ -51,6 +54,7 @@ class Job:
     steps: int
     allocator: str
     threads: int
+    benchmark: str = "pairs"
 
     @property
     def turn_ends(self) -> list[int]:

@@ -55,9 +55,9 @@ def pool(each: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def add_ratios(result: dict[str, Any]) -> None:
-    """Add ``ratios`` (ours / peer in pairs/s), ``ratio_spread`` (minimum, maximum) and, as ours / peer too, ``peak_memory_ratio``
-    and ``peak_above_baseline_ratio``.
+def add_ratios(result: dict[str, Any], rate: str = "pairs_per_second") -> None:
+    """Add ``ratios`` (ours / peer in ``rate``), ``ratio_spread`` (minimum, maximum) and, as ours / peer too,
+    ``peak_memory_ratio`` and ``peak_above_baseline_ratio``.
     """
     found = {name: facts for name, facts in result["contenders"].items() if "error" not in facts}
     result |= {"ratios": {}, "ratio_spread": {}, "peak_memory_ratio": {}, "peak_above_baseline_ratio": {}}
@@ -67,7 +67,7 @@ def add_ratios(result: dict[str, Any]) -> None:
         if name == OURS:
             continue
         ours = facts.get("ours_beside", found[OURS])
-        middle, *spread = ratios(ours["reps"]["pairs_per_second"], facts["reps"]["pairs_per_second"])
+        middle, *spread = ratios(ours["reps"][rate], facts["reps"][rate])
         result["ratios"][name] = middle
         result["ratio_spread"][name] = spread
         result["peak_memory_ratio"][name] = ours["peak_bytes"] / facts["peak_bytes"]

@@ -12,7 +12,8 @@ from benchmarks.contenders import CONTENDERS
 from benchmarks.report import GIB
 from spin.alignment.core.errors import lookup
 from spin.alignment.core.files import read_json
-from spin.alignment.evaluation.statistics import wilson
+from spin.alignment.evaluation.statistics import Z95, wilson
+from spin.alignment.report.table import with_groups
 
 RESULTS = Path(__file__).parent / "results"
 # (heading, key, format); a column without any value is left out.
@@ -27,6 +28,13 @@ COLUMNS = (
     ("chosen drift", "chosen_drift", "{:+.2f}"),
     ("length", "mean_length", "{:.1f}"),
 )
+# The parts of the fault suite that are not one program.
+FAULT_PARTS = {
+    "spin-run-offline": "`spin run`, offline",
+    "spin-run-online": "`spin run`, online",
+    "spin-run-weights": "`spin run`, token weights",
+    "writers": "`generate`, 64 processes on one folder",
+}
 VARIANTS = ("unshared", "unfused", "padded", "uncached")  # of this project: no peers
 SHARES = ("greedy_exact", "sampled_exact", "sampled_exact_t05")
 # The rows of each table: (entry of demos.json, model, label).
@@ -56,6 +64,13 @@ TABLES = {
     ),
 }
 
+# The rows of the table of the chat demo, which has columns of its own: (model, label).
+CHAT = (
+    ("sft", "SmolLM2-135M-Instruct"),
+    ("sft_continued", "rejection sampling: SFT on its accepted responses (control)"),
+    ("online", "**online DPO**, 20 steps"),
+)
+
 
 @cache
 def demos() -> dict[str, Any]:
@@ -66,7 +81,7 @@ def demos() -> dict[str, Any]:
 def rows_of(entry: str, model: str) -> list[dict[str, Any]]:
     """Return the rows of a model, one per seed that has it."""
     seeds = lookup(demos(), entry, "entry of demos.json")["seeds"]
-    return [row for rows in seeds.values() for row in rows if row["model"] == model]
+    return [with_groups(row) for rows in seeds.values() for row in rows if row["model"] == model]
 
 
 def half_width(rows: Sequence[dict[str, Any]], key: str) -> float | None:
@@ -108,8 +123,53 @@ def compared(rows: Sequence[dict[str, Any]], key: str) -> str:
     return f"better in {better}, worse in {worse} of {len(found)}"
 
 
+def paired(rows: Sequence[dict[str, Any]], against: str, key: str) -> str:
+    """Return the mean over seeds of a paired difference, ± half of its 95 % interval, and in how many seeds it is clear; a dash
+    if it is unknown.
+
+    Args:
+        against: ``against_start`` or ``against_control``.
+    """
+    found = [row[against][key] for row in rows if key in row.get(against, {})]
+    if not found:
+        return "–"
+    half = Z95 * math.hypot(*(item["se"] for item in found)) / len(found)
+    clear = sum(item["p_value"] < 0.05 for item in found)
+    return (
+        f"{sum(item['difference'] for item in found) / len(found):+.3f} ±{half:.3f} (clear in {clear} of {len(found)})"
+    )
+
+
+def chat_table() -> str:
+    """Return the table of the chat demo: shares of instructions followed, and the paired differences on held-out prompts."""
+    found = [(label, rows_of("chat", model)) for model, label in CHAT]
+    shares = {f"{name}, greedy": f"greedy_exact/{name}" for name in ("held-out prompts", "held-out kinds")} | {
+        "T=1": "sampled_exact",
+        "T=0.5": "sampled_exact_t05",
+    }
+    differences = [
+        (f"{short} against {other}", against, f"greedy_exact/{group}")
+        for short, group in (("prompts", "held-out prompts"), ("kinds", "held-out kinds"))
+        for other, against in (("the start", "against_start"), ("rejection sampling", "against_control"))
+    ]
+    headings = ["model", *shares, "length", *(heading for heading, _, _ in differences)]
+    lines = [
+        [
+            label,
+            *(cell(rows, key, "{:.3f}") for key in shares.values()),
+            cell(rows, "mean_length", "{:.1f}"),
+            *(paired(rows, against, key) for _, against, key in differences),
+        ]
+        for label, rows in found
+    ]
+    body = [headings, ["---"] * len(headings), *lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in body) + "\n\n" + caption(["chat"])
+
+
 def results_table(name: str) -> str:
     """Return a table of :data:`TABLES` with its caption: measures by model, over the seeds."""
+    if name == "chat":
+        return chat_table()
     models = lookup(TABLES, name, "table of results")
     found = [(label, rows_of(entry, model)) for entry, model, label in models]
     columns = [item for item in COLUMNS if any(row.get(item[1]) is not None for _, rows in found for row in rows)]
@@ -168,19 +228,81 @@ def speed_table(name: str) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def faults_table(name: str) -> str:
-    """Return how many faults of each kind the long form of the fault suite injected, and how many were not survived."""
-    found = read_json(RESULTS / f"{name}.json")
+def sft_table(name: str) -> str:
+    """Return the table of an SFT benchmark: medians over turns, and each ratio with its smallest and largest turn."""
+    result = read_json(RESULTS / f"{name}.json")
     lines = [
-        "| what was disturbed | file operations | kills | full disk | small disk | flipped bits | signals | failures |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| | tokens/s | peak GiB | of the matmul rate | ours is faster by (spread) | ours / its memory |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
-    for where, counts in found["counts"].items():
-        signals = sum(count for how, count in counts.items() if " to " in how)
-        failures = sum(failure["where"] == where for failure in found["failures"])
-        kinds = [counts.get(how, 0) for how in ("operations", "kill", "full", "small disk", "bit flip")]
-        lines.append("| " + " | ".join([f"`{where}`", *(f"{n:,}" for n in (*kinds, signals, failures))]) + " |")
+    for contender, facts in result["contenders"].items():
+        if "error" in facts:
+            lines.append(f"| {facts['label']} | failed | | | | |")
+            continue
+        ratio, (low, high) = result["ratios"].get(contender), result["ratio_spread"].get(contender, (0, 0))
+        cells = [
+            f"**{facts['label']}**" if ratio is None else facts["label"],
+            f"{facts['tokens_per_second']:.0f}",
+            f"{facts['peak_bytes'] / GIB:.2f}",
+            f"{facts['matmul_fraction']:.0%}",
+            "–" if ratio is None else f"{ratio:.2f} ({low:.2f} to {high:.2f})",
+            "–" if ratio is None else f"{result['peak_memory_ratio'][contender]:.2f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def generation_table(name: str) -> str:
+    """Return the table of a generation benchmark (medians over turns), and the two ratios of adjacent turns."""
+    result = read_json(RESULTS / f"{name}.json")
+    lines = [["", "tokens/s", "from, to"], ["---"] * 3]
+    for facts in result["contenders"].values():
+        turns = facts["reps"]["tokens_per_second"]
+        lines.append([facts["label"], f"{facts['tokens_per_second']:.0f}", f"{min(turns):.0f}, {max(turns):.0f}"])
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    sentences = []
+    for key, words in (
+        ("vllm_vs_bare", "ours on vLLM compared with the engine alone"),
+        ("transformers_vs_original", "ours on transformers compared with the original's loop"),
+    ):
+        low, high = result["ratio_spread"][key]
+        goal = result["goals"][key]["goal"]
+        sentences.append(f"{words}: **{result[key]:.2f}x** ({low:.2f} to {high:.2f}; goal {goal:g})")
+    same = f"{result['vllm_same_responses']:.0%} of the responses on vLLM have the engine's ids"
+    return f"{table}\n\nTurn by turn, {'; '.join(sentences)}. {same}."
+
+
+def scale_table(name: str) -> str:
+    """Return the table of a generation benchmark without a model, by step and number of rows."""
+    result = read_json(RESULTS / f"{name}.json")
+    headings = ["step", "rows", "rows/s, wall time", "rows/s, processor time", "peak memory without mapped files"]
+    lines = [headings, ["---"] * len(headings)]
+    steps = {"generate": "generate: store, claim, decode, write, merge", "gather": "gather: check, prove, write"}
+    for step, label in steps.items():
+        for rows, measured in result["scale"].items():
+            facts = measured[step]
+            rates = [f"{facts[key]:,.0f}" for key in ("rows_per_second", "rows_per_core_second")]
+            lines.append([label, f"{int(rows):,}", *rates, f"{facts['peak_anonymous_bytes'] / 2**20:.0f} MiB"])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def faults_table(name: str) -> str:
+    """Return how many faults of each kind the long form of the fault suite has injected, and how many were not survived."""
+    kinds = {
+        "file operations": "file operations",
+        "kills": "kill",
+        "full disk": "full",
+        "small disk": "small disk",
+        "flipped bits": "bit flip",
+    }
+    lines = [["what was disturbed", *kinds, "signals", "faults", "of planned", "failures"]]
+    lines.append(["---", *["---:"] * (len(lines[0]) - 1)])
+    for part, result in read_json(RESULTS / f"{name}.json")["parts"].items():
+        counts = result["counts"]
+        signals = sum(count for how, count in counts.items() if " to " in how)
+        numbers = [*(counts.get(how, 0) for how in kinds.values()), signals, result["done"], result["planned"]]
+        lines.append([FAULT_PARTS.get(part, f"`{part}`"), *(f"{n:,}" for n in (*numbers, len(result["failures"])))])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def ratios_table(*names: str) -> str:

@@ -56,6 +56,7 @@ class ModelShape:
 MODELS = {
     "tiny": ModelShape("llama", 512, 64, 2, 4, 2, 128),
     "28m": ModelShape("llama", 32_000, 512, 4, 8, 8, 1376),
+    "135m": ModelShape("llama", 49_152, 576, 30, 9, 3, 1536),  # SmolLM2-135M
     "0.5b": ModelShape("qwen2", 151_936, 896, 24, 14, 2, 4864),
     "1.5b": ModelShape("qwen2", 151_936, 1536, 28, 12, 2, 8960),
     "7b": ModelShape("mistral", 32_000, 4096, 32, 32, 8, 14_336, tie_word_embeddings=False),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 if TYPE_CHECKING:
     from benchmarks.harness import Job, Turns
 
+PAIR_RECORDS = {"loss": "loss", "chosen": "logps/chosen", "rejected": "logps/rejected"}
 OPTIMIZERS = {"adamw": "adamw_torch", "rmsprop": "rmsprop"}
 
 
@@ -36,14 +38,16 @@ def common_arguments(job: Job) -> dict[str, Any]:
 
 
 class TurnCallback(TrainerCallback):
-    """Runs a Trainer one turn after the other, and records the loss and the log-probs of every step.
+    """Runs a Trainer one turn after the other, and records metrics of every step: ``records`` maps their names to those logged.
 
     A measured turn lasts from the end of one optimiser step to the end of another: fetching data, the Trainer's overhead and
     the steps. If training begins with a reference pass, that is the first turn.
     """
 
-    def __init__(self, job: Job, turns: Turns, reference_on_train_begin: bool) -> None:
-        self.job, self.turns = job, turns
+    def __init__(
+        self, job: Job, turns: Turns, reference_on_train_begin: bool, records: Mapping[str, str] = PAIR_RECORDS
+    ) -> None:
+        self.job, self.turns, self.records = job, turns, records
         self.reference_on_train_begin = reference_on_train_begin
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -70,5 +74,4 @@ class TurnCallback(TrainerCallback):
         **_: Any,
     ) -> None:
         if logs and "loss" in logs:
-            names = {"loss": "loss", "chosen": "logps/chosen", "rejected": "logps/rejected"}
-            self.turns.records.append({name: float(logs[key]) for name, key in names.items()})
+            self.turns.records.append({name: float(logs[key]) for name, key in self.records.items()})

@@ -8,6 +8,9 @@ import sys
 
 from benchmarks.contenders import CONTENDERS
 from benchmarks.harness import Job, Turns
+from benchmarks.sft_contenders import SFT_CONTENDERS
+
+REGISTRIES = {"pairs": CONTENDERS, "sft": SFT_CONTENDERS}
 
 
 def main() -> None:
@@ -16,7 +19,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     turns = Turns(job, sys.stdin, answers)
-    CONTENDERS[job.contender].run(job, turns)
+    REGISTRIES[job.benchmark][job.contender].run(job, turns)
     turns.finish()
 
 

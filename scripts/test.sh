@@ -7,8 +7,9 @@ usage: bash scripts/test.sh [pytest arguments]
 
 Creates a virtual environment (SPIN_VENV, default .venv), installs the project with its test extras and vLLM, then runs
 ruff, mypy and pytest. If vLLM cannot be installed, its tests are skipped with a reason; SPIN_TEST_VLLM=1 makes that an
-error, SPIN_TEST_VLLM=0 skips the installation. Test files are distributed over
-SPIN_TEST_WORKERS processes (default 2).
+error, SPIN_TEST_VLLM=0 skips the installation. SmolLM2-135M-Instruct is fetched (scripts/fetch_smollm2.sh); if that is not
+possible, the tests that need it are skipped with a reason. SPIN_TEST_SMOLLM2=FOLDER makes that an error, and SPIN_TEST_SMOLLM2=0
+skips the download. Test files are distributed over SPIN_TEST_WORKERS processes (default 2).
 TEXT
 }
 case "${1:-}" in -h | --help) usage; exit 0 ;; esac
@@ -22,6 +23,13 @@ spin_choice SPIN_TEST_VLLM "${SPIN_TEST_VLLM:-auto}" 0 1 auto
 spin_environment dev
 if [ "${SPIN_TEST_VLLM:-auto}" != 0 ] && ! spin_install_vllm && [ "${SPIN_TEST_VLLM:-auto}" = 1 ]; then
     exit 1
+fi
+if [ "${SPIN_TEST_SMOLLM2:-}" != 0 ]; then
+    if smollm2=$(MODEL='' bash scripts/fetch_smollm2.sh "${SPIN_TEST_SMOLLM2:-models/SmolLM2-135M-Instruct}"); then
+        export SPIN_TEST_SMOLLM2=$smollm2
+    elif [ -n "${SPIN_TEST_SMOLLM2:-}" ]; then
+        exit 1
+    fi
 fi
 
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}

@@ -15,6 +15,7 @@ from spin.alignment.core.program import EXIT_BAD_INPUT, EXIT_DONE, Interrupts, P
 USAGE = """usage: spin COMMAND ...
 
   init NAME                           write a demo or a shipped configuration into this folder
+  import-gguf SOURCE OUT [--dtype T]  write the model in a GGUF file (or a package with one) as a model folder
   run CONFIG.yaml [--key=value ...]   run all iterations of self-play; run again to resume
   config CONFIG.yaml [--key=value ...]
                                       print every value of a configuration, and where it comes from
@@ -54,6 +55,23 @@ def init(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("name", help="one of the names below")
     write_files(parser.parse_args(arguments).name, Path())
+
+
+def import_gguf(arguments: Sequence[str]) -> None:
+    """``spin import-gguf SOURCE OUT``."""
+    parser = Parser(
+        prog="spin import-gguf",
+        description="Write the chat model in a GGUF file as a model folder (safetensors, tokenizer, chat template) that every "
+        "program here takes. Needs the package gguf: pip install 'selfplay-spin[gguf]'.",
+    )
+    parser.add_argument("source", help="a .gguf file, or a folder, wheel or zip archive that contains exactly one")
+    parser.add_argument("out", help="folder to write; it must be new or empty")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="precision of the weights")
+    options = parser.parse_args(arguments)
+    from spin.alignment.data.chat_encoder import load_encoder
+    from spin.alignment.models.gguf_import import import_gguf as write_model
+
+    write_model(Path(options.source), Path(options.out), options.dtype, lambda folder: load_encoder(folder).stop_ids)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -173,6 +191,7 @@ def replay(arguments: Sequence[str]) -> None:
 
 COMMANDS = {
     "init": init,
+    "import-gguf": import_gguf,
     "run": run,
     "config": config,
     "status": status,

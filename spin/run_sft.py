@@ -1,4 +1,4 @@
-"""SFT for the initial model and the continued-SFT control: TRL's SFTTrainer with the data, prompts and truncation of SPIN.
+"""SFT for the initial model and the continued-SFT control, with the data, prompts, truncation and packed rows of SPIN.
 
     accelerate launch spin/run_sft.py CONFIG.yaml [--key=value ...]
 
@@ -19,7 +19,7 @@ USAGE = usage(
     "accelerate launch spin/run_sft.py",
     "Fine-tunes on the ground truth. CONFIG.yaml and --key=value accept these keys:",
     (ModelConfig, DataConfig, SFTKeys, OutputConfig),
-    "and every key of trl.SFTConfig. See docs/configuration.md.",
+    "and the keys of trl.SFTConfig. See docs/configuration.md and docs/training.md#sft.",
 )
 
 

@@ -12,6 +12,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from tests.helpers import SHARED_DATA, save_tiny_model
 from tests.helpers.openai_backend import connect, server  # noqa: F401  (fixtures of several files)
+from tests.helpers.smollm2 import smollm2_folder
 from tests.helpers.training import pairs, reference_run  # noqa: F401  (fixtures of several files)
 from tests.helpers.weights import scoring_models, weighed  # noqa: F401  (fixtures of several files)
 
@@ -29,3 +30,9 @@ def gsm8k() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no GSM8K at {folder}: set SPIN_TEST_DATA to a folder that holds gsm8k/train.jsonl and test.jsonl")
     return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The folder of SmolLM2-135M-Instruct, a real chat model of 135 million parameters. Read only."""
+    return smollm2_folder()

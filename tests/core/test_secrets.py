@@ -125,6 +125,23 @@ def test_a_training_keeps_the_token_out_of_its_files(tmp_path):
     assert TOKEN not in repr(settings) + str(inputs_record(settings, "m", "d")) + settings.arguments.to_json_string()
 
 
+def test_a_configuration_is_pickled_without_the_token_for_the_hub(tmp_path):
+    """The Trainer pickles its arguments into every checkpoint (training_args.bin)."""
+    import torch
+
+    import spin
+
+    scored = {"scorer": "tests.helpers.online:share_of_letters"}
+    for kind, more in ((spin.SPINConfig, {}), (spin.OnlineConfig, scored)):
+        config = kind(output_dir=str(tmp_path / "out"), use_cpu=True, hub_token=TOKEN, beta=0.25, **more)
+        torch.save(config, tmp_path / "training_args.bin")
+        assert (
+            TOKEN.encode() not in (tmp_path / "training_args.bin").read_bytes() and TOKEN not in config.to_json_string()
+        )
+        found = torch.load(tmp_path / "training_args.bin", weights_only=False)
+        assert (config.hub_token, found.hub_token, found.beta) == (TOKEN, None, 0.25)
+
+
 def test_a_server_that_repeats_the_key_does_not_put_it_into_a_log(server, connect, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", TOKEN)
     server.models = {"data": [{"id": "tiny"}]}

@@ -123,7 +123,8 @@ def test_wrong_turns_and_control_tokens_are_refused():
 def test_missing_tokenizer_is_named(tmp_path):
     with pytest.raises(InputError, match="does not exist"):
         load_tokenizer(str(tmp_path / "nowhere"))
-    with pytest.raises(InputError, match="cannot load the tokenizer of no-such-org/no-such-model"):
+    offline = r"cannot load the tokenizer of no-such-org/no-such-model \(it is not in the Hub cache, and HF_HUB_OFFLINE is set\)"
+    with pytest.raises(InputError, match=offline):
         load_tokenizer("no-such-org/no-such-model")
 
 

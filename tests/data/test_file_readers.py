@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from spin.alignment.core.errors import InputError
 from spin.alignment.data.file_readers import MAX_DEPTH, SUFFIXES, data_suffix, read_file
+from spin.alignment.data.rows import stream_prompts
 from spin.alignment.data.source_files import read_records
 
 ROWS = [{"prompt": "2+3?\n„a, b“", "response": '"5"'}, {"prompt": "\u2028", "response": ""}]
@@ -170,3 +171,23 @@ def test_any_bytes_are_read_or_refused(tmp_path_factory, suffix, start, cut, res
         assert str(path) in str(error) and "\n" not in str(error).replace(str(path), "")
     else:
         assert all(isinstance(record, dict) for _, record in rows)
+
+
+def test_a_plain_row_is_read_in_few_calls(tmp_path):
+    """Reading 100,000 rows took 5 s when every rare column was looked up in every row: the cost is bounded, in function calls."""
+    import cProfile
+    import pstats
+
+    rows = [
+        {
+            "prompt_id": str(n),
+            "chosen": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "Yes."}],
+        }
+        for n in range(200)
+    ]
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert len(list(stream_prompts(str(path), "train"))) == 200  # fills the caches
+    profile = cProfile.Profile()
+    profile.runcall(lambda: list(stream_prompts(str(path), "train")))
+    assert pstats.Stats(profile).total_calls / 200 < 150  # it was 232

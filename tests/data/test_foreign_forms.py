@@ -159,10 +159,21 @@ def test_foreign_pairs(tmp_path, row):
     assert pair.get("chosen_score") == row.get("score_chosen")
 
 
+def test_the_tools_of_a_foreign_pair_are_kept(tmp_path):
+    row = {**PAIRS["openai"], "input": {"messages": [USER], "tools": [{"type": "function", "function": {"name": "f"}}]}}
+    (pair,) = load_preferences(write_lines(tmp_path / "a.jsonl", row), "train").to_list()
+    assert json.loads(pair["tools"]) == row["input"]["tools"]
+
+
+def test_a_score_of_one_response_is_no_label_of_the_pair(tmp_path):
+    (pair,) = load_preferences(write_lines(tmp_path / "a.jsonl", {**PAIR, "score_chosen": 2}), "train").to_list()
+    assert pair.keys() == {"prompt_id", "sample_index", "chosen", "rejected"}
+
+
 BAD_PAIRS = {
     "tis-dpo": (
-        {**PAIR, "chosen_weight": [0.5], "rejected_weight": [0.1]},
-        "'chosen_weight', TIS-DPO's log-prob differences",
+        {**PAIR, "chosen_weight": [0.5]},
+        "has 'chosen_weight' but no list 'rejected_weight': TIS-DPO's files have both",
     ),
     "one win rate": ({**PAIR, "chosen_probs_lose": 1}, "has 'chosen_probs_lose' but no 'chosen_probs_win'"),
     "two scores": (

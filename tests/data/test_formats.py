@@ -57,6 +57,16 @@ def test_all_turns_are_played_with_numbered_ids():
         ("x#0", [USER, ANSWER]),
         ("x#1", [USER, ANSWER, *MORE]),
     ]
+    # A row with one answer keeps its id.
+    assert [item.prompt_id for item in to_conversations({"id": "x", "messages": [USER, ANSWER]}, "row", "all")] == ["x"]
+
+
+def test_questions_and_answers_of_a_history_are_turns():
+    record = {"instruction": "4+5?", "output": "9", "history": [["2+3?", "5"]]}
+    assert [turn["content"] for turn in to_conversations(record, "row")[0].messages] == ["2+3?", "5", "4+5?", "9"]
+    for history in ([["2+3?"]], [["2+3?", "5", "x"]], ["2+3?", "5"]):
+        with pytest.raises(InputError, match=r"'history' must contain \[question, answer\] pairs"):
+            to_conversations({**record, "history": history}, "row")
 
 
 def message(role, content):
@@ -116,7 +126,7 @@ BAD = {
     "order": ({"messages": [USER, USER, ANSWER]}, "role order user user assistant"),
     "system late": ({"messages": [USER, SYSTEM, ANSWER]}, "role order user system assistant"),
     "tool": ({"messages": [USER, {"role": "tool", "content": "x"}, ANSWER]}, "role order user tool assistant"),
-    "role null": (message(None, "x"), "role order None assistant"),
+    "role null": (message(None, "x"), "the role 'None': use one of system"),
     "empty question": (message("user", " \n"), r"empty user turn \(turn 0\)"),
     "empty answer": ({"question": "a", "answer": ""}, r"empty assistant turn \(turn 1\)"),
     "content null": (message("user", None), "has NoneType instead of text in turn 0"),
@@ -226,9 +236,12 @@ def test_files_of_a_split(tmp_path, files, split, expected):
         (["train-00000-of-00003.parquet", "train-00002-of-00003.parquet"], "train", "is missing train-00001-of-00003"),
         (["train.jsonl", "train.parquet"], "train", "'train' as .jsonl and .parquet files: remove one kind"),
         (["train-0-of-1.parquet", "train-0-of-2.parquet", "train-1-of-2.parquet"], "train", "sets of different sizes"),
+        (["train.jsonl", "train-00000-of-00001.jsonl"], "train", "train.jsonl besides the numbered set train: remove one"),
+        (["train.jsonl", "data/train-00000-of-00001.jsonl"], "train", "'train' twice, as train.jsonl and as data/train-0"),
     ],
 )  # fmt: skip
 def test_unclear_folders_are_refused(tmp_path, files, split, message):
+    (tmp_path / "data").mkdir()
     for name in files:
         (tmp_path / name).touch()
     with pytest.raises(InputError, match=message):

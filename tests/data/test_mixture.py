@@ -6,11 +6,12 @@ import json
 import types
 from pathlib import Path
 
+import datasets
 import pytest
 
 from spin.alignment.core.errors import InputError
 from spin.alignment.data.config import DataConfig
-from spin.alignment.data.mixture import pieces_of
+from spin.alignment.data.mixture import Piece, pieces_of
 from spin.alignment.data.preferences import mix_preferences
 from spin.alignment.data.split_names import is_held_out, same_splits
 from tests.helpers import char_tokenizer
@@ -120,3 +121,14 @@ def test_programs_name_the_configuration_of_their_data():
         config = from_arguments(config_class, [*common, output, "o"], "program")
         assert config.input_dir == "org/a:main"
         assert from_arguments(config_class, to_arguments(config), "program") == config
+
+
+def test_held_out_splits_are_used_in_full():
+    pieces = pieces_of({"some/name": 0.5, "other/name": 1}, ["train", "test"])
+    assert [(piece.use, piece.source, piece.fraction) for piece in pieces] == [
+        *(("train", "some/name", 0.5), ("train", "other/name", 1)),
+        *(("test", "some/name", 1), ("test", "other/name", 1)),
+    ]
+    rows = datasets.Dataset.from_dict({"prompt": ["a", "b", "c"]})
+    assert [len(pieces[place].selected(rows, seed=0)) for place in (0, 1)] == [1, 3]
+    assert len(Piece("train", "some/name", "train", 0.01).selected(rows, seed=0)) == 1  # never none

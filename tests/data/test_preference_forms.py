@@ -131,8 +131,8 @@ def test_unpaired_responses_are_paired_by_prompt(tmp_path, capsys):
 
 
 REFUSED = {
-    "chosen_weight": {"chosen_weight": [0.5, 1.0], "rejected_weight": [0.5, 1.0]},
-    "chosen_gains": {"chosen_gains": [0.1], "rejected_gains": [0.2]},
+    "chosen_weight": {"chosen_weight": [0.5, 1.0]},  # with both, they are TIS-DPO's
+    "chosen_advantages": {"chosen_advantages": [0.1], "rejected_advantages": [0.2]},
     "chosen_value": {"chosen_value": 0.5},
     "chosen_input_ids": {"chosen_input_ids": [1, 2]},
     "rejected_attention_mask": {"rejected_attention_mask": [1]},
@@ -188,10 +188,10 @@ def test_a_response_of_weight_0_is_refused(tmp_path):
 def test_rows_in_the_projects_format_are_checked_too(tmp_path, name, value):
     row = {"prompt_id": "x", "sample_index": 0, "chosen": [USER, CHOSEN], "rejected": [USER, REJECTED]}
     rows = Dataset.from_list([{**row, name: None}, {**row, "prompt_id": "y", name: value}])
-    with pytest.raises(InputError, match=f"row 1 has '{name}', "):
+    with pytest.raises(InputError, match=f"row 1 has '{name}'"):
         to_preferences(rows, "train_dataset")
     rows.to_parquet(tmp_path / "train.parquet")
-    with pytest.raises(InputError, match=f"row 1 has '{name}', "):
+    with pytest.raises(InputError, match=f"row 1 has '{name}'"):
         load_preferences(tmp_path, "train")
     assert len(to_preferences(Dataset.from_list([{**row, name: None, "source": "web"}]), "train_dataset")) == 1
 

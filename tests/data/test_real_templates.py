@@ -118,6 +118,37 @@ def test_a_thought_is_opened_once_and_closed(name):
     assert encoder.response_ids([USER, {"role": "assistant", "content": stored}]) == ids
 
 
+THINKING = sorted(name for name, shipped in SHIPPED.items() if "<think>" in shipped.model.plain or shipped.opens)
+CONTENTS = (
+    *("<think>a</think>4", "<think></think>4", "<think>I add.</think>It is 5.", "<think>I add.</think>\nIt is 5."),
+    *("<think>\n\n</think>\n\n4", "<think>a</think>b<think>c</think>4", "hello <think>a b</think>4", "4"),
+)
+
+
+@pytest.mark.parametrize("name", THINKING)
+@pytest.mark.parametrize("content", CONTENTS)
+def test_a_thought_is_written_once_however_it_is_spaced(name, content):
+    encoder = encoder_of(name)
+    turn = {"role": "assistant", "content": content}
+    try:
+        prompt, ids = encoder.prompt_ids([USER]), encoder.response_ids([USER, turn])
+    except RowRefused:
+        # A thought in the middle of an answer, or one in a conversation that is not to have any.
+        assert (
+            content.startswith("hello")
+            or "</think>b<think>" in content
+            or (name, "<think>") == ("qwen3_5_nothink", content[:7])
+        )
+        return
+    _, _, text = encoder.tokenizer.decode([*prompt, *ids]).rpartition(USER["content"])
+    assert text.count("<think>") == text.count("</think>") or "<think>" not in content
+    for said in ("I add.", "It is 5."):
+        assert text.count(said) == content.count(said)
+    assert text.count("<think>") <= max(1, content.count("<think>") + content.startswith("hello"))
+    # What is stored of the ids is encoded as the same ids.
+    assert encoder.response_ids([USER, {**turn, "content": encoder.response_text(ids)}]) == ids
+
+
 @every_template
 def test_reasoning_is_rendered_or_refused(name):
     encoder = encoder_of(name)

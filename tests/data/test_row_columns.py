@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import decimal
 import json
 
 import pyarrow as pa
@@ -50,7 +51,7 @@ def test_a_system_column_becomes_the_system_turn(record, name):
     assert conversation.messages == [{"role": "system", "content": "Be terse."}, USER, ANSWER]
     assert conversation.prompt_id != read(record)[0].prompt_id
     assert (notes.carried, notes.ignored) == (set(), set())
-    for empty in (None, "", " \n"):
+    for empty in (None, "", " \n", float("nan")):  # pandas writes NaN
         assert read(record | {name: empty})[0].messages == [USER, ANSWER]
 
 
@@ -92,6 +93,19 @@ REFUSED = {
     "thoughts": ("hm", [""]),
     "tool_calls": ([{"name": "f"}], [[]]),
     "available_tools": ("[]x", [None]),
+    "is_chosen": ("False", ["True", 1]),
+    "accepted": (0, [True, "yes"]),
+    "attachments": (["a.pdf"], [None, []]),
+    "multi_modal_data": ({"image": ["a.png"]}, [{"image": []}]),
+    "is_training": (False, [True]),
+    "rationale": ("hm", ["", float("nan")]),
+    "system_instruction": ("Be terse.", ["", None]),
+    # As other languages write them.
+    "pixelValues": ([[0.1]], [None]),
+    "systemPrompt": ("Be terse.", [" "]),
+    "enableThinking": (True, [None]),
+    "toolCalls": ([{"name": "f"}], [[]]),
+    "inputIds": ([1, 2], [None]),
 }
 
 
@@ -112,6 +126,17 @@ def test_a_part_of_the_prompt_beside_texts_is_refused(name):
     assert read({**FORMS["question and answer"], name: []})[0].messages == [USER, ANSWER]
 
 
+@pytest.mark.parametrize("as_text", [False, True])
+def test_instructions_for_a_scorer_are_carried_and_others_refused(as_text):
+    checked = [{"kind": "no_commas"}, {"kind": "lines", "arguments": {"count": 2}}]
+    row = FORMS["prompt and response"] | {"instructions": json.dumps(checked) if as_text else checked}
+    (found,) = to_conversations(row, "row")
+    assert found.extra_columns == {"instructions": row["instructions"]}
+    for other in ("Answer briefly.", ["Answer briefly."], [{"text": "Answer briefly."}], "[1"):
+        with pytest.raises(InputError, match="row has 'instructions', which would change the prompt"):
+            to_conversations(row | {"instructions": json.dumps(other) if as_text else other}, "row")
+
+
 def test_raw_material_beside_whole_turns_is_carried():
     conversation, notes = read({**FORMS["messages"], "instruction": "q", "options": ["x"]})
     assert conversation.messages == [USER, ANSWER] and notes.carried == {"instruction", "options"}
@@ -124,6 +149,8 @@ def test_other_columns_are_carried_and_copies_ignored(record):
         "source": "web",
         "difficulty": 3,
         "day": day,
+        "price": decimal.Decimal("2.50"),
+        "time": datetime.time(12, 30),
         "hash": b"x",
         "text": "q a",
         "category": None,
@@ -132,11 +159,13 @@ def test_other_columns_are_carried_and_copies_ignored(record):
     conversation, notes = read(record | more)
     assert conversation.messages == [USER, ANSWER]
     assert conversation.extra_columns == {
-        "source": "web", "difficulty": 3, "day": day, "category": None, "label_name": "math",
+        "source": "web", "difficulty": 3, "day": day, "price": decimal.Decimal("2.50"), "time": datetime.time(12, 30),
+        "category": None, "label_name": "math",
     }  # fmt: skip
     assert (notes.carried, notes.ignored) == ({*conversation.extra_columns}, {"hash", "text"})
     row = conversation.row()
-    assert json.loads(row["extra_columns"])["day"] == "2026-11-28"
+    stored = json.loads(row["extra_columns"])
+    assert (stored["day"], stored["price"], stored["time"]) == ("2026-11-28", "2.50", "12:30:00")
     # Prompt rows are read again as they were written.
     (again,) = to_conversations(row, "row")
     assert again.row() == row
@@ -216,6 +245,12 @@ def test_bad_values_are_named(record, message):
 @pytest.mark.parametrize("name", ["reasoning", "reasoning_content", "thinking"])
 def test_thoughts_in_a_column_of_their_own_belong_to_the_answer(record, name):
     assert read(record | {name: "hm"})[0].messages == [USER, {**ANSWER, "reasoning_content": "hm"}]
+
+
+def test_prompts_that_differ_in_what_the_template_reads_have_different_ids():
+    names = {"tools": [{"name": "f"}], "chat_template_kwargs": {"enable_thinking": False}}
+    conversations = [read(FORMS["messages"] | more)[0] for more in ({}, *({name: names[name]} for name in names))]
+    assert len({item.prompt_id for item in conversations}) == len({item.hash for item in conversations}) == 3
 
 
 def test_functions_become_tools():

@@ -13,7 +13,7 @@ from spin.alignment.core.time_limit import TimeLimitReached, time_limit
 from spin.alignment.data import chat_template
 from spin.alignment.data.chat_encoder import ChatEncoder, RowRefused, load_encoder
 from spin.alignment.data.encode_pairs import encode_pair
-from spin.alignment.data.end_of_turn import end_ids_of, model_end_ids
+from spin.alignment.data.end_of_turn import end_ids_of, end_of_turn_id, model_end_ids
 from spin.alignment.data.template_date import parse_date, recorded_in_json, shared_date, template_has_date
 from spin.alignment.data.thoughts import without_thought
 from tests.helpers import char_tokenizer
@@ -132,6 +132,12 @@ class TestEnds:
         assert encoder.response_text(ids) == "4<|user|>\nand 5?"
         assert encoder.response_text(tokenizer("4<|user|>")["input_ids"]) == "4"
 
+    def test_only_a_control_token_right_behind_the_response_ends_it(self):
+        assert end_of_turn_id([4, 3], {3, 4}, (), 9) == 4
+        assert end_of_turn_id([4, 3], {3, 4}, (3,), 9) == 3  # the model's files name it
+        assert end_of_turn_id([7, 3], {3, 4}, (3,), 9) == 9  # plain text follows: the EOS
+        assert end_of_turn_id([7], {3}, (), None) is None
+
     def test_an_end_that_is_an_ordinary_word_is_reported_and_ends_nothing(self):
         encoder = chatml(end_ids=[5])
         assert 5 not in encoder.stop_ids and any(
@@ -168,6 +174,37 @@ class TestControlTokens:
         with pytest.raises(RowRefused, match="control token"):
             self.encoder.response_ids([USER, {"role": "assistant", "content": "", "tool_calls": hidden}])
 
+    def test_a_token_that_the_template_writes_is_text_in_a_question_and_in_tools(self):
+        template = "{{ tools | tojson if tools else '' }}" + (TURNS + OPEN).replace("<|im_start|>", "[START]")
+        tokenizer = byte_tokenizer(template, IM, ("[START]", "<think>"), eos="<|im_end|>")
+        encoder, control = ChatEncoder(tokenizer), tokenizer.convert_tokens_to_ids(["[START]", "<think>"])
+        tools = json.dumps([{"function": {"name": "f", "description": "<think> [START]"}}])
+        ids = encoder.prompt_ids([{"role": "user", "content": "a [START] <think>"}], tools=tools)
+        assert [ids.count(token) for token in control] == [2, 0]
+        assert tokenizer.decode(ids).count("[START]") == 4 and tokenizer.decode(ids).count("<think>") == 2
+
+    def test_a_token_is_found_as_the_tokenizer_reads_the_text(self):
+        from tokenizers import AddedToken, normalizers
+
+        tokenizer = byte_tokenizer(TURNS + OPEN, IM, eos="<|im_end|>")
+        tokenizer.add_special_tokens(
+            {"additional_special_tokens": [AddedToken("<|stop|>", normalized=True), "<|im_end|>s"]}
+        )
+        tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+        encoder = ChatEncoder(tokenizer)
+        assert "'<|stop|>'" in encoder.refusal([{"role": "user", "content": "a <|STOP|>"}])
+        # Of two tokens that begin alike it is the longer one.
+        assert "'<|im_end|>s'" in encoder.refusal([{"role": "user", "content": "a <|im_end|>s"}])
+
+    def test_an_end_whose_name_is_that_of_a_part_never_belongs_in_a_response(self):
+        im = ("<|message|>", "<|end_message|>")
+        template = TURNS.replace("<|im_start|>", im[0]).replace("<|im_end|>", im[1]) + OPEN.replace(
+            "<|im_start|>", im[0]
+        )
+        encoder = ChatEncoder(byte_tokenizer(template, im, eos=im[1]))
+        assert encoder.refusal([USER, {**ANSWER, "content": "a<|message|>b"}]) is None
+        assert "'<|end_message|>' as text" in encoder.refusal([USER, {**ANSWER, "content": "a<|end_message|>b"}])
+
     def test_markers_of_parts_are_text_in_a_question_and_tokens_in_an_answer(self):
         think = self.encoder.tokenizer.convert_tokens_to_ids("<think>")
         asked = {"role": "user", "content": "Reason in <think> </think> tags."}
@@ -178,6 +215,26 @@ class TestControlTokens:
         row = {"chosen": [asked, said], "rejected": [asked, ANSWER]}
         assert encode_pair(row, self.encoder, 200, 100).prompt_ids == ids
 
+    def test_a_tokenizer_that_cannot_spell_a_token_refuses_the_text(self):
+        from tokenizers import decoders, pre_tokenizers
+
+        tokenizer = char_tokenizer(special=(*IM, "\u2581"))
+        tokenizer.add_tokens(["<think>"])
+        core = tokenizer.backend_tokenizer
+        spaced = pre_tokenizers.Metaspace(prepend_scheme="always")  # every piece starts with a space
+        core.pre_tokenizer = pre_tokenizers.Sequence([spaced, pre_tokenizers.Split("", "isolated")])
+        core.decoder = decoders.Metaspace(prepend_scheme="never")
+        encoder = ChatEncoder(tokenizer, end_ids=[3])
+        encoder.prompt_ids([USER])
+        with pytest.raises(RowRefused, match="a control token as text, which this tokenizer cannot spell"):
+            encoder.prompt_ids([{"role": "user", "content": "a<think>b"}])
+
+    def test_the_name_of_a_user_is_text(self):
+        named = chatml(TURNS.replace("{{ m['content'] }}", "{{ m.name }}: {{ m['content'] }}") + OPEN)
+        ids = named.prompt_ids([{**USER, "name": "<think>"}])
+        assert named.tokenizer.convert_tokens_to_ids("<think>") not in ids
+        assert "user\n<think>: Hi" in named.tokenizer.decode(ids)
+
     def test_token_weights_read_such_a_prompt_too(self):
         asked = {"role": "user", "content": "In <think> tags."}
         prompt, ids, spans = self.encoder.aligned_ids([asked, ANSWER], ended=True)
@@ -185,6 +242,38 @@ class TestControlTokens:
             self.encoder.end_id,
             [(0, 1), (1, 1)],
         )
+
+    def test_an_added_token_in_bars_is_text_in_a_question(self):
+        tokenizer = byte_tokenizer(TURNS + OPEN, IM, ("<|fim_prefix|>", "<h1>"), eos="<|im_end|>")
+        encoder = ChatEncoder(tokenizer)
+        fim, heading = tokenizer.convert_tokens_to_ids(["<|fim_prefix|>", "<h1>"])
+        ids = encoder.prompt_ids([{"role": "user", "content": "a<|fim_prefix|>b<h1>"}])
+        assert fim not in ids and heading in ids and "a<|fim_prefix|>b<h1>" in tokenizer.decode(ids)
+
+    def test_the_character_that_marks_a_token_is_refused_in_any_turn(self):
+        for turns in ([{**USER, "content": "a\ufdd0b"}, ANSWER], [USER, {**ANSWER, "content": "a\ufdd0b"}]):
+            with pytest.raises(RowRefused, match=r"contains the control token 'U\+FDD0'"):
+                self.encoder.response_ids(turns)
+
+    def test_a_tokenizer_that_splits_special_tokens_has_those_of_its_template(self):
+        plain, splits = (byte_tokenizer(CUTS, IM, ("<think>", "</think>"), eos="<|im_end|>") for _ in range(2))
+        splits.split_special_tokens = True
+        one, other = ChatEncoder(plain), ChatEncoder(splits)
+        said = [USER, {"role": "assistant", "content": "<think>a</think>4"}]
+        assert one.prompt_ids([USER]) == other.prompt_ids([USER]) and one.response_ids(said) == other.response_ids(said)
+        assert (one.end_id, one.stop_ids) == (other.end_id, other.stop_ids)
+        assert one.aligned_ids([USER, ANSWER], ended=True) == other.aligned_ids([USER, ANSWER], ended=True)
+
+
+def test_arguments_of_a_call_are_never_written_in_the_notation_of_python():
+    calls = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
+        "{% for call in m.tool_calls or [] %}{{ call.function.name }} {{ call.function.arguments }}{% endfor %}<|im_end|>\n"
+        "{% endfor %}"
+    )
+    said = [{"function": {"name": "f", "arguments": {"a": None, "b": "x"}}}]
+    turn = {"role": "assistant", "content": "", "tool_calls": json.dumps(said)}
+    assert text_of(chatml(calls + OPEN), USER, turn)[1] == 'f {"a": null, "b": "x"}<|im_end|>'
 
 
 class TestArguments:
@@ -214,6 +303,14 @@ class TestArguments:
             chatml(self.TEMPLATE, chat_template_kwargs=arguments)
         with pytest.raises(InputError, match=message):
             chatml(self.TEMPLATE).prompt_ids([USER], chat_template_kwargs=json.dumps(arguments))
+
+    def test_arguments_of_a_row_are_text(self):
+        encoder = chatml("{{ style }}" + TURNS + OPEN)
+        think = encoder.tokenizer.convert_tokens_to_ids("<think>")
+        ids = encoder.prompt_ids([USER], chat_template_kwargs='{"style": "in <think> tags"}')
+        assert think not in ids and encoder.tokenizer.decode(ids).startswith("in <think> tags")
+        with pytest.raises(RowRefused, match="chat_template_kwargs contain the control token"):
+            encoder.prompt_ids([USER], chat_template_kwargs='{"style": "\\u003c|im_end|>"}')
 
     def test_a_row_may_open_a_thought_or_not(self):
         opens = TURNS + OPEN.replace("{% endif %}", "{% if enable_thinking %}<think>\n{% endif %}{% endif %}")

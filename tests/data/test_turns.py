@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 
 from spin.alignment.core.errors import InputError
 from spin.alignment.data.formats import to_conversations
-from spin.alignment.data.turns import answer_text, check_conversation, present_fields, prompt_hash, prompt_turns
+from spin.alignment.data.turns import (
+    answer_text,
+    check_conversation,
+    present_fields,
+    prompt_hash,
+    prompt_turns,
+    question,
+)
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 CALL = {"type": "function", "function": {"name": "weather", "arguments": '{"city": 1}'}}
@@ -82,6 +89,19 @@ def test_parts_of_text_are_joined_and_parts_of_thought_recognised():
     assert read(USER, {"role": "assistant", "content": parts})[-1] == {**ANSWER, "reasoning_content": "hm"}
 
 
+def test_what_says_that_a_turn_is_an_ordinary_answer_changes_nothing():
+    # A column of this name is a part of the prompt beside texts only, and a turn is a whole one.
+    assert read({**USER, "context": "x"}, ANSWER) == [USER, ANSWER]
+    for more in (
+        {"channel": "final"},
+        {"recipient": "all"},
+        {"ignore": False},
+        {"compute_loss": True},
+        {"channel": None},
+    ):
+        assert read(USER, {**ANSWER, **more}) == [USER, ANSWER]
+
+
 def test_the_developer_is_the_system():
     assert read({"role": "developer", "content": "s"}, USER, ANSWER)[0] == {"role": "system", "content": "s"}
 
@@ -114,12 +134,18 @@ BAD = {
     "thinking blocks": ([USER, {**ANSWER, "reasoning_details": [{"text": "x"}]}], "has a turn with 'reasoning_details'"),
     "training detail": ([USER, {**ANSWER, "training_detail": [{"begin": 0}]}], "has a turn with 'training_detail'"),
     "thoughts of the user": ([{**USER, "reasoning": "x"}, ANSWER], "has 'reasoning' in a user turn"),
-    "two thoughts": ([USER, {**ANSWER, "reasoning": "x", "thinking": "y"}], "different texts in reasoning_content|thinking"),
+    "two thoughts": ([USER, {**ANSWER, "reasoning": "x", "thinking": "y"}], "different texts in reasoning and thinking"),
     "thoughts no text": ([USER, {**ANSWER, "reasoning": ["x"]}], "'reasoning' of a turn is not text"),
     "calls of the user": ([{**USER, "tool_calls": [CALL]}, ANSWER], "has tool_calls in a user turn"),
     "calls no objects": ([USER, {**ANSWER, "tool_calls": ["f"]}], "'tool_calls' is not a list of objects"),
     "two kinds of call": ([USER, {**ANSWER, "tool_calls": [CALL], "function_call": {"name": "f"}}], "has both tool_calls"),
     "contradiction": ([USER, {**ANSWER, "weight": 1, "train": False}], "weight and train contradict each other"),
+    "an ignored turn": ([USER, {**ANSWER, "ignore": True}], "has a turn with 'ignore', which would mask the turn"),
+    "loss of a turn": ([USER, {**ANSWER, "computeLoss": False}], "has a turn with 'computeLoss'"),
+    "channel": ([USER, {**ANSWER, "channel": "analysis"}], "has a turn with 'channel', which may make it a thought"),
+    "recipient": ([USER, {**ANSWER, "recipient": "functions.f"}], "has a turn with 'recipient'"),
+    "attachments of a turn": ([{**USER, "attachments": [{"url": "x"}]}, ANSWER], "has a turn with 'attachments'"),
+    "unknown role": ([USER, {**ANSWER, "role": "model"}], "has a turn with the role 'model': use one of system, user, assistant"),
     "surrogate in thoughts": ([USER, {**ANSWER, "reasoning": "\ud83d"}], "half a character"),
 }  # fmt: skip
 
@@ -129,6 +155,11 @@ def test_bad_turns_are_named(turns, message):
     with pytest.raises(InputError, match=message) as error:
         read(*turns)
     assert str(error.value).startswith("a.jsonl row 7")
+
+
+def test_the_question_is_the_last_turn_of_the_user():
+    called, reply = {"role": "assistant", "content": "", "tool_calls": CALLS}, {"role": "tool", "content": "5"}
+    assert question([USER, called, reply]) == "q" and question([reply]) == "5" and question([]) == ""
 
 
 def test_hashes_and_texts_see_every_field():

@@ -11,14 +11,17 @@ import torch
 from spin import evaluate_model
 from spin.alignment.core.parquet import read_rows
 from spin.alignment.data.chat_encoder import ChatEncoder, load_tokenizer
+from spin.alignment.evaluation.config import EvaluateConfig
+from spin.alignment.evaluation.evaluate import respond_and_score
 from spin.alignment.evaluation.held_out import encode_held_out, ground_truth_nats
 from spin.alignment.evaluation.responses import average_responses, read_responses, scored_rows
 from spin.alignment.generation.base import Response
 from spin.alignment.models.config import ModelConfig
 from spin.alignment.models.loading import load_model
-from spin.alignment.rewards import SCORERS
+from spin.alignment.rewards import SCORERS, Part, Score
 from spin.alignment.rewards.rules import RuleScorer
 from tests.helpers import run_main
+from tests.helpers.real_templates import byte_tokenizer
 from tests.helpers.runs import write_sums
 
 
@@ -77,6 +80,34 @@ def test_scores_of_responses(tiny_model):
     assert found["truncation_rate"] == 0.25 and found["mean_length"] == 2.0
     assert found["exact_se"] == pytest.approx(math.sqrt((1 / 3) / 4))
     assert found["mean_length_se"] == pytest.approx(math.sqrt((2 / 3) / 4))
+
+
+class Sampled:
+    """A backend that gives the same ids to every prompt."""
+
+    def __init__(self, ids):
+        self.ids = ids
+
+    def stream(self, requests, sampling):
+        yield from ((number, [Response(self.ids, "length")]) for number, _ in enumerate(requests))
+
+
+def test_a_row_that_opens_a_thought_has_it_in_the_text_of_its_response(tmp_path):
+    """Truncated inside its thought, a response has no answer, whatever the thought ends with."""
+    template = (
+        "{% for m in messages %}{{ m['content'] }}<eos>{% endfor %}"
+        "{% if add_generation_prompt and enable_thinking %}<think>\n{% endif %}"
+    )
+    encoder = ChatEncoder(byte_tokenizer(template, plain=("<think>", "</think>")))
+    opens = {**rows(1)[0], "chat_template_kwargs": '{"enable_thinking": true}'}
+    held_out, _ = encode_held_out([opens, *rows(2)[1:]], encoder, 512, 8)
+    ids = encoder.tokenizer("So it is\n1")["input_ids"]
+    config = EvaluateConfig(
+        model="m", input_dir=".", output_file=str(tmp_path / "e.json"), temperatures=[0.0], metric="math_answer"
+    )
+    made = respond_and_score(config, Sampled(ids), held_out, encoder, [])
+    assert [row["response"] for row in made] == ["<think>\nSo it is\n1", "So it is\n1"]
+    assert average_responses(made)["exact"] == 0.0 and [item.ground_truth for item in held_out] == ["1", "2"]
 
 
 def test_prompts_that_do_not_fit_are_named(tiny_model):
@@ -215,6 +246,57 @@ def test_a_metric_by_dotted_path_and_a_sum(tiny_model, tmp_path):
         )
         assert code == 0, err
         assert json.loads(output.read_text())["temperatures"]["0"]["exact"] == expected
+
+
+def word_shares(prompt: str, response: str, reference: str, words: list[str]) -> Score:
+    """Whether the prompt ends with the first word, and the share of the words that it contains."""
+    return Score(float(prompt.endswith(words[0])), {"words": Part(sum(word in prompt for word in words), len(words))})
+
+
+def test_prompts_without_ground_truth_and_a_metric_of_several_numbers(tiny_model, tmp_path):
+    lines = [
+        {"prompt": "1+1", "words": ["1", "2"]},
+        {"prompt": "2+1", "words": ["1", "2", "+"]},
+        {"prompt": "2+2", "words": []},
+    ]
+    data, output = tmp_path / "data", tmp_path / "eval.json"
+    data.mkdir()
+    (data / "test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    flags = [evaluate_model.main, "--model", tiny_model, "--input_dir", data, "--output_file", output]
+    flags += ["--max_new_tokens", 2, "--temperatures", 0]
+    code, _, err = run_main(*flags, "--metric", "tests.evaluation.test_evaluation:word_shares")
+    assert code == 0, err
+    result, stored = json.loads(output.read_text()), read_responses(tmp_path / "eval.parquet")
+    found = result["temperatures"]["0"]
+    assert result["n"] == 3 and "nll" not in result and "identical_rate" not in found
+    # The third prompt cannot be scored: it is named, and counts in neither number.
+    assert len(result["skipped"]) == 1 and "IndexError" in result["skipped"][0]["reason"]
+    assert found["exact"] == 1.0 and found["parts"]["words"]["value"] == 4 / 5 and found["parts"]["words"]["n"] == 2
+    assert found["parts"]["words"]["value_se"] == pytest.approx(
+        0.24
+    )  # residuals -0.6 and 0.6, over 2.5 words per prompt
+    assert {len(row["parts"] or []) for row in stored.by_prompt.values()} == {0, 1}
+    assert all(row["nats"] is None and row["ground_truth"] is None for row in stored.by_prompt.values())
+    code, _, err = run_main(*flags, "--metric", "math_answer")
+    assert code == 2 and "no held-out row of" in err
+
+
+@pytest.mark.parametrize(
+    ("data", "output", "sentence"),
+    [
+        ("data", "data/eval.json", "is in the place of the data"),
+        ("data/test.parquet", "data/test.json", "is in the place of the data"),  # its responses would replace the data
+        ("data/test.jsonl", "data/../data/test.jsonl", "is in the place of the data"),
+        ("data", "eval.parquet", "the name of the responses' file: give a name such as eval.json"),
+    ],
+)
+def test_data_and_responses_are_never_overwritten(tmp_path, monkeypatch, data, output, sentence):
+    monkeypatch.chdir(tmp_path)
+    write_sums(tmp_path / "data")
+    (tmp_path / "data" / "test.parquet").touch()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+    code, _, err = run_main(evaluate_model.main, "--model", "m", "--input_dir", data, "--output_file", output)
+    assert code == 2 and sentence in err and {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
-"""The long form of the fault suite: python -m tests.faults [--output benchmarks/results/faults.json].
+"""The long form of the fault suite: ``python -m tests.faults [--only PART ...]``.
 
-Everything that ``pytest tests/faults`` samples, at every operation and with 200 signals. Takes about an hour on two idle
-cores. The results are written as they come.
+Everything that ``pytest tests/faults`` samples, at every file operation, with 200 signals and 64 writers. The results are written
+as they come, part by part: what an earlier command has done is not done again, also after an interruption.
 """
 
 from __future__ import annotations
@@ -11,19 +11,27 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from spin.alignment.core.files import write_json_atomic
 from tests.faults.plan import LONG
 from tests.helpers import REPOSITORY, program_environment
 
+PARTS = {part: module for module, parts in LONG.items() for part in parts}
+# What counts as one of the planned faults of a part.
+FAULTS = ("kill", "full", "small disk", "bit flip")
 
-def reports(module: str, settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield the JSON lines that a module of this package prints, as they come."""
-    command = [sys.executable, "-m", f"tests.faults.{module}", json.dumps(settings)]
-    environment = program_environment(PYTHONPATH=str(REPOSITORY))
+
+def reports(module: str, parts: dict[str, Any], root: Path, seed: int = 0) -> Iterator[dict[str, Any]]:
+    """Yield the JSON lines that a module of this package prints for some parts of a plan, as they come."""
+    from tests.faults.forked_run import RESERVED
+    from tests.faults.forks import ENVIRONMENT
+
+    settings = json.dumps({"parts": parts, "root": str(root), "seed": seed})
+    environment = program_environment(PYTHONPATH=str(REPOSITORY), **ENVIRONMENT, **RESERVED)
+    command = [sys.executable, "-m", f"tests.faults.{module}", settings]
     with subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
@@ -33,43 +41,51 @@ def reports(module: str, settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
         raise RuntimeError(f"tests.faults.{module} ended with exit code {process.returncode}")
 
 
+def number_of_faults(report: dict[str, Any]) -> int:
+    """Return how many of the planned faults a report is about."""
+    return int(report.get("count", 1)) if report["how"] in FAULTS or " to " in report["how"] else 0
+
+
+def note(result: dict[str, Any], report: dict[str, Any]) -> None:
+    """Add a report to the result of its part."""
+    result["planned"] = report.get("planned", result.get("planned"))
+    result["done"] += number_of_faults(report)
+    counts = result["counts"]
+    if report["how"] == "file operations":  # of one undisturbed run, however often the part was interrupted
+        counts["file operations"] = report["count"]
+    else:
+        counts[report["how"]] = counts.get(report["how"], 0) + report.get("count", 1)
+    if report.get("refused"):
+        counts["damaged file refused by name"] = counts.get("damaged file refused by name", 0) + 1
+    if report["wrong"]:
+        result["failures"].append(report)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=REPOSITORY / "benchmarks" / "results" / "faults.json")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", help="one program, or one kind of run; the results of the others are kept")
-    parser.add_argument("--signals", type=int, help="signals for each kind of run, instead of those of the plan")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--again", action="store_true", help="forget the earlier results of these parts")
     arguments = parser.parse_args()
-    programs = {name: counts for name, counts in LONG["programs"].items() if arguments.only in (None, name)}
-    kinds = {
-        kind: arguments.signals or count for kind, count in LONG["signals"].items() if arguments.only in (None, kind)
-    }
-    counts: dict[str, Counter[str]] = defaultdict(Counter)
-    failures: list[dict[str, Any]] = []
-    if arguments.only and arguments.output.exists():
-        kept = json.loads(arguments.output.read_text())
-        counts.update({name: Counter(found) for name, found in kept["counts"].items() if arguments.only not in name})
-        failures = [failure for failure in kept["failures"] if arguments.only not in failure["where"]]
-    with tempfile.TemporaryDirectory() as folder:
-        sources = [("harness", {"programs": programs, "root": f"{folder}/programs", "seed": arguments.seed})]
-        sources = sources if programs else []
-        sources += [
-            ("run_storm", {"kind": kind, "count": count, "root": f"{folder}/runs", "seed": arguments.seed})
-            for kind, count in kinds.items()
-        ]
-        for module, settings in sources:
-            for report in reports(module, settings):
-                where = report.get("program") or f"spin run ({report.get('kind', settings.get('kind'))})"
-                counts[where][report["how"]] += report.get("count", 1)
-                if report.get("refused"):
-                    counts[where]["damaged file refused by name"] += 1
-                if report["wrong"]:
-                    failures.append({"where": where, **report})
-                    print(f"{where}: {report['how']} {report.get('at', '')}: {report['wrong']}", flush=True)
-                result = {"seed": arguments.seed, "counts": counts, "failures": failures}
-                arguments.output.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(counts, indent=1))
-    return 1 if failures else 0
+    earlier = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
+    found = earlier.get("parts", {}) if earlier.get("seed") == arguments.seed else {}
+    for part, module in PARTS.items():
+        if part not in arguments.only:
+            continue
+        if part not in found or arguments.again:
+            found[part] = {"done": 0, "counts": {}, "failures": []}
+        result = found[part]
+        if result["done"] >= result.get("planned", 1):
+            continue
+        plan = {part: {**LONG[module][part], "done": result["done"]}}
+        with tempfile.TemporaryDirectory() as root:
+            for report in reports(module, plan, Path(root), arguments.seed):
+                note(result, report)
+                ordered = {name: found[name] for name in PARTS if name in found}
+                write_json_atomic(arguments.output, {"seed": arguments.seed, "parts": ordered})
+        print(f"{part}: {result['done']} faults, {len(result['failures'])} failures", flush=True)
+    return 1 if any(found[part]["failures"] for part in arguments.only) else 0
 
 
 if __name__ == "__main__":

@@ -28,14 +28,13 @@ _NOT_COMPARED = re.compile(
 
 @dataclass(frozen=True)
 class Program:
-    """A program, and the arguments that make it write into a folder. ``first`` are the operations that always happen."""
+    """A program, and the arguments that make it read the inputs in one folder and write into another."""
 
     name: str
     arguments: Callable[[Path, Path], list[str]]
-    module: str = ""
 
     def main(self, arguments: list[str]) -> int | None:
-        return importlib.import_module(f"spin.{self.module or self.name}").main(arguments)
+        return importlib.import_module(f"spin.{self.name}").main(arguments)
 
 
 def make_inputs(folder: Path) -> Path:
@@ -56,7 +55,9 @@ def make_inputs(folder: Path) -> Path:
     (folder / "online.yaml").write_text(yaml.safe_dump(online))
     code, _, said = run_main(PROGRAMS["generate"].main, *PROGRAMS["generate"].arguments(folder, folder / "generated"))
     assert code == 0, said
-    code, _, said = run_main(PROGRAMS["convert"].main, *PROGRAMS["convert"].arguments(folder, folder / "converted"))
+    code, _, said = run_main(
+        PROGRAMS["convert_data"].main, *PROGRAMS["convert_data"].arguments(folder, folder / "converted")
+    )
     assert code == 0, said
     return folder
 
@@ -88,8 +89,8 @@ PROGRAMS = {
             batch_size=8,
         ),
     ),
-    "convert": Program(
-        "convert",
+    "convert_data": Program(
+        "convert_data",
         lambda inputs, output: _flags(
             input_dir=inputs / "generated",
             output_dir=output,
@@ -97,25 +98,22 @@ PROGRAMS = {
             scorer="tests.helpers.online:share_of_letters",
             max_rows_per_file=6,
         ),
-        "convert_data",
     ),
-    "weights": Program(
-        "weights",
+    "estimate_weights": Program(
+        "estimate_weights",
         lambda inputs, output: [
             *_flags(input_dir=inputs / "converted", output_dir=output, weighting="reverse_dpo", dtype="float32"),
             *_flags(model_plus=inputs / "model", model_minus=inputs / "other"),
         ],
-        "estimate_weights",
     ),
     "run_spin": Program("run_spin", _trained("spin.yaml")),
     "run_sft": Program("run_sft", _trained("sft.yaml")),
     "run_online": Program("run_online", _trained("online.yaml")),
-    "evaluate": Program(
-        "evaluate",
+    "evaluate_model": Program(
+        "evaluate_model",
         lambda inputs, output: _flags(
             model=inputs / "model", input_dir=inputs / "sums", output_file=output / "eval.json", max_new_tokens=4
         ),
-        "evaluate_model",
     ),
 }
 

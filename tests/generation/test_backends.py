@@ -96,6 +96,7 @@ def test_sampling_follows_temperature_and_top_p():
     ("settings", "message"),
     [
         ({"num_samples": 0}, "num_samples is 0"),
+        ({"num_samples": 10**20}, "num_samples is 100000000000000000000"),
         ({"temperature": -1.0}, "temperature is -1.0"),
         ({"temperature": 0.0, "num_samples": 2}, "same response every time"),
         ({"top_p": 0.0}, "top_p is 0.0"),

@@ -12,7 +12,7 @@ from spin.alignment.core.provenance import read_provenance
 from spin.alignment.generation.base import BackendSettings
 from spin.alignment.generation.transformers.backend import TransformersBackend
 from spin.alignment.models import precision
-from spin.alignment.models.precision import computes_fast_in_bfloat16, decoding_dtype, machine_dtype
+from spin.alignment.models.precision import decoding_dtype, machine_dtype
 from spin.evaluate_model import main as evaluate
 from spin.generate import main as generate
 from tests.helpers import run_main, save_tiny_model
@@ -22,20 +22,13 @@ from tests.helpers import run_main, save_tiny_model
 def fast_machine(monkeypatch):
     """A machine that is fast in bfloat16, for which the tiny models here are large."""
     monkeypatch.setattr(precision, "_LARGE_BYTES", 0)
-    monkeypatch.setattr(precision, "computes_fast_in_bfloat16", lambda: True)
+    monkeypatch.setattr(precision, "has_bfloat16_instructions", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return save_tiny_model(tmp_path_factory.mktemp("precision") / "model")
-
-
-def test_the_machine_is_known_by_its_instructions(tmp_path):
-    file = tmp_path / "cpuinfo"
-    for features, fast in (("fpu avx512f avx512_bf16", True), ("fpu amx_bf16", True), ("fpu avx2 avx512f", False)):
-        file.write_text(f"processor\t: 0\nflags\t\t: {features}\nbugs\t\t: avx512_bf16\n")
-        assert computes_fast_in_bfloat16(file) == (fast and not torch.cuda.is_available())
-    assert not computes_fast_in_bfloat16(tmp_path / "missing")
 
 
 def test_only_a_large_float32_checkpoint_is_rounded(model, fast_machine, monkeypatch, tmp_path, capsys):
@@ -50,10 +43,10 @@ def test_only_a_large_float32_checkpoint_is_rounded(model, fast_machine, monkeyp
     assert machine_dtype(half, "auto") is None
     (half / "config.json").write_text(json.dumps(config | {"dtype": "float32", precision.TRAINED_IN: "bfloat16"}))
     assert machine_dtype(half, "auto") is None  # generation_dtype decides
-    monkeypatch.setattr(precision, "_LARGE_BYTES", 2**27)
+    monkeypatch.setattr(precision, "_LARGE_BYTES", 200 * 10**6)
     assert machine_dtype(model, "auto") is None
     monkeypatch.setattr(precision, "_LARGE_BYTES", 0)
-    monkeypatch.setattr(precision, "computes_fast_in_bfloat16", lambda: False)
+    monkeypatch.setattr(precision, "has_bfloat16_instructions", lambda: False)
     assert machine_dtype(model, "auto") is None
 
 
@@ -78,7 +71,7 @@ def test_fractions_of_machines_that_choose_differently_are_not_mixed(model, fast
     assert code == 0 and "responses are generated in bfloat16" in err
     assert recorded("auto") == "bfloat16"
     assert run("explicit", "--dtype", "float32")[0] == 0 and recorded("explicit") is None
-    monkeypatch.setattr(precision, "computes_fast_in_bfloat16", lambda: False)
+    monkeypatch.setattr(precision, "has_bfloat16_instructions", lambda: False)
     code, _, err = run("auto")
     assert code == 2 and "sampling.computed_in: None != 'bfloat16'" in err
     assert run("explicit", "--dtype", "float32")[0] == 0

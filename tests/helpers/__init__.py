@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from spin.alignment.pipeline.start_programs import ProgramStarter, ServedProgram
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+_ENVIRONMENT = dict(os.environ)
 SHARED_DATA = Path(os.environ.get("SPIN_TEST_DATA", REPOSITORY.parent / "shared" / "data"))
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -94,10 +95,15 @@ def run_main(main: Callable[[Sequence[str]], int | None], *arguments: object) ->
 
 
 def program_environment(**extra: str) -> dict[str, str]:
-    """The environment of a child program: offline, one thread, the same in every test."""
+    """The environment of a child program: offline, one thread, this interpreter as ``python``, the same in every test.
+
+    Variables that programs run in this process have set since (accelerate's, vLLM's) are not passed on.
+    """
     offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
-    inherited = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
-    return {**inherited, **offline, **extra}
+    inherited = {name: value for name, value in _ENVIRONMENT.items() if name != "PYTEST_CURRENT_TEST"}
+    # Shell scripts start `python` and `accelerate`: those of the environment under test, even if it is not activated.
+    search_path = os.pathsep.join([str(Path(sys.executable).parent), inherited.get("PATH", os.defpath)])
+    return {**inherited, "PATH": search_path, **offline, **extra}
 
 
 @functools.cache

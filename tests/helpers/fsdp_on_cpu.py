@@ -1,11 +1,11 @@
-"""Runs spin/run_spin.py under FSDP2 on a CPU, where accelerate itself would fall back to plain data parallelism."""
+"""Runs a training program, that of TRAINING_PROGRAM, under FSDP2 on a CPU, where accelerate itself would fall back to DDP."""
 
+import importlib
+import os
 import sys
 
 import accelerate.state
 from accelerate.utils import DistributedType
-
-from spin import run_spin
 
 _original = accelerate.state.PartialState.__init__
 
@@ -18,5 +18,5 @@ def _as_if_on_gpus(self, *args, **settings):
 
 if __name__ == "__main__":
     accelerate.state.PartialState.__init__ = _as_if_on_gpus
-    run_spin.main(sys.argv[1:])
+    importlib.import_module(f"spin.{os.environ['TRAINING_PROGRAM']}").main(sys.argv[1:])
     assert accelerate.state.AcceleratorState().distributed_type == DistributedType.FSDP

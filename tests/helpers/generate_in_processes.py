@@ -1,7 +1,7 @@
 """Many generate.py processes on one folder, some of them killed: python tests/helpers/generate_in_processes.py SETTINGS_JSON.
 
 The processes are forked from this one, which has imported everything: a start costs milliseconds, so dozens of kills cost
-seconds. Prints one JSON line with what happened.
+seconds. What they say goes to the file FAKE_OUTPUT, if it is set. Prints one JSON line with what happened.
 """
 
 from __future__ import annotations
@@ -33,11 +33,13 @@ def start(arguments: list[str]) -> int:
         return pid
     code = 1
     try:
-        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115
+        # "a": all of them may write to one file.
+        sys.stdout = sys.stderr = open(os.environ.get("FAKE_OUTPUT", os.devnull), "a")  # noqa: PTH123, SIM115
         run_program(main, arguments)
     except SystemExit as stop:
         code = int(stop.code or 0)
     finally:
+        sys.stderr.flush()
         os._exit(code)
 
 

@@ -60,11 +60,13 @@ def write_config(path: Path, tiny_model: Path, pairs: Path, **settings) -> Path:
     return path
 
 
-def train(config: Path, *arguments: str, launch: list[str] | None = None, **environment: str) -> str:
+def train(
+    config: Path, *arguments: str, launch: list[str] | None = None, program: str = "run_spin", **environment: str
+) -> str:
     launch = launch or []
-    program = [] if "tests.helpers.fsdp_on_cpu" in launch else ["spin/run_spin.py"]
-    command = [sys.executable, *launch, *program, str(config), *arguments]
-    done = run_command(command, **environment)
+    file = [] if "tests.helpers.fsdp_on_cpu" in launch else [f"spin/{program}.py"]
+    command = [sys.executable, *launch, *file, str(config), *arguments]
+    done = run_command(command, TRAINING_PROGRAM=program, **environment)
     assert done.returncode == 0, done.stderr[:3000] + done.stderr[-4000:]  # a launcher's own words come last
     return done.stdout
 

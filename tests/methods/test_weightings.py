@@ -192,6 +192,7 @@ def test_which_weightings_need_models():
     assert {name: item.needs_models for name, item in WEIGHTINGS.items()} == {
         "drift": False,
         "reverse_dpo": True,
+        "stored_gains": False,
         "teacher": True,
         "uniform": False,
     }

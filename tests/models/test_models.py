@@ -30,6 +30,22 @@ def test_a_generation_config_that_transformers_would_not_save(tiny_model, tmp_pa
     assert (saved.do_sample, saved.temperature) == (True, 0.6)
 
 
+def test_loading_shows_no_progress_bar_and_leaves_the_setting_as_it_was(tiny_model, capfd):
+    from transformers.utils import logging
+
+    was = logging.is_progress_bar_enabled()
+    logging.enable_progress_bar()
+    try:
+        load_model(ModelConfig(model_name_or_path=str(tiny_model)))
+        assert logging.is_progress_bar_enabled()
+        assert "Loading weights" not in capfd.readouterr().err
+        AutoModelForCausalLM.from_pretrained(tiny_model)
+        assert "Loading weights" in capfd.readouterr().err
+    finally:
+        if not was:
+            logging.disable_progress_bar()
+
+
 def test_a_weight_that_is_not_finite_is_never_saved(tmp_path):
     model = tiny_llama(20)
     model.model.norm.weight.data[3] = math.nan

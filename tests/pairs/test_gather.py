@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
@@ -20,6 +19,7 @@ from spin.alignment.data.fractions import fraction_path
 from spin.alignment.data.preferences import load_preferences
 from spin.alignment.data.rows import GENERATED_SCHEMA
 from spin.alignment.methods.pairings import PAIRINGS, EveryRow
+from spin.alignment.pairs.counts import read_counts
 from spin.alignment.pairs.preference_files import Selection, last_turns
 from tests.helpers import REPOSITORY, hear_ctrl_c, program_environment
 from tests.helpers.gathering import (
@@ -79,7 +79,7 @@ def test_batches_and_single_prompts_give_the_same_files(tmp_path, monkeypatch, i
         item for item, equal, long in zip(everything, same, cut, strict=True)
         if not (equal and identical == "drop") and not (long and truncated == "drop")
     ]  # fmt: skip
-    counts = json.loads((tmp_path / "fast" / "train_prefs.counts.json").read_text())
+    counts = read_counts(tmp_path / "fast" / "train_prefs.counts.json")
     assert counts == {
         "rows": 12, "identical": sum(same), "truncated": sum(cut), "dropped": 12 - len(kept), "skipped": 0, "written": len(kept)
     }  # fmt: skip

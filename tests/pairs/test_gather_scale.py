@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -66,7 +67,7 @@ def write_many(folder: Path, num_rows: int) -> Path:
 
 def peak_mib(folder: Path, out: Path) -> int:
     flags = ["--input_dir", folder, "--output_dir", out, "--identical", "drop", "--max_rows_per_file", 8000]
-    result = run_command(["python", "-c", PEAK, *flags], timeout=120)
+    result = run_command([sys.executable, "-c", PEAK, *flags], timeout=120)
     assert result.returncode == 0, result.stderr
     return int(result.stdout.splitlines()[-1])
 

@@ -131,11 +131,13 @@ def test_a_run_goes_on_without_its_manifest(planned, tmp_path, monkeypatch, cont
     assert output.read_text() == "rows" and not list(run.rglob(".*"))
 
 
-@pytest.mark.parametrize("name", ["sft/eval.json", "iter0/metrics.json", "iter0/eval.json"])
+@pytest.mark.parametrize(
+    "name", ["sft/eval.json", "iter0/metrics.json", "iter0/eval.json", "iter0/pairs/train_prefs.counts.json"]
+)
 @pytest.mark.parametrize("content", ["", "{", "[]", "3"])
 def test_damaged_results_are_named_by_the_report(planned, tmp_path, name, content):
     run = copy_run(planned, tmp_path / "run")
-    (run / name).parent.mkdir()
+    (run / name).parent.mkdir(parents=True)
     (run / name).write_text(content)
     code, _, err = run_main(cli.main, "report", run)
     assert (code, err) == (

@@ -12,7 +12,7 @@ from spin.alignment.core.assets import asset, is_checkout
 from spin.alignment.core.errors import InputError
 from spin.alignment.pipeline.config import load_run_config
 from spin.alignment.pipeline.init import config_names
-from tests.helpers import REPOSITORY, run_command, run_main
+from tests.helpers import REPOSITORY, run_command, run_main, run_script
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def test_the_demos_with_rewards_have_the_data_that_the_script_makes(folder, tmp_
     code, out, _ = run_main(cli.main, "init", "sppo")
     assert code == 0 and out.splitlines()[-1] == "next: spin run demo_sppo.yaml"
     made = tmp_path / "made"
-    done = run_command(["python", "scripts/make_sorting_data.py", made], PYTHONPATH=str(REPOSITORY))
+    done = run_script("scripts/make_sorting_data.py", made, PYTHONPATH=str(REPOSITORY))
     assert done.returncode == 0, done.stderr
     data = {f"data/sorting/{name}" for name in written(made)}
     assert written(folder) == {"demo_sppo.yaml", "demo_sorting.yaml"} | data
@@ -55,7 +55,7 @@ def test_the_demos_with_rewards_have_the_data_that_the_script_makes(folder, tmp_
 
 
 def test_the_shipped_demo_data_are_what_the_script_makes(tmp_path):
-    done = run_command(["python", "scripts/make_demo_data.py", tmp_path / "iter0"], PYTHONPATH=str(REPOSITORY))
+    done = run_script("scripts/make_demo_data.py", tmp_path / "iter0", PYTHONPATH=str(REPOSITORY))
     assert done.returncode == 0 and "7600 training and 500 test prompts" in done.stdout, done.stderr
     shipped = REPOSITORY / "data" / "iter0"
     assert written(tmp_path / "iter0") == written(shipped)
@@ -71,7 +71,7 @@ def test_a_configuration_comes_with_those_it_extends_and_names(folder):
     assert written(folder) >= {"config_iter2.yaml", "config.yaml"}
 
 
-@pytest.mark.parametrize("name", [*config_names(), "online", "sppo", "wspin", "scripts"])
+@pytest.mark.parametrize("name", [*config_names(), "chat", "online", "sppo", "wspin", "scripts"])
 def test_every_name_is_written_and_nothing_it_refers_to_is_missing(folder, name, monkeypatch):
     monkeypatch.setattr("spin.alignment.pipeline.demos.sorting.write_data", lambda folder: folder.mkdir())
     code, out, err = run_main(cli.main, "init", name)
@@ -121,8 +121,8 @@ def test_help_lists_every_name(folder):
     code, out, _ = run_main(cli.main, "init", "--help")
     assert code == 0
     listed = set(re.findall(r"^  ([\w.]+) ", out.partition("names:")[2], re.MULTILINE))
-    demos = {"demo_online", "demo_sppo", "demo_wspin"}
-    assert listed == (set(config_names()) - demos) | {"online", "sppo", "wspin", "scripts"}
+    demos = {"demo_chat", "demo_online", "demo_sppo", "demo_wspin"}
+    assert listed == (set(config_names()) - demos) | {"chat", "online", "sppo", "wspin", "scripts"}
 
 
 def test_the_shell_scripts_find_the_programs_of_the_installed_package(folder):

@@ -19,6 +19,7 @@ from spin.alignment.core.errors import InputError
 from spin.alignment.core.program import Interrupts
 from spin.alignment.pipeline.config import load_run_config
 from spin.alignment.pipeline.lineage import lineage
+from spin.alignment.pipeline.preflight import precision_remark
 from spin.alignment.pipeline.program_settings import train_values
 from spin.alignment.pipeline.runner import Pipeline, explain
 from spin.alignment.pipeline.stage_runner import StageFailed
@@ -31,6 +32,24 @@ FAST = {"max_steps": 1, "use_cpu": True}
 
 def make_config(tmp_path, **changes):
     return load_run_config(write_config(tmp_path / "config.yaml", tiny_run(tmp_path, **changes)))
+
+
+def test_a_float32_start_of_bfloat16_training_is_remarked_on(tmp_path):
+    from types import SimpleNamespace
+
+    start, half = SimpleNamespace(dtype="float32"), SimpleNamespace(dtype="bfloat16")
+    trained = SimpleNamespace(dtype="float32", trained_in_dtype="bfloat16")
+    config = make_config(tmp_path)
+    assert config.sft is None and precision_remark(config, start) == ""
+    config = dataclasses.replace(config, train={**config.train, "bf16": True})
+    sentence = f"{config.model} has float32 weights and is used in float32, but the models trained from it in bfloat16"
+    remark = precision_remark(config, start)
+    assert remark.startswith(sentence) and "set generate.dtype and evaluate.dtype to bfloat16" in remark
+    assert precision_remark(config, half) == precision_remark(config, trained) == ""
+    half_set = dataclasses.replace(config, generate={**config.generate, "dtype": "bfloat16"})
+    assert "set evaluate.dtype to bfloat16" in precision_remark(half_set, start)
+    all_set = dataclasses.replace(half_set, evaluate={**config.evaluate, "dtype": "float32"})
+    assert precision_remark(all_set, start) == ""
 
 
 # --- the plan ---------------------------------------------------------------------------------------------------------

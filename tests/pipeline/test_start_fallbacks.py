@@ -65,15 +65,18 @@ def test_a_process_that_is_not_safe_to_fork_is_refused(monkeypatch):
     import torch
 
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    assert "initialised CUDA" in start_server.fork_problem()
+    assert "initialised CUDA" in start_server.fork_problem(has_gpu=True)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
     monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
-    assert "touched CUDA" in start_server.fork_problem()
+    assert "touched CUDA" in start_server.fork_problem(has_gpu=True)
+    assert "touched CUDA" not in (
+        start_server.fork_problem(has_gpu=False) or ""
+    )  # a CUDA build of torch on a machine without
     monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: False)
     stop = threading.Event()
     thread = threading.Thread(target=stop.wait)
     thread.start()
-    assert "threads" in start_server.fork_problem()
+    assert "threads" in start_server.fork_problem(has_gpu=False)
     stop.set()
     thread.join()
 
@@ -90,11 +93,14 @@ def test_where_there_is_a_gpu_nothing_is_imported_that_initialises_it(monkeypatc
 
     monkeypatch.setattr(torch.cuda, "is_available", is_available)
     monkeypatch.setattr(start_server.importlib, "import_module", imported.append)
+    monkeypatch.setattr(start_server, "build_conversion_table", lambda: None)
     monkeypatch.delenv("PYTORCH_NVML_BASED_CUDA_CHECK", raising=False)
     before = dict(os.environ)
-    start_server.import_libraries()
+    assert start_server.import_libraries() == has_gpu
     assert asked == ["1"] and dict(os.environ) == before
-    assert imported == [*start_server.LIBRARIES, *(() if has_gpu else start_server.TRAINING_LIBRARIES)]
+    assert imported[: len(start_server.LIBRARIES)] == list(start_server.LIBRARIES)
+    for_training = {*start_server.TRAINING_LIBRARIES, *start_server.LIBRARIES_AT_FIRST_USE}
+    assert for_training.isdisjoint(imported) if has_gpu else for_training <= set(imported)
 
 
 def test_libraries_for_every_machine_do_not_load_bitsandbytes():

@@ -45,7 +45,7 @@ facts = {
     "wakeup": signal.set_wakeup_fd(-1),
     "mask": sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])),
     "threads": [len(os.listdir("/proc/self/task")), threading.active_count(), torch.get_num_threads()],
-    "cuda": [torch.cuda.is_initialized(), torch.cuda._is_in_bad_fork()],
+    "cuda": [torch.cuda.is_initialized(), torch.cuda.is_available() and torch.cuda._is_in_bad_fork()],
     "flags": str(sys.flags),
     "streams": [str(sys.stdout.encoding), sys.stdout.line_buffering, sys.stdout.isatty()],
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from spin.alignment.core.provenance import Provenance, read_provenance
 from spin.alignment.data.fractions import fraction_path, fraction_rows
 from spin.alignment.data.preferences import load_preferences
 from spin.alignment.data.rows import GENERATED_SCHEMA
+from spin.alignment.pairs.counts import read_counts
 from tests.helpers import run_main, run_script
 
 MADE = Provenance(
@@ -103,7 +103,7 @@ def test_every_sample_becomes_one_pair_in_the_order_of_the_fractions(generated, 
 
 def test_identical_and_cut_pairs_are_dropped_on_request_and_counted(generated, tmp_path):
     run(generated, tmp_path / "out", "--identical", "drop", "--truncated", "drop")
-    counts = json.loads((tmp_path / "out" / "train_prefs.counts.json").read_text())
+    counts = read_counts(tmp_path / "out" / "train_prefs.counts.json")
     assert counts == {"rows": 10, "identical": 2, "truncated": 1, "dropped": 3, "skipped": 0, "written": 7}
     kept = {(row["prompt_id"], row["sample_index"]) for row in load_preferences(str(tmp_path / "out"), "train")}
     assert kept == {(f"p{prompt}", index) for prompt in (0, 2, 3, 4) for index in (0, 1)} - {("p2", 1)}
@@ -122,7 +122,7 @@ def test_prompts_that_generation_left_out_are_reported(generated, tmp_path):
     write_fraction(generated, 0, fraction(0)[2:], skipped=[left])
     printed = run(generated, tmp_path / "out")
     assert f"skipped by generation: {left['prompt_id']} (prompt of 900 tokens, at most 512 fit)" in printed
-    assert json.loads((tmp_path / "out" / "train_prefs.counts.json").read_text())["skipped"] == 1
+    assert read_counts(tmp_path / "out" / "train_prefs.counts.json")["skipped"] == 1
 
 
 def test_a_rerun_is_free_and_pairs_of_something_else_are_refused(generated, tmp_path):
@@ -130,6 +130,13 @@ def test_a_rerun_is_free_and_pairs_of_something_else_are_refused(generated, tmp_
     run(generated, out)
     stamps = {path: path.stat().st_mtime_ns for path in out.iterdir()}
     assert "already complete" in run(generated, out)
+    counts = out / "train_prefs.counts.json"
+    whole = counts.read_text()
+    for damaged in ("{", "[]", "{}", whole.replace("written", "writteo")):
+        counts.write_text(damaged)
+        assert "already complete" not in run(generated, out)
+        assert counts.read_text() == whole
+    stamps = {path: path.stat().st_mtime_ns for path in out.iterdir()}
     assert "extra.identical: 'drop' != 'keep'" in refused(generated, out, "--identical", "drop")
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == stamps
     run(generated, out, "--identical", "drop", "--overwrite", "--max_rows_per_file", 3)
@@ -140,6 +147,17 @@ def test_a_rerun_is_free_and_pairs_of_something_else_are_refused(generated, tmp_
     assert "test_prefs-00000-of-00002.parquet was created from other inputs (model: 'n' != 'm')" in refused(
         generated, out, "--overwrite"
     )
+
+
+def test_damaged_counts_are_named_and_the_pairs_are_written_again(generated, tmp_path):
+    out = tmp_path / "out"
+    run(generated, out)
+    whole = content(out)
+    path = out / "train_prefs.counts.json"
+    path.write_text(path.read_text().replace('"rows": 10', '"rows": 11'))
+    code, _, said = run_main(convert_data.main, "--input_dir", generated, "--output_dir", out)
+    assert code == 0 and f"{path} is damaged: the pairs are written again\n" in said
+    assert content(out) == whole
 
 
 def test_part_of_the_fractions_is_taken_on_request(generated, tmp_path):

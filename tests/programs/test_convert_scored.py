@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from spin.alignment.core.provenance import read_provenance
 from spin.alignment.data.chat_encoder import ChatEncoder
 from spin.alignment.data.config import DataConfig
 from spin.alignment.data.preferences import load_preferences, mix_preferences
+from spin.alignment.pairs.counts import read_counts
 from spin.alignment.rewards import GROUP_SCORERS, GroupLabels
 from spin.alignment.training import preference_data
 from spin.alignment.training.preference_data import encode_split
@@ -89,7 +89,7 @@ def generated(tmp_path):
 def convert(folder, out, *flags):
     code, _, errors = gather(folder, out, *flags)
     assert code == 0, errors
-    counts = json.loads((out / "train_prefs.counts.json").read_text())
+    counts = read_counts(out / "train_prefs.counts.json")
     return load_preferences(str(out), "train").to_list(), counts
 
 

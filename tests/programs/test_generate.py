@@ -171,7 +171,10 @@ def write_file(tmp_path: Path, name: str, text: str) -> Path:
 BAD_INPUT = {
     "missing model": (lambda tmp, data: {"model": tmp / "none"}, "does not exist"),
     "model without config": (lambda tmp, data: {"model": data.parent}, "no config.json"),
-    "unreachable hub model": (lambda tmp, data: {"model": "no-such-org/none"}, "neither a local folder nor a Hub"),
+    "unreachable hub model": (
+        lambda tmp, data: {"model": "no-such-org/none"},
+        "a Hub model that can be read (it is not in the Hub cache, and HF_HUB_OFFLINE is set): check the name, give a folder",
+    ),
     "no chat template": (
         lambda tmp, data: {"model": save(tmp / "model", char_tokenizer(template=None))},
         "has no chat template",

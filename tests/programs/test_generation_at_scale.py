@@ -124,6 +124,27 @@ def test_eight_processes_share_the_work_without_doing_any_of_it_twice(setting, u
     assert sum(made) == NUM_PROMPTS and sum(count > 0 for count in made) >= 2, made
 
 
+def test_a_process_that_starts_while_the_last_one_clears_the_folder_has_nothing_to_do(
+    setting, undisturbed, tmp_path, monkeypatch
+):
+    def removed(*_: object) -> None:
+        raise FileNotFoundError(f"{tmp_path}/.parts/prompts-train.arrow")
+
+    monkeypatch.setattr("spin.alignment.generation.generate.open_store", removed)
+    code, _, error = generate(setting, tmp_path)
+    assert code == 1 and "FileNotFoundError" in error  # nothing is complete: not this race
+
+    def merged_by_another(*_: object) -> None:
+        for name, content in undisturbed.items():
+            (tmp_path / name).write_bytes(content)
+        removed()
+
+    monkeypatch.setattr("spin.alignment.generation.generate.open_store", merged_by_another)
+    code, _, error = generate(setting, tmp_path)
+    assert code == 0, error
+    assert contents(tmp_path) == undisturbed and not (tmp_path / ".parts").exists()
+
+
 def test_a_frozen_server_is_taken_over_and_does_no_harm_when_it_wakes_up(setting, undisturbed, tmp_path):
     frozen = start(setting, tmp_path, delay=0.05)
     wait_for(lambda: any(tmp_path.glob(".parts/*/part-*.parquet")), frozen)

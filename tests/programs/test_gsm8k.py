@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from spin import convert_data, evaluate_model, reformat, run_spin
+from spin.alignment.pairs.counts import read_counts
 from spin.generate import main as generate
 from tests.helpers import run_main, save_tiny_model
 
@@ -35,7 +36,7 @@ def test_the_whole_line_on_gsm8k(gsm8k, tmp_path):
     out = run(
         convert_data.main, "--input_dir", tmp_path / "generated", "--output_dir", tmp_path / "pairs", "--num_fracs", 2
     )
-    counts = json.loads((tmp_path / "pairs" / "train_prefs.counts.json").read_text())
+    counts = read_counts(tmp_path / "pairs" / "train_prefs.counts.json")
     assert counts["rows"] + counts["skipped"] == 60
     assert counts["written"] == counts["rows"]
     config = {

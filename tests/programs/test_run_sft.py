@@ -17,6 +17,7 @@ from spin.alignment.data.chat_encoder import ChatEncoder
 from spin.alignment.training.settings import read_settings
 from spin.alignment.training.sft import SFTArguments
 from spin.alignment.training.sft_data import load_ground_truth
+from spin.alignment.training.sft_rows import with_labels
 from tests.helpers import run_main
 from tests.helpers.runs import write_sums
 
@@ -110,8 +111,10 @@ def test_prompts_are_those_of_generation_and_carry_no_loss(tiny_model, sums, tmp
     row = data["train"][0]
     prompt = encoder.prompt_ids([{"role": "user", "content": "0+1"}])
     answer = encoder.response_ids([{"role": "user", "content": "0+1"}, {"role": "assistant", "content": "1"}])
-    assert row["input_ids"] == prompt + answer
-    assert row["labels"] == [-100] * len(prompt) + answer
+    assert (row["prompt_ids"], row["response_ids"]) == (prompt, answer) and row["source"] == str(sums)
+    labelled = with_labels(row)
+    assert labelled["input_ids"] == prompt + answer
+    assert labelled["labels"] == [-100] * len(prompt) + answer
     assert answer.count(encoder.end_id) == 1
     assert not accounts["train"].dropped and accounts["train"].rows == len(data["train"])
 
@@ -205,6 +208,22 @@ def test_adapters_are_merged_before_saving(tiny_model, sums, tmp_path):
     assert changed and all("q_proj" in name for name in changed)
 
 
+def test_adapters_learn_the_same_with_recomputed_activations(tiny_model, sums, tmp_path):
+    lora = {"use_peft": True, "lora_r": 4, "learning_rate": 1e-2, "max_steps": 2}
+    runs = {
+        "kept": {},
+        "recomputed": {"gradient_checkpointing": True},
+        "reentrant": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+    }
+    folders = []
+    for name, settings in runs.items():
+        (tmp_path / name).mkdir()
+        folders.append(train(write_config(tmp_path / name, tiny_model, sums, **lora, **settings)))
+    kept, *others = map(weights, folders)
+    for other in others:
+        assert all(torch.allclose(kept[name], other[name], atol=1e-6) for name in kept)
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
@@ -253,3 +272,21 @@ def test_rows_that_cannot_be_encoded_are_counted(tiny_model, tmp_path):
     record = metrics(train(write_config(tmp_path, tiny_model, data, max_steps=1)))
     assert record["rows"] == {"train": 2}
     assert list(record["dropped"].values()) == [1]
+
+
+def test_the_best_checkpoint_becomes_the_model(tiny_model, sums, tmp_path):
+    """With load_best_model_at_end, training stops where held-out NLL is lowest; a rate that is far too high makes it rise."""
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 3}
+    settings |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": False}
+    config = write_config(
+        *(tmp_path, tiny_model, sums),
+        dataset_splits=["train", "test"],
+        learning_rate=0.5,
+        lr_scheduler_type="constant",
+        **settings,
+    )
+    out = train(config)
+    losses = {entry["step"]: entry["eval_loss"] for entry in metrics(out)["history"] if "eval_loss" in entry}
+    best = min(losses, key=lambda step: losses[step])
+    assert set(losses) == {1, 2, 3} and best < 3
+    assert same(out, out / f"checkpoint-{best}") and not same(out, out / "checkpoint-3")

@@ -68,6 +68,8 @@ def connect(server):
         ("<think>[[A]] or not</think>\n\n[[B]]", 0.0),
         ("<think>surely [[A]]</think>", None),
         ("<think>I must end with [[A]] or [[B]]", None),
+        ("[THINK]surely [[A]]", None),
+        ("so [[A]]? no</think>[[B]]", 0.0),
         ("A is better", None),
         ("", None),
         (None, None),

@@ -85,6 +85,8 @@ def test_math_answer_of_what_is_no_number():
         (r"\boxed{}", 0.0),
         (r"\boxed{4", 0.0),
         ("the answer is 72", 0.0),
+        ("<think>\nwith a box\n</think>\n\\boxed{4}", 1.0),
+        ("<think>\nI try \\boxed{4}", 0.0),  # truncated inside its thought
         ("", 0.0),
     ],
 )
@@ -175,7 +177,7 @@ def test_bad_dotted_path_is_one_sentence(my_rules, name, sentence):
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("bleu", "unknown scorer 'bleu': choose one of exact_match, format, judge, .*or write module:function"),
+        ("bleu", "unknown scorer 'bleu': choose one of exact_match, format, .*judge, .*or write module:function"),
         ("", "scorer '' has an empty term"),
         ("math_answer+", "has an empty term: join rules as in"),
         ("half*format", "'half' in the scorer's term 'half.format' is not a weight"),
@@ -237,9 +239,17 @@ def test_math_verify_is_refused_without_its_library(monkeypatch):
 def test_math_verify_does_algebra():
     pytest.importorskip("math_verify")
     score = find_scorer("math_verify")
+    assert score("", r"<think>\boxed{5}", r"\boxed{5}") == 0.0  # truncated inside its thought
     assert score("", r"\boxed{\frac{\pi}{2}}", r"\boxed{\pi/2}") == 1.0
     assert score("", r"so \boxed{(x+1)^2}", r"\boxed{x^2+2x+1}") == 1.0
     assert score("", r"\boxed{2\sqrt{3}}", r"#### \sqrt{12}") == 1.0
     assert score("", "it is 5", "#### 5") == 1.0
     assert score("", r"\boxed{[1,2)}", r"\boxed{[1,2]}") == 0.0
     assert score("", "I do not know", "#### 5") == 0.0
+
+
+@pytest.mark.parametrize("name", ["exact_match", "math_answer"])
+def test_a_thought_is_no_part_of_an_answer(name):
+    score = find_scorer(name)
+    assert score("", "<think>is it 6?</think>5", "<think>\n5 or 7\n</think>\n\n5") == 1.0
+    assert score("", "<think>it is 5", "5") == 0.0  # truncated inside its thought

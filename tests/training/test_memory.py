@@ -329,6 +329,24 @@ def test_lines_for_people():
         "peak memory of a process (head): 2.25 GiB",
         "of which weights 1.00, gradients 0.50, optimiser states 0.50, logits and head 0.25",
     ]
+    assert MemoryEstimate("head", 2**30, 0, 0, resident=2**29).lines() == [
+        "peak memory of a process (head): 1.50 GiB",
+        "of which weights 1.00, interpreter, libraries and data 0.50",
+    ]
+
+
+def test_on_a_cpu_the_estimate_contains_what_the_process_already_holds():
+    held = memory.resident_bytes(torch.device("cpu"), 0)
+    buffer = torch.ones(2**26)  # 256 MiB
+    grown = memory.resident_bytes(torch.device("cpu"), 0) - held
+    assert grown == pytest.approx(buffer.nbytes, rel=0.1)
+    # Weights are counted by themselves; a GPU holds neither interpreter nor libraries.
+    assert memory.resident_bytes(torch.device("cpu"), buffer.nbytes) == pytest.approx(held, rel=0.1)
+    assert memory.resident_bytes(torch.device("cuda"), 0) == 0
+    plain, whole = (
+        estimate_memory(MILLION, NOTHING, settings(resident=size), 10, accumulates=True) for size in (0, held)
+    )
+    assert whole.total - plain.total == held
 
 
 def test_the_budget_is_the_most_that_fits():
@@ -341,5 +359,5 @@ def test_the_budget_is_the_most_that_fits():
     assert automatic_budget(needed, 10**12, 100, 10**9, "cpu") == pays  # no more than pays
     assert automatic_budget(needed, 10**12, pays + 1, 10**9, "cpu") == pays + 1  # and a pair is never cut
     assert automatic_budget(needed, round(2000 / usable), 100, 10**6, "cuda") == 100
-    with pytest.raises(InputError, match=r"the longest pair has 101 tokens .* set gradient_checkpointing: true"):
+    with pytest.raises(InputError, match=r"the longest row has 101 tokens .* set gradient_checkpointing: true"):
         automatic_budget(needed, round(2000 / usable), 101, 10**6, "cuda")

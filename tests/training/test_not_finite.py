@@ -150,9 +150,9 @@ def test_sft_stops_too(poisoned, tmp_path):
         tmp_path / "c.yaml", poisoned, data, dataset_splits=["train"], train_sampling_strategy="sequential"
     )
     sentence = stopped(run_sft.main, config)
-    assert "the loss is nan at step 2 for one of 4 rows (" in sentence
+    assert f"the loss is nan at step 2 for prompt p7 of {data}: see" in sentence
     code, said, _ = run_main(cli.main, "replay", tmp_path / "out" / "failed-step-2")
-    assert code == 0 and said.count("first not finite") == 1 and "1 of 4 rows are not finite" in said
+    assert code == 0 and said.count("first not finite") == 1 and "1 of 1 rows are not finite" in said
 
 
 def test_sampling_online_stops_too(poisoned, tmp_path):

@@ -122,7 +122,7 @@ def test_a_missing_label_and_a_small_budget_are_named():
         pairs_of(OWN, max_tokens_per_batch=20)
     with pytest.raises(InputError, match="the data contains token id 900, but the vocabulary of the model has"):
         pairs_of(sampled([900]))
-    with pytest.raises(InputError, match="the longest pair has 600 tokens, but the model can attend to 512 tokens"):
+    with pytest.raises(InputError, match="the longest row has 600 tokens, but the model can attend to 512 tokens"):
         pairs_of(sampled([9] * 600), max_length=600)
     with pytest.raises(InputError, match="max_prompt_length is 512 and max_length 128"):
         settings(max_prompt_length=512)

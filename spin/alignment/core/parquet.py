@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import xxhash
 
 from spin.alignment.core.content_hash import sealed_file
 from spin.alignment.core.errors import InputError, reason_of
@@ -17,7 +19,64 @@ from spin.alignment.core.files import atomic_file
 from spin.alignment.core.provenance import Provenance
 
 SKIPPED_KEY = b"spin.skipped"
+_TAIL = 8  # bytes at the end of a parquet file: the length of the footer (little endian), and "PAR1"
 ROW_GROUP_BYTES = 64 * 2**20  # uncompressed, in memory
+
+
+class _FileWithFooter:
+    """A file whose last bytes, the footer, are preceded by their checksum.
+
+    Parquet has checksums of pages only, and allows bytes that no page uses in front of the footer: ``MAGIC`` and the XXH3 (128
+    bits) of all that follows. Other readers do not look at them.
+    """
+
+    MAGIC = b"footer-xxh3:"
+    LENGTH = len(MAGIC) + 16
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._held: bytearray | None = None
+        self.closed = False  # read by pyarrow
+
+    def write(self, data: Any) -> int:
+        if self._held is None:
+            return self._file.write(data)
+        self._held += data
+        return len(data)
+
+    def tell(self) -> int:
+        return self._file.tell() + len(self._held or b"")
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def hold_back(self) -> None:
+        """Keep what is written from now on: the rest of the pages, and the footer."""
+        self._held = bytearray()
+
+    def write_footer(self) -> None:
+        """Write what was kept, with the checksum in its place."""
+        assert self._held is not None
+        start = len(self._held) - _footer_size(self._held[-_TAIL:])
+        pages, footer = self._held[:start], self._held[start:]
+        self._file.write(pages + self.MAGIC + xxhash.xxh3_128_digest(footer) + footer)
+
+    @classmethod
+    def is_damaged(cls, path: Path) -> bool:
+        """Return whether a footer is not what was written; False without a checksum (another writer, an earlier version)."""
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - _TAIL))
+            footer = _footer_size(file.read())
+            file.seek(max(0, size - footer - cls.LENGTH))
+            found = file.read()
+        seal, footer_bytes = found[: cls.LENGTH], found[cls.LENGTH :]
+        return seal.startswith(cls.MAGIC) and seal[len(cls.MAGIC) :] != xxhash.xxh3_128_digest(footer_bytes)
+
+
+def _footer_size(tail: bytes | bytearray) -> int:
+    """Return the size of a footer, its length and the closing magic number included, from the last bytes of a file."""
+    return int.from_bytes(tail[:4], "little") + _TAIL
 
 
 class ParquetSink:
@@ -32,8 +91,8 @@ class ParquetSink:
         metadata: Mapping[bytes, bytes] | None = None,
         sealed: bool = False,
     ) -> None:
-        """``skipped`` lists the skipped prompts with reasons; ``metadata`` is additional schema metadata. Every page has a
-        checksum; with ``sealed`` the whole file has one too (:mod:`spin.alignment.core.content_hash`)."""
+        """``skipped`` lists the skipped prompts with reasons; ``metadata`` is additional schema metadata. Every page and
+        the footer have a checksum; with ``sealed`` the whole file has one too (:mod:`spin.alignment.core.content_hash`)."""
         self.path, self._open = Path(path), sealed_file if sealed else atomic_file
         record = {SKIPPED_KEY: json.dumps(list(skipped), ensure_ascii=False).encode()} if skipped else {}
         attached = provenance.attach(schema)
@@ -42,9 +101,8 @@ class ParquetSink:
 
     def __enter__(self) -> ParquetSink:
         self._file_context = self._open(self.path)
-        self._writer = pq.ParquetWriter(
-            self._file_context.__enter__(), self.schema, compression="zstd", write_page_checksum=True
-        )
+        self._file = _FileWithFooter(self._file_context.__enter__())
+        self._writer = pq.ParquetWriter(self._file, self.schema, compression="zstd", write_page_checksum=True)
         self._buffer: list[pa.Table] = []
         return self
 
@@ -69,7 +127,9 @@ class ParquetSink:
             return self._file_context.__exit__(kind, error, trace)
         try:
             self._flush()
+            self._file.hold_back()
             self._writer.close()
+            self._file.write_footer()
         except BaseException as failure:  # the disk may be full: remove the temporary file and explain
             self._writer.is_open = False
             if not self._file_context.__exit__(type(failure), failure, failure.__traceback__):
@@ -80,12 +140,14 @@ class ParquetSink:
 def open_parquet(path: str | Path) -> pq.ParquetFile:
     """Open a parquet file; raise :class:`InputError` if it is missing, truncated or not parquet, or repeats a column's name."""
     try:
+        if _FileWithFooter.is_damaged(Path(path)):
+            raise pa.ArrowInvalid("its footer differs from its checksum")
         # Pre-buffering keeps every chunk it has read, so memory would grow with the file.
         file = pq.ParquetFile(path, pre_buffer=False, buffer_size=2**20, page_checksum_verification=True)
         names = file.schema_arrow.names
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist: check the path") from error
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: of a column's name
         raise InputError(
             f"{path} is not a readable parquet file ({reason_of(error)}): restore it or write it again"
         ) from error
@@ -103,14 +165,18 @@ def read_batches(
     Raises:
         InputError: the file is missing or corrupt.
     """
-    batches = open_parquet(path).iter_batches(batch_size=batch_size, columns=columns)
+    file, count = open_parquet(path), 0
+    batches = file.iter_batches(batch_size=batch_size, columns=columns)
     while True:
         try:
             batch = next(batches, None)
+            if batch is None and count != file.metadata.num_rows:  # the header of a page has no checksum
+                raise pa.ArrowInvalid(f"{count} rows of {file.metadata.num_rows}")
         except (pa.ArrowException, OSError) as error:
             raise InputError(f"{path} is damaged ({reason_of(error)}): restore it or write it again") from error
         if batch is None:
             return
+        count += batch.num_rows
         yield batch
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 def is_unicode(text: str) -> bool:
     """Return whether a text can be encoded as UTF-8: it has no unpaired surrogate (half a character)."""
+    if text.isascii():  # known without a copy
+        return True
     try:
         text.encode()
     except UnicodeEncodeError:

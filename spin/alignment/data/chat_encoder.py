@@ -13,7 +13,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from spin.alignment.core.errors import InputError
+from spin.alignment.core.errors import InputError, reason_of
+from spin.alignment.core.hub import hub_reason
 from spin.alignment.core.provenance import hash_json, hash_text
 from spin.alignment.data.chat_template import ChatTemplate
 from spin.alignment.data.control_tokens import MARK, ids_of_pieces
@@ -42,7 +43,7 @@ def load_tokenizer(model: str | Path, revision: str | None = None, trust_remote_
             raise InputError(
                 f"the tokenizer of {where} needs code that comes with it: read it, and set trust_remote_code if you trust it"
             ) from error
-        reason = " ".join(str(error).split())[:200]
+        reason = reason_of(error) if Path(name).is_dir() else hub_reason(error)
         raise InputError(
             f"cannot load the tokenizer of {where} ({reason}): give a folder that contains tokenizer files, "
             "or a Hub name that is cached or reachable (HF_HUB_OFFLINE unset)"
@@ -296,7 +297,9 @@ class ChatEncoder:
         start = whole.find(said, len(prompt)) if said and MARK not in whole else -1
         if start < 0:
             return None
-        encoded = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
+        encoded = self.tokenizer(
+            whole, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=False
+        )
         ids, offsets, end = list(encoded["input_ids"]), encoded["offset_mapping"], start + len(said)
         first = next(number for number, (_, until) in enumerate(offsets) if until > start)
         last = max(number for number, (begin, _) in enumerate(offsets) if begin < end)
@@ -308,7 +311,9 @@ class ChatEncoder:
         return ids[first : last + 1], [(begin - moved, min(until, end) - moved) for begin, until in places]
 
     def _tokens_alone(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        encoded = self.tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=False
+        )
         return list(encoded["input_ids"]), [(begin, end) for begin, end in encoded["offset_mapping"]]
 
     def _one_bos(self, ids: list[int]) -> list[int]:

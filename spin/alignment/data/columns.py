@@ -10,6 +10,7 @@ import datetime
 import decimal
 import functools
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -27,6 +28,16 @@ EXTRA_COLUMNS = "extra_columns"
 SYSTEM_COLUMNS = ("system", "system_prompt", "system_message")
 LABEL_COLUMNS = ("label", "kto_tag")
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+TEMPLATE_COLUMNS = ("tools", "functions", "chat_template_kwargs")
+_SIDE_PREFIXES = tuple(f"{side}_" for side in (*SIDES, INITIAL))
+# Columns that most rows lack.
+_RARE = frozenset({*SYSTEM_COLUMNS, *LABEL_COLUMNS, *REASONING_KEYS, *TEMPLATE_COLUMNS, EXTRA_COLUMNS})
+
+
+@functools.lru_cache(maxsize=1024)
+def has_rare_columns(names: tuple[str, ...]) -> bool:
+    """Return whether one of a row's columns holds a system prompt, label, thought, template argument or the scorers' columns."""
+    return not _RARE.isdisjoint(names)
 
 
 class Record(Mapping[str, Any]):
@@ -54,10 +65,12 @@ class Record(Mapping[str, Any]):
 
 
 def is_empty(value: Any, depth: int = 16) -> bool:
-    """Return whether a value says nothing: null, blank text, an empty list or object, or one that contains only such; what is
-    nested more than ``depth`` deep counts as something."""
+    """Return whether a value says nothing: null, NaN (pandas' null), blank text, an empty list or object, or one that contains
+    only such; what is nested more than ``depth`` deep counts as something."""
     if value is None or isinstance(value, str):
         return value is None or not value.strip()
+    if isinstance(value, float):
+        return math.isnan(value)
     if not depth or not isinstance(value, dict | list | tuple):
         return False
     return all(is_empty(item, depth - 1) for item in (value.values() if isinstance(value, dict) else value))
@@ -78,11 +91,26 @@ def _is_metadata(value: Any) -> bool:
 
 
 def _is_not_false(value: Any) -> bool:
-    return value is not False
+    return str(value).strip().lower() not in ("false", "no", "0", "0.0")
+
+
+def _is_answer(value: Any) -> bool:
+    return is_empty(value) or value in ("final", "all")
 
 
 def _is_no_list(value: Any) -> bool:
     return is_empty(value) or not isinstance(value, list | tuple)
+
+
+def _is_verifiable(value: Any) -> bool:
+    """Whether these are instructions for a scorer, which the prompt has in words: objects with ``kind``, or their JSON text."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return is_empty(value)
+    several = isinstance(value, list | tuple) and all(isinstance(item, Mapping) and "kind" in item for item in value)
+    return is_empty(value) or several
 
 
 @dataclass(frozen=True)
@@ -91,7 +119,7 @@ class Refusal:
 
     Attributes:
         why, fix: parts of the message; ``{name}`` is the column.
-        names: the columns themselves.
+        names: the columns themselves, also as ``camelCase``.
         words: any column with one of these words in its name, too.
         allows: whether a value means nothing, so that the column is harmless.
         beside_text: only refused where the prompt was put together from text columns; whole conversations contain it already.
@@ -105,7 +133,8 @@ class Refusal:
     beside_text: bool = False
 
     def concerns(self, name: str) -> bool:
-        return name in self.names or not self.words.isdisjoint(words_of(name))
+        words = words_of(name)
+        return name in self.names or "_".join(words) in self.names or not self.words.isdisjoint(words)
 
 
 def _set(text: str) -> frozenset[str]:
@@ -117,13 +146,19 @@ REFUSALS = (
     Refusal(
         "which a text model cannot see",
         f"remove such rows, {_IGNORE}",
-        words=_set("image images img imgs video videos audio audios pixel pixels"),
+        names=_set("multi_modal_data multi_modal_inputs"),
+        words=_set(
+            "attachment attachments audio audios image images img imgs multimodal photo photos picture pictures pixel pixels "
+            "video videos"
+        ),
         allows=_is_off,
     ),
     Refusal(
         "which would weight or mask what is trained",
         f"use turns with weight 0 or 1, or token weights of the pairs, {_IGNORE}",
-        names=_set("train trainable training_detail train_detail loss loss_scale learn"),
+        names=_set(
+            "compute_loss is_trainable is_training learn loss loss_scale train train_detail trainable training_detail"
+        ),
         words=_set("weight weights"),
         allows=_is_one,
     ),
@@ -168,8 +203,8 @@ REFUSALS = (
         "which may contain the thoughts before the response",
         f"rename it to reasoning_content to train on it, {_IGNORE}",
         names=_set(
-            "chain_of_thought cot inner_thoughts reasoning_details reasoning_text reasoning_trace think thinking_blocks thought "
-            "thoughts"
+            "chain_of_thought cot inner_thoughts rationale reasoning_chain reasoning_details reasoning_text reasoning_trace "
+            "scratchpad think thinking_blocks thinking_content thought thoughts"
         ),
     ),
     Refusal(
@@ -181,11 +216,26 @@ REFUSALS = (
         ),
     ),
     Refusal(
+        "which may be a system prompt",
+        f"rename it to system to train with it, {_IGNORE}",
+        names=_set(
+            "developer_instructions developer_message developer_prompt preprompt sys_prompt system_content system_instruction "
+            "system_instructions system_message system_prompt system_text"
+        ),
+    ),
+    Refusal(
         "which would change the prompt",
         f"write it into the prompt, {_IGNORE}",
         names=_set(
             "background choices context contexts document evidence history input inputs instruction options passage passages"
         ),
+        beside_text=True,
+    ),
+    Refusal(
+        "which would change the prompt",
+        f"write it into the prompt, {_IGNORE}",
+        names=_set("instructions"),
+        allows=_is_verifiable,
         beside_text=True,
     ),
 )
@@ -198,6 +248,18 @@ TURN_REFUSALS = (
         allows=_is_off,
     ),
     Refusal(
+        "which would mask the turn",
+        "give assistant turns the key 'train' instead",
+        names=_set("ignore skip"),
+        allows=_is_off,
+    ),
+    Refusal(
+        "which may make it a thought or a tool call",
+        "write thoughts into 'reasoning_content' and calls into 'tool_calls' of the assistant turn, or remove the key",
+        names=_set("channel recipient"),
+        allows=_is_answer,
+    ),
+    Refusal(
         "which would change the tools of the conversation",
         "write tools into the column 'tools' of the row, and calls into 'tool_calls' of the assistant turn",
         names=_set("tools functions function_calls tool_responses"),
@@ -205,9 +267,9 @@ TURN_REFUSALS = (
 )
 
 
-def words_of(name: str) -> set[str]:
+def words_of(name: str) -> list[str]:
     """Return the words of a column's name, in lower case: ``pixelValues_1`` has pixel, values and 1."""
-    return {word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+|\d+", name)}
+    return [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+|\d+", name)]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -286,11 +348,11 @@ def other_columns(record: Record, where: str, notes: RowNotes) -> dict[str, Any]
     Raises:
         InputError: a column would change what is trained.
     """
-    whole = any(_is_turns(record.row[name]) for name in record.used)
+    others = [name for name in record.row if not (name in record.used or name in OWN or _belongs_to_side(name))]
+    whole = bool(others) and any(_is_turns(record.row[name]) for name in record.used)
     found = {}
-    for name, value in record.row.items():
-        if name in record.used or name in OWN or _belongs_to_side(name):
-            continue
+    for name in others:
+        value = record.row[name]
         if is_empty(value) and (name in COPIES or refusals_of(name)):
             continue
         check_column(name, value, where, whole)
@@ -309,7 +371,7 @@ def _is_turns(value: Any) -> bool:
 
 
 def _belongs_to_side(name: str) -> bool:
-    return name.startswith(tuple(f"{side}_" for side in (*SIDES, INITIAL)))
+    return name.startswith(_SIDE_PREFIXES)
 
 
 def _is_json(value: Any) -> bool:

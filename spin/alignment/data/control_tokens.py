@@ -42,10 +42,11 @@ class ControlTokens:
         """Return the first control token in a text that must not contain it, or None.
 
         Soft tokens do not count: in a response they are meant, elsewhere :meth:`marked` has them encoded as text.
+        :data:`MARK` itself counts.
         """
         pattern = self._in_response if is_response else self._special
         found = pattern.search(text) or (pattern.search(self._normalize(text)) if self._normalize else None)
-        if found is None and not is_response and MARK in text:
+        if found is None and MARK in text:
             return "U+FDD0"
         return found[0] if found else None
 
@@ -59,19 +60,27 @@ class ControlTokens:
 
 
 def ids_of_pieces(tokenizer: Any, text: str) -> list[int]:
-    """Return the ids of a text, encoded in pieces between the marks, which are not part of it."""
-    pieces = [tokenizer(piece, add_special_tokens=False)["input_ids"] for piece in text.split(MARK)]
+    """Return the ids of a text, encoded in pieces between the marks, which are not part of it.
+
+    Control tokens outside the marks are those of a template, also for a tokenizer that is set to split them.
+    """
+    pieces = [
+        tokenizer(piece, add_special_tokens=False, split_special_tokens=False)["input_ids"]
+        for piece in text.split(MARK)
+    ]
     return [token for piece in pieces for token in piece]
 
 
 # The parts of a response, whether or not a tokenizer declares their markers special.
 _STRUCTURE = re.compile(r"think|thought|reason|channel|message|tool_call|python_tag|(?<!tool_)response", re.IGNORECASE)
 
+_BARS = re.compile(r"<[|｜].+[|｜]>", re.DOTALL)  # such as <|fim_prefix|>
+
 
 def _is_marker(token: str, template: str) -> bool:
-    """Return whether an added token marks a part of a conversation: the template writes it, or its name says so."""
+    """Return whether an added token marks a part of a conversation: the template writes it, or its name or form says so."""
     looks = bool(re.search(r"[<\[|｜]", token)) and len(token) > 2
-    return looks and (token in template or _STRUCTURE.search(token) is not None)
+    return looks and (token in template or _STRUCTURE.search(token) is not None or _BARS.fullmatch(token) is not None)
 
 
 def _pattern(tokens: Iterable[str]) -> re.Pattern[str]:

@@ -9,11 +9,14 @@ from typing import Any, Literal
 
 from spin.alignment.core.errors import InputError
 from spin.alignment.data.chat_template import ChatTemplate, json_value, template_turn
-from spin.alignment.data.control_tokens import ControlTokens
+from spin.alignment.data.control_tokens import ControlTokens, ids_of_pieces
 from spin.alignment.data.end_of_turn import end_of_turn_id
 from spin.alignment.data.thoughts import (
     OpenedThought,
+    bare_text,
     behind_thought,
+    ends_with_thought,
+    has_thought,
     is_empty_thought,
     leading_thought,
     opened_thought,
@@ -24,6 +27,8 @@ SystemPolicy = Literal["keep", "fold"]
 SYSTEM_POLICIES: tuple[SystemPolicy, ...] = ("keep", "fold")
 # Text that no template contains itself: rendered to see what a template does with a turn.
 _PROBE = "Reply 7"
+# Texts of a user's or a tool's turn.
+_MARKED = {"content", "name", "tool_call_id"}
 
 
 class RowRefused(InputError):
@@ -105,7 +110,7 @@ class ConversationText:
         marked = (
             turn
             if turn["role"] == "assistant"
-            else {**turn, "content": self._control.marked(turn.get("content") or "")}
+            else {**turn, **{key: self._control.marked(turn.get(key) or "") for key in turn.keys() & _MARKED}}
             for turn in turns
         )
         return list(marked)
@@ -138,11 +143,13 @@ class ConversationText:
         if not isinstance(arguments, Mapping):
             raise InputError("chat_template_kwargs of the row is not a mapping: correct the row")
         self.template.check_arguments(arguments)
-        if token := self._control.found_in(_plain_json(text, "chat_template_kwargs"), is_response=False):
+        plain = _plain_json(text, "chat_template_kwargs")
+        if token := self._control.found_in(plain, is_response=False):
             raise RowRefused(
                 f"chat_template_kwargs contain the control token '{token}' as text: remove it from the row"
             )
-        return arguments
+        marked: dict[str, Any] = json.loads(self._control.marked(plain))
+        return marked
 
     def thought_with(self, row_arguments: str | None) -> OpenedThought | None:
         """Return the thought that the generation prompt opens with the arguments of a row."""
@@ -189,7 +196,7 @@ class ConversationText:
                 f"the chat template of {self.name} writes the prompt differently once this response follows (a thought that "
                 "is not closed, or one that the prompt excludes): correct the row, or set chat_template_kwargs"
             )
-        return prompt, self._complete(turn, response)
+        return prompt, self._complete(turn, prompt, response)
 
     def _continuation(self, prompt: str, whole: str, turn: Message) -> str | None:
         """Return what a turn adds to the text of its prompt, given the ``whole`` rendered text; None if they do not add up."""
@@ -207,7 +214,7 @@ class ConversationText:
             return None
         return thought.continued(whole[len(header) :], turn.get("content") or "", turn.get("reasoning_content"))
 
-    def _complete(self, turn: Message, response: str) -> str:
+    def _complete(self, turn: Message, prompt: str, response: str) -> str:
         """Return the text of the last turn with the thought that the template cuts off; everything else must be in it.
 
         Raises:
@@ -215,11 +222,14 @@ class ConversationText:
         """
         content = turn.get("content") or ""
         thought = leading_thought(content)
-        if thought and thought.strip() and thought.split()[-1] not in response:
+        is_in_prompt = is_empty_thought(thought) and ends_with_thought(prompt)
+        if thought and not is_in_prompt and not has_thought(response, thought):
             response = thought.rstrip() + (response if response[:1].isspace() else _tail_space(thought) + response)
-        parts = [("text", behind_thought(content)), ("reasoning_content", turn.get("reasoning_content") or "")]
-        for kind, part in [*parts, *_names_of([turn], None)]:
-            if part.strip() not in response:
+        text = behind_thought(content)
+        is_cut = len(text) < len(content) and bare_text(content) not in bare_text(response)
+        parts = [("text", text), ("reasoning_content", turn.get("reasoning_content") or ""), *_names_of([turn], None)]
+        for kind, part in parts:
+            if is_cut or part.strip() not in response:
                 raise RowRefused(
                     f"the chat template of {self.name} omits the assistant's {kind}: correct the row or the template"
                 )
@@ -237,7 +247,7 @@ class ConversationText:
         self.response_prefix = ""
         response = self._continuation(prompt, whole, {"role": "assistant", "content": _PROBE}) or ""
         self.response_prefix = response.rpartition(_PROBE)[0]
-        ids = tokenizer(after.strip(), add_special_tokens=False)["input_ids"] if after.strip() else []
+        ids = ids_of_pieces(tokenizer, after.strip()) if after.strip() else []
         end_id = end_of_turn_id(ids, control, ends, tokenizer.eos_token_id)
         if end_id is None:
             raise InputError(

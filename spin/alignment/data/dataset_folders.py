@@ -56,8 +56,14 @@ def find_splits(folder: Path, config: str | None) -> Splits:
     if described := _described_configs(folder):
         return _described_splits(folder, _chosen(described, config, folder))
     # A file beside the folder data/ may be anything; the split is looked for in both.
-    found = {} if config else {**_plain_splits(folder / "data"), **_plain_splits(folder)}
-    if found:
+    inner, outer = ({}, {}) if config else (_plain_splits(folder / "data"), _plain_splits(folder))
+    if both := inner.keys() & outer.keys():
+        name = min(both)
+        raise InputError(
+            f"{folder} contains the split '{name}' twice, as {outer[name][0].name} and as data/{inner[name][0].name}: "
+            "remove one, or name a file"
+        )
+    if found := {**inner, **outer}:
         return found
     configs = _config_folders(folder)
     return configs[_chosen(configs, config, folder)] if configs or config else {}

@@ -107,7 +107,7 @@ def _decoded(text: str, where: str) -> Any:
         ValueError: it is not JSON.
     """
     try:
-        record = json.loads(text, object_pairs_hook=_object)
+        record = _DECODER.decode(text)
     except RecursionError as error:
         raise _too_deep(where) from error
     except InputError as error:
@@ -124,6 +124,9 @@ def _object(pairs: list[tuple[str, Any]]) -> Record:
         repeated = next(name for name in names if names.count(name) > 1)
         raise InputError(f"has the key '{repeated}' twice in one object: remove one")
     return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def _is_deep(record: Any) -> bool:

@@ -1,7 +1,7 @@
 """Rows of other tools in the words of the formats: each function returns a row under the names that ``formats.py`` reads.
 
 Prompts and responses: verl, MATH and NuminaMath, MetaMath, OpenMathInstruct, Orca, Dolly, FLAN. Pairs: OpenAI's preference
-fine-tuning, PKU-SafeRLHF, UltraFeedback's scores, SPPO's win rates.
+fine-tuning, PKU-SafeRLHF, UltraFeedback's scores, SPPO's win rates, TIS-DPO's gains of tokens.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ FOREIGN_LABELS = {
     "chosen_probs_win": "chosen_win_prob",
     "chosen_probs_lose": "rejected_win_prob",
 }
-# TIS-DPO's columns. They are log-prob differences, not weights: its training negates and transforms them, as its own config
-# says, and they belong to tokens of the bare response text under its tokenizer, without the end of turn.
-_TIS_DPO_GAINS = ("chosen_weight", "rejected_weight")
+# TIS-DPO's columns (token_weight_estimation.py). They are not weights but log pi_minus(y_t) - log pi_plus(y_t), one for each
+# token of the bare response text, without the end of turn; its training negates and transforms them, as its own config says.
+_TIS_DPO_GAINS = {"chosen_weight": "chosen_gains", "rejected_weight": "rejected_gains"}
 FOREIGN_PAIR_COLUMNS = frozenset({*FOREIGN_LABELS, *_TIS_DPO_GAINS})
 
 
@@ -40,13 +40,32 @@ def pair_form(row: Row, where: str) -> Row:
     for columns, rename in PAIR_FORMS.items():
         if all(column in row for column in columns) and "chosen" not in row:
             row = rename(row, where)
-    for column in _TIS_DPO_GAINS:
-        if isinstance(row.get(column), list | tuple):
-            raise InputError(
-                f"{where} has '{column}', TIS-DPO's log-prob differences of its own tokens, which it transforms to weights in "
-                "training: remove the columns and compute weights with spin/estimate_weights.py"
-            )
+    if any(isinstance(row.get(column), list | tuple) for column in _TIS_DPO_GAINS):
+        row = with_gains(row, where)
     return with_labels(row, where) if not FOREIGN_LABELS.keys().isdisjoint(row) else row
+
+
+def with_gains(row: Row, where: str) -> dict[str, Any]:
+    """Return a row with TIS-DPO's columns as ``chosen_gains`` and ``rejected_gains``.
+
+    A gain is log pi_plus(y_t) - log pi_minus(y_t), in nats.
+
+    Raises:
+        InputError: one of the columns is missing, or a value is not a finite number.
+    """
+    renamed = {name: value for name, value in row.items() if name not in _TIS_DPO_GAINS}
+    for column, name in _TIS_DPO_GAINS.items():
+        values = row.get(column)
+        if not isinstance(values, list | tuple):
+            other = next(known for known in _TIS_DPO_GAINS if known != column)
+            raise InputError(
+                f"{where} has '{other}' but no list '{column}': TIS-DPO's files have both; add it, or remove both"
+            )
+        for value in values:
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise InputError(f"{where}: '{column}' contains {value!r}, not a finite number: correct the row")
+        renamed[name] = [-float(value) for value in values]
+    return renamed
 
 
 def with_labels(row: Row, where: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -17,6 +18,7 @@ from spin.alignment.data.columns import (
     Record,
     RowNotes,
     check_turn_key,
+    has_rare_columns,
     is_empty,
     other_columns,
     read_extra_columns,
@@ -41,6 +43,7 @@ Turns = Literal["last", "all"]
 CARRIED_COLUMNS = ("tools", "chat_template_kwargs", EXTRA_COLUMNS)
 # Columns that may contain the prompt of a preference row, in this order.
 _PROMPT_COLUMNS = ("prompt", "instruction", "question", "conversations", "messages")
+_TRANSCRIPT_PROMPT = re.compile(r"\s*Human:.*\n\nAssistant:\s*", re.DOTALL)
 _TRANSCRIPT_TURN = re.compile(r"\n\n(Human|Assistant):[ ]?")
 
 
@@ -68,6 +71,8 @@ class Conversation:
 
     def row(self) -> dict[str, Any]:
         """Return the prompt row: ``prompt_id``, ``chosen``, and those of :data:`CARRIED_COLUMNS` that it has."""
+        if not (self.tools or self.chat_template_kwargs or self.extra_columns):
+            return {"prompt_id": self.prompt_id, "chosen": self.messages}
         extra = to_json(self.extra_columns) if self.extra_columns else None
         carried = dict(zip(CARRIED_COLUMNS, (self.tools, self.chat_template_kwargs, extra), strict=True))
         columns = {name: value for name, value in carried.items() if value is not None}
@@ -90,7 +95,7 @@ def whole_conversation(record: Record, column: str, where: str) -> list[Message]
     """Return the conversation in ``column``: as it is if complete, otherwise the row's prompt followed by it.
 
     The prompt is in one of the columns prompt, instruction (with input), question, conversations, messages. A text without any
-    of them may be a transcript of ``Human:`` and ``Assistant:``.
+    of them, or the prompt, may be a transcript of ``Human:`` and ``Assistant:``.
     """
     tail = message_list(record[column], "assistant", where, column)
     if tail and tail[0]["role"] != "assistant":
@@ -102,7 +107,10 @@ def whole_conversation(record: Record, column: str, where: str) -> list[Message]
         return _transcript(text) if isinstance(text, str) and text.lstrip().startswith("Human:") else tail
     if prompt == "instruction":
         return [*_alpaca_prompt(record, where), *tail]
-    return message_list(record[prompt], "user", where, prompt) + tail
+    head = record[prompt]
+    if isinstance(head, str) and _TRANSCRIPT_PROMPT.fullmatch(head):  # TIS-DPO's: it ends where the response starts
+        return [*_transcript(head)[:-1], *tail]
+    return message_list(head, "user", where, prompt) + tail
 
 
 def _check_same_prompt(messages: list[Message], record: Record, where: str, column: str) -> None:
@@ -194,19 +202,23 @@ def to_conversations(
     """
     row = _under_known_names(row, where)
     record, notes = Record(row), notes or RowNotes()
-    if read_label(record, where) is False:
+    rare = has_rare_columns(tuple(row))
+    if rare and read_label(record, where) is False:
         notes.label_false += 1
         return []
     prompt_only = not ground_truth_required and _is_prompt_only(row)
-    messages = with_system(_prompt_form(record, where) if prompt_only else _read_form(record, where), record, where)
+    messages = _prompt_form(record, where) if prompt_only else _read_form(record, where)
+    messages = with_system(messages, record, where) if rare else messages
     context_only = take_context_marks(messages)
     # A column ``prompt`` alone is kept as it is: its last user turn is the question.
     if not prompt_only:
         messages = _until_last_answer(messages)
-        _add_reasoning(messages, record, where)
+        if rare:
+            _add_reasoning(messages, record, where)
     check_conversation(messages, where, ground_truth_required)
-    carried = template_columns(record, where)
-    extra = read_extra_columns(record.get(EXTRA_COLUMNS), where) | other_columns(record, where, notes)
+    carried = template_columns(record, where) if rare else (None, None)
+    extra = read_extra_columns(record.get(EXTRA_COLUMNS), where) if rare else {}
+    extra |= other_columns(record, where, notes)
     check_turn_keys(record, where, notes)
     ends = [index for index, turn in enumerate(messages) if turn["role"] == "assistant" and index not in context_only]
     if messages[-1]["role"] != "assistant":
@@ -221,15 +233,23 @@ def to_conversations(
         played = messages[: end + 1]
         # Several conversations of one row would share its id; hashed ids differ by themselves.
         suffix = f"#{number}" if turns == "all" and len(ends) > 1 else ""
-        hashed = prompt_hash(prompt_turns(played), *carried)
-        name = f"{own_id}{suffix}" if own_id else hashed
+        name = f"{own_id}{suffix}" if own_id else prompt_hash(prompt_turns(played), *carried)
         conversations.append(Conversation(name, played, *carried, extra))
     return conversations
 
 
+@functools.lru_cache(maxsize=1024)
+def _format_of(names: tuple[str, ...]) -> tuple[str, ...] | None:
+    """Return the key of :data:`FORMATS` that a row with these columns is read by; None if it is in none of them.
+
+    Present is enough, even if null: the reader then names the row instead of guessing another format.
+    """
+    return next((columns for columns in FORMATS if set(columns) <= set(names)), None)
+
+
 def _under_known_names(row: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     """Return a row in a form of another tool (``foreign_forms.py``) under the names that :data:`FORMATS` reads."""
-    if any(all(column in row for column in columns) for columns in FORMATS):
+    if _format_of(tuple(row)):
         return row
     for columns, rename in FOREIGN_FORMS.items():
         if all(column in row for column in columns):
@@ -260,10 +280,8 @@ def _prompt_form(record: Mapping[str, Any], where: str) -> list[Message]:
 
 
 def _read_form(record: Record, where: str) -> list[Message]:
-    for columns, reader in FORMATS.items():
-        # Present is enough, even if null: the reader then names the row instead of guessing another format.
-        if all(column in record for column in columns):
-            return reader(record, where)
+    if columns := _format_of(tuple(record.row)):
+        return FORMATS[columns](record, where)
     known = ", ".join("+".join(columns) for columns in (*FORMATS, *FOREIGN_FORMS))
     if "prompt" in record:
         known += "; or keep prompts without an answer (spin/reformat.py --allow_prompts)"
@@ -311,8 +329,10 @@ def check_turn_keys(record: Record, where: str, notes: RowNotes) -> None:
     """
     for name in record.used:
         value = record.row[name]
+        if isinstance(value, str):
+            continue
         for turn in value if isinstance(value, list | tuple) else [value]:
-            if not isinstance(turn, Mapping) or not ({"role", "from"} & turn.keys()):
+            if not isinstance(turn, dict | Mapping) or turn.keys() <= TURN_KEYS or not ({"role", "from"} & turn.keys()):
                 continue
             for key in turn.keys() - TURN_KEYS:
                 if not is_empty(turn[key]):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,6 +107,21 @@ def _preference_tables(path: str, split: str) -> list[tuple[str, pa.Table]]:
         else:
             tables.append((str(file), converted_table(read_records(str(file), None), str(file))))
     return tables
+
+
+def pair_batches(file: Path) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
+    """Return the columns and the rows of a file of pairs: parquet as it is, unless other tools' columns have to be renamed;
+    anything else in the format of docs/data_format.md.
+
+    Raises:
+        InputError: the file is damaged, or a row violates the contract.
+    """
+    if file.suffix == ".parquet":
+        schema = open_parquet(file).schema_arrow
+        if FOREIGN_PAIR_COLUMNS.isdisjoint(schema.names):
+            return schema, read_batches(file)
+    table = converted_table(read_records(str(file), None), str(file))
+    return table.schema, iter(table.to_batches())
 
 
 def _check_one_provenance(files: Sequence[Path]) -> None:

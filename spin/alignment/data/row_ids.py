@@ -18,6 +18,8 @@ def source_id(record: Mapping[str, Any], where: str, columns: tuple[str, ...] = 
     """
     column = next((name for name in columns if name in record), columns[0])
     value = record.get(column)
+    if isinstance(value, str) and value and is_unicode(value):
+        return value
     if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
         return None
     if isinstance(value, bool | list | tuple | dict | bytes):

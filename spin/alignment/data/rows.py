@@ -39,6 +39,8 @@ OPTIONAL_COLUMNS = {
     "chosen_finish_reason": pa.string(),
     "chosen_weights": pa.list_(pa.float32()),
     "rejected_weights": pa.list_(pa.float32()),
+    "chosen_gains": pa.list_(pa.float32()),
+    "rejected_gains": pa.list_(pa.float32()),
     "rejected_logprobs": pa.list_(pa.float32()),
     INITIAL: MESSAGES,
     f"{INITIAL}_token_ids": pa.list_(pa.int32()),

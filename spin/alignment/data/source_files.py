@@ -114,15 +114,22 @@ def _some(splits: Mapping[str, list[Path]]) -> list[tuple[str, Path]]:
 def _check_numbered(folder: Path, files: list[Path]) -> None:
     """Refuse an incomplete set such as ``train-00000-of-00003``: its writer, or a copy of it, was interrupted."""
     sets: dict[tuple[str, int], set[int]] = {}
+    others: list[Path] = []
     for file in files:
         numbered = NUMBERED.fullmatch(file.name.removesuffix(data_suffix(file)))
         if numbered and numbered["total"]:
             sets.setdefault((numbered["name"], int(numbered["total"])), set()).add(int(numbered["number"]))
+        else:
+            others.append(file)
     for (name, total), numbers in sets.items():
         missing = sorted(set(range(total)) - numbers)
         if missing:
             raise InputError(
                 f"{folder} is missing {name}-{missing[0]:05d}-of-{total:05d}: the set is incomplete; write or copy it again"
             )
+    if sets and others:
+        raise InputError(
+            f"{folder} contains {others[0].name} besides the numbered set {next(iter(sets))[0]}: remove one"
+        )
     if len(sets) > len({name for name, _ in sets}):
         raise InputError(f"{folder} mixes numbered sets of different sizes ({', '.join(map(str, sets))}): remove one")

@@ -42,7 +42,7 @@ class OpenedThought:
         return f"\n{self.close}\n\n" if "\n" in self.opener else self.close
 
     def continued(self, rendered: str, content: str, reasoning: str | None) -> str | None:
-        """Return what follows the opened thought in a turn; None if the turn's own thought never ends.
+        """Return what follows the opened thought in a turn; None if the turn's own thought never ends, or follows other text.
 
         Args:
             rendered: the turn as the template writes it after the header, without the opened thought.
@@ -57,10 +57,13 @@ class OpenedThought:
             return reasoning.strip("\n") + self.closing + body
         if self.close in content and self.close not in rendered:  # the template cuts thoughts
             thought = content[: content.rindex(self.close) + len(self.close)].lstrip()
+            if self.tag in thought.removeprefix(self.tag).partition(self.close)[0]:
+                return None
             gap = "" if rendered[:1].isspace() else content[content.rindex(self.close) + len(self.close) :]
             gap = gap[: len(gap) - len(gap.lstrip())]
             return (self.without_tag(thought) if thought.startswith(self.tag) else thought) + gap + rendered
-        if self.close in rendered:  # the continuation of the opened thought, as a model samples it
+        before, close, _ = rendered.partition(self.close)
+        if close and self.tag not in before:  # the continuation of the opened thought, as a model samples it
             return rendered
         return None if self.tag in content else self.closing + body
 
@@ -89,6 +92,21 @@ def leading_thought(text: str) -> str:
 def is_empty_thought(text: str) -> bool:
     """Return whether a text is a thought without content."""
     return bool(text.strip()) and not _CLOSING.sub("", _OPENING.sub("", text)).strip()
+
+
+def bare_text(text: str) -> str:
+    """Return a text without the markers of thoughts and without whitespace, which templates change."""
+    return "".join(_CLOSING.sub("", _OPENING.sub("", text)).split())
+
+
+def has_thought(response: str, thought: str) -> bool:
+    """Return whether a response contains a complete thought, however it is spaced."""
+    return _CLOSING.search(response) is not None and bare_text(thought) in bare_text(response)
+
+
+def ends_with_thought(prompt: str) -> bool:
+    """Return whether a prompt ends with a thought that is closed, as that of a model that is not to think."""
+    return max((found.end() for found in _CLOSING.finditer(prompt)), default=0) == len(prompt.rstrip()) > 0
 
 
 def behind_thought(text: str) -> str:

@@ -60,7 +60,8 @@ def read_turns(value: Any, where: str, column: str) -> list[Message]:
         raise InputError(f"{where}: '{column}' is {type(value).__name__}, not a list of turns: correct the column")
     messages = []
     for turn in value:
-        if not isinstance(turn, Mapping) or not ({"from", "value"} <= turn.keys() or _has_role(turn)):
+        # A dict is recognised faster than another mapping.
+        if not isinstance(turn, dict | Mapping) or not (_has_role(turn) or ("from" in turn and "value" in turn)):
             raise InputError(f"{where}: '{column}' must contain turns with {keys}: correct the row")
         messages.append(_read_turn(turn, where))
     return messages
@@ -72,10 +73,13 @@ def _has_role(turn: Mapping[str, Any]) -> bool:
 
 
 def _read_turn(turn: Mapping[str, Any], where: str) -> Message:
-    sharegpt = turn.get("role") is None and "from" in turn
-    message = _sharegpt_turn(turn, where) if sharegpt else text_turn(_role(turn), turn.get("content"))
+    role, content = turn.get("role"), turn.get("content")
+    if len(turn) == 2 and isinstance(role, str) and isinstance(content, str):
+        return {"role": _ROLES.get(role, role), "content": content}  # by far the most common turn: role and text alone
+    sharegpt = role is None and "from" in turn
+    message = _sharegpt_turn(turn, where) if sharegpt else text_turn(_role(turn), content)
     if len(turn) == 2 and len(message) == 2 and isinstance(message["content"], str):
-        return message  # by far the most common turn: role and text alone
+        return message
     thoughts = _split_parts(message, where)
     message |= _reasoning(turn, message["role"], thoughts, where)
     if calls := _tool_calls(turn, where) or message.pop("tool_calls", None):
@@ -259,11 +263,16 @@ def check_conversation(messages: Sequence[Mapping[str, Any]], where: str, ground
         InputError: it does not hold; the error names ``where`` and the violation.
     """
     roles = [message["role"] for message in messages]
+    if unknown := [role for role in roles if role not in _FOLLOWING]:
+        raise InputError(f"{where} has a turn with the role '{unknown[0]}': use one of system, user, assistant, tool")
     if "assistant" not in roles and ground_truth_required:
         raise InputError(
             f"{where} has no assistant turn: there is no ground truth to learn from; remove or complete the row"
         )
-    in_order = all(role in _FOLLOWING.get(before, ()) for before, role in zip([None, *roles], roles, strict=False))
+    in_order, before = True, None
+    for role in roles:
+        in_order = in_order and role in _FOLLOWING.get(before, ())
+        before = role
     ends = ("assistant",) if ground_truth_required else ("assistant", "user", "tool")
     if not in_order or not roles or roles[-1] not in ends:
         raise InputError(
@@ -279,7 +288,7 @@ def _check_texts(message: Mapping[str, Any], number: int, where: str) -> None:
     if not isinstance(content, str):
         raise InputError(f"{where} has {type(content).__name__} instead of text in turn {number}: correct the row")
     may_be_empty = role in ("system", "tool") or bool(message.get("tool_calls"))
-    if not content.strip() and not may_be_empty:
+    if (not content or content.isspace()) and not may_be_empty:
         raise InputError(f"{where} has an empty {role} turn (turn {number}): remove or complete the row")
-    if not is_unicode(content) or not all(map(is_unicode, turn_texts(message)[2:])):
+    if not is_unicode(content) or (len(message) > 2 and not all(map(is_unicode, turn_texts(message)[2:]))):
         raise InputError(f"{where} has an unpaired surrogate (half a character) in turn {number}: correct the row")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from spin.alignment.core.errors import InputError, lookup
 from spin.alignment.core.settings import check_settings, part_of, same_as, setting
 from spin.alignment.data.config import DataConfig, System
-from spin.alignment.data.source_names import with_config
+from spin.alignment.data.source_names import name_and_config, with_config
 from spin.alignment.data.template_date import parse_date
 from spin.alignment.generation import BACKENDS, check_backend_settings, find_backend
 from spin.alignment.generation.base import BackendSettings, SamplingConfig
@@ -17,7 +19,7 @@ from spin.alignment.models.config import Dtype, ModelConfig
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """Score a model on held-out prompts with ground truth."""
+    """Score a model on held-out prompts."""
 
     model: str = setting(help="model folder or Hub name", group="model", path="input", set_by_run=True)
     revision: str | None = same_as(ModelConfig, "model_revision", set_by_run=True)
@@ -28,7 +30,7 @@ class EvaluateConfig:
     trust_remote_code: bool = same_as(ModelConfig, "trust_remote_code")
 
     input_dir: str = setting(
-        help="prompts with ground truth: folder, file or Hub name",
+        help="prompts, with ground truth if the metric compares with it: folder, file or Hub name",
         group="prompts and scores",
         path="input",
         set_by_run=True,
@@ -43,6 +45,9 @@ class EvaluateConfig:
     metric: str = setting(
         "exact_match", "a rule: exact_match, math_answer, module:function, or a sum (docs/scoring.md)"
     )
+    group_by: str | None = setting(
+        None, "column of the data, such as a topic or a difficulty: the scores are also averaged for each of its values"
+    )
     limit: int = setting(0, "held-out prompts to use, drawn with a fixed seed (0: all)", ge=0)
     samples: int = setting(
         3, "prompts whose responses the JSON file and the report show; eval.parquet has the responses to all", ge=0
@@ -55,7 +60,12 @@ class EvaluateConfig:
     seed: int = same_as(SamplingConfig, "seed", set_by_run=True)
 
     backend: str = setting("transformers", "transformers or vllm", group="backend")
-    batch_size: int = setting(16, "prompts per batch (transformers)", ge=1)
+    batch_size: int | None = setting(
+        None,
+        "prompts per batch (transformers)",
+        unset="the backend's own; 16 for log-likelihoods",
+        ge=1,
+    )
     tensor_parallel_size: int = same_as(BackendSettings, "tensor_parallel_size")
 
     def __post_init__(self) -> None:
@@ -76,6 +86,24 @@ class EvaluateConfig:
         """Return how responses are sampled at a temperature."""
         return replace(part_of(self, SamplingConfig), temperature=temperature)
 
+    def check_files(self) -> None:
+        """Check that the files to be written are not data, or would become data of the input folder.
+
+        Raises:
+            InputError: they are, or would.
+        """
+        from spin.alignment.evaluation.responses import responses_path
+
+        source, output = Path(name_and_config(self.input_dir)[0]).resolve(), Path(self.output_file).resolve()
+        if output.suffix == ".parquet":
+            raise InputError(
+                f"output_file is {self.output_file}, the name of the responses' file: give a name such as eval.json"
+            )
+        if source == output.parent or source in (output, responses_path(output)):
+            raise InputError(
+                f"output_file {self.output_file} is in the place of the data, {self.input_dir}: choose another folder"
+            )
+
     def check_metric(self) -> None:
         """Check the rule that scores the responses; a module that it names is imported.
 
@@ -87,3 +115,15 @@ class EvaluateConfig:
         if self.metric.isidentifier():
             lookup(SCORERS, self.metric, "metric")
         find_scorer(self.metric)
+
+    def check_columns(self, columns: Mapping[str, Any]) -> None:
+        """Check that a row has the columns that the metric and ``group_by`` read.
+
+        Raises:
+            InputError: a column is missing, or its value cannot be used.
+        """
+        from spin.alignment.rewards import check_columns
+
+        check_columns(self.metric, columns)
+        if self.group_by is not None and columns.get(self.group_by) is None:
+            raise InputError(f"it has no column '{self.group_by}', which group_by names")

@@ -19,7 +19,7 @@ FinishReason = Literal["stop", "length"]
 class SamplingConfig:
     """How responses are sampled, with the same meaning in every backend."""
 
-    num_samples: int = setting(1, "responses per prompt", ge=1)
+    num_samples: int = setting(1, "responses per prompt", ge=1, le=100_000)
     temperature: float = setting(1.0, "divides the logits; 0 is greedy", ge=0)
     top_p: float = setting(
         1.0, "nucleus sampling: the most likely tokens with this total probability; 1 is off", gt=0, le=1

@@ -301,7 +301,13 @@ def generate(config: GenerateConfig) -> None:
     if num_prompts:
         say(f"{config.output_dir} is already complete ({config.split}, fraction {config.data_frac})")
     else:
-        num_prompts = work(config, stated, model_dir, date)
+        try:
+            num_prompts = work(config, stated, model_dir, date)
+        except FileNotFoundError:
+            # Another process has merged the last fraction and removed the working files while this one was starting.
+            num_prompts = already_complete(config, stated)
+            if not num_prompts:
+                raise
     clear_parts(Path(config.output_dir), config.split, num_prompts, config.frac_len)
 
 

@@ -1,4 +1,4 @@
-"""Collating pairs to tensors: packed into one row with shared prompts, or padded."""
+"""Collating pairs, or sequences of a single response, to tensors: packed into one row with shared prompts, or padded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,20 @@ from spin.alignment.logprobs.plans import consecutive
 # Prefix of a label among the tensors of a padded batch.
 LABEL = "label/"
 # What a response has beside labels.
-_NO_LABELS = {"ids", "reference", "weights"}
+_NO_LABELS = {"ids", "mask", "reference", "weights"}
+
+
+def trained(feature: Feature, name: str) -> Sequence[int]:
+    """Return the positions of a response's tokens that are predicted: those that are 1 in ``{name}_mask``, without one all."""
+    mask = feature.get(f"{name}_mask")
+    ids = feature[f"{name}_ids"]
+    return range(len(ids)) if mask is None else [place for place, counts in enumerate(mask) if counts]
+
+
+def targets(feature: Feature, name: str) -> list[int]:
+    """Return the tokens of a response that are predicted, in order."""
+    ids = feature[f"{name}_ids"]
+    return [ids[place] for place in trained(feature, name)]
 
 
 @dataclass(frozen=True)
@@ -27,6 +40,7 @@ class PackedCollator:
         targets        3 7 8 4 5 9          (chosen of both pairs, rejected of both pairs)
         predictors     1 5 6 1 3 5
 
+    Tokens that are 0 in ``{response}_mask`` are read but not predicted: the later user turns of a conversation.
     ``share_prompts=False`` repeats the prompt before every further response. ``vocab_size`` determines how many pairs are in
     a group of logits; ``responses`` are those of a row, in the order of the loss's streams.
     """
@@ -50,13 +64,14 @@ class PackedCollator:
         for feature in features:
             prompt, *responses = (list(feature[f"{name}_ids"]) for name in ("prompt", *self.responses))
             predictors: list[list[int]] = []
-            for number, response in enumerate(responses):
+            for number, (name, response) in enumerate(zip(self.responses, responses, strict=True)):
                 if number == 0 or not self.share_prompts:
                     last_of_prompt = len(ids) + len(prompt) - 1
                     ids += prompt
                     positions += range(len(prompt))
                 # The first response token is predicted at the end of the prompt, every other one at the token before it.
-                predictors.append([last_of_prompt, *range(len(ids), len(ids) + len(response) - 1)])
+                before = [last_of_prompt, *range(len(ids), len(ids) + len(response) - 1)]
+                predictors.append([before[place] for place in trained(feature, name)])
                 ids += response
                 # Both responses continue the positions of the prompt, as if each followed it directly.
                 positions += range(len(prompt), len(prompt) + len(response))
@@ -66,20 +81,20 @@ class PackedCollator:
             starts.append(predictors)
         groups, order = self._groups(features)
         picked = [position for number, place in order for position in starts[number][place]]
-        labels = [token for number, place in order for token in features[number][f"{self.responses[place]}_ids"]]
+        labels = [token for number, place in order for token in targets(features[number], self.responses[place])]
         return PackedBatch(
             input_ids=torch.tensor([ids]),  # (1, T)
             position_ids=torch.tensor([positions]),  # (1, T)
             layout=PackedLayout(tuple(trees), torch.device("cpu"), self.kernel),
-            predictors=torch.tensor(picked),  # (N,)
-            targets=torch.tensor(labels),  # (N,)
+            predictors=torch.tensor(picked, dtype=torch.long),  # (N,)
+            targets=torch.tensor(labels, dtype=torch.long),  # (N,)
             groups=groups,
         )
 
     def _groups(self, features: Sequence[Feature]) -> tuple[tuple[PairGroup, ...], list[tuple[int, int]]]:
         """Divide the pairs into groups; return them and the order (pair, index of the response) of the responses."""
         limit = max(1, GROUP_ELEMENTS // self.vocab_size)  # response tokens per group
-        lengths = [sum(len(feature[f"{name}_ids"]) for name in self.responses) for feature in features]
+        lengths = [sum(len(trained(feature, name)) for name in self.responses) for feature in features]
         groups, order, start = [], [], 0
         for numbers in consecutive(lengths, limit):
             rows = slice(start, start := start + sum(lengths[number] for number in numbers))
@@ -89,7 +104,7 @@ class PackedCollator:
 
 
 def _group(features: Sequence[Feature], rows: slice, names: tuple[str, ...]) -> PairGroup:
-    responses = [feature[f"{name}_ids"] for name in names for feature in features]
+    responses = [targets(feature, name) for name in names for feature in features]
     width = max(map(len, responses))
     lengths = torch.tensor([len(response) for response in responses])  # (2b,)
     mask = torch.arange(width) < lengths[:, None]  # (2b, R)
@@ -145,6 +160,7 @@ class PairCollator:
         """
         prompts = [feature["prompt_ids"] for _ in self.responses for feature in features]
         responses = [feature[f"{name}_ids"] for name in self.responses for feature in features]
+        masks = [feature.get(f"{name}_mask") for name in self.responses for feature in features]
         width, height = max(map(len, responses)), len(prompts)
         left = max(map(len, prompts))
         input_ids = torch.full((height, left + width), self.pad_id, dtype=torch.long)  # (2B, P + R)
@@ -153,12 +169,16 @@ class PairCollator:
             start, end = left - len(prompt), left + len(response)
             input_ids[row, start:end] = torch.tensor([*prompt, *response])
             attention_mask[row, start:end] = 1
+        completion_mask = attention_mask[:, left:].clone()  # (2B, R)
+        for row, mask in enumerate(masks):
+            if mask is not None:
+                completion_mask[row, : len(mask)] = torch.tensor(mask)
         return {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             # Counted from the first real token, so that left padding does not shift positions.
             "position_ids": (attention_mask.cumsum(dim=1) - 1).clamp(min=0),
-            "completion_mask": attention_mask[:, left:].clone(),
+            "completion_mask": completion_mask,
             **_streams(features, self.responses, responses, width),
             **{f"{LABEL}{name}": values for name, values in _labels(features, self.responses).items()},
         }

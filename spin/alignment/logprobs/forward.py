@@ -26,6 +26,8 @@ from spin.alignment.methods.losses import LossInputs
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from spin.alignment.logprobs.target_reader import TargetReader
+
 _FLOAT32_ELEMENTS = 2**24  # logits converted to float32 at a time, 64 MiB
 
 
@@ -49,6 +51,7 @@ def install_packed_forward(model: Any, fused_head: bool = True) -> bool:
         packed: PackedBatch | None = None,
         objective: Objective | None = None,
         opponent: ReferenceStates | None = None,
+        reader: TargetReader | None = None,
     ) -> Tensor:
         if packed is None:
             return plain_head(hidden)
@@ -57,11 +60,11 @@ def install_packed_forward(model: Any, fused_head: bool = True) -> bool:
             inputs = [group.loss_inputs(*streams) for group, streams in zip(packed.groups, found, strict=True)]
             return torch.stack([objective(item).double() for item in inputs]).sum()
         if objective is not None and fused_head:
-            arguments = (packed.targets, packed.groups, objective, transform)
+            arguments = (packed.targets, packed.groups, objective, transform, reader)
             hidden = hidden.to(_compute_dtype(hidden, module.weight))
             with torch.autocast(hidden.device.type, enabled=False):
                 return FusedHeadLoss.apply(hidden, module.weight, module.bias, *arguments)
-        logps = grouped_logps(plain_head, hidden, packed.targets, packed.groups, transform)
+        logps = grouped_logps(plain_head, hidden, packed.targets, packed.groups, transform, reader)
         if objective is None:
             return logps
         return torch.stack([objective(group.loss_inputs(logps[group.rows])).double() for group in packed.groups]).sum()
@@ -72,12 +75,13 @@ def install_packed_forward(model: Any, fused_head: bool = True) -> bool:
         packed: PackedBatch | None = None,
         objective: Objective | None = None,
         opponent: ReferenceStates | None = None,
+        reader: TargetReader | None = None,
         **kwargs: Any,
     ) -> Any:
         if packed is None:
             return plain_forward(*args, **kwargs)
         states = packed_states(decoder, packed)  # (N, d)
-        extra = {} if opponent is None else {"opponent": opponent}
+        extra = {name: value for name, value in (("opponent", opponent), ("reader", reader)) if value is not None}
         return head(states, packed=packed, objective=objective, **extra)
 
     head.forward = MethodType(head_forward, head)
@@ -120,17 +124,19 @@ def batch_loss(
     objective: Objective,
     opponent: Any | None = None,
     responses: tuple[str, ...] = SIDES,
+    reader: TargetReader | None = None,
 ) -> Tensor:
     """Return the sum of the objective over a micro-batch, with gradients if the model is being trained.
 
-    ``responses`` are those of a row of a padded batch; a packed batch records its own.
+    ``responses`` are those of a row of a padded batch; a packed batch records its own. A ``reader`` gives the objective the
+    log-probs of smoothed targets, and is not used with an opponent.
 
     With an ``opponent`` (the frozen reference, set to packed attention if rows are packed) the objective also receives the KL
     at each response position.
     """
     if isinstance(batch, PackedBatch):
         if opponent is None:
-            return model(packed=batch, objective=objective)
+            return model(packed=batch, objective=objective, **({} if reader is None else {"reader": reader}))
         causal = causal_model(opponent)
         with torch.no_grad():
             states = ReferenceStates(packed_states(causal.get_decoder(), batch), causal.get_output_embeddings())
@@ -138,7 +144,7 @@ def batch_loss(
     labels = {name.removeprefix(LABEL): value for name, value in batch.items() if name.startswith(LABEL)}
     mask, width = batch["completion_mask"], batch["completion_mask"].shape[1]
     logits = response_logits(model, batch)  # (2B, R, V)
-    policy = token_logps(logits, batch["input_ids"][:, -width:], mask)  # (2B, R)
+    policy = token_logps(logits, batch["input_ids"][:, -width:], mask, reader)  # (2B, R)
     kl = None
     if opponent is not None:
         with torch.no_grad():
@@ -183,22 +189,23 @@ def response_logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
     return model(**inputs, use_cache=False).logits[:, -width - 1 : -1]
 
 
-def token_logps(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+def token_logps(logits: Tensor, labels: Tensor, mask: Tensor, reader: TargetReader | None = None) -> Tensor:
     """Return the log-probs of ``labels`` ``(2B, R)`` under ``logits`` ``(2B, R, V)``, in float32; 0 where the mask is 0.
 
     A few rows are converted to float32 at a time, and again in the backward pass: the log-softmax of the full block would be
     the largest tensor of the step.
     """
     rows = max(1, _FLOAT32_ELEMENTS // max(1, logits[0].numel()))
-    pieces = list(zip(logits.split(rows), labels.split(rows), strict=True))
+    read = _piece_logps if reader is None else reader.padded_logps
+    pieces = list(zip(logits.split(rows), labels.split(rows), mask.split(rows), strict=True))
     if logits.requires_grad and len(pieces) > 1:
         settings = {"use_reentrant": False, "preserve_rng_state": False}
-        found = [checkpoint(_piece_logps, some, targets, **settings) for some, targets in pieces]
+        found = [checkpoint(read, *piece, **settings) for piece in pieces]
     else:
-        found = [_piece_logps(some, targets) for some, targets in pieces]
+        found = [read(*piece) for piece in pieces]
     return torch.cat(found).view(labels.shape).masked_fill(mask == 0, 0.0)
 
 
-def _piece_logps(logits: Tensor, labels: Tensor) -> Tensor:
-    # (n, R, V) and (n, R) -> (n * R,)
+def _piece_logps(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+    # (n, R, V) and (n, R) -> (n * R,); the caller applies the mask
     return -torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none")

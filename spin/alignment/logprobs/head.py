@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -24,6 +24,15 @@ if TYPE_CHECKING:
 
 # A function of the loss inputs of one group that returns the sum of its losses; it may store values for the metrics.
 Objective = Callable[["LossInputs"], "Tensor"]
+
+
+class LogitReader(Protocol):
+    """What takes the place of :func:`logps_and_slopes` and :func:`logps_of` in the head, with the same arguments."""
+
+    def logps_and_slopes(self, logits: Tensor, targets: Tensor, transform: LogitTransform) -> Tensor: ...
+
+    def logps_of(self, logits: Tensor, targets: Tensor, transform: LogitTransform) -> Tensor: ...
+
 
 # float32 workspace of the softmax, in elements: small enough for a CPU's cache, large enough to fill a GPU.
 _TILE_ELEMENTS = {"cpu": 2**19, "other": 2**26}
@@ -62,7 +71,8 @@ class FusedHeadLoss(torch.autograd.Function):
     """Sum of the objective over all groups, with the gradients of hidden states and head computed in the forward pass.
 
     ``hidden`` (N, d), ``weight`` (V, d), ``bias`` (V,) or None, ``targets`` (N,). Matmuls run in the dtype of ``hidden``;
-    softmax, log-probs and the sum of the head's gradient over groups in float32 (float64 for float64 input).
+    softmax, log-probs and the sum of the head's gradient over groups in float32 (float64 for float64 input). A ``reader`` takes
+    the place of :func:`logps_and_slopes`.
     """
 
     @staticmethod
@@ -75,7 +85,9 @@ class FusedHeadLoss(torch.autograd.Function):
         groups: Sequence[PairGroup],
         objective: Objective,
         transform: LogitTransform,
+        reader: LogitReader | None = None,
     ) -> Tensor:
+        read = logps_and_slopes if reader is None else reader.logps_and_slopes
         compute_weight = weight.to(hidden.dtype)  # (V, d)
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
@@ -87,7 +99,7 @@ class FusedHeadLoss(torch.autograd.Function):
             logits = torch.mm(states, compute_weight.t())  # (n, V)
             if bias is not None:
                 logits += bias.to(logits.dtype)
-            logps = logps_and_slopes(logits, labels, transform)  # (n,); logits now contain -dlogp/dlogits
+            logps = read(logits, labels, transform)  # (n,); logits now contain -dlogp/dlogits
             loss, slopes = _differentiate(objective, group, logps)  # (), (n,)
             total += loss
             # Rows are scaled on the narrow (d) side of each product, never across the vocabulary.
@@ -110,7 +122,7 @@ class FusedHeadLoss(torch.autograd.Function):
             for found, dtype in zip(ctx.gradients, ctx.dtypes, strict=True)
         ]
         ctx.gradients = None  # scaled in place above, so a second backward pass must fail
-        return (*scaled, None, None, None, None)
+        return (*scaled, None, None, None, None, None)
 
 
 def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -142,8 +154,8 @@ def logps_and_slopes(logits: Tensor, targets: Tensor, transform: LogitTransform)
     The entry of the target is ``expm1(logp)``: subtracting 1 in 16 bits would lose it where the model is confident.
     """
     found = []
-    for tile, labels in _tiles(logits, targets):
-        values = transform.apply(tile.to(_wide(tile.dtype)))  # (rows, V)
+    for tile, labels in tiles(logits, targets):
+        values = transform.apply(tile.to(wide(tile.dtype)))  # (rows, V)
         logprobs = torch.log_softmax(values, dim=-1)  # (rows, V)
         logps = logprobs.gather(1, labels[:, None])  # (rows, 1)
         slopes = logprobs.exp_().scatter_(1, labels[:, None], torch.expm1(logps))
@@ -157,20 +169,21 @@ def logps_and_slopes(logits: Tensor, targets: Tensor, transform: LogitTransform)
 def logps_of(logits: Tensor, targets: Tensor, transform: LogitTransform) -> Tensor:
     """Return the log-probs ``(n,)`` of the targets under logits ``(n, V)``, in nats, float32 (float64 for float64 input)."""
     found = [
-        torch.log_softmax(transform.apply(tile.to(_wide(tile.dtype))), dim=-1).gather(1, labels[:, None])[:, 0]
-        for tile, labels in _tiles(logits, targets)
+        torch.log_softmax(transform.apply(tile.to(wide(tile.dtype))), dim=-1).gather(1, labels[:, None])[:, 0]
+        for tile, labels in tiles(logits, targets)
     ]
     return torch.cat(found)
 
 
-def _tiles(logits: Tensor, targets: Tensor) -> zip[tuple[Tensor, Tensor]]:
+def tiles(logits: Tensor, targets: Tensor) -> zip[tuple[Tensor, Tensor]]:
     """Split logits and targets into tiles of whole rows that fit the workspace."""
     limit = _TILE_ELEMENTS.get(logits.device.type, _TILE_ELEMENTS["other"])
     rows = max(1, limit // logits.shape[1])
     return zip(logits.split(rows), targets.split(rows), strict=True)
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Return the precision of the softmax of logits."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -180,14 +193,17 @@ def grouped_logps(
     targets: Tensor,
     groups: Sequence[PairGroup],
     transform: LogitTransform,
+    reader: LogitReader | None = None,
 ) -> Tensor:
     """Return the log-probs ``(N,)`` of all targets; a group's logits are recomputed in the backward pass.
 
-    For heads that are not a single weight matrix (with adapters, quantised) and for passes without gradients.
+    For heads that are not a single weight matrix (with adapters, quantised) and for passes without gradients. A ``reader``
+    takes the place of :func:`logps_of`.
     """
+    read = logps_of if reader is None else reader.logps_of
 
     def group_logps(states: Tensor, labels: Tensor) -> Tensor:
-        return logps_of(head(states), labels, transform)
+        return read(head(states), labels, transform)
 
     found = []
     for group in groups:

@@ -7,8 +7,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from spin.alignment.core.errors import InputError, reason_of
+from spin.alignment.core.errors import InputError
 from spin.alignment.core.files import read_json
+from spin.alignment.core.hub import hub_reason
 from spin.alignment.models.positions import fixed_positions
 from spin.alignment.models.vocabulary import check_ids
 
@@ -75,8 +76,8 @@ def model_folder(name: str, revision: str | None = None) -> Path:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except Exception as error:
         raise InputError(
-            f"model '{name}' is neither a local folder nor a Hub model that is cached or reachable ({reason_of(error)}): "
-            "check the name, or unset HF_HUB_OFFLINE"
+            f"model '{name}' is neither a local folder nor a Hub model that can be read ({hub_reason(error)}): check the name, "
+            "give a folder, or unset HF_HUB_OFFLINE to download the model"
         ) from error
 
 
@@ -99,7 +100,7 @@ def check_config_fits(config: Mapping[str, Any], name: str, longest: int, max_to
     context = context_length(config)
     if context is not None and longest > context:
         raise InputError(
-            f"the longest pair has {longest} tokens, but {name} can attend to {context} tokens: lower max_length"
+            f"the longest row has {longest} tokens, but {name} can attend to {context} tokens: lower max_length"
         )
     fixed = fixed_positions(_text_settings(config))
     if fixed and longest > fixed:

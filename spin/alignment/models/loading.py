@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from spin.alignment.core.errors import InputError
 from spin.alignment.models.config import ModelConfig
 from spin.alignment.models.folder import check_model_path, model_folder, read_config_file
+from spin.alignment.models.library_output import name_accelerator, without_progress_bars
 from spin.alignment.models.precision import resolve_dtype
 from spin.alignment.models.weights_check import check_model, refuse_mismatch, validate_generation_config
 
@@ -27,6 +28,7 @@ def load_model(config: ModelConfig, seed: int = 42) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
     from transformers.integrations import is_deepspeed_zero3_enabled
 
+    name_accelerator()
     check_model_path(config.model_name_or_path, needs_weights=not config.init_from_config)
     common: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
     if config.attn_implementation:
@@ -46,9 +48,10 @@ def load_model(config: ModelConfig, seed: int = 42) -> PreTrainedModel:
         folder = model_folder(name, revision)
         # Reported instead of raised, so that a weight of the wrong shape is refused like a missing one. ZeRO-3 reports none.
         common["ignore_mismatched_sizes"] = not is_deepspeed_zero3_enabled()
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **common
-        )
+        with without_progress_bars():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **common
+            )
         refuse_mismatch(folder, report, quantised="quantization_config" in read_config_file(folder))
         if config.load_in_4bit:
             _keep_differentiable(model)

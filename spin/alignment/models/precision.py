@@ -17,12 +17,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# Weights of a model from this size on (50 million parameters in float32) take long enough for its precision to matter.
+_LARGE_BYTES = 200 * 10**6
+
 # Key in config.json of a float32 checkpoint: the 16-bit precision that the model computed in while it was trained.
 TRAINED_IN = "trained_in_dtype"
-# Features of a CPU, in the words of Linux, with which it multiplies bfloat16 several times faster than float32.
-_FAST_BFLOAT16 = {"avx512_bf16", "amx_bf16"}
-# Size of the weight files (32 million float32 weights) below which decoding takes as long in either precision.
-_LARGE_BYTES = 2**27
 
 
 def resolve_dtype(name: str) -> torch.dtype | str:
@@ -73,18 +72,21 @@ def generation_dtype(model: str, dtype: Dtype) -> Dtype:
     return cast(Dtype, recorded)
 
 
-def computes_fast_in_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Return whether this machine has a CPU with instructions for products of bfloat16, and no GPU."""
-    try:
-        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
-    except OSError:  # not Linux
-        return False
-    features = next((line.split() for line in lines if line.startswith("flags")), [])
-    if _FAST_BFLOAT16.isdisjoint(features):
-        return False
+def is_faster_in_bfloat16(model: Path) -> bool:
+    """Return whether a local model is computed with on a CPU that is faster in bfloat16, and large enough for that to matter."""
+    if sum(file.stat().st_size for file in model.glob("*.safetensors")) < _LARGE_BYTES:
+        return False  # before torch is imported
     import torch
 
-    return not torch.cuda.is_available()
+    return has_bfloat16_instructions() and not torch.accelerator.is_available()
+
+
+def has_bfloat16_instructions() -> bool:
+    """Return whether the CPU multiplies bfloat16 matrices in hardware (AVX-512, AMX or ARM's BF16); others emulate it slowly."""
+    import torch
+
+    able = torch.cpu.get_capabilities()
+    return any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def machine_dtype(folder: Path, dtype: Dtype) -> Dtype | None:
@@ -98,9 +100,7 @@ def machine_dtype(folder: Path, dtype: Dtype) -> Dtype | None:
     values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if values.get("dtype", values.get("torch_dtype")) != "float32" or TRAINED_IN in values:
         return None
-    if sum(file.stat().st_size for file in folder.glob("*.safetensors")) < _LARGE_BYTES:
-        return None
-    return "bfloat16" if computes_fast_in_bfloat16() else None
+    return "bfloat16" if is_faster_in_bfloat16(folder) else None
 
 
 def decoding_dtype(model: str, revision: str | None, dtype: Dtype) -> Dtype:

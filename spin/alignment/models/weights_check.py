@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from spin.alignment.core.errors import InputError, reason_of
 from spin.alignment.core.files import read_json
 from spin.alignment.models.folder import read_config_file
+from spin.alignment.models.library_output import quiet_library
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +42,7 @@ def check_model(
             "the adapter to a folder of its own"
         )
     try:
-        with _plainly():
+        with quiet_library():
             config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # each model's configuration raises its own kinds
         raise InputError(
@@ -152,7 +152,7 @@ def _compared(folder: Path, model_class: Any, config: Any, stored: dict[str, tor
 
     Its loading code knows what a comparison of names does not: tied weights, renamed and fused ones.
     """
-    with _plainly():
+    with quiet_library():
         try:
             _, report = model_class.from_pretrained(
                 None,
@@ -191,7 +191,7 @@ def meta_model(folder: Path, config: Any, task: Task, trust_remote_code: bool) -
     if not known and other is None:
         return None
     try:
-        with _plainly(), torch.device("meta"):
+        with quiet_library(), torch.device("meta"):
             return auto.from_config(config, trust_remote_code=trust_remote_code) if known else other(config)
     except Exception as error:
         raise InputError(
@@ -207,7 +207,7 @@ def _check_generation_config(folder: Path) -> None:
     if not path.is_file():
         return
     try:
-        with _plainly():
+        with quiet_library():
             settings = GenerationConfig.from_pretrained(folder)
             validate_generation_config(settings)
     except Exception as error:  # its checks raise their own kinds, and wrong types fail anywhere
@@ -253,27 +253,6 @@ def _check_heads(folder: Path, config: Any) -> None:
         raise InputError(
             f"{file} has {heads} attention heads, which do not divide hidden_size {width}: restore the file"
         )
-
-
-@contextlib.contextmanager
-def _plainly() -> Iterator[None]:
-    """Without the library's progress bars and load reports (what they say is said as one sentence here), and without ZeRO-3,
-    which would partition a model that has no weights."""
-    from transformers.integrations import deepspeed
-    from transformers.utils import logging
-
-    zero = deepspeed._hf_deepspeed_config_weak_ref
-    deepspeed.unset_hf_deepspeed_config()
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        deepspeed._hf_deepspeed_config_weak_ref = zero
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _some(names: Sequence[str]) -> str:

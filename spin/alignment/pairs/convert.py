@@ -28,7 +28,6 @@ def convert(config: ConvertConfig) -> dict[str, dict[str, int]]:
     Raises:
         InputError: a setting, a folder or a fraction cannot be used; nothing is written.
     """
-    from spin.alignment.core.files import read_json
     from spin.alignment.core.lock import folder_lock
     from spin.alignment.pairs.annotate import scorer_settings
 
@@ -38,9 +37,9 @@ def convert(config: ConvertConfig) -> dict[str, dict[str, int]]:
     splits = find_splits(config)
     sets = {split.name: make_files(split, config) for split in splits if split.origin}
     check_output(output_dir, sets, splits, config.overwrite)
-    if not config.overwrite and len(sets) == len(splits) and all(files.is_complete() for files in sets.values()):
+    complete = not config.overwrite and len(sets) == len(splits) and all(files.is_complete() for files in sets.values())
+    if complete and (counts := finished_counts(sets)):
         say(f"{output_dir} is already complete")
-        counts = {split: read_json(files.counts_path) for split, files in sets.items()}
         show_counts(counts)
         return counts
     with folder_lock(output_dir, setting="output_dir"):
@@ -50,6 +49,22 @@ def convert(config: ConvertConfig) -> dict[str, dict[str, int]]:
     for item in (skipped for split in splits for skipped in split.skipped):
         say(f"  skipped by generation: {item['prompt_id']} ({item['reason']})")
     return counts
+
+
+def finished_counts(sets: dict[str, PreferenceFiles]) -> dict[str, dict[str, int]]:
+    """Return the counts of complete splits; nothing, once it is said, if one of the files is damaged."""
+    from spin.alignment.pairs.counts import read_counts
+
+    found = {}
+    for split, files in sets.items():
+        try:
+            found[split] = read_counts(files.counts_path)
+        except InputError:
+            found[split] = {}
+        if found[split].keys() != files.counts.keys():
+            say_error(f"{files.counts_path} is damaged: the pairs are written again")
+            return {}
+    return found
 
 
 def find_splits(config: ConvertConfig) -> list[Split]:
@@ -102,8 +117,9 @@ def make_files(split: Split, config: ConvertConfig) -> PreferenceFiles:
         InputError: the pairing does not support this many responses per prompt.
     """
     from spin.alignment.methods.pairings import check_num_samples, find_pairing
+    from spin.alignment.pairs.counts import COUNTS, EVEN_COUNTS, SCORED_COUNTS
     from spin.alignment.pairs.initial import with_initial
-    from spin.alignment.pairs.preference_files import COUNTS, EVEN_COUNTS, SCORED_COUNTS, PreferenceFiles, pair_schema
+    from spin.alignment.pairs.preference_files import PreferenceFiles, pair_schema
 
     assert split.origin is not None
     pairing = find_pairing(config.pairing)

@@ -12,20 +12,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from spin.alignment.core.errors import InputError
-from spin.alignment.core.files import fsync_folder, remove_files, remove_leftovers, write_json_atomic
+from spin.alignment.core.files import fsync_folder, remove_files, remove_leftovers
 from spin.alignment.core.parquet import ParquetSink
 from spin.alignment.core.provenance import Provenance
 from spin.alignment.core.sides import SIDES
 from spin.alignment.data.rows import LABEL_TYPE, OPTIONAL_COLUMNS
 from spin.alignment.methods.pairings import Pairing, missing_ground_truth
 from spin.alignment.pairs.annotate import Labeller, count_failures
+from spin.alignment.pairs.counts import COUNTS, counts_path, write_counts
 from spin.alignment.pairs.initial import InitialResponses
-
-COUNTS = ("rows", "identical", "truncated", "dropped", "skipped", "written")
-# When responses are scored: also responses for which the scorer failed, and prompts without a pair.
-SCORED_COUNTS = ("rows", "failed", "ties", *COUNTS[1:])
-# When each pair takes two responses: also those left over after the scorer failed on some.
-EVEN_COUNTS = (*SCORED_COUNTS[:3], "unpaired", *COUNTS[1:])
 
 
 def pair_schema(pairing: Pairing, schema: pa.Schema) -> pa.Schema:
@@ -155,7 +150,7 @@ class PreferenceFiles:
     ) -> None:
         self.folder, self.split, self.provenance = folder, split, provenance
         self.schema, self.rows_per_file = schema, rows_per_file
-        self.counts_path = folder / f"{split}_prefs.counts.json"
+        self.counts_path = counts_path(folder, split)
         self.counts = dict.fromkeys(count_names, 0)
         self.hidden: list[Path] = []
         self._sink: ParquetSink | None = None
@@ -202,7 +197,7 @@ class PreferenceFiles:
         for number, path in enumerate(self.hidden):
             path.rename(self.folder / f"{self.split}_prefs-{number:05d}-of-{len(self.hidden):05d}.parquet")
         fsync_folder(self.folder)
-        write_json_atomic(self.counts_path, self.counts)
+        write_counts(self.counts_path, self.counts)
 
     def is_complete(self) -> bool:
         """Return whether all files exist, with the counts file as proof of completion."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from spin.alignment.core.assets import PACKAGE, is_checkout
-from spin.alignment.core.console import say, show
+from spin.alignment.core.console import say, say_error, show
 
 Verdict = Literal["ok", "absent", "broken"]
 
@@ -29,6 +29,7 @@ OPTIONAL: dict[str, tuple[tuple[str, ...], str, str, str | None]] = {
     "deepspeed": (("deepspeed",), "import deepspeed", "configs/deepspeed_*.yaml", "deepspeed"),
     "peft": (("peft",), "import peft", "use_peft", "peft"),
     "bitsandbytes": (("bitsandbytes",), "import bitsandbytes", "load_in_4bit", "qlora"),
+    "gguf": (("gguf",), "import gguf", "spin import-gguf", "gguf"),
     "flash_attn": (("flash-attn",), "import flash_attn", "attn_implementation: flash_attention_2", None),
 }
 _DEVICES = "import sys; from spin.alignment.pipeline.doctor import devices; sys.stdout.write(devices())"
@@ -60,7 +61,10 @@ def devices() -> str:
     """Return the devices that torch can use, one per line."""
     import torch
 
-    lines = [f"{torch.get_num_threads()} CPU threads"]
+    from spin.alignment.models.precision import has_bfloat16_instructions
+
+    fast = ", bfloat16 in hardware" if has_bfloat16_instructions() else ""
+    lines = [f"{torch.get_num_threads()} CPU threads{fast}"]
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         facts = torch.cuda.get_device_properties(index)
         bf16 = "" if torch.cuda.is_bf16_supported() else ", no bfloat16"
@@ -190,6 +194,7 @@ def show_findings() -> bool:
     from rich.table import Table
     from rich.text import Text
 
+    say_error("importing every package and backend in a process of its own, which may take a minute")
     findings = [*machine_findings(), *name_findings(), *package_findings(), *optional_findings()]
     table = Table("what", "verdict", "detail")
     colors = {"ok": "green", "absent": "yellow", "broken": "red"}

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spin.alignment.core.console import say_error
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.paths import check_output_folder
 
@@ -33,6 +35,37 @@ def check_before_start(config: RunConfig, source: str) -> None:
     folder = model_folder(config.model, config.model_revision)
     model_config = check_model(folder, trust_remote_code=trusted, needs_weights=needs_weights)
     check_control_tokens(check_data(config), model_config, config.model)
+    if remark := precision_remark(config, model_config):
+        say_error(remark)
+
+
+def precision_remark(config: RunConfig, model_config: Any) -> str:
+    """Return what to say if the start is used in another precision than the models that are trained from it; else ''.
+
+    With ``bf16: true`` those compute in bfloat16, in training and ever after (``generation_dtype``); a start that was saved in
+    float32 computes in float32, so part of every difference between them would be rounding.
+    """
+    from spin.alignment.models.precision import TRAINED_IN
+
+    trained = config.train if config.online is None else config.online
+    saved = str(getattr(model_config, "dtype", None)).removeprefix("torch.")
+    if (
+        config.sft is not None
+        or not trained.get("bf16")
+        or saved != "float32"
+        or getattr(model_config, TRAINED_IN, None)
+    ):
+        return ""
+    sections = {"generate": config.generate, "evaluate": config.evaluate if config.data.test else None}
+    left = [name for name, keys in sections.items() if keys is not None and keys.get("dtype", "auto") == "auto"]
+    if config.online is not None:
+        left = [name for name in left if name == "evaluate"]
+    if not left:
+        return ""
+    return (
+        f"{config.model} has float32 weights and is used in float32, but the models trained from it in bfloat16 (bf16: true): "
+        f"set {' and '.join(f'{name}.dtype' for name in left)} to bfloat16 to compare them in the same precision"
+    )
 
 
 def check_settings(config: RunConfig, source: str) -> None:
@@ -63,6 +96,7 @@ def check_data(config: RunConfig) -> ChatEncoder:
     )
     for (path, split), ground_truth_required in data_sources(config).items():
         prompts = load_prompts(path, split, ground_truth_required)
+        check_scorer_columns(config, path, split, prompts)
         for row in prompts.select(range(min(100, len(prompts)))):
             try:
                 encoder.prompt_ids(prompt_turns(row["chosen"]), **template_arguments(row))
@@ -74,6 +108,28 @@ def check_data(config: RunConfig) -> ChatEncoder:
     return encoder
 
 
+def check_scorer_columns(config: RunConfig, path: str, split: str, prompts: Iterable[Mapping[str, Any]]) -> None:
+    """Check that the prompts whose responses are scored have the columns that the scorer reads.
+
+    Raises:
+        InputError: a row lacks one, or its value cannot be used; the message names the row.
+    """
+    from spin.alignment.data.rows import scorer_columns
+    from spin.alignment.rewards import check_columns
+
+    played = {config.data.played(iteration) for iteration in config.self_play_iterations or (0,)}
+    sections = (config.online or {}, config.convert, config.select or {})
+    scorers = {str(section["scorer"]) for section in sections if section.get("scorer")}
+    for scorer in scorers if (path, split) in played else ():
+        for row in prompts:
+            try:
+                check_columns(scorer, scorer_columns(row))
+            except InputError as error:
+                raise InputError(
+                    f"scorer {scorer} cannot score {path} [{split}], prompt {row['prompt_id']}: {error}"
+                ) from error
+
+
 def check_held_out(config: RunConfig, encoder: ChatEncoder) -> None:
     """Check that the evaluations have something to score; a single bad row is skipped and named by each of them.
 
@@ -81,15 +137,22 @@ def check_held_out(config: RunConfig, encoder: ChatEncoder) -> None:
         InputError: the held-out data cannot be read, or none of the first usable rows can be encoded.
     """
     from spin.alignment.data.chat_encoder import template_arguments
-    from spin.alignment.data.held_out_rows import check_any_left, read_held_out
+    from spin.alignment.data.held_out_rows import check_any_left, read_to_score
+    from spin.alignment.data.rows import scorer_columns
+    from spin.alignment.pipeline.program_settings import evaluate_config
+    from spin.alignment.rewards import needs_reference
 
     data, skipped, usable = config.data, [], []
     if not data.test:
         return
-    rows, _ = read_held_out(data.test, data.test_split)
+    evaluation = evaluate_config(config, "start", config.start_model)
+    rows, _ = read_to_score(data.test, data.test_split, needs_reference(evaluation.metric))
     for row in rows[:100]:
+        answered = row["chosen"][-1]["role"] == "assistant"
         try:
-            usable.append(encoder.response_ids(row["chosen"], **template_arguments(row)))
+            evaluation.check_columns(scorer_columns(row))
+            encode = encoder.response_ids if answered else encoder.prompt_ids
+            usable.append(encode(row["chosen"], **template_arguments(row)))
         except InputError as error:
             skipped.append({"prompt_id": row["prompt_id"], "reason": str(error)})
     check_any_left(usable, skipped, f"{data.test}, split {data.test_split}")

@@ -18,6 +18,7 @@ import atexit
 import contextlib
 import gc
 import importlib
+import importlib.util
 import json
 import os
 import runpy
@@ -56,6 +57,8 @@ TRAINING_LIBRARIES = (
     "spin.alignment.training.sft",
     "spin.alignment.training.online.run",
 )
+# Imported by accelerate at the first step of a training, where they are installed.
+LIBRARIES_AT_FIRST_USE = ("deepspeed",)
 # Read by libraries on import: torch detects GPUs without initialising CUDA, and pyarrow's spare allocator starts no thread.
 _WHILE_IMPORTING = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
 
@@ -76,8 +79,11 @@ class Request:
         os.close(self.stderr)
 
 
-def import_libraries() -> None:
-    """Import what programs need. Changes that libraries make to the environment are reverted: programs get it unchanged."""
+def import_libraries() -> bool:
+    """Import what programs need; return whether there is a GPU.
+
+    Changes that libraries make to the environment are reverted: programs get it unchanged.
+    """
     given = dict(os.environ)
     os.environ.update({**_WHILE_IMPORTING, **given})
     try:
@@ -85,18 +91,37 @@ def import_libraries() -> None:
             importlib.import_module(name)
         import torch
 
-        if not torch.cuda.is_available():
-            for name in TRAINING_LIBRARIES:
-                importlib.import_module(name)
+        has_gpu = torch.cuda.is_available()
+        if not has_gpu:
+            import_training_libraries()
+        return has_gpu
     finally:
         os.environ.clear()
         os.environ.update(given)
 
 
-def fork_problem() -> str | None:
+def import_training_libraries() -> None:
+    """Import what training needs, and what it would import or compute at its first step."""
+    for name in TRAINING_LIBRARIES:
+        importlib.import_module(name)
+    for name in LIBRARIES_AT_FIRST_USE:
+        if importlib.util.find_spec(name.partition(".")[0]):
+            importlib.import_module(name)
+    build_conversion_table()
+
+
+def build_conversion_table() -> None:
+    """Let transformers build its table of renamed weights, which it keeps and would build when the first model is loaded."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    get_checkpoint_conversion_mapping("llama")
+
+
+def fork_problem(has_gpu: bool) -> str | None:
     """Return why a fork of this process is not equivalent to a new process; None if it is.
 
-    The trial fork also ends the idle threads of OpenBLAS, which shuts them down before every fork.
+    The trial fork also ends the idle threads of OpenBLAS, which shuts them down before every fork. Without a GPU, torch's CUDA
+    build has asked the CUDA runtime for one, after which forks may not use CUDA: nothing is lost, as they could not anyway.
     """
     import torch
 
@@ -104,7 +129,7 @@ def fork_problem() -> str | None:
         return "importing the libraries initialised CUDA"
     trial = os.fork()
     if trial == 0:
-        os._exit(bool(torch.cuda._is_in_bad_fork()))
+        os._exit(has_gpu and bool(torch.cuda._is_in_bad_fork()))
     if os.waitstatus_to_exitcode(os.waitpid(trial, 0)[1]):
         return "importing the libraries touched CUDA"
     try:
@@ -245,8 +270,7 @@ def leave(code: int) -> NoReturn:
 
 def main(control: socket.socket) -> None:
     """Serve the client at the other end; in a forked process, run the program and exit."""
-    import_libraries()
-    problem = fork_problem()
+    problem = fork_problem(has_gpu=import_libraries())
     _send(control, {"problem": problem})
     if problem is not None:
         return

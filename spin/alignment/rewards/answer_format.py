@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from spin.alignment.data.thoughts import without_thought
 from spin.alignment.rewards.math_answer import last_box
 
 _NUMBER_LINE = re.compile(r"####\$?-?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?\\?%?\.?")  # of a line without spaces
@@ -16,7 +17,7 @@ def answer_format(prompt: str, response: str, reference: str) -> float:
 
     The box may only be followed by the end of the sentence or of the formula.
     """
-    text = response.strip()
+    text = without_thought(response).strip()  # an unfinished thought may end in anything
     if _NUMBER_LINE.fullmatch("".join(text.rpartition("\n")[2].split())):
         return 1.0
     box = last_box(text)

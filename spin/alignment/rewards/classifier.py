@@ -195,15 +195,17 @@ class SequenceClassifier:
             import torch
             from transformers import AutoModelForSequenceClassification
 
+            from spin.alignment.models.library_output import without_progress_bars
             from spin.alignment.models.weights_check import refuse_mismatch
 
-            model, report = AutoModelForSequenceClassification.from_pretrained(
-                self.folder,
-                dtype=self.dtype,
-                use_safetensors=True,
-                trust_remote_code=self.settings.trust_remote_code,
-                output_loading_info=True,
-            )
+            with without_progress_bars():
+                model, report = AutoModelForSequenceClassification.from_pretrained(
+                    self.folder,
+                    dtype=self.dtype,
+                    use_safetensors=True,
+                    trust_remote_code=self.settings.trust_remote_code,
+                    output_loading_info=True,
+                )
             refuse_mismatch(self.folder, report, model.base_model_prefix, "classifier")
             model.config.get_text_config().use_cache = False  # no generation, so keys and values would waste memory
             self._model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()

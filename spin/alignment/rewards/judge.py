@@ -11,6 +11,7 @@ from itertools import combinations, islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from spin.alignment.core.errors import InputError
+from spin.alignment.data.thoughts import without_thought
 from spin.alignment.rewards.base import GroupLabels, PromptGroup, ScorerSettings
 from spin.alignment.rewards.cache import ScoreCache, content_key
 from spin.alignment.rewards.conversation import plain_text
@@ -30,7 +31,6 @@ INSTRUCTION = (
 _VERDICT = re.compile(r"\[\[\s*(A|B|tie)\s*\]\]", re.IGNORECASE)
 # A reply that consists of the verdict alone, perhaps in bold or quotes.
 _BARE = re.compile(r"[\s*\"'.]*(?:response\s+)?(A|B|tie)[\s*\"'.]*", re.IGNORECASE)
-_THOUGHTS = re.compile(r".*</think>", re.DOTALL)
 _FIRST_WINS = {"a": 1.0, "b": 0.0, "tie": 0.5}
 
 
@@ -169,8 +169,7 @@ class Judge:
 def read_verdict(answer: Any) -> float | None:
     """Return the probability that response A is better (1, 0 or 1/2) from a chat completion, or ``None`` without a verdict.
 
-    The last ``[[A]]``, ``[[B]]`` or ``[[tie]]`` counts, or a reply that consists of A, B or tie alone. Reasoning before
-    ``</think>`` is not part of the reply; a reply truncated within its reasoning has no verdict.
+    The last ``[[A]]``, ``[[B]]`` or ``[[tie]]`` behind the judge's thoughts counts, or a reply of A, B or tie alone.
     """
     try:
         text = answer["choices"][0]["message"]["content"]
@@ -178,9 +177,7 @@ def read_verdict(answer: Any) -> float | None:
         return None
     if not isinstance(text, str):
         return None
-    text = _THOUGHTS.sub("", text)
-    if "<think>" in text:
-        return None
+    text = without_thought(text)
     found = _VERDICT.findall(text)
     if found:
         return _FIRST_WINS[found[-1].lower()]

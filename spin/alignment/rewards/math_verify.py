@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 
 from spin.alignment.core.errors import InputError
+from spin.alignment.data.thoughts import without_thought
 from spin.alignment.rewards.math_answer import marked_answer
 
 
@@ -23,8 +24,9 @@ def check_math_verify() -> None:
 def math_verify(prompt: str, response: str, reference: str) -> float:
     r"""Return 1.0 if both final answers are mathematically equal, otherwise 0.0 (also if either cannot be parsed).
 
-    The answer is located as in ``math_answer`` (after ``####``, in ``\boxed{}``); without these marks the library looks for it.
-    The library gives up on an expression after five seconds, which counts as unequal, and only works in the main thread.
+    The answer is located as in ``math_answer`` (behind any thought, after ``####``, in ``\boxed{}``); without these marks the
+    library looks for it. It gives up on an expression after five seconds, which counts as unequal, and only works in the main
+    thread.
 
     Raises:
         InputError: the library is not installed.
@@ -37,5 +39,6 @@ def math_verify(prompt: str, response: str, reference: str) -> float:
 
 
 def _shown(text: str) -> str:
+    text = without_thought(text)
     marked, _ = marked_answer(text)
     return text if marked is None else f"\\boxed{{{marked}}}"

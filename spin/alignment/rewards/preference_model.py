@@ -58,11 +58,11 @@ class PreferenceModel:
 
     def _encode(self, group: PromptGroup, texts: Sequence[str], first: int, second: int) -> Encoded:
         where = group.name(first, second)
-        mark, source = self._ids(SOURCE), self._ids(plain_text(group.prompt))
+        mark, source = self._ids(SOURCE), self._text_ids(plain_text(group.prompt))
         rest = [
             *self._separator,
-            *(*self._ids(FIRST), *self._ids(texts[first]), *self._separator),
-            *(*self._ids(SECOND), *self._ids(texts[second]), *self._end),
+            *(*self._ids(FIRST), *self._text_ids(texts[first]), *self._separator),
+            *(*self._ids(SECOND), *self._text_ids(texts[second]), *self._end),
         ]
         length = len(self._start) + len(mark) + len(source) + len(rest)
         # Only the start of the prompt may be truncated, never a response.
@@ -71,6 +71,12 @@ class PreferenceModel:
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self.classifier.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def _text_ids(self, text: str) -> list[int]:
+        """Return the ids of a text. A control token in it stays text: a response could otherwise add a candidate of its own."""
+        encoding = self.classifier.tokenizer(text, add_special_tokens=False, split_special_tokens=True)
+        ids: list[int] = encoding["input_ids"]
         return ids
 
     def close(self) -> None:

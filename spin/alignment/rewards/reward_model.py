@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 from spin.alignment.core.errors import InputError
@@ -56,7 +57,8 @@ class RewardModel:
         return Encoded(tuple(ids), None, where)
 
     def _encode_pair(self, prompt: str, response: str, where: str) -> Encoded:
-        tokenizer = self.classifier.tokenizer
+        # A control token in a text stays text, as in template_ids().
+        tokenizer = functools.partial(self.classifier.tokenizer, split_special_tokens=True)
         encoding = tokenizer(prompt, response)
         length = len(encoding["input_ids"])
         if length > self.classifier.limit:
@@ -64,7 +66,7 @@ class RewardModel:
             if self.classifier.excess(length, removable, where) == removable:
                 encoding = tokenizer("", response)
             else:
-                tokenizer.truncation_side = "left"  # the end of the prompt matters most
+                self.classifier.tokenizer.truncation_side = "left"  # the end of the prompt matters most
                 encoding = tokenizer(prompt, response, truncation="only_first", max_length=self.classifier.limit)
         if not encoding["input_ids"]:
             raise InputError(f"{where} has no tokens: remove empty rows, or give the model a chat template")

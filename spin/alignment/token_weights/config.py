@@ -12,8 +12,10 @@ from spin.alignment.data.config import DataConfig, System
 from spin.alignment.methods.weightings import DEFAULT_TRANSFORM, check_transform, find_weighting
 from spin.alignment.models.config import Dtype, ModelConfig
 
-# Settings used only by weightings that compare two models, and (_OF_TOKENIZER) only by those that do not.
-_OF_MODELS = ("model_plus", "model_minus", "revision_plus", "revision_minus", "transform", "transform_params")
+# Settings used only by weightings that compare two models, only by those that give gains, and (_OF_TOKENIZER) only by those that
+# load no model.
+_OF_MODELS = ("model_plus", "model_minus", "revision_plus", "revision_minus")
+_OF_GAINS = ("transform", "transform_params")
 _OF_SCORING = ("max_length", "max_prompt_length", "batching", "dtype")
 _OF_TOKENIZER = ("tokenizer", "revision_tokenizer")
 
@@ -23,7 +25,10 @@ class WeightsConfig:
     """Compute token weights for the responses of preference data."""
 
     input_dir: str = setting(
-        help="folder with {split}_prefs-*.parquet from convert_data.py", group="rows", path="input", set_by_run=True
+        help="folder with {split}_prefs-*.parquet from convert_data.py, or with pairs of another tool",
+        group="rows",
+        path="input",
+        set_by_run=True,
     )
     output_dir: str = setting(help="folder for the same files with token weights", path="folder", set_by_run=True)
     page: str | None = setting(
@@ -34,11 +39,13 @@ class WeightsConfig:
         False, "replace weights that were computed from other inputs or settings", set_by_run=True
     )
 
-    weighting: str = setting(help="reverse_dpo, teacher, drift or uniform, or module:function", group="weights")
+    weighting: str = setting(
+        help="reverse_dpo, teacher, stored_gains, drift or uniform, or module:function", group="weights"
+    )
     transform: str | None = setting(
         None,
         "maps gains to weights: exponential, origin, binary, threshold, threshold_and_scale, rank_based or random",
-        unset=f"{DEFAULT_TRANSFORM} for weightings that compare models",
+        unset=f"{DEFAULT_TRANSFORM} for weightings with gains",
     )
     transform_params: dict[str, float | str] = setting({}, "settings of the transform, such as mu=1")
     seed: int = setting(42, "seed for the random transform", ge=0, set_by_run=True)
@@ -52,7 +59,7 @@ class WeightsConfig:
     revision_plus: str | None = same_as(ModelConfig, "model_revision")
     revision_minus: str | None = same_as(ModelConfig, "model_revision", set_by_run=True)
     tokenizer: str | None = setting(
-        None, "model whose tokenizer encoded the data (drift and uniform)", path="input", set_by_run=True
+        None, "model whose tokenizer encoded the data (stored_gains, drift and uniform)", path="input", set_by_run=True
     )
     revision_tokenizer: str | None = same_as(ModelConfig, "model_revision", set_by_run=True)
     dtype: Dtype = same_as(ModelConfig, "dtype")
@@ -77,7 +84,8 @@ class WeightsConfig:
         for name in ("model_plus", "model_minus"):
             if weighting.needs_models and not getattr(self, name):
                 raise InputError(f"weighting {self.weighting} compares two models: pass --{name}")
-        for name in _OF_TOKENIZER if weighting.needs_models else _OF_MODELS:
+        unused = _OF_TOKENIZER if weighting.needs_models else _OF_MODELS
+        for name in (*unused, *(() if weighting.gives_gains else _OF_GAINS)):
             if getattr(self, name):
                 raise InputError(f"weighting {self.weighting} does not use --{name}: remove it")
         for name in () if weighting.needs_models else _OF_SCORING:

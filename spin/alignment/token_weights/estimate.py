@@ -31,6 +31,7 @@ from spin.alignment.token_weights.model_scores import (
     truncated_rows,
     with_prompts,
 )
+from spin.alignment.token_weights.stored_gains import gains_of_pair
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -62,10 +63,14 @@ class Method:
     def needs_models(self) -> bool:
         return find_weighting(self.weighting).needs_models
 
+    @property
+    def gives_gains(self) -> bool:
+        return find_weighting(self.weighting).gives_gains
+
     def record(self) -> dict[str, Any]:
         """Return everything that determines the weights, besides models and rows."""
         own = {"weighting": self.weighting, **module_record("weighting", self.weighting)}
-        if not self.needs_models:
+        if not self.gives_gains:
             return own
         lengths = {"max_length": self.limits.max_length, "max_prompt_length": self.limits.max_prompt_length}
         drawn = {"seed": self.seed} if draws(self.transform) else {}
@@ -73,7 +78,7 @@ class Method:
             **own,
             "transform": self.transform,
             "params": self.settings,
-            **lengths,
+            **(lengths if self.needs_models else {}),
             **drawn,
         }
 
@@ -95,6 +100,17 @@ class Split:
         stored = [f"{side}_{name}" for side in SIDES for name in ("token_ids", "finish_reason")]
         kept = ["prompt_id", "sample_index", *(name for name in stored if name in self.rows.column_names)]
         self.facts_of_rows = self.rows.select_columns(kept)
+
+    def stored_gains(self, position: int) -> Gains:
+        """Return the gains that came with the usable row at a position.
+
+        Raises:
+            InputError: it has none, or they do not line up with its tokens.
+        """
+        index = self.usable[position]
+        return gains_of_pair(
+            self.rows[index], self.encoded[index], self.encoder, f"{self.files[0].parent} [{self.name}] row {index}"
+        )
 
     def weighted(self, method: Method, gains: Callable[[int], Gains] | None) -> Iterator[WeightedRow]:
         """Yield the weights of every row; ``gains`` is called with a row's position among the usable rows."""
@@ -257,7 +273,9 @@ def weight_splits(
     """Compute and write the weights of splits; only the main process writes. Every process must call it."""
     plus, minus = judges
     gains: dict[str, Callable[[int], Gains]] = {}
-    if splits and plus is not None and minus is not None:
+    if method.gives_gains and not method.needs_models:
+        gains = {split.name: split.stored_gains for split in splits}
+    elif splits and plus is not None and minus is not None:
         gains = gains_of_splits(splits, output_dir / SCORES_FOLDER, method, plus, minus, accelerator)
     if accelerator.is_main_process:
         for split in splits:
@@ -295,7 +313,7 @@ def warnings(found: dict[str, Any], method: Method) -> list[str]:
     tokens = sum(side["tokens"] for side in sides)
     lines = []
     values = {side[key] for side in sides for key in ("min", "max")}
-    how = f"transform {method.transform}" if method.needs_models else f"weighting {method.weighting}"
+    how = f"transform {method.transform}" if method.gives_gains else f"weighting {method.weighting}"
     if len(values) == 1 and not find_weighting(method.weighting).constant:
         lines.append(
             f"every weight is {values.pop():g} ({how}): training on them is the same as without weights, up to that factor; "

@@ -15,12 +15,15 @@ import pyarrow as pa
 from spin.alignment.core.console import say_error
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.files import read_json, remove_files, write_json_atomic
-from spin.alignment.core.parquet import ParquetSink, check_whole, open_parquet, read_batches
+from spin.alignment.core.parquet import ParquetSink, check_whole, open_parquet
 from spin.alignment.core.provenance import METADATA_KEY, Provenance, read_provenance
 from spin.alignment.core.sides import SIDES
+from spin.alignment.data.column_types import OWN_TYPES
+from spin.alignment.data.preferences import pair_batches
 from spin.alignment.data.rows import OPTIONAL_COLUMNS
 
 _COLUMNS = tuple(f"{side}_{name}" for side in SIDES for name in ("token_ids", "finish_reason", "weights"))
+GAINS = tuple(f"{side}_gains" for side in SIDES)
 
 
 @dataclass
@@ -96,20 +99,21 @@ def write_weighted(
     """
     statistics = WeightStatistics()
     # Removed first: an interrupted rewrite must not leave a set that looks complete, nor files of an earlier one.
-    proof = weights_file(output_dir, split)
+    proof, outputs = weights_file(output_dir, split), output_files(output_dir, split, files)
     remove_files([proof, *_written_files(output_dir, split)])
-    for file in files:
-        schema = open_parquet(file).schema_arrow
+    for file, output in zip(files, outputs, strict=True):
+        schema, batches = pair_batches(file)
         provenance = _provenance(schema, file, split)
-        fields = [item for item in schema if item.name not in _COLUMNS]
-        kinds = {**{item.name: item.type for item in schema}, **OPTIONAL_COLUMNS}
+        # Gains have become weights.
+        fields = [item for item in schema if item.name not in (*_COLUMNS, *GAINS)]
+        kinds = {**OWN_TYPES, **{item.name: item.type for item in schema}, **OPTIONAL_COLUMNS}
         added = [pa.field(name, kinds[name]) for name in _COLUMNS]
         with ParquetSink(
-            output_dir / file.name,
+            output,
             pa.schema([*fields, *added]),
             replace(provenance, extra={**provenance.extra, "weights": facts}),
         ) as sink:
-            for batch in read_batches(file):
+            for batch in batches:
                 columns = _columns([next(rows) for _ in range(batch.num_rows)], statistics)
                 kept = [batch.column(item.name) for item in fields]
                 arrays = [pa.array(columns[item.name], item.type) for item in added]
@@ -154,19 +158,28 @@ def weights_file(output_dir: Path, split: str) -> Path:
     return output_dir / f"{split}_prefs.weights.json"
 
 
+def output_files(output_dir: Path, split: str, files: Sequence[Path]) -> list[Path]:
+    """Return the files with weights, one for each file of pairs: under its name if it is parquet, else numbered."""
+    if all(file.suffix == ".parquet" for file in files):
+        return [output_dir / file.name for file in files]
+    return [output_dir / f"{split}_prefs-{number:05d}-of-{len(files):05d}.parquet" for number in range(len(files))]
+
+
 def find_splits(input_dir: Path) -> dict[str, list[Path]]:
     """Return the preference files of each split in a folder, by split name.
 
     Raises:
         InputError: there are none, or a file of a numbered set is missing.
     """
+    from spin.alignment.data.dataset_folders import find_splits as dataset_splits
     from spin.alignment.data.source_files import split_files
     from spin.alignment.data.split_names import preference_split
 
-    names = sorted({file.name.partition("_prefs")[0] for file in input_dir.glob("*_prefs*.parquet")})
+    names = {file.name.partition("_prefs")[0] for file in input_dir.glob("*_prefs*.parquet")}
+    names = names or {name.removesuffix("_prefs") for name in dataset_splits(input_dir, None)}
     if not names:
         raise InputError(f"{input_dir} has no files such as train_prefs-*.parquet: run spin/convert_data.py first")
-    return {name: split_files(input_dir, preference_split(name)) for name in names}
+    return {name: split_files(input_dir, preference_split(name)) for name in sorted(names)}
 
 
 def is_done(output_dir: Path, split: str, files: Sequence[Path], facts: dict[str, Any], overwrite: bool) -> bool:
@@ -175,7 +188,7 @@ def is_done(output_dir: Path, split: str, files: Sequence[Path], facts: dict[str
     Raises:
         InputError: it was created from other files or settings, and ``overwrite`` is false.
     """
-    made = [output_dir / file.name for file in files]
+    made = output_files(output_dir, split, files)
     if not weights_file(output_dir, split).exists():
         return False
     stale = [path for path in _written_files(output_dir, split) if path not in made]

@@ -1,4 +1,4 @@
-"""Batching of preference pairs: configured when the trainer is built, checked and sized once the model is prepared."""
+"""Batching of pairs and of SFT rows: configured when the trainer is built, checked and sized once the model is prepared."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from spin.alignment.training.memory.plan import plan_token_budget
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from spin.alignment.training.sft_config import SFTArguments
+
 logger = logging.getLogger(__name__)
 
 
@@ -28,25 +30,33 @@ def collate_pairs(rows: Sequence[Any]) -> PairList:
 
 
 def make_pair_forward(
-    model: Any, opponent: Any | None, args: SPINConfig, tokenizer: Any, accelerator: Accelerator
+    model: Any,
+    args: SPINConfig | SFTArguments,
+    tokenizer: Any,
+    accelerator: Accelerator,
+    responses: tuple[str, ...],
+    opponent: Any | None = None,
+    share_prompts: bool = True,
+    fused_head: bool = True,
 ) -> PairForward:
-    """Return the forward pass of pairs; with packing, patch the policy and a frozen ``opponent`` to accept packed rows.
+    """Return the forward pass of rows with these ``responses``; with packing, patch the policy and a frozen ``opponent`` to
+    accept packed rows.
 
     Raises:
         InputError: this architecture does not support packed rows, or the requested kernel does not work here.
     """
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     dtype = compute_dtype(model, accelerator.mixed_precision)
-    responses, pairs = args.loss.responses, args.pairs_per_micro_batch
+    pairs = args.pairs_per_micro_batch
     forward = PairForward.of(model, pad_id, args.device, dtype, pairs, accelerator.autocast, responses)
     if args.batching == "padded":
         return forward
     # The KL term needs the full distributions of both models, which a fused head never holds at the same time.
-    fused_head = args.fused_head and opponent is None
-    forward = forward.packed(args.max_tokens_per_batch or 0, args.packed_attention, args.share_prompts, fused_head)
+    fused_head = fused_head and opponent is None
+    forward = forward.packed(args.max_tokens_per_batch or 0, args.packed_attention, share_prompts, fused_head)
     if opponent is not None:
         use_attention(opponent, PACKED_ATTENTION)
-        logger.info("alpha is %g: keeping a frozen copy of the reference in memory, fused_head is off", args.alpha)
+        logger.info("alpha is above 0: keeping a frozen copy of the reference in memory, fused_head is off")
     head = "fused head" if forward.fused_head else "head recomputed in the backward pass"
     logger.info("packed rows: attention kernel %s, %s", forward.kernel, head)
     return forward
@@ -57,7 +67,7 @@ def fit_to_model(
     prepared: Any,
     unwrapped: Any,
     pairs: PairDataset,
-    args: SPINConfig,
+    args: SPINConfig | SFTArguments,
     accelerator: Accelerator,
     resumed: bool,
 ) -> PairForward:

@@ -89,6 +89,10 @@ class SPINConfig(SPINKeys, TrainingArguments):
         self.gradient_accumulation_steps = 1
         super().__post_init__()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is pickled: all but the token for the Hub, as the Trainer stores its arguments in every checkpoint."""
+        return {**self.__dict__, "hub_token": None}
+
     @property
     def loss(self) -> Loss:
         """The loss named by ``loss_type``, with its declared properties."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from spin.alignment.core.settings import check_settings, setting
+from spin.alignment.core.settings import check_settings, same_as, setting
 from spin.alignment.models.config import Dtype
 
 
@@ -128,7 +128,21 @@ class SPINKeys:
 
 @dataclass
 class SFTKeys:
-    """The SFT keys whose defaults differ from TRL's: no feature is on unless requested."""
+    """The SFT keys that TRL does not have, and those whose defaults differ from TRL's: no feature is on unless requested."""
+
+    batching: Literal["packed", "padded"] = same_as(
+        SPINKeys,
+        "batching",
+        group="batches",
+        help="packed: no padding; padded: per_device_train_batch_size rows at a time, for models whose rows cannot be packed",
+    )
+    max_tokens_per_batch: int | None = same_as(
+        SPINKeys,
+        "max_tokens_per_batch",
+        recorded=False,
+        help="tokens per packed micro-batch; affects memory and speed, never the result",
+    )
+    packed_attention: str = same_as(SPINKeys, "packed_attention")
 
     learning_rate: float = setting(2e-5, "peak learning rate", group="optimiser", gt=0)
     bf16: bool = setting(False, "mixed precision in bfloat16", group="course")

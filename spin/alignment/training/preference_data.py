@@ -204,6 +204,12 @@ def weighted_responses(rows: Dataset, loss: Loss) -> list[str]:
             f"the pairs have {' and '.join(f'{name}_weights' for name in weighted)} but no {missing}_weights: compute them "
             "again, or remove the column"
         )
+    gains = [f"{name}_gains" for name in loss.responses if f"{name}_gains" in rows.column_names]
+    if gains and not weighted:
+        raise InputError(
+            f"the pairs have gains of tokens ({' and '.join(gains)}; TIS-DPO's 'chosen_weight' and 'rejected_weight') but no "
+            "weights: compute them with spin/estimate_weights.py --weighting stored_gains"
+        )
     return weighted
 
 

@@ -11,13 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spin.alignment.core.allocator import keep_freed_memory
 from spin.alignment.core.console import say
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.files import is_disk_full, share_files, write_json_atomic
 from spin.alignment.models.adapters import add_adapters
 from spin.alignment.models.folder import model_folder
 from spin.alignment.models.loading import load_model
-from spin.alignment.models.precision import training_dtype
+from spin.alignment.models.precision import is_faster_in_bfloat16, training_dtype
 from spin.alignment.models.vocabulary import check_control_tokens
 from spin.alignment.models.weights_check import check_model
 from spin.alignment.training.check_settings import check_model_settings, checked_settings
@@ -43,6 +44,8 @@ def train(program: TrainingProgram, values: Mapping[str, Any], source: str) -> N
     settings = checked_settings(program, values, source)
     check_model_settings(settings.model, source)
     setup_logging(settings.arguments.process_index == 0)
+    if settings.arguments.device.type == "cpu":
+        keep_freed_memory()
     folder = model_folder(settings.model.model_name_or_path, settings.model.model_revision)
     model_config = check_model(
         folder,
@@ -51,13 +54,23 @@ def train(program: TrainingProgram, values: Mapping[str, Any], source: str) -> N
     )
     encoder = make_encoder(settings)
     check_control_tokens(encoder, model_config, settings.model.model_name_or_path)
-    for remark in encoder.remarks:
+    for remark in (*encoder.remarks, *precision_remarks(settings, folder)):
         report(settings, remark)
     data = program.load_data(settings, encoder)
     for line in program.describe_data(data):
         report(settings, line)
     program.check_data(settings, data, folder)
     run_job(program, TrainingJob(settings, encoder, data, program.model_key(settings, folder)))
+
+
+def precision_remarks(settings: Settings, folder: Path) -> list[str]:
+    """Return what there is to say about training in float32 on a CPU that is faster in bfloat16: one sentence or none."""
+    arguments = settings.arguments
+    if arguments.bf16 or arguments.fp16 or settings.model.dtype == "bfloat16" or not is_faster_in_bfloat16(folder):
+        return []
+    return [
+        "training computes in float32; this CPU is faster in bfloat16, with the weights still in float32 (bf16: true)"
+    ]
 
 
 @contextlib.contextmanager

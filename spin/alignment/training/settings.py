@@ -156,6 +156,8 @@ def build_arguments(arguments_class: type, values: Mapping[str, Any], source: st
     """
     values = {key: numbers_read(value) if isinstance(value, dict) else value for key, value in values.items()}
     check_ranges(values, arguments_class, source)
+    if _computes_on_cpu(values):
+        values["use_cpu"] = True
     try:
         return build(arguments_class, values, source)
     except InputError:
@@ -168,6 +170,14 @@ def build_arguments(arguments_class: type, values: Mapping[str, Any], source: st
         what = f"the setting{'s' if len(causes) > 1 else ''} {given}" if causes else "the values"
         how = "are incompatible with each other, or with this machine" if len(causes) > 1 else "cannot be used here"
         raise InputError(f"{what} of {source} {how} ({reason_of(error)}): correct or remove it") from error
+
+
+def _computes_on_cpu(values: Mapping[str, Any]) -> bool:
+    """Return whether bfloat16 is asked for where there is only a CPU, which transformers accepts only with ``use_cpu``."""
+    import torch
+
+    asked = bool(values.get("bf16") or values.get("bf16_full_eval"))
+    return asked and "use_cpu" not in values and not torch.accelerator.is_available()
 
 
 def _builds_without(arguments_class: type, values: Mapping[str, Any], key: str, source: str) -> bool:

@@ -1,142 +1,219 @@
-"""TRL's SFTTrainer with the project's label smoothing and held-out numbers: every row and every token counts once."""
+"""GroundTruthTrainer: SFT as micro-batches of packed rows. The loss of a step is the mean over its response tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+import contextlib
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
-from trl import SFTTrainer
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from spin.alignment.training.filler_rows import EachRowOnce, FillerRow
-from spin.alignment.training.watched_steps import WatchedSteps
+from spin.alignment.logprobs.batch import PairDataset, PairList
+from spin.alignment.logprobs.collators import trained
+from spin.alignment.logprobs.forward import batch_loss
+from spin.alignment.logprobs.micro_batches import MicroBatch
+from spin.alignment.logprobs.target_reader import TargetReader
+from spin.alignment.training.batching import collate_pairs, make_pair_forward
+from spin.alignment.training.micro_batched import MicroBatchedTrainer
+from spin.alignment.training.sft_config import SFTArguments
+from spin.alignment.training.sft_rows import RESPONSE, RESPONSES, to_sft_rows, with_labels
+from spin.alignment.training.token_means import TokenMeans
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from spin.alignment.methods.losses import LossInputs
 
 
-class GroundTruthTrainer(EachRowOnce, WatchedSteps, SFTTrainer):
-    """SFTTrainer with label smoothing in one forward pass: TRL's own runs a second one for its metrics.
-
-    Held-out metrics are means over all response tokens, whatever the batch size and the number of processes.
+class GroundTruthTrainer(MicroBatchedTrainer):
+    """Trains on responses to prompts. Losses and metrics are means over all response tokens, whatever the number of processes
+    and however the rows are batched; with ``average_tokens_across_devices: false``, over those of each process.
     """
 
-    data_collator: Any
+    args: SFTArguments
     kind = "sft"
 
-    def __init__(self, *arguments: Any, **settings: Any) -> None:
-        super().__init__(*arguments, **settings)
-        self.data_collator = without_fillers(self.data_collator)
-        # Of the evaluation under way: for each batch, the sum of the losses of its tokens (nats) in this process and their
-        # number, and the number in all processes.
-        self._held_out: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        args: SFTArguments,
+        train_dataset: Dataset,
+        eval_dataset: Dataset | None = None,
+        processing_class: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        """The data sets contain encoded rows (see :func:`to_sft_rows`). ``processing_class`` is the tokenizer.
 
-    def train(self, resume_from_checkpoint: Any = None, **settings: Any) -> Any:
-        """Train; see :meth:`WatchedSteps.train`. TRL's count of tokens continues after a resume."""
-        if resume_from_checkpoint:
-            self.read_sums(Path(resume_from_checkpoint))
-            self._total_train_tokens = int(self.sums["tokens"])
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **settings)
+        Raises:
+            InputError: this architecture does not support packed rows, or the kernel does not work here.
+        """
+        prepare_checkpointing(model, args)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=collate_pairs,
+            train_dataset=to_sft_rows(train_dataset, args.length_column_name),
+            eval_dataset=None if eval_dataset is None else to_sft_rows(eval_dataset, args.length_column_name),
+            processing_class=processing_class,
+            callbacks=callbacks,
+        )
+        # compute_loss already averages over the tokens of the whole optimiser step, so the Trainer must not divide again.
+        self.model_accepts_loss_kwargs = True
+        self.pair_forward = make_pair_forward(model, args, processing_class, self.accelerator, RESPONSES)
+        self.means = {"train": TokenMeans(), "eval": TokenMeans()}
+        self._fed = 0  # response tokens given to the loss since the last log
+        self._offloading: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if args.activation_offloading:
+            from trl.models import get_act_offloading_ctx_manager
+
+            self._offloading = get_act_offloading_ctx_manager(model=self.model)
+        self.add_callback(BatchingCallback(self))
+
+    def train_rows(self) -> PairDataset:
+        """Return the encoded rows that are trained on."""
+        return PairDataset(self.train_dataset)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Return transformers' sampler; it finds the lengths of rows in their column, which fillers would hide."""
+        return super()._get_train_sampler(getattr(train_dataset, "rows", train_dataset))
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        """Return transformers' sampler; see :meth:`_get_train_sampler`."""
+        return super()._get_eval_sampler(getattr(eval_dataset, "rows", eval_dataset))
 
     def completion_tokens_of(self, rows: Sequence[Mapping[str, Any]]) -> int:
         """Return the number of tokens that the rows are trained to predict."""
-        return sum(label != -100 for row in rows for label in row["labels"])
+        return sum(len(trained(row, RESPONSE)) for row in rows)
 
-    def training_step(
-        self, model: Any, inputs: dict[str, torch.Tensor], num_items_in_batch: torch.Tensor | int | None = None
-    ) -> torch.Tensor:
-        """Run a step's forward and backward passes on rows of ``(B, T)`` tokens."""
-        self.begin_step(rows_of(inputs))
-        return self.end_step(super().training_step(model, inputs, num_items_in_batch))
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], torch.Tensor]:
+        """Return the rows of one optimiser step, and the number of tokens that its loss is the mean of."""
+        samples = list(itertools.islice(epoch_iterator, num_batches))
+        rows = [row for sample in samples if not sample.is_stand_in for row in sample.features]
+        tokens = torch.tensor(self.completion_tokens_of(rows), device=device)
+        if self.args.average_tokens_across_devices:
+            tokens = self.accelerator.gather(tokens).sum()
+        return samples, tokens
+
+    def run_pairs(self, model: Any, inputs: PairList, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
+        """Run forward and backward on some rows, one micro-batch at a time; return their loss."""
+        self._fed += 0 if inputs.is_stand_in else self.completion_tokens_of(inputs.features)
+        with self._offloading:
+            return super().run_pairs(model, inputs, num_items_in_batch)
 
     def compute_loss(
         self,
         model: Any,
-        inputs: dict[str, torch.Tensor],
+        inputs: MicroBatch,
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Return :meth:`smoothed_loss`.
+        """Return the share of this micro-batch in the mean loss over all response tokens of the optimiser step, in nats.
 
         Raises:
             NotFiniteError: it is not finite; the rows are saved.
         """
-        found = self.smoothed_loss(model, inputs, return_outputs, num_items_in_batch)
-        loss = found[0] if return_outputs else found
-        if not torch.isfinite(loss):
-            raise self.failed(f"the loss is {loss.item()}", rows_of(inputs), exact=False)
-        return found
+        tokens = self.completion_tokens_of(inputs.features) if inputs.counted else 0
+        reader, sums = TargetReader(self.args.label_smoothing_factor), RowSums(self.args.loss_type)
+        total = batch_loss(model, inputs.batch, sums, responses=RESPONSES, reader=reader)
+        faults = sums.faults()
+        if faults.any() | ~torch.isfinite(total):
+            found = [inputs.features[number] for number in faults.nonzero().flatten().tolist()]
+            raise self.failed(f"the loss is {total.item()}", found or list(inputs.features), exact=bool(found))
+        if inputs.counted:
+            self.means["train" if model.training else "eval"].add(total, *reader.take(), tokens)
+        loss = total.float() * self._share(model, tokens, num_items_in_batch)
+        return (loss, {}) if return_outputs else loss
 
-    def smoothed_loss(
-        self,
-        model: Any,
-        inputs: dict[str, torch.Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> Any:
-        """Return the mean over the response tokens of (1 - e) * NLL + e * (mean over the vocabulary of -log p), in nats."""
-        if self.label_smoother is None:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        outputs = model(**{name: value for name, value in inputs.items() if name != "labels"}, use_cache=False)
-        if num_items_in_batch is None:
-            num_items_in_batch = response_tokens(inputs["labels"]).clamp(min=1)
-            processes = 1
-        else:
-            # Tokens are summed over all processes, but gradients are averaged.
-            processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        loss = self.label_smoother(outputs, inputs["labels"], shift_labels=True, num_items_in_batch=num_items_in_batch)
-        loss = loss * processes
-        return (loss, outputs) if return_outputs else loss
+    def _share(self, model: Any, tokens: int, step_tokens: torch.Tensor | int | None) -> Any:
+        """Return the weight of a token in the mean over the step, or over the micro-batch if no step is known."""
+        if not tokens:
+            return 0.0  # its gradients are zero, but under ZeRO-3 and FSDP every process must run a backward pass
+        if step_tokens is None or not model.training:
+            return 1 / tokens
+        # DDP averages gradients over processes.
+        return (self.accelerator.num_processes if self.args.average_tokens_across_devices else 1) / step_tokens
+
+    def failed(self, what: str, rows: Sequence[Mapping[str, Any]] | None = None, *others: Any, **settings: Any) -> Any:
+        """Save rows as ids and labels; see :meth:`WatchedSteps.failed`."""
+        self._step_rows = [with_labels(row) for row in self._step_rows]
+        rows = None if rows is None else [with_labels(row) for row in rows]
+        return super().failed(what, rows, *others, **settings)
 
     def prediction_step(
-        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
-    ) -> Any:
-        """Return the loss of a batch as TRL does, and keep its sum for the mean over all batches."""
-        tokens = response_tokens(inputs["labels"]).to(self.args.device)
-        result = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        everywhere = self.accelerator.reduce(tokens.double(), reduction="sum")
-        self._held_out.append((result[0].detach().double() * tokens, tokens.double(), everywhere))
-        return result
+        self, model: Any, inputs: PairList, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[torch.Tensor, None, None]:
+        """Return the mean loss over the response tokens of an evaluation batch, and collect its metrics."""
+        total, tokens = torch.zeros((), device=self.args.device), 0
+        batcher, counted = self.pair_forward.batcher, not inputs.is_stand_in
+        for micro_batch in batcher.micro_batches(inputs.features, self.accelerator, counted):
+            number = self.completion_tokens_of(micro_batch.features) if micro_batch.counted else 0
+            with torch.no_grad(), self.compute_loss_context_manager():
+                total += self.compute_loss(model, micro_batch) * number
+            tokens += number
+        return total / max(1, tokens), None, None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log; held-out means are over tokens, not over batches."""
-        if self._held_out and any(name.startswith("eval_") for name in logs):
-            sums, tokens, everywhere = (torch.stack(values) for values in zip(*self._held_out, strict=True))
-            self._held_out.clear()
-            total = self.accelerator.reduce(torch.stack([sums.sum(), tokens.sum()]), reduction="sum")
-            logs["eval_loss"] = (total[0] / total[1].clamp(min=1)).item()
-            for name, values in self._metrics["eval"].items():
-                if len(values) == len(everywhere):  # means over the tokens of one batch each
-                    weighted = (
-                        torch.tensor(values, dtype=torch.float64) * everywhere.cpu()
-                    ).sum() / everywhere.sum().cpu()
-                    self._metrics["eval"][name] = [weighted.item()]
+        """Log the means over the response tokens of all processes since the last log, under TRL's names.
+
+        Raises:
+            RuntimeError: batching lost or repeated a token (an internal error).
+        """
+        if "loss" in logs or any(name.startswith("eval_") for name in logs):
+            mode = "train" if "loss" in logs else "eval"
+            counted = self.means[mode].counted()
+            if mode == "train" and counted != self._fed:
+                raise RuntimeError(f"{self._fed} response tokens were batched, but the loss counted {counted}")
+            self._fed = 0 if mode == "train" else self._fed
+            found = self.means[mode].take(self.accelerator) | {"num_tokens": float(self.sums["tokens"])}
+            if mode == "train":
+                found.pop("loss", None)  # the Trainer logs the training loss itself
+            logs |= found if mode == "train" else {f"eval_{name}": value for name, value in found.items()}
         super().log(logs, start_time)
 
 
-def rows_of(inputs: Mapping[str, torch.Tensor]) -> list[dict[str, Any]]:
-    """Return the rows of a padded batch, without padding and fillers: ``input_ids`` and ``labels`` (-100 on the prompt)."""
-    keep = inputs["attention_mask"].bool()
-    rows = zip(inputs["input_ids"], inputs["labels"], keep, strict=True)
-    return [
-        {"input_ids": ids[mask].tolist(), "labels": labels[mask].tolist()}
-        for ids, labels, mask in rows
-        if (labels != -100).any()
-    ]
+def prepare_checkpointing(model: Any, args: SFTArguments) -> None:
+    """Make recomputed activations reach the adapters of a model whose own weights are frozen."""
+    if not args.gradient_checkpointing or not hasattr(model, "peft_config"):
+        return
+    model.enable_input_require_grads()
+    if args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
+        # Under ZeRO-3, the recomputation of frozen weights only works in this mode.
+        args.gradient_checkpointing_kwargs = {**(args.gradient_checkpointing_kwargs or {}), "use_reentrant": True}
 
 
-def response_tokens(labels: torch.Tensor) -> torch.Tensor:
-    """Return how many tokens of ``labels`` (B, T) are predicted: those that are not -100, the first position excluded."""
-    return (labels[:, 1:] != -100).sum()
+class RowSums:
+    """The objective of SFT: the sum of the losses of all tokens (nats). It notes which rows have a loss that is not finite.
+
+    ``nll`` is minus the log-prob of each (smoothed) target; ``dft`` weighs it by the target's probability, without a gradient
+    through the weight (arXiv 2508.05629).
+    """
+
+    def __init__(self, loss_type: str) -> None:
+        self.loss_type = loss_type
+        self._faults: list[torch.Tensor] = []
+
+    def __call__(self, inputs: LossInputs) -> torch.Tensor:
+        """Return the sum over B responses, a scalar with gradient, from log-probs ``(B, R)`` that are 0 at padding."""
+        losses = -inputs.policy_logps  # (B, R)
+        if self.loss_type == "dft":
+            losses = losses * inputs.policy_logps.detach().exp()
+        self._faults.append(~torch.isfinite(losses.detach()).all(dim=1))  # (B,)
+        return losses.double().sum()
+
+    def faults(self) -> torch.Tensor:
+        """Return which rows have a loss that is not finite: bool ``(B,)``, in their order."""
+        return torch.cat(self._faults)
 
 
-def without_fillers(collate: Callable[[Sequence[Any]], Any]) -> Callable[[Sequence[Any]], Any]:
-    """Return a collator that gives the rows of :class:`FillerRow` no response tokens, so that they count nowhere."""
+class BatchingCallback(TrainerCallback):
+    """Checks packed rows and plans the token budget once the model is prepared for the devices, before the first step."""
 
-    def collate_real(rows: Sequence[Any]) -> Any:
-        return collate(
-            [
-                row.row | {"labels": [-100] * len(row.row["labels"])} if isinstance(row, FillerRow) else row
-                for row in rows
-            ]
-        )
+    def __init__(self, trainer: GroundTruthTrainer) -> None:
+        self.trainer = trainer
 
-    return collate_real
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.trainer.prepare_batching(self.trainer.train_rows(), resumed=state.global_step > 0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import time
 from collections.abc import Iterator
@@ -11,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from datasets import Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -21,20 +18,18 @@ from spin.alignment.logprobs.batch import PairDataset, PairList
 from spin.alignment.logprobs.forward import batch_loss
 from spin.alignment.logprobs.micro_batches import MicroBatch
 from spin.alignment.logprobs.position_kl import check_can_keep_reference, frozen_copy
-from spin.alignment.training.batching import collate_pairs, fit_to_model, make_pair_forward
+from spin.alignment.training.batching import collate_pairs, make_pair_forward
 from spin.alignment.training.config import SPINConfig
-from spin.alignment.training.filler_rows import EachRowOnce
 from spin.alignment.training.first_loss import FirstLoss
-from spin.alignment.training.memory.advice import advise_when_memory_is_full
+from spin.alignment.training.micro_batched import MicroBatchedTrainer
 from spin.alignment.training.objective import PairObjective
 from spin.alignment.training.optimizers import optimizer_class_and_kwargs
 from spin.alignment.training.preference_rows import to_pairs
 from spin.alignment.training.reference_logps import attach_reference
 from spin.alignment.training.start_model import identify, start_model
-from spin.alignment.training.watched_steps import WatchedSteps
 
 
-class SPINTrainer(EachRowOnce, WatchedSteps):
+class SPINTrainer(MicroBatchedTrainer):
     """Trains on pairs. The loss of an optimiser step is the mean over all its pairs, regardless of how they are batched."""
 
     args: SPINConfig
@@ -75,7 +70,16 @@ class SPINTrainer(EachRowOnce, WatchedSteps):
         self.reference_hash = reference_hash or identify(model, self.accelerator)
         # compute_loss already averages over the pairs of the whole optimiser step, so the Trainer must not divide again.
         self.model_accepts_loss_kwargs = True
-        self.pair_forward = make_pair_forward(model, self.opponent, args, processing_class, self.accelerator)
+        self.pair_forward = make_pair_forward(
+            model,
+            args,
+            processing_class,
+            self.accelerator,
+            args.loss.responses,
+            self.opponent,
+            args.share_prompts,
+            args.fused_head,
+        )
         self.first_loss = FirstLoss(self.pair_forward.dtype, args.output_dir)
         self.objective = PairObjective(args, self.first_loss)
         # Reference log-probs need the model as prepared for the devices, which exists only once training begins.
@@ -86,22 +90,6 @@ class SPINTrainer(EachRowOnce, WatchedSteps):
         """Return the configured optimiser: transformers' own, except for the bias-corrected RMSprop."""
         return optimizer_class_and_kwargs(args, model)
 
-    def train(self, *arguments: Any, **settings: Any) -> Any:
-        """Train; see ``transformers.Trainer.train``.
-
-        Raises:
-            InputError: memory ran out; the message says what to change before resuming.
-            NotFiniteError: a loss, log-prob or gradient is not finite; the rows are saved in ``output_dir``.
-        """
-        with advise_when_memory_is_full(
-            lambda: (self.pair_forward.batcher.token_budget, self.longest_pair()), self.args.gradient_checkpointing
-        ):
-            return super().train(*arguments, **settings)
-
-    def longest_pair(self) -> int:
-        """Return the number of tokens that the longest training pair takes up in a row."""
-        return max((self.pair_forward.tokens(row) for row in self.train_dataset.rows), default=0)
-
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], torch.Tensor]:
@@ -110,36 +98,11 @@ class SPINTrainer(EachRowOnce, WatchedSteps):
         pairs = torch.tensor(sum(map(len, samples)), device=device)
         return samples, self.accelerator.gather(pairs).sum()
 
-    def floating_point_ops(self, inputs: PairList) -> float:
-        """Return the approximate number of operations for the pairs of a step: 6 per weight and token."""
-        weights = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in self.model.parameters())
-        return 6.0 * weights * sum(self.pair_forward.tokens(feature) for feature in inputs.features)
-
-    def training_step(
-        self, model: Any, inputs: PairList, num_items_in_batch: torch.Tensor | int | None = None
-    ) -> torch.Tensor:
-        """Run forward and backward on the pairs of one optimiser step; return their loss."""
-        return self.end_step(self.run_pairs(model, inputs, num_items_in_batch))
-
     def run_pairs(self, model: Any, inputs: PairList, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
         """Run forward and backward on some pairs, one micro-batch at a time; return their loss."""
         rows = [] if inputs.is_stand_in else inputs.features
-        self.begin_step(rows)
         self._fed += [len(row[f"{name}_ids"]) for row in rows for name in self.args.loss.responses]
-        model.train()
-        if callable(getattr(self.optimizer, "train", None)):  # schedule-free optimisers have modes like a module
-            self.optimizer.train()
-        total = torch.zeros((), device=self.args.device)
-        batcher, counted = self.pair_forward.batcher, not inputs.is_stand_in
-        micro_batches = batcher.micro_batches(inputs.features, self.accelerator, counted)
-        for number, micro_batch in enumerate(micro_batches, start=1):
-            with gradient_sync(self.accelerator, model, is_last=number == len(micro_batches)):
-                with self.compute_loss_context_manager():
-                    loss = self.compute_loss(model, micro_batch, num_items_in_batch=num_items_in_batch)
-                # DeepSpeed would divide by its accumulation steps, but the loss is already this micro-batch's share.
-                deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
-                self.accelerator.backward(loss, **({"scale_wrt_gas": False} if deepspeed else {}))
-            total += loss.detach()  # micro-batch losses are shares of the mean, so they add up
+        total = super().run_pairs(model, inputs, num_items_in_batch)
         if self.first_loss.value is None:
             self.first_loss.finish(self.accelerator, self.state.global_step)
         return total
@@ -221,23 +184,6 @@ class SPINTrainer(EachRowOnce, WatchedSteps):
             attach_reference(self.pair_forward, splits, self.reference_hash, folder, self.accelerator, checkpoints)
         except NotFiniteError as error:
             raise self.failed(str(error), error.rows, step=0) from error
-
-    def prepare_batching(self, pairs: PairDataset, resumed: bool) -> None:
-        """Check that packed rows give the same log-probs as padded ones, and choose the token budget for these pairs."""
-        models = (self.model_wrapped, self.model)
-        self.pair_forward = fit_to_model(self.pair_forward, *models, pairs, self.args, self.accelerator, resumed)
-
-
-@contextlib.contextmanager
-def gradient_sync(accelerator: Accelerator, model: Any, is_last: bool) -> Iterator[None]:
-    """Reduce gradients over the processes only at the last micro-batch, if the wrapper supports it.
-
-    FSDP would have to keep unsharded gradients until then, so it reduces them every time.
-    """
-    accelerator.sync_gradients = is_last
-    waits = not is_last and accelerator.distributed_type in (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
-    with accelerator.no_sync(model) if waits else contextlib.nullcontext():
-        yield
 
 
 class ReferenceCallback(TrainerCallback):

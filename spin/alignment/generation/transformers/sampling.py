@@ -39,8 +39,8 @@ def draw_tokens(logits: Tensor, uniforms: Tensor | None, sampling: SamplingConfi
         # Rounded up to whole blocks; the columns beyond the vocabulary have weight 0.
         padded = logits.new_empty(min(at_once, rows), -(-vocabulary // _BLOCK) * _BLOCK, dtype=torch.float32)
         padded[:, vocabulary:] = 0.0
-        parts = (part.split(at_once) for part in (logits, highest, uniforms))
-        drawn = torch.cat([_draw_rows(*some, padded[: len(some[0])], sampling) for some in zip(*parts, strict=True)])
+        parts = zip(logits.split(at_once), highest.split(at_once), uniforms.split(at_once), strict=True)
+        drawn = torch.cat([_draw_rows(*part, padded[: len(part[0])], sampling) for part in parts])
     return drawn.masked_fill_(~highest[:, 0].isfinite(), NOT_FINITE)
 
 

@@ -12,6 +12,7 @@ from spin.alignment.core.sides import SIDES
 from spin.alignment.methods.weightings.base import Compares, PairTokens, Transform, Weighting
 from spin.alignment.methods.weightings.drift import drift
 from spin.alignment.methods.weightings.reverse_dpo import reverse_dpo
+from spin.alignment.methods.weightings.stored_gains import stored_gains
 from spin.alignment.methods.weightings.teacher import teacher
 from spin.alignment.methods.weightings.transforms import (
     binary,
@@ -27,6 +28,7 @@ from spin.alignment.methods.weightings.uniform import uniform
 WEIGHTINGS: dict[str, Weighting] = {
     "drift": Weighting(drift),
     "reverse_dpo": Weighting(reverse_dpo, Compares.TRAINED),
+    "stored_gains": Weighting(stored_gains, Compares.STORED),
     "teacher": Weighting(teacher, Compares.TEACHER),
     "uniform": Weighting(uniform, constant=True),
 }
@@ -117,7 +119,7 @@ def weights_of_pair(
     """
     method = find_weighting(weighting)
     numbers = method(pair)
-    if not method.needs_models:
+    if not method.gives_gains:
         return numbers
     found = []
     for side, values, ids, seed in zip(SIDES, numbers, (pair.chosen_ids, pair.rejected_ids), seeds, strict=True):

@@ -34,15 +34,16 @@ class Compares(Enum):
     NOTHING = "no models: the numbers it returns are the weights"
     TRAINED = "a model trained on the pairs with one trained on the reversed pairs, of one tokenizer"
     TEACHER = "a stronger teacher with the student; their tokenizers may differ"
+    STORED = "two models, elsewhere: their log-prob differences come with the pairs"
 
 
 @dataclass(frozen=True)
 class Weighting:
     """A token weighting. A plain function is a weighting that compares no models.
 
-    Without models, the numbers it returns are the weights. With models they are the gains, negated on the rejected side (``+d``
-    and ``-d``: the larger, the more should be learned from a token), and a transform of ``WEIGHT_TRANSFORMS`` maps them to
-    weights. ``constant``: equal weights are intended, so no warning is given.
+    If it compares nothing, the numbers it returns are the weights. Otherwise they are the gains, negated on the rejected side
+    (``+d`` and ``-d``: the larger, the more should be learned from a token), and a transform of ``WEIGHT_TRANSFORMS`` maps them
+    to weights. ``constant``: equal weights are intended, so no warning is given.
     """
 
     weigh: Weigh
@@ -54,6 +55,11 @@ class Weighting:
 
     @property
     def needs_models(self) -> bool:
+        return self.compares in (Compares.TRAINED, Compares.TEACHER)
+
+    @property
+    def gives_gains(self) -> bool:
+        """Whether a transform maps its numbers to weights; otherwise they are the weights."""
         return self.compares is not Compares.NOTHING
 
 

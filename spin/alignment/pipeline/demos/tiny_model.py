@@ -38,7 +38,9 @@ def character_tokenizer(characters: str) -> PreTrainedTokenizerFast:
     return fast
 
 
-def tiny_llama(vocab_size: int, hidden: int = 96, feed_forward: int = 192) -> LlamaConfig:
+def tiny_llama(
+    vocab_size: int, hidden: int = 96, feed_forward: int = 192, initializer_range: float = 0.02
+) -> LlamaConfig:
     """Return a Llama of two layers and a context of 64 tokens: 0.19 million parameters by default."""
     from transformers import LlamaConfig
 
@@ -50,6 +52,7 @@ def tiny_llama(vocab_size: int, hidden: int = 96, feed_forward: int = 192) -> Ll
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=64,
+        initializer_range=initializer_range,
         tie_word_embeddings=True,
         bos_token_id=1,
         eos_token_id=2,

@@ -99,6 +99,7 @@ class StepSettings:
         pair_tokens: tokens of a typical pair; attention that stores its scores needs memory in proportion.
         response_tokens: largest number of response tokens in a pair.
         response_share: response tokens per token of a micro-batch.
+        resident: bytes that the process held before the first step besides the weights (see :func:`resident_bytes`).
     """
 
     optim: str
@@ -109,6 +110,7 @@ class StepSettings:
     response_share: float
     fused_head: bool = True
     sharding: Sharding = Sharding()
+    resident: int = 0
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,7 @@ class MemoryEstimate:
     activations: int = 0
     head: int = 0
     working: int = 0
+    resident: int = 0
 
     @property
     def total(self) -> int:
@@ -138,6 +141,7 @@ class MemoryEstimate:
             "activations": "activations",
             "head": "logits and head",
             "working": "working space",
+            "resident": "interpreter, libraries and data",
         }
         parts = ", ".join(
             f"{text} {getattr(self, name) / GIB:.2f}" for name, text in names.items() if getattr(self, name)
@@ -155,7 +159,9 @@ def estimate_memory(
     shards = settings.sharding
     gradients = round(stats.trained_bytes / shards.gradients * (2 if shards.reduction_buffers else 1))
     held = gradients if accumulates else 0  # gradients of earlier micro-batches
-    base = MemoryEstimate("", _weight_bytes(stats, settings), 0, _optimizer_bytes(stats, settings))
+    base = MemoryEstimate(
+        "", _weight_bytes(stats, settings), 0, _optimizer_bytes(stats, settings), resident=settings.resident
+    )
     head = _HeadBytes.of(stats, settings, tokens)
     copies, layer = round(cost.kept.fixed), cost.layer_bytes(tokens, settings.pair_tokens)
     kept = cost.kept.growing(tokens, settings.pair_tokens)
@@ -261,6 +267,16 @@ class _HeadBytes:
         return cls(forward, gradient + states, gradient)
 
 
+def resident_bytes(device: torch.device, weight_bytes: int) -> int:
+    """Return the memory that this process holds besides weights of ``weight_bytes``: interpreter, libraries and data.
+
+    On a CPU that is 0.7 GiB with all libraries, as much as the tensors of a small model. GPU memory contains none of it: 0.
+    """
+    if device.type != "cpu":
+        return 0
+    return max(0, psutil.Process().memory_info().rss - weight_bytes)
+
+
 def available_bytes(device: torch.device, local_processes: int = 1) -> int:
     """Return the memory available to a process: the free memory of its GPU, or its share of the machine's.
 
@@ -326,7 +342,7 @@ def automatic_budget(
     usable = available * _USABLE.get(device, _USABLE["cpu"])
     if needed_bytes(longest_pair) > usable:
         raise InputError(
-            f"the longest pair has {longest_pair} tokens and needs about {needed_bytes(longest_pair) / GIB:.1f} GiB beyond what "
+            f"the longest row has {longest_pair} tokens and needs about {needed_bytes(longest_pair) / GIB:.1f} GiB beyond what "
             f"is loaded, but {available / GIB:.1f} GiB are free: set gradient_checkpointing: true, lower max_length, use an "
             f"8-bit optimiser, LoRA or more GPUs with ZeRO-3, or try max_tokens_per_batch: {longest_pair} anyway"
         )

@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,8 +23,12 @@ from spin.alignment.training.memory.estimate import (
     automatic_budget,
     available_bytes,
     estimate_memory,
+    resident_bytes,
 )
 from spin.alignment.training.memory.probe import ModelStats, measure_activations
+
+if TYPE_CHECKING:
+    from spin.alignment.training.sft_config import SFTArguments
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +47,11 @@ def pair_tokens(dataset: PairDataset, collator: PackedCollator) -> tuple[np.ndar
 
 
 def plan_token_budget(
-    forward: PairForward, pairs: PairDataset, arguments: SPINConfig, accelerator: Accelerator, resumed: bool
+    forward: PairForward,
+    pairs: PairDataset,
+    arguments: SPINConfig | SFTArguments,
+    accelerator: Accelerator,
+    resumed: bool,
 ) -> int:
     """Return the token budget for micro-batches of such ``pairs``: the configured one, else the largest that fits every process.
 
@@ -61,6 +69,9 @@ def plan_token_budget(
     # Upper bound of the tokens in one step of this process: its pairs may be the longest of all.
     step_tokens = int(np.sort(sizes)[-arguments.per_device_train_batch_size :].sum())
     stats = ModelStats.of(forward.model)
+    resident = resident_bytes(
+        arguments.device, stats.weight_bytes
+    )  # before measuring, which leaves freed memory behind
     cost = measure_activations(forward.model, lambda tokens: _pass_one_pair(forward, tokens))
     settings = StepSettings(
         optim=str(getattr(arguments.optim, "value", arguments.optim)),
@@ -71,6 +82,7 @@ def plan_token_budget(
         response_share=float(responses.sum() / sizes.sum()),
         fused_head=forward.fused_head,
         sharding=Sharding.of(accelerator),
+        resident=resident,
     )
 
     def estimate(tokens: int) -> Any:
@@ -85,7 +97,7 @@ def plan_token_budget(
         else:
             logger.warning("%s is damaged: the budget is planned again, so rounding may differ from before", record)
     if budget is None:
-        loaded = round(stats.weight_bytes / settings.sharding.weights)
+        loaded = round(stats.weight_bytes / settings.sharding.weights) + resident
         budget = _fitting_budget(lambda tokens: estimate(tokens).total - loaded, longest, step_tokens, accelerator)
     accelerator.wait_for_everyone()  # until all processes have read the record
     if accelerator.is_main_process:

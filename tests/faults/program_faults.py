@@ -1,6 +1,7 @@
-"""Runs programs in forks of one process that has imported everything, with a fault in each: python -m tests.faults.harness JSON.
+"""Programs with a fault at a file operation, in forks of one process that has imported everything.
 
-A start costs hundredths of a second, so that hundreds of faults fit in minutes. Prints one JSON line per fault.
+A start costs hundredths of a second, so that hundreds of faults fit in minutes. ``python -m tests.faults.program_faults JSON``
+prints one JSON line per fault.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ import resource
 import shutil
 import signal
 import sys
-import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,9 +28,9 @@ from spin.alignment.core.errors import InputError
 from spin.alignment.core.parquet import read_batches
 from spin.alignment.core.program import run_program
 from spin.alignment.core.provenance import hash_weights
-from spin.alignment.pipeline.start_server import import_libraries
 from spin.alignment.training.output_dir import damaged_part
 from tests.faults.file_events import NEEDS_SPACE, FileEvents, How
+from tests.faults.forks import in_fork, print_reports
 from tests.faults.programs import PROGRAMS, Program, contents, differing, make_inputs
 
 
@@ -196,37 +197,34 @@ def is_one_sentence(said: str) -> bool:
     return said.count("error: ") == 1 and "Traceback" not in said
 
 
-def faults(program: str, root: Path, counts: dict[str, int], seed: int) -> Iterator[dict[str, Any]]:
-    """Yield the reports of a program's faults: ``counts`` says how many of each kind (0: none; -1: at every operation)."""
-    disturbed = Disturbed(PROGRAMS[program], root / "inputs", root / program)
+def planned_faults(
+    disturbed: Disturbed, counts: Mapping[str, int], seed: int
+) -> Iterator[Callable[[], dict[str, Any]]]:
+    """Yield the faults of a program: ``counts`` says how many of each kind (0: none; -1: at every operation)."""
     chance = random.Random(seed)
-    yield {"how": "operations", "count": len(disturbed.events), "wrong": []}
-    for how in ("kill", "full"):
+    for how in get_args(How):
         points = [n for n, event in enumerate(disturbed.events) if how == "kill" or event.split()[0] in NEEDS_SPACE]
         wanted = counts.get(how, 0)
         for at in points if wanted < 0 else sorted(chance.sample(points, min(wanted, len(points)))):
-            yield disturbed.fault(how, at)  # type: ignore[arg-type]
-    largest = max(path.stat().st_size for path in (root / program / "undisturbed").rglob("*") if path.is_file())
+            yield partial(disturbed.fault, how, at)
+    largest = max(path.stat().st_size for path in (disturbed.folder / "undisturbed").rglob("*") if path.is_file())
     for _ in range(counts.get("small_disk", 0)):
-        yield disturbed.small_disk(chance.randrange(largest))
+        yield partial(disturbed.small_disk, chance.randrange(largest))
     for _ in range(counts.get("bit_flip", 0)):
-        yield disturbed.bit_flip(chance.randrange(len(disturbed.events)), chance.randrange(2**32))
+        yield partial(disturbed.bit_flip, chance.randrange(len(disturbed.events)), chance.randrange(2**32))
 
 
-def main() -> None:
-    settings = json.loads(sys.argv[1])
-    import_libraries()
-    root = Path(settings["root"])
-    root.mkdir(parents=True, exist_ok=True)
-    # In a fork: work in this process could start threads, which no fork survives.
-    made = run_forked(lambda: make_inputs(root / "inputs"), root / "said.txt")
-    assert made.code == 0, made.said
-    for program, counts in settings["programs"].items():
-        started = time.monotonic()
-        for report in faults(program, root, counts, settings["seed"]):
-            seconds = round(time.monotonic() - started, 1)
-            print(json.dumps({"program": program, **report, "seconds": seconds}), flush=True)
+def reports(program: str, plan: Mapping[str, int], root: Path, seed: int) -> Iterator[dict[str, Any]]:
+    """Yield the reports of a program's faults, except the first ``plan["done"]``, which an earlier process has injected."""
+    if not (root / "inputs").exists():
+        assert in_fork(lambda: make_inputs(root / "inputs")) == 0
+    disturbed = Disturbed(PROGRAMS[program], root / "inputs", root / program)
+    faults = list(planned_faults(disturbed, plan, seed))
+    yield {"how": "file operations", "count": len(disturbed.events), "planned": len(faults), "wrong": []}
+    for fault in faults[plan.get("done", 0) :]:
+        yield fault()
+    shutil.rmtree(root / program)
 
 
 if __name__ == "__main__":
-    main()
+    print_reports(reports)
