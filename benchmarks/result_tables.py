@@ -272,6 +272,32 @@ def generation_table(name: str) -> str:
     return f"{table}\n\nTurn by turn, {'; '.join(sentences)}. {same}."
 
 
+def decoding_table(*names: str) -> str:
+    """Return the table of generation benchmarks with a chat model (``--model``), and the ratio of adjacent turns to the engine."""
+    lines = [
+        ["precision, threads", "", "tokens/s", "from, to", "of the limit", "ours / the engine (spread)"],
+        ["---"] * 6,
+    ]
+    for name in names:
+        result = read_json(RESULTS / f"{name}.json")
+        settings = result["settings"]
+        low, high = result["ratio_spread"]["transformers_vs_vllm"]
+        for contender, facts in result["contenders"].items():
+            turns = facts["reps"]["tokens_per_second"]
+            ratio = f"**{result['transformers_vs_vllm']:.2f}** ({low:.2f} to {high:.2f})"
+            lines.append(
+                [
+                    f"{settings['dtype']}, {settings['threads']}",
+                    facts["label"],
+                    f"{facts['tokens_per_second']:.0f}",
+                    f"{min(turns):.0f}, {max(turns):.0f}",
+                    f"{facts['limit_fraction']:.0%}",
+                    ratio if contender == "transformers" else "–",
+                ]
+            )
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 def scale_table(name: str) -> str:
     """Return the table of a generation benchmark without a model, by step and number of rows."""
     result = read_json(RESULTS / f"{name}.json")

@@ -33,6 +33,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.evidence.tables import evidence_tables  # noqa: E402
 from benchmarks.result_tables import (  # noqa: E402
+    decoding_table,
     faults_table,
     generation_table,
     ratios_table,
@@ -94,6 +95,7 @@ TABLE_OF = {
     "ratios": ratios_table,
     "faults": faults_table,
     "generation": generation_table,
+    "decoding": decoding_table,
     "scale": scale_table,
     "evidence": evidence_tables,
 }
@@ -172,7 +174,7 @@ def instructions_table() -> str:
 def results_section(match: re.Match[str]) -> str:
     """Return the up-to-date text of a table of results, markers included."""
     kind, names = match.groups()
-    text = TABLE_OF[kind](*(names.split(", ") if kind == "ratios" else [names]))
+    text = TABLE_OF[kind](*(names.split(", ") if kind in ("ratios", "decoding") else [names]))
     return f"<!-- {kind}: {names} -->\n{text}\n<!-- end -->"
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 
+from spin.alignment.core.allocator import keep_freed_memory
 from spin.alignment.core.errors import InputError
 from spin.alignment.generation.base import GenerationBackend, PromptRequest, Response, SamplingConfig
 from spin.alignment.generation.transformers.decoder import Decoder, takes_ragged_rows
@@ -195,6 +196,9 @@ class _Queue:
 
 def _load(settings: BackendSettings) -> Any:
     """Load the model in the settings with its adapter on this process's device."""
+    device = _own_device()
+    if device.type == "cpu":
+        keep_freed_memory()
     config = ModelConfig(
         model_name_or_path=settings.model,
         model_revision=settings.revision,
@@ -204,7 +208,7 @@ def _load(settings: BackendSettings) -> Any:
     model = load_model(config)
     if settings.adapter is not None:
         model = _with_adapter(model, settings.adapter)
-    return model.to(_own_device())
+    return model.to(device)
 
 
 def _with_adapter(model: Any, folder: str) -> Any:
