@@ -273,7 +273,7 @@ def generation_table(name: str) -> str:
 
 
 def decoding_table(*names: str) -> str:
-    """Return the table of generation benchmarks with a chat model (``--model``), and the ratio of adjacent turns to the engine."""
+    """Return the table of generation benchmarks with a chat model (``--model``), and the ratio of adjacent turns."""
     lines = [
         ["precision, threads", "", "tokens/s", "from, to", "of the limit", "ours / the engine (spread)"],
         ["---"] * 6,

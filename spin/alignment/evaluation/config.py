@@ -14,6 +14,7 @@ from spin.alignment.data.source_names import name_and_config, with_config
 from spin.alignment.data.template_date import parse_date
 from spin.alignment.generation import BACKENDS, check_backend_settings, find_backend
 from spin.alignment.generation.base import BackendSettings, SamplingConfig
+from spin.alignment.generation.config import DTYPE_HELP
 from spin.alignment.models.config import Dtype, ModelConfig
 
 
@@ -23,7 +24,7 @@ class EvaluateConfig:
 
     model: str = setting(help="model folder or Hub name", group="model", path="input", set_by_run=True)
     revision: str | None = same_as(ModelConfig, "model_revision", set_by_run=True)
-    dtype: Dtype = same_as(ModelConfig, "dtype")
+    dtype: Dtype = same_as(ModelConfig, "dtype", help=DTYPE_HELP)
     system: System = same_as(DataConfig, "system")
     chat_template_kwargs: dict[str, Any] = same_as(DataConfig, "chat_template_kwargs", set_by_run=True)
     template_date: str | None = same_as(DataConfig, "template_date", set_by_run=True, unset="today")
