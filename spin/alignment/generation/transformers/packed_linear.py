@@ -55,9 +55,9 @@ def _can_pack(layer: nn.Linear) -> bool:
     """Return whether a layer has an ordinary weight, on a CPU, in a precision and of a size that gain from packing."""
     weight = layer.weight
     return (
-        weight.device.type == "cpu"
+        type(weight) is nn.Parameter  # neither a shard nor quantised
+        and weight.device.type == "cpu"
         and torch.backends.mkldnn.is_available()
-        and weight.layout == torch.strided
         and weight.numel() > _SMALLEST_WEIGHT
         and "forward" not in vars(layer)  # replaced by someone else
         and _precision(layer) in _PRECISIONS
