@@ -47,8 +47,9 @@ def work_of(config: PretrainedConfig, dtype: str) -> Work:
     return Work(layers * layer, width * config.vocab_size, 2 * layers * kv, numbers)
 
 
-def measure_machine(config: PretrainedConfig, dtype: str, threads: int) -> Machine:
-    """Measure both rates with a number of threads; the best of a few attempts, because other jobs may run."""
+def measure_machine(config: PretrainedConfig, dtype: str, threads: int, clock: str) -> Machine:
+    """Measure both rates with a number of threads, on the ``clock`` of the turns (a key of their seconds); the best of a few
+    attempts, because other jobs may run."""
     import torch
 
     shape = ModelShape(
@@ -60,14 +61,21 @@ def measure_machine(config: PretrainedConfig, dtype: str, threads: int) -> Machi
         config.num_key_value_heads,
         config.intermediate_size,
     )
-    flops = max(matmul.rates(shape, "cpu", threads)[_PRECISION[dtype]] for _ in range(_READS))
+    now = time.perf_counter if clock == "wall_seconds" else time.process_time
+    torch.set_num_threads(threads)
+    products = matmul.LayerProducts(shape, _PRECISION[dtype], "cpu")
+    rates = []
+    for _ in range(_READS + 1):
+        started = now()
+        done = products.multiply(0.5)
+        rates.append(done / (now() - started))
     memory = torch.zeros(_READ_BYTES // 8, dtype=torch.int64)
     seconds = []
     for _ in range(_READS + 1):  # the first read is a warm-up
-        started = time.perf_counter()
+        started = now()
         memory.sum()
-        seconds.append(time.perf_counter() - started)
-    return Machine(flops, _READ_BYTES / min(seconds))
+        seconds.append(now() - started)
+    return Machine(max(rates), _READ_BYTES / min(seconds))
 
 
 def limit_seconds(work: Work, machine: Machine, prompts: Sequence[int], responses: Sequence[int]) -> float:
@@ -96,7 +104,7 @@ def add_limit(
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder)
-    work, machine = work_of(config, dtype), measure_machine(config, dtype, threads)
+    work, machine = work_of(config, dtype), measure_machine(config, dtype, threads, clock)
     result["limit"] = {**asdict(machine), **asdict(work)}
     for name, seat in seats.items():
         if seat.error:

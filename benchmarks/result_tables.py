@@ -291,7 +291,7 @@ def decoding_table(*names: str) -> str:
                     facts["label"],
                     f"{facts['tokens_per_second']:.0f}",
                     f"{min(turns):.0f}, {max(turns):.0f}",
-                    f"{facts['limit_fraction']:.0%}",
+                    f"{facts['limit_fraction']:.0%}" if "limit_fraction" in facts else "–",
                     ratio if contender == "transformers" else "–",
                 ]
             )
