@@ -85,7 +85,8 @@ LAYERS = (
 TABLE = re.compile(r"<!-- (keys|flags): (\w+)(?: / ([\w, ]+))? -->\n.*?<!-- end -->", re.DOTALL)
 MAP = re.compile(r"<!-- (packages|modules|instructions) -->\n.*?<!-- end -->", re.DOTALL)
 RESULTS = re.compile(
-    r"<!-- (results|speed|ratios|faults|generation|scale|sft|evidence): ([^>]+?) -->\n.*?<!-- end -->", re.DOTALL
+    r"<!-- (results|speed|ratios|faults|generation|decoding|scale|sft|evidence): ([^>]+?) -->\n.*?<!-- end -->",
+    re.DOTALL,
 )
 VALUE = re.compile(r"<!-- value: ([^/>]+) / ([^/>]+) / (\w+) -->.*?<!-- end -->")
 TABLE_OF = {

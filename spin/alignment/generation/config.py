@@ -15,7 +15,7 @@ from spin.alignment.generation import BACKENDS, check_backend_settings, find_bac
 from spin.alignment.generation.base import BackendSettings, SamplingConfig
 from spin.alignment.models.config import Dtype, ModelConfig
 
-DTYPE_HELP = "precision of the weights; auto: that of the checkpoint, or bfloat16 for a large float32 one on a CPU that is faster in it"
+DTYPE_HELP = "precision of the weights; auto: the checkpoint's, or bfloat16 for a large float32 one on a CPU that is faster in it"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
