@@ -94,7 +94,7 @@ def test_every_table_has_values_and_intervals_of_every_model(name):
     assert len(lines) == len(result_tables.TABLES[name]) + 4
     for line in lines[2:-2]:
         assert all("±" in text for text in line.split("|")[2:5]), line
-    assert "held-out prompts each" in lines[-1] and "CPU" in lines[-1]
+    assert "held-out prompts each" in lines[-1] and "cores" in lines[-1]
 
 
 def test_a_changed_number_makes_a_page_stale():
