@@ -46,7 +46,8 @@ def write_report(config: RunConfig) -> Path:
     for line in ["", *summary["verdicts"], "", *(f"warning: {line}" for line in summary["warnings"])]:
         say(line)
     for sample in samples:
-        say(escape_controls(f"\n{sample['prompt']}  (ground truth: {sample['ground_truth']})"))
+        known = "" if sample["ground_truth"] is None else f"  (ground truth: {sample['ground_truth']})"
+        say(escape_controls(f"\n{sample['prompt']}{known}"))
         for model, response in sample["responses"].items():
             say(escape_controls(f"  {model}: {response}"))
     say(f"\nreport: {page}")
