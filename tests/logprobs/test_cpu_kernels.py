@@ -105,3 +105,12 @@ def test_other_norms_keep_their_forward():
             return self.weight * states / states.abs().mean(-1, keepdim=True)
 
     assert install_cpu_norms(torch.nn.Sequential(torch.nn.LayerNorm(8), HalfNorm())) == 0
+
+
+def test_float16_is_supported():
+    layout, call = PackedLayout(TREES, torch.device("cpu")), AttentionCall(None, None, None)
+    states = [torch.randn(1, 2, sum(tree.tokens for tree in TREES), 8, requires_grad=True) for _ in range(3)]
+    with torch.autocast("cpu", torch.float16):
+        found = torch.autograd.grad(sdpa_kernel(*states, layout, call).float().sum(), states)
+    wanted = torch.autograd.grad(sdpa_kernel(*states, layout, call).sum(), states)
+    assert all(torch.allclose(one, other, atol=0.02) for one, other in zip(found, wanted, strict=True))

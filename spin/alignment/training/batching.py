@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from spin.alignment.logprobs.attention import PACKED_ATTENTION
 from spin.alignment.logprobs.batch import PairDataset, PairList
-from spin.alignment.logprobs.forward import use_attention
+from spin.alignment.logprobs.cpu_norms import install_cpu_norms
+from spin.alignment.logprobs.forward import causal_model, use_attention
 from spin.alignment.logprobs.packing_check import check_packed_forward
 from spin.alignment.logprobs.pair_forward import PairForward, compute_dtype
 from spin.alignment.training.config import SPINConfig
@@ -56,6 +57,7 @@ def make_pair_forward(
     forward = forward.packed(args.max_tokens_per_batch or 0, args.packed_attention, share_prompts, fused_head)
     if opponent is not None:
         use_attention(opponent, PACKED_ATTENTION)
+        install_cpu_norms(causal_model(opponent).get_decoder())  # so that it rounds as the policy does
         logger.info("alpha is above 0: keeping a frozen copy of the reference in memory, fused_head is off")
     head = "fused head" if forward.fused_head else "head recomputed in the backward pass"
     logger.info("packed rows: attention kernel %s, %s", forward.kernel, head)
