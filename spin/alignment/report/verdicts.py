@@ -21,6 +21,11 @@ class Measure:
     name: str
     temperature: str | None
 
+    @property
+    def sign(self) -> int:
+        """1 if higher values are better, -1 if lower ones are."""
+        return -1 if self.temperature is None else 1
+
     def compare(self, one: HeldOutResponses, other: HeldOutResponses) -> Comparison | None:
         """Compare two models on the prompts that both have a value for; None for fewer than two prompts."""
         mine, theirs = self._rows(one), self._rows(other)
@@ -97,7 +102,7 @@ def verdict(row: dict[str, Any], other: dict[str, Any] | None, name: str, respon
         if other is None or measure.key not in compared:
             continue
         found = compared[measure.key]
-        better = found.difference < 0 if measure.temperature is None else found.difference > 0
+        better = measure.sign * found.difference > 0
         word = ("better" if better else "worse") if found.is_clear else "no clear change"
         lines.append(
             f"{row['model']} against {name}: {measure.name} {other[measure.key]:.3f} -> {row[measure.key]:.3f}, difference "
