@@ -38,6 +38,11 @@ def headline(rows: Sequence[dict[str, Any]], responses: Responses) -> dict[str, 
     }
 
 
+def lines(found: dict[str, Any]) -> list[str]:
+    """Return a headline as lines of text; none if the run has none."""
+    return [text for text in (found["sentence"], found["advice"], *found["caveats"]) if text] if found else []
+
+
 def difference(found: Comparison) -> str:
     """Return a paired difference with half of its 95 % interval."""
     return f"{found.difference:+.3f} ± {Z95 * found.error:.3f}"

@@ -32,14 +32,24 @@ LINEAGE_HEADINGS = ("model", "starts from", "opponent and reference", "data")
 
 def cells(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Return the headings and one list of texts per model; a measure that no model has gets no column."""
-    from spin.alignment.report.summary import exact_key
-
     rows: Sequence[dict[str, Any]] = summary["rows"]
-    others = sorted({t for row in rows for t in row.get("exact_at", {}) if t not in ("0", "1")}, key=float)
-    extra = [(f"exact T={t}", exact_key(t), "{:.3f}") for t in others]
-    columns = [item for item in (*COLUMNS[:2], *extra, *COLUMNS[2:]) if any(item[1] in row for row in rows)]
+    columns = _columns(rows)
     headings = ["model", *(heading for heading, _, _ in columns)]
     return headings, [[row["model"], *(cell(row, key, form) for _, key, form in columns)] for row in rows]
+
+
+def sort_values(summary: dict[str, Any]) -> list[list[float | None]]:
+    """Return the value behind every text of :func:`cells`; None for names and missing values."""
+    rows: Sequence[dict[str, Any]] = summary["rows"]
+    return [[None, *(row.get(key) for _, key, _ in _columns(rows))] for row in rows]
+
+
+def _columns(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str, str]]:
+    from spin.alignment.report.summary import exact_key
+
+    others = sorted({t for row in rows for t in row.get("exact_at", {}) if t not in ("0", "1")}, key=float)
+    extra = [(f"exact T={t}", exact_key(t), "{:.3f}") for t in others]
+    return [item for item in (*COLUMNS[:2], *extra, *COLUMNS[2:]) if any(item[1] in row for row in rows)]
 
 
 def cell(row: dict[str, Any], key: str, form: str) -> str:
