@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from spin.alignment.core.config import load_yaml
 from spin.alignment.core.console import escape_controls, say, show
 from spin.alignment.core.files import read_json
 from spin.alignment.pipeline.manifest import RunManifest
@@ -38,10 +39,21 @@ def differences(left: RunManifest, right: RunManifest) -> list[Row]:
         if mine is None or theirs is None:
             rows.append((stage, "stage", mine.state if mine else "absent", theirs.state if theirs else "absent"))
             continue
-        rows += _mapping_differences(stage, mine.inputs, theirs.inputs)
+        rows += _mapping_differences(stage, *(_portable_keys(run, stage) for run in (left, right)))
         hashes = [{name: facts["hash"] for name, facts in record.outputs.items()} for record in (mine, theirs)]
         rows += _mapping_differences(f"{stage}{_OUTPUT}", *hashes)
     return rows
+
+
+def _portable_keys(run: RunManifest, stage: str) -> dict[str, Any]:
+    """Return the inputs of a stage with paths in its keys (``dataset_mixer.PATH``) relative to where the run was made."""
+    recorded = run.run_dir / "run.yaml"
+    made_in = load_yaml(recorded).get("run_dir") if recorded.is_file() else None
+    places = {str(run.run_dir), str(made_in or run.run_dir)}
+    found = run.stages[stage].inputs
+    for place in places:
+        found = {key.replace(f"{place}/", "RUN/"): value for key, value in found.items()}
+    return found
 
 
 def _mapping_differences(where: str, left: Mapping[str, Any], right: Mapping[str, Any]) -> list[Row]:

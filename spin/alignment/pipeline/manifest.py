@@ -175,7 +175,7 @@ def _is_same(then: Any, now: Any) -> bool:
 
 
 def read_records(path: Path) -> tuple[dict[str, str], dict[str, str], dict[str, StageRecord]]:
-    """Return the package versions, the machine (empty if an earlier version wrote it) and the records of the stages in a manifest.
+    """Return the package versions, the machine (of earlier versions: empty) and the stages in a manifest.
 
     Raises:
         DamagedManifest: the file is not a manifest.

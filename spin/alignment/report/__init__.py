@@ -29,8 +29,10 @@ def write_report(config: RunConfig) -> Path:
     return write_report_of(run_of_config(config))
 
 
-def write_report_of(run: ReportedRun) -> Path:
+def write_report_of(run: ReportedRun, price_per_hour: float | None = None) -> Path:
     """Write summary.json, report.md, report.png and report.html into the run directory and print the table; return the page.
+
+    With ``price_per_hour`` of the machine, the page also has the cost of every stage, in the same currency.
 
     Raises:
         InputError: no stage of the run has produced results yet.
@@ -41,7 +43,7 @@ def write_report_of(run: ReportedRun) -> Path:
     from spin.alignment.report.page import render_page, run_page
     from spin.alignment.report.plots import plot
 
-    collected = collect(run)
+    collected = collect(run, price_per_hour)
     write_json_atomic(run.folder / "summary.json", collected.summary)
     with atomic_file(run.folder / "report.png") as file:
         file.write(plot(collected.summary))
@@ -53,7 +55,7 @@ def write_report_of(run: ReportedRun) -> Path:
     return page
 
 
-def write_comparison(run: ReportedRun, other: ReportedRun) -> Path:
+def write_comparison(run: ReportedRun, other: ReportedRun, price_per_hour: float | None = None) -> Path:
     """Write the page that compares two runs into the folder of the first, and print the comparisons; return the page.
 
     Raises:
@@ -65,7 +67,8 @@ def write_comparison(run: ReportedRun, other: ReportedRun) -> Path:
     from spin.alignment.report.page import render_page
 
     labels = labels_of((run, other))
-    content = comparison_page([(label, collect(item)) for label, item in zip(labels, (run, other), strict=True)])
+    found = [collect(item, price_per_hour) for item in (run, other)]
+    content = comparison_page(list(zip(labels, found, strict=True)))
     page = run.folder / f"compared-with-{other.name}.html"
     write_text_atomic(page, render_page(content))
     for line in [*(text for text, _ in content.verdicts), *(f"warning: {line}" for line in content.warnings)]:

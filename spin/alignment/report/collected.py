@@ -20,7 +20,7 @@ WeightedPairs = Sequence[tuple[str, dict[str, list[Token]]]]
 @dataclass(frozen=True)
 class Collected:
     """A run with its results; ``metrics`` (metrics.json), ``lengths`` (tokens of every held-out response) and ``weights`` (a few
-    pairs with token weights) are by name of the model.
+    pairs with token weights) are by name of the model. ``price_per_hour`` is that of the machine, in any currency.
     """
 
     run: ReportedRun
@@ -28,6 +28,7 @@ class Collected:
     metrics: dict[str, dict[str, Any]]
     lengths: dict[str, dict[str, dict[str, int]]]
     weights: dict[str, WeightedPairs]
+    price_per_hour: float | None = None
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -40,7 +41,7 @@ class Collected:
         return self.results.responses
 
 
-def collect(run: ReportedRun) -> Collected:
+def collect(run: ReportedRun, price_per_hour: float | None = None) -> Collected:
     """Read the results of a run.
 
     Raises:
@@ -51,7 +52,7 @@ def collect(run: ReportedRun) -> Collected:
     folders = {model.name: model.folder for model in run.models if model.name in results.responses}
     lengths = {name: response_lengths(responses_path(folder / "eval.json")) for name, folder in folders.items()}
     weights = {model.name: pairs for model in run.models if (pairs := _weighted_pairs(model))}
-    return Collected(run, results, metrics, lengths, weights)
+    return Collected(run, results, metrics, lengths, weights, price_per_hour)
 
 
 def _weighted_pairs(model: Model) -> WeightedPairs:

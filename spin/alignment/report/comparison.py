@@ -46,7 +46,8 @@ def comparison_page(labelled: Labelled) -> Page:
         difference_headings=("where", "what", *names),
         differences=[texts(row) for row in what_differs(labelled)],
         lineage=[texts((named(label, row[0]), *row[1:])) for label, found in labelled for row in found.run.lineage],
-        costs=[[_named(label, row[0]), *row[1:]] for label, found in labelled for row in cost_table(found)],
+        cost_headings=cost_table(labelled[0][1])[0],
+        costs=[[_named(label, row[0]), *row[1:]] for label, found in labelled for row in cost_table(found)[1]],
     )
 
 
@@ -67,13 +68,21 @@ def why_incomparable(labelled: Labelled) -> list[str]:
     """Return why the models of the runs cannot be compared prompt by prompt; empty if they can."""
     metrics = {row["metric"] for _, found in labelled for row in found.summary["rows"] if "metric" in row}
     if len(metrics) > 1:
-        return [f"the runs are scored by different metrics ({', '.join(sorted(metrics))}): their models are not compared"]
+        return [
+            f"the runs are scored by different metrics ({', '.join(sorted(metrics))}): their models are not compared"
+        ]
     prompts: dict[str, tuple[str, str]] = {}
     for _, found in labelled:
         for responses in found.responses.values():
             for name, row in responses.by_prompt.items():
-                if prompts.setdefault(name, (row["prompt"], row["ground_truth"])) != (row["prompt"], row["ground_truth"]):
+                if prompts.setdefault(name, (row["prompt"], row["ground_truth"])) != (
+                    row["prompt"],
+                    row["ground_truth"],
+                ):
                     return [f"the runs have different held-out prompts (such as {name}): their models are not compared"]
+    answered = [{name for item in found.responses.values() for name in item.by_prompt} for _, found in labelled]
+    if all(answered) and not set.intersection(*answered):
+        return ["the runs have no held-out prompt in common: their models are not compared"]
     return []
 
 
@@ -89,7 +98,5 @@ def verdicts_between(labelled: Labelled) -> list[str]:
     pairs = [(best[0], best[1])] if None not in best and best[0] != best[1] else []
     pairs += [(name, name) for name in mine if name in theirs]
     return [
-        line
-        for before, after in pairs
-        for line in verdict(theirs[after], mine[before], named(one, before), responses)
+        line for before, after in pairs for line in verdict(theirs[after], mine[before], named(one, before), responses)
     ]

@@ -12,8 +12,8 @@ from spin.alignment.report.reported_run import ReportedRun
 
 HEADINGS = ("stage", "state", "time", "share", "tokens", "tokens/s", "peak memory")
 CAPTION = (
-    "tokens: of the responses that were generated or trained on; tokens/s: over the whole stage, start-up included; peak memory: of "
-    "the first process (GPU memory where there is one)"
+    "time: wall-clock time over all attempts; tokens: of the responses that were generated, or of the rows trained on; tokens/s: "
+    "over the whole stage, start-up included; peak memory: of the first process (GPU memory where there is one)"
 )
 
 
@@ -27,15 +27,17 @@ class StageCost:
     tokens: int | None = None
     memory: float | None = None
 
-    def cells(self, total: float) -> list[tuple[str, float | None]]:
+    def cells(self, total: float, price_per_hour: float | None = None) -> list[tuple[str, float | None]]:
         """Return (text, value to sort by) for each heading but the first two; ``total`` is the time of all stages."""
         speed = self.tokens / self.seconds if self.tokens and self.seconds else None
+        cost = None if price_per_hour is None else price_per_hour * self.seconds / 3600
         return [
             (duration(self.seconds), self.seconds),
             (f"{self.seconds / total:.0%}" if total else "–", self.seconds),
             (f"{self.tokens:,}" if self.tokens is not None else "–", self.tokens),
             (f"{speed:,.0f}" if speed is not None else "–", speed),
             (f"{self.memory:.1f} GiB" if self.memory is not None else "–", self.memory),
+            *([(f"{cost:.2f}", cost)] if cost is not None else []),
         ]
 
 
@@ -79,7 +81,9 @@ def response_tokens(path: Path) -> int:
     column = next((name for name in ("rejected_token_ids", "token_ids") if name in names), None)
     if column is None:
         raise InputError(f"{path} has no token ids: it is not a file of responses, so run its stage again")
-    return sum(batch.column(column).value_lengths().sum().as_py() or 0 for batch in read_batches(path, columns=[column]))
+    return sum(
+        batch.column(column).value_lengths().sum().as_py() or 0 for batch in read_batches(path, columns=[column])
+    )
 
 
 def _trained_tokens(metrics: dict[str, Any]) -> int | None:

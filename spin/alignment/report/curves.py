@@ -27,13 +27,15 @@ TITLES = {
 }
 # Errors, the x axis, and the summary that the Trainer logs at the end.
 _SKIPPED = ("step", "epoch", "total_flos", "train_loss", "train_runtime")
+SFT = "sft:"
 BINS = 40
 
 
 def training_curves(metrics: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Return the logged histories of ``metrics.json`` by name of the model.
 
-    The result has ``titles`` (metric -> title, in the order shown) and ``models`` (model -> metric -> [steps, values]).
+    The result has ``titles`` (metric -> title, in the order shown) and ``models`` (model -> metric -> [steps, values]). The
+    metrics of SFT have charts of their own, since its loss is another quantity.
     """
     models: dict[str, dict[str, list[list[float]]]] = {}
     for name, content in metrics.items():
@@ -45,10 +47,18 @@ def training_curves(metrics: dict[str, dict[str, Any]]) -> dict[str, Any]:
                     steps.append(entry["step"])
                     values.append(_rounded(value))
         if curves:
-            models[name] = curves
+            is_sft = "rewards/margins" not in curves
+            models[name] = {f"{SFT}{key}": found for key, found in curves.items()} if is_sft else curves
     logged = {key for curves in models.values() for key in curves}
-    order = [key for key in TITLES if key in logged] + sorted(logged - TITLES.keys())
-    return {"titles": {key: TITLES.get(key, key) for key in order}, "models": models}
+    known = [*TITLES, *(f"{SFT}{key}" for key in TITLES)]
+    order = sorted(logged, key=lambda key: (known.index(key) if key in known else len(known), key))
+    return {"titles": {key: _title(key) for key in order}, "models": models}
+
+
+def _title(key: str) -> str:
+    name = key.removeprefix(SFT)
+    title = TITLES.get(name, name)
+    return title if name == key else f"SFT: {title[0].lower()}{title[1:]}"
 
 
 def _is_shown(key: str, value: Any) -> bool:

@@ -84,7 +84,7 @@ def _advice(
         return ""
     change = f"{last['model']} against {other['model']}: {difference(found)}"
     if is_clearly(found, measure.sign):
-        return f"still improving ({change}): another iteration may help"
+        return f"Still improving ({change}): another iteration may help"
     if is_clearly(found, -measure.sign):
-        return f"the last iteration is worse ({change}): stop, and use {other['model']}"
-    return f"the gain has levelled off ({change}, no clear change): more iterations of this kind promise little"
+        return f"The last iteration is worse ({change}): stop, and use {other['model']}"
+    return f"The gain has levelled off ({change}, no clear change): more iterations of this kind promise little"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from spin.alignment.report.collected import Collected
-from spin.alignment.report.costs import HEADINGS as COST_HEADINGS
 from spin.alignment.report.headline import lines
 from spin.alignment.report.page import cost_table, scored_on
 from spin.alignment.report.table import CAPTION, LINEAGE_HEADINGS, cells, markdown
@@ -19,6 +18,7 @@ def render_markdown(collected: Collected) -> str:
     for heading, found in (("Warnings", summary["warnings"]), ("Verdicts", summary["verdicts"])):
         parts += [f"## {heading}", "\n".join(f"- {line}" for line in found)] if found else []
     parts += ["## Lineage", markdown(LINEAGE_HEADINGS, run.lineage).strip()]
-    costs = [[text for text, _ in row] for row in cost_table(collected)]
-    parts += ["## Time and memory", markdown(COST_HEADINGS, costs).strip()] if costs else []
+    headings, costs = cost_table(collected)
+    rows = [[text for text, _ in row] for row in costs]
+    parts += ["## Time and memory", markdown(headings, rows).strip()] if rows else []
     return "\n\n".join(parts) + "\n"

@@ -10,9 +10,10 @@ from spin.alignment.report.collected import Collected, WeightedPairs
 from spin.alignment.report.conditions import conditions
 from spin.alignment.report.costs import CAPTION as COST_CAPTION
 from spin.alignment.report.costs import HEADINGS as COST_HEADINGS
-from spin.alignment.report.costs import stage_costs
+from spin.alignment.report.costs import StageCost, stage_costs
 from spin.alignment.report.page_data import named, page_data
 from spin.alignment.report.render import render
+from spin.alignment.report.reported_run import ReportedRun
 from spin.alignment.report.table import CAPTION, LINEAGE_HEADINGS, cells, sort_values
 from spin.alignment.report.weights_page import Scale
 
@@ -38,7 +39,7 @@ class Page:
     weights: Sequence[tuple[str, WeightedPairs, Scale]] = ()
     lineage_headings: Sequence[str] = LINEAGE_HEADINGS
     lineage: list[list[Cell]] = field(default_factory=list)
-    cost_headings: Sequence[str] = COST_HEADINGS
+    cost_headings: Sequence[str] = ()
     cost_caption: str = COST_CAPTION
     costs: list[list[Cell]] = field(default_factory=list)
     conditions: Sequence[tuple[str, list[list[Cell]]]] = ()
@@ -47,9 +48,9 @@ class Page:
     def sections(self) -> list[tuple[str, str]]:
         """Return (id, title) of every section that the page has."""
         having = {
-            "results": ("Results", True),
+            "results": ("Results", bool(self.result_rows)),
             "differences": ("Differences", bool(self.differences)),
-            "progress": ("Progress", True),
+            "progress": ("Progress", bool(self.data["measures"])),
             "training": ("Training", bool(self.data["training"]["models"])),
             "samples": ("Responses", bool(self.data["samples"]["prompts"])),
             "weights": ("Token weights", bool(self.weights)),
@@ -64,6 +65,7 @@ def run_page(collected: Collected) -> Page:
     """Return the page of one run."""
     summary, run = collected.summary, collected.run
     headings, rows = result_table([("", collected)])
+    cost_headings, costs = cost_table(collected)
     return Page(
         name=run.name,
         title=f"Self-play run {run.name}",
@@ -76,7 +78,23 @@ def run_page(collected: Collected) -> Page:
         verdicts=[(text, kind_of(text)) for text in summary["verdicts"]],
         weights=[(name, pairs, Scale.of_pairs(pairs)) for name, pairs in collected.weights.items()],
         lineage=[texts(row) for row in run.lineage],
-        costs=cost_table(collected),
+        cost_headings=cost_headings,
+        costs=costs,
+        conditions=[(name, [texts(entry) for entry in entries]) for name, entries in conditions(run)],
+    )
+
+
+def waiting_page(run: ReportedRun) -> Page:
+    """Return the page of a run without results: the states of its stages and its settings."""
+    headings, costs = _cost_cells(stage_costs(run, {}), None)
+    return Page(
+        name=run.name,
+        title=f"Self-play run {run.name}",
+        subtitle="no results yet: the page is loaded again when there are some",
+        data=page_data([]),
+        lineage=[texts(row) for row in run.lineage],
+        cost_headings=headings,
+        costs=costs,
         conditions=[(name, [texts(entry) for entry in entries]) for name, entries in conditions(run)],
     )
 
@@ -101,11 +119,21 @@ def scored_on(summary: dict[str, Any]) -> str:
     return "not scored" if first is None else f"{first['metric']} on {first['n']} held-out prompts"
 
 
-def cost_table(collected: Collected) -> list[list[Cell]]:
-    """Return the rows of the table of costs, the last with the sum."""
-    costs = stage_costs(collected.run, collected.metrics)
+def cost_table(collected: Collected) -> tuple[list[str], list[list[Cell]]]:
+    """Return the headings and rows of the table of costs, the last with the sum; no rows if nothing was recorded.
+
+    The column of costs exists only if the price of an hour is known.
+    """
+    return _cost_cells(stage_costs(collected.run, collected.metrics), collected.price_per_hour)
+
+
+def _cost_cells(costs: Sequence[StageCost], price: float | None) -> tuple[list[str], list[list[Cell]]]:
+    headings = [*COST_HEADINGS, *(["cost"] if price is not None else [])]
+    if not costs:
+        return headings, []
     total = sum(cost.seconds for cost in costs)
-    return [[(cost.name, None), (cost.state, None), *cost.cells(total)] for cost in costs]
+    rows = [*costs, StageCost("all stages", "", total)]
+    return headings, [[(cost.name, None), (cost.state, None), *cost.cells(total, price)] for cost in rows]
 
 
 def kind_of(verdict: str) -> str:

@@ -54,7 +54,9 @@ def named(label: str, model: str) -> str:
 def _row(label: str, row: dict[str, Any]) -> dict[str, Any]:
     """Return the finite numbers of a row with their intervals, under the names of the page."""
     numbers = {key: value for key, value in row.items() if isinstance(value, int | float) and math.isfinite(value)}
-    numbers |= {key: value for key, value in row.items() if key.endswith("_interval") and all(map(math.isfinite, value))}
+    numbers |= {
+        key: value for key, value in row.items() if key.endswith("_interval") and all(map(math.isfinite, value))
+    }
     identity = {key: row[key] for key in IDENTITY}
     facts = {"model": named(label, row["model"]), "label": row["model"], "run": label, "metric": row.get("metric")}
     return numbers | identity | facts | {"temperatures": list(row.get("exact_at", {}))}

@@ -24,6 +24,10 @@ IDENTITY = ("model", "role", "iteration")
 IDENTICAL_RATE, TRUNCATION_RATE, LENGTH_DRIFT, SATURATED_ACCURACY, CHOSEN_DRIFT_NATS = 0.5, 0.05, 0.2, 0.99, 0.5
 
 
+class NoResults(InputError):
+    """No stage of the run has produced results yet."""
+
+
 @dataclass(frozen=True)
 class Results:
     """The summary of a run, and the stored responses by name of the model (of those that have any)."""
@@ -37,14 +41,15 @@ def summarize(run: ReportedRun) -> Results:
     """Return the summary of a run, its stored responses and, for a few prompts, those of the first and of the last model.
 
     Raises:
-        InputError: the run has no results yet.
+        NoResults: the run has no results yet.
+        InputError: a file of its results is damaged.
     """
     models = run.models
     evaluations = {model.name: _optional(model.folder / "eval.json") for model in models}
     rows = [checked_row(model, evaluations[model.name], run) for model in models]
     rows = [row for row in rows if len(row) > len(IDENTITY)]
     if not rows:
-        raise InputError(f"{run.folder} has no results yet: finish a stage with `spin run` first")
+        raise NoResults(f"{run.folder} has no results yet: finish a stage with `spin run` first")
     paths = {model.name: responses_path(model.folder / "eval.json") for model in models if evaluations[model.name]}
     responses = {name: read_responses(path) for name, path in paths.items() if path.exists()}
     start = of_role(rows, "start")

@@ -6,7 +6,6 @@ const charts = (() => {
   const seriesColor = (index) => color(`series-${index % 8}`);
 
   function short(value) {
-    if (value === null || value === undefined) return "–";
     if (value === 0) return "0";
     const size = Math.abs(value);
     return size >= 1e5 || size < 1e-3 ? value.toExponential(1) : String(Number(value.toPrecision(4)));
@@ -24,7 +23,7 @@ const charts = (() => {
   }
 
   // Adds a chart: its series are {label, values, dashed, steps, intervals}, drawn over the numbers xs.
-  function add(box, title, xs, series, { xLabel, xAxis = axis((_, ticks) => ticks.map(short)), xRange } = {}) {
+  function add(box, title, xs, series, { xLabel, xAxis = axis((_, ticks) => ticks.map(short)), xRange }) {
     const figure = element("figure", { class: "chart", role: "group", "aria-label": title });
     figure.append(element("figcaption", {}, title));
     box.append(figure);
@@ -34,8 +33,8 @@ const charts = (() => {
         height: 210,
         cursor: { drag: { x: true, y: false }, points: { size: 7 } },
         scales: { x: { time: false, ...(xRange ? { range: xRange } : {}) }, y: { range: (_, low, high) => yRange(series, low, high) } },
-        axes: [xAxis, axis((_, ticks) => ticks.map(short), { size: 56 })],
-        series: [{ label: xLabel?.name ?? "", value: (_, x) => (x === null ? "–" : (xLabel?.text(x) ?? short(x))) }, ...series.map(style)],
+        axes: [{ size: 34, ...xAxis }, axis((_, ticks) => ticks.map(short), { size: 56 })],
+        series: [{ label: xLabel.name, value: (_, x) => (x === null ? "" : `: ${xLabel.text(x)}`) }, ...series.map(style)],
         hooks: { draw: [(plot) => drawIntervals(plot, series)] },
       };
       const plot = new uPlot(options, [xs, ...series.map((item) => item.values)], figure);
@@ -54,7 +53,7 @@ const charts = (() => {
       spanGaps: true,
       paths: item.steps ? uPlot.paths.stepped({ align: 1 }) : undefined,
       points: { show: !item.dashed && !item.steps && item.values.length < 30, size: 6 },
-      value: (_, value) => short(value),
+      value: (_, value) => (value === null || value === undefined ? "" : `: ${short(value)}`),
     };
   }
 
@@ -74,6 +73,7 @@ const charts = (() => {
       context.save();
       context.strokeStyle = seriesColor(item.color ?? index);
       context.lineWidth = 1.5 * devicePixelRatio;
+      context.setLineDash([]);
       item.intervals.forEach((interval, position) => {
         if (!interval) return;
         const x = plot.valToPos(plot.data[0][position], "x", true);
@@ -138,6 +138,7 @@ const charts = (() => {
 // Measures over the iterations: one chart for each, one curve for each run, the control as a dotted line.
 (() => {
   const box = document.getElementById("progress-charts");
+  if (!box) return;
   const runs = report.runs.map((name) => ({ name, rows: report.rows.filter((row) => row.run === name) }));
   const shown = runs.map((run) => run.rows.filter((row) => row.role !== "control"));
   const longest = shown.reduce((best, rows) => (rows.length > best.length ? rows : best), []);
@@ -148,9 +149,9 @@ const charts = (() => {
   for (const [key, title] of report.measures) {
     const series = runs.flatMap((run, number) => {
       const at = (name) => positions.map((position) => shown[number][position]?.[name] ?? null);
-      const curve = { label: run.name || title, values: at(key), intervals: at(`${key}_interval`), color: number };
+      const curve = { label: run.name || "self-play", values: at(key), intervals: at(`${key}_interval`), color: number };
       const control = run.rows.find((row) => row.role === "control" && row[key] !== undefined);
-      const line = control && { label: `${run.name} ${control.label}`.trim(), values: positions.map(() => control[key]), dashed: true, color: number };
+      const line = control && { label: `${run.name} ${control.label}`.trim(), values: positions.map(() => control[key]), dashed: true, color: 7 - number };
       return curve.values.some((value) => value !== null) ? [curve, ...(line ? [line] : [])] : [];
     });
     if (series.length) {

@@ -15,9 +15,13 @@
   const [first, last] = [models[0], policies[policies.length - 1] ?? models[models.length - 1]];
   const scores = Object.values(answers).flatMap((found) => Object.values(found).flatMap((list) => list.map((answer) => answer?.[1])));
   const isBinary = scores.every((score) => score === 0 || score === 1 || score === null || score === undefined);
+  const controlNames = new Set(report.rows.filter((row) => row.role === "control").map((row) => row.model));
+  let lowered = null; // the texts in lower case, made for the first search
   let page = 0;
+  // What the reader has chosen; read from the controls once per change.
+  let [temperature, shownModels, query] = ["", [], ""];
 
-  const answer = (model, number) => answers[controls.temperature.value][model]?.[number] ?? null;
+  const answer = (model, number) => answers[temperature][model]?.[number] ?? null;
   const score = (model, number) => answer(model, number)?.[1] ?? null;
   const both = (test) => (number) => score(first, number) !== null && score(last, number) !== null && test(score(first, number), score(last, number));
   const filters = {
@@ -29,7 +33,7 @@
       right: [`${last} is right`, (number) => score(last, number) === 1],
       wrong: [`${last} is wrong`, (number) => score(last, number) === 0],
     }),
-    truncated: ["a response was truncated", (number) => shownModels().some((model) => answer(model, number)?.[3])],
+    truncated: ["a response was truncated", (number) => shownModels.some((model) => answer(model, number)?.[3])],
   };
 
   function option(value, text) {
@@ -41,7 +45,7 @@
     controls.temperature.append(...temperatures.map((t) => option(t, t === "0" ? "0 (greedy)" : t)));
     controls.filter.append(...Object.entries(filters).map(([value, [text]]) => option(value, text)));
     controls.base.append(
-      option("previous", "the model to the left"),
+      option("previous", "the model before it"),
       option("truth", "the ground truth"),
       option("none", "nothing"),
       ...models.map((name) => option(`model:${name}`, name)),
@@ -58,20 +62,22 @@
     controls.next.addEventListener("click", () => turn(1));
   }
 
-  function shownModels() {
-    return [...controls.models.querySelectorAll("input:checked")].map((input) => input.value).filter((name) => answers[controls.temperature.value][name]);
+  function readControls() {
+    temperature = controls.temperature.value;
+    const checked = [...controls.models.querySelectorAll("input:checked")].map((input) => input.value);
+    shownModels = checked.filter((name) => answers[temperature][name]);
+    query = controls.search.value.trim().toLowerCase();
   }
 
   function matching() {
-    const query = controls.search.value.trim().toLowerCase();
     const test = filters[controls.filter.value][1];
-    const names = shownModels();
-    const hit = texts.map((text) => (query && text.toLowerCase().includes(query) ? 1 : 0));
-    return prompts.map((_, number) => number).filter((number) => {
-      if (!test(number)) return false;
+    const passing = prompts.map((_, number) => number).filter(test);
+    if (!query) return passing;
+    lowered ??= texts.map((text) => text.toLowerCase());
+    const hit = lowered.map((text) => text.includes(query));
+    return passing.filter((number) => {
       const [id, prompt, truth] = prompts[number];
-      const found = () => hit[prompt] || hit[truth] || names.some((name) => hit[answer(name, number)?.[0]]) || id.toLowerCase() === query;
-      return !query || found();
+      return hit[prompt] || hit[truth] || shownModels.some((name) => hit[answer(name, number)?.[0]]) || id.toLowerCase() === query;
     });
   }
 
@@ -87,6 +93,7 @@
   }
 
   function show() {
+    readControls();
     const numbers = matching();
     const pages = Math.max(1, Math.ceil(numbers.length / pageSize));
     page = Math.min(page, pages - 1);
@@ -100,18 +107,22 @@
 
   function sample(number) {
     const [id, prompt, truth] = prompts[number];
-    const names = shownModels();
     return element(
       "article",
       { class: "sample" },
       element("h3", {}, id),
       element("div", { class: "given" }, given("Prompt", texts[prompt]), given("Ground truth", texts[truth])),
-      element("div", { class: "answers" }, ...names.map((name, index) => shownAnswer(name, number, names[index - 1]))),
+      element("div", { class: "answers" }, ...shownModels.map((name, index) => shownAnswer(name, number, before(index)))),
     );
   }
 
+  // The model that the one at an index came from: the control is a branch of its own.
+  function before(index) {
+    return shownModels.slice(0, index).filter((name) => !controlNames.has(name)).pop();
+  }
+
   function given(title, text) {
-    return element("div", {}, element("div", { class: "who" }, element("strong", {}, title)), element("div", { class: "text" }, ...marked(text)));
+    return element("div", {}, element("div", { class: "who" }, element("strong", {}, title)), element("div", { class: "said" }, ...marked(text)));
   }
 
   function shownAnswer(name, number, previous) {
@@ -123,7 +134,7 @@
     const judged = value === null ? "not scored" : isBinary ? kind : `score ${value}`;
     who.append(element("span", { class: kind }, judged), element("span", {}, `${tokens} tokens${isTruncated ? ", truncated" : ""}`));
     const base = baseText(name, number, previous);
-    return element("div", { class: `answer ${kind}` }, who, element("div", { class: "text" }, ...(base === null ? marked(texts[text]) : differences(base, texts[text]))));
+    return element("div", { class: `answer ${kind}` }, who, element("div", { class: "said" }, ...(base === null ? marked(texts[text]) : differences(base, texts[text]))));
   }
 
   // The text that a response is compared with; null for none.
@@ -144,7 +155,6 @@
 
   // The text with every hit of the search marked.
   function marked(text) {
-    const query = controls.search.value.trim().toLowerCase();
     const lower = text.toLowerCase();
     if (!query || lower.length !== text.length) return [text];
     const parts = [];
