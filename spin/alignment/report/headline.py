@@ -87,4 +87,6 @@ def _advice(
         return f"Still improving ({change}): another iteration may help"
     if is_clearly(found, -measure.sign):
         return f"The last iteration is worse ({change}): stop, and use {other['model']}"
+    if against_start is not None and not is_clearly(against_start, measure.sign):
+        return f"No clear change between iterations either ({change})"
     return f"The gain has levelled off ({change}, no clear change): more iterations of this kind promise little"

@@ -76,16 +76,15 @@ def run_of_config(config: RunConfig) -> ReportedRun:
 
 
 def run_of_scripts(folder: Path) -> ReportedRun:
-    """Return the run of ``scripts/run_iterations.sh``: a folder ``iterT`` per iteration, and ``start`` with the evaluation of
-    the model that iteration 0 starts from. The settings are those recorded by each training.
+    """Return the run of ``scripts/run_iterations.sh``: a folder ``iterT`` per iteration, and ``sft`` with the evaluation of the
+    model that iteration 0 starts from. The settings are those recorded by each training.
     """
     trained = _iterations(folder)
     settings = {f"iter{iteration}": _recorded_inputs(path) for iteration, path in trained.items()}
-    models = [Model("start", "start", folder / "start")] if (folder / "start").is_dir() else []
+    models = [Model("sft", "start", folder / "sft")] if (folder / "sft").is_dir() else []
     lineage = []
     for iteration, path in trained.items():
-        start = str(settings[f"iter{iteration}"].get("model_name_or_path", "start"))
-        opponent = f"iter{iteration - 1}" if iteration - 1 in trained else start
+        opponent = f"iter{iteration - 1}/checkpoint" if iteration - 1 in trained else "the start"
         pairs = [f"iter{number}/pairs" for number in (iteration, iteration - 1) if number in trained]
         models.append(Model(f"iter{iteration}", "policy", path, iteration, opponent, opponent, " and ".join(pairs)))
         lineage.append((f"iter{iteration}/checkpoint", opponent, opponent, " and ".join(pairs)))
