@@ -10,7 +10,6 @@ from spin.alignment.core.provenance import Provenance
 from spin.alignment.evaluation.responses import average_nats, average_responses, write_responses
 from tests.helpers.runs import tiny_run, write_config
 
-
 # What a model may say to attack the page: the response to the second prompt.
 ATTACK = "</script><script>document.title = 'attacked'</script><img src=x onerror=\"document.title='attacked'\">"
 

@@ -87,7 +87,8 @@ def test_headline_of_that_run(finished_run):
         "iter1 is the best: exact match at T=1 0.450, +0.150 ± 0.070 against the SFT start, +0.140 ± 0.068 against continued SFT"
     )
     assert headline["advice"] == (
-        "The gain has levelled off (iter1 against iter0: +0.050 ± 0.043, no clear change): more iterations of this kind promise little"
+        "The gain has levelled off (iter1 against iter0: +0.050 ± 0.043, no clear change): more iterations of this kind "
+        "promise little"
     )
     assert headline["caveats"][0] == "iter1 is worse than the SFT start in greedy exact match: -0.100 ± 0.059"
     assert headline["sentence"] in out and headline["advice"] in out

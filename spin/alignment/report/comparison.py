@@ -16,15 +16,18 @@ Labelled = Sequence[tuple[str, Collected]]
 
 
 def labels_of(runs: Sequence[ReportedRun]) -> list[str]:
-    """Return what the runs are called: the names of their folders, or their paths if those are equal.
+    """Return what the runs are called: the names of their folders, as much of the path as tells them apart.
 
     Raises:
         InputError: a run is compared with itself.
     """
     if len({run.folder.resolve() for run in runs}) < len(runs):
         raise InputError(f"{runs[0].folder} is given twice: name two runs to compare")
-    names = [run.name for run in runs]
-    return names if len(set(names)) == len(names) else [str(run.folder) for run in runs]
+    for parts in (1, 2):
+        names = ["/".join(run.folder.resolve().parts[-parts:]) for run in runs]
+        if len(set(names)) == len(names):
+            return names
+    return [str(run.folder) for run in runs]
 
 
 def comparison_page(labelled: Labelled) -> Page:
