@@ -22,8 +22,8 @@ def headline(rows: Sequence[dict[str, Any]], responses: Responses) -> dict[str, 
     if measure is None:
         return {}
     best = max(policies, key=lambda row: measure.sign * row[measure.key])
-    others = [(name, row) for name, role in ((START, "start"), (CONTROL, "control")) if (row := of_role(rows, role))]
-    compared = {name: comparisons(best, row, responses) for name, row in others}
+    others = {START: of_role(rows, "start"), CONTROL: of_role(rows, "control")}
+    compared = {name: comparisons(best, row, responses) for name, row in others.items() if row is not None}
     return {
         "best": best["model"],
         "measure": measure.key,

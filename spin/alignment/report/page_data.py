@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from spin.alignment.evaluation.responses import HeldOutResponses
 from spin.alignment.report.collected import Collected
 from spin.alignment.report.curves import length_histograms, training_curves
 from spin.alignment.report.samples import all_samples
@@ -28,7 +29,10 @@ def page_data(labelled: Sequence[tuple[str, Collected]], with_samples: bool = Tr
 
     Without samples, the responses of the runs are not side by side: they answer different prompts.
     """
-    rows, metrics, responses, lengths = [], {}, {}, {}
+    rows: list[dict[str, Any]] = []
+    metrics: dict[str, dict[str, Any]] = {}
+    responses: dict[str, HeldOutResponses] = {}
+    lengths: dict[str, dict[str, dict[str, int]]] = {}
     for label, found in labelled:
         rows += [_row(label, row) for row in found.summary["rows"]]
         metrics |= {named(label, name): content for name, content in found.metrics.items()}
