@@ -53,6 +53,13 @@ class Browser:
         assert "exceptionDetails" not in result, result
         return result["result"].get("value")
 
+    def wait_for(self, script: str, seconds: float = 30) -> None:
+        """Wait until a JavaScript expression is true."""
+        end = time.monotonic() + seconds
+        while not self.run(script):
+            assert time.monotonic() < end, f"{script} stays false"
+            time.sleep(0.02)
+
     def resize(self, width: int, height: int = 900) -> None:
         self._command(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False

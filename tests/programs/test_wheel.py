@@ -71,10 +71,10 @@ def test_the_wheel_holds_what_is_needed_and_nothing_else(wheel):
     tops = {name.partition("/")[0] for name in names}
     assert tops == {"spin", "selfplay_spin-0.1.0.dist-info"}
     modules = {f"spin/{name}" for name in files_under(REPOSITORY / "spin")}
-    assert {
-        "spin/py.typed",
-        *(f"{templates}/{name}" for name in ("report.html.jinja", "charts.js", "uplot/LICENSE")),
-    } < modules
+    templates = {
+        f"spin/alignment/report/templates/{name}" for name in ("report.html.jinja", "page.js", "uplot/LICENSE")
+    }
+    assert {"spin/py.typed", *templates} < modules
     assets = {
         f"spin/assets/{name}/{path}"
         for name in ("configs", "data/iter0", "scripts")

@@ -50,6 +50,7 @@ def tab(chromium, page):
     chromium.prefer("light")
     chromium.problems.clear()
     chromium.open(page.as_uri())
+    chromium.wait_for("charts.areDrawn()")
     yield chromium
     assert chromium.problems == []
 
@@ -180,7 +181,8 @@ def test_training_on_one_axis_and_hidden_curves(tab):
     tab.run(
         "(box => { box.value = 'joined'; box.dispatchEvent(new Event('change')) })(document.getElementById('training-axis'))"
     )
-    assert "Loss" in shown(tab, "#training-charts figcaption")
+    tab.wait_for("charts.areDrawn()")
+    assert len(shown(tab, "#training-charts canvas")) == len(shown(tab, "#training-charts figcaption")) == 2
     name = "document.querySelector('#progress-charts .u-series:nth-of-type(2) th')"
     tab.run(f"{name}.focus()")
     tab.press("Enter")

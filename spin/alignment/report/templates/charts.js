@@ -1,6 +1,7 @@
 // The charts: measures over the iterations, metrics over the steps of training, lengths of responses. Drawn by uPlot.
 const charts = (() => {
-  const drawn = []; // [figure, plot, options] of every chart, to redraw them in another theme or width
+  const all = []; // every chart as {figure, draw, plot, isDrawn}; one that is not drawn still shows its old plot, if any
+  let timer = null;
 
   const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
   const seriesColor = (index) => color(`series-${index % 8}`);
@@ -41,7 +42,21 @@ const charts = (() => {
       makeLegendUsable(figure, plot);
       return plot;
     };
-    drawn.push({ figure, draw, plot: draw() });
+    all.push({ figure, draw, plot: null, isDrawn: false });
+    drawSoon();
+  }
+
+  // Charts are drawn one at a time, so that the page can be read and scrolled meanwhile.
+  function drawSoon() {
+    timer ??= setTimeout(() => {
+      timer = null;
+      const waiting = all.find((chart) => !chart.isDrawn);
+      if (!waiting) return;
+      waiting.plot?.destroy();
+      waiting.plot = waiting.draw();
+      waiting.isDrawn = true;
+      drawSoon();
+    });
   }
 
   function style(item, index) {
@@ -113,26 +128,25 @@ const charts = (() => {
   }
 
   function clear(box) {
-    for (let index = drawn.length - 1; index >= 0; index -= 1) {
-      if (box.contains(drawn[index].figure)) drawn.splice(index, 1)[0].plot.destroy();
+    for (const chart of all.filter(({ figure }) => box.contains(figure))) {
+      chart.plot?.destroy();
+      all.splice(all.indexOf(chart), 1);
     }
     box.replaceChildren();
   }
 
   function redraw() {
-    for (const chart of drawn) {
-      chart.plot.destroy();
-      chart.plot = chart.draw();
-    }
+    for (const chart of all) chart.isDrawn = false;
+    drawSoon();
   }
 
   theme.onChange(redraw);
   let width = innerWidth;
   addEventListener("resize", () => {
-    if (innerWidth !== width) requestAnimationFrame(redraw);
+    if (innerWidth !== width) redraw();
     width = innerWidth;
   });
-  return { add, axis, clear };
+  return { add, axis, clear, areDrawn: () => all.every((chart) => chart.isDrawn) };
 })();
 
 // Measures over the iterations: one chart for each, one curve for each run, the control as a dotted line.
