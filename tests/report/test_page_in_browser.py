@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from spin import cli
 from spin.alignment.core.provenance import Provenance
 from spin.alignment.evaluation.responses import read_responses, write_responses
+from spin.alignment.report.page import Page, render_page
+from spin.alignment.report.page_data import page_data
 from tests.helpers import run_main
 from tests.helpers.browser import CHROMIUM, browser
 from tests.helpers.evaluations import ATTACK, write_finished_run
@@ -78,6 +81,41 @@ def test_it_shows_everything(tab):
     assert "Length in tokens, greedy (share of responses)" in titles
     assert len(shown(tab, "canvas")) == len(titles)
     assert tab.run("report.training.models.iter1.loss") == [[1, 2, 3], [1.0, 0.5, 0.333333]]
+
+
+def test_models_stand_at_their_iteration(chromium, tmp_path):
+    """The model without weights shares the place of the iteration that it belongs to; runs of different lengths are aligned."""
+    row = {"metric": "exact_match", "n": 2, "exact_at": {"0": 0.5}}
+    runs = {
+        "a": [("sft", "start", None, 0.1), ("iter0_spin", "unweighted", 0, 0.2), ("iter0", "policy", 0, 0.3)],
+        "b": [("sft", "start", None, 0.4), ("iter0", "policy", 0, 0.5), ("iter1", "policy", 1, 0.6)],
+    }
+    labelled = [
+        (
+            label,
+            SimpleNamespace(
+                summary={
+                    "rows": [
+                        row | {"model": name, "role": role, "iteration": iteration, "greedy_exact": value}
+                        for name, role, iteration, value in models
+                    ]
+                },
+                metrics={},
+                responses={},
+                lengths={},
+            ),
+        )
+        for label, models in runs.items()
+    ]
+    file = tmp_path / "page.html"
+    file.write_text(render_page(Page("a and b", "a and b", "", page_data(labelled))), encoding="utf-8")
+    chromium.open(file.as_uri())
+    chromium.wait_for("charts.areDrawn()")
+    assert chromium.run("charts.dataOf('Exact match, greedy')") == {
+        "a": [0.1, 0.3, None],
+        "a without weights": [None, 0.2, None],
+        "b": [0.4, 0.5, 0.6],
+    }
 
 
 def test_what_a_model_says_stays_text(tab):

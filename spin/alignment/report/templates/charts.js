@@ -42,7 +42,7 @@ const charts = (() => {
       makeLegendUsable(figure, plot);
       return plot;
     };
-    all.push({ figure, draw, plot: null, isDrawn: false });
+    all.push({ title, series, figure, draw, plot: null, isDrawn: false });
     drawSoon();
   }
 
@@ -146,7 +146,10 @@ const charts = (() => {
     if (innerWidth !== width) redraw();
     width = innerWidth;
   });
-  return { add, axis, clear, areDrawn: () => all.every((chart) => chart.isDrawn) };
+  // For scripts and tests: whether every chart is drawn, and the values of one by label of its curves.
+  const areDrawn = () => all.every((chart) => chart.isDrawn);
+  const dataOf = (title) => Object.fromEntries(all.find((chart) => chart.title === title).series.map((item) => [item.label, item.values]));
+  return { add, axis, clear, areDrawn, dataOf };
 })();
 
 // Measures over the iterations: one chart for each, one curve for each run, the control as a dotted line.
@@ -154,20 +157,33 @@ const charts = (() => {
   const box = document.getElementById("progress-charts");
   if (!box) return;
   const runs = report.runs.map((name) => ({ name, rows: report.rows.filter((row) => row.run === name) }));
-  const shown = runs.map((run) => run.rows.filter((row) => row.role !== "control"));
-  const longest = shown.reduce((best, rows) => (rows.length > best.length ? rows : best), []);
-  const names = longest.map((row) => row.label);
+  const isInLine = (row) => row.role === "start" || row.role === "policy";
+  const order = (row) => (row.role === "start" ? -1 : (row.iteration ?? Infinity));
+  const inLine = report.rows.filter(isInLine).sort((one, other) => (order(one) < order(other) ? -1 : order(one) > order(other) ? 1 : 0));
+  const names = [...new Set(inLine.map((row) => row.label))];
   const positions = names.map((_, index) => index);
   const xAxis = charts.axis((_, ticks) => ticks.map((tick) => names[tick] ?? ""), { splits: () => positions, gap: 6 });
 
+  // The curves of a run: self-play; SPIN without the token weights, at the iteration it belongs to; the control, a constant.
+  function curvesOf(run, number, key) {
+    const curve = (label, rows, placeOf, color) => {
+      const at = (name) => names.map((place) => rows.find((row) => placeOf(row) === place)?.[name] ?? null);
+      return { label, values: at(key), intervals: at(`${key}_interval`), color };
+    };
+    const line = run.rows.filter(isInLine);
+    const placeOfIteration = (row) => line.find((other) => other.role === "policy" && other.iteration === row.iteration)?.label;
+    const plain = run.rows.filter((row) => row.role === "unweighted");
+    const control = run.rows.find((row) => row.role === "control" && row[key] !== undefined);
+    const named = (text) => `${run.name} ${text}`.trim();
+    return [
+      curve(run.name || "self-play", line, (row) => row.label, number),
+      curve(named("without weights"), plain, placeOfIteration, number + 3),
+      ...(control ? [{ label: named(control.label), values: names.map(() => control[key]), dashed: true, color: 7 - number }] : []),
+    ].filter((item) => item.values.some((value) => value !== null));
+  }
+
   for (const [key, title] of report.measures) {
-    const series = runs.flatMap((run, number) => {
-      const at = (name) => positions.map((position) => shown[number][position]?.[name] ?? null);
-      const curve = { label: run.name || "self-play", values: at(key), intervals: at(`${key}_interval`), color: number };
-      const control = run.rows.find((row) => row.role === "control" && row[key] !== undefined);
-      const line = control && { label: `${run.name} ${control.label}`.trim(), values: positions.map(() => control[key]), dashed: true, color: 7 - number };
-      return curve.values.some((value) => value !== null) ? [curve, ...(line ? [line] : [])] : [];
-    });
+    const series = runs.flatMap((run, number) => curvesOf(run, number, key));
     if (series.length) {
       charts.add(box, title, positions, series, {
         xAxis,
@@ -198,7 +214,7 @@ const charts = (() => {
       const having = Object.keys(models).filter((name) => models[name][key]);
       const tables = having.map((name) => [models[name][key][0].map((step) => step + offsets[name]), models[name][key][1]]);
       const [xs, ...columns] = tables.length > 1 ? uPlot.join(tables) : tables[0];
-      const series = having.map((name, index) => ({ label: name, values: columns[index], color: numbers[name] }));
+      const series = having.map((name, index) => ({ label: name, values: columns[index], color: numbers[name], dashed: numbers[name] >= 8 }));
       charts.add(box, title, xs, series, { xLabel: { name: "step", text: String } });
     }
   }
