@@ -36,6 +36,7 @@ export SPLITS=${SPLITS:-train}
 export BACKEND=${BACKEND:-transformers}
 spin_choice BACKEND "$BACKEND" transformers vllm
 [ -z "${CONFIG:-}" ] || spin_file CONFIG "$CONFIG"
+spin_number ENGINES "${ENGINES:-1}" 1 10000 >/dev/null
 TEST_SPLIT=${TEST_SPLIT:-test}
 spin_names TEST_SPLIT "$TEST_SPLIT"
 read -ra generate_flags <<<"${GENERATE:-}"
