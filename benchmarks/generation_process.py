@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 from zlib import crc32
 
-from benchmarks.generation_data import Prompt, make_prompts
+from benchmarks.generation_data import MAX_NEW_TOKENS, PROMPT_TOKENS, Prompt, read_prompts
 from benchmarks.harness import REPOSITORY, TUNED_ALLOCATOR, Worker, WorkerError
 from spin.alignment.core.program import run_program
+from spin.alignment.models.config import Dtype
 
 if TYPE_CHECKING:
     from benchmarks.generation_contenders import Contender
+    from spin.alignment.data.chat_encoder import ChatEncoder
 
 END_SECONDS = 30.0
 # Otherwise vLLM would bind its threads to cores of its choice, and two engines to the same cores.
@@ -41,9 +43,18 @@ class Task:
     seed: int
     threads: int
     allocator: str
+    dtype: Dtype = "float32"
+    max_new_tokens: int = MAX_NEW_TOKENS
+    max_model_len: int = PROMPT_TOKENS[1] + MAX_NEW_TOKENS
 
-    def turn_prompts(self, turn: int) -> list[Prompt]:
-        return make_prompts(self.prompts, turn, self.seed)
+    def encoder(self) -> ChatEncoder:
+        """Return the encoder of the model's tokenizer."""
+        from spin.alignment.data.chat_encoder import load_encoder
+
+        return load_encoder(self.model_folder)
+
+    def turn_prompts(self, turn: int, encoder: ChatEncoder) -> list[Prompt]:
+        return read_prompts(self.turn_data(turn), encoder)
 
     def turn_data(self, turn: int) -> Path:
         """The same prompts as a data set."""
@@ -145,7 +156,8 @@ def measure(contender: Contender, turn: int) -> dict[str, Any]:
     """Let a contender answer the prompts of a turn.
 
     Returns:
-        seconds of both clocks, number of sampled tokens (including stop ids), and a checksum of each prompt id's response.
+        seconds of both clocks, number of sampled tokens (including stop ids), a checksum of each prompt id's response, and the
+        lengths in tokens of the prompts and, in the same order, of their responses.
     """
     contender.prepare(turn)
     gc.collect()
@@ -154,7 +166,11 @@ def measure(contender: Contender, turn: int) -> dict[str, Any]:
     seconds = {"wall_seconds": time.perf_counter() - started, "processor_seconds": processor_seconds() - processor}
     responses = contender.responses()
     sums = {prompt_id: crc32(json.dumps(ids).encode()) for prompt_id, ids in responses.items()}
-    return {**seconds, "tokens": sum(map(len, responses.values())), "checksums": sums}
+    lengths = {
+        "prompt_lengths": [len(prompt.token_ids) for prompt in contender.prompts],
+        "response_lengths": [len(responses[prompt.prompt_id]) for prompt in contender.prompts],
+    }
+    return {**seconds, **lengths, "tokens": sum(lengths["response_lengths"]), "checksums": sums}
 
 
 def play(task: Task, orders: IO[str], answers: IO[str]) -> None:

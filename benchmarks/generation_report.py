@@ -9,7 +9,11 @@ from typing import Any
 from benchmarks.report import BLUE, GREY, ratios
 
 # ratio -> (ours, peer, goal)
-RATIOS = {"vllm_vs_bare": ("vllm", "bare_vllm", 0.97), "transformers_vs_original": ("transformers", "original", 2.0)}
+RATIOS = {
+    "vllm_vs_bare": ("vllm", "bare_vllm", 0.97),
+    "transformers_vs_vllm": ("transformers", "bare_vllm", 1.0),
+    "transformers_vs_original": ("transformers", "original", 2.0),
+}
 GATHER_GOAL = 20_000  # rows per second and core
 FLAT_BYTES = 100 * 2**20  # maximum increase for ten times the rows
 MIB = 2**20
@@ -73,19 +77,18 @@ def add_goals(result: dict[str, Any]) -> None:
 
 def table(result: dict[str, Any]) -> str:
     """Return the tables that people read."""
-    columns = "{:<32}{:>10}{:>16}{:>14}"
-    lines = [columns.format("", "tokens/s", "from, to", "tokens each")]
+    columns = "{:<32}{:>10}{:>16}{:>14}{:>14}"
+    limit = "of the limit" if "limit" in result else ""
+    lines = [columns.format("", "tokens/s", "from, to", "tokens each", limit)]
     for facts in result["contenders"].values():
         if "error" in facts:
             lines.append(f"{facts['label']:<32}  failed: {facts['error'].splitlines()[-1]}")
             continue
         each = facts["reps"]["tokens_per_second"]
         spread = f"{min(each):.0f}, {max(each):.0f}"
-        lines.append(
-            columns.format(
-                facts["label"], f"{facts['tokens_per_second']:.0f}", spread, f"{facts['tokens_per_response']:.1f}"
-            )
-        )
+        share = f"{facts['limit_fraction']:.0%}" if "limit_fraction" in facts else ""
+        each_response = f"{facts['tokens_per_response']:.1f}"
+        lines.append(columns.format(facts["label"], f"{facts['tokens_per_second']:.0f}", spread, each_response, share))
     lines += [
         f"{name.replace('_', ' ')}: {result[name]:.3f} (from {low:.3f} to {high:.3f}; goal {RATIOS[name][2]:g})"
         for name, (low, high) in result["ratio_spread"].items()

@@ -12,7 +12,8 @@ from benchmarks.contenders import CONTENDERS
 from benchmarks.report import GIB
 from spin.alignment.core.errors import lookup
 from spin.alignment.core.files import read_json
-from spin.alignment.evaluation.statistics import wilson
+from spin.alignment.evaluation.statistics import Z95, wilson
+from spin.alignment.report.table import with_groups
 
 RESULTS = Path(__file__).parent / "results"
 # (heading, key, format); a column without any value is left out.
@@ -63,6 +64,13 @@ TABLES = {
     ),
 }
 
+# The rows of the table of the chat demo, which has columns of its own: (model, label).
+CHAT = (
+    ("sft", "SmolLM2-135M-Instruct"),
+    ("sft_continued", "rejection sampling: SFT on its accepted responses (control)"),
+    ("online", "**online DPO**, 20 steps"),
+)
+
 
 @cache
 def demos() -> dict[str, Any]:
@@ -73,7 +81,7 @@ def demos() -> dict[str, Any]:
 def rows_of(entry: str, model: str) -> list[dict[str, Any]]:
     """Return the rows of a model, one per seed that has it."""
     seeds = lookup(demos(), entry, "entry of demos.json")["seeds"]
-    return [row for rows in seeds.values() for row in rows if row["model"] == model]
+    return [with_groups(row) for rows in seeds.values() for row in rows if row["model"] == model]
 
 
 def half_width(rows: Sequence[dict[str, Any]], key: str) -> float | None:
@@ -115,8 +123,53 @@ def compared(rows: Sequence[dict[str, Any]], key: str) -> str:
     return f"better in {better}, worse in {worse} of {len(found)}"
 
 
+def paired(rows: Sequence[dict[str, Any]], against: str, key: str) -> str:
+    """Return the mean over seeds of a paired difference, ± half of its 95 % interval, and in how many seeds it is clear; a dash
+    if it is unknown.
+
+    Args:
+        against: ``against_start`` or ``against_control``.
+    """
+    found = [row[against][key] for row in rows if key in row.get(against, {})]
+    if not found:
+        return "–"
+    half = Z95 * math.hypot(*(item["se"] for item in found)) / len(found)
+    clear = sum(item["p_value"] < 0.05 for item in found)
+    return (
+        f"{sum(item['difference'] for item in found) / len(found):+.3f} ±{half:.3f} (clear in {clear} of {len(found)})"
+    )
+
+
+def chat_table() -> str:
+    """Return the table of the chat demo: shares of instructions followed, and the paired differences on held-out prompts."""
+    found = [(label, rows_of("chat", model)) for model, label in CHAT]
+    shares = {f"{name}, greedy": f"greedy_exact/{name}" for name in ("held-out prompts", "held-out kinds")} | {
+        "T=1": "sampled_exact",
+        "T=0.5": "sampled_exact_t05",
+    }
+    differences = [
+        (f"{short} against {other}", against, f"greedy_exact/{group}")
+        for short, group in (("prompts", "held-out prompts"), ("kinds", "held-out kinds"))
+        for other, against in (("the start", "against_start"), ("rejection sampling", "against_control"))
+    ]
+    headings = ["model", *shares, "length", *(heading for heading, _, _ in differences)]
+    lines = [
+        [
+            label,
+            *(cell(rows, key, "{:.3f}") for key in shares.values()),
+            cell(rows, "mean_length", "{:.1f}"),
+            *(paired(rows, against, key) for _, against, key in differences),
+        ]
+        for label, rows in found
+    ]
+    body = [headings, ["---"] * len(headings), *lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in body) + "\n\n" + caption(["chat"])
+
+
 def results_table(name: str) -> str:
     """Return a table of :data:`TABLES` with its caption: measures by model, over the seeds."""
+    if name == "chat":
+        return chat_table()
     models = lookup(TABLES, name, "table of results")
     found = [(label, rows_of(entry, model)) for entry, model, label in models]
     columns = [item for item in COLUMNS if any(row.get(item[1]) is not None for _, rows in found for row in rows)]
@@ -217,6 +270,32 @@ def generation_table(name: str) -> str:
         sentences.append(f"{words}: **{result[key]:.2f}x** ({low:.2f} to {high:.2f}; goal {goal:g})")
     same = f"{result['vllm_same_responses']:.0%} of the responses on vLLM have the engine's ids"
     return f"{table}\n\nTurn by turn, {'; '.join(sentences)}. {same}."
+
+
+def decoding_table(*names: str) -> str:
+    """Return the table of generation benchmarks with a chat model (``--model``), and the ratio of adjacent turns."""
+    lines = [
+        ["precision, threads", "", "tokens/s", "from, to", "of the limit", "ours / the engine (spread)"],
+        ["---"] * 6,
+    ]
+    for name in names:
+        result = read_json(RESULTS / f"{name}.json")
+        settings = result["settings"]
+        low, high = result["ratio_spread"]["transformers_vs_vllm"]
+        for contender, facts in result["contenders"].items():
+            turns = facts["reps"]["tokens_per_second"]
+            ratio = f"**{result['transformers_vs_vllm']:.2f}** ({low:.2f} to {high:.2f})"
+            lines.append(
+                [
+                    f"{settings['dtype']}, {settings['threads']}",
+                    facts["label"],
+                    f"{facts['tokens_per_second']:.0f}",
+                    f"{min(turns):.0f}, {max(turns):.0f}",
+                    f"{facts['limit_fraction']:.0%}" if "limit_fraction" in facts else "–",
+                    ratio if contender == "transformers" else "–",
+                ]
+            )
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def scale_table(name: str) -> str:

@@ -83,12 +83,12 @@ def make_model(shape: ModelShape, max_length: int, seed: int) -> Any:
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
-def load_model(folder: str) -> Any:
-    """Return a saved model, with float32 weights and PyTorch's attention."""
+def load_model(folder: str, dtype: str = "float32") -> Any:
+    """Return a saved model in a precision, with PyTorch's attention."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), attn_implementation="sdpa")
 
 
 def make_tokenizer(vocab_size: int) -> Any:

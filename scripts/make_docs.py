@@ -7,6 +7,7 @@ A generated section is enclosed by a marker and ``<!-- end -->``:
     <!-- keys: CLASS -->                 the settings of a class
     <!-- flags: CLASS -->                the same, with two dashes before each name
     <!-- keys: CLASS / group, group -->  only the settings of these groups
+    <!-- instructions -->                the kinds of verifiable instructions, from the docstrings of their functions
     <!-- packages -->                    the packages of spin/alignment in the order of imports
     <!-- modules -->                     one table of modules per package, from the first paragraph of each docstring
     <!-- results: NAME -->               a table of results (TABLES in benchmarks/result_tables.py) with intervals
@@ -16,6 +17,7 @@ A generated section is enclosed by a marker and ``<!-- end -->``:
     <!-- generation: FILE -->            the generation benchmark in benchmarks/results/FILE.json
     <!-- scale: FILE -->                 generation and gathering of many rows without a model, in the same folder
     <!-- faults: FILE -->                the faults that `python -m tests.faults` injected, in benchmarks/results/FILE.json
+    <!-- evidence: STUDY -->             the results of a study of docs/evidence.md so far, in benchmarks/results/evidence
     <!-- value: ENTRY / MODEL / KEY -->  one number of benchmarks/results/demos.json, inside a sentence
 """
 
@@ -29,7 +31,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.evidence.tables import evidence_tables  # noqa: E402
 from benchmarks.result_tables import (  # noqa: E402
+    decoding_table,
     faults_table,
     generation_table,
     ratios_table,
@@ -48,8 +52,10 @@ from spin.alignment.data.reformat import ReformatConfig  # noqa: E402
 from spin.alignment.evaluation.config import EvaluateConfig  # noqa: E402
 from spin.alignment.generation.config import GenerateConfig  # noqa: E402
 from spin.alignment.models.config import ModelConfig  # noqa: E402
-from spin.alignment.pairs.config import ConvertConfig  # noqa: E402
+from spin.alignment.pairs.config import ConvertConfig, SelectConfig  # noqa: E402
 from spin.alignment.pipeline.config import LaunchConfig, RunConfig, RunData  # noqa: E402
+from spin.alignment.rewards.instructions import KINDS  # noqa: E402
+from spin.alignment.rewards.instructions.rows import arguments_of  # noqa: E402
 from spin.alignment.token_weights.config import WeightsConfig  # noqa: E402
 from spin.alignment.training.keys import OutputConfig, SFTKeys, SPINKeys  # noqa: E402
 from spin.alignment.training.online.keys import OnlineKeys  # noqa: E402
@@ -57,7 +63,7 @@ from spin.alignment.training.online.keys import OnlineKeys  # noqa: E402
 CLASSES: dict[str, type] = {
     item.__name__: item
     for item in (
-        *(ReformatConfig, GenerateConfig, ConvertConfig, WeightsConfig, EvaluateConfig),
+        *(ReformatConfig, GenerateConfig, ConvertConfig, SelectConfig, WeightsConfig, EvaluateConfig),
         *(ModelConfig, DataConfig, OutputConfig, SPINKeys, SFTKeys, OnlineKeys),
         *(RunConfig, RunData, LaunchConfig),
     )
@@ -77,9 +83,10 @@ LAYERS = (
     ("report",),
 )
 TABLE = re.compile(r"<!-- (keys|flags): (\w+)(?: / ([\w, ]+))? -->\n.*?<!-- end -->", re.DOTALL)
-MAP = re.compile(r"<!-- (packages|modules) -->\n.*?<!-- end -->", re.DOTALL)
+MAP = re.compile(r"<!-- (packages|modules|instructions) -->\n.*?<!-- end -->", re.DOTALL)
 RESULTS = re.compile(
-    r"<!-- (results|speed|ratios|faults|generation|scale|sft): ([^>]+?) -->\n.*?<!-- end -->", re.DOTALL
+    r"<!-- (results|speed|ratios|faults|generation|decoding|scale|sft|evidence): ([^>]+?) -->\n.*?<!-- end -->",
+    re.DOTALL,
 )
 VALUE = re.compile(r"<!-- value: ([^/>]+) / ([^/>]+) / (\w+) -->.*?<!-- end -->")
 TABLE_OF = {
@@ -89,7 +96,9 @@ TABLE_OF = {
     "ratios": ratios_table,
     "faults": faults_table,
     "generation": generation_table,
+    "decoding": decoding_table,
     "scale": scale_table,
+    "evidence": evidence_tables,
 }
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
@@ -147,16 +156,26 @@ def module_table(title: str, paths: list[Path], folder: Path) -> str:
 
 
 def map_section(match: re.Match[str]) -> str:
-    """Return the up-to-date text of a section about packages or modules, markers included."""
+    """Return the up-to-date text of a section about packages, modules or instructions, markers included."""
     kind = match.group(1)
-    text = package_table() if kind == "packages" else module_tables()
-    return f"<!-- {kind} -->\n{text}\n<!-- end -->"
+    makers = {"packages": package_table, "modules": module_tables, "instructions": instructions_table}
+    return f"<!-- {kind} -->\n{makers[kind]()}\n<!-- end -->"
+
+
+def instructions_table() -> str:
+    """Return the table of the kinds of verifiable instructions, with their arguments."""
+    lines = ["| kind | arguments | a response that follows it |", "| --- | --- | --- |"]
+    for name, function in KINDS.items():
+        arguments = ", ".join(f"`{argument}`" for argument in arguments_of(function)) or "–"
+        text = " ".join((function.__doc__ or "").split()).replace("``", "`")
+        lines.append(f"| `{name}` | {arguments} | {text} |")
+    return "\n".join(lines)
 
 
 def results_section(match: re.Match[str]) -> str:
     """Return the up-to-date text of a table of results, markers included."""
     kind, names = match.groups()
-    text = TABLE_OF[kind](*(names.split(", ") if kind == "ratios" else [names]))
+    text = TABLE_OF[kind](*(names.split(", ") if kind in ("ratios", "decoding") else [names]))
     return f"<!-- {kind}: {names} -->\n{text}\n<!-- end -->"
 
 

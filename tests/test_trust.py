@@ -103,7 +103,9 @@ def faults_of_call(node: ast.Call, where: str, source: str) -> Iterator[str]:
     from_folder = name.endswith(
         ("AutoModelForCausalLM.from_pretrained", "AutoModelForSequenceClassification.from_pretrained")
     )
-    if from_folder and source.startswith("spin/") and not is_true(given.get("use_safetensors")):
+    # With gguf_file, transformers reads only that file, which is no pickle.
+    safe_format = is_true(given.get("use_safetensors")) or "gguf_file" in given
+    if from_folder and source.startswith("spin/") and not safe_format:
         yield f"{where} loads a model without use_safetensors=True"
 
 
@@ -144,10 +146,10 @@ def test_code_of_a_model_folder_is_not_run_unless_it_is_asked_for():
     from spin.alignment.evaluation.config import EvaluateConfig
     from spin.alignment.generation.config import GenerateConfig
     from spin.alignment.models.config import ModelConfig
-    from spin.alignment.pairs.config import ConvertConfig
+    from spin.alignment.pairs.config import ConvertConfig, SelectConfig
     from spin.alignment.token_weights.config import WeightsConfig
 
-    for config_class in (EvaluateConfig, GenerateConfig, ModelConfig, ConvertConfig, WeightsConfig):
+    for config_class in (EvaluateConfig, GenerateConfig, ModelConfig, ConvertConfig, SelectConfig, WeightsConfig):
         assert default_of(settings_of(config_class)["trust_remote_code"]) is False
 
 

@@ -11,11 +11,20 @@ from typing import Any
 import pytest
 
 from benchmarks.generation_contenders import real_tokens
-from benchmarks.generation_data import MEAN_TOKENS, PROMPT_TOKENS, make_prompts, save_model, save_prompts
+from benchmarks.generation_data import (
+    MEAN_TOKENS,
+    PROMPT_TOKENS,
+    make_prompts,
+    read_questions,
+    save_model,
+    save_prompts,
+)
+from benchmarks.generation_limit import Machine, Work, limit_seconds, work_of
 from benchmarks.generation_process import Seat, Task
 from benchmarks.generation_report import add_goals, add_ratios, add_scale, same_responses, summarize, table
 from benchmarks.generation_scale import GROUND_TRUTH_CHARACTERS, PROMPT_CHARACTERS, save_many
 from benchmarks.shapes import EOS_ID
+from spin.alignment.core.errors import InputError
 from tests.helpers import run_command
 
 
@@ -73,8 +82,39 @@ def test_share_of_the_same_responses() -> None:
 
 
 def test_padding_behind_the_stop_id_is_no_sampled_token() -> None:
-    assert real_tokens([7, 0, EOS_ID, 0, 0]) == [7, 0, EOS_ID]
-    assert real_tokens([7, 0, 8]) == [7, 0, 8]
+    assert real_tokens([7, 0, EOS_ID, 0, 0], [EOS_ID]) == [7, 0, EOS_ID]
+    assert real_tokens([7, 0, 8], [EOS_ID]) == [7, 0, 8]
+
+
+def test_limit_by_hand() -> None:
+    """Prompts of 10 and 20 tokens, responses of 3 and 1: 2 and 0 decoding steps, the longest row decides how often weights are
+    read. Prefill: 2 * (100 * 30 + 40 * 2) = 6160 operations. Decoding: 2 * 140 * 2 = 560 operations, and (140 * 2 weights + 8 *
+    (11 + 12) keys and values) * 2 bytes = 928 bytes."""
+    work = Work(trunk=100, head=40, kv=8, bytes_per_number=2)
+    assert limit_seconds(work, Machine(1000.0, 100.0), [10, 20], [3, 1]) == pytest.approx(6.16 + 9.28)
+    assert limit_seconds(work, Machine(1000.0, 1e9), [10, 20], [3, 1]) == pytest.approx(6.16 + 0.56)
+
+
+def test_work_of_a_model_is_that_of_its_weights() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(vocab_size=60, num_hidden_layers=3, **sizes)
+    model, work = LlamaForCausalLM(config), work_of(config, "float32")
+    matrices = [weight.numel() for name, weight in model.model.layers.named_parameters() if weight.dim() == 2]
+    assert (work.trunk, work.head) == (sum(matrices), model.lm_head.weight.numel())
+    assert (work.kv, work.bytes_per_number) == (3 * 2 * 2 * 8, 4)
+
+
+def test_questions_are_read_and_too_few_are_told(tmp_path: Path) -> None:
+    file = tmp_path / "test.jsonl"
+    file.write_text('{"question": "1+1?", "answer": "2"}\n{"question": "2+2?"}\n{"text": "3+3?"}\n')
+    assert read_questions(file, 2) == ["1+1?", "2+2?"]
+    with pytest.raises(InputError, match="line 3, has no key 'question'"):
+        read_questions(file, 3)
+    file.write_text('{"question": "1+1?"}\n')
+    with pytest.raises(InputError, match="has 1 questions, but 2 are needed"):
+        read_questions(file, 2)
 
 
 def test_prompts_differ_by_turn_and_their_text_becomes_their_ids(tmp_path: Path) -> None:
@@ -137,6 +177,8 @@ def test_bad_flags_are_refused_in_one_sentence(tmp_path: Path) -> None:
         (["--contenders", "vllm", "vllm"], "names one twice"),
         (["--reps", 0], "reps is 0"),
         (["--contenders", "--gather_rows", 0], "nothing to measure"),
+        (["--model", tmp_path], "model and questions require each other"),
+        (["--model", tmp_path, "--questions", tmp_path], "set gather_rows to 0"),
     ):
         done = run_benchmark(*flags, "--out", tmp_path / "out.json")
         assert done.returncode == 2 and words in done.stderr, done.stderr

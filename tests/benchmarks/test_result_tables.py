@@ -35,6 +35,34 @@ def test_paired_verdicts_are_counted_over_seeds():
     assert result_tables.compared(rows, "nll") == "–" and result_tables.compared([{}], "greedy_exact") == "–"
 
 
+def test_the_table_of_the_chat_demo_by_hand(monkeypatch):
+    def row(model, prompts, kinds, **against):
+        groups = {"held-out prompts": prompts, "held-out kinds": kinds}
+        scores = {
+            name: {"n": 9, "greedy_exact": value, "greedy_exact_interval": [value - 0.1, value + 0.1]}
+            for name, value in groups.items()
+        }
+        paired = {side: {"greedy_exact/held-out prompts": item} for side, item in against.items()}
+        return {"model": model, "n": 18, "sampled_exact": 0.5, "mean_length": 40.0, "groups": scores, **paired}
+
+    def seed(online, difference, p_value):
+        against = {"difference": difference, "se": 0.03, "p_value": p_value, "prompts": 9}
+        return [row("sft", 0.2, 0.1), row("sft_continued", 0.3, 0.1), row("online", online, 0.2, against_start=against)]
+
+    found = {"chat": {"machine": "two cores", "seeds": {"1": seed(0.4, 0.2, 0.001), "2": seed(0.5, 0.3, 0.2)}}}
+    monkeypatch.setattr(result_tables, "demos", lambda: found)
+    lines = result_tables.results_table("chat").splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[:5]]
+    online = dict(zip(cells[0], cells[-1], strict=True))
+    assert online["model"] == "**online DPO**, 20 steps"
+    assert online["held-out prompts, greedy"] == "0.450 ±0.071 (0.400 to 0.500)"  # 0.1 / sqrt(2)
+    assert online["held-out kinds, greedy"] == "0.200 ±0.071"
+    # 1.96 * 0.03 / sqrt(2)
+    assert online["prompts against the start"] == "+0.250 ±0.042 (clear in 1 of 2)"
+    assert online["prompts against rejection sampling"] == online["kinds against the start"] == "–"
+    assert "seeds 1, 2, 18 held-out prompts each, two cores" in lines[-1]
+
+
 def test_finished_runs_are_collected(tmp_path):
     from spin.alignment.pipeline.config import open_run
 
@@ -66,7 +94,7 @@ def test_every_table_has_values_and_intervals_of_every_model(name):
     assert len(lines) == len(result_tables.TABLES[name]) + 4
     for line in lines[2:-2]:
         assert all("±" in text for text in line.split("|")[2:5]), line
-    assert "held-out prompts each" in lines[-1] and "CPU" in lines[-1]
+    assert "held-out prompts each" in lines[-1] and "cores" in lines[-1]
 
 
 def test_a_changed_number_makes_a_page_stale():

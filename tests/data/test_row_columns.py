@@ -126,6 +126,17 @@ def test_a_part_of_the_prompt_beside_texts_is_refused(name):
     assert read({**FORMS["question and answer"], name: []})[0].messages == [USER, ANSWER]
 
 
+@pytest.mark.parametrize("as_text", [False, True])
+def test_instructions_for_a_scorer_are_carried_and_others_refused(as_text):
+    checked = [{"kind": "no_commas"}, {"kind": "lines", "arguments": {"count": 2}}]
+    row = FORMS["prompt and response"] | {"instructions": json.dumps(checked) if as_text else checked}
+    (found,) = to_conversations(row, "row")
+    assert found.extra_columns == {"instructions": row["instructions"]}
+    for other in ("Answer briefly.", ["Answer briefly."], [{"text": "Answer briefly."}], "[1"):
+        with pytest.raises(InputError, match="row has 'instructions', which would change the prompt"):
+            to_conversations(row | {"instructions": json.dumps(other) if as_text else other}, "row")
+
+
 def test_raw_material_beside_whole_turns_is_carried():
     conversation, notes = read({**FORMS["messages"], "instruction": "q", "options": ["x"]})
     assert conversation.messages == [USER, ANSWER] and notes.carried == {"instruction", "options"}

@@ -18,7 +18,7 @@ from spin.alignment.evaluation.responses import average_responses, read_response
 from spin.alignment.generation.base import Response
 from spin.alignment.models.config import ModelConfig
 from spin.alignment.models.loading import load_model
-from spin.alignment.rewards import SCORERS
+from spin.alignment.rewards import SCORERS, Part, Score
 from spin.alignment.rewards.rules import RuleScorer
 from tests.helpers import run_main
 from tests.helpers.real_templates import byte_tokenizer
@@ -246,6 +246,39 @@ def test_a_metric_by_dotted_path_and_a_sum(tiny_model, tmp_path):
         )
         assert code == 0, err
         assert json.loads(output.read_text())["temperatures"]["0"]["exact"] == expected
+
+
+def word_shares(prompt: str, response: str, reference: str, words: list[str]) -> Score:
+    """Whether the prompt ends with the first word, and the share of the words that it contains."""
+    return Score(float(prompt.endswith(words[0])), {"words": Part(sum(word in prompt for word in words), len(words))})
+
+
+def test_prompts_without_ground_truth_and_a_metric_of_several_numbers(tiny_model, tmp_path):
+    lines = [
+        {"prompt": "1+1", "words": ["1", "2"]},
+        {"prompt": "2+1", "words": ["1", "2", "+"]},
+        {"prompt": "2+2", "words": []},
+    ]
+    data, output = tmp_path / "data", tmp_path / "eval.json"
+    data.mkdir()
+    (data / "test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    flags = [evaluate_model.main, "--model", tiny_model, "--input_dir", data, "--output_file", output]
+    flags += ["--max_new_tokens", 2, "--temperatures", 0]
+    code, _, err = run_main(*flags, "--metric", "tests.evaluation.test_evaluation:word_shares")
+    assert code == 0, err
+    result, stored = json.loads(output.read_text()), read_responses(tmp_path / "eval.parquet")
+    found = result["temperatures"]["0"]
+    assert result["n"] == 3 and "nll" not in result and "identical_rate" not in found
+    # The third prompt cannot be scored: it is named, and counts in neither number.
+    assert len(result["skipped"]) == 1 and "IndexError" in result["skipped"][0]["reason"]
+    assert found["exact"] == 1.0 and found["parts"]["words"]["value"] == 4 / 5 and found["parts"]["words"]["n"] == 2
+    assert found["parts"]["words"]["value_se"] == pytest.approx(
+        0.24
+    )  # residuals -0.6 and 0.6, over 2.5 words per prompt
+    assert {len(row["parts"] or []) for row in stored.by_prompt.values()} == {0, 1}
+    assert all(row["nats"] is None and row["ground_truth"] is None for row in stored.by_prompt.values())
+    code, _, err = run_main(*flags, "--metric", "math_answer")
+    assert code == 2 and "no held-out row of" in err
 
 
 @pytest.mark.parametrize(

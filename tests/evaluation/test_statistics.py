@@ -9,8 +9,10 @@ import pytest
 
 from spin.alignment.evaluation.statistics import (
     Z95,
+    bootstrap_difference,
     compare_means,
     compare_ratios,
+    holm,
     mcnemar,
     mean,
     proportion,
@@ -101,3 +103,24 @@ def test_the_exact_test_is_rarely_wrong_and_the_paired_one_sees_more():
         seen += compare_means(better, answers[0]).is_clear
     assert false_alarms / trials <= 0.055
     assert seen / trials > 0.9
+
+
+def test_bootstrap_agrees_with_the_error_of_a_paired_mean():
+    random = np.random.default_rng(1)
+    one, other = random.random((1, 400)), random.random((1, 400))
+    as_rows = [[[(float(value), 1.0) for value in seed] for seed in scores] for scores in (one, other)]
+    found = bootstrap_difference(*as_rows, samples=2000)
+    differences = (one - other)[0]
+    assert found.value == pytest.approx(differences.mean())
+    assert found.error == pytest.approx(differences.std(ddof=1) / 20, rel=0.06)
+    low, high = found.interval
+    assert low == pytest.approx(found.value - 1.96 * found.error, abs=0.005) and high > found.value
+    # A second seed that says the opposite: the spread between seeds is part of the error.
+    swapped = bootstrap_difference([*as_rows[0], *as_rows[1]], [*as_rows[1], *as_rows[0]], samples=500)
+    assert swapped.value == pytest.approx(0.0)
+
+
+def test_holm_by_hand():
+    # Sorted: 0.01 x 3, 0.02 x 2, 0.03 x 1, never below the one before.
+    assert holm([0.03, 0.01, 0.02]) == pytest.approx([0.04, 0.03, 0.04])
+    assert holm([0.5, 0.9]) == [1.0, 1.0] and holm([]) == []

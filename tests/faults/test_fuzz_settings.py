@@ -27,7 +27,7 @@ from spin.alignment.data.reformat import ReformatConfig
 from spin.alignment.evaluation.config import EvaluateConfig
 from spin.alignment.generation.config import GenerateConfig
 from spin.alignment.models.config import ModelConfig
-from spin.alignment.pairs.config import ConvertConfig
+from spin.alignment.pairs.config import ConvertConfig, SelectConfig
 from spin.alignment.pipeline import program_settings
 from spin.alignment.pipeline.config import LaunchConfig, RunConfig, RunData, make_run_config
 from spin.alignment.pipeline.launch_config import check_launch_config
@@ -106,7 +106,9 @@ def test_a_value_is_read_as_it_was_written(value: Any) -> None:
     assert yaml.safe_dump(found, allow_unicode=True) == text or isinstance(value, dict | list | str)
 
 
-@pytest.mark.parametrize("config_class", [ReformatConfig, GenerateConfig, ConvertConfig, WeightsConfig, EvaluateConfig])
+@pytest.mark.parametrize(
+    "config_class", [ReformatConfig, GenerateConfig, ConvertConfig, SelectConfig, WeightsConfig, EvaluateConfig]
+)
 @FAST
 @given(data=st.data())
 def test_flags(config_class: type, data: st.DataObject) -> None:
@@ -151,7 +153,8 @@ def test_run_configurations(data: st.DataObject, base: tuple[Path, dict[str, Any
         "model": values["model_name_or_path"],
         "data": {"train": str(path.parent)},
     }
-    sections = {"generate": GenerateConfig, "convert": ConvertConfig, "evaluate": EvaluateConfig, "data": RunData}
+    sections = {"generate": GenerateConfig, "convert": ConvertConfig, "select": SelectConfig}
+    sections |= {"evaluate": EvaluateConfig, "data": RunData}
     for key in data.draw(st.lists(st.sampled_from(known_keys(RunConfig)), max_size=3)):
         if key in sections and data.draw(st.booleans()):
             inside = st.dictionaries(st.sampled_from(known_keys(sections[key])), VALUES, max_size=2)
@@ -164,6 +167,9 @@ def test_run_configurations(data: st.DataObject, base: tuple[Path, dict[str, Any
         if config.self_play_iterations:
             program_settings.generate_config(config, 0)
             program_settings.convert_config(config, 0)
+        if config.select is not None:
+            program_settings.sample_config(config)
+            program_settings.select_config(config)
         program_settings.evaluate_config(config, "start", config.start_model)
 
     ends_well(check)

@@ -78,6 +78,20 @@ def test_draw_by_hand():
     assert draw_tokens(logits, uniforms, SamplingConfig()).tolist() == [1, 1, 2, 2, 3]
 
 
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.0}, {"temperature": 0.7, "top_k": 40, "top_p": 0.8}])
+def test_tokens_do_not_depend_on_how_many_rows_are_processed_together(monkeypatch, settings):
+    """Nor on the precision that the same numbers are stored in."""
+    torch.manual_seed(5)
+    logits = (torch.randn(7, 600) * 3).bfloat16()
+    uniforms, sampling = torch.rand(7, dtype=torch.float64), SamplingConfig(**settings)
+    together = draw_tokens(logits.float(), uniforms, sampling).tolist()
+    logprobs = token_logprobs(logits.float(), torch.tensor(together))
+    for numbers in (1, 600, 1800):  # one row at once, one, three
+        monkeypatch.setattr("spin.alignment.generation.transformers.sampling._CACHED_NUMBERS", numbers)
+        assert draw_tokens(logits, uniforms, sampling).tolist() == together
+        torch.testing.assert_close(token_logprobs(logits, torch.tensor(together)), logprobs)
+
+
 def test_ties_at_a_cut_off_are_kept_whole():
     """Three tokens share the place of the second likeliest: all of them can be drawn, the others cannot."""
     logits = torch.tensor([[0.0, 2.0, 1.0, 1.0, 1.0, -1.0]]).repeat(1000, 1)

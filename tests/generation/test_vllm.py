@@ -34,7 +34,8 @@ def main():
     model, stop_id = sys.argv[1], int(sys.argv[2])
     decode = ChatEncoder(load_tokenizer(model)).decode
     settings = BackendSettings(
-        model, stop_ids=[stop_id], max_model_len=64, gpu_memory_utilization=0.3, batch_size=16, decode=decode
+        model, stop_ids=[stop_id], max_model_len=64, gpu_memory_utilization=0.3, batch_size=16, decode=decode,
+        masked_ids=tuple(range(40, 60)),
     )
     backend = make_backend("vllm", settings)
     requests = [PromptRequest(f"p{n}", tuple(range(5, 5 + length))) for n, length in enumerate([3, 9, 1, 6, 6, 12])]
@@ -97,6 +98,8 @@ def test_seeds_hold_in_any_order_and_the_stop_id_is_kept(model, tmp_path):
     for row in said["forward"]:
         assert len({tuple(response["token_ids"]) for response in row}) == 3
     responses = [response for row in said["forward"] for response in row]
+    sampled = {token for response in responses for token in response["token_ids"]}
+    assert len(sampled) > 20 and sampled.isdisjoint(range(40, 60)), "the engine ignored logit_bias"
     assert {response["finish_reason"] for response in responses} == {"stop", "length"}
     for response in responses:
         ids, stopped = response["token_ids"], response["finish_reason"] == "stop"

@@ -71,7 +71,7 @@ def test_a_configuration_comes_with_those_it_extends_and_names(folder):
     assert written(folder) >= {"config_iter2.yaml", "config.yaml"}
 
 
-@pytest.mark.parametrize("name", [*config_names(), "online", "sppo", "wspin", "scripts"])
+@pytest.mark.parametrize("name", [*config_names(), "chat", "online", "sppo", "wspin", "scripts"])
 def test_every_name_is_written_and_nothing_it_refers_to_is_missing(folder, name, monkeypatch):
     monkeypatch.setattr("spin.alignment.pipeline.demos.sorting.write_data", lambda folder: folder.mkdir())
     code, out, err = run_main(cli.main, "init", name)
@@ -121,8 +121,8 @@ def test_help_lists_every_name(folder):
     code, out, _ = run_main(cli.main, "init", "--help")
     assert code == 0
     listed = set(re.findall(r"^  ([\w.]+) ", out.partition("names:")[2], re.MULTILINE))
-    demos = {"demo_online", "demo_sppo", "demo_wspin"}
-    assert listed == (set(config_names()) - demos) | {"online", "sppo", "wspin", "scripts"}
+    demos = {"demo_chat", "demo_online", "demo_sppo", "demo_wspin"}
+    assert listed == (set(config_names()) - demos) | {"chat", "online", "sppo", "wspin", "scripts"}
 
 
 def test_the_shell_scripts_find_the_programs_of_the_installed_package(folder):

@@ -272,3 +272,21 @@ def test_rows_that_cannot_be_encoded_are_counted(tiny_model, tmp_path):
     record = metrics(train(write_config(tmp_path, tiny_model, data, max_steps=1)))
     assert record["rows"] == {"train": 2}
     assert list(record["dropped"].values()) == [1]
+
+
+def test_the_best_checkpoint_becomes_the_model(tiny_model, sums, tmp_path):
+    """With load_best_model_at_end, training stops where held-out NLL is lowest; a rate that is far too high makes it rise."""
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 3}
+    settings |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": False}
+    config = write_config(
+        *(tmp_path, tiny_model, sums),
+        dataset_splits=["train", "test"],
+        learning_rate=0.5,
+        lr_scheduler_type="constant",
+        **settings,
+    )
+    out = train(config)
+    losses = {entry["step"]: entry["eval_loss"] for entry in metrics(out)["history"] if "eval_loss" in entry}
+    best = min(losses, key=lambda step: losses[step])
+    assert set(losses) == {1, 2, 3} and best < 3
+    assert same(out, out / f"checkpoint-{best}") and not same(out, out / "checkpoint-3")

@@ -17,6 +17,7 @@ from tests.helpers import REPOSITORY, program_environment, run_command
 SOURCES = (
     "spin",
     "configs",
+    "data/instructions",
     "data/iter0",
     "scripts",
     "setup.py",
@@ -77,7 +78,7 @@ def test_the_wheel_holds_what_is_needed_and_nothing_else(wheel):
     assert {"spin/py.typed", *templates} < modules
     assets = {
         f"spin/assets/{name}/{path}"
-        for name in ("configs", "data/iter0", "scripts")
+        for name in ("configs", "data/instructions", "data/iter0", "scripts")
         for path in files_under(REPOSITORY / name)
     }
     assert {"spin/assets/configs/demo.yaml", "spin/assets/scripts/slurm/generate.sbatch"} < assets

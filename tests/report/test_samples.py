@@ -30,6 +30,11 @@ def test_texts_are_stored_once():
     assert found["answers"] == {"0": {"sft": [[1, 1.0, 3, 0], [3, None, 5, 1]], "iter0": [[1, 0.3333, 3, 0], None]}}
 
 
+def test_a_prompt_may_have_no_ground_truth():
+    found = HeldOutResponses({"0": {"a": row("a", "4") | {"ground_truth": None}}})
+    assert all_samples({"sft": found}, {"sft": LENGTHS})["prompts"] == [["a", 0, None]]
+
+
 def test_a_page_takes_only_so_many_texts():
     both = responses(a=("x" * 50,), b=("y" * 50,))
     found = all_samples({"sft": both}, {"sft": LENGTHS}, budget=40)

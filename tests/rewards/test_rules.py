@@ -177,7 +177,7 @@ def test_bad_dotted_path_is_one_sentence(my_rules, name, sentence):
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("bleu", "unknown scorer 'bleu': choose one of exact_match, format, judge, .*or write module:function"),
+        ("bleu", "unknown scorer 'bleu': choose one of exact_match, format, .*judge, .*or write module:function"),
         ("", "scorer '' has an empty term"),
         ("math_answer+", "has an empty term: join rules as in"),
         ("half*format", "'half' in the scorer's term 'half.format' is not a weight"),

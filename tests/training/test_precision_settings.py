@@ -11,7 +11,7 @@ import torch
 
 from spin.alignment.core.errors import InputError
 from spin.alignment.models.library_output import name_accelerator
-from spin.alignment.models.precision import generation_dtype
+from spin.alignment.models.precision import decoding_dtype
 from spin.alignment.training.run import precision_remarks
 from spin.alignment.training.settings import Settings, read_settings
 from spin.alignment.training.trainer import SPINConfig
@@ -51,15 +51,17 @@ def cpu_with(monkeypatch, **instructions: bool) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions)
 
 
-def test_generating_in_float32_is_said_where_this_cpu_is_faster_in_bfloat16(large, tiny_model, monkeypatch, capsys):
-    sentence = f"{large} is used in float32, the precision of its weights (dtype: auto); this CPU is faster in bfloat16"
+def test_a_large_float32_model_generates_in_bfloat16_on_a_cpu_that_is_faster_in_it(
+    large, tiny_model, monkeypatch, capsys
+):
+    sentence = f"{large} is stored in float32 and this CPU is faster in bfloat16: responses are generated in bfloat16"
     cpu_with(monkeypatch, avx512_bf16=True)
-    assert generation_dtype(str(large), "auto") == "auto" and sentence in capsys.readouterr().err
+    assert decoding_dtype(str(large), None, "auto") == "bfloat16" and sentence in capsys.readouterr().err
     # Chosen by the user, too small to matter, or on a CPU that would emulate it.
-    assert generation_dtype(str(large), "float32") == "float32"
-    assert generation_dtype(str(tiny_model), "auto") == "auto"
+    assert decoding_dtype(str(large), None, "float32") == "float32"
+    assert decoding_dtype(str(tiny_model), None, "auto") == "auto"
     cpu_with(monkeypatch, avx512_f=True, avx512_bf16=False)
-    assert generation_dtype(str(large), "auto") == "auto"
+    assert decoding_dtype(str(large), None, "auto") == "auto"
     assert capsys.readouterr().err == ""
 
 

@@ -13,7 +13,7 @@ _USER_CHOICES = ("GLIBC_TUNABLES", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_",
 
 
 def keep_freed_memory() -> bool:
-    """Let this process reuse the memory of freed tensors, for training on a CPU; return whether that was done.
+    """Let this process reuse the memory of freed tensors, for training or generating on a CPU; return whether that was done.
 
     By default glibc maps every block above 32 MiB anew and unmaps it when it is freed. Nothing is changed for another C
     library, or if the environment configures the allocator.

@@ -1,4 +1,4 @@
-"""Files that ship with the project but are not modules: ``configs/``, ``data/iter0/`` and ``scripts/``.
+"""Files that ship with the project but are not modules: ``configs/``, ``scripts/``, and the data of two demos.
 
 An installed package has its own copies in ``spin/assets`` (``setup.py`` puts them there); in a checkout, including an
 editable install, they are the folders of the repository. :func:`asset` hides the difference.

@@ -102,6 +102,17 @@ def _is_no_list(value: Any) -> bool:
     return is_empty(value) or not isinstance(value, list | tuple)
 
 
+def _is_verifiable(value: Any) -> bool:
+    """Whether these are instructions for a scorer, which the prompt has in words: objects with ``kind``, or their JSON text."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return is_empty(value)
+    several = isinstance(value, list | tuple) and all(isinstance(item, Mapping) and "kind" in item for item in value)
+    return is_empty(value) or several
+
+
 @dataclass(frozen=True)
 class Refusal:
     """A kind of column (or key of a turn) that would change what is trained.
@@ -216,9 +227,15 @@ REFUSALS = (
         "which would change the prompt",
         f"write it into the prompt, {_IGNORE}",
         names=_set(
-            "background choices context contexts document evidence history input inputs instruction instructions options passage "
-            "passages"
+            "background choices context contexts document evidence history input inputs instruction options passage passages"
         ),
+        beside_text=True,
+    ),
+    Refusal(
+        "which would change the prompt",
+        f"write it into the prompt, {_IGNORE}",
+        names=_set("instructions"),
+        allows=_is_verifiable,
         beside_text=True,
     ),
 )

@@ -50,6 +50,25 @@ def read_held_out(
     return usable, skipped
 
 
+def read_to_score(
+    source: str, split: str, compares: bool, limit: int = 0
+) -> tuple[list[dict[str, Any]], list[Skipped]]:
+    """Return :func:`read_held_out` for a metric that ``compares`` responses with the ground truth, or does not.
+
+    A data set in which no row has a ground truth is used as it is if the metric needs none. In any other, a row without one is
+    skipped: it is more likely to be damaged.
+
+    Raises:
+        InputError: as :func:`read_held_out`.
+    """
+    try:
+        return read_held_out(source, split, limit)
+    except InputError:
+        if compares:
+            raise
+        return read_held_out(source, split, limit, ground_truth_required=False)
+
+
 def check_any_left(rows: Sequence[Any], skipped: Sequence[Skipped], source: str) -> None:
     """Check that at least one held-out row remains.
 

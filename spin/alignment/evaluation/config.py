@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,23 +14,24 @@ from spin.alignment.data.source_names import name_and_config, with_config
 from spin.alignment.data.template_date import parse_date
 from spin.alignment.generation import BACKENDS, check_backend_settings, find_backend
 from spin.alignment.generation.base import BackendSettings, SamplingConfig
+from spin.alignment.generation.config import DTYPE_HELP
 from spin.alignment.models.config import Dtype, ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """Score a model on held-out prompts with ground truth."""
+    """Score a model on held-out prompts."""
 
     model: str = setting(help="model folder or Hub name", group="model", path="input", set_by_run=True)
     revision: str | None = same_as(ModelConfig, "model_revision", set_by_run=True)
-    dtype: Dtype = same_as(ModelConfig, "dtype")
+    dtype: Dtype = same_as(ModelConfig, "dtype", help=DTYPE_HELP)
     system: System = same_as(DataConfig, "system")
     chat_template_kwargs: dict[str, Any] = same_as(DataConfig, "chat_template_kwargs", set_by_run=True)
     template_date: str | None = same_as(DataConfig, "template_date", set_by_run=True, unset="today")
     trust_remote_code: bool = same_as(ModelConfig, "trust_remote_code")
 
     input_dir: str = setting(
-        help="prompts with ground truth: folder, file or Hub name",
+        help="prompts, with ground truth if the metric compares with it: folder, file or Hub name",
         group="prompts and scores",
         path="input",
         set_by_run=True,
@@ -44,6 +46,9 @@ class EvaluateConfig:
     metric: str = setting(
         "exact_match", "a rule: exact_match, math_answer, module:function, or a sum (docs/scoring.md)"
     )
+    group_by: str | None = setting(
+        None, "column of the data, such as a topic or a difficulty: the scores are also averaged for each of its values"
+    )
     limit: int = setting(0, "held-out prompts to use, drawn with a fixed seed (0: all)", ge=0)
     samples: int = setting(
         3, "prompts whose responses the JSON file and the report show; eval.parquet has the responses to all", ge=0
@@ -56,7 +61,12 @@ class EvaluateConfig:
     seed: int = same_as(SamplingConfig, "seed", set_by_run=True)
 
     backend: str = setting("transformers", "transformers or vllm", group="backend")
-    batch_size: int = setting(16, "prompts per batch (transformers)", ge=1)
+    batch_size: int | None = setting(
+        None,
+        "prompts per batch (transformers)",
+        unset="the backend's own; 16 for log-likelihoods",
+        ge=1,
+    )
     tensor_parallel_size: int = same_as(BackendSettings, "tensor_parallel_size")
 
     def __post_init__(self) -> None:
@@ -106,3 +116,15 @@ class EvaluateConfig:
         if self.metric.isidentifier():
             lookup(SCORERS, self.metric, "metric")
         find_scorer(self.metric)
+
+    def check_columns(self, columns: Mapping[str, Any]) -> None:
+        """Check that a row has the columns that the metric and ``group_by`` read.
+
+        Raises:
+            InputError: a column is missing, or its value cannot be used.
+        """
+        from spin.alignment.rewards import check_columns
+
+        check_columns(self.metric, columns)
+        if self.group_by is not None and columns.get(self.group_by) is None:
+            raise InputError(f"it has no column '{self.group_by}', which group_by names")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from spin.alignment.core.console import say, say_error
+from spin.alignment.core.errors import InputError
 from spin.alignment.evaluation.config import EvaluateConfig
 
 if TYPE_CHECKING:
@@ -16,6 +18,9 @@ if TYPE_CHECKING:
     from spin.alignment.data.held_out_rows import Skipped
     from spin.alignment.evaluation.held_out import HeldOut
     from spin.alignment.generation.base import GenerationBackend
+
+PROGRESS_PROMPTS = 256  # between two reports
+SCORED_TOGETHER = 16  # ground truths in one forward pass, whose logits are all in memory
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
@@ -73,14 +78,17 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     for line in describe_skipped(skipped):
         say_error(line)
     exact = ", ".join(f"T={name} {values['exact']:.3f}" for name, values in result["temperatures"].items())
-    say(f"{config.model}: {config.metric} {exact}; NLL of the ground truth {result['nll']:.4f} nats per token")
+    nll = f"; NLL of the ground truth {result['nll']:.4f} nats per token" if "nll" in result else ""
+    say(f"{config.model}: {config.metric} {exact}{nll}")
     return result
 
 
 def provenance(config: EvaluateConfig, encoder: ChatEncoder, folder: Path, count: int) -> Provenance:
     """Return the record of what the responses were made from."""
     from spin.alignment.core.provenance import Provenance, hash_weights, package_versions
+    from spin.alignment.models.precision import machine_dtype
 
+    chosen = machine_dtype(folder, config.dtype)
     return Provenance(
         kind="evaluation",
         model=config.model,
@@ -93,7 +101,7 @@ def provenance(config: EvaluateConfig, encoder: ChatEncoder, folder: Path, count
         split=config.split,
         num_prompts=count,
         versions=package_versions(),
-        extra={"metric": config.metric},
+        extra={"metric": config.metric} | ({"computed_in": chosen} if chosen else {}),
     )
 
 
@@ -103,22 +111,42 @@ def load_held_out(config: EvaluateConfig, encoder: ChatEncoder, context: int) ->
     Raises:
         InputError: the data cannot be read, or no row of it can be used.
     """
-    from spin.alignment.data.held_out_rows import check_any_left, read_held_out
+    from spin.alignment.data.held_out_rows import check_any_left, read_to_score
     from spin.alignment.evaluation.held_out import encode_held_out
+    from spin.alignment.rewards import needs_reference
 
-    rows, unreadable = read_held_out(config.input_dir, config.split, config.limit)
+    compares = needs_reference(config.metric)
+    rows, unreadable = read_to_score(config.input_dir, config.split, compares, config.limit)
+    rows, unscorable = scorable_rows(config, rows)
     held_out, unusable = encode_held_out(rows, encoder, context, config.max_new_tokens)
+    unusable = unscorable + unusable
     check_any_left(held_out, unusable, f"{config.input_dir}, split {config.split}")
     return held_out, [*unreadable, *unusable]
 
 
+def scorable_rows(config: EvaluateConfig, rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[Skipped]]:
+    """Return the rows that have the columns which the metric and ``group_by`` read, and those that are skipped."""
+    from spin.alignment.data.rows import scorer_columns
+
+    usable, skipped = [], []
+    for row in rows:
+        try:
+            config.check_columns(scorer_columns(row))
+        except InputError as error:
+            skipped.append({"prompt_id": row["prompt_id"], "reason": str(error)})
+        else:
+            usable.append(row)
+    return usable, skipped
+
+
 def averages(config: EvaluateConfig, rows: list[dict[str, Any]], count: int) -> dict[str, Any]:
-    """Return the averages over the rows of all temperatures, ``count`` of each, and the first few prompts with their responses.
+    """Return the averages over the rows of all temperatures, ``count`` of each, with ``group_by`` also those of each group, and
+    the first few prompts with their responses.
 
     Raises:
         InputError: the metric failed on every response, or no log-likelihood is finite.
     """
-    from spin.alignment.evaluation.responses import average_nats, average_responses
+    from spin.alignment.evaluation.responses import average_groups, average_nats, average_responses
 
     names = [f"{temperature:g}" for temperature in config.temperatures]
     parts = {name: rows[place * count : (place + 1) * count] for place, name in enumerate(names)}
@@ -133,6 +161,7 @@ def averages(config: EvaluateConfig, rows: list[dict[str, Any]], count: int) -> 
     ]
     return {
         "temperatures": {name: average_responses(part) for name, part in parts.items()},
+        **({} if config.group_by is None else {"groups": average_groups(parts)}),
         **average_nats(rows[:count]),
         "samples": samples,
     }
@@ -145,23 +174,27 @@ def answer_and_score(
     skipped: list[Skipped],
     masked_ids: tuple[int, ...],
 ) -> list[dict[str, Any]]:
-    """Generate and score with one loaded model (an engine is closed before the model is loaded for the log-likelihoods); return
+    """Generate and score with one loaded model (otherwise it is freed before the model for the log-likelihoods is loaded); return
     the rows of ``eval.parquet``. Responses that cannot be scored are added to ``skipped``; ``masked_ids`` are never sampled.
     """
     import torch
 
     from spin.alignment.models.config import ModelConfig
+    from spin.alignment.models.folder import model_folder
     from spin.alignment.models.loading import load_model
-    from spin.alignment.models.precision import generation_dtype
+    from spin.alignment.models.precision import generation_dtype, machine_dtype
 
     backend = open_backend(config, held_out, encoder, masked_ids)
     try:
         rows = respond_and_score(config, backend, held_out, encoder, skipped)
         model = getattr(backend, "model", None)
-        if model is not None:
+        # The log-likelihoods are those of the stored weights, even where responses are generated with rounded ones.
+        if model is not None and machine_dtype(model_folder(config.model, config.revision), config.dtype) is None:
             return with_nats(config, rows, model, held_out, encoder, skipped)
     finally:
         backend.close()
+    if all(item.ground_truth is None for item in held_out):
+        return [row | {"nats": None} for row in rows]
     loaded = ModelConfig(
         model_name_or_path=config.model,
         model_revision=config.revision,
@@ -204,21 +237,18 @@ def respond_and_score(
     """Return the scored rows of every temperature in turn, in the order of the prompts."""
     from spin.alignment.evaluation.held_out import respond
     from spin.alignment.evaluation.responses import scored_rows
-    from spin.alignment.generation import find_backend
     from spin.alignment.rewards import find_scorer
     from spin.alignment.rewards.rules import RuleScorer
 
     scorer = RuleScorer(config.metric, find_scorer(config.metric))
-    # Only sets how often progress is shown, in prompts.
-    chunk = config.batch_size * 16 if find_backend(config.backend).holds_batch else len(held_out)
     rows: list[dict[str, Any]] = []
     for temperature in config.temperatures:
-        responses = respond(backend, held_out, config.sampling(temperature), chunk, say_error)
+        responses = respond(backend, held_out, config.sampling(temperature), say_error)
         texts = [
             encoder.response_text(response.token_ids, item.chat_template_kwargs)
             for item, response in zip(held_out, responses, strict=True)
         ]
-        rows += scored_rows(config.model, temperature, held_out, responses, texts, scorer, skipped)
+        rows += scored_rows(config.model, temperature, held_out, responses, texts, scorer, skipped, config.group_by)
     return rows
 
 
@@ -230,11 +260,18 @@ def with_nats(
     encoder: ChatEncoder,
     skipped: list[Skipped],
 ) -> list[dict[str, Any]]:
-    """Return the rows with the nats of their ground truth; a prompt without a finite number is added to ``skipped``."""
+    """Return the rows with the nats of their ground truth, None without one; a prompt for which the number is not finite is
+    added to ``skipped``.
+    """
     from spin.alignment.evaluation.held_out import ground_truth_nats
 
-    nats = ground_truth_nats(model, held_out, encoder.pad_id, config.batch_size)
+    nats = ground_truth_nats(model, held_out, encoder.pad_id, config.batch_size or SCORED_TOGETHER)
     known = {item.request.prompt_id: value for item, value in zip(held_out, nats, strict=True)}
     reason = "the log-likelihood of its ground truth is not finite"
-    skipped += [{"prompt_id": name, "reason": reason} for name, value in known.items() if value is None]
+    damaged = [
+        item.request.prompt_id
+        for item, value in zip(held_out, nats, strict=True)
+        if item.ground_truth and value is None
+    ]
+    skipped += [{"prompt_id": name, "reason": reason} for name in damaged]
     return [row | {"nats": known[row["prompt_id"]]} for row in rows]

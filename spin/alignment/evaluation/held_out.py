@@ -1,8 +1,9 @@
-"""Held-out prompts: encoding them, answering them, and the log-likelihood of their ground truth under a model."""
+"""Held-out prompts: encoding them, answering them, and the log-likelihood of their ground truth, if any, under a model."""
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -20,16 +21,17 @@ if TYPE_CHECKING:
     from spin.alignment.data.chat_encoder import ChatEncoder
 
 Tell = Callable[[str], None]
+PROGRESS_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """One held-out prompt: its request, its turns, the ground truth as text and ids (EOS included), the template arguments of its
-    row (JSON text), and the other columns for the scorer."""
+    """One held-out prompt: its request, its turns, the ground truth as text and ids (EOS included; None and no ids if it has
+    none), the template arguments of its row (JSON text), and the other columns for the scorer."""
 
     request: PromptRequest
     messages: list[dict[str, str]]
-    ground_truth: str
+    ground_truth: str | None
     ground_truth_ids: tuple[int, ...]
     chat_template_kwargs: str | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)
@@ -52,10 +54,13 @@ def encode_held_out(
     held_out: list[HeldOut] = []
     skipped: list[Skipped] = []
     for row in rows:
-        *prompt, answer = row["chosen"]
+        answered = row["chosen"][-1]["role"] == "assistant"
+        prompt = row["chosen"][:-1] if answered else row["chosen"]
+        ground_truth_ids: list[int] = []
         try:
             ids = encoder.prompt_ids(prompt, **template_arguments(row))
-            ground_truth_ids = encoder.response_ids(row["chosen"], ids, **template_arguments(row))
+            if answered:
+                ground_truth_ids = encoder.response_ids(row["chosen"], ids, **template_arguments(row))
         except InputError as error:
             skipped.append({"prompt_id": row["prompt_id"], "reason": str(error)})
             continue
@@ -70,7 +75,7 @@ def encode_held_out(
             HeldOut(
                 request,
                 prompt,
-                answer_text(answer),
+                answer_text(row["chosen"][-1]) if answered else None,
                 tuple(ground_truth_ids),
                 row.get("chat_template_kwargs"),
                 scorer_columns(row),
@@ -80,27 +85,32 @@ def encode_held_out(
 
 
 def respond(
-    backend: GenerationBackend, held_out: Sequence[HeldOut], sampling: SamplingConfig, chunk: int, tell: Tell
+    backend: GenerationBackend, held_out: Sequence[HeldOut], sampling: SamplingConfig, tell: Tell
 ) -> list[Response]:
-    """Return one response to each prompt, reporting progress after every ``chunk`` prompts."""
+    """Return one response to each prompt, reporting progress every ten seconds and at the end."""
     # Long prompts first: once nothing is left to refill the batch, only short ones are running.
     order = sorted(range(len(held_out)), key=lambda index: -len(held_out[index].request.token_ids))
     responses: dict[int, Response] = {}
+    told = time.monotonic()
     for place, answer in backend.stream((held_out[index].request for index in order), sampling):
         responses[order[place]] = answer[0]
-        if len(responses) % chunk == 0 or len(responses) == len(order):
+        if time.monotonic() - told >= PROGRESS_SECONDS or len(responses) == len(order):
+            told = time.monotonic()
             tell(f"temperature {sampling.temperature:g}: {len(responses)} of {len(order)} prompts")
     return [responses[index] for index in range(len(order))]
 
 
 def ground_truth_nats(model: Any, held_out: Sequence[HeldOut], pad_id: int, batch_size: int) -> list[float | None]:
-    """Return the negative log-likelihood of each ground truth in nats, EOS included; None where it is not finite."""
+    """Return the negative log-likelihood of each ground truth in nats, EOS included; None where there is none, or it is not
+    finite.
+    """
     import torch
 
     from spin.alignment.logprobs.forward import response_logps
 
     device = next(model.parameters()).device
-    order = sorted(range(len(held_out)), key=lambda index: -len(held_out[index].request.token_ids))
+    known = [index for index, item in enumerate(held_out) if item.ground_truth is not None]
+    order = sorted(known, key=lambda index: -len(held_out[index].request.token_ids))
     nats: list[float | None] = [None] * len(held_out)
     for start in range(0, len(order), batch_size):
         places = order[start : start + batch_size]

@@ -128,6 +128,44 @@ def compare_means(one: Sequence[float], other: Sequence[float]) -> Comparison:
     return Comparison(difference, error, p_value, len(differences))
 
 
+def bootstrap_difference(
+    ones: Sequence[Sequence[tuple[float, float]]],
+    others: Sequence[Sequence[tuple[float, float]]],
+    samples: int = 10_000,
+    seed: int = 0,
+) -> Estimate:
+    """Return the mean over training seeds of the paired difference of two models, with its error over seeds and prompts.
+
+    Both are resampled with replacement, prompts together in all seeds (B. Efron and R. Tibshirani, An Introduction to the
+    Bootstrap, 1993, chapter 8). The interval is that of the percentiles.
+
+    Args:
+        ones, others: for each seed (total, count) of every prompt, in the same order; a model's average is the sum of the totals
+            divided by that of the counts.
+    """
+    mine, theirs = np.asarray(ones, dtype=np.float64), np.asarray(others, dtype=np.float64)  # (S, N, 2)
+    seeds, prompts = mine.shape[:2]
+    random, drawn = np.random.default_rng(seed), np.empty(samples)
+    for index in range(samples):
+        rows = random.integers(seeds, size=seeds)
+        # How often each prompt was drawn: sums over drawn prompts are products with these counts.
+        weights = np.bincount(random.integers(prompts, size=prompts), minlength=prompts)
+        ours, base = weights @ mine[rows], weights @ theirs[rows]  # (S, 2)
+        drawn[index] = (ours[:, 0] / ours[:, 1] - base[:, 0] / base[:, 1]).mean()
+    value = (mine[..., 0].sum(1) / mine[..., 1].sum(1) - theirs[..., 0].sum(1) / theirs[..., 1].sum(1)).mean()
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return Estimate(float(value), float(drawn.std(ddof=1)), (float(low), float(high)))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return the p-values adjusted for the number of comparisons (S. Holm, Scandinavian Journal of Statistics 6, 1979)."""
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, place in enumerate(sorted(range(len(p_values)), key=lambda place: p_values[place])):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
+        adjusted[place] = largest
+    return adjusted
+
+
 def mcnemar(wins: int, losses: int) -> float:
     """Return the exact two-sided p-value of McNemar's test: without a difference, the number of wins among the prompts on which
     the two models disagree is binomial with probability 1/2 (Q. McNemar, Psychometrika 12, 1947).

@@ -15,6 +15,7 @@ from spin.alignment.generation import BACKENDS, check_backend_settings, find_bac
 from spin.alignment.generation.base import BackendSettings, SamplingConfig
 from spin.alignment.models.config import Dtype, ModelConfig
 
+DTYPE_HELP = "precision of the weights; auto: the checkpoint's, or bfloat16 for a large float32 one on a CPU that is faster in it"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
@@ -27,7 +28,7 @@ class GenerateConfig:
     adapter: str | None = setting(
         None, "folder of LoRA adapters to apply to the model, without merging them first", path="input"
     )
-    dtype: Dtype = same_as(ModelConfig, "dtype", recorded=True)
+    dtype: Dtype = same_as(ModelConfig, "dtype", recorded=True, help=DTYPE_HELP)
     system: System = same_as(DataConfig, "system")
     chat_template_kwargs: dict[str, Any] = same_as(DataConfig, "chat_template_kwargs", set_by_run=True)
     template_date: str | None = same_as(

@@ -40,6 +40,7 @@ def expected_provenance(config: GenerateConfig, model_dir: Path, date: datetime.
     from spin.alignment.data.source_names import is_local
     from spin.alignment.generation import find_backend
     from spin.alignment.models.folder import model_files
+    from spin.alignment.models.precision import machine_dtype
 
     data_files = split_files(config.input_dir, config.split) if is_local(config.input_dir) else []
     # A server chooses the weights that it loads; the local folder may contain only the tokenizer.
@@ -50,6 +51,8 @@ def expected_provenance(config: GenerateConfig, model_dir: Path, date: datetime.
         settings["adapter"] = hash_text(*(hash_file(Path(config.adapter) / name) for name in ADAPTER_FILES))
     if config.batch_invariant:
         settings["batch_invariant"] = True
+    if not find_backend(config.backend).needs_server and (chosen := machine_dtype(model_dir, config.dtype)):
+        settings["computed_in"] = chosen
     if config.chat_template_kwargs:
         settings["chat_template_kwargs"] = config.chat_template_kwargs
     if date is not None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from spin.alignment.core.console import say_error
 from spin.alignment.core.errors import InputError
 from spin.alignment.models.config import Dtype
+from spin.alignment.models.folder import model_folder
 
 if TYPE_CHECKING:
     import torch
@@ -61,30 +62,23 @@ def generation_dtype(model: str, dtype: Dtype) -> Dtype:
     """Return the precision in which to generate from or score with a model whose ``dtype`` is configured.
 
     ``auto`` is that of the checkpoint. A float32 checkpoint of mixed-precision training (see ``save_dtype``) is used in the 16
-    bits that it computed in during training: its float32 weights are for the next iteration's training. Where float32 is
-    slower on this CPU than it need be, that is said.
+    bits that it computed in during training: its float32 weights are for the next iteration's training.
     """
     if dtype != "auto" or not (Path(model) / "config.json").is_file():
         return dtype
-    config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
-    recorded = config.get(TRAINED_IN, "auto")
+    recorded = json.loads((Path(model) / "config.json").read_text(encoding="utf-8")).get(TRAINED_IN, "auto")
     if recorded != "auto":
         say_error(f"{model} was saved in float32 after training in {recorded}: it is used in {recorded} (dtype: auto)")
-    elif config.get("dtype", config.get("torch_dtype")) == "float32" and is_faster_in_bfloat16(Path(model)):
-        say_error(
-            f"{model} is used in float32, the precision of its weights (dtype: auto); this CPU is faster in bfloat16 "
-            "(dtype: bfloat16)"
-        )
     return cast(Dtype, recorded)
 
 
 def is_faster_in_bfloat16(model: Path) -> bool:
     """Return whether a local model is computed with on a CPU that is faster in bfloat16, and large enough for that to matter."""
+    if sum(file.stat().st_size for file in model.glob("*.safetensors")) < _LARGE_BYTES:
+        return False  # before torch is imported
     import torch
 
-    if torch.accelerator.is_available() or not has_bfloat16_instructions():
-        return False
-    return sum(file.stat().st_size for file in model.glob("*.safetensors")) >= _LARGE_BYTES
+    return has_bfloat16_instructions() and not torch.accelerator.is_available()
 
 
 def has_bfloat16_instructions() -> bool:
@@ -93,6 +87,32 @@ def has_bfloat16_instructions() -> bool:
 
     able = torch.cpu.get_capabilities()
     return any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def machine_dtype(folder: Path, dtype: Dtype) -> Dtype | None:
+    """Return the precision that this machine chooses to generate in where ``dtype`` is ``auto``; None: the checkpoint's.
+
+    A large float32 checkpoint is used in bfloat16 by a CPU that is several times faster in it. Training and scoring are not
+    affected: rounding the weights would hide what a small step has changed.
+    """
+    if dtype != "auto" or not (folder / "config.json").is_file():
+        return None
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if values.get("dtype", values.get("torch_dtype")) != "float32" or TRAINED_IN in values:
+        return None
+    return "bfloat16" if is_faster_in_bfloat16(folder) else None
+
+
+def decoding_dtype(model: str, revision: str | None, dtype: Dtype) -> Dtype:
+    """Return the precision in which to generate from a model: that of :func:`machine_dtype`, or of :func:`generation_dtype`."""
+    chosen = machine_dtype(model_folder(model, revision), dtype)
+    if chosen is None:
+        return generation_dtype(model, dtype)
+    say_error(
+        f"{model} is stored in float32 and this CPU is faster in {chosen}: responses are generated in {chosen} "
+        "(dtype: float32 keeps the precision of the checkpoint)"
+    )
+    return chosen
 
 
 def keep_master_weights(model: torch.nn.Module) -> None:

@@ -21,7 +21,7 @@ from spin.alignment.evaluation.config import EvaluateConfig
 from spin.alignment.generation.config import GenerateConfig
 from spin.alignment.methods.weightings import WEIGHTINGS, Compares, Weighting, find_weighting
 from spin.alignment.models.config import ModelConfig
-from spin.alignment.pairs.config import ConvertConfig
+from spin.alignment.pairs.config import ConvertConfig, SelectConfig
 from spin.alignment.token_weights.config import WeightsConfig
 from spin.alignment.training.keys import OutputConfig, SFTKeys, SPINKeys
 from spin.alignment.training.online.keys import OnlineKeys
@@ -33,6 +33,7 @@ _TRAINING = (ModelConfig, DataConfig, OutputConfig)
 SECTIONS: dict[str, tuple[type, ...]] = {
     "sft": (*_TRAINING, SFTKeys),
     "control": (*_TRAINING, SFTKeys),
+    "select": (SelectConfig,),
     "generate": (GenerateConfig,),
     "convert": (ConvertConfig,),
     "weigh": (WeightsConfig,),
@@ -52,7 +53,9 @@ class RunData:
     """Where prompts with ground truth come from."""
 
     train: str = setting(
-        help="prompts with ground truth, in any form that reformat.py reads", group="data", path="input"
+        help="prompts, with ground truth where a stage learns from it, in any form that reformat.py reads",
+        group="data",
+        path="input",
     )
     test: str = setting("", "held-out prompts; without them no model is scored", path="input")
     train_split: str = setting("train", "split of the prompts to train on", path="name")
@@ -121,7 +124,7 @@ class RunConfig:
         help="the SFT model that iteration 0 starts from and plays against; with sft: what SFT starts from",
         path="input",
     )
-    data: RunData = setting(help="prompts with ground truth, see below")
+    data: RunData = setting(help="prompts, see below")
     model_revision: str | None = setting(None, "revision of a Hub model")
     iterations: int = setting(1, "number of iterations; raise it later and the run continues", ge=1, le=1000)
     chat_template_kwargs: dict[str, Any] = same_as(
@@ -139,6 +142,11 @@ class RunConfig:
     sft: dict[str, Any] | None = setting(None, "keys of run_sft.py: train the model that iteration 0 starts from")
     control: dict[str, Any] | None = setting(
         None, "keys of run_sft.py: SFT continued from the start model, for comparison"
+    )
+    select: dict[str, Any] | None = setting(
+        None,
+        "flags of select_responses.py, and generate: flags of generate.py: the control is trained on the start model's own "
+        "responses that a scorer accepts (rejection sampling) instead of data.train",
     )
     generate: dict[str, Any] = setting({}, "flags of generate.py, without the dashes")
     convert: dict[str, Any] = setting({}, "flags of convert_data.py")
@@ -189,6 +197,7 @@ class RunConfig:
             raise InputError(f"the section 'online' replaces the iterations: remove '{iterated[0]}', or 'online'")
         for name, classes in SECTIONS.items():
             refuse_set_by_run(getattr(self, name) or {}, classes, f"the section '{name}'")
+        self._check_select_section()
         self._check_weights_section(self.weigh)
         for iteration, values in self.overrides.items():
             if not isinstance(iteration, int) or not 0 <= iteration < self.iterations:
@@ -198,6 +207,12 @@ class RunConfig:
             if not isinstance(values, Mapping):
                 raise InputError(f"overrides.{iteration} is not a mapping: write 'key: value' lines under it")
             refuse_set_by_run(values, SECTIONS["train"], f"overrides.{iteration}")
+
+    def _check_select_section(self) -> None:
+        sampled = (self.select or {}).get("generate")
+        if sampled is not None and not isinstance(sampled, Mapping):
+            raise InputError("select.generate is not a mapping: write 'key: value' lines under it")
+        refuse_set_by_run(sampled or {}, SECTIONS["generate"], "select.generate")
 
     def _check_weights_section(self, section: Mapping[str, Any] | None) -> None:
         if section is None:
@@ -282,6 +297,16 @@ class RunConfig:
     def generation_seed(self, iteration: int) -> int:
         """Seeds of different iterations are far apart: the same seed would repeat each prompt's random numbers."""
         return self.seed * 1000 + iteration
+
+    @property
+    def sample_section(self) -> dict[str, Any]:
+        """The flags of generate.py for the responses that the control is trained on if they are accepted."""
+        return dict((self.select or {}).get("generate") or {})
+
+    @property
+    def sample_seed(self) -> int:
+        """The seed of those responses."""
+        return self.generation_seed(998)
 
     @property
     def initial_seed(self) -> int:

@@ -22,8 +22,10 @@ from spin.alignment.core.files import atomic_file
 Files = dict[Path, Path]
 
 # Short names of the demos; every other configuration goes by the name of its file.
-DEMOS = {"online": "demo_online", "sppo": "demo_sppo", "wspin": "demo_wspin"}
-SHIPPED_DATA, MADE_DATA = "data/iter0", "data/sorting"
+DEMOS = {"chat": "demo_chat", "online": "demo_online", "sppo": "demo_sppo", "wspin": "demo_wspin"}
+SHIPPED_DATA, MADE_DATA = ("data/instructions", "data/iter0"), "data/sorting"
+# A model that a script fetches: what the names of its folder start with, and the script.
+FETCHED_MODEL, FETCH_SCRIPT = "models/SmolLM2-135M-Instruct", "scripts/fetch_smollm2.sh"
 SCRIPTS = "scripts"
 # Scripts that run the single programs. The others set up and test a checkout.
 SCRIPT_FILES = (
@@ -101,8 +103,11 @@ def config_files(file_name: str, scratch: Path) -> Files:
     for text in sorted(names):
         if text.startswith("configs/"):
             files |= _with_extended(Path(text))
-    if any(text.startswith(SHIPPED_DATA) for text in names):
-        files |= _files_under(asset(SHIPPED_DATA), Path(SHIPPED_DATA))
+    for data in SHIPPED_DATA:
+        if any(text.startswith(data) for text in names):
+            files |= _files_under(asset(data), Path(data))
+    if FETCHED_MODEL in names:
+        files[Path(FETCH_SCRIPT)] = asset(FETCH_SCRIPT)
     if any(text.startswith(MADE_DATA) for text in names):
         from spin.alignment.pipeline.demos.sorting import write_data
 
@@ -169,6 +174,8 @@ def _next_step(name: str, folder: Path) -> str:
     if "run_dir" not in values:
         return f"next: read the first lines of {path}, which say what it is for"
     texts = set(_texts(values))
-    if any(text.startswith((SHIPPED_DATA, MADE_DATA)) for text in texts):
+    if FETCHED_MODEL in texts:
+        return f"next: bash {folder / FETCH_SCRIPT} && spin run {path}"
+    if any(text.startswith((*SHIPPED_DATA, MADE_DATA)) for text in texts):
         return f"next: spin run {path}"
     return f"next: read the first lines of {path}, put your model and data into it, then run: spin run {path}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,6 +96,7 @@ def check_data(config: RunConfig) -> ChatEncoder:
     )
     for (path, split), ground_truth_required in data_sources(config).items():
         prompts = load_prompts(path, split, ground_truth_required)
+        check_scorer_columns(config, path, split, prompts)
         for row in prompts.select(range(min(100, len(prompts)))):
             try:
                 encoder.prompt_ids(prompt_turns(row["chosen"]), **template_arguments(row))
@@ -106,6 +108,28 @@ def check_data(config: RunConfig) -> ChatEncoder:
     return encoder
 
 
+def check_scorer_columns(config: RunConfig, path: str, split: str, prompts: Iterable[Mapping[str, Any]]) -> None:
+    """Check that the prompts whose responses are scored have the columns that the scorer reads.
+
+    Raises:
+        InputError: a row lacks one, or its value cannot be used; the message names the row.
+    """
+    from spin.alignment.data.rows import scorer_columns
+    from spin.alignment.rewards import check_columns
+
+    played = {config.data.played(iteration) for iteration in config.self_play_iterations or (0,)}
+    sections = (config.online or {}, config.convert, config.select or {})
+    scorers = {str(section["scorer"]) for section in sections if section.get("scorer")}
+    for scorer in scorers if (path, split) in played else ():
+        for row in prompts:
+            try:
+                check_columns(scorer, scorer_columns(row))
+            except InputError as error:
+                raise InputError(
+                    f"scorer {scorer} cannot score {path} [{split}], prompt {row['prompt_id']}: {error}"
+                ) from error
+
+
 def check_held_out(config: RunConfig, encoder: ChatEncoder) -> None:
     """Check that the evaluations have something to score; a single bad row is skipped and named by each of them.
 
@@ -113,15 +137,22 @@ def check_held_out(config: RunConfig, encoder: ChatEncoder) -> None:
         InputError: the held-out data cannot be read, or none of the first usable rows can be encoded.
     """
     from spin.alignment.data.chat_encoder import template_arguments
-    from spin.alignment.data.held_out_rows import check_any_left, read_held_out
+    from spin.alignment.data.held_out_rows import check_any_left, read_to_score
+    from spin.alignment.data.rows import scorer_columns
+    from spin.alignment.pipeline.program_settings import evaluate_config
+    from spin.alignment.rewards import needs_reference
 
     data, skipped, usable = config.data, [], []
     if not data.test:
         return
-    rows, _ = read_held_out(data.test, data.test_split)
+    evaluation = evaluate_config(config, "start", config.start_model)
+    rows, _ = read_to_score(data.test, data.test_split, needs_reference(evaluation.metric))
     for row in rows[:100]:
+        answered = row["chosen"][-1]["role"] == "assistant"
         try:
-            usable.append(encoder.response_ids(row["chosen"], **template_arguments(row)))
+            evaluation.check_columns(scorer_columns(row))
+            encode = encoder.response_ids if answered else encoder.prompt_ids
+            usable.append(encode(row["chosen"], **template_arguments(row)))
         except InputError as error:
             skipped.append({"prompt_id": row["prompt_id"], "reason": str(error)})
     check_any_left(usable, skipped, f"{data.test}, split {data.test_split}")

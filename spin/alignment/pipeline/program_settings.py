@@ -14,7 +14,7 @@ from spin.alignment.evaluation.config import EvaluateConfig
 from spin.alignment.generation.config import GenerateConfig
 from spin.alignment.methods.losses import find_loss
 from spin.alignment.methods.weightings import Compares
-from spin.alignment.pairs.config import ConvertConfig
+from spin.alignment.pairs.config import ConvertConfig, SelectConfig
 from spin.alignment.pipeline.config import SCORERS_OF_RUN, SECTIONS, TOKENIZER_FLAGS, RunConfig
 from spin.alignment.token_weights.config import WeightsConfig
 
@@ -141,14 +141,44 @@ def weights_values(config: RunConfig, iteration: int) -> dict[str, Any]:
 def sft_values(config: RunConfig, name: str) -> dict[str, Any]:
     """The complete settings of run_sft.py for the start (``sft``) or the continued-SFT control (``control``)."""
     model = config.model if name == "sft" else config.start_model
+    path, split = sft_data(config, name)
     return (
         dict(getattr(config, name))
         | _owned(config, model, Path(config.run_dir) / name)
-        | {
-            "dataset_mixer": {config.data.train: 1.0},
-            "dataset_splits": [config.data.train_split],
-        }
+        | {"dataset_mixer": {path: 1.0}, "dataset_splits": [split]}
     )
+
+
+def sft_data(config: RunConfig, name: str) -> tuple[str, str]:
+    """The data set and the split that a section trains on: the control, with ``select``, on the accepted responses."""
+    if name == "control" and config.select is not None:
+        return select_config(config).output_dir, config.data.played()[1]
+    return config.data.train, config.data.train_split
+
+
+def sample_config(config: RunConfig) -> GenerateConfig:
+    """The settings of generate.py for the responses that the control is trained on if they are accepted."""
+    path, split = config.data.played()
+    own = {
+        "model": config.start_model,
+        "revision": config.model_revision if config.start_model == config.model else None,
+        "input_dir": path,
+        "output_dir": str(Path(config.run_dir) / "control" / "generated"),
+        "split": split,
+        "data_frac": "auto",
+        "iteration": 0,
+        "seed": config.sample_seed,
+        **config.template_settings,
+    }
+    return section_config("select.generate", GenerateConfig, config.sample_section | own)
+
+
+def select_config(config: RunConfig) -> SelectConfig:
+    """The settings of select_responses.py for the control."""
+    section = {key: value for key, value in (config.select or {}).items() if key != "generate"}
+    folder = Path(config.run_dir) / "control"
+    own = {"input_dir": str(folder / "generated"), "output_dir": str(folder / "accepted")}
+    return section_config("select", SelectConfig, section | own)
 
 
 def online_values(config: RunConfig) -> dict[str, Any]:

@@ -32,6 +32,8 @@ from spin.alignment.pipeline.program_settings import (
     evaluate_config,
     generate_config,
     online_values,
+    sample_config,
+    select_config,
     sft_values,
     train_values,
     weights_config,
@@ -171,9 +173,17 @@ def _of_section(config: RunConfig, name: str, inside: dict[str, str], every: boo
         yield from _of_training("run_spin", train_values(config, 0), written, where, every)
     else:
         yield from _of_flags(_flags_of(config, name), written)
+    if name == "select":
+        sampled = {
+            key.removeprefix("generate."): origin for key, origin in written.items() if key.startswith("generate.")
+        }
+        for item in _of_flags(sample_config(config), sampled):
+            yield dataclasses.replace(item, key=f"generate.{item.key}")
 
 
 def _flags_of(config: RunConfig, name: str) -> Any:
+    if name == "select":
+        return select_config(config)
     if name == "generate":
         return generate_config(config, 0)
     if name == "convert":

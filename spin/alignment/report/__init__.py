@@ -88,7 +88,8 @@ def _show_results(collected: Collected) -> None:
     for line in ["", *summary["verdicts"], "", *(f"warning: {line}" for line in summary["warnings"])]:
         say(line)
     for sample in collected.results.samples:
-        say(escape_controls(f"\n{sample['prompt']}  (ground truth: {sample['ground_truth']})"))
+        known = "" if sample["ground_truth"] is None else f"  (ground truth: {sample['ground_truth']})"
+        say(escape_controls(f"\n{sample['prompt']}{known}"))
         for model, response in sample["responses"].items():
             say(escape_controls(f"  {model}: {response}"))
     for line in ["", *lines(summary["headline"])]:

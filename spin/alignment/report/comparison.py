@@ -74,7 +74,7 @@ def why_incomparable(labelled: Labelled) -> list[str]:
         return [
             f"the runs are scored by different metrics ({', '.join(sorted(metrics))}): their models are not compared"
         ]
-    prompts: dict[str, tuple[str, str]] = {}
+    prompts: dict[str, tuple[str, str | None]] = {}
     for _, found in labelled:
         for responses in found.responses.values():
             for name, row in responses.by_prompt.items():

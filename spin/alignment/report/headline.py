@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from spin.alignment.evaluation.compare import Measure
 from spin.alignment.evaluation.statistics import Z95, Comparison
-from spin.alignment.report.verdicts import MEASURES, Measure, Responses, comparisons, of_role
+from spin.alignment.report.verdicts import MEASURES, Responses, comparisons, measure_name, of_role
 
 START, CONTROL = "the SFT start", "continued SFT"
 
@@ -30,7 +31,7 @@ def headline(rows: Sequence[dict[str, Any]], responses: Responses) -> dict[str, 
         "sentence": _sentence(best, measure, {name: found.get(measure.key) for name, found in compared.items()}),
         "advice": _advice(policies, best, measure, compared.get(START, {}).get(measure.key), responses),
         "caveats": [
-            f"{best['model']} is worse than {name} in {item.name}: {difference(found[item.key])}"
+            f"{best['model']} is worse than {name} in {measure_name(item, best)}: {difference(found[item.key])}"
             for name, found in compared.items()
             for item in MEASURES
             if item.key in found and is_clearly(found[item.key], -item.sign)
@@ -54,7 +55,7 @@ def is_clearly(found: Comparison, sign: int) -> bool:
 
 
 def _sentence(best: dict[str, Any], measure: Measure, compared: dict[str, Comparison | None]) -> str:
-    value = f"{measure.name} {best[measure.key]:.3f}"
+    value = f"{measure_name(measure, best)} {best[measure.key]:.3f}"
     over = [f"{difference(found)} against {name}" for name, found in compared.items() if found is not None]
     against = ", ".join([value, *over])
     start = compared.get(START)

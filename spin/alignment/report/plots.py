@@ -30,7 +30,9 @@ def plot(summary: dict[str, Any]) -> bytes:
     _curve(dynamics.twinx(), rows, "margin", "margin (nats, times beta; right)", ORANGE)
     _curve(drift, rows, "chosen_drift", "chosen drift (nats)", GREEN)
     _curve(drift.twinx(), rows, "mean_length", "mean length (tokens; right)", GREY)
-    titles = ("Exact match, held-out", "NLL of the ground truth (nats per token)", "Preference", "Drift and length")
+    metric = next((row["metric"] for row in summary["rows"] if "metric" in row), "exact_match")
+    scored = "Exact match" if metric == "exact_match" else metric
+    titles = (f"{scored}, held-out", "NLL of the ground truth (nats per token)", "Preference", "Drift and length")
     for axes, title in zip((exact, nll, dynamics, drift), titles, strict=True):
         _style(axes, title, [row["model"] for row in rows])
     exact.set_ylim(0, max(0.1, 1.15 * exact.get_ylim()[1]))

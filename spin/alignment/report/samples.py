@@ -36,8 +36,8 @@ def all_samples(
 ) -> dict[str, Any]:
     """Return all prompts with the responses of all models, in the order of the first model's file.
 
-    ``texts`` has every distinct text; everything else names texts by number. ``prompts`` has (id, prompt, ground truth), and
-    ``answers[temperature][model]`` one entry per prompt: (response, score, tokens, is truncated), or null without a response.
+    ``texts`` has every distinct text; everything else names texts by number. ``prompts`` has (id, prompt, ground truth or null),
+    and ``answers[temperature][model]`` one entry per prompt: (response, score, tokens, is truncated), or null without a response.
     ``total`` is the number of prompts: if the texts exceed ``budget`` bytes, only the first prompts are included.
     """
     prompts = {name: row for found in responses.values() for name, row in found.by_prompt.items()}
@@ -45,7 +45,8 @@ def all_samples(
     texts, shown = Texts(), []
     answers: dict[str, dict[str, list[Any]]] = {t: {} for t in temperatures}
     for name, row in prompts.items():
-        shown.append([name, texts.number(row["prompt"]), texts.number(row["ground_truth"])])
+        truth = row["ground_truth"]
+        shown.append([name, texts.number(row["prompt"]), None if truth is None else texts.number(truth)])
         for model, found in responses.items():
             for temperature, rows in found.by_temperature.items():
                 answer = _answer(rows.get(name), texts, lengths[model].get(temperature, {}))

@@ -52,10 +52,13 @@ def summarize(run: ReportedRun) -> Results:
         raise NoResults(f"{run.folder} has no results yet: finish a stage with `spin run` first")
     paths = {model.name: responses_path(model.folder / "eval.json") for model in models if evaluations[model.name]}
     responses = {name: read_responses(path) for name, path in paths.items() if path.exists()}
-    start = of_role(rows, "start")
     for row in rows:
-        if start is not None and row is not start and (found := comparisons(row, start, responses)):
-            row["against_start"] = {key: comparison.as_row() for key, comparison in found.items()}
+        for role in ("start", "control"):
+            other = of_role(rows, role)
+            if other is None or other is row or row["role"] == "start":
+                continue
+            if found := comparisons(row, other, responses):
+                row[f"against_{role}"] = {key: comparison.as_row() for key, comparison in found.items()}
     summary = {
         "headline": headline(rows, responses),
         "rows": rows,
@@ -141,7 +144,7 @@ def logged_estimate(key: str, logged: dict[str, Any], name: str) -> dict[str, An
 
 def evaluation_row(evaluation: dict[str, Any]) -> dict[str, Any]:
     """Flatten eval.json: greedy_exact, sampled_exact (T=1), sampled_exact_t05 for T=0.5 and so on, and the other averages; each
-    with its standard error (``_se``) and 95 % interval (``_interval``).
+    with its standard error (``_se``) and 95 % interval (``_interval``). ``groups`` has the scores of each group of rows.
     """
     if not evaluation:
         return {}
@@ -150,11 +153,21 @@ def evaluation_row(evaluation: dict[str, Any]) -> dict[str, Any]:
     for temperature, scores in evaluation["temperatures"].items():
         row |= estimate(exact_key(temperature), scores, "exact")
         row["exact_at"][temperature] = scores["exact"]
+    if "groups" in evaluation:
+        row["groups"] = {name: group_row(averages) for name, averages in evaluation["groups"].items()}
     shown = evaluation["temperatures"].get("1") or next(iter(evaluation["temperatures"].values()))
     for name in ("mean_length", "truncation_rate"):
         row |= estimate(name, shown, name)
     for name in ("nll", "nll_sequence"):
         row |= estimate(name, evaluation, name)
+    return row
+
+
+def group_row(averages: dict[str, Any]) -> dict[str, Any]:
+    """Flatten the averages of one group: its size ``n`` and the scores, named as in :func:`evaluation_row`."""
+    row: dict[str, Any] = {"n": averages["n"]}
+    for temperature, scores in averages["temperatures"].items():
+        row |= estimate(exact_key(temperature), scores, "exact")
     return row
 
 

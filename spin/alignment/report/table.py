@@ -10,10 +10,10 @@ from spin.alignment.core.console import escape_controls
 if TYPE_CHECKING:
     from rich.table import Table
 
-# (heading, key, format); columns of other temperatures are inserted after T=1.
+# (heading, key, format); columns of other temperatures and of groups are inserted after T=1. ``{score}`` is exact or score.
 COLUMNS = (
-    ("exact greedy", "greedy_exact", "{:.3f}"),
-    ("exact T=1", "sampled_exact", "{:.3f}"),
+    ("{score} greedy", "greedy_exact", "{:.3f}"),
+    ("{score} T=1", "sampled_exact", "{:.3f}"),
     ("NLL", "nll", "{:.4f}"),
     ("identical", "identical_rate", "{:.1%}"),
     ("reward acc", "reward_accuracy", "{:.3f}"),
@@ -22,8 +22,11 @@ COLUMNS = (
     ("length", "mean_length", "{:.1f}"),
     ("truncated", "truncation_rate", "{:.1%}"),
 )
+# Metrics that are 1 for a right answer and otherwise 0.
+_EXACT = ("exact_match", "math_answer", "math_verify")
 CAPTION = (
     "±: half of the 95 % interval over held-out prompts, responses or pairs; exact: share of held-out prompts answered right; "
+    "score: mean of another metric over them; "
     "NLL: nats per token of the ground truth; identical: generated responses equal to it; reward acc., margin, chosen drift "
     "(nats): last training log; length (tokens) and truncated: held-out responses"
 )
@@ -32,7 +35,7 @@ LINEAGE_HEADINGS = ("model", "starts from", "opponent and reference", "data")
 
 def cells(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Return the headings and one list of texts per model; a measure that no model has gets no column."""
-    rows: Sequence[dict[str, Any]] = summary["rows"]
+    rows: Sequence[dict[str, Any]] = [with_groups(row) for row in summary["rows"]]
     columns = _columns(rows)
     headings = ["model", *(heading for heading, _, _ in columns)]
     return headings, [[row["model"], *(cell(row, key, form) for _, key, form in columns)] for row in rows]
@@ -40,16 +43,36 @@ def cells(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 def sort_values(summary: dict[str, Any]) -> list[list[float | None]]:
     """Return the value behind every text of :func:`cells`; None for names and missing values."""
-    rows: Sequence[dict[str, Any]] = summary["rows"]
+    rows: Sequence[dict[str, Any]] = [with_groups(row) for row in summary["rows"]]
     return [[None, *(row.get(key) for _, key, _ in _columns(rows))] for row in rows]
 
 
 def _columns(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str, str]]:
+    """Return (heading, key, format) of every measure that a row has; ``rows`` are those of :func:`with_groups`."""
     from spin.alignment.report.summary import exact_key
+    from spin.alignment.report.verdicts import group_key
 
     others = sorted({t for row in rows for t in row.get("exact_at", {}) if t not in ("0", "1")}, key=float)
-    extra = [(f"exact T={t}", exact_key(t), "{:.3f}") for t in others]
-    return [item for item in (*COLUMNS[:2], *extra, *COLUMNS[2:]) if any(item[1] in row for row in rows)]
+    groups = dict.fromkeys(name for row in rows for name in row.get("groups", {}))
+    extra = [(f"{{score}} T={t}", exact_key(t), "{:.3f}") for t in others]
+    extra += [(f"{name}, greedy", group_key("greedy_exact", name), "{:.3f}") for name in groups]
+    metric = next((row["metric"] for row in rows if "metric" in row), "exact_match")
+    word = "exact" if metric in _EXACT else "score"
+    columns = [item for item in (*COLUMNS[:2], *extra, *COLUMNS[2:]) if any(item[1] in row for row in rows)]
+    return [(heading.replace("{score}", word), key, form) for heading, key, form in columns]
+
+
+def with_groups(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row with the scores of its groups at its top level: ``greedy_exact/GROUP`` and so on."""
+    from spin.alignment.report.verdicts import group_key
+
+    flat = {
+        f"{group_key('greedy_exact', name)}{part}": values[f"greedy_exact{part}"]
+        for name, values in row.get("groups", {}).items()
+        for part in ("", "_se", "_interval")
+        if f"greedy_exact{part}" in values
+    }
+    return row | flat
 
 
 def cell(row: dict[str, Any], key: str, form: str) -> str:

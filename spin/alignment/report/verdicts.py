@@ -3,54 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+from spin.alignment.evaluation.compare import Measure
 from spin.alignment.evaluation.responses import HeldOutResponses
-from spin.alignment.evaluation.statistics import Z95, Comparison, compare_means, compare_ratios
+from spin.alignment.evaluation.statistics import Z95, Comparison
 from spin.alignment.pipeline.stages.base import Role
 
-
-@dataclass(frozen=True)
-class Measure:
-    """A measure that models are compared by: its key in the summary, its name, and the temperature of the responses it scores
-    (None: the log-likelihood of the ground truth, which is better when lower).
-    """
-
-    key: str
-    name: str
-    temperature: str | None
-
-    @property
-    def sign(self) -> int:
-        """1 if higher values are better, -1 if lower ones are."""
-        return -1 if self.temperature is None else 1
-
-    def compare(self, one: HeldOutResponses, other: HeldOutResponses) -> Comparison | None:
-        """Compare two models on the prompts that both have a value for; None for fewer than two prompts."""
-        mine, theirs = self._rows(one), self._rows(other)
-        shared = [(mine[name], theirs[name]) for name in mine if name in theirs]
-        if len(shared) < 2:
-            return None
-        if self.temperature is None:
-            ratios = [
-                ([row["nats"] for row in side], [row["tokens"] for row in side]) for side in zip(*shared, strict=True)
-            ]
-            return compare_ratios(*ratios)
-        return compare_means(*([row["score"] for row in side] for side in zip(*shared, strict=True)))
-
-    def _rows(self, responses: HeldOutResponses) -> dict[str, Mapping[str, Any]]:
-        rows = responses.by_prompt if self.temperature is None else responses.by_temperature.get(self.temperature, {})
-        value = "nats" if self.temperature is None else "score"
-        return {name: row for name, row in rows.items() if row[value] is not None}
-
-
 MEASURES = (
-    Measure("sampled_exact", "exact match at T=1", "1"),
-    Measure("greedy_exact", "greedy exact match", "0"),
+    Measure("sampled_exact", "{metric} at T=1", "1"),
+    Measure("greedy_exact", "greedy {metric}", "0"),
     Measure("nll", "NLL of the ground truth (nats per token)", None),
 )
 Responses = Mapping[str, HeldOutResponses]
+
+
+def measures_of(one: HeldOutResponses, other: HeldOutResponses) -> list[Measure]:
+    """Return the measures that two models are compared by: :data:`MEASURES`, and for each group of rows those of responses."""
+    groups = dict.fromkeys(row["group"] for row in one.by_prompt.values() if row.get("group") is not None)
+    shared = [name for name in groups if any(row.get("group") == name for row in other.by_prompt.values())]
+    of_groups = [
+        Measure(group_key(item.key, name), f"{item.name} on {name}", item.temperature, group=name)
+        for name in shared
+        for item in MEASURES
+        if item.temperature is not None
+    ]
+    return [*MEASURES, *of_groups]
+
+
+def group_key(key: str, group: str) -> str:
+    """Return the summary's name of a measure that is limited to a group of rows."""
+    return f"{key}/{group}"
+
+
+def measure_name(measure: Measure, row: dict[str, Any]) -> str:
+    """Return the name of a measure by the metric that a model was scored by."""
+    metric = "exact match" if row.get("metric", "exact_match") == "exact_match" else row["metric"]
+    return measure.name.format(metric=metric)
 
 
 def verdicts(rows: Sequence[dict[str, Any]], responses: Responses) -> list[str]:
@@ -91,21 +80,24 @@ def comparisons(row: dict[str, Any], other: dict[str, Any], responses: Responses
     if row["model"] not in responses or other["model"] not in responses:
         return {}
     one, two = responses[row["model"]], responses[other["model"]]
-    return {measure.key: found for measure in MEASURES if (found := measure.compare(one, two)) is not None}
+    return {item.key: found for item in measures_of(one, two) if (found := item.compare(one, two)) is not None}
 
 
 def verdict(row: dict[str, Any], other: dict[str, Any] | None, name: str, responses: Responses) -> list[str]:
     """Return one sentence per measure on a model against another, which is called ``name``; none if either has no responses."""
     lines = []
     compared = {} if other is None else comparisons(row, other, responses)
-    for measure in MEASURES:
-        if other is None or measure.key not in compared:
+    if other is None or not compared:
+        return []
+    for measure in measures_of(responses[row["model"]], responses[other["model"]]):
+        if measure.key not in compared:
             continue
         found = compared[measure.key]
         better = measure.sign * found.difference > 0
         word = ("better" if better else "worse") if found.is_clear else "no clear change"
+        before, after = (measure.average(item) for item in (other, row))
         lines.append(
-            f"{row['model']} against {name}: {measure.name} {other[measure.key]:.3f} -> {row[measure.key]:.3f}, difference "
+            f"{row['model']} against {name}: {measure_name(measure, row)} {before:.3f} -> {after:.3f}, difference "
             f"{found.difference:+.3f} ± {Z95 * found.error:.3f} on the same {found.prompts} prompts, p = {p_text(found.p_value)} "
             f"({word})"
         )

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 from spin.alignment.rewards.answer_format import answer_format
-from spin.alignment.rewards.base import GroupLabels, GroupScorer, PromptGroup, Scorer, ScorerSettings
+from spin.alignment.rewards.base import GroupLabels, GroupScorer, Part, PromptGroup, Score, Scorer, ScorerSettings
 from spin.alignment.rewards.checks import check_scorer_settings
 from spin.alignment.rewards.exact_match import exact_match
 from spin.alignment.rewards.find import find_rule, functions_of
+from spin.alignment.rewards.ifeval import check_instruction_ids, ifeval
+from spin.alignment.rewards.instructions import check_instructions, instructions
 from spin.alignment.rewards.length_penalty import length_penalty
 from spin.alignment.rewards.math_answer import math_answer
 from spin.alignment.rewards.math_verify import math_verify
+from spin.alignment.rewards.row_columns import asked_columns
 from spin.alignment.rewards.rules import RuleScorer, no_reference
 
 SCORERS: dict[str, Scorer] = {
     "exact_match": exact_match,
     "format": answer_format,
+    "ifeval": cast("Scorer", ifeval),
+    "instructions": cast("Scorer", instructions),
     "length_penalty": length_penalty,
     "math_answer": math_answer,
     "math_verify": math_verify,
@@ -24,6 +30,12 @@ SCORERS: dict[str, Scorer] = {
 
 # Rules that are meaningless without a ground truth.
 COMPARING: tuple[Scorer, ...] = (exact_match, math_answer, math_verify)
+
+# Rules with a form of their own for a column -> a function that checks the columns of a row.
+COLUMN_CHECKS: dict[Callable[..., float | Score], Callable[[Mapping[str, Any]], None]] = {
+    ifeval: check_instruction_ids,
+    instructions: check_instructions,
+}
 
 
 # The imports of models stay inside functions, so that rules need no torch.
@@ -90,14 +102,35 @@ def needs_reference(name: str) -> bool:
     return name not in GROUP_SCORERS and any(function in COMPARING for function in functions_of(find_scorer(name)))
 
 
+def check_columns(name: str, columns: Mapping[str, Any]) -> None:
+    """Check that a row has the columns that a scorer reads, in the form that it reads, before a model is loaded.
+
+    Args:
+        columns: the columns of the row for scorers (``scorer_columns``).
+
+    Raises:
+        InputError: a column is missing, or its value cannot be used.
+    """
+    if name in GROUP_SCORERS:
+        return
+    for function in functions_of(find_scorer(name)):
+        asked_columns(cast("Callable[..., float]", function)).select(columns)
+        for rule, check in COLUMN_CHECKS.items():
+            if function is rule:
+                check(columns)
+
+
 __all__ = [
     "GROUP_SCORERS",
     "SCORERS",
     "GroupLabels",
     "GroupScorer",
+    "Part",
     "PromptGroup",
+    "Score",
     "Scorer",
     "ScorerSettings",
+    "check_columns",
     "check_scorer",
     "find_scorer",
     "make_scorer",

@@ -16,11 +16,33 @@ from spin.alignment.data.turns import question
 from spin.alignment.models.config import Dtype
 
 
+@dataclass(frozen=True)
+class Part:
+    """One of several numbers of a score. Over several responses it is the sum of ``total`` divided by the sum of ``count``: the
+    mean over responses if ``count`` is 1, otherwise for instance the share of all instructions that were followed."""
+
+    total: float
+    count: float = 1.0
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a rule returns that has more to say than one number.
+
+    Attributes:
+        value: the score, higher is better.
+        parts: further numbers by name, which evaluations average and compare.
+    """
+
+    value: float
+    parts: Mapping[str, Part]
+
+
 class Scorer(Protocol):
     """Scores one response; higher is better. Further parameters of a rule receive the columns of the row with their names."""
 
-    def __call__(self, prompt: str, response: str, reference: str) -> float:
-        """Return a finite number.
+    def __call__(self, prompt: str, response: str, reference: str) -> float | Score:
+        """Return a finite number, or a :class:`Score`.
 
         Args:
             prompt: text of the last user turn.
@@ -73,11 +95,13 @@ class GroupLabels:
         win_probs: ``[i][k]`` is the probability that response ``i`` beats response ``k``, one half on the diagonal; only given
             by scorers that compare pairs.
         reference_score: the score of the ground truth, if requested and available.
+        parts: the further numbers of each response, by name; only given by rules that return a :class:`Score`.
     """
 
     scores: list[float | None]
     win_probs: list[list[float]] | None = None
     reference_score: float | None = None
+    parts: list[Mapping[str, Part]] | None = None
 
 
 class GroupScorer(Protocol):

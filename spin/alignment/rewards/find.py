@@ -11,9 +11,13 @@ from typing import Any
 
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.resolve import import_function
-from spin.alignment.rewards.base import Scorer
+from spin.alignment.rewards.base import Score, Scorer
+from spin.alignment.rewards.ifeval import check_ifeval
 from spin.alignment.rewards.math_verify import check_math_verify
 from spin.alignment.rewards.row_columns import TEXTS, score_response
+
+# Rules that need a package which may not be installed.
+_CHECKS = {"ifeval": check_ifeval, "math_verify": check_math_verify}
 
 
 @dataclass(frozen=True)
@@ -25,8 +29,14 @@ class WeightedSum:
     def __call__(self, prompt: str, response: str, reference: str, **columns: Any) -> float:
         # fsum rounds once, so the score does not depend on the order of the terms.
         return math.fsum(
-            weight * score_response(scorer, prompt, response, reference, columns) for weight, scorer in self.terms
+            weight * _value(score_response(scorer, prompt, response, reference, columns))
+            for weight, scorer in self.terms
         )
+
+
+def _value(score: float | Score) -> float:
+    """Return the one number of a score that is added to others."""
+    return score.value if isinstance(score, Score) else score
 
 
 def find_rule(name: str, registry: Mapping[str, Scorer], models: Mapping[str, Any]) -> Scorer:
@@ -85,8 +95,8 @@ def _find_one(rule: str, registry: Mapping[str, Scorer], models: Mapping[str, An
     path, parameters = (head, tail) if "=" in tail else (rule, "")
     if path in registry:
         function: Any = registry[path]
-        if path == "math_verify":
-            check_math_verify()
+        if path in _CHECKS:
+            _CHECKS[path]()
     elif ":" in path:
         function = import_function(path, "scorer", takes=TEXTS, takes_more=True)
     else:

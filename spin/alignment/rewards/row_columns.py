@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from spin.alignment.core.errors import InputError
-from spin.alignment.rewards.base import Scorer
+from spin.alignment.rewards.base import Score, Scorer
 
 TEXTS = ("prompt", "response", "reference")
 
@@ -70,11 +70,13 @@ def asked_columns(rule: Callable[..., Any]) -> AskedColumns:
     )
 
 
-def score_response(rule: Scorer, prompt: str, response: str, reference: str, columns: Mapping[str, Any]) -> float:
+def score_response(
+    rule: Scorer, prompt: str, response: str, reference: str, columns: Mapping[str, Any]
+) -> float | Score:
     """Return a rule's score of one response in a row with these other columns.
 
     Raises:
         InputError: the row lacks a column that the rule requires.
     """
-    function = cast("Callable[..., float]", rule)
+    function = cast("Callable[..., float | Score]", rule)
     return function(prompt, response, reference, **asked_columns(function).select(columns))

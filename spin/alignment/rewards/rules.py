@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from spin.alignment.core.errors import InputError
-from spin.alignment.rewards.base import GroupLabels, PromptGroup, Scorer
+from spin.alignment.rewards.base import GroupLabels, Part, PromptGroup, Score, Scorer
 from spin.alignment.rewards.row_columns import score_response
 
 
@@ -45,11 +45,16 @@ class RuleScorer:
         if self.needs_reference and not (group.reference or "").strip():
             raise no_reference(self.name, group.prompt_id)
         texts = group.texts(self.score_reference)
-        scores: list[float | None] = [self._score(group, text, group.name(place)) for place, text in enumerate(texts)]
+        found = [self._score(group, text, group.name(place)) for place, text in enumerate(texts)]
+        scores: list[float | None] = [score.value for score in found]
         count = len(group.responses)
-        return GroupLabels(scores[:count], reference_score=scores[count] if len(texts) > count else None)
+        return GroupLabels(
+            scores[:count],
+            reference_score=scores[count] if len(texts) > count else None,
+            parts=[score.parts for score in found[:count]] if any(score.parts for score in found) else None,
+        )
 
-    def _score(self, group: PromptGroup, response: str, where: str) -> float:
+    def _score(self, group: PromptGroup, response: str, where: str) -> Score:
         try:
             value = score_response(self.scorer, group.question(), response, group.reference or "", group.columns)
         except InputError as error:
@@ -58,11 +63,16 @@ class RuleScorer:
             reason = f"{type(error).__name__}: {error}"
             raise InputError(f"scorer {self.name} failed on {where} ({reason}): fix the function") from error
         try:
-            score = float(value)
-        except (TypeError, ValueError):
+            numbers = value if isinstance(value, Score) else Score(value, {})
+            score = Score(
+                float(numbers.value),
+                {name: Part(float(part.total), float(part.count)) for name, part in numbers.parts.items()},
+            )
+        except (TypeError, ValueError, AttributeError):
             raise InputError(f"scorer {self.name} returned {value!r} on {where}: it must return a number") from None
-        if not math.isfinite(score):
-            raise InputError(f"scorer {self.name} returned {score} on {where}: it must return a finite number")
+        for number in (score.value, *(n for part in score.parts.values() for n in (part.total, part.count))):
+            if not math.isfinite(number):
+                raise InputError(f"scorer {self.name} returned {number} on {where}: it must return a finite number")
         return score
 
     def close(self) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 
+from spin.alignment.core.allocator import keep_freed_memory
 from spin.alignment.core.errors import InputError
 from spin.alignment.generation.base import GenerationBackend, PromptRequest, Response, SamplingConfig
 from spin.alignment.generation.transformers.decoder import Decoder, takes_ragged_rows
@@ -24,7 +25,7 @@ from spin.alignment.models.adapters import check_adapter
 from spin.alignment.models.config import ModelConfig
 from spin.alignment.models.loading import load_model
 from spin.alignment.models.positions import fixed_positions
-from spin.alignment.models.precision import generation_dtype
+from spin.alignment.models.precision import decoding_dtype
 
 if TYPE_CHECKING:
     from spin.alignment.generation.base import BackendSettings
@@ -195,16 +196,19 @@ class _Queue:
 
 def _load(settings: BackendSettings) -> Any:
     """Load the model in the settings with its adapter on this process's device."""
+    device = _own_device()
+    if device.type == "cpu":
+        keep_freed_memory()
     config = ModelConfig(
         model_name_or_path=settings.model,
         model_revision=settings.revision,
-        dtype=generation_dtype(settings.model, settings.dtype),
+        dtype=decoding_dtype(settings.model, settings.revision, settings.dtype),
         trust_remote_code=settings.trust_remote_code,
     )
     model = load_model(config)
     if settings.adapter is not None:
         model = _with_adapter(model, settings.adapter)
-    return model.to(_own_device())
+    return model.to(device)
 
 
 def _with_adapter(model: Any, folder: str) -> Any:

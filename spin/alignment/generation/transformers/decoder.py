@@ -15,6 +15,7 @@ from spin.alignment.generation.base import SamplingConfig
 from spin.alignment.generation.transformers.decode_attention import RaggedRows, own_attention, supports_decode_attention
 from spin.alignment.generation.transformers.jobs import Job
 from spin.alignment.generation.transformers.kv_cache import RowCache
+from spin.alignment.generation.transformers.packed_linear import PackedLinears
 from spin.alignment.generation.transformers.sampling import NOT_FINITE, draw_tokens, penalise, token_logprobs
 
 # Tokens per prefill, padding included (more do not fit in a CPU's cache), and how many of them may be padding before another
@@ -44,6 +45,7 @@ class Decoder:
         self._masked = torch.tensor(masked_ids, device=self.device) if masked_ids else None  # (M,)
         self.jobs: list[Job] = []
         self.cache = RowCache(windows)
+        self._packed = PackedLinears(model)  # as of now: online training changes the weights before its next decoder
         # Logits of the last position only: those of a whole prefill would be (B, T, V).
         self._keep_one = (
             {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(type(model).forward).parameters else {}
@@ -119,9 +121,9 @@ class Decoder:
     def _forward(
         self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: RowCache, ragged: RaggedRows | None = None
     ) -> Tensor:
-        """Return the logits after the last token of each row of ``ids`` ``(B, T)``, float32, shape ``(B, V)``."""
+        """Return the logits after the last token of each row of ``ids`` ``(B, T)``, shape ``(B, V)``."""
         rows = {} if ragged is None else {"ragged_rows": ragged}
-        with own_attention(self.model):
+        with own_attention(self.model), self._packed.applied():
             output = self.model(
                 input_ids=ids,
                 attention_mask=mask,
@@ -131,11 +133,11 @@ class Decoder:
                 **self._keep_one,
                 **rows,
             )
-        return output.logits[:, -1].float()  # (B, V)
+        return output.logits[:, -1]  # (B, V)
 
     def _draw(self, logits: Tensor, jobs: Sequence[Job], seen: Tensor | None) -> tuple[Tensor, list[int]]:
         """Sample a token for each job from logits ``(B, V)``; return the tokens, ``(B, 1)``, and the rows that continue."""
-        penalised = logits if seen is None else penalise(logits, seen, self.sampling.repetition_penalty)
+        penalised = logits if seen is None else penalise(logits.float(), seen, self.sampling.repetition_penalty)
         if self._masked is not None:
             # A copy: the log-probs of sampled tokens are those of the whole vocabulary, as in training.
             penalised = penalised.index_fill(1, self._masked, -torch.inf)  # (B, V)

@@ -43,7 +43,13 @@ class RowLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append states of shape ``(rows, heads, new columns, head size)``; return all those that the new columns may see."""
+        """Append states of shape ``(rows, heads, new columns, head size)``; return all those that the new columns may see.
+
+        Under autocast they are stored in its precision, to which every step would otherwise convert all of them.
+        """
+        if torch.is_autocast_enabled(key_states.device.type):
+            dtype = torch.get_autocast_dtype(key_states.device.type)
+            key_states, value_states = key_states.to(dtype), value_states.to(dtype)
         if self.buffers is None:
             self.lazy_initialization(key_states, value_states)
             return key_states, value_states

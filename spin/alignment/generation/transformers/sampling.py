@@ -13,6 +13,8 @@ _BLOCK = 256
 _CANDIDATES = 256
 # The 31 bits of a positive float32, divided into the digits of a radix search for the edge of a nucleus.
 _HISTOGRAM_BITS = (12, 12, 7)
+# float32 numbers that stay in the cache of a CPU core (2 MiB).
+_CACHED_NUMBERS = 2**19
 NOT_FINITE = -1  # returned instead of a token id
 
 
@@ -24,7 +26,7 @@ def draw_tokens(logits: Tensor, uniforms: Tensor | None, sampling: SamplingConfi
     whose cumulative probability, in the order of the vocabulary, exceeds the row's random number.
 
     Args:
-        logits: shape ``(B, V)``, float32.
+        logits: shape ``(B, V)``, in any precision: the arithmetic is in float32.
         uniforms: random numbers in [0, 1), shape ``(B,)``, float64; not used at temperature 0.
     """
     highest = logits.amax(dim=-1, keepdim=True)  # (B, 1); NaN if any logit of the row is
@@ -33,17 +35,29 @@ def draw_tokens(logits: Tensor, uniforms: Tensor | None, sampling: SamplingConfi
     else:
         assert uniforms is not None
         rows, vocabulary = logits.shape
+        at_once = _rows_at_once(logits)
         # Rounded up to whole blocks; the columns beyond the vocabulary have weight 0.
-        padded = logits.new_empty(rows, -(-vocabulary // _BLOCK) * _BLOCK)  # (B, V rounded up)
+        padded = logits.new_empty(min(at_once, rows), -(-vocabulary // _BLOCK) * _BLOCK, dtype=torch.float32)
         padded[:, vocabulary:] = 0.0
-        weights = padded[:, :vocabulary]  # (B, V), a view
-        torch.sub(logits, highest, out=weights)
-        if sampling.temperature != 1.0:
-            weights.div_(sampling.temperature)
-        weights.exp_()
-        _cut(weights, logits, sampling)
-        drawn = _invert(padded, uniforms[:, None])  # (B,)
+        parts = zip(logits.split(at_once), highest.split(at_once), uniforms.split(at_once), strict=True)
+        drawn = torch.cat([_draw_rows(*part, padded[: len(part[0])], sampling) for part in parts])
     return drawn.masked_fill_(~highest[:, 0].isfinite(), NOT_FINITE)
+
+
+def _rows_at_once(logits: Tensor) -> int:
+    """Return how many rows to process together: on a CPU as many as stay in its cache from one operation to the next."""
+    return max(1, _CACHED_NUMBERS // logits.shape[1]) if logits.device.type == "cpu" else max(1, len(logits))
+
+
+def _draw_rows(logits: Tensor, highest: Tensor, uniforms: Tensor, padded: Tensor, sampling: SamplingConfig) -> Tensor:
+    """Return a token for each of R rows, ``(R,)``; ``padded`` is a buffer ``(R, V rounded up)``, float32, 0 beyond V."""
+    weights = padded[:, : logits.shape[1]]  # (R, V), a view
+    weights.copy_(logits).sub_(highest)
+    if sampling.temperature != 1.0:
+        weights.div_(sampling.temperature)
+    weights.exp_()
+    _cut(weights, logits, sampling)
+    return _invert(padded, uniforms[:, None])  # (R,)
 
 
 def _cut(weights: Tensor, logits: Tensor, sampling: SamplingConfig) -> None:
@@ -126,5 +140,6 @@ def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Return the log-softmax of logits ``(B, V)`` at each row's token, in nats, shape ``(B,)``."""
-    return logits.gather(1, tokens.clamp(min=0)[:, None])[:, 0] - logits.logsumexp(dim=-1)
+    """Return the log-softmax of logits ``(B, V)`` at each row's token, in nats, float32, shape ``(B,)``."""
+    parts = [part.float().logsumexp(dim=-1) for part in logits.split(_rows_at_once(logits))]
+    return logits.gather(1, tokens.clamp(min=0)[:, None])[:, 0].float() - torch.cat(parts)

@@ -22,7 +22,7 @@ from spin.alignment.generation.base import (
 )
 from spin.alignment.generation.vllm.engine_guard import EngineGuard
 from spin.alignment.models.folder import model_folder
-from spin.alignment.models.precision import generation_dtype
+from spin.alignment.models.precision import decoding_dtype
 from spin.alignment.models.weights_check import check_model
 
 if TYPE_CHECKING:
@@ -90,11 +90,12 @@ class VLLMBackend(GenerationBackend):
             _check_batch_invariance()
         self.settings = settings
         self._masked = frozenset(settings.masked_ids)
+        dtype = decoding_dtype(settings.model, settings.revision, settings.dtype)
         self._guard = EngineGuard()
         self.engine: Any = LLM(
             model=settings.model,
             revision=settings.revision,
-            dtype=_engine_dtype(generation_dtype(settings.model, settings.dtype), config.dtype),
+            dtype=_engine_dtype(dtype, config.dtype),
             tensor_parallel_size=settings.tensor_parallel_size,
             max_model_len=settings.max_model_len,
             gpu_memory_utilization=settings.gpu_memory_utilization,

@@ -12,6 +12,7 @@ from spin.alignment.pipeline.stages.evaluate import Evaluate
 from spin.alignment.pipeline.stages.generate import Generate
 from spin.alignment.pipeline.stages.initial import Initial
 from spin.alignment.pipeline.stages.online import Online
+from spin.alignment.pipeline.stages.rejection_sampling import Sample, Select
 from spin.alignment.pipeline.stages.score_models import ScoreModels
 from spin.alignment.pipeline.stages.sft import Sft
 from spin.alignment.pipeline.stages.train import Train
@@ -20,6 +21,8 @@ from spin.alignment.pipeline.stages.weigh import Weigh
 
 KINDS: dict[str, StageKind] = {
     "sft": Sft(),
+    "sample": Sample(),
+    "select": Select(),
     "control": Control(),
     "initial": Initial(),
     "generate": Generate(),

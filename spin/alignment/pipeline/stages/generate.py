@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from spin.alignment.core.errors import InputError
 from spin.alignment.generation.config import GenerateConfig
@@ -20,8 +21,17 @@ class Generate(StageKind):
     def in_iteration(self, config: RunConfig, iteration: int) -> list[Stage]:
         return [self.stage(config, f"iter{iteration}/generate", generations(config, iteration))]
 
-    def stage(self, config: RunConfig, name: str, configs: Sequence[GenerateConfig]) -> Stage:
-        """Return the stage of some generations by one model into one folder; the model is loaded once for each."""
+    def stage(
+        self,
+        config: RunConfig,
+        name: str,
+        configs: Sequence[GenerateConfig],
+        section: dict[str, Any] | None = None,
+        needs: tuple[str, ...] = (),
+    ) -> Stage:
+        """Return the stage of some generations by one model into one folder; the model is loaded once for each. ``section`` has
+        their flags (default: the section ``generate``).
+        """
         first = configs[0]
         managed = {key: getattr(first, key) for key in ("model", "revision", "output_dir", "iteration", "seed")}
         return Stage(
@@ -29,7 +39,7 @@ class Generate(StageKind):
             name=name,
             configs=configs,
             settings=managed
-            | config.generate
+            | (config.generate if section is None else section)
             | config.template_settings
             | {"splits": [item.split for item in configs]},
             sources=[model_source(first.model), *(data_source(item.input_dir, item.split) for item in configs)],
@@ -37,6 +47,7 @@ class Generate(StageKind):
             folder=Path(first.output_dir),
             launch=config.launch,
             iteration=first.iteration,
+            needs=needs,
         )
 
     def check_settings(self, config: RunConfig, source: str) -> None:

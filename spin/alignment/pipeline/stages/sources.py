@@ -55,8 +55,14 @@ def function_sources(section: Mapping[str, Any]) -> list[Source]:
 def needs_ground_truth(section: Mapping[str, Any], default_pairing: str) -> bool:
     """Return whether the pairing or the scorer of a section compares responses with the ground truth."""
     from spin.alignment.methods.pairings import find_pairing
+
+    pairing = find_pairing(section.get("pairing", default_pairing))
+    return pairing.needs_ground_truth or needs_ground_truth_to_score(section)
+
+
+def needs_ground_truth_to_score(section: Mapping[str, Any]) -> bool:
+    """Return whether the scorer of a section, if it has one, compares responses with the ground truth."""
     from spin.alignment.rewards import needs_reference
 
     scorer = section.get("scorer")
-    pairing = find_pairing(section.get("pairing", default_pairing))
-    return pairing.needs_ground_truth or (scorer is not None and needs_reference(scorer))
+    return scorer is not None and needs_reference(scorer)

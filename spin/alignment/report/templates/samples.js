@@ -111,7 +111,7 @@
       "article",
       { class: "sample" },
       element("h3", {}, id),
-      element("div", { class: "given" }, given("Prompt", texts[prompt]), given("Ground truth", texts[truth])),
+      element("div", { class: "given" }, given("Prompt", texts[prompt]), ...(truth === null ? [] : [given("Ground truth", texts[truth])])),
       element("div", { class: "answers" }, ...shownModels.map((name, index) => shownAnswer(name, number, before(index)))),
     );
   }
@@ -140,7 +140,7 @@
   // The text that a response is compared with; null for none.
   function baseText(name, number, previous) {
     const choice = controls.base.value;
-    if (choice === "truth") return texts[prompts[number][2]];
+    if (choice === "truth") return texts[prompts[number][2]] ?? null;
     const model = choice === "previous" ? previous : choice.startsWith("model:") ? choice.slice("model:".length) : undefined;
     const found = model === undefined || model === name ? null : answer(model, number);
     return found ? texts[found[0]] : null;

@@ -16,11 +16,11 @@ from spin.alignment.core.provenance import hash_text
 from spin.alignment.data.chat_encoder import RowRefused, template_arguments
 from spin.alignment.data.held_out_rows import check_any_left, describe_skipped, read_held_out
 from spin.alignment.data.mixture import pieces_of
-from spin.alignment.data.rows import carried_columns, load_prompts, prompts_hash, to_prompt_rows
+from spin.alignment.data.rows import carried_columns, load_prompts, prompts_hash, scorer_columns, to_prompt_rows
 from spin.alignment.data.turns import answer_text, present_fields
 from spin.alignment.logprobs.batch import PairDataset
 from spin.alignment.methods.pairings import find_pairing, missing_ground_truth
-from spin.alignment.rewards import needs_reference, no_reference
+from spin.alignment.rewards import check_columns, needs_reference, no_reference
 from spin.alignment.training.preference_rows import has_rows
 
 if TYPE_CHECKING:
@@ -117,6 +117,8 @@ def load_held_out(path: str, arguments: OnlineConfig, encoder: ChatEncoder) -> t
                 raise InputError(f"it has {len(prompt.token_ids)} tokens: raise max_prompt_length")
             if compares and not (prompt.reference or "").strip():
                 raise no_reference(arguments.scorer or "", prompt.prompt_id)
+            if arguments.scorer is not None:
+                check_columns(arguments.scorer, scorer_columns(row))
         except InputError as error:
             skipped.append({"prompt_id": row["prompt_id"], "reason": str(error)})
         else:
@@ -144,21 +146,26 @@ def to_prompts(dataset: Any, args: OnlineConfig, encoder: ChatEncoder, name: str
     made, left_out = _dataset([(name, rows)], prompts, args.max_prompt_length)
     for reason, count in left_out.items():
         logger.warning("%s: %d of %d prompts skipped: %s", name, count, len(rows), reason)
-    check_ground_truth(made, args.scorer)
+    check_scorable(made, args.scorer)
     return made
 
 
-def check_ground_truth(dataset: PromptDataset, scorer: str | None) -> None:
-    """Check that every prompt has the ground truth that the scorer compares with.
+def check_scorable(dataset: PromptDataset, scorer: str | None) -> None:
+    """Check that every prompt has what the scorer reads: the ground truth that it compares with, and its columns.
 
     Raises:
-        InputError: a prompt has none; the message names it.
+        InputError: a prompt lacks it; the message names the prompt.
     """
-    if scorer is None or not needs_reference(scorer):
+    if scorer is None:
         return
+    compares = needs_reference(scorer)
     for prompt in dataset.prompts:
-        if not (prompt.reference or "").strip():
+        if compares and not (prompt.reference or "").strip():
             raise no_reference(scorer, prompt.prompt_id)
+        try:
+            check_columns(scorer, scorer_columns({"prompt_id": prompt.prompt_id, **prompt.carried}))
+        except InputError as error:
+            raise InputError(f"scorer {scorer} cannot score prompt {prompt.prompt_id}: {error}") from error
 
 
 def _dataset(

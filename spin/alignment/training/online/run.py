@@ -14,7 +14,7 @@ from spin.alignment.pairs.annotate import scorer_record
 from spin.alignment.training.accounting import accounting
 from spin.alignment.training.online.config import OnlineConfig
 from spin.alignment.training.online.labels import PairMaker, scorer_of
-from spin.alignment.training.online.prompts import PromptDataset, check_ground_truth, load_splits
+from spin.alignment.training.online.prompts import PromptDataset, check_scorable, load_splits
 from spin.alignment.training.online.trainer import OnlineTrainer
 from spin.alignment.training.program import TrainingData, TrainingJob, TrainingProgram
 from spin.alignment.training.settings import Settings
@@ -122,7 +122,7 @@ class OnlineTraining(TrainingProgram):
         """Load, mix and encode the prompts; skipped ones are counted by split and reason."""
         data = TrainingData(*load_splits(settings.data, settings.arguments, encoder))
         for prompts in data.splits.values():
-            check_ground_truth(prompts, settings.arguments.scorer)
+            check_scorable(prompts, settings.arguments.scorer)
         return data
 
     def describe_data(self, data: TrainingData) -> list[str]:

@@ -7,13 +7,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from spin.alignment.core.memory_folder import MemoryFolder
 from spin.alignment.generation import find_backend, make_backend
 from spin.alignment.generation.base import BackendSettings, GenerationBackend, PromptRequest, Response, SamplingConfig
 from spin.alignment.logprobs.forward import use_attention
-from spin.alignment.models.config import ModelConfig
+from spin.alignment.models.config import Dtype, ModelConfig
 from spin.alignment.models.precision import compute_name
 from spin.alignment.models.vocabulary import ids_without_token
 
@@ -117,9 +117,11 @@ def make_sampler(
     Raises:
         InputError: the engine is not installed, or does not support the model.
     """
-    # Under mixed precision the policy's weights have 32 bits, but it computes in 16: so does the engine.
+    # Under mixed precision the policy's weights have 32 bits, but it computes in 16: so does the engine. Never in a precision
+    # that the policy does not compute in.
     compute = compute_name(args)
-    dtype = source.dtype if source.dtype != "auto" or not compute else compute
+    policy = cast(Dtype, str(model.dtype).removeprefix("torch."))
+    dtype = source.dtype if source.dtype != "auto" else compute or policy
     settings = BackendSettings(
         model=source.model_name_or_path,
         revision=source.model_revision,
