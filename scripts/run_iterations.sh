@@ -5,14 +5,17 @@ usage() {
     cat <<'TEXT'
 usage: MODEL=... bash scripts/run_iterations.sh N [--key=value ...]
 
-Runs iterations 0 to N-1: generate.sh (responses, then pairs), then finetune.sh. If it is killed, run the same command again to
-resume: every step recognises its finished output. Settings (--key=value) are passed to the training of every iteration.
+Runs iterations 0 to N-1: generate.sh (responses, then pairs), finetune.sh, and the evaluation of the new model on held-out prompts;
+at the end, `spin report RUN_DIR`. If it is killed, run the same command again to resume: every step recognises its finished output.
+Settings (--key=value) are passed to the training of every iteration.
 
   MODEL      folder or Hub name of the SFT model: initial model and first opponent (required)
-  RUN_DIR    iterations are written to RUN_DIR/iterT/{generated,pairs,checkpoint} (default: outputs)
+  RUN_DIR    iterations are written to RUN_DIR/iterT/{generated,pairs,checkpoint,eval.json} (default: outputs)
   BACKEND    transformers or vllm (default: transformers)
   GENERATE   further flags of spin/generate.py, for example "--max_new_tokens 256"
   CONVERT    further flags of spin/convert_data.py, for example "--identical drop"
+  TEST_SPLIT held-out split of INPUT_DIR (default: test; none: no model is evaluated)
+  EVALUATE   further flags of spin/evaluate_model.py, for example "--max_new_tokens 256 --metric math_answer"
 
 and the variables of generate.sh (INPUT_DIR, FRAC_LEN, ENGINES, GPUS ...) and finetune.sh (LAUNCH_CONFIG ...). Iteration t trains
 on the pairs of iterations t and t-1 with the settings of configs/config.yaml or configs/config_iterT.yaml.
@@ -33,7 +36,24 @@ export SPLITS=${SPLITS:-train}
 export BACKEND=${BACKEND:-transformers}
 spin_choice BACKEND "$BACKEND" transformers vllm
 [ -z "${CONFIG:-}" ] || spin_file CONFIG "$CONFIG"
+spin_number ENGINES "${ENGINES:-1}" 1 10000 >/dev/null
+TEST_SPLIT=${TEST_SPLIT:-test}
+spin_names TEST_SPLIT "$TEST_SPLIT"
 read -ra generate_flags <<<"${GENERATE:-}"
+read -ra evaluate_flags <<<"${EVALUATE:-}"
+programs=$(spin_programs python)
+
+# spin_evaluate MODEL FOLDER: scores a model on the held-out prompts, unless FOLDER has scores that are newer than the model.
+spin_evaluate() {
+    local model=$1 folder=$2
+    [ "$TEST_SPLIT" != none ] || return 0
+    if [ -f "$folder/eval.json" ] && [ ! "$model/metrics.json" -nt "$folder/eval.json" ]; then return 0; fi
+    python "$programs/evaluate_model.py" --backend "$BACKEND" --model "$model" --input_dir "${INPUT_DIR:-data/iter0}" \
+        --split "$TEST_SPLIT" --output_file "$folder/eval.json" "${evaluate_flags[@]}"
+}
+
+echo "==> evaluation of the start $MODEL (TEST_SPLIT=none: without evaluations)"
+spin_evaluate "$MODEL" "$RUN_DIR/sft"
 
 opponent=$MODEL
 for ((iteration = 0; iteration < iterations; iteration++)); do
@@ -51,4 +71,6 @@ for ((iteration = 0; iteration < iterations; iteration++)); do
     CONFIG=${CONFIG:-$config} bash scripts/finetune.sh "$iteration" --model_name_or_path="$(spin_yaml "$opponent")" "${revision[@]}" \
         --dataset_mixer="{$mixer}" --output_dir="$(spin_yaml "$folder/checkpoint")" "$@"
     opponent=$folder/checkpoint
+    spin_evaluate "$opponent" "$folder"
 done
+python -m spin report "$RUN_DIR"

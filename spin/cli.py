@@ -20,10 +20,11 @@ USAGE = """usage: spin COMMAND ...
   config CONFIG.yaml [--key=value ...]
                                       print every value of a configuration, and where it comes from
   status RUN                          show the progress of a run
-  report RUN                          write the table, plot and page of a run
+  report RUN [OTHER]                  write the table, plot and page of a run, or a page that compares two
+  serve RUN [--port=8700]             serve that page on this machine while the run goes on
   validate PATH [--tokenizer MODEL]   check a data set, a model folder or a run against the contract
   doctor                              check which packages, devices and backends work here
-  diff RUN_A RUN_B                    show how two runs differ: packages, settings, inputs, outputs
+  diff RUN_A RUN_B [--all]            show how two runs differ: results, settings, data, packages
   replay FOLDER [--model MODEL]       find the row and token at which a training stopped (failed-step-N)
 
 See `spin COMMAND --help` for details. Exit codes: 0 done, 1 internal error, 2 bad input, 130 interrupted."""
@@ -118,14 +119,39 @@ def status(arguments: Sequence[str]) -> None:
 
 
 def report(arguments: Sequence[str]) -> None:
-    """``spin report RUN``."""
-    parser = Parser(prog="spin report", description="Write summary.json, report.png and report.html of a run.")
-    parser.add_argument("run_dir", help="folder of a run")
+    """``spin report RUN [OTHER]``."""
+    parser = Parser(
+        prog="spin report",
+        description="Write summary.json, report.md, report.png and report.html of a run; of two runs, a page that compares them.",
+    )
+    parser.add_argument("run_dir", help="folder of a run, made by `spin run` or by scripts/run_iterations.sh")
+    parser.add_argument("other", nargs="?", help="folder of a run to compare with; the page is written into RUN_DIR")
+    parser.add_argument("--price_per_hour", type=float, help="price of the machine, to show the cost of every stage")
     options = parser.parse_args(arguments)
-    from spin.alignment.pipeline.config import open_run
-    from spin.alignment.report import write_report
+    from spin.alignment.report import write_comparison, write_report_of
+    from spin.alignment.report.reported_run import open_reported_run
 
-    write_report(open_run(options.run_dir))
+    run = open_reported_run(options.run_dir)
+    if options.other is None:
+        write_report_of(run, options.price_per_hour)
+    else:
+        write_comparison(run, open_reported_run(options.other), options.price_per_hour)
+
+
+def serve(arguments: Sequence[str]) -> None:
+    """``spin serve RUN``."""
+    parser = Parser(
+        prog="spin serve",
+        description="Serve the page of `spin report` on this machine (127.0.0.1) while a run goes on. Nothing is written.",
+    )
+    parser.add_argument("run_dir", help="folder of a run, made by `spin run` or by scripts/run_iterations.sh")
+    parser.add_argument(
+        "--port", type=int, default=8700, help="port to listen on; 0 takes any free one (default: 8700)"
+    )
+    options = parser.parse_args(arguments)
+    from spin.alignment.report.serve import serve as serve_page
+
+    serve_page(options.run_dir, options.port)
 
 
 def validate(arguments: Sequence[str]) -> int:
@@ -164,13 +190,16 @@ def doctor(arguments: Sequence[str]) -> int:
 
 def diff(arguments: Sequence[str]) -> None:
     """``spin diff RUN_A RUN_B``."""
-    parser = Parser(prog="spin diff", description="Show how two runs differ: packages, settings, inputs and outputs.")
+    parser = Parser(
+        prog="spin diff", description="Show how two runs differ: results, settings, data, packages and machine."
+    )
     parser.add_argument("left", help="folder of a run")
     parser.add_argument("right", help="folder of another run")
+    parser.add_argument("--all", action="store_true", help="also list the outputs whose content differs")
     options = parser.parse_args(arguments)
     from spin.alignment.pipeline.diff import show_differences
 
-    show_differences(options.left, options.right)
+    show_differences(options.left, options.right, options.all)
 
 
 def replay(arguments: Sequence[str]) -> None:
@@ -196,6 +225,7 @@ COMMANDS = {
     "config": config,
     "status": status,
     "report": report,
+    "serve": serve,
     "validate": validate,
     "doctor": doctor,
     "diff": diff,

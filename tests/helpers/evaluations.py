@@ -10,9 +10,13 @@ from spin.alignment.core.provenance import Provenance
 from spin.alignment.evaluation.responses import average_nats, average_responses, write_responses
 from tests.helpers.runs import tiny_run, write_config
 
+# What a model may say to attack the page: the response to the second prompt.
+ATTACK = "</script><script>document.title = 'attacked'</script><img src=x onerror=\"document.title='attacked'\">"
+
 
 def response_rows(temperature: float, scores: Sequence[float | None], nats: Sequence[float], tokens: Sequence[int]):
     """One row per prompt; the response to the first prompt names the temperature in angle brackets."""
+    said = {0: f"<{temperature:g}>", 1: ATTACK}
     return [
         {
             "prompt_id": f"p{number}",
@@ -20,7 +24,7 @@ def response_rows(temperature: float, scores: Sequence[float | None], nats: Sequ
             "temperature": temperature,
             "prompt": f"3+{number}",
             "ground_truth": str(3 + number),
-            "response": f"<{temperature:g}>" if number == 0 else str(3 + number),
+            "response": said.get(number, str(3 + number)),
             "token_ids": [5] * 10,
             "finish_reason": "stop",
             "score": score,

@@ -18,6 +18,7 @@ import yaml
 
 from spin import cli
 from spin.alignment.core.files import read_json
+from spin.alignment.core.machine import describe_machine
 from spin.alignment.core.parquet import read_rows
 from spin.alignment.core.provenance import hash_weights
 from spin.alignment.pipeline.manifest import RunManifest
@@ -64,6 +65,7 @@ def test_layout_of_a_run(undisturbed):
         "manifest.json",
         "summary.json",
         "report.html",
+        "report.md",
         "report.png",
         "sft/checkpoint/model.safetensors",
     ]
@@ -77,6 +79,14 @@ def test_layout_of_a_run(undisturbed):
 def test_first_loss_is_ln_2_at_every_iteration(undisturbed):
     losses = [read_json(undisturbed / f"iter{t}" / "metrics.json")["first_loss"] for t in (0, 1)]
     assert losses == pytest.approx([0.693147, 0.693147], abs=1e-5)
+
+
+def test_machine_and_memory_are_recorded(undisturbed):
+    assert read_json(undisturbed / "manifest.json")["machine"] == describe_machine()
+    peak = read_json(undisturbed / "iter1" / "metrics.json")["peak_memory"]["host"]
+    assert 0.05 < peak < 100  # GiB
+    assert "| iter1/train | done | " in (undisturbed / "report.md").read_text()
+    assert f"{peak:.1f} GiB" in (undisturbed / "report.md").read_text()
 
 
 def test_summary_has_a_row_for_every_model(undisturbed):

@@ -72,7 +72,10 @@ def test_the_wheel_holds_what_is_needed_and_nothing_else(wheel):
     tops = {name.partition("/")[0] for name in names}
     assert tops == {"spin", "selfplay_spin-0.1.0.dist-info"}
     modules = {f"spin/{name}" for name in files_under(REPOSITORY / "spin")}
-    assert {"spin/py.typed", "spin/alignment/report/templates/report.html.jinja"} < modules
+    templates = {
+        f"spin/alignment/report/templates/{name}" for name in ("report.html.jinja", "page.js", "uplot/LICENSE")
+    }
+    assert {"spin/py.typed", *templates} < modules
     assets = {
         f"spin/assets/{name}/{path}"
         for name in ("configs", "data/instructions", "data/iter0", "scripts")

@@ -10,6 +10,7 @@ import pytest
 from spin import cli
 from spin.alignment.evaluation.responses import read_responses
 from spin.alignment.pipeline.config import load_run_config
+from spin.alignment.report.headline import headline
 from spin.alignment.report.summary import evaluation_row, warnings
 from spin.alignment.report.table import cells, markdown
 from spin.alignment.report.verdicts import Measure, verdicts
@@ -46,8 +47,11 @@ def test_report_writes_summary_plot_and_page(finished_run):
     assert {key: last[key] for key in expected} == expected
     assert (finished_run / "report.png").read_bytes().startswith(b"\x89PNG")
     page = (finished_run / "report.html").read_text()
-    assert "data:image/png;base64," in page and 'src="http' not in page
-    assert "&lt;0&gt;" in page and "<0>" not in page  # what a model says is text, not HTML
+    assert not re.search(r"(src|href)=.?https?:", page)
+    assert r"\u003c0>" in page and "<0>" not in page  # what a model says is text, not HTML
+    text = (finished_run / "report.md").read_text()
+    assert text.startswith("# Self-play run run\n\nexact_match on 100 held-out prompts\n\n**iter1 is the best")
+    assert "| iter1 | 0.400 ±0.094 |" in text and "## Verdicts" in text and "iter0/checkpoint" in text
 
 
 def test_verdicts_and_warnings_of_that_run(finished_run):
@@ -73,6 +77,82 @@ def test_verdicts_and_warnings_of_that_run(finished_run):
     warned = "\n".join(summary["warnings"])
     assert "iter0: the log-probability of the chosen responses fell by 2.00 nats" in warned
     assert "iter0: 75% of the responses equal the ground truth" in warned
+
+
+def test_headline_of_that_run(finished_run):
+    _, out, _ = run_main(cli.main, "report", finished_run)
+    headline = json.loads((finished_run / "summary.json").read_text())["headline"]
+    assert (headline["best"], headline["measure"]) == ("iter1", "sampled_exact")
+    assert headline["sentence"] == (
+        "iter1 is the best: exact match at T=1 0.450, +0.150 ± 0.070 against the SFT start, +0.140 ± 0.068 against continued SFT"
+    )
+    assert headline["advice"] == (
+        "The gain has levelled off (iter1 against iter0: +0.050 ± 0.043, no clear change): more iterations of this kind "
+        "promise little"
+    )
+    assert headline["caveats"][0] == "iter1 is worse than the SFT start in greedy exact match: -0.100 ± 0.059"
+    assert headline["sentence"] in out and headline["advice"] in out
+
+
+def scored(folder, name, right, role="policy", iteration=None):
+    """A row of the summary and the responses of a model with ``right`` right answers of 100 at T=1."""
+    write_evaluation(folder / name, {1.0: share(100, right)}, [1.0] * 100, [4] * 100)
+    row = {"model": name, "role": role, "iteration": iteration, "n": 100, "sampled_exact": right / 100}
+    return row, read_responses(folder / name / "eval.parquet")
+
+
+@pytest.mark.parametrize(
+    ("start", "first", "second", "sentence", "advice"),
+    [
+        (30, 50, 70, "b is the best", "Still improving (b against a: +0.200"),
+        (30, 70, 50, "a is the best", "The last iteration is worse (b against a: -0.200 ± 0.079): stop, and use a"),
+        (30, 31, 30, "No iteration is clearly better than the SFT start; the best is a", "No clear change between"),
+        (30, 50, None, "a is the best", "a improves on its start: another iteration may help"),
+        (50, 30, None, "No iteration is clearly better", ""),
+    ],
+)
+def test_headlines(tmp_path, start, first, second, sentence, advice):
+    found = [scored(tmp_path, "sft", start, "start"), scored(tmp_path, "a", first, iteration=0)]
+    found += [scored(tmp_path, "b", second, iteration=1)] if second is not None else []
+    said = headline([row for row, _ in found], {row["model"]: responses for row, responses in found})
+    assert said["sentence"].startswith(sentence) and said["advice"].startswith(advice)
+    assert bool(said["advice"]) == bool(advice)
+
+
+def test_no_headline_without_a_scored_policy(tmp_path):
+    row, responses = scored(tmp_path, "sft", 30, "start")
+    assert headline([row], {"sft": responses}) == {}
+    assert headline([row, {"model": "a", "role": "policy", "iteration": 0, "margin": 1.0}], {"sft": responses}) == {}
+
+
+def test_a_run_of_the_shell_scripts_is_reported(finished_run):
+    (finished_run / "run.yaml").unlink()
+    for name in ("iter0", "iter1"):
+        (finished_run / name / "checkpoint").mkdir()
+        (finished_run / name / "metrics.json").rename(finished_run / name / "checkpoint" / "metrics.json")
+        (finished_run / name / "checkpoint" / "inputs.json").write_text('{"beta": 0.25}')
+    code, _, err = run_main(cli.main, "report", finished_run)
+    assert code == 0, err
+    summary = json.loads((finished_run / "summary.json").read_text())
+    assert [row["model"] for row in summary["rows"]] == ["sft", "iter0", "iter1"]
+    assert summary["headline"]["best"] == "iter1" and summary["rows"][-1]["margin"] == 1.5
+    text = (finished_run / "report.md").read_text()
+    assert "| iter1/checkpoint | iter0/checkpoint | iter0/checkpoint | iter1/pairs and iter0/pairs |" in text
+    assert "| iter0/train | done | 3.0 s | 50% |" in text and "| all stages |" in text
+    page = (finished_run / "report.html").read_text()
+    assert "<summary>settings: iter0</summary>" in page and "<td>beta</td><td>0.25</td>" in page
+    (finished_run / "iter0" / "checkpoint" / "inputs.json").write_text("[]")
+    code, _, err = run_main(cli.main, "report", finished_run)
+    assert code == 2 and "inputs.json is damaged" in err
+
+
+def test_costs_have_a_price_if_one_is_given(finished_run):
+    (finished_run / "run.yaml").unlink()
+    (finished_run / "iter0" / "checkpoint").mkdir()
+    code, _, err = run_main(cli.main, "report", finished_run, "--price_per_hour=1200")
+    assert code == 0, err
+    text = (finished_run / "report.md").read_text()
+    assert "| peak memory | cost |" in text and "| iter0/train | done | 3.0 s | 50% | – | – | – | 1.00 |" in text
 
 
 def test_only_prompts_that_both_models_have_are_compared(tmp_path):

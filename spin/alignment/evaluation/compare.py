@@ -28,6 +28,11 @@ class Measure:
     part: str = ""
     group: str | None = None
 
+    @property
+    def sign(self) -> int:
+        """1 if higher values are better, -1 if lower ones are."""
+        return -1 if self.temperature is None else 1
+
     def compare(self, one: HeldOutResponses, other: HeldOutResponses) -> Comparison | None:
         """Compare two models on the prompts that both have a value for; None for fewer than two prompts."""
         mine, theirs = self.values(one), self.values(other)

@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 from spin.alignment.core.console import say
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.files import read_json, write_json_atomic
+from spin.alignment.core.machine import describe_machine
 from spin.alignment.core.provenance import hash_file, hash_json, package_versions
 
 MANIFEST_NAME = "manifest.json"
@@ -60,16 +61,22 @@ class RunManifest:
         self.run_dir = Path(run_dir)
         self.path = self.run_dir / MANIFEST_NAME
         self.stages: dict[str, StageRecord] = {}
-        self.environment = package_versions()
         self._mutex = threading.RLock()
         self._hashes: dict[tuple[str, int, int], str] = {}
         if os.path.lexists(self.path):
-            self.environment, self.stages = read_records(self.path)
+            self.environment, self.machine, self.stages = read_records(self.path)
+        else:
+            self.environment, self.machine = package_versions(), describe_machine()
 
     def save(self) -> None:
         with self._mutex:
             stages = {name: asdict(record) for name, record in self.stages.items()}
-            content = {"format": FORMAT, "environment": self.environment, "stages": stages}
+            content = {
+                "format": FORMAT,
+                "environment": self.environment,
+                "machine": self.machine,
+                "stages": stages,
+            }
             write_json_atomic(self.path, content)
 
     def content_hash(self, path: Path) -> str:
@@ -167,8 +174,8 @@ def _is_same(then: Any, now: Any) -> bool:
         return False
 
 
-def read_records(path: Path) -> tuple[dict[str, str], dict[str, StageRecord]]:
-    """Return the package versions and the records of the stages in a manifest.
+def read_records(path: Path) -> tuple[dict[str, str], dict[str, str], dict[str, StageRecord]]:
+    """Return the package versions, the machine (of earlier versions: empty) and the stages in a manifest.
 
     Raises:
         DamagedManifest: the file is not a manifest.
@@ -190,9 +197,10 @@ def read_records(path: Path) -> tuple[dict[str, str], dict[str, StageRecord]]:
             raise DamagedManifest(f"{path} has no valid record of {name}: {fix}")
         if not record.keys() <= known:
             raise InputError(later)
-    environment = content.get("environment")
+    environment, machine = (content.get(key) for key in ("environment", "machine"))
     return (
         dict(environment) if isinstance(environment, dict) else {},
+        dict(machine) if isinstance(machine, dict) else {},
         {name: StageRecord(**record) for name, record in content["stages"].items()},
     )
 

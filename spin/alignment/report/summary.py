@@ -1,21 +1,21 @@
-"""``summary.json``: one row per model with standard errors and 95 % intervals, verdicts, and warnings."""
+"""``summary.json``: a headline, one row per model with standard errors and 95 % intervals, verdicts, and warnings."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.files import read_json
 from spin.alignment.evaluation.responses import HeldOutResponses, read_responses, responses_path
 from spin.alignment.evaluation.statistics import Z95, proportion
 from spin.alignment.pairs.counts import counts_path, read_counts
-from spin.alignment.pipeline.stages import Model, make_stages, models_of
+from spin.alignment.pipeline.stages.base import Model
+from spin.alignment.report.headline import headline
+from spin.alignment.report.reported_run import ReportedRun
 from spin.alignment.report.verdicts import comparisons, of_role, verdicts
-
-if TYPE_CHECKING:
-    from spin.alignment.pipeline.config import RunConfig
 
 # The fields of every row; see :class:`Model`. The iteration is null for models outside of the iterations.
 IDENTITY = ("model", "role", "iteration")
@@ -24,18 +24,32 @@ IDENTITY = ("model", "role", "iteration")
 IDENTICAL_RATE, TRUNCATION_RATE, LENGTH_DRIFT, SATURATED_ACCURACY, CHOSEN_DRIFT_NATS = 0.5, 0.05, 0.2, 0.99, 0.5
 
 
-def summarize(config: RunConfig) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Return the summary and, for a few prompts, the responses of the first and the last model.
+class NoResults(InputError):
+    """No stage of the run has produced results yet."""
+
+
+@dataclass(frozen=True)
+class Results:
+    """The summary of a run, and the stored responses by name of the model (of those that have any)."""
+
+    summary: dict[str, Any]
+    responses: dict[str, HeldOutResponses]
+    samples: list[dict[str, Any]]
+
+
+def summarize(run: ReportedRun) -> Results:
+    """Return the summary of a run, its stored responses and, for a few prompts, those of the first and of the last model.
 
     Raises:
-        InputError: the run has no results yet.
+        NoResults: the run has no results yet.
+        InputError: a file of its results is damaged.
     """
-    models = [model for model in models_of(make_stages(config)) if model.is_reported]
+    models = run.models
     evaluations = {model.name: _optional(model.folder / "eval.json") for model in models}
-    rows = [checked_row(model, evaluations[model.name], config) for model in models]
+    rows = [checked_row(model, evaluations[model.name], run) for model in models]
     rows = [row for row in rows if len(row) > len(IDENTITY)]
     if not rows:
-        raise InputError(f"{config.run_dir} has no results yet: finish a stage with `spin run` first")
+        raise NoResults(f"{run.folder} has no results yet: finish a stage with `spin run` first")
     paths = {model.name: responses_path(model.folder / "eval.json") for model in models if evaluations[model.name]}
     responses = {name: read_responses(path) for name, path in paths.items() if path.exists()}
     for row in rows:
@@ -46,13 +60,16 @@ def summarize(config: RunConfig) -> tuple[dict[str, Any], list[dict[str, Any]]]:
             if found := comparisons(row, other, responses):
                 row[f"against_{role}"] = {key: comparison.as_row() for key, comparison in found.items()}
     summary = {
+        "headline": headline(rows, responses),
         "rows": rows,
         "verdicts": verdicts(rows, responses),
-        "warnings": warnings(rows, drops_identical(config))
+        "warnings": warnings(rows, run.drops_identical)
         + [without_responses(name, path) for name, path in paths.items() if not path.exists()],
     }
     shown = [model.name for model in models if model.role != "control" and evaluations[model.name]]
-    return summary, before_and_after([(evaluations[name], name, responses.get(name)) for name in shown])
+    return Results(
+        summary, responses, before_and_after([(evaluations[name], name, responses.get(name)) for name in shown])
+    )
 
 
 def _optional(path: Path, read: Callable[[Path], Any] = read_json) -> dict[str, Any]:
@@ -65,14 +82,19 @@ def _optional(path: Path, read: Callable[[Path], Any] = read_json) -> dict[str, 
     return found
 
 
-def checked_row(model: Model, evaluation: dict[str, Any], config: RunConfig) -> dict[str, Any]:
+def metrics_of(model: Model) -> dict[str, Any]:
+    """Return the metrics of a model's training; the shell scripts leave them in the model's folder. Empty if there are none."""
+    return _optional(model.folder / "metrics.json") or _optional(model.folder / "checkpoint" / "metrics.json")
+
+
+def checked_row(model: Model, evaluation: dict[str, Any], run: ReportedRun) -> dict[str, Any]:
     """Return :func:`model_row`.
 
     Raises:
         InputError: a file of the model's results lacks what its program writes.
     """
     try:
-        return model_row(model, evaluation, config)
+        return model_row(model, evaluation, run.split)
     except (KeyError, TypeError, AttributeError, StopIteration) as error:
         raise InputError(
             f"the results of {model.name} in {model.folder} are incomplete or of another version ({error}): remove eval.json "
@@ -80,11 +102,14 @@ def checked_row(model: Model, evaluation: dict[str, Any], config: RunConfig) -> 
         ) from error
 
 
-def model_row(model: Model, evaluation: dict[str, Any], config: RunConfig) -> dict[str, Any]:
-    """Return everything known about one model from the files that exist; only :data:`IDENTITY` if there are none."""
+def model_row(model: Model, evaluation: dict[str, Any], split: str) -> dict[str, Any]:
+    """Return everything known about one model from the files that exist; only :data:`IDENTITY` if there are none.
+
+    ``split`` is the split of the pairs next to the model.
+    """
     row: dict[str, Any] = dict(zip(IDENTITY, (model.name, model.role, model.iteration), strict=True))
     row |= evaluation_row(evaluation)
-    metrics = _optional(model.folder / "metrics.json")
+    metrics = metrics_of(model)
     if metrics:
         final = metrics.get("final", {})
         row |= {"first_loss": metrics.get("first_loss"), "train_seconds": metrics.get("seconds")}
@@ -99,7 +124,7 @@ def model_row(model: Model, evaluation: dict[str, Any], config: RunConfig) -> di
         for key, logged in names.items():
             row |= logged_estimate(key, final, logged)
     # The pairs next to a policy were generated by its opponent, so these rates describe its training data.
-    counts = _optional(counts_path(model.folder / "pairs", config.data.played()[1]), read_counts)
+    counts = _optional(counts_path(model.folder / "pairs", split), read_counts)
     if counts and counts["rows"]:
         row |= {"pairs": counts["written"], "generated_rows": counts["rows"]}
         row |= proportion(counts["identical"], counts["rows"]).as_row("identical_rate")
@@ -163,11 +188,6 @@ def exact_key(temperature: str) -> str:
     """Return the summary's name of exact match at a temperature given as text: "0", "1" or for example "0.5"."""
     fixed = {"0": "greedy_exact", "1": "sampled_exact"}
     return fixed.get(temperature) or f"sampled_exact_t{temperature.replace('.', '')}"
-
-
-def drops_identical(config: RunConfig) -> bool:
-    """Return whether responses that equal the ground truth are left out of the pairs (``convert.identical``)."""
-    return config.convert.get("identical") == "drop"
 
 
 def warnings(rows: Sequence[dict[str, Any]], drops_identical: bool = False) -> list[str]:

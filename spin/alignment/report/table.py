@@ -35,19 +35,31 @@ LINEAGE_HEADINGS = ("model", "starts from", "opponent and reference", "data")
 
 def cells(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Return the headings and one list of texts per model; a measure that no model has gets no column."""
+    rows: Sequence[dict[str, Any]] = [with_groups(row) for row in summary["rows"]]
+    columns = _columns(rows)
+    headings = ["model", *(heading for heading, _, _ in columns)]
+    return headings, [[row["model"], *(cell(row, key, form) for _, key, form in columns)] for row in rows]
+
+
+def sort_values(summary: dict[str, Any]) -> list[list[float | None]]:
+    """Return the value behind every text of :func:`cells`; None for names and missing values."""
+    rows: Sequence[dict[str, Any]] = [with_groups(row) for row in summary["rows"]]
+    return [[None, *(row.get(key) for _, key, _ in _columns(rows))] for row in rows]
+
+
+def _columns(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str, str]]:
+    """Return (heading, key, format) of every measure that a row has; ``rows`` are those of :func:`with_groups`."""
     from spin.alignment.report.summary import exact_key
     from spin.alignment.report.verdicts import group_key
 
-    rows: Sequence[dict[str, Any]] = [with_groups(row) for row in summary["rows"]]
     others = sorted({t for row in rows for t in row.get("exact_at", {}) if t not in ("0", "1")}, key=float)
     groups = dict.fromkeys(name for row in rows for name in row.get("groups", {}))
     extra = [(f"{{score}} T={t}", exact_key(t), "{:.3f}") for t in others]
     extra += [(f"{name}, greedy", group_key("greedy_exact", name), "{:.3f}") for name in groups]
-    columns = [item for item in (*COLUMNS[:2], *extra, *COLUMNS[2:]) if any(item[1] in row for row in rows)]
     metric = next((row["metric"] for row in rows if "metric" in row), "exact_match")
     word = "exact" if metric in _EXACT else "score"
-    headings = ["model", *(heading.replace("{score}", word) for heading, _, _ in columns)]
-    return headings, [[row["model"], *(cell(row, key, form) for _, key, form in columns)] for row in rows]
+    columns = [item for item in (*COLUMNS[:2], *extra, *COLUMNS[2:]) if any(item[1] in row for row in rows)]
+    return [(heading.replace("{score}", word), key, form) for heading, key, form in columns]
 
 
 def with_groups(row: dict[str, Any]) -> dict[str, Any]:

@@ -36,6 +36,12 @@ def group_key(key: str, group: str) -> str:
     return f"{key}/{group}"
 
 
+def measure_name(measure: Measure, row: dict[str, Any]) -> str:
+    """Return the name of a measure by the metric that a model was scored by."""
+    metric = "exact match" if row.get("metric", "exact_match") == "exact_match" else row["metric"]
+    return measure.name.format(metric=metric)
+
+
 def verdicts(rows: Sequence[dict[str, Any]], responses: Responses) -> list[str]:
     """Compare every model with the SFT start, every iteration with the one before, and the last iteration with the controls.
 
@@ -83,16 +89,15 @@ def verdict(row: dict[str, Any], other: dict[str, Any] | None, name: str, respon
     compared = {} if other is None else comparisons(row, other, responses)
     if other is None or not compared:
         return []
-    metric = "exact match" if row.get("metric", "exact_match") == "exact_match" else row["metric"]
     for measure in measures_of(responses[row["model"]], responses[other["model"]]):
         if measure.key not in compared:
             continue
         found = compared[measure.key]
-        better = found.difference < 0 if measure.temperature is None else found.difference > 0
+        better = measure.sign * found.difference > 0
         word = ("better" if better else "worse") if found.is_clear else "no clear change"
         before, after = (measure.average(item) for item in (other, row))
         lines.append(
-            f"{row['model']} against {name}: {measure.name.format(metric=metric)} {before:.3f} -> {after:.3f}, difference "
+            f"{row['model']} against {name}: {measure_name(measure, row)} {before:.3f} -> {after:.3f}, difference "
             f"{found.difference:+.3f} ± {Z95 * found.error:.3f} on the same {found.prompts} prompts, p = {p_text(found.p_value)} "
             f"({word})"
         )

@@ -64,6 +64,11 @@ class Scale:
         known = [weight for weight in weights if not math.isnan(weight)] or [1.0]
         return cls(min(known), sum(known) / len(known), max(known))
 
+    @classmethod
+    def of_pairs(cls, pairs: Sequence[tuple[str, dict[str, list[Token]]]]) -> Scale:
+        """Return the scale of the tokens of some pairs."""
+        return cls.of([token.weight for _, sides in pairs for tokens in sides.values() for token in tokens])
+
     def marks(self) -> list[float]:
         """Return the weights of the legend: the middle, both ends, and the points half way between."""
         low, middle, high = self.low, self.middle, self.high
@@ -81,15 +86,18 @@ def write_weights_page(
     path: Path, weights_dir: Path, encoder: ChatEncoder, facts: Sequence[str], count: int = 8
 ) -> None:
     """Write the page of the first ``count`` weighted pairs in a folder."""
-    pairs = list(islice(_weighted_rows(weights_dir), count))
-    shown = [
+    write_text_atomic(path, render_weights_page(shown_pairs(weights_dir, encoder, count), facts))
+
+
+def shown_pairs(weights_dir: Path, encoder: ChatEncoder, count: int) -> list[tuple[str, dict[str, list[Token]]]]:
+    """Return the first ``count`` weighted pairs in a folder: each a prompt and the tokens of both responses."""
+    return [
         (
             "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in row["chosen"][:-1]),
             {side: tokens_of(row[f"{side}_token_ids"], row[f"{side}_weights"], encoder) for side in SIDES},
         )
-        for row in pairs
+        for row in islice(_weighted_rows(weights_dir), count)
     ]
-    write_text_atomic(path, render_weights_page(shown, facts))
 
 
 def _weighted_rows(folder: Path) -> Iterator[dict]:
@@ -114,5 +122,4 @@ def tokens_of(ids: Sequence[int], weights: Sequence[float], encoder: ChatEncoder
 
 def render_weights_page(pairs: Sequence[tuple[str, dict[str, list[Token]]]], facts: Sequence[str]) -> str:
     """Return the page of some pairs: each a prompt and the tokens of both responses."""
-    scale = Scale.of([token.weight for _, sides in pairs for tokens in sides.values() for token in tokens])
-    return render("weights", pairs=pairs, facts=facts, scale=scale)
+    return render("weights", pairs=pairs, facts=facts, scale=Scale.of_pairs(pairs))

@@ -15,6 +15,7 @@ from spin.alignment.core.allocator import keep_freed_memory
 from spin.alignment.core.console import say
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.files import is_disk_full, share_files, write_json_atomic
+from spin.alignment.core.machine import peak_memory
 from spin.alignment.models.adapters import add_adapters
 from spin.alignment.models.folder import model_folder
 from spin.alignment.models.loading import load_model
@@ -172,6 +173,7 @@ def train_policy(program: TrainingProgram, job: TrainingJob, trainer: Any, folde
             "train_loss": train_loss,
             "steps": trainer.state.global_step,
             "seconds": round(seconds, 2),
+            "peak_memory": peak_memory(),
             **program.metrics(job, trainer, result),
             **saved,
             "final": (logged[-1] if logged else {}) | final,

@@ -1,0 +1,95 @@
+"""What each stage of a run took: time, tokens per second, and memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spin.alignment.core.errors import InputError
+from spin.alignment.core.parquet import open_parquet, read_batches
+from spin.alignment.report.reported_run import ReportedRun
+
+HEADINGS = ("stage", "state", "time", "share", "tokens", "tokens/s", "peak memory")
+CAPTION = (
+    "time: wall-clock time over all attempts; tokens: of the responses that were generated, or of the rows trained on; tokens/s: "
+    "over the whole stage, start-up included; peak memory: of the first process (GPU memory where there is one)"
+)
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """One stage: ``seconds`` of wall-clock time over all attempts, response ``tokens``, ``memory`` in GiB (None: not known)."""
+
+    name: str
+    state: str
+    seconds: float
+    tokens: int | None = None
+    memory: float | None = None
+
+    def cells(self, total: float, price_per_hour: float | None = None) -> list[tuple[str, float | None]]:
+        """Return (text, value to sort by) for each heading but the first two; ``total`` is the time of all stages."""
+        speed = self.tokens / self.seconds if self.tokens and self.seconds else None
+        cost = None if price_per_hour is None else price_per_hour * self.seconds / 3600
+        return [
+            (duration(self.seconds), self.seconds),
+            (f"{self.seconds / total:.0%}" if total else "–", self.seconds),
+            (f"{self.tokens:,}" if self.tokens is not None else "–", self.tokens),
+            (f"{speed:,.0f}" if speed is not None else "–", speed),
+            (f"{self.memory:.1f} GiB" if self.memory is not None else "–", self.memory),
+            *([(f"{cost:.2f}", cost)] if cost is not None else []),
+        ]
+
+
+def duration(seconds: float) -> str:
+    """Return a time as text: ``1 h 02 min``, ``3 min 05 s`` or ``8.2 s``."""
+    whole = round(seconds)
+    if whole >= 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{whole // 60} min {whole % 60:02d} s" if whole >= 60 else f"{seconds:.1f} s"
+
+
+def stage_costs(run: ReportedRun, metrics: dict[str, dict[str, Any]]) -> list[StageCost]:
+    """Return every recorded stage of a run; of a run of the shell scripts, the trainings.
+
+    ``metrics`` has the content of metrics.json by name of the model.
+    """
+    if run.manifest is None:
+        return [
+            StageCost(f"{name}/train", "done", found["seconds"], _trained_tokens(found), _memory(found))
+            for name, found in metrics.items()
+            if "seconds" in found
+        ]
+    by_folder = {model.folder.name: metrics[model.name] for model in run.models if model.name in metrics}
+    costs = []
+    for name, record in run.manifest.stages.items():
+        folder, _, kind = name.rpartition("/")
+        trained = by_folder.get(folder, {}) if kind == "train" else {}
+        tokens = _trained_tokens(trained)
+        if kind in ("generate", "evaluate"):
+            files = [run.folder / file for file in record.outputs if file.endswith(".parquet")]
+            tokens = sum(map(response_tokens, files)) if files else None
+        costs.append(StageCost(name, record.state, record.seconds, tokens, _memory(trained)))
+    return costs
+
+
+def response_tokens(path: Path) -> int:
+    """Return the number of tokens of the responses in a file of generate.py or evaluate_model.py; 0 if it was removed."""
+    if not path.exists():
+        return 0
+    names = open_parquet(path).schema_arrow.names
+    column = next((name for name in ("rejected_token_ids", "token_ids") if name in names), None)
+    if column is None:
+        raise InputError(f"{path} has no token ids: it is not a file of responses, so run its stage again")
+    return sum(
+        batch.column(column).value_lengths().sum().as_py() or 0 for batch in read_batches(path, columns=[column])
+    )
+
+
+def _trained_tokens(metrics: dict[str, Any]) -> int | None:
+    return metrics.get("accounting", {}).get("trained", {}).get("tokens")
+
+
+def _memory(metrics: dict[str, Any]) -> float | None:
+    peak = metrics.get("peak_memory", {})
+    return peak.get("gpu", peak.get("host"))
