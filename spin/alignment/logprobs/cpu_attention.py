@@ -1,6 +1,6 @@
 """Attention in 16 bits on a CPU: the gradient of a packed row, computed from matrix products.
 
-PyTorch's CPU kernel is fast in its forward pass, but its backward pass took 7 to 20 times as long for segments of 100 to 400
+PyTorch's CPU kernel is fast in its forward pass, but its backward pass took 6 to 17 times as long for segments of 100 to 400
 tokens, a quarter of a training step. The products here run on the 16-bit instructions of the processor.
 
 Shapes: T tokens in the row, H query heads, KV key-value heads, G = H / KV, D head size, Q queries and K keys of a segment.
