@@ -23,14 +23,14 @@ from spin.generate import main
 from tests.helpers.generate_with_fake import FakeBackend
 
 transformers.AutoConfig, transformers.AutoTokenizer  # noqa: B018  (lazy: loaded by the mention)
-BACKENDS["fake"] = FakeBackend
 
 
 def start(arguments: list[str]) -> int:
-    """Fork a process that runs generate.py; return its number."""
+    """Fork a process that runs generate.py, in which the fake backend is known; return its number."""
     pid = os.fork()
     if pid:
         return pid
+    BACKENDS["fake"] = FakeBackend
     code = 1
     try:
         # "a": all of them may write to one file.

@@ -20,7 +20,10 @@ from tests.helpers.weights import (
 )
 
 BAD = {
-    "unknown weighting": (["attention"], "unknown weighting 'attention': choose one of drift, reverse_dpo, teacher"),
+    "unknown weighting": (
+        ["attention"],
+        "unknown weighting 'attention': choose one of drift, reverse_dpo, stored_gains, teacher",
+    ),
     "model missing": (["reverse_dpo", "--model_plus", "W/plus"], "compares two models: pass --model_minus"),
     "models unused": (["drift", "--tokenizer", "W/plus", "--model_plus", "W/plus"], "drift does not use --model_plus"),
     "no tokenizer": (["drift"], "needs the data's tokenizer: pass --tokenizer"),

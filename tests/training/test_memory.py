@@ -1,6 +1,7 @@
 """The memory estimate against what tensors and processes really take; the token budget, and advice when it was too much."""
 
 import json
+import mmap
 import weakref
 
 import numpy as np
@@ -337,7 +338,8 @@ def test_lines_for_people():
 
 def test_on_a_cpu_the_estimate_contains_what_the_process_already_holds():
     held = memory.resident_bytes(torch.device("cpu"), 0)
-    buffer = torch.ones(2**26)  # 256 MiB
+    # Mapped, as the allocator may have memory left over from other tests.
+    buffer = torch.frombuffer(mmap.mmap(-1, 2**28), dtype=torch.uint8).fill_(1)  # 256 MiB
     grown = memory.resident_bytes(torch.device("cpu"), 0) - held
     assert grown == pytest.approx(buffer.nbytes, rel=0.1)
     # Weights are counted by themselves; a GPU holds neither interpreter nor libraries.
