@@ -162,8 +162,8 @@ def test_a_result_is_kept_until_its_settings_change(small_study, monkeypatch):
     found = json.loads(path.read_text())
     assert found["cost"] == {"seconds": 1.0, "processor_seconds": 1.0} and "model" not in found
     assert found["flags"]["metric"] == "math_answer" and "backend" not in found["flags"]
-    # Responses: "<0>", then one number each.
-    assert found["temperatures"]["0"]["distinct_1"] == 1.0 and found["temperatures"]["0"]["distinct_2"] == 0.0
+    # Responses: "<0>", one of several words, then one number each: no word or pair of words occurs twice.
+    assert found["temperatures"]["0"]["distinct_1"] == 1.0 and found["temperatures"]["0"]["distinct_2"] == 1.0
     rows = results.read_kept(path)[1].by_temperature["0"]
     assert len(rows) == 100 and rows["p0"]["length"] == 10 and "response" not in rows["p0"]
     del started[:]
