@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from spin.alignment.core.errors import InputError
 from spin.alignment.data import columns as columns_module
-from spin.alignment.data.columns import REFUSALS, SYSTEM_COLUMNS, RowNotes
+from spin.alignment.data.columns import SYSTEM_COLUMNS, RowNotes
 from spin.alignment.data.formats import FORMATS, to_conversations
+from spin.alignment.data.refused_columns import REFUSALS
 from spin.alignment.data.rows import PROMPT_SCHEMA, load_prompts, prompts_hash, to_prompt_rows
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}

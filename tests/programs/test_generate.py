@@ -210,7 +210,7 @@ BAD_INPUT = {
     "unknown backend": (lambda tmp, data: {"backend": "hf"}, "choose one of openai, transformers, vllm"),
     "tensor parallel": (lambda tmp, data: {"tensor_parallel_size": 2}, "tensor_parallel_size is for vllm"),
     "unknown flag": (lambda tmp, data: {"temprature": 1}, "did you mean '--temperature'"),
-    "no room": (lambda tmp, data: {"max_new_tokens": 512}, "leaves no room for a prompt"),
+    "no tokens for a prompt": (lambda tmp, data: {"max_new_tokens": 512}, "leaves no tokens for a prompt"),
     "nothing fits": (lambda tmp, data: {"max_prompt_length": 2}, "no prompt of fraction 0 fits"),
     "half precision on a CPU": (lambda tmp, data: {"dtype": "float16"}, "float16 needs a GPU"),
     "output is a file": (lambda tmp, data: {"output_dir": data}, "is a file: choose a folder"),

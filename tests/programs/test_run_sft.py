@@ -237,7 +237,7 @@ def test_adapters_learn_the_same_with_recomputed_activations(tiny_model, sums, t
         ({"output_dir": None}, "output_dir"),
         ({"dataset_splits": ["test"]}, "add a training split"),
         ({"dataset_splits": ["validation"]}, "validation"),
-        ({"max_length": 8, "max_prompt_length": 8}, "must leave room"),
+        ({"max_length": 8, "max_prompt_length": 8}, "max_prompt_length must be smaller than max_length"),
         ({"learning_rate": "fast"}, "learning_rate.*'fast'"),
     ],
 )

@@ -77,5 +77,5 @@ class DataConfig:
         if self.max_length <= self.max_prompt_length:
             raise InputError(
                 f"max_prompt_length is {self.max_prompt_length} and max_length {self.max_length}: "
-                "the prompt must leave room for a response"
+                "max_prompt_length must be smaller than max_length"
             )

@@ -12,19 +12,17 @@ from typing import Any, Literal
 from spin.alignment.core.errors import InputError
 from spin.alignment.data.columns import (
     EXTRA_COLUMNS,
-    LABEL_COLUMNS,
     REASONING_KEYS,
     SYSTEM_COLUMNS,
     Record,
     RowNotes,
-    check_turn_key,
     has_rare_columns,
-    is_empty,
     other_columns,
     read_extra_columns,
     to_json,
 )
 from spin.alignment.data.foreign_forms import FOREIGN_FORMS
+from spin.alignment.data.refused_columns import LABEL_COLUMNS, check_turn_key, is_empty
 from spin.alignment.data.row_ids import source_id
 from spin.alignment.data.turns import (
     TURN_KEYS,

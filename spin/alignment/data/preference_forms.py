@@ -14,17 +14,7 @@ from spin.alignment.core.errors import InputError
 from spin.alignment.core.sides import INITIAL, SIDES
 from spin.alignment.core.text import is_unicode
 from spin.alignment.data.column_types import OWN_TYPES, table_of
-from spin.alignment.data.columns import (
-    EXTRA_COLUMNS,
-    LABEL_COLUMNS,
-    REASONING_KEYS,
-    Record,
-    RowNotes,
-    check_column,
-    is_empty,
-    other_columns,
-    refusals_of,
-)
+from spin.alignment.data.columns import EXTRA_COLUMNS, REASONING_KEYS, Record, RowNotes, other_columns
 from spin.alignment.data.foreign_forms import pair_form
 from spin.alignment.data.formats import (
     CARRIED_COLUMNS,
@@ -36,6 +26,7 @@ from spin.alignment.data.formats import (
     whole_conversation,
     with_system,
 )
+from spin.alignment.data.refused_columns import LABEL_COLUMNS, check_column, is_empty, refusals_of
 from spin.alignment.data.row_ids import source_id
 from spin.alignment.data.rows import LABEL_TYPE, Features
 from spin.alignment.data.turns import check_conversation, present_fields, prompt_hash, take_context_marks, turn_texts

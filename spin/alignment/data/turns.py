@@ -13,7 +13,8 @@ from typing import Any
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.provenance import hash_text
 from spin.alignment.core.text import is_unicode
-from spin.alignment.data.columns import REASONING_KEYS, is_empty
+from spin.alignment.data.columns import REASONING_KEYS
+from spin.alignment.data.refused_columns import is_empty
 
 Message = dict[str, str]
 # Fields that a turn has only where its source has them.

@@ -208,7 +208,7 @@ def answer_and_score(
 def open_backend(
     config: EvaluateConfig, held_out: list[HeldOut], encoder: ChatEncoder, masked_ids: tuple[int, ...]
 ) -> GenerationBackend:
-    """Load the model for generation, with room for the longest prompt and a response."""
+    """Load the model for generation, with a context that fits the longest prompt and a response."""
     from spin.alignment.generation import make_backend
     from spin.alignment.generation.base import BackendSettings
 

@@ -236,7 +236,7 @@ def longest_prompt(config: GenerateConfig, context: int | None) -> int:
         return config.max_prompt_length or sys.maxsize
     if context <= config.max_new_tokens:
         raise InputError(
-            f"max_new_tokens {config.max_new_tokens} leaves no room for a prompt in the context of {context} tokens: "
+            f"max_new_tokens {config.max_new_tokens} leaves no tokens for a prompt in the context of {context} tokens: "
             "lower it"
         )
     return min(config.max_prompt_length or sys.maxsize, context - max(config.max_new_tokens, 1))

@@ -9,6 +9,7 @@ from typing import Any
 from spin.alignment.core.config import convert
 from spin.alignment.core.errors import InputError, shown
 from spin.alignment.core.settings import Declaration, hints_of, numbers_in, settings_of
+from spin.alignment.training.sft_objectives import OBJECTIVES
 
 _POSITIVE, _COUNT, _AMOUNT, _SHARE = (
     Declaration("", gt=0),
@@ -39,7 +40,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "dataloader_multiprocessing_context": ("fork", "spawn", "forkserver"),
     "log_level": ("debug", "info", "warning", "error", "critical", "passive"),
     "log_level_replica": ("debug", "info", "warning", "error", "critical", "passive"),
-    "loss_type": ("nll", "dft"),  # of SFT: preference training declares its own
+    "loss_type": tuple(OBJECTIVES),  # of SFT: preference training declares its own
     "torch_compile_mode": ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
 }
 # Keys that are not the user's to set.

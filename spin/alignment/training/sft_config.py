@@ -12,6 +12,7 @@ from spin.alignment.core.errors import InputError, lookup, shown
 from spin.alignment.core.settings import check_settings
 from spin.alignment.logprobs.attention import KERNELS
 from spin.alignment.training.keys import SFTKeys
+from spin.alignment.training.sft_objectives import OBJECTIVES
 
 # Keys of TRL that load a model or encode rows, which this program does itself, with the values they have if they are not set.
 _NOT_USED = {
@@ -118,8 +119,8 @@ class SFTArguments(SFTKeys, SFTConfig):
             )
 
     def _check_loss(self) -> None:
-        if self.loss_type == "dft" and self.label_smoothing_factor:
+        if self.label_smoothing_factor and not OBJECTIVES[self.loss_type].takes_smoothing:
             raise InputError(
-                f"label_smoothing_factor is {self.label_smoothing_factor}, but loss_type dft weighs each token by its own "
-                "probability: remove one of them"
+                f"label_smoothing_factor is {self.label_smoothing_factor}, but loss_type {self.loss_type} weighs each token by "
+                "its own probability: remove one of them"
             )

@@ -18,13 +18,12 @@ from spin.alignment.logprobs.target_reader import TargetReader
 from spin.alignment.training.batching import collate_pairs, make_pair_forward
 from spin.alignment.training.micro_batched import MicroBatchedTrainer
 from spin.alignment.training.sft_config import SFTArguments
+from spin.alignment.training.sft_objectives import OBJECTIVES, RowSums
 from spin.alignment.training.sft_rows import RESPONSE, RESPONSES, to_sft_rows, with_labels
 from spin.alignment.training.token_means import TokenMeans
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-    from spin.alignment.methods.losses import LossInputs
 
 
 class GroundTruthTrainer(MicroBatchedTrainer):
@@ -117,7 +116,7 @@ class GroundTruthTrainer(MicroBatchedTrainer):
             NotFiniteError: it is not finite; the rows are saved.
         """
         tokens = self.completion_tokens_of(inputs.features) if inputs.counted else 0
-        reader, sums = TargetReader(self.args.label_smoothing_factor), RowSums(self.args.loss_type)
+        reader, sums = TargetReader(self.args.label_smoothing_factor), RowSums(OBJECTIVES[self.args.loss_type])
         total = batch_loss(model, inputs.batch, sums, responses=RESPONSES, reader=reader)
         faults = sums.faults()
         if faults.any() | ~torch.isfinite(total):
@@ -183,30 +182,6 @@ def prepare_checkpointing(model: Any, args: SFTArguments) -> None:
     if args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
         # Under ZeRO-3, the recomputation of frozen weights only works in this mode.
         args.gradient_checkpointing_kwargs = {**(args.gradient_checkpointing_kwargs or {}), "use_reentrant": True}
-
-
-class RowSums:
-    """The objective of SFT: the sum of the losses of all tokens (nats). It notes which rows have a loss that is not finite.
-
-    ``nll`` is minus the log-prob of each (smoothed) target; ``dft`` weighs it by the target's probability, without a gradient
-    through the weight (arXiv 2508.05629).
-    """
-
-    def __init__(self, loss_type: str) -> None:
-        self.loss_type = loss_type
-        self._faults: list[torch.Tensor] = []
-
-    def __call__(self, inputs: LossInputs) -> torch.Tensor:
-        """Return the sum over B responses, a scalar with gradient, from log-probs ``(B, R)`` that are 0 at padding."""
-        losses = -inputs.policy_logps  # (B, R)
-        if self.loss_type == "dft":
-            losses = losses * inputs.policy_logps.detach().exp()
-        self._faults.append(~torch.isfinite(losses.detach()).all(dim=1))  # (B,)
-        return losses.double().sum()
-
-    def faults(self) -> torch.Tensor:
-        """Return which rows have a loss that is not finite: bool ``(B,)``, in their order."""
-        return torch.cat(self._faults)
 
 
 class BatchingCallback(TrainerCallback):
