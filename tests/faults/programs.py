@@ -20,6 +20,8 @@ from tests.helpers.training import write_pairs
 
 # Durations, dates and rates differ between two runs of the same thing.
 _VOLATILE = re.compile(r"seconds|runtime|per_second|started_at|finished_at|mtime|memory|flos|_rate$")
+# The last section of report.md; the rest of the report must be equal.
+_MEASURED = re.compile(rb"\n## Time and memory\n.*", re.DOTALL)
 # The manifest contains the hashes of files with durations.
 _NOT_COMPARED = re.compile(
     r"^manifest\.json$|\.log$|\.html$|\.png$|(^|/)\.|\.lock$|training_args\.bin$|checkpoint-\d+/(?!model\.safetensors)|\.damaged/|(^|/)logs/"
@@ -157,18 +159,25 @@ def make_run(folder: Path, kind: str) -> Path:
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """Return what two runs of the same thing must have in common: the files by name, JSON without durations and dates."""
+    """Return what two runs of the same thing must have in common: the files by name, JSON and report.md without durations and dates."""
     found: dict[str, Any] = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
         if path.is_file() and not _NOT_COMPARED.search(name):
-            found[name] = _stable(json.loads(path.read_text())) if path.suffix == ".json" else path.read_bytes()
+            found[name] = _stable_content(path)
     return found
 
 
 def differing(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
     """Return the names of the files that differ or are in one of two results of :func:`contents` only."""
     return sorted(name for name in {**found, **expected} if found.get(name) != expected.get(name))
+
+
+def _stable_content(path: Path) -> Any:
+    if path.suffix == ".json":
+        return _stable(json.loads(path.read_text()))
+    content = path.read_bytes()
+    return _MEASURED.sub(b"", content) if path.name == "report.md" else content
 
 
 def _stable(value: Any) -> Any:
