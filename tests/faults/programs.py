@@ -159,7 +159,7 @@ def make_run(folder: Path, kind: str) -> Path:
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """Return what two runs of the same thing must have in common: the files by name, JSON and report.md without durations and dates."""
+    """Return what two runs of the same thing must have in common: files by name, without durations and dates."""
     found: dict[str, Any] = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
