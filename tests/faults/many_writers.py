@@ -22,13 +22,15 @@ from tests.helpers.generate_in_processes import start, storm
 from tests.helpers.runs import write_sums
 
 SAMPLES = 2
-RESPONSE_SECONDS = 0.01
+PROMPTS_EACH = 6
+# Long enough for all of the kills to come while there is work to do.
+PROMPT_SECONDS = 2.0
 
 
 def reports(part: str, plan: Mapping[str, Any], root: Path, seed: int) -> Iterator[dict[str, Any]]:
-    """Yield a report of the kills and one of the folder; six prompts for each process."""
+    """Yield a report of the kills and one of the folder; a fraction of six prompts for each process."""
     processes, folder = plan["processes"], root / part
-    prompts = 6 * processes
+    prompts = PROMPTS_EACH * processes
     yield {"how": "undisturbed", "planned": plan["kills"], "wrong": []}
 
     def make_inputs() -> None:
@@ -39,10 +41,12 @@ def reports(part: str, plan: Mapping[str, Any], root: Path, seed: int) -> Iterat
     undisturbed, shared = folder / "undisturbed", folder / "shared"
     assert os.waitstatus_to_exitcode(os.waitpid(start(arguments(folder, undisturbed, prompts)), 0)[1]) == 0
     said = folder / "said.txt"
-    os.environ.update(FAKE_DELAY=str(RESPONSE_SECONDS), FAKE_OUTPUT=str(said))
+    os.environ.update(FAKE_DELAY=str(PROMPT_SECONDS), FAKE_OUTPUT=str(said))
     outcome = storm(arguments(folder, shared, prompts), processes, plan["kills"], seed)
     codes = Counter(outcome["codes"])
     wrong = [] if set(codes) == {0} else [f"exit codes: {dict(codes)}: {errors(said)}"]
+    if outcome["kills"] < plan["kills"]:
+        wrong.append(f"the work was done after {outcome['kills']} kills")
     yield {"how": "kill", "count": outcome["kills"], "processes": processes, "wrong": wrong}
     yield {"how": "finished", "wrong": wrong_rows(shared, undisturbed, prompts)}
 
@@ -62,7 +66,7 @@ def arguments(folder: Path, output: Path, prompts: int) -> list[str]:
         "backend": "fake",
         "num_samples": SAMPLES,
         "max_new_tokens": 12,
-        "frac_len": prompts // 4,
+        "frac_len": PROMPTS_EACH,
         "data_frac": "auto",
         "flush_every": 4,
     }

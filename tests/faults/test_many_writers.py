@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.faults.__main__ import reports
-from tests.faults.many_writers import wrong_rows
+from tests.faults.many_writers import PROMPTS_EACH, wrong_rows
 from tests.faults.plan import SHORT
 
 pytestmark = pytest.mark.slow
@@ -19,4 +19,4 @@ def test_many_writers_leave_what_one_alone_would(tmp_path):
     # The comparison itself notices a fraction that is missing.
     shared, undisturbed = tmp_path / "writers" / "shared", tmp_path / "writers" / "undisturbed"
     (shared / "train-00001.parquet").unlink()
-    assert len(wrong_rows(shared, undisturbed, 6 * plan["processes"])) == 2
+    assert len(wrong_rows(shared, undisturbed, PROMPTS_EACH * plan["processes"])) == 2

@@ -44,26 +44,28 @@ def start(arguments: list[str]) -> int:
 
 
 def storm(arguments: list[str], processes: int, kills: int, seed: int) -> dict[str, object]:
-    """Keep some processes at work, kill -9 one of them at random moments, and let the last ones end in peace."""
+    """Keep some processes at work and kill -9 one of them at random moments, each replaced by a new one.
+
+    Nobody is killed any more after ``kills``, or once a process ends because all the work is done: later kills would hit nothing.
+    """
     chance = random.Random(seed)
     alive = {start(arguments) for _ in range(processes)}
     codes: list[int] = []
     killed = 0
     while alive:
         time.sleep(chance.uniform(0.01, 0.25))
-        if killed < kills and chance.random() < 0.8:
+        if killed < kills and not codes and chance.random() < 0.8:
             os.kill(chance.choice(sorted(alive)), signal.SIGKILL)
         for pid in list(alive):
             done, status = os.waitpid(pid, os.WNOHANG)
             if not done:
                 continue
             alive.remove(pid)
-            was_killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-            killed += was_killed
-            if not was_killed:
-                codes.append(os.waitstatus_to_exitcode(status))
-            if was_killed or killed < kills:
+            if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
+                killed += 1
                 alive.add(start(arguments))
+            else:
+                codes.append(os.waitstatus_to_exitcode(status))
     return {"kills": killed, "codes": codes}
 
 
