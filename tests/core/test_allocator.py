@@ -1,4 +1,4 @@
-"""glibc keeps freed memory if it is told to, and not if the user has configured the allocator."""
+"""glibc keeps freed memory if it is told to, not if the user has configured the allocator, and not without limit."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from spin.alignment.core import allocator
 from tests.helpers import run_command
 
 # The faults of 20 blocks of 64 MiB, each written and freed.
@@ -42,3 +43,34 @@ def test_pages_of_freed_blocks_are_not_faulted_in_again():
 def test_an_allocator_that_the_user_configured_stays():
     told, _ = run("keep", MALLOC_TRIM_THRESHOLD_="1000000")
     assert told == "False"
+
+
+# A process that grows by 600 MB, which it frees except for something small between the blocks.
+GROWN = """
+from spin.alignment.core.allocator import KeptMemory, _private_bytes, keep_freed_memory
+assert keep_freed_memory()
+memory, small, blocks = KeptMemory(), [], []
+print(memory.end_step(), _private_bytes())
+for _ in range(60):
+    blocks.append(bytearray(b"x") * 10_000_000)
+    small.append(bytearray(2000))
+del blocks
+print(None, _private_bytes())
+print(memory.end_step(), _private_bytes())
+"""
+
+
+@glibc
+def test_what_a_grown_process_keeps_in_vain_is_returned():
+    done = run_command([sys.executable, "-c", GROWN])
+    assert done.returncode == 0, done.stderr
+    start, grown, returned = (line.split() for line in done.stdout.splitlines())
+    assert (start[0], returned[0]) == ("False", "True")
+    assert int(grown[1]) - int(start[1]) > 500_000_000 > 10 * (int(returned[1]) - int(start[1]))
+
+
+def test_memory_is_returned_only_once_a_process_has_grown_by_a_quarter(monkeypatch):
+    sizes = iter([4 * 2**30, 5 * 2**30, int(5.5 * 2**30), 4 * 2**30, 5 * 2**30])
+    monkeypatch.setattr(allocator, "_private_bytes", lambda: next(sizes))
+    memory = allocator.KeptMemory()
+    assert [memory.end_step() for _ in range(5)] == [False, False, True, False, False]

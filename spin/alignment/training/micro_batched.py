@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from accelerate.utils.memory import clear_device_cache
 
+from spin.alignment.core.allocator import KeptMemory
 from spin.alignment.logprobs.batch import PairDataset, PairList
 from spin.alignment.logprobs.micro_batches import MicroBatch
 from spin.alignment.logprobs.pair_forward import PairForward
@@ -25,6 +26,10 @@ class MicroBatchedTrainer(EachRowOnce, WatchedSteps):
     """The data loader returns the rows of a whole optimiser step (:class:`PairList`); :attr:`pair_forward` divides them."""
 
     pair_forward: PairForward
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self._kept_memory = KeptMemory()
 
     @abstractmethod
     def compute_loss(
@@ -84,6 +89,8 @@ class MicroBatchedTrainer(EachRowOnce, WatchedSteps):
                 deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
                 self.accelerator.backward(loss, **({"scale_wrt_gas": False} if deepspeed else {}))
             total += loss.detach()  # micro-batch losses are shares of the step's, so they add up
+        if self.args.device.type == "cpu":
+            self._kept_memory.end_step()
         frequency = self.args.torch_empty_cache_steps
         if frequency is not None and self.state.global_step % frequency == 0:
             clear_device_cache()
