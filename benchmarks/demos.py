@@ -4,7 +4,7 @@
     python benchmarks/demos.py demo runs/seed1 runs/seed2 runs/seed3             # also: chat, online, sppo, wspin
     python scripts/make_docs.py
 
-The entry of that name is replaced: ``machine``, and for each seed the rows of the run's ``summary.json`` with standard errors
+The entry of that name is replaced, or with ``--add`` extended: ``machine``, and for each seed the rows of the run's ``summary.json`` with standard errors
 (``_se``), 95 % intervals (``_interval``), and the paired comparisons on the same prompts with the SFT start (``against_start``)
 and with the control (``against_control``); ``groups`` has the scores of each group of held-out rows.
 """
@@ -58,6 +58,13 @@ def collect(folders: Sequence[Path]) -> dict[str, Any]:
     return {"machine": machine(), "seeds": dict(sorted(seeds.items(), key=lambda item: int(item[0])))}
 
 
+def joined(earlier: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
+    """Return an entry with the seeds of both, ``entry``'s where both have one, and the machines of both."""
+    seeds = earlier["seeds"] | entry["seeds"]
+    machines = dict.fromkeys([*earlier["machine"].split("; "), entry["machine"]])
+    return {"machine": "; ".join(machines), "seeds": dict(sorted(seeds.items(), key=lambda item: int(item[0])))}
+
+
 def machine() -> str:
     """Return the processor and the number of cores that this process may use."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
@@ -71,10 +78,13 @@ def main(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("name", help="entry of the results: demo, chat, online, sppo, wspin or a new one")
     parser.add_argument("folders", nargs="+", type=Path, help="run directories, one per seed")
+    parser.add_argument("--add", action="store_true", help="keep the entry's other seeds, whose runs may be on another machine")
     parser.add_argument("--out", type=Path, default=RESULTS, help="JSON file to update")
     options = parser.parse_args(arguments)
     entry = collect(options.folders)
     known = read_json(options.out) if options.out.exists() else {}
+    if options.add and options.name in known:
+        entry = joined(known[options.name], entry)
     write_json_atomic(options.out, known | {options.name: entry})
     say(
         f"wrote {options.name}, seeds {', '.join(entry['seeds'])}, to {options.out}; now run python scripts/make_docs.py"

@@ -211,6 +211,9 @@ def speed_table(name: str) -> str:
     lines = [[*headings, "ours / its memory"], ["---"] * 8]
     for contender, facts in result["contenders"].items():
         label = CONTENDERS[contender].label
+        if "error" in facts:
+            lines.append([label, "failed", *[""] * 6])
+            continue
         ratio = result["ratios"].get(contender)
         low, high = result["ratio_spread"].get(contender, (0, 0))
         lines.append(

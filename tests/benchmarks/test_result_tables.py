@@ -84,6 +84,12 @@ def test_finished_runs_are_collected(tmp_path):
         "p_value": pytest.approx(2 / 2**10),
         "prompts": 100,
     }
+    of_another_machine = {"machine": "m", "seeds": {"99": [], seed: []}}
+    out.write_text(json.dumps({"demo": of_another_machine}))
+    assert run_main(demos.main, "demo", finished_run, "--add", "--out", out)[0] == 0
+    joined = read_json(out)["demo"]
+    assert joined["machine"] == f"m; {found['demo']['machine']}"
+    assert joined["seeds"] == {"99": [], seed: found["demo"]["seeds"][seed]}
     code, _, err = run_main(demos.main, "demo", finished_run, finished_run, "--out", out)
     assert code == 2 and "give runs of different seeds" in err
 
