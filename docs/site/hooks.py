@@ -21,6 +21,9 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
+# GitHub draws these; the site has the same picture as a file, because the theme would fetch mermaid from another host.
+MERMAID = re.compile(r"^```mermaid\n.*?^```\n", re.DOTALL | re.MULTILINE)
+PICTURE = "images/loop.svg"
 # Code, which contains no links, or an inline link or image: its text, target and anchor.
 LINK = re.compile(r"(?P<code>^```.*?^```|`[^`\n]+`)|(?P<image>!?)\[(?P<text>(?:[^\[\]]|`[^`]*`)*)\]\((?P<target>[^)\s#]*)(?P<anchor>#[^)\s]*)?\)", re.DOTALL | re.MULTILINE)  # fmt: skip
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
@@ -90,6 +93,8 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
         url = posixpath.relpath(target, posixpath.dirname(source) or ".")
         return f"{match['image']}[{match['text']}]({url}{match['anchor'] or ''})"
 
+    picture = posixpath.relpath(PICTURE, posixpath.dirname(source) or ".")
+    markdown = MERMAID.sub(f"![The loop of self-play]({picture})\n", markdown)
     return LINK.sub(moved, COMMENT.sub("", markdown))
 
 
