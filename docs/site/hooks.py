@@ -3,6 +3,7 @@
 - A file of the repository that a page links to (a configuration, SECURITY.md, an image of a result) becomes a page or a file of the
   site, under ``repository/``. A link to a folder leads to the repository's address if ``repo_url`` is set; otherwise it is plain text.
 - Formulas (``$...$`` and blocks fenced as ``math``) become MathML, which browsers show without scripts and fonts.
+- Names in code are not broken over lines.
 - Comments, such as the markers of generated sections, are removed.
 """
 
@@ -27,6 +28,9 @@ PICTURE = "images/loop.svg"
 # Code, which contains no links, or an inline link or image: its text, target and anchor.
 LINK = re.compile(r"(?P<code>^```.*?^```|`[^`\n]+`)|(?P<image>!?)\[(?P<text>(?:[^\[\]]|`[^`]*`)*)\]\((?P<target>[^)\s#]*)(?P<anchor>#[^)\s]*)?\)", re.DOTALL | re.MULTILINE)  # fmt: skip
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
+INLINE_CODE = re.compile(r"<code>([^<>\n]+)</code>")
+NAME = re.compile(r"\S{1,40}(?!\S)")  # a longer one may be broken
+WHOLE = r'<span class="whole">\g<0></span>'
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".sh": "bash", ".json": "json", ".sbatch": "bash", "": "text"}
 
 
@@ -99,11 +103,14 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
 
 
 def on_page_content(content: str, **_: Any) -> str:
-    """Write formulas as MathML."""
+    """Write formulas as MathML, and keep the names in code on one line."""
 
     def formula(match: re.Match[str]) -> str:
         block = match[1] == "div"
         mathml = convert(html.unescape(match[2]).strip(), display="block" if block else "inline")
         return f'<div class="arithmatex">{mathml}</div>' if block else mathml
 
-    return FORMULA.sub(formula, content)
+    def names(match: re.Match[str]) -> str:
+        return f"<code>{NAME.sub(WHOLE, match[1])}</code>"
+
+    return INLINE_CODE.sub(names, FORMULA.sub(formula, content))
