@@ -1,6 +1,6 @@
 """Checks the built site: every link and anchor leads somewhere, and no page makes a request to another host.
 
-    python docs/site/check_site.py FOLDER
+python docs/site/check_site.py FOLDER
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Hooks of mkdocs: what a reader on GitHub sees in place already becomes part of the site.
 
-- A file of the repository that a page links to (a configuration, SECURITY.md, an image of a result) becomes a page or a file of the
-  site, under ``repository/``. A link to a folder leads to the repository's address if ``repo_url`` is set; otherwise it is plain text.
+- A file of the repository that a page links to (a configuration, SECURITY.md, an image of a result) becomes a page or a file of
+  the site, under ``repository/``. A link to a folder leads to the repository's address if ``repo_url`` is set; otherwise it is
+  plain text.
 - Formulas (``$...$`` and blocks fenced as ``math``) become MathML, which browsers show without scripts and fonts.
 - Names in code are not broken over lines.
 - Comments, such as the markers of generated sections, are removed.
@@ -16,17 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from latex2mathml.converter import convert
+from links import COMMENT, LINK, links_of, resolve
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
 # GitHub draws these; the site has the same picture as a file, because the theme would fetch mermaid from another host.
 MERMAID = re.compile(r"^```mermaid\n.*?^```\n", re.DOTALL | re.MULTILINE)
 PICTURE = "images/loop.svg"
-# Code, which contains no links, or an inline link or image: its text, target and anchor.
-LINK = re.compile(r"(?P<code>^```.*?^```|`[^`\n]+`)|(?P<image>!?)\[(?P<text>(?:[^\[\]]|`[^`]*`)*)\]\((?P<target>[^)\s#]*)(?P<anchor>#[^)\s]*)?\)", re.DOTALL | re.MULTILINE)  # fmt: skip
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 INLINE_CODE = re.compile(r"<code>([^<>\n]+)</code>")
 NAME = re.compile(r"\S{1,40}(?!\S)")  # a longer one may be broken
@@ -52,15 +51,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def linked_files(name: str, text: str) -> list[str]:
     """Return the files of the repository that the Markdown file ``name`` links to, relative to the repository."""
-    places = (resolve(name, match) for match in LINK.finditer(COMMENT.sub("", text)) if match["target"])
+    places = (resolve(name, match) for match in links_of(text))
     return [place for place in places if place and (ROOT / place).is_file()]
-
-
-def resolve(name: str, link: re.Match[str]) -> str | None:
-    """Return where a link of the file ``name`` leads, relative to the repository; None if it leads to another host."""
-    if not link["target"] or "://" in link["target"] or link["target"].startswith(("mailto:", "/")):
-        return None
-    return posixpath.normpath(posixpath.join(posixpath.dirname(name), link["target"]))
 
 
 def site_file(place: str, config: MkDocsConfig) -> File:
@@ -87,7 +79,7 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
     name = source.removeprefix("repository/") if source.startswith("repository/") else f"docs/{source}"
 
     def moved(match: re.Match[str]) -> str:
-        place = None if match["code"] else resolve(name, match)
+        place = None if match["code"] or not match["target"] else resolve(name, match)
         if place is None or not (ROOT / place).exists():
             return match[0]  # of a target that does not exist, mkdocs warns
         if (ROOT / place).is_dir():
