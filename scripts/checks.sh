@@ -38,6 +38,11 @@ spin_names() {
 # spin_file NAME VALUE: VALUE is a file that can be read.
 spin_file() { [ -f "$2" ] && [ -r "$2" ] || spin_fail "$1 is '$2', which is not a file: give the path of one (see -h)"; }
 
+# spin_prompts VALUE: VALUE, the variable INPUT_DIR, is given. The demo's prompts are no default: they would suit no other model.
+spin_prompts() {
+    [ -n "$1" ] || spin_fail "set INPUT_DIR to your prompts: a folder, a file or a Hub name (data/iter0 has those of the demo; see -h)"
+}
+
 # spin_command NAME VALUE: VALUE can be started.
 spin_command() { command -v "$2" >/dev/null 2>&1 || spin_fail "$1 is '$2', which is not installed: set $1 to a command that is (see -h)"; }
 

@@ -3,11 +3,12 @@
 set -euo pipefail
 usage() {
     cat <<'TEXT'
-usage: MODEL=... bash scripts/generate.sh ITER [flags of spin/generate.py]
+usage: MODEL=... INPUT_DIR=... bash scripts/generate.sh ITER [flags of spin/generate.py]
 
     MODEL          the opponent: model folder or Hub name (required)
+    REVISION       its revision on the Hub (default: the newest)
     BACKEND        transformers, vllm or openai (default transformers)
-    INPUT_DIR      prompts with ground truth (default data/iter0)
+    INPUT_DIR      prompts with ground truth: folder, file or Hub name (required; data/iter0 has those of the demo)
     OUTPUT_DIR     folder for the fractions (default generated/iterITER)
     PAIRS_DIR      folder for the pairs (default pairs/iterITER)
     SPLITS         splits to generate (default "train test")
@@ -19,11 +20,13 @@ usage: MODEL=... bash scripts/generate.sh ITER [flags of spin/generate.py]
     CONVERT        further flags of spin/convert_data.py, for example "--identical drop"
     PYTHON         the interpreter (default python)
 
+Paths are relative to the folder that contains scripts/.
+
 Every engine is a separate process that takes work nobody has claimed, so no engine waits for a slower one. Any number of servers
 may run this with a shared OUTPUT_DIR, at any time. If it is killed, run the same command again to resume. With two servers:
 
-    server A:  MODEL=outputs/iter0 OUTPUT_DIR=/shared/iter1 bash scripts/generate.sh 1 --max_new_tokens 256
-    server B:  MODEL=outputs/iter0 OUTPUT_DIR=/shared/iter1 GATHER=0 bash scripts/generate.sh 1 --max_new_tokens 256
+    server A:  MODEL=outputs/iter0 INPUT_DIR=data/mine OUTPUT_DIR=/shared/iter1 bash scripts/generate.sh 1 --max_new_tokens 256
+    server B:  MODEL=outputs/iter0 INPUT_DIR=data/mine OUTPUT_DIR=/shared/iter1 GATHER=0 bash scripts/generate.sh 1 --max_new_tokens 256
 TEXT
 }
 case "${1:-}" in -h | --help) usage; exit 0 ;; esac
@@ -35,7 +38,6 @@ shift
 [ -n "${MODEL:-}" ] || spin_fail "set MODEL to the opponent's folder or Hub name (see -h)"
 PYTHON=${PYTHON:-python}
 BACKEND=${BACKEND:-transformers}
-INPUT_DIR=${INPUT_DIR:-data/iter0}
 OUTPUT_DIR=${OUTPUT_DIR:-generated/iter$iteration}
 PAIRS_DIR=${PAIRS_DIR:-pairs/iter$iteration}
 SPLITS=${SPLITS:-train test}
@@ -48,6 +50,7 @@ spin_choice GATHER "$GATHER" 0 1
 spin_names SPLITS "$SPLITS"
 [ -z "${GPUS:-}" ] || spin_names GPUS "$GPUS"
 spin_command PYTHON "$PYTHON"
+spin_prompts "${INPUT_DIR:-}"
 read -ra splits <<<"$SPLITS"
 cd "$SPIN_ROOT"
 programs=$(spin_programs "$PYTHON")
@@ -75,6 +78,7 @@ spin_start_engine() {
             CUDA_VISIBLE_DEVICES=$(IFS=,; echo "${devices[*]:number*TENSOR_PARALLEL:TENSOR_PARALLEL}")
             export CUDA_VISIBLE_DEVICES
         fi
+        [ -z "${REVISION:-}" ] || set -- --revision "$REVISION" "$@"
         [ "$TENSOR_PARALLEL" -eq 1 ] || set -- --tensor_parallel_size "$TENSOR_PARALLEL" "$@"
         exec "$PYTHON" "$programs/generate.py" --backend "$BACKEND" --model "$MODEL" --input_dir "$INPUT_DIR" --split "$split" \
             --output_dir "$OUTPUT_DIR" --data_frac auto --frac_len "$FRAC_LEN" --iteration "$iteration" "$@"

@@ -8,6 +8,8 @@ A generated section is enclosed by a marker and ``<!-- end -->``:
     <!-- flags: CLASS -->                the same, with two dashes before each name
     <!-- keys: CLASS / group, group -->  only the settings of these groups
     <!-- instructions -->                the kinds of verifiable instructions, from the docstrings of their functions
+    <!-- help: spin COMMAND -->          what `spin COMMAND --help` prints
+    <!-- help: scripts/FILE -->          what a shell script prints with -h
     <!-- packages -->                    the packages of spin/alignment in the order of imports
     <!-- modules -->                     one table of modules per package, from the first paragraph of each docstring
     <!-- results: NAME -->               a table of results (TABLES in benchmarks/result_tables.py) with intervals
@@ -24,9 +26,12 @@ A generated section is enclosed by a marker and ``<!-- end -->``:
 from __future__ import annotations
 
 import ast
+import contextlib
+import io
 import re
 import sys
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -43,6 +48,7 @@ from benchmarks.result_tables import (  # noqa: E402
     speed_table,
     value,
 )
+from spin import cli  # noqa: E402
 from spin.alignment.core.errors import lookup  # noqa: E402
 from spin.alignment.core.files import write_text_atomic  # noqa: E402
 from spin.alignment.core.key_tables import key_table  # noqa: E402
@@ -84,6 +90,10 @@ LAYERS = (
 )
 TABLE = re.compile(r"<!-- (keys|flags): (\w+)(?: / ([\w, ]+))? -->\n.*?<!-- end -->", re.DOTALL)
 MAP = re.compile(r"<!-- (packages|modules|instructions) -->\n.*?<!-- end -->", re.DOTALL)
+HELP = re.compile(r"<!-- help: (spin|scripts/)( ?[^ ]*) -->\n.*?<!-- end -->", re.DOTALL)
+# The usage text of a shell script is between these lines.
+SCRIPT_USAGE = re.compile(r"<<'TEXT'\n(.*?)\nTEXT\n", re.DOTALL)
+HELP_WIDTH = "110"
 RESULTS = re.compile(
     r"<!-- (results|speed|ratios|faults|generation|decoding|scale|sft|evidence): ([^>]+?) -->\n.*?<!-- end -->",
     re.DOTALL,
@@ -172,6 +182,34 @@ def instructions_table() -> str:
     return "\n".join(lines)
 
 
+def help_section(match: re.Match[str]) -> str:
+    """Return the up-to-date help of a command or a shell script, markers included."""
+    program, name = match.groups()
+    text = command_help(name.split()) if program == "spin" else script_help(ROOT / program / name)
+    return f"<!-- help: {program}{name} -->\n```text\n{text.strip()}\n```\n<!-- end -->"
+
+
+def command_help(words: list[str]) -> str:
+    """Return what ``spin WORDS --help`` prints on a terminal of a fixed width."""
+    printed = io.StringIO()
+    fixed_width = mock.patch.dict("os.environ", COLUMNS=HELP_WIDTH)
+    with fixed_width, contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+        cli.main([*words, "--help"])
+    return printed.getvalue()
+
+
+def script_help(path: Path) -> str:
+    """Return the usage text of a shell script.
+
+    Raises:
+        ValueError: it has none.
+    """
+    found = SCRIPT_USAGE.search(path.read_text(encoding="utf-8"))
+    if found is None:
+        raise ValueError(f"{path} has no usage text between <<'TEXT' and TEXT")
+    return found.group(1)
+
+
 def results_section(match: re.Match[str]) -> str:
     """Return the up-to-date text of a table of results, markers included."""
     kind, names = match.groups()
@@ -186,7 +224,7 @@ def value_section(match: re.Match[str]) -> str:
 
 def up_to_date(text: str) -> str:
     """Return a page with all of its generated sections up to date."""
-    text = MAP.sub(map_section, TABLE.sub(table, text))
+    text = HELP.sub(help_section, MAP.sub(map_section, TABLE.sub(table, text)))
     return VALUE.sub(value_section, RESULTS.sub(results_section, text))
 
 

@@ -1,6 +1,6 @@
 """Online training: each step samples responses to a batch of prompts, labels and pairs them, and makes one or more updates.
 
-    accelerate launch --config_file configs/multi_gpu.yaml spin/run_online.py configs/online_dpo.yaml [--key=value ...]
+    accelerate launch --config_file configs/multi_gpu.yaml spin/run_online.py configs/online_gsm8k.yaml [--key=value ...]
 
 ``pairing`` and ``loss_type`` select online DPO, online SPPO with rewards or online SPIN. The output is as in run_spin.py. When
 started again after a crash, it resumes from the last complete checkpoint and reproduces the same numbers.

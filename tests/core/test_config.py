@@ -48,6 +48,20 @@ def test_every_run_configuration_makes_a_plan(name, monkeypatch):
     assert f"iter{config.iterations - 1}/train" in names
 
 
+def test_the_configuration_for_an_own_model_names_no_model(monkeypatch):
+    from spin.alignment.pipeline.config import load_run_config
+    from spin.alignment.pipeline.stages import make_stages
+
+    monkeypatch.chdir(REPOSITORY)
+    with pytest.raises(InputError, match="lacks the key 'model': add it"):
+        load_run_config(CONFIGS / "own_model.yaml")
+    with pytest.raises(InputError, match="lacks the key 'data'"):
+        load_run_config(CONFIGS / "own_model.yaml", ["--model=mine"])
+    own = ["--model=mine", "--data.train=data/iter0", "--data.test=data/iter0"]
+    names = [stage.name for stage in make_stages(load_run_config(CONFIGS / "own_model.yaml", own))]
+    assert {"sft/evaluate", "iter2/train", "iter2/evaluate"} <= set(names)
+
+
 def test_the_overlays_change_what_the_paper_changes():
     values = [load_yaml(CONFIGS / f"{name}.yaml") for name in PAPER]
     assert [item["learning_rate"] for item in values] == [5e-7, 5e-7, 1e-7, 1e-7]
@@ -67,7 +81,7 @@ def test_accelerate_reads_every_launch_configuration(name):
 
 
 def test_no_shipped_configuration_is_left_untested():
-    known = {*LAUNCH, *PAPER, *RUNS}
+    known = {*LAUNCH, *PAPER, *RUNS, "own_model"}
     # Those of the relatives: test_run_online.py, test_chat_demo.py, test_sppo.py and test_weigh_stage.py; the two bases by what
     # extends them.
     online = {"demo_online", "demo_sppo", "demo_wspin", "gsm8k_small_online", "gsm8k_small_sppo", "online_gsm8k"}

@@ -127,7 +127,8 @@ def test_help_lists_every_name(folder):
 
 def test_the_shell_scripts_find_the_programs_of_the_installed_package(folder):
     assert run_main(cli.main, "init", "scripts")[0] == 0
-    done = run_command(["bash", folder / "scripts" / "finetune.sh", "0", "--no_such_key=1"], LAUNCH_CONFIG="none")
+    command = ["bash", folder / "scripts" / "finetune.sh", "0", "--no_such_key=1"]
+    done = run_command(command, LAUNCH_CONFIG="none", MODEL="m")
     assert done.returncode == 2 and "unknown key 'no_such_key'" in done.stderr
 
 

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,6 +25,7 @@ from spin.alignment.generation.base import PromptRequest, SamplingConfig
 from spin.alignment.generation.config import GenerateConfig
 from spin.alignment.generation.generate import expected_provenance
 from spin.alignment.models.vocabulary import ids_without_token
+from spin.alignment.training.preference import other_generators
 from spin.generate import main as generate
 from tests.helpers import char_tokenizer, run_main, tiny_llama
 from tests.helpers import training as preference
@@ -270,3 +272,24 @@ def test_metrics_and_their_seconds_do_not_enter_the_hash_of_the_inputs(tiny_mode
         (model / name).write_text("{}")
         hashes.add(inputs())
     assert len(hashes) == 5
+
+
+def test_pairs_of_another_model_are_pointed_out(tiny_model: Path, tmp_path: Path) -> None:
+    """The model that training starts from should be the one that generated the responses of at least one data set."""
+    encoder = ChatEncoder(char_tokenizer())
+    own = {"tokenizer_hash": encoder.tokenizer_hash, "chat_template_hash": encoder.template_hash}
+    earlier = str(write_sampled(tmp_path / "earlier", model="iter0", weights_hash="0123", **own))
+    now = str(write_sampled(tmp_path / "now", model="iter1", weights_hash="4567", **own))
+    elsewhere = str(write_sampled(tmp_path / "elsewhere", **own))
+
+    def remark(weights: str, *folders: str) -> str | None:
+        data = SimpleNamespace(dataset_mixer=dict.fromkeys(folders, 1.0), dataset_splits=["train_prefs"])
+        model = SimpleNamespace(model_name_or_path="mine")
+        return other_generators(SimpleNamespace(data=data, model=model), weights)
+
+    assert remark("4567", earlier, now) is None
+    assert remark("4567-4bit", now) is None  # quantised weights of the same files
+    assert remark("89", elsewhere) is None
+    assert "starts from mine, but the responses in the pairs are from iter0 and iter1" in str(
+        remark("89", earlier, now, elsewhere)
+    )

@@ -34,7 +34,13 @@ def run(tmp_path):
     def start(**variables: str) -> list[str]:
         log = tmp_path / "log"
         log.write_text("")
-        environment = {**os.environ, "PATH": f"{stub.parent}:{os.environ['PATH']}", "LOG": str(log), "MODEL": "start"}
+        environment = {
+            **os.environ,
+            "PATH": f"{stub.parent}:{os.environ['PATH']}",
+            "LOG": str(log),
+            "MODEL": "start",
+            "INPUT_DIR": "prompts",
+        }
         environment |= {"RUN_DIR": str(tmp_path / "run"), "LAUNCH_CONFIG": "none", "EVALUATE": "--limit 7", **variables}
         script = REPOSITORY / "scripts" / "run_iterations.sh"
         done = subprocess.run(["bash", script, "2"], env=environment, capture_output=True, text=True, check=False)

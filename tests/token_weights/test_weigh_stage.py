@@ -127,6 +127,12 @@ def test_bad_sections_are_one_sentence(tmp_path, weigh, sentence):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_teacher_is_removed_with_null(tmp_path):
+    """--weigh.weighting=reverse_dpo --weigh.model_plus=null takes a configuration with a teacher to one without."""
+    path = write_config(tmp_path / "config.yaml", tiny_run(tmp_path, weigh={**REVERSE, "model_plus": "x"}))
+    assert load_run_config(path, ["--weigh.model_plus=null"]).trains_scorers
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """One iteration weighed by a forward and a reverse model, undisturbed."""

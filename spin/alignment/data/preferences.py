@@ -141,12 +141,18 @@ def _check_one_provenance(files: Sequence[Path]) -> None:
 
 def conversion_record(path: str, split: str) -> dict[str, Any]:
     """Return what the files of a split say of their conversion (``extra`` of the provenance); empty for files from elsewhere."""
+    provenance = provenance_of(path, split)
+    return provenance.extra if provenance else {}
+
+
+def provenance_of(path: str, split: str) -> Provenance | None:
+    """Return the provenance of the pairs of a split; None for files from elsewhere."""
     files = split_files(path, preference_split(split)) if is_local(path) else []
     for file in files:
         schema = open_parquet(file).schema_arrow if file.suffix == ".parquet" else pa.schema([])
         if METADATA_KEY in (schema.metadata or {}):
-            return read_provenance(schema, file).extra
-    return {}
+            return read_provenance(schema, file)
+    return None
 
 
 def _own_table(file: Path) -> pa.Table:

@@ -237,7 +237,7 @@ class RunConfig:
         refuse_set_by_run(train or {}, SECTIONS["train"], "weigh.train")
         if train and "reverse" in train:
             raise InputError("'reverse' in weigh.train is set by the pipeline itself: remove it")
-        if self.trains_scorers and ("model_plus" in section or "revision_plus" in section):
+        if self.trains_scorers and (section.get("model_plus") or section.get("revision_plus")):
             raise InputError(
                 f"weigh.model_plus is for {_comparing(Compares.TEACHER)}: the run trains the models of {section['weighting']} "
                 "itself, remove it"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from spin.alignment.core.console import say_error
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.files import read_json
+from spin.alignment.data.preferences import provenance_of
 from spin.alignment.logprobs.batch import PairDataset
 from spin.alignment.logprobs.position_kl import check_can_keep_reference
 from spin.alignment.models.folder import check_fits
@@ -71,6 +72,9 @@ class PreferenceTraining(TrainingProgram):
 
     def make_trainer(self, job: TrainingJob, model: Any) -> SPINTrainer:
         """Return the trainer; the policy's initial weights are its reference."""
+        remark = other_generators(job.settings, job.model_key)
+        if remark and job.settings.arguments.process_index == 0:
+            say_error(remark)
         pairs = {split: PairDataset(rows) for split, rows in job.data.splits.items()}
         return SPINTrainer(
             model=model,
@@ -95,6 +99,21 @@ class PreferenceTraining(TrainingProgram):
             "dropped": job.data.dropped,
             "accounting": accounting(job.data.accounts, trainer.totals()),
         }
+
+
+def other_generators(settings: Settings, model_key: str) -> str | None:
+    """Return a remark if no responses of the pairs are from the model that training starts from: a model of the wrong name or
+    folder, most often. Pairs that do not say where they come from are left out.
+    """
+    mixer, splits = settings.data.dataset_mixer, settings.data.dataset_splits
+    found = [origin for path in mixer for split in splits if (origin := provenance_of(path, split))]
+    others = {origin.model: None for origin in found if origin.weights_hash}
+    if not others or any(origin.weights_hash and model_key.startswith(origin.weights_hash) for origin in found):
+        return None
+    return (
+        f"warning: training starts from {settings.model.model_name_or_path}, but the responses in the pairs are from "
+        f"{' and '.join(others)}: self-play starts from the model that generated them"
+    )
 
 
 def _first_loss(path: Path) -> Any:
