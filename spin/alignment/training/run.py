@@ -22,6 +22,7 @@ from spin.alignment.models.loading import load_model
 from spin.alignment.models.precision import is_faster_in_bfloat16, training_dtype
 from spin.alignment.models.vocabulary import check_control_tokens
 from spin.alignment.models.weights_check import check_model
+from spin.alignment.training.card import write_model_card
 from spin.alignment.training.check_settings import check_model_settings, checked_settings
 from spin.alignment.training.output_dir import HashCheckpoint, OutputFolder
 from spin.alignment.training.program import TrainingJob, TrainingProgram
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 def train(program: TrainingProgram, values: Mapping[str, Any], source: str) -> None:
     """Train with the ``values`` of a configuration file and save the policy; do nothing if the run is already complete.
 
-    Writes to ``output_dir``: ``inputs.json`` first, then the Trainer's checkpoints, the model, and ``metrics.json`` last.
+    Writes to ``output_dir``: ``inputs.json`` first, then the Trainer's checkpoints, the model, its card, and ``metrics.json`` last.
 
     Raises:
         InputError: bad settings or data; the message names ``source``, the configuration file. No model was loaded.
@@ -179,6 +180,7 @@ def train_policy(program: TrainingProgram, job: TrainingJob, trainer: Any, folde
             "final": (logged[-1] if logged else {}) | final,
             "history": history,
         }
+        write_model_card(program, job, metrics)
         write_json_atomic(folder.path / "metrics.json", metrics)
     report(settings, f"wrote {folder.path}")
     push_policy(settings)
