@@ -36,6 +36,8 @@ def unfinish(out: Path) -> None:
     """Take away what a training writes last, as if it had been killed before."""
     for name in ("metrics.json", "config.json"):
         (out / name).unlink()
+    for checkpoint in (out / "checkpoints").iterdir():  # where a complete training has put them
+        checkpoint.rename(out / checkpoint.name)
 
 
 @pytest.fixture(scope="module")
@@ -235,7 +237,7 @@ def test_an_online_checkpoint_that_lost_its_reference_is_set_aside(tiny_model: P
         code, _, err = run_main(run_online.main, config)
         assert code == 0, err
     (tmp_path / "lost" / "out" / "metrics.json").unlink()
-    (tmp_path / "lost" / "out" / "checkpoint-3" / "reference.safetensors").unlink()
+    (tmp_path / "lost" / "out" / "checkpoints" / "checkpoint-3" / "reference.safetensors").unlink()
     code, _, said = run_main(run_online.main, lost)
     assert (
         code == 0 and "checkpoint-3 is damaged (reference.safetensors)" in said and "resuming from checkpoint-2" in said

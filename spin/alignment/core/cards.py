@@ -90,6 +90,16 @@ def with_section(card: str, name: str, text: str) -> str | None:
     return pattern.sub(lambda _: section(name, text), card, count=1) if pattern.search(card) else None
 
 
+def called(model: str) -> str:
+    """Return how a card calls a model: by its Hub name, or by the name of its folder without the folders above."""
+    path = Path(model)
+    if not (path.is_dir() or path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1):
+        return model
+    # `spin run` calls every model's folder "checkpoint", inside one that tells which model it is.
+    parts = path.parts if path.is_absolute() else path.absolute().parts
+    return "/".join(parts[-2:]) if parts[-1] == "checkpoint" else parts[-1]
+
+
 def short_names(paths: Sequence[str]) -> dict[str, str]:
     """Return the last parts of each path, as many as it takes to tell them apart: cards do not name the folders above."""
     parts = {path: Path(path).parts for path in paths}

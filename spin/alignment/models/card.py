@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spin.alignment.core.cards import SIGNATURE, front_matter, read_card, with_section, write_card
+from spin.alignment.core.cards import SIGNATURE, called, front_matter, read_card, with_section, write_card
 from spin.alignment.core.console import say_error
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.files import read_json
@@ -50,10 +50,7 @@ def describe_start(name: str, folder: Path) -> Start:
         return Start(name, (name,), licence)
     found = data.get("base_model")
     bases = found if isinstance(found, list) else [found]
-    parts = folder.resolve().parts
-    # `spin run` calls every model's folder "checkpoint", inside one that tells which model it is.
-    called = "/".join(parts[-2:]) if parts[-1] == "checkpoint" else parts[-1]
-    return Start(called, tuple(item for item in bases if isinstance(item, str)), licence)
+    return Start(called(name), tuple(item for item in bases if isinstance(item, str)), licence)
 
 
 def _imported_licence(folder: Path) -> str:
@@ -102,7 +99,9 @@ def complete_card(folder: Path, results: Sequence[EvalResult], text: str) -> Non
         return
     new = with_section(old, RESULTS, text)
     if new is None or not front_matter(old):
-        say_error(f"the card of {folder} is left without results: its front matter or its section '{RESULTS}' is damaged")
+        say_error(
+            f"the card of {folder} is left without results: its front matter or its section '{RESULTS}' is damaged"
+        )
         return
     card = ModelCard(new, ignore_metadata_errors=True)
     data: Any = card.data

@@ -57,4 +57,7 @@ def _eval_results(row: dict[str, Any]) -> list[EvalResult]:
     values = [(metric, f"{metric} at temperature {t}", row[exact_key(t)]) for t in row["exact_at"]]
     if "nll" in row:
         values.append(("nll", "NLL of the ground truth (nats per token)", row["nll"]))
-    return [EvalResult(**where, metric_type=kind, metric_name=name, metric_value=round(value, 6)) for kind, name, value in values]
+    return [
+        EvalResult(**where, metric_type=kind, metric_name=name, metric_value=round(value, 6))
+        for kind, name, value in values
+    ]

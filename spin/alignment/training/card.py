@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from importlib import metadata
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -100,11 +99,16 @@ def _parts_of_method(records: Iterable[Provenance]) -> list[str]:
     found = []
     for record in records:
         weights = record.extra.get("weights")
-        pairing, weighting = record.extra.get("pairing"), weights.get("weighting") if isinstance(weights, dict) else None
+        pairing, weighting = (
+            record.extra.get("pairing"),
+            weights.get("weighting") if isinstance(weights, dict) else None,
+        )
         # One from a user's own file can only be named: the file need not be here.
         if pairing:
             own = f"`{pairing}`, a function of the user's own."
-            found.append(f"Pairing {describe_function(pairing, PAIRINGS[pairing].pair) if pairing in PAIRINGS else own}")
+            found.append(
+                f"Pairing {describe_function(pairing, PAIRINGS[pairing].pair) if pairing in PAIRINGS else own}"
+            )
         if weighting:
             own = f"`{weighting}`, a function of the user's own."
             known = describe_function(weighting, WEIGHTINGS[weighting].weigh) if weighting in WEIGHTINGS else own

@@ -86,7 +86,9 @@ class PreferenceTraining(TrainingProgram):
                 f"Loss {describe_function(arguments.loss_type, arguments.loss.function)}",
                 f"{reference} beta = {arguments.beta:g}.",
             ),
-            limits=("The model prefers what its pairs prefer: their ground truth, or their scorer, bounds its quality.",),
+            limits=(
+                "The model prefers what its pairs prefer: their ground truth, or their scorer, bounds its quality.",
+            ),
         )
 
     def make_trainer(self, job: TrainingJob, model: Any) -> SPINTrainer:

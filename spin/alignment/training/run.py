@@ -100,6 +100,8 @@ def run_job(program: TrainingProgram, job: TrainingJob) -> None:
     # Checked before the weights are loaded, so that repeating a complete run is cheap.
     folder = OutputFolder(settings, program.inputs(job))
     if folder.is_complete():
+        if settings.arguments.process_index == 0:
+            folder.put_checkpoints_away()  # unless that is done: the process may have been killed before
         report(settings, f"{folder.path} is already complete")
         push_policy(settings)  # an earlier upload may have failed
         return
@@ -182,6 +184,7 @@ def train_policy(program: TrainingProgram, job: TrainingJob, trainer: Any, folde
         }
         write_model_card(program, job, metrics)
         write_json_atomic(folder.path / "metrics.json", metrics)
+        folder.put_checkpoints_away()
     report(settings, f"wrote {folder.path}")
     push_policy(settings)
     leave(trainer)
