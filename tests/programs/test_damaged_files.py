@@ -107,7 +107,7 @@ def test_the_last_whole_checkpoint_is_used_and_the_result_is_the_same(killed: Pa
     assert sentence in err
     assert f"resuming from {out / 'checkpoint-2'}" in said
     assert difference(out, trained / "out") == 0.0
-    assert damaged_part(damaged) is None  # it was written again
+    assert damaged_part(out / "checkpoints" / "checkpoint-4") is None  # it was written again
 
 
 @pytest.mark.parametrize("content", ["", '{"epoch": 1', "[" * 100_000])
@@ -120,7 +120,8 @@ def test_a_checkpoint_whose_state_is_damaged_is_named_like_any_other(killed: Pat
     code, _, err = run_main(run_spin.main, killed / "c.yaml")
     assert code == 0, err
     assert "checkpoint-4 is damaged (trainer_state.json) and set aside" in err and "checkpoint-3" not in err
-    assert (out / "checkpoint-4.damaged").is_dir() and not (out / "checkpoint-3").exists()
+    kept = out / "checkpoints"
+    assert (kept / "checkpoint-4.damaged").is_dir() and not (kept / "checkpoint-3").exists()
 
 
 def test_json_of_another_kind_is_damage(killed: Path) -> None:

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from huggingface_hub import CardData
 
 CARD_FILE = "README.md"
-# Marks the cards of this project: anyone else's is never replaced.
+# Both mark the cards of this project (one of them may be damaged): anyone else's is never replaced.
 SIGNATURE = "<!-- written by selfplay-spin -->"
+TAG = "selfplay-spin"
 _FRONT_MATTER = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
 
 
@@ -68,12 +69,18 @@ def front_matter(text: str | None) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def is_own(card: str) -> bool:
+    """Return whether this project has written a card."""
+    tags = front_matter(card).get("tags")
+    return SIGNATURE in card or (isinstance(tags, list) and TAG in tags)
+
+
 def write_card(folder: Path, text: str) -> None:
     """Write a folder's card unless it is there already; one that this project has not written is kept, which is said."""
     found = read_card(folder)
     if found == text:
         return
-    if found is not None and SIGNATURE not in found:
+    if found is not None and not is_own(found):
         say_error(f"{folder / CARD_FILE} is kept: it is not a card that this project wrote; remove it to get one")
         return
     write_text_atomic(folder / CARD_FILE, text)

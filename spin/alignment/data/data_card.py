@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import yaml
 
-from spin.alignment.core.cards import called, markdown_table, portable, render_card, write_card
+from spin.alignment.core.cards import TAG, called, markdown_table, portable, render_card, write_card
 from spin.alignment.core.parquet import open_parquet
 from spin.alignment.core.provenance import METADATA_KEY, read_provenance
 from spin.alignment.core.sides import INITIAL, SIDES
@@ -87,7 +87,7 @@ def write_data_card(folder: Path, counts: Mapping[str, Mapping[str, int]]) -> No
         license="unknown",
         pretty_name="Preference pairs of self-play",
         size_categories=[next((name for limit, name in _SIZES if total < limit), "n>10M")],
-        tags=["selfplay-spin", "preference", "dpo", "self-play"],
+        tags=[TAG, "preference", "dpo", "self-play"],
         task_categories=["text-generation"],
     )
     columns = {field.name: field.type for split in splits for field in split.schema}

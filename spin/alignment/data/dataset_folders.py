@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from spin.alignment.core.cards import CARD_FILE, SIGNATURE
+from spin.alignment.core.cards import CARD_FILE, is_own
 from spin.alignment.core.errors import InputError, suggestion
 from spin.alignment.data.file_readers import data_suffix
 
@@ -170,7 +170,7 @@ def _described_configs(folder: Path) -> dict[str, dict[str, Any]]:
     if not card.is_file():
         return {}
     text = card.read_text(encoding="utf-8", errors="replace").removeprefix("\ufeff")
-    if SIGNATURE in text:
+    if is_own(text):
         return {}
     match = _CARD.match(text)
     try:

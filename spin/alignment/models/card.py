@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spin.alignment.core.cards import SIGNATURE, called, front_matter, read_card, with_section, write_card
+from spin.alignment.core.cards import called, front_matter, is_own, read_card, with_section, write_card
 from spin.alignment.core.console import say_error
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.files import read_json
@@ -74,7 +74,7 @@ def model_card_data(
     """
     from huggingface_hub import ModelCardData
 
-    terms = {"license": licence} if licence else start.licence or {"license": "unknown"}
+    terms: dict[str, Any] = {"license": licence} if licence else start.licence or {"license": "unknown"}
     bases = list(start.bases)
     return ModelCardData(
         base_model=(bases[0] if len(bases) == 1 else bases) or None,
@@ -90,12 +90,12 @@ def model_card_data(
 def complete_card(folder: Path, results: Sequence[EvalResult], text: str) -> None:
     """Add results to the card of a model folder: to its front matter (``model-index``) and as ``text`` to its section.
 
-    Nothing else of the card is changed, and nothing at all if it already has them, if there is no card, or if someone else wrote it.
+    Nothing else of the card is changed, and nothing at all if it has them already, or if this project has not written it.
     """
     from huggingface_hub import ModelCard
 
     old = read_card(folder)
-    if old is None or SIGNATURE not in old:
+    if old is None or not is_own(old):
         return
     new = with_section(old, RESULTS, text)
     if new is None or not front_matter(old):

@@ -47,17 +47,19 @@ def _eval_results(row: dict[str, Any]) -> list[EvalResult]:
     """Return the scores of a row of the summary as entries of a ``model-index``."""
     from huggingface_hub import EvalResult
 
-    where = {
-        "task_type": "text-generation",
-        "dataset_type": "held-out",
-        "dataset_name": f"{row['n']} held-out prompts",
-        "dataset_split": "test",
-    }
     metric = row["metric"]
     values = [(metric, f"{metric} at temperature {t}", row[exact_key(t)]) for t in row["exact_at"]]
     if "nll" in row:
         values.append(("nll", "NLL of the ground truth (nats per token)", row["nll"]))
     return [
-        EvalResult(**where, metric_type=kind, metric_name=name, metric_value=round(value, 6))
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="held-out",
+            dataset_name=f"{row['n']} held-out prompts",
+            dataset_split="test",
+            metric_type=kind,
+            metric_name=name,
+            metric_value=round(value, 6),
+        )
         for kind, name, value in values
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spin.alignment.core.cards import TAG
 from spin.alignment.core.console import say_error
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.files import read_json
@@ -81,7 +82,7 @@ class PreferenceTraining(TrainingProgram):
         )
         return Described(
             title="Policy trained on preference pairs",
-            tags=("selfplay-spin", "self-play", "preference-optimization", arguments.loss_type.partition(":")[0]),
+            tags=(TAG, "self-play", "preference-optimization", arguments.loss_type.partition(":")[0]),
             method=(
                 f"Loss {describe_function(arguments.loss_type, arguments.loss.function)}",
                 f"{reference} beta = {arguments.beta:g}.",

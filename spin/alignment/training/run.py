@@ -16,8 +16,9 @@ from spin.alignment.core.console import say
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.files import is_disk_full, share_files, write_json_atomic
 from spin.alignment.core.machine import peak_memory
+from spin.alignment.core.upload import push
 from spin.alignment.models.adapters import add_adapters
-from spin.alignment.models.folder import model_folder
+from spin.alignment.models.folder import model_folder, published_model
 from spin.alignment.models.loading import load_model
 from spin.alignment.models.precision import is_faster_in_bfloat16, training_dtype
 from spin.alignment.models.vocabulary import check_control_tokens
@@ -36,7 +37,8 @@ if TYPE_CHECKING:
 def train(program: TrainingProgram, values: Mapping[str, Any], source: str) -> None:
     """Train with the ``values`` of a configuration file and save the policy; do nothing if the run is already complete.
 
-    Writes to ``output_dir``: ``inputs.json`` first, then the Trainer's checkpoints, the model, its card, and ``metrics.json`` last.
+    Writes to ``output_dir``: ``inputs.json`` first, then the Trainer's checkpoints, the model, its card, and
+    ``metrics.json`` last.
 
     Raises:
         InputError: bad settings or data; the message names ``source``, the configuration file. No model was loaded.
@@ -135,17 +137,12 @@ def push_policy(settings: Settings) -> None:
     arguments = settings.arguments
     if not settings.push or arguments.process_index != 0:
         return
-    from huggingface_hub import HfApi
-
-    api = HfApi(token=settings.hub_token)
-    name = arguments.hub_model_id or settings.output_dir.name
-    repository = api.create_repo(name, private=arguments.hub_private_repo, exist_ok=True).repo_id
-    api.upload_folder(
-        repo_id=repository,
-        folder_path=settings.output_dir,
-        revision=arguments.hub_revision,
-        ignore_patterns=["checkpoint-*", "failed-step-*", "reference/*", ".*"],  # only needed to resume
-        commit_message="Trained by selfplay-spin",
+    repository = push(
+        published_model(settings.output_dir),
+        arguments.hub_model_id or settings.output_dir.name,
+        arguments.hub_private_repo,
+        settings.hub_token,
+        arguments.hub_revision,
     )
     report(settings, f"pushed {settings.output_dir} to {repository}")
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from spin.alignment.core.cards import TAG
 from spin.alignment.core.provenance import hash_file, hash_json
 from spin.alignment.models.folder import check_fits
 from spin.alignment.models.precision import prepare_precision
@@ -78,7 +79,7 @@ class SFTTraining(TrainingProgram):
         loss = settings.arguments.loss_type
         return Described(
             title="Model fine-tuned on the ground truth",
-            tags=("selfplay-spin", "sft"),
+            tags=(TAG, "sft"),
             method=(
                 "Supervised fine-tuning on the ground-truth responses; the loss is averaged over their tokens.",
                 f"Loss per token {describe_function(loss, OBJECTIVES[loss].token_losses)}",

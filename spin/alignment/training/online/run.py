@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from spin.alignment.core.cards import TAG
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.provenance import hash_text
 from spin.alignment.data.split_names import is_held_out
@@ -156,7 +157,7 @@ class OnlineTraining(TrainingProgram):
         scorer = f"scored by `{arguments.scorer}`" if arguments.scorer else "not scored"
         return Described(
             title="Policy trained online on its own responses",
-            tags=("selfplay-spin", "self-play", "online", arguments.loss_type.partition(":")[0]),
+            tags=(TAG, "self-play", "online", arguments.loss_type.partition(":")[0]),
             method=(
                 f"In every step, the policy samples responses to its prompts; they are {scorer} and paired as they arrive.",
                 f"Pairing {describe_function(arguments.pairing, find_pairing(arguments.pairing).pair)}",
