@@ -1,4 +1,4 @@
-"""Uploading to the Hugging Face Hub: chosen files of a folder and nothing else, only when asked, with a token that is never stored."""
+"""Uploading to the Hugging Face Hub: chosen files of a folder and nothing else, only when asked; no token is stored."""
 
 from __future__ import annotations
 

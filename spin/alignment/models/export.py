@@ -1,4 +1,4 @@
-"""``spin export``: a model in 16 bits (or another precision), as a folder that transformers, vLLM and llama.cpp's converter read."""
+"""``spin export``: a model in 16 bits as a folder that transformers, vLLM and llama.cpp's converter read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``spin push``: uploads a trained model or a data set of pairs to the Hugging Face Hub, or writes the folder that it would upload."""
+"""``spin push``: uploads a model or pairs to the Hugging Face Hub, or writes the folder that would be uploaded."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from spin.alignment.pipeline.stages.training import checkpoint_of
 
 
 def push_folder(source: Path, repository: str, private: bool, model: str | None, folder: Path | None) -> None:
-    """Upload a model or a data set, or write what would be uploaded to ``folder``; offline, to a folder named after the repository.
+    """Upload a model or pairs, or write what would be uploaded to ``folder``; offline, to a folder named after the repository.
 
     Args:
         source: a run (its last policy, or the one called ``model``), a model folder, or a folder of pairs.

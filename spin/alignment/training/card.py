@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from spin.alignment.training.program import TrainingJob, TrainingProgram
 
 _UNSCORED = (
-    "Not scored on held-out prompts yet: `spin run` completes this card after its evaluation, and `spin/evaluate_model.py` scores "
-    "any model."
+    "Not scored on held-out prompts yet: `spin run` completes this card after its evaluation, and `spin/evaluate_model.py` "
+    "scores any model."
 )
 # Settings that name paths, which the record of inputs leaves out.
 _PATHS = ("model_name_or_path", "eval_prompts")

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spin.alignment.core.config import unknown_key
-from spin.alignment.core.upload import check_repository
 from spin.alignment.core.errors import InputError, reason_of, shown, suggestion
+from spin.alignment.core.upload import check_repository
 from spin.alignment.models.config import ModelConfig
 from spin.alignment.training.output_dir import check_resume_point
 from spin.alignment.training.program import TrainingProgram
