@@ -87,7 +87,12 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["spin", "spin.*"]),
-    package_data={"spin": ["py.typed"], "spin.alignment.report": ["templates/*", "templates/uplot/*"]},
+    package_data={
+        "spin": ["py.typed"],
+        "spin.alignment.data": ["templates/*"],
+        "spin.alignment.training": ["templates/*"],
+        "spin.alignment.report": ["templates/*", "templates/uplot/*"],
+    },
     cmdclass={"build_py": BuildWithAssets},
     install_requires=CORE,
     extras_require=EXTRAS,

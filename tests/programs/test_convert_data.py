@@ -84,6 +84,7 @@ def content(folder: Path) -> dict[str, bytes]:
 def test_every_sample_becomes_one_pair_in_the_order_of_the_fractions(generated, tmp_path):
     printed = run(generated, tmp_path / "out")
     assert sorted(content(tmp_path / "out")) == [
+        "README.md",
         "test_prefs-00000-of-00001.parquet",
         "test_prefs.counts.json",
         "train_prefs-00000-of-00001.parquet",

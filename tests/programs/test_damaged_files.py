@@ -36,6 +36,8 @@ def unfinish(out: Path) -> None:
     """Take away what a training writes last, as if it had been killed before."""
     for name in ("metrics.json", "config.json"):
         (out / name).unlink()
+    for checkpoint in (out / "checkpoints").iterdir():  # where a complete training has put them
+        checkpoint.rename(out / checkpoint.name)
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +107,7 @@ def test_the_last_whole_checkpoint_is_used_and_the_result_is_the_same(killed: Pa
     assert sentence in err
     assert f"resuming from {out / 'checkpoint-2'}" in said
     assert difference(out, trained / "out") == 0.0
-    assert damaged_part(damaged) is None  # it was written again
+    assert damaged_part(out / "checkpoints" / "checkpoint-4") is None  # it was written again
 
 
 @pytest.mark.parametrize("content", ["", '{"epoch": 1', "[" * 100_000])
@@ -118,7 +120,8 @@ def test_a_checkpoint_whose_state_is_damaged_is_named_like_any_other(killed: Pat
     code, _, err = run_main(run_spin.main, killed / "c.yaml")
     assert code == 0, err
     assert "checkpoint-4 is damaged (trainer_state.json) and set aside" in err and "checkpoint-3" not in err
-    assert (out / "checkpoint-4.damaged").is_dir() and not (out / "checkpoint-3").exists()
+    kept = out / "checkpoints"
+    assert (kept / "checkpoint-4.damaged").is_dir() and not (kept / "checkpoint-3").exists()
 
 
 def test_json_of_another_kind_is_damage(killed: Path) -> None:
@@ -235,7 +238,7 @@ def test_an_online_checkpoint_that_lost_its_reference_is_set_aside(tiny_model: P
         code, _, err = run_main(run_online.main, config)
         assert code == 0, err
     (tmp_path / "lost" / "out" / "metrics.json").unlink()
-    (tmp_path / "lost" / "out" / "checkpoint-3" / "reference.safetensors").unlink()
+    (tmp_path / "lost" / "out" / "checkpoints" / "checkpoint-3" / "reference.safetensors").unlink()
     code, _, said = run_main(run_online.main, lost)
     assert (
         code == 0 and "checkpoint-3 is damaged (reference.safetensors)" in said and "resuming from checkpoint-2" in said

@@ -182,7 +182,7 @@ def test_a_lost_reference_ends_the_resume(tmp_path, tiny_model, prompts, freq):
     )
     train(config)
     (tmp_path / "out" / "metrics.json").unlink()
-    for checkpoint in (tmp_path / "out").glob("checkpoint-*"):
+    for checkpoint in (tmp_path / "out" / "checkpoints").glob("checkpoint-*"):
         (checkpoint / "reference.safetensors").unlink()
         (checkpoint / "hashes.json").unlink()  # as an earlier version wrote it: nothing says which files it had
     code, _, error = run_main(run_online.main, config)

@@ -149,10 +149,10 @@ def test_a_killed_training_goes_on_to_the_same_weights(finished, tmp_path):
     out = Path(yaml.safe_load(finished.read_text())["output_dir"])
     killed = tmp_path / "killed"
     shutil.copytree(out, killed)
-    shutil.rmtree(killed / "checkpoint-8", ignore_errors=True)
+    shutil.rmtree(killed / "checkpoints" / "checkpoint-8", ignore_errors=True)
     for name in ("metrics.json", "config.json", "model.safetensors"):
         (killed / name).unlink()
-    (killed / "checkpoint-6" / "trainer_state.json").unlink()  # killed while it wrote this one
+    (killed / "checkpoints" / "checkpoint-6" / "trainer_state.json").unlink()  # killed while it wrote this one
     code, said, err = run_main(run_sft.main, finished, f"--output_dir={killed}")
     assert code == 0, err
     assert "resuming from" in said and "checkpoint-3" in said
@@ -289,4 +289,5 @@ def test_the_best_checkpoint_becomes_the_model(tiny_model, sums, tmp_path):
     losses = {entry["step"]: entry["eval_loss"] for entry in metrics(out)["history"] if "eval_loss" in entry}
     best = min(losses, key=lambda step: losses[step])
     assert set(losses) == {1, 2, 3} and best < 3
-    assert same(out, out / f"checkpoint-{best}") and not same(out, out / "checkpoint-3")
+    kept = out / "checkpoints"
+    assert same(out, kept / f"checkpoint-{best}") and not same(out, kept / "checkpoint-3")

@@ -14,7 +14,7 @@ import yaml
 
 from spin import run_spin
 from spin.alignment.core.content_hash import sealed_file
-from tests.helpers import REPOSITORY, program_environment, run_main, run_script
+from tests.helpers import REPOSITORY, program_environment, run_main, run_script, save_tiny_model
 from tests.helpers.training import difference, metrics, train, weights, write_config
 
 
@@ -224,6 +224,8 @@ def test_the_finished_model_is_pushed_when_asked(tiny_model, pairs, tmp_path, mo
     values = yaml.safe_load(write_config(tmp_path / "c.yaml", tiny_model, pairs, push_to_hub=True).read_text())
     settings = read_settings(values, "c.yaml", SPINConfig)
     assert not settings.arguments.push_to_hub  # the Trainer itself pushes nothing
+    out = save_tiny_model(tmp_path / "out")
+    (out / "optimizer.pt").write_text("x")
     push_policy(settings)
     assert [(call["repo_id"], call["folder_path"]) for call in calls] == [("someone/out", tmp_path / "out")]
-    assert "checkpoint-*" in calls[0]["ignore_patterns"]
+    assert "model.safetensors" in calls[0]["allow_patterns"] and "optimizer.pt" not in calls[0]["allow_patterns"]

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from spin.alignment.core.cards import CARD_FILE, is_own
 from spin.alignment.core.errors import InputError, suggestion
 from spin.alignment.data.file_readers import data_suffix
 
@@ -161,11 +162,16 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def _described_configs(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return the configurations with data files in the metadata of the README (`configs` of a dataset card)."""
-    card = folder / "README.md"
+    """Return the configurations with data files in the metadata of the README (`configs` of a dataset card).
+
+    A card that this project wrote is for other readers: the names of the files say all that it says, and are always current.
+    """
+    card = folder / CARD_FILE
     if not card.is_file():
         return {}
     text = card.read_text(encoding="utf-8", errors="replace").removeprefix("\ufeff")
+    if is_own(text):
+        return {}
     match = _CARD.match(text)
     try:
         metadata = yaml.safe_load(match[1]) if match else None

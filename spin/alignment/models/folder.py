@@ -10,6 +10,8 @@ from typing import Any
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.files import read_json
 from spin.alignment.core.hub import hub_reason
+from spin.alignment.core.provenance import SUMS_FILE
+from spin.alignment.core.upload import Upload, make_upload
 from spin.alignment.models.positions import fixed_positions
 from spin.alignment.models.vocabulary import check_ids
 
@@ -71,7 +73,8 @@ def model_folder(name: str, revision: str | None = None) -> Path:
         return Path(name)
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    # The README says under which licence the model is.
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md"]
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except Exception as error:
@@ -156,3 +159,15 @@ MODEL_PATTERNS = (
 def model_files(folder: str | Path) -> list[Path]:
     """Return the files of a saved model, sorted by name."""
     return sorted({path for pattern in MODEL_PATTERNS for path in Path(folder).glob(pattern) if path.is_file()})
+
+
+def published_model(folder: Path) -> Upload:
+    """Return what is uploaded of a model folder: the model, its card and metrics, but nothing that is only needed to resume.
+
+    Raises:
+        InputError: the folder contains no complete model.
+    """
+    if not is_complete_checkpoint(folder):
+        raise InputError(f"{folder} contains no complete model: finish its training first")
+    records = (path for name in ("metrics.json", SUMS_FILE) for path in folder.glob(name))
+    return make_upload(folder, [*model_files(folder), *records], "model")

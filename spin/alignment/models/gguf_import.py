@@ -14,12 +14,11 @@ from spin.alignment.core.errors import InputError, reason_of
 from spin.alignment.core.files import fsync_folder, read_json, write_json_atomic
 from spin.alignment.core.paths import check_output_folder
 from spin.alignment.core.provenance import hash_weights, package_versions, sha256
-from spin.alignment.models.config import ModelConfig
 from spin.alignment.models.folder import is_complete_checkpoint
 from spin.alignment.models.gguf_file import ORIGINAL, GgufFile, check_chat_model, found_gguf, read_gguf
 from spin.alignment.models.gguf_tokenizer import read_tokenizer
 from spin.alignment.models.library_output import name_accelerator, quiet_library
-from spin.alignment.models.loading import load_model
+from spin.alignment.models.saved_model import check_saved
 from spin.alignment.models.saving import save_checkpoint
 
 if TYPE_CHECKING:
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
 RECORD_FILE = "import.json"
 # Keys of the header that say where a model comes from and under which terms.
 _ORIGIN = ("name", "basename", "organization", "finetune", "size_label", "license", "license.link", "url", "source.url")
-_PROBE = "The capital of France is Paris.\n\n1. 2024 - 17 = 2007\n\n\tdef f(x):  return x ** 2  # naïve"
 
 SavedDtype = Literal["float32", "bfloat16"]
 StopIds = Callable[[Path], Sequence[int]]
@@ -124,7 +122,7 @@ def _convert(gguf: GgufFile, folder: Path, dtype: SavedDtype, stop_ids: StopIds)
     save_checkpoint(model, tokenizer, folder, dtype=saved)
     for weight in model.parameters():  # not the buffers: the rotary frequencies stay in float32
         weight.data = weight.data.to(saved).float()
-    _check_same(model, tokenizer, folder)
+    check_saved(model, tokenizer, folder)
 
 
 def _read_config(gguf: GgufFile) -> Any:
@@ -203,23 +201,3 @@ def _generation_config(tokenizer: Any, ends: list[int]) -> Any:
     from transformers import GenerationConfig
 
     return GenerationConfig(bos_token_id=tokenizer.bos_token_id, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
-
-
-def _check_same(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Check that the saved folder gives the same ids, chat template and logits as the model and tokenizer that were saved.
-
-    Raises:
-        RuntimeError: it does not.
-    """
-    import torch
-    from transformers import AutoTokenizer
-
-    again = AutoTokenizer.from_pretrained(folder)
-    ids = tokenizer(_PROBE)["input_ids"]
-    if again(_PROBE)["input_ids"] != ids or again.chat_template != tokenizer.chat_template:
-        raise RuntimeError(f"the tokenizer saved in {folder} differs from the one that was read")
-    reloaded = load_model(ModelConfig(model_name_or_path=str(folder), dtype="float32"))
-    row = torch.tensor([ids])
-    with torch.inference_mode():
-        if not torch.equal(model(row).logits, reloaded(row).logits):
-            raise RuntimeError(f"the model saved in {folder} gives other logits than the one that was read")

@@ -29,7 +29,9 @@ def convert(config: ConvertConfig) -> dict[str, dict[str, int]]:
         InputError: a setting, a folder or a fraction cannot be used; nothing is written.
     """
     from spin.alignment.core.lock import folder_lock
+    from spin.alignment.data.data_card import write_data_card
     from spin.alignment.pairs.annotate import scorer_settings
+    from spin.alignment.pairs.counts import counts_of_folder
 
     scorer_settings(config)
     config.check_files()
@@ -41,9 +43,11 @@ def convert(config: ConvertConfig) -> dict[str, dict[str, int]]:
     if complete and (counts := finished_counts(sets)):
         say(f"{output_dir} is already complete")
         show_counts(counts)
+        write_data_card(output_dir, counts_of_folder(output_dir))  # an interrupted conversion may have left none
         return counts
     with folder_lock(output_dir, setting="output_dir"):
         write_sets(splits, sets, config)
+        write_data_card(output_dir, counts_of_folder(output_dir))
     counts = {split.name: sets[split.name].counts for split in splits}
     show_counts(counts)
     for item in (skipped for split in splits for skipped in split.skipped):

@@ -27,6 +27,17 @@ def counts_path(folder: Path, split: str) -> Path:
     return folder / f"{split}_prefs.counts.json"
 
 
+def counts_of_folder(folder: Path) -> dict[str, dict[str, int]]:
+    """Return the counts of every split in a folder of pairs, by split; damaged files are left out."""
+    found = {}
+    for path in sorted(folder.glob("*_prefs.counts.json")):
+        try:
+            found[path.name.rpartition("_prefs")[0]] = read_counts(path)
+        except InputError:
+            continue
+    return found
+
+
 def write_counts(path: Path, counts: dict[str, int]) -> None:
     """Write the counts with their checksum."""
     write_json_atomic(path, counts | {CHECKSUM: _checksum(counts)})

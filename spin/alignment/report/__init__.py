@@ -30,7 +30,8 @@ def write_report(config: RunConfig) -> Path:
 
 
 def write_report_of(run: ReportedRun, price_per_hour: float | None = None) -> Path:
-    """Write summary.json, report.md, report.png and report.html into the run directory and print the table; return the page.
+    """Write summary.json, report.md, report.png and report.html into the run directory, complete the cards of its models and
+    print the table; return the page.
 
     With ``price_per_hour`` of the machine, the page also has the cost of every stage, in the same currency.
 
@@ -38,6 +39,7 @@ def write_report_of(run: ReportedRun, price_per_hour: float | None = None) -> Pa
         InputError: no stage of the run has produced results yet.
     """
     from spin.alignment.core.files import atomic_file, write_json_atomic, write_text_atomic
+    from spin.alignment.report.cards import complete_cards
     from spin.alignment.report.collected import collect
     from spin.alignment.report.markdown_report import render_markdown
     from spin.alignment.report.page import render_page, run_page
@@ -50,6 +52,7 @@ def write_report_of(run: ReportedRun, price_per_hour: float | None = None) -> Pa
     write_text_atomic(run.folder / "report.md", render_markdown(collected))
     page = run.folder / "report.html"
     write_text_atomic(page, render_page(run_page(collected)))
+    complete_cards(collected)
     _show_results(collected)
     say(f"\nreport: {page}")
     return page

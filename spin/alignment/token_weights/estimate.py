@@ -15,6 +15,7 @@ from spin.alignment.core.resolve import module_record
 from spin.alignment.core.sides import SIDES
 from spin.alignment.data.chat_encoder import ChatEncoder
 from spin.alignment.data.config import DataConfig
+from spin.alignment.data.data_card import write_data_card
 from spin.alignment.data.preferences import load_preferences
 from spin.alignment.data.stored_ids import check_origin
 from spin.alignment.methods.weightings import PairTokens, draws, find_weighting, weights_of_pair
@@ -163,6 +164,7 @@ def estimate_weights(config: WeightsConfig, write_page: WritePage | None = None)
     weight_splits(splits, output_dir, method, judges, accelerator)
     lines = describe(output_dir, method)
     if accelerator.is_main_process:
+        write_data_card(output_dir, {})
         if config.page and write_page is not None:
             write_page(Path(config.page), output_dir, encoder, lines, config.page_rows)
         for line in lines if splits else [f"{output_dir} is already complete", *lines]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from spin.alignment.core.config import unknown_key
 from spin.alignment.core.errors import InputError, reason_of, shown, suggestion
+from spin.alignment.core.upload import check_repository
 from spin.alignment.models.config import ModelConfig
 from spin.alignment.training.output_dir import check_resume_point
 from spin.alignment.training.program import TrainingProgram
@@ -215,16 +216,7 @@ def check_upload(settings: Settings, source: str) -> None:
     """Check the name of the repository that the model will be pushed to."""
     if not settings.push:
         return
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
-    name = settings.arguments.hub_model_id or settings.output_dir.name
-    try:
-        validate_repo_id(name)
-    except HFValidationError as error:
-        raise InputError(
-            f"'hub_model_id' in {source} is {shown(name)}, which no repository can have ({reason_of(error)}): "
-            "set it to OWNER/NAME"
-        ) from error
+    check_repository(settings.arguments.hub_model_id or settings.output_dir.name, f"'hub_model_id' in {source}")
 
 
 def check_folders(settings: Settings, source: str) -> None:

@@ -35,6 +35,12 @@ class OutputConfig:
         "precision of the saved model; auto: that in which its weights were trained, float32 with mixed precision or LoRA; "
         "float32 takes 4 bytes per weight on disk, 16 bits take 2 but round the update (docs/training.md#precision)",
     )
+    license: str | None = setting(
+        None,
+        "licence of the trained model, named in its card: an identifier of the Hub, such as apache-2.0",
+        unset="that of the model that training starts from, or unknown",
+        recorded=False,
+    )
     push_to_hub: bool = setting(
         False, "upload the final model and its metrics, but no intermediate checkpoints", recorded=False
     )

@@ -22,6 +22,9 @@ from spin.alignment.training.settings import INPUTS_FILE, Settings, without_path
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+# Where the Trainer's checkpoints are once the model is complete, so that its folder contains the model and its records only.
+KEPT_CHECKPOINTS = "checkpoints"
+
 
 class OutputFolder:
     """The output folder of a training run: ``inputs.json`` first, then checkpoints, the model, and ``metrics.json`` last."""
@@ -69,7 +72,7 @@ class OutputFolder:
         return without_paths(found)
 
     def prepare(self, is_main: bool) -> None:
-        """Record the inputs of the run; with ``overwrite``, delete the old checkpoints."""
+        """Record the inputs of the run and bring back checkpoints that were put away; with ``overwrite``, delete them all."""
         if not is_main:
             return
         try:
@@ -78,16 +81,25 @@ class OutputFolder:
             raise InputError(
                 f"cannot create output_dir {self.path} ({error.strerror}): choose a folder you can write to"
             ) from error
+        # A training whose model was damaged or removed goes on from them, and finds them where it wrote them.
+        if KEPT_CHECKPOINTS not in Path(str(self.resume)).parts:  # else one of them is named as the one to resume from
+            _move_checkpoints(self.path / KEPT_CHECKPOINTS, self.path)
         if self.overwrite:
             # Also those set aside as damaged.
-            for folder in (*self.path.glob("checkpoint-*"), *self.path.glob("failed-step-*")):
-                shutil.rmtree(folder)
+            for pattern in ("checkpoint-*", f"{KEPT_CHECKPOINTS}/checkpoint-*", "failed-step-*"):
+                for folder in self.path.glob(pattern):
+                    shutil.rmtree(folder)
             for name in ("metrics.json", "config.json"):  # without a config the old model counts as incomplete
                 (self.path / name).unlink(missing_ok=True)
         # The Trainer would take an incomplete checkpoint for its latest one.
         for torn in self._checkpoints(complete=False):
             shutil.rmtree(torn)
         write_json_atomic(self.path / INPUTS_FILE, self.inputs)
+
+    def put_checkpoints_away(self) -> None:
+        """Move the Trainer's checkpoints to ``checkpoints/``, once the model and ``metrics.json`` are written. Only in the main
+        process; repeating it does nothing."""
+        _move_checkpoints(self.path, self.path / KEPT_CHECKPOINTS)
 
     def resume_point(self, accelerator: Accelerator) -> str | None:
         """Return the checkpoint to resume from: the requested one, else the last whole one, else None.
@@ -146,6 +158,19 @@ class OutputFolder:
         found = [path for path in folders if path.name.removeprefix("checkpoint-").isdigit()]
         chosen = [path for path in found if _was_completed(path) == complete]
         return sorted(chosen, key=lambda path: int(path.name.removeprefix("checkpoint-")))  # 9 before 10
+
+
+def _move_checkpoints(source: Path, target: Path) -> None:
+    """Move the folders ``checkpoint-*``, also those set aside as damaged; ``checkpoints/`` exists only while it has any."""
+    found = [path for path in sorted(source.glob("checkpoint-*")) if path.is_dir()]
+    if found:
+        target.mkdir(exist_ok=True)
+    for path in found:
+        if (target / path.name).exists():  # of an earlier training in this folder
+            shutil.rmtree(target / path.name)
+        path.replace(target / path.name)
+    if source.name == KEPT_CHECKPOINTS and source.is_dir() and not any(source.iterdir()):
+        source.rmdir()
 
 
 def check_resume_point(wanted: str | bool | None) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spin.alignment.core.cards import TAG
 from spin.alignment.core.console import say_error
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.files import read_json
@@ -14,6 +15,7 @@ from spin.alignment.logprobs.position_kl import check_can_keep_reference
 from spin.alignment.models.folder import check_fits
 from spin.alignment.training.accounting import accounting
 from spin.alignment.training.config import SPINConfig
+from spin.alignment.training.described import Described, describe_function
 from spin.alignment.training.first_loss import FIRST_LOSS_FILE
 from spin.alignment.training.metrics import metric_names
 from spin.alignment.training.preference_data import check_budget, data_key, largest, load_pairs
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 class PreferenceTraining(TrainingProgram):
     """Trains a policy on preference pairs, with the initial model as the reference."""
 
+    script = "run_spin.py"
     arguments_class = SPINConfig
 
     def check_settings(self, settings: Settings) -> None:
@@ -69,6 +72,26 @@ class PreferenceTraining(TrainingProgram):
     def data_key(self, job: TrainingJob) -> str:
         """Return a hash of the encoded pairs."""
         return data_key(job.data.splits)
+
+    def describe(self, settings: Settings) -> Described:
+        """Return the loss with its source and formula, and what it is measured against."""
+        arguments = settings.arguments
+        reference = (
+            "The reference of the loss is the model that training starts from, frozen."
+            if arguments.loss.needs_reference
+            else "The loss needs no reference model."
+        )
+        return Described(
+            title="Policy trained on preference pairs",
+            tags=(TAG, "self-play", "preference-optimization", arguments.loss_type.partition(":")[0]),
+            method=(
+                f"Loss {describe_function(arguments.loss_type, arguments.loss.function)}",
+                f"{reference} beta = {arguments.beta:g}.",
+            ),
+            limits=(
+                "The model prefers what its pairs prefer: their ground truth, or their scorer, bounds its quality.",
+            ),
+        )
 
     def make_trainer(self, job: TrainingJob, model: Any) -> SPINTrainer:
         """Return the trainer; the policy's initial weights are its reference."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from spin.alignment.core.provenance import hash_weights
 from spin.alignment.training.accounting import Account
+from spin.alignment.training.described import Described
 from spin.alignment.training.settings import Settings, inputs_record
 
 if TYPE_CHECKING:
@@ -48,10 +49,12 @@ class TrainingProgram(ABC):
     """One kind of training. Methods are listed in the order they are called; each raises InputError for bad input.
 
     Attributes:
+        script: its program in ``spin/``.
         arguments_class: the TrainingArguments subclass that its keys are parsed into.
         defaults: values of keys that the configuration omits.
     """
 
+    script: ClassVar[str]
     arguments_class: ClassVar[type]
     defaults: ClassVar[Mapping[str, Any]] = {}
 
@@ -85,6 +88,10 @@ class TrainingProgram(ABC):
         """Return everything that determines the result, by hash or value: the contents of ``inputs.json``."""
         record = inputs_record(job.settings, job.model_key, self.data_key(job))
         return record | job.encoder.template_record
+
+    @abstractmethod
+    def describe(self, settings: Settings) -> Described:
+        """Return what the model card says of the method."""
 
     def open(self, settings: Settings) -> None:  # noqa: B027
         """Acquire resources besides the policy (such as a scorer), before the policy is loaded."""

@@ -16,12 +16,14 @@ from spin.alignment.core.console import say
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.files import is_disk_full, share_files, write_json_atomic
 from spin.alignment.core.machine import peak_memory
+from spin.alignment.core.upload import push
 from spin.alignment.models.adapters import add_adapters
-from spin.alignment.models.folder import model_folder
+from spin.alignment.models.folder import model_folder, published_model
 from spin.alignment.models.loading import load_model
 from spin.alignment.models.precision import is_faster_in_bfloat16, training_dtype
 from spin.alignment.models.vocabulary import check_control_tokens
 from spin.alignment.models.weights_check import check_model
+from spin.alignment.training.card import write_model_card
 from spin.alignment.training.check_settings import check_model_settings, checked_settings
 from spin.alignment.training.output_dir import HashCheckpoint, OutputFolder
 from spin.alignment.training.program import TrainingJob, TrainingProgram
@@ -35,7 +37,8 @@ if TYPE_CHECKING:
 def train(program: TrainingProgram, values: Mapping[str, Any], source: str) -> None:
     """Train with the ``values`` of a configuration file and save the policy; do nothing if the run is already complete.
 
-    Writes to ``output_dir``: ``inputs.json`` first, then the Trainer's checkpoints, the model, and ``metrics.json`` last.
+    Writes to ``output_dir``: ``inputs.json`` first, then the Trainer's checkpoints, the model, its card, and
+    ``metrics.json`` last.
 
     Raises:
         InputError: bad settings or data; the message names ``source``, the configuration file. No model was loaded.
@@ -99,6 +102,8 @@ def run_job(program: TrainingProgram, job: TrainingJob) -> None:
     # Checked before the weights are loaded, so that repeating a complete run is cheap.
     folder = OutputFolder(settings, program.inputs(job))
     if folder.is_complete():
+        if settings.arguments.process_index == 0:
+            folder.put_checkpoints_away()  # unless that is done: the process may have been killed before
         report(settings, f"{folder.path} is already complete")
         push_policy(settings)  # an earlier upload may have failed
         return
@@ -132,17 +137,12 @@ def push_policy(settings: Settings) -> None:
     arguments = settings.arguments
     if not settings.push or arguments.process_index != 0:
         return
-    from huggingface_hub import HfApi
-
-    api = HfApi(token=settings.hub_token)
-    name = arguments.hub_model_id or settings.output_dir.name
-    repository = api.create_repo(name, private=arguments.hub_private_repo, exist_ok=True).repo_id
-    api.upload_folder(
-        repo_id=repository,
-        folder_path=settings.output_dir,
-        revision=arguments.hub_revision,
-        ignore_patterns=["checkpoint-*", "failed-step-*", "reference/*", ".*"],  # only needed to resume
-        commit_message="Trained by selfplay-spin",
+    repository = push(
+        published_model(settings.output_dir),
+        arguments.hub_model_id or settings.output_dir.name,
+        arguments.hub_private_repo,
+        settings.hub_token,
+        arguments.hub_revision,
     )
     report(settings, f"pushed {settings.output_dir} to {repository}")
 
@@ -179,7 +179,9 @@ def train_policy(program: TrainingProgram, job: TrainingJob, trainer: Any, folde
             "final": (logged[-1] if logged else {}) | final,
             "history": history,
         }
+        write_model_card(program, job, metrics)
         write_json_atomic(folder.path / "metrics.json", metrics)
+        folder.put_checkpoints_away()
     report(settings, f"wrote {folder.path}")
     push_policy(settings)
     leave(trainer)

@@ -7,14 +7,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from spin.alignment.core.cards import TAG
 from spin.alignment.core.provenance import hash_file, hash_json
 from spin.alignment.models.folder import check_fits
 from spin.alignment.models.precision import prepare_precision
 from spin.alignment.training.accounting import accounting
+from spin.alignment.training.described import Described, describe_function
 from spin.alignment.training.program import TrainingData, TrainingJob, TrainingProgram
 from spin.alignment.training.settings import Settings, check_evaluation
 from spin.alignment.training.sft_config import SFTArguments
 from spin.alignment.training.sft_data import check_experts, check_row_lengths, load_ground_truth
+from spin.alignment.training.sft_objectives import OBJECTIVES
 from spin.alignment.training.sft_rows import with_labels
 from spin.alignment.training.sft_trainer import GroundTruthTrainer
 from spin.alignment.training.token_means import NAMES
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
 class SFTTraining(TrainingProgram):
     """Fine-tunes on the ground truth, from a model or (``init_from_config``) from random weights."""
 
+    script = "run_sft.py"
     arguments_class = SFTArguments
     defaults: ClassVar[Mapping[str, Any]] = {"dataset_splits": ["train"]}
 
@@ -68,6 +72,19 @@ class SFTTraining(TrainingProgram):
         splits = {split: [with_labels(row) for row in rows] for split, rows in job.data.splits.items()}
         return hash_json(
             {split: [[row[name] for row in rows] for name in ("input_ids", "labels")] for split, rows in splits.items()}
+        )
+
+    def describe(self, settings: Settings) -> Described:
+        """Return the loss with its formula."""
+        loss = settings.arguments.loss_type
+        return Described(
+            title="Model fine-tuned on the ground truth",
+            tags=(TAG, "sft"),
+            method=(
+                "Supervised fine-tuning on the ground-truth responses; the loss is averaged over their tokens.",
+                f"Loss per token {describe_function(loss, OBJECTIVES[loss].token_losses)}",
+            ),
+            limits=("The model imitates its data, including their mistakes.",),
         )
 
     def make_trainer(self, job: TrainingJob, model: Any) -> GroundTruthTrainer:

@@ -6,12 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from spin.alignment.core.cards import TAG
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.provenance import hash_text
 from spin.alignment.data.split_names import is_held_out
 from spin.alignment.generation import BACKENDS, find_backend
+from spin.alignment.methods.pairings import find_pairing
 from spin.alignment.pairs.annotate import scorer_record
 from spin.alignment.training.accounting import accounting
+from spin.alignment.training.described import Described, describe_function
 from spin.alignment.training.online.config import OnlineConfig
 from spin.alignment.training.online.labels import PairMaker, scorer_of
 from spin.alignment.training.online.prompts import PromptDataset, check_scorable, load_splits
@@ -101,6 +104,7 @@ def check_context(settings: Settings, splits: dict[str, PromptDataset], folder: 
 class OnlineTraining(TrainingProgram):
     """Trains a policy on its own responses, sampled and labelled step by step."""
 
+    script = "run_online.py"
     arguments_class = OnlineConfig
     defaults: ClassVar[Mapping[str, Any]] = {"dataset_splits": ["train"]}
 
@@ -146,6 +150,22 @@ class OnlineTraining(TrainingProgram):
         """Return everything that determines the result, including the scorer."""
         scorer = job.settings.arguments.scorer_settings
         return super().inputs(job) | ({} if scorer is None else scorer_record(scorer))
+
+    def describe(self, settings: Settings) -> Described:
+        """Return the pairing, the scorer, and the loss with its source and formula."""
+        arguments = settings.arguments
+        scorer = f"scored by `{arguments.scorer}`" if arguments.scorer else "not scored"
+        return Described(
+            title="Policy trained online on its own responses",
+            tags=(TAG, "self-play", "online", arguments.loss_type.partition(":")[0]),
+            method=(
+                f"In every step, the policy samples responses to its prompts; they are {scorer} and paired as they arrive.",
+                f"Pairing {describe_function(arguments.pairing, find_pairing(arguments.pairing).pair)}",
+                f"Loss {describe_function(arguments.loss_type, arguments.loss.function)}",
+                f"beta = {arguments.beta:g}.",
+            ),
+            limits=("The model learns what its scorer rewards, including the scorer's mistakes.",),
+        )
 
     def open(self, settings: Settings) -> None:
         """Create the scorer of the responses."""

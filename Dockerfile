@@ -1,0 +1,30 @@
+# A GPU image with the pinned packages of setup.py, and `spin` as its entry point, run as a user without privileges.
+#   docker build -t selfplay-spin .
+#   docker run --gpus all --ipc host -v "$PWD:/work" selfplay-spin run configs/zephyr_7b.yaml
+# The driver of the host must support the CUDA version of the base image. Models and data are mounted, never part of the image.
+FROM nvidia/cuda:13.0.2-runtime-ubuntu24.04
+
+ENV DEBIAN_FRONTEND=noninteractive
+# python3-dev and gcc: Triton compiles its launchers when it first runs a kernel.
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends gcc git libc6-dev python3 python3-dev python3-venv \
+    && rm -rf /var/lib/apt/lists/*
+
+# Ubuntu 24.04 has a user `ubuntu` with the id 1000, which most hosts give their first user.
+RUN userdel --remove ubuntu && useradd --uid 1000 --create-home spin && mkdir /opt/spin /work && chown spin /opt/spin /work
+USER spin
+ENV VIRTUAL_ENV=/opt/spin/venv HF_HOME=/work/.cache/huggingface
+ENV PATH=$VIRTUAL_ENV/bin:$PATH PIP_NO_CACHE_DIR=1 PYTHONUNBUFFERED=1
+RUN python3 -m venv "$VIRTUAL_ENV"
+
+# Before the sources, so that a changed source file does not install torch again.
+ARG TORCH=2.13.0
+RUN pip install "torch==$TORCH"
+
+COPY --chown=spin . /opt/spin/source
+ARG EXTRAS=vllm,deepspeed,peft,math,ifeval,gguf
+RUN pip install "/opt/spin/source[$EXTRAS]"
+
+WORKDIR /work
+ENTRYPOINT ["spin"]
+CMD ["--help"]
