@@ -78,7 +78,9 @@ def main(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("name", help="entry of the results: demo, chat, online, sppo, wspin or a new one")
     parser.add_argument("folders", nargs="+", type=Path, help="run directories, one per seed")
-    parser.add_argument("--add", action="store_true", help="keep the entry's other seeds, whose runs may be on another machine")
+    parser.add_argument(
+        "--add", action="store_true", help="keep the entry's other seeds, whose runs may be on another machine"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, help="JSON file to update")
     options = parser.parse_args(arguments)
     entry = collect(options.folders)

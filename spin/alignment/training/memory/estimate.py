@@ -343,7 +343,8 @@ def automatic_budget(
     if needed_bytes(longest_pair) > usable:
         raise InputError(
             f"the longest row has {longest_pair} tokens and needs about {needed_bytes(longest_pair) / GIB:.1f} GiB beyond what "
-            f"is loaded, but only {usable / GIB:.1f} of {available / GIB:.1f} free GiB are planned with: set gradient_checkpointing: true, lower max_length, use an "
+            f"is loaded, but only {usable / GIB:.1f} of {available / GIB:.1f} free GiB are planned with: set "
+            "gradient_checkpointing: true, lower max_length, use an "
             f"8-bit optimiser, LoRA or more GPUs with ZeRO-3, or try max_tokens_per_batch: {longest_pair} anyway"
         )
     # Binary search: ``fits`` tokens are known to fit, ``too_many`` are not wanted or do not.
