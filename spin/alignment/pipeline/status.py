@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spin.alignment.core.console import show
+from spin.alignment.core.console import say, show
 
 if TYPE_CHECKING:
-    from spin.alignment.pipeline.manifest import RunManifest
+    from spin.alignment.pipeline.manifest import RunManifest, StageRecord
     from spin.alignment.pipeline.stages import Stage
 
 
@@ -25,12 +27,33 @@ def stage_state(stage: Stage, manifest: RunManifest, is_held: bool) -> str:
     return record.state
 
 
+def running_seconds(record: StageRecord, state: str) -> float:
+    """Return for how long a running stage has been running, by the clocks that wrote and read the record; 0 for others."""
+    if state != "running" or not record.started_at:
+        return 0.0
+    return max(0.0, (datetime.now(UTC) - datetime.fromisoformat(record.started_at)).total_seconds())
+
+
+def show_training(folder: Path) -> bool:
+    """Print the step of a training that is running in a folder, or was ended there; return False if there is none."""
+    from spin.alignment.pipeline.stages.training import training_progress
+    from spin.alignment.training.live_step import read_live_step
+
+    live = read_live_step(folder)
+    if live is None:
+        return False
+    say(f"{folder}: {'interrupted' if live.has_ended else 'running'}, {training_progress(folder)}")
+    return True
+
+
 def show_status(path: str) -> None:
-    """Show the stages of a run directory, or the fractions in a folder of generate.py and who works on them."""
+    """Show the stages of a run directory, the fractions in a folder of generate.py and who works on them, or the live step of a
+    training in its output folder.
+    """
     from spin.alignment.pipeline.fraction_status import show_fractions
 
     folder = Path(path)
-    if not (folder / "run.yaml").exists() and folder.is_dir() and show_fractions(folder):
+    if not (folder / "run.yaml").exists() and folder.is_dir() and (show_fractions(folder) or show_training(folder)):
         return
     from rich.table import Table
 
@@ -45,6 +68,6 @@ def show_status(path: str) -> None:
     for stage in make_stages(config):
         record = manifest.stages.get(stage.name)
         state = stage_state(stage, manifest, is_held)
-        seconds = f"{record.seconds:.0f}" if record else ""
+        seconds = f"{record.seconds + running_seconds(record, state):.0f}" if record else ""
         table.add_row(stage.name, state, seconds, "" if state in ("done", "pending") else stage.kind.progress(stage))
-    show(table)
+    show(table, width=None if sys.stdout.isatty() else 120)

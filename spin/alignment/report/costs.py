@@ -8,6 +8,7 @@ from typing import Any
 
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.parquet import open_parquet, read_batches
+from spin.alignment.core.text import duration
 from spin.alignment.report.reported_run import ReportedRun
 
 HEADINGS = ("stage", "state", "time", "share", "tokens", "tokens/s", "peak memory")
@@ -39,14 +40,6 @@ class StageCost:
             (f"{self.memory:.1f} GiB" if self.memory is not None else "–", self.memory),
             *([(f"{cost:.2f}", cost)] if cost is not None else []),
         ]
-
-
-def duration(seconds: float) -> str:
-    """Return a time as text: ``1 h 02 min``, ``3 min 05 s`` or ``8.2 s``."""
-    whole = round(seconds)
-    if whole >= 3600:
-        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-    return f"{whole // 60} min {whole % 60:02d} s" if whole >= 60 else f"{seconds:.1f} s"
 
 
 def stage_costs(run: ReportedRun, metrics: dict[str, dict[str, Any]]) -> list[StageCost]:

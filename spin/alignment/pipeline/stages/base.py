@@ -171,8 +171,12 @@ class StageKind:
     # For people.
 
     def progress(self, stage: Stage) -> str:
-        """Return the progress of a stage that is not done, from the files that it writes while running."""
+        """Return the progress of a stage that is not done, in one line or several, from the files that it writes while running."""
         return ""
+
+    def seconds_left(self, stage: Stage) -> float | None:
+        """Return the estimated time that a running stage still takes, from the same files; None if it is not known."""
+        return None
 
     def problems(self, stage: Stage, config: RunConfig) -> list[str]:
         """Return the problems of the outputs of a completed stage, beyond their content hashes (``spin validate``)."""

@@ -12,6 +12,7 @@ from spin.alignment.models.folder import model_files
 from spin.alignment.pipeline.config import RunConfig
 from spin.alignment.pipeline.stages.base import Model, Source, Stage, StageKind
 from spin.alignment.pipeline.stages.sources import function_sources, model_source
+from spin.alignment.training.live_step import read_live_step
 
 if TYPE_CHECKING:
     from spin.alignment.training.program import TrainingProgram
@@ -78,14 +79,31 @@ class TrainingKind(StageKind):
         return stage.outputs()
 
     def progress(self, stage: Stage) -> str:
-        names = (path.name for path in checkpoint_of(stage).glob("checkpoint-*"))
-        steps = [int(found[1]) for name in names if (found := re.fullmatch(r"checkpoint-(\d+)", name))]
-        return f"checkpoint at step {max(steps)}" if steps else ""
+        return training_progress(checkpoint_of(stage))
+
+    def seconds_left(self, stage: Stage) -> float | None:
+        live = read_live_step(checkpoint_of(stage))
+        return None if live is None or live.has_ended else live.seconds_left
 
     def problems(self, stage: Stage, config: RunConfig) -> list[str]:
         from spin.alignment.pipeline.data_checks import model_problems
 
         return model_problems(checkpoint_of(stage))
+
+
+def training_progress(folder: Path) -> str:
+    """Return the live step of a training running in a folder; of one that was ended, where that was and what it resumes from."""
+    live, saved = read_live_step(folder), last_checkpoint(folder)
+    if live is not None and not live.has_ended:
+        return live.describe_with_time()
+    ended = [] if live is None else [f"ended at step {live.step:,} of {live.steps:,}"]
+    return ", ".join([*ended, *([f"checkpoint at step {saved:,}"] if saved else [])])
+
+
+def last_checkpoint(folder: Path) -> int:
+    """Return the step of the last checkpoint of a training in its output folder; 0 if it has none."""
+    found = (re.fullmatch(r"checkpoint-(\d+)", path.name) for path in folder.glob("checkpoint-*"))
+    return max((int(name[1]) for name in found if name), default=0)
 
 
 def check_training(program: TrainingProgram, config: RunConfig, values: Mapping[str, Any], where: str) -> Settings:
