@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 from types import SimpleNamespace
 
@@ -82,8 +83,13 @@ def test_a_terminal_shows_the_stage_and_keeps_the_lines_of_programs(monkeypatch,
     assert sys.stdout is terminal and shown.count("\x1b[?25l") == shown.count("\x1b[?25h") == 1  # the cursor is back
 
 
-def test_a_terminal_that_goes_away_does_not_end_the_run(monkeypatch, clock):
+def test_a_terminal_that_goes_away_does_not_end_the_run(monkeypatch, clock, tmp_path):
+    descriptor = os.open(tmp_path / "terminal", os.O_WRONLY | os.O_CREAT)
+
     class Gone(Terminal):
+        def fileno(self):
+            return descriptor
+
         def write(self, text):
             if self.tell() > 200:
                 raise OSError(5, "Input/output error")

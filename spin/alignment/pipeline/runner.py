@@ -73,7 +73,7 @@ class Pipeline:
         Raises:
             StageFailed: a program ended with a nonzero exit code; programs in parallel with it have been stopped.
         """
-        with self.view:
+        with self.view, self.runner.trackers:
             if self.parallel:
                 self._run_chains()
             else:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from spin.alignment.core.program import EXIT_INTERNAL_ERROR, EXIT_INTERRUPTED
 from spin.alignment.pipeline.manifest import replaced_folder
 from spin.alignment.pipeline.processes import ProgramStalled
+from spin.alignment.pipeline.tracked_run import RunTrackers
 
 if TYPE_CHECKING:
     from spin.alignment.pipeline.config import RunConfig
@@ -38,13 +39,14 @@ class StageRunner:
 
     def __init__(self, config: RunConfig, manifest: RunManifest, children: ChildPrograms, view: RunView) -> None:
         self.config, self.manifest, self.children, self.view = config, manifest, children, view
+        self.trackers = RunTrackers(config)
 
     def run(self, stage: Stage) -> None:
         """Run a stage unless it is done; stale or damaged output is moved aside first.
 
         Raises:
             StageFailed: a program ended with a nonzero exit code.
-            InputError: the output of the programs is not what the run requires.
+            InputError: the output of the programs is not what the run requires, or a tracker cannot start.
         """
         inputs = stage.inputs(self.manifest)
         record = self.manifest.stages.get(stage.name)
@@ -55,6 +57,7 @@ class StageRunner:
             return
         self._clear(stage, record, changed)
         resumed = record is not None and not changed and record.state != "done"
+        self.trackers.open()
         self.manifest.start(stage.name, inputs)
         started = time.monotonic()
         with self.view.stage(stage, "resuming" if resumed else "starting"):
@@ -66,6 +69,7 @@ class StageRunner:
             seconds = time.monotonic() - started
             self.manifest.finish(stage.name, stage.outputs(), seconds)
         self.view.tell(f"{stage.name}: done in {seconds:.0f} s")
+        self.trackers.report(stage, seconds)
 
     def _run_programs(self, stage: Stage) -> None:
         # On resume as well: the first attempt may have been killed before it wrote its files.

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spin.alignment.core.errors import InputError
-from spin.alignment.core.parquet import open_parquet, read_batches
 from spin.alignment.core.text import duration
+from spin.alignment.data.response_tokens import response_tokens
 from spin.alignment.report.reported_run import ReportedRun
 
 HEADINGS = ("stage", "state", "time", "share", "tokens", "tokens/s", "peak memory")
@@ -64,19 +63,6 @@ def stage_costs(run: ReportedRun, metrics: dict[str, dict[str, Any]]) -> list[St
             tokens = sum(map(response_tokens, files)) if files else None
         costs.append(StageCost(name, record.state, record.seconds, tokens, _memory(trained)))
     return costs
-
-
-def response_tokens(path: Path) -> int:
-    """Return the number of tokens of the responses in a file of generate.py or evaluate_model.py; 0 if it was removed."""
-    if not path.exists():
-        return 0
-    names = open_parquet(path).schema_arrow.names
-    column = next((name for name in ("rejected_token_ids", "token_ids") if name in names), None)
-    if column is None:
-        raise InputError(f"{path} has no token ids: it is not a file of responses, so run its stage again")
-    return sum(
-        batch.column(column).value_lengths().sum().as_py() or 0 for batch in read_batches(path, columns=[column])
-    )
 
 
 def _trained_tokens(metrics: dict[str, Any]) -> int | None:

@@ -26,6 +26,7 @@ from spin.alignment.training.check_settings import check_model_settings, checked
 from spin.alignment.training.live_step import remove_live_step
 from spin.alignment.training.output_dir import HashCheckpoint, OutputFolder
 from spin.alignment.training.program import TrainingJob, TrainingProgram
+from spin.alignment.training.reporting import attach_trackers, tracked
 from spin.alignment.training.settings import Settings, make_encoder
 from spin.alignment.training.step_reports import StepReports
 from spin.alignment.training.trained_policy import MasterWeights, save_policy
@@ -106,9 +107,10 @@ def run_job(program: TrainingProgram, job: TrainingJob) -> None:
         return
     folder.prepare(settings.arguments.process_index == 0)
     try:
-        with explain_full_disk(folder):
+        with explain_full_disk(folder), tracked(settings):
             program.open(settings)
             trainer = program.make_trainer(job, load_policy(settings))
+            attach_trackers(trainer, settings)
             if settings.arguments.deepspeed_plugin is not None and not settings.model.init_from_config:
                 start = model_folder(settings.model.model_name_or_path, settings.model.model_revision)
                 trainer.add_callback(MasterWeights(trainer, start))
@@ -143,7 +145,7 @@ def push_policy(settings: Settings) -> None:
         repo_id=repository,
         folder_path=settings.output_dir,
         revision=arguments.hub_revision,
-        ignore_patterns=["checkpoint-*", "failed-step-*", "reference/*", ".*"],  # only needed to resume
+        ignore_patterns=["checkpoint-*", "failed-step-*", "reference/*", "trackers/*", ".*"],  # only needed to resume
         commit_message="Trained by selfplay-spin",
     )
     report(settings, f"pushed {settings.output_dir} to {repository}")

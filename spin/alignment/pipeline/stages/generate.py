@@ -69,6 +69,14 @@ class Generate(StageKind):
         estimates = [float(record["seconds_left"]) for record in working(stage) if record.get("seconds_left")]
         return max(estimates, default=None)
 
+    def numbers(self, stage: Stage, seconds: float) -> dict[str, float]:
+        from spin.alignment.core.parquet import open_parquet
+        from spin.alignment.data.response_tokens import response_tokens
+
+        rows = sum(open_parquet(path).metadata.num_rows for path in stage.outputs())
+        tokens = sum(map(response_tokens, stage.outputs()))
+        return {"responses": rows, "tokens": tokens, "tokens_per_second": tokens / seconds}
+
     def problems(self, stage: Stage, config: RunConfig) -> list[str]:
         assert stage.folder is not None and stage.iteration is not None
         return decoded_problems(config, stage.iteration, stage.folder)

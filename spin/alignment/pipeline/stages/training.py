@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spin.alignment.core.files import read_json
 from spin.alignment.core.secrets import secret_variables, without_secrets
 from spin.alignment.models.folder import model_files
 from spin.alignment.pipeline.config import RunConfig
 from spin.alignment.pipeline.stages.base import Model, Source, Stage, StageKind
 from spin.alignment.pipeline.stages.sources import function_sources, model_source
+from spin.alignment.pipeline.tracked_run import tracker_values
 from spin.alignment.training.live_step import read_live_step
 
 if TYPE_CHECKING:
@@ -50,6 +52,7 @@ class TrainingKind(StageKind):
             needs=needs,
             makes=model,
             secrets=secrets,
+            late=lambda: tracker_values(config, model, values),
         )
 
     def command(self, stage: Stage, config: Any) -> list[str]:
@@ -61,7 +64,8 @@ class TrainingKind(StageKind):
         from spin.alignment.core.files import write_text_atomic
 
         (values,) = stage.configs
-        write_text_atomic(config_file(stage), yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True))
+        values = {**values, **stage.late()}
+        write_text_atomic(config_file(stage), yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
     def finish(self, stage: Stage, config: RunConfig) -> None:
         self.restore(stage)
@@ -84,6 +88,12 @@ class TrainingKind(StageKind):
     def seconds_left(self, stage: Stage) -> float | None:
         live = read_live_step(checkpoint_of(stage))
         return None if live is None or live.has_ended else live.seconds_left
+
+    def numbers(self, stage: Stage, seconds: float) -> dict[str, float]:
+        metrics = read_json(checkpoint_of(stage) / "metrics.json")
+        tokens = metrics.get("accounting", {}).get("trained", {}).get("tokens", 0)
+        rewards = {name: value for name, value in metrics["final"].items() if name.startswith("rewards/")}
+        return {"train_loss": metrics["train_loss"], "tokens_per_second": tokens / seconds, **rewards}
 
     def problems(self, stage: Stage, config: RunConfig) -> list[str]:
         from spin.alignment.pipeline.data_checks import model_problems
