@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+import json
+import struct
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -36,30 +38,39 @@ def in_tensorboard(folder: Path) -> Stored:
     return found
 
 
+def wandb_records(path: Path) -> Iterator[bytes]:
+    """The serialized records of a .wandb file, which is a log of LevelDB after a header of 7 bytes.
+
+    Blocks have 32 KiB; a fragment has 7 bytes of checksum, length and type: 1 whole, 2 first, 3 middle, 4 last.
+    """
+    content, place, record = path.read_bytes(), 7, b""
+    while place + 7 <= len(content):
+        if (rest := 32768 - place % 32768) < 7:
+            place += rest
+            continue
+        length, kind = struct.unpack_from("<HB", content, place + 4)
+        record += content[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):
+            yield record
+            record = b""
+
+
 def in_wandb(folder: Path) -> Stored:
     """The history of every offline run, by the last part of its name; several attempts of a run have one id."""
-    import json
-
     from wandb.proto.wandb_internal_pb2 import Record
-    from wandb.sdk.internal.datastore import DataStore
 
     found: Stored = {}
     names: dict[str, str] = {}
     for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
-        store = DataStore()
-        store.open_for_scan(str(path))
-        run_id = ""
-        while (data := store.scan_data()) is not None:
-            record = Record()
-            record.ParseFromString(data)
+        for data in wandb_records(path):
+            record = Record.FromString(data)
             if record.WhichOneof("record_type") == "run":
-                run_id = record.run.run_id
                 group, _, name = record.run.display_name.rpartition("/")
-                assert record.run.run_group == group
-                assert names.setdefault(name, run_id) == run_id
+                assert (record.run.run_group, names.setdefault(name, record.run.run_id)) == (group, record.run.run_id)
                 found.setdefault(name, {})
             elif record.WhichOneof("record_type") == "history":
-                values = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+                values = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
                 for key, value in values.items():
                     number = value if isinstance(value, int | float) else 0.0
                     found[name].setdefault(key, []).append((values.get(STEP_AXIS, -1), number))

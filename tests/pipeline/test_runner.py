@@ -205,5 +205,5 @@ def test_termination_ends_the_children(tmp_path, runner, interrupts, number):
         line.run()
     line.interrupt()
     # The record of an interrupted stage is that of a killed one.
-    assert line.manifest.stages["a/b"].state == ("running" if code == 130 else "failed")
+    assert line.manifest.stages["a/b"].state == "running"
     assert not Path("/proc", marker.read_text()).exists()

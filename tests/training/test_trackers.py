@@ -50,7 +50,7 @@ def test_a_training_that_was_interrupted_continues_its_run_and_logs_each_step_on
     assert code == 0 and "resuming from" in out, err
     assert read_record(tmp_path / "out")["key"] == key
     stored = READERS[name](tmp_path / "trackers")
-    assert list(stored) == ["iter1"]
+    assert "iter1" in stored and stored.keys() <= {"iter1", "stages"}  # Trackio's database is that of the process
     history = json.loads((tmp_path / "out" / "metrics.json").read_text())["history"]
     expected = [(100 + item["step"], pytest.approx(item["loss"])) for item in history if "loss" in item]
     assert sorted(stored["iter1"]["train/loss"]) == expected and len(expected) == 4
@@ -81,7 +81,7 @@ def test_stages_are_reported_at_the_steps_of_their_model_and_continued(tmp_path,
             for item in stages:
                 opened.report(item, 3.0)
     stored = READERS[name](run_dir / "trackers")
-    assert list(stored) == ["stages"]
+    assert "stages" in stored and stored.keys() <= {"iter1", "stages"}
     assert sorted(stored["stages"]["evaluate/exact"]) == [(0, 0.25), (10, 0.25), (20, 1.25)]
     assert [value for _, value in stored["stages"]["evaluate/seconds"]] == [3.0, 3.0, 3.0]
     assert stored["stages"]["responses"]

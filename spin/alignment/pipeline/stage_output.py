@@ -63,7 +63,7 @@ class StageOutput:
     def finish(self) -> None:
         """Log and show a last line without an end."""
         if self._pending:
-            self._tell(self._pending)
+            self._tell(self._pending.rstrip(b"\r").rpartition(b"\r")[2])
         self._pending = b""
 
     def say(self, sentence: str) -> None:

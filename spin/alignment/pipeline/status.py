@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from spin.alignment.pipeline.stages import Stage
 
 
-def stage_state(stage: Stage, manifest: RunManifest, is_held: bool) -> str:
+def stage_state(stage: Stage, manifest: RunManifest, is_held: bool, looks_at_outputs: bool = True) -> str:
     """Return pending, running, interrupted, failed or done, and for done whether an output has changed since."""
     record = manifest.stages.get(stage.name)
     if record is None:
@@ -22,7 +22,7 @@ def stage_state(stage: Stage, manifest: RunManifest, is_held: bool) -> str:
     if record.state == "running":
         return "running" if is_held else "interrupted"
     if record.state == "done":
-        damaged = manifest.damaged_outputs(stage.name)
+        damaged = manifest.damaged_outputs(stage.name) if looks_at_outputs else []
         return f"done, but {damaged[0]} was changed or removed" if damaged else "done"
     return record.state
 
@@ -44,6 +44,22 @@ def show_training(folder: Path) -> bool:
         return False
     say(f"{folder}: {'interrupted' if live.has_ended else 'running'}, {training_progress(folder)}")
     return True
+
+
+def running_stages(run_dir: Path) -> dict[str, str]:
+    """Return the progress of the stages of a run that are running now, by name; empty if nobody works on the run.
+
+    Raises:
+        InputError: the folder contains no run.
+    """
+    from spin.alignment.core.lock import is_locked
+    from spin.alignment.pipeline.config import open_run
+    from spin.alignment.pipeline.manifest import RunManifest
+    from spin.alignment.pipeline.stages import make_stages
+
+    stages, manifest, is_held = make_stages(open_run(run_dir)), RunManifest(run_dir), is_locked(run_dir)
+    running = [stage for stage in stages if stage_state(stage, manifest, is_held, looks_at_outputs=False) == "running"]
+    return {stage.name: stage.kind.progress(stage) for stage in running}
 
 
 def show_status(path: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -34,6 +35,8 @@ class MLflow(Tracker):
         import mlflow
         from accelerate.tracking import MLflowTracker
 
+        logging.getLogger("mlflow").setLevel(logging.WARNING)
+        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
         uri = os.environ.get("MLFLOW_TRACKING_URI", _local_uri(run))
         mlflow.set_tracking_uri(uri)
         tracker = MLflowTracker(_experiment_name(run), run_id=_run_id(run, uri), run_name=run.name)

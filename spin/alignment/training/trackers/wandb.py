@@ -45,7 +45,7 @@ class WandB(Tracker):
             id=run.key,
             resume="allow",
             dir=os.environ.get("WANDB_DIR", str(run.folder)),
-            settings={"silent": True},
+            settings={"silent": True, "console": "off"},
         )
         tracker.start()
         tracker.tracker.define_metric(STEP_AXIS)
