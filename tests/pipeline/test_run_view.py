@@ -131,4 +131,7 @@ def test_lines_of_libraries_are_only_logged_until_a_failure(tmp_path, capsys, mo
         output.show_last_lines()
     assert capsys.readouterr().out == "UserWarning: noise\n{'loss': 1}\nmap: 50%\n"
     log = (tmp_path / "a.log").read_text()
-    assert MARK not in log and [line[20:] for line in log.splitlines()][:2] == ["UserWarning: noise", "error: a sentence"]
+    assert MARK not in log and [line[20:] for line in log.splitlines()][:2] == [
+        "UserWarning: noise",
+        "error: a sentence",
+    ]

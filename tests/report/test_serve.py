@@ -11,7 +11,7 @@ import pytest
 
 from spin import cli
 from spin.alignment.pipeline.lock import run_lock
-from spin.alignment.pipeline.manifest import RunManifest
+from spin.alignment.pipeline.manifest import RunManifest, StageRecord
 from spin.alignment.report.serve import make_server
 from spin.alignment.training.live_step import LiveStep, write_live_step
 from tests.helpers import run_main
@@ -65,7 +65,7 @@ def test_the_live_step_of_a_running_training(served):
     run_dir, get = served
     assert get("/live") == (200, "[]")
     manifest = RunManifest(run_dir)
-    manifest.stages["iter1/train"].state = "running"
+    manifest.stages["iter1/train"] = StageRecord("running", {}, "")
     manifest.save()
     write_live_step(run_dir / "iter1" / "checkpoint", LiveStep(3, 9, loss=0.5, seconds_left=65))
     assert get("/live") == (200, "[]")  # nobody works on the run

@@ -41,7 +41,9 @@ def test_the_report_of_a_process_that_has_ended_is_not_taken_for_a_running_one(t
     assert training_progress(tmp_path) == "ended at step 120 of 500, checkpoint at step 100"
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"step": 1, "steps": NaN, "process": {"pid": 1}}', '{"step": "x"}'])
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"step": 1, "steps": NaN, "process": {"pid": 1}}', '{"step": "x"}']
+)
 def test_a_damaged_report_is_none(tmp_path, content):
     (tmp_path / PROGRESS_FILE).write_text(content)
     assert read_live_step(tmp_path) is None

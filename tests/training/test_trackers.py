@@ -108,10 +108,14 @@ def test_a_training_of_a_run_is_told_its_group_and_the_steps_before_it(tmp_path)
 
 
 def test_an_unknown_or_absent_tracker_is_refused_with_the_command(monkeypatch):
-    with pytest.raises(InputError, match=r"report_to' in c\.yaml names 'tensorbord': choose some of tensorboard, wandb"):
+    with pytest.raises(
+        InputError, match=r"report_to' in c\.yaml names 'tensorbord': choose some of tensorboard, wandb"
+    ):
         check_run_trackers(["tensorbord"], "c.yaml")
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"mlflow, whose package is missing: pip install mlflow-skinny sqlalchemy alembic"):
+    with pytest.raises(
+        InputError, match=r"mlflow, whose package is missing: pip install mlflow-skinny sqlalchemy alembic"
+    ):
         check_run_trackers(["mlflow"], "c.yaml")
 
 

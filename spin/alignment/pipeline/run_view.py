@@ -61,9 +61,7 @@ class RunView:
         if sys.stdout.isatty() and console.is_terminal and not console.is_dumb_terminal:
             from rich.live import Live
 
-            self._live = Live(
-                console=console, auto_refresh=False, transient=True, redirect_stderr=sys.stderr.isatty()
-            )
+            self._live = Live(console=console, auto_refresh=False, transient=True, redirect_stderr=sys.stderr.isatty())
             self._live.start()
         return self
 

@@ -77,6 +77,9 @@ class RunTrackers:
         with self._mutex:
             if self._opened is not None or not self.names:
                 return
+            from accelerate import PartialState
+
+            PartialState()  # accelerate's trackers ask it which process they are in
             self._opened = {}
             run = TrackedRun(group_of(self.run_dir), "stages", tracked_key(self.run_dir), self.run_dir / "trackers")
             for name in self.names:

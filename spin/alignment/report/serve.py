@@ -38,7 +38,9 @@ class LivePage:
     def live(self) -> str:
         """Return what is running now as JSON: a list of lines, such as ``iter0/train: step 120 of 500, ...``."""
         run = open_reported_run(self.run_dir)
-        return json.dumps([f"{name}: {line}" for name, progress in _running(run).items() for line in progress.split("\n")])
+        return json.dumps(
+            [f"{name}: {line}" for name, progress in _running(run).items() for line in progress.split("\n")]
+        )
 
     def page(self) -> str:
         """Return the page as HTML; before the first results, one that says so."""

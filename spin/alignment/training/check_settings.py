@@ -75,7 +75,9 @@ def check_trackers(names: list[str], source: str) -> None:
         is_there = name in available or (package is not None and importlib.util.find_spec(package) is not None)
         command = missing_package(name) if name in TRACKERS else "" if is_there else f"pip install {package or name}"
         if command:
-            raise InputError(f"'report_to' in {source} names {name}, whose package is missing: {command}, or set it to none")
+            raise InputError(
+                f"'report_to' in {source} names {name}, whose package is missing: {command}, or set it to none"
+            )
 
 
 def check_optimisation(arguments: Any, source: str) -> None:

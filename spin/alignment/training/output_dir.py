@@ -84,7 +84,12 @@ class OutputFolder:
             # Also those set aside as damaged.
             for folder in (*self.path.glob("checkpoint-*"), *self.path.glob("failed-step-*")):
                 shutil.rmtree(folder)
-            for name in ("metrics.json", "config.json", PROGRESS_FILE, RECORD_FILE):  # without a config the old model counts as incomplete
+            for name in (
+                "metrics.json",
+                "config.json",
+                PROGRESS_FILE,
+                RECORD_FILE,
+            ):  # without a config the old model counts as incomplete
                 (self.path / name).unlink(missing_ok=True)
         # The Trainer would take an incomplete checkpoint for its latest one.
         for torn in self._checkpoints(complete=False):

@@ -287,6 +287,10 @@ def without_paths(record: Mapping[str, Any]) -> dict[str, Any]:
 
     A run that was moved, or is given by another spelling of its path, then has the same record. Earlier versions wrote the paths.
     """
-    kept = {key: value for key, value in record.items() if key not in ("model_name_or_path", "eval_prompts", "run_name", "project")}
+    kept = {
+        key: value
+        for key, value in record.items()
+        if key not in ("model_name_or_path", "eval_prompts", "run_name", "project")
+    }
     mixer = kept.get("dataset_mixer")
     return {**kept, "dataset_mixer": list(mixer.values())} if isinstance(mixer, Mapping) else kept

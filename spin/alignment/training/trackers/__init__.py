@@ -39,9 +39,7 @@ def check_run_trackers(names: Sequence[str], source: str) -> None:
                 "training, any tracker of transformers)"
             )
         if command := missing_package(name):
-            raise InputError(
-                f"'report_to' in {source} names {name}, whose package is missing: {command}, or remove it"
-            )
+            raise InputError(f"'report_to' in {source} names {name}, whose package is missing: {command}, or remove it")
 
 
 __all__ = ["TRACKERS", "TrackedRun", "Tracker", "check_run_trackers", "missing_package"]
