@@ -124,7 +124,7 @@ def test_lines_of_libraries_are_only_logged_until_a_failure(tmp_path, capsys, mo
     with StageOutput(tmp_path / "a.log", "", only_marked=True) as output:
         output.write(f"UserWarning: noise\n{own}{{'loss': 1}}\n\rmap: 40%".encode())
         assert output.activity == "map: 40%" and output.named_bad_input
-        output.write("\rmap: 50%".encode())
+        output.write(b"\rmap: 50%")
         assert output.activity == "map: 50%"
         assert capsys.readouterr().out == "error: a sentence\n\nof its own\n"
         output.finish()

@@ -9,8 +9,8 @@ import pytest
 
 from spin import run_spin
 from spin.alignment.core.errors import InputError
-from spin.alignment.pipeline.tracked_run import RunTrackers, group_of, tracker_values
 from spin.alignment.pipeline.stages.base import Model, StageKind
+from spin.alignment.pipeline.tracked_run import RunTrackers, group_of, tracker_values
 from spin.alignment.training import trackers
 from spin.alignment.training.reporting import Reports, log_kind
 from spin.alignment.training.step_reports import StepReports

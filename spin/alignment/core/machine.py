@@ -63,7 +63,7 @@ def process_record() -> dict[str, str | int | None]:
 
 
 def has_ended(record: Mapping[str, Any]) -> bool:
-    """Return whether the process of a :func:`process_record` is known to have ended: it ran on this machine, and no longer does."""
+    """Return whether the process of a :func:`process_record` is known to have ended: it was one of this machine."""
     if record.get("host") != host_key() or not Path("/proc/self/stat").exists():
         return False
     # A process id may have been reused; together with its start time it identifies one process.

@@ -112,4 +112,5 @@ def _report(running: dict[int, tuple[str, Path]]) -> None:
     elif code < 0:
         said = [f"ended by {signal.Signals(-code).name}"]
     text = "; ".join(said) if code == 0 else (said or ["no message"])[-1]
-    print(json.dumps({"name": name, "works": code == 0, "said": text}), flush=True)
+    sys.stdout.write(json.dumps({"name": name, "works": code == 0, "said": text}) + "\n")
+    sys.stdout.flush()

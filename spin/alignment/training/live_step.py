@@ -55,7 +55,7 @@ class LiveStep:
 
 
 def write_live_step(folder: Path, live: LiveStep) -> None:
-    """Replace the report of this process. One that cannot be written (a full disk) is left out: training does not depend on it."""
+    """Replace the report of this process; one that cannot be written (a full disk) is left out."""
     with contextlib.suppress(OSError):
         replace_text(folder / PROGRESS_FILE, json.dumps({**asdict(live), "process": process_record()}) + "\n")
 

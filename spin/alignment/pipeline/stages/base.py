@@ -173,7 +173,7 @@ class StageKind:
     # For people.
 
     def progress(self, stage: Stage) -> str:
-        """Return the progress of a stage that is not done, in one line or several, from the files that it writes while running."""
+        """Return the progress of a stage that is not done, in one line or several, from the files that it writes."""
         return ""
 
     def seconds_left(self, stage: Stage) -> float | None:

@@ -13,7 +13,6 @@ from spin.alignment.pipeline.stages.base import Model, Stage, StageKind
 from spin.alignment.pipeline.stages.sources import data_source, model_source
 from spin.alignment.pipeline.stages.training import checkpoint_of
 
-
 _EXAMPLES = 5
 
 
