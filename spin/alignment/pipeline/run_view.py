@@ -102,7 +102,9 @@ class RunView:
             elif now - running.told >= _LINE_SECONDS:
                 running.told = now
                 lines = ", ".join(running.progress())
-                self.tell(f"{name}: {lines or 'running'}; {duration(now - running.started)} so far{self._run_left()}")
+                self.tell(
+                    f"{name}: {lines or 'running'}; {duration(now - running.started)} so far; run: {self._run_left()}"
+                )
 
     def number(self, stage: Stage) -> int:
         """Return the place of a stage among the stages of the run, from 1."""
@@ -112,7 +114,9 @@ class RunView:
         left = {name: running.seconds_left() for name, running in self._running.items()}
         elapsed = {name: time.monotonic() - running.started for name, running in self._running.items()}
         seconds, is_complete = run_seconds_left(self.stages, self.manifest, left, elapsed)
-        return f", {'about' if is_complete else 'over'} {duration(seconds)} left of the run" if seconds else ""
+        return (
+            f"{'about' if is_complete else 'over'} {duration(seconds)} left" if seconds else "time left not known yet"
+        )
 
     def _draw(self) -> None:
         assert self._live is not None
@@ -122,23 +126,25 @@ class RunView:
             self._stop_drawing()
 
     def _picture(self) -> RenderableType:
+        from rich.console import Group
         from rich.progress_bar import ProgressBar
         from rich.table import Table
         from rich.text import Text
 
-        now, grid = time.monotonic(), Table.grid(padding=(0, 2), expand=True)
-        for ratio in (None, None, 1):
-            grid.add_column(no_wrap=True, overflow="ellipsis", ratio=ratio)
+        now, shown = time.monotonic(), list[RenderableType]()
         for running in self._running.values():
             elapsed, left = now - running.started, running.seconds_left()
-            bar = ProgressBar(width=20, total=None if left is None else elapsed + left, completed=elapsed)
             times = f"{duration(elapsed)} so far" + ("" if left is None else f", {duration(left)} left")
-            place = f"stage {self.number(running.stage)} of {len(self.stages)}"
-            grid.add_row(place, bar, Text(f"{running.stage.name}: {times}"))
-            for line in running.progress():
-                grid.add_row("", "", Text(line, style="dim"))
-        grid.add_row("run", "", Text(f"{duration(now - self._started)} so far{self._run_left()}"))
-        return grid
+            row = Table.grid(padding=(0, 1))
+            row.add_row(
+                f"stage {self.number(running.stage)} of {len(self.stages)}",
+                ProgressBar(width=20, total=None if left is None else elapsed + left, completed=elapsed),
+                Text(f"{running.stage.name}: {times}", overflow="ellipsis", no_wrap=True),
+            )
+            shown.append(row)
+            shown += [Text(f"  {line}", "dim", overflow="ellipsis", no_wrap=True) for line in running.progress()]
+        shown.append(Text(f"run: {duration(now - self._started)} so far, {self._run_left()}"))
+        return Group(*shown)
 
     def _stop_drawing(self) -> None:
         with self._mutex:

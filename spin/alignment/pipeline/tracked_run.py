@@ -24,7 +24,7 @@ _TABLE = "responses"
 
 def tracker_values(config: RunConfig, model: Model, values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the keys with which the training of ``model`` (with the keys ``values``) reports to the trackers of the run."""
-    names = values.get("report_to", config.report_to)
+    names = values.get("report_to", run_trackers(config))
     if names in _NONE:
         return {}
     run_dir = Path(config.run_dir)
@@ -35,6 +35,12 @@ def tracker_values(config: RunConfig, model: Model, values: Mapping[str, Any]) -
         "tracker_dir": str(run_dir / "trackers"),
         "tracker_step": steps_before(run_dir, model.iteration or 0),
     }
+
+
+def run_trackers(config: RunConfig) -> list[str]:
+    """Return the trackers of the whole run: those of its own key ``report_to``, which may be a single name."""
+    names = [config.report_to] if isinstance(config.report_to, str) else config.report_to
+    return [] if names in _NONE else list(names)
 
 
 def group_of(run_dir: Path) -> str:
@@ -55,7 +61,7 @@ class RunTrackers:
     """
 
     def __init__(self, config: RunConfig) -> None:
-        self.run_dir, self.names = Path(config.run_dir), list(config.report_to)
+        self.run_dir, self.names = Path(config.run_dir), run_trackers(config)
         self._opened: dict[str, Any] | None = None
         self._mutex = threading.Lock()
 

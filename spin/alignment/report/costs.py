@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from spin.alignment.core.lock import is_locked
 from spin.alignment.core.text import duration
 from spin.alignment.data.response_tokens import response_tokens
 from spin.alignment.report.reported_run import ReportedRun
@@ -60,7 +61,9 @@ def stage_costs(run: ReportedRun, metrics: dict[str, dict[str, Any]]) -> list[St
         if kind in ("generate", "evaluate"):
             files = [run.folder / file for file in record.outputs if file.endswith(".parquet")]
             tokens = sum(map(response_tokens, files)) if files else None
-        costs.append(StageCost(name, record.state, record.seconds, tokens, _memory(trained)))
+        # The record of an interrupted stage is that of a running one.
+        state = "interrupted" if record.state == "running" and not is_locked(run.folder) else record.state
+        costs.append(StageCost(name, state, record.seconds, tokens, _memory(trained)))
     return costs
 
 
