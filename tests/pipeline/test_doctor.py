@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from spin.alignment.core.assets import PACKAGE
+from spin.alignment.core.errors import InputError
 from spin.alignment.pipeline import doctor, doctor_imports, doctor_machine
 from spin.alignment.pipeline.config import load_run_config
 from spin.alignment.pipeline.doctor_imports import ImportChecks, ImportResult
@@ -165,11 +166,12 @@ def test_the_disk_of_a_run_counts_optimizer_states(tmp_path, monkeypatch):
     need, said = doctor_machine.run_bytes(load_run_config(config))
     # Two trainings: a model of 4 bytes per weight, and two checkpoints (10 steps, every 5) with two states of 4 bytes as well.
     assert need == 2 * (4 * weights + 2 * (4 + 8) * weights) and "2 trainings" in said
-    assert doctor_machine.disk_finding(str(config)).verdict == "ok"
+    assert doctor_machine.run_disk(str(config)).endswith("with optimiser states")
     full = SimpleNamespace(free=need - 1)
     monkeypatch.setattr(doctor_machine.shutil, "disk_usage", lambda path: full)
-    found = doctor_machine.disk_finding(str(config))
-    assert found.verdict == "broken" and found.needed and "set save_total_limit: 1" in found.detail
+    statement = f"{doctor._DISK}run_disk({str(config)!r})"
+    with pytest.raises(InputError, match="with optimiser states: set save_total_limit: 1, or another run_dir"):
+        exec(statement, {})
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -80,6 +81,7 @@ def test_stages_are_reported_at_the_steps_of_their_model_and_continued(tmp_path,
             opened.open()
             for item in stages:
                 opened.report(item, 3.0)
+        time.sleep(1.1)  # wandb names the folder of an attempt after the second in which it starts
     stored = READERS[name](run_dir / "trackers")
     assert "stages" in stored and stored.keys() <= {"iter1", "stages"}
     assert sorted(stored["stages"]["evaluate/exact"]) == [(0, 0.25), (10, 0.25), (20, 1.25)]

@@ -37,6 +37,8 @@ OPTIONAL: dict[str, tuple[tuple[str, ...], str, str, str | None]] = {
     "gguf": (("gguf",), "import gguf", "spin import-gguf", "gguf"),
     "flash_attn": (("flash-attn",), "import flash_attn", "attn_implementation: flash_attention_2", None),
 }
+_RUN_DISK = "disk of the run"
+_DISK = "import sys; from spin.alignment.pipeline.doctor_machine import run_disk; "
 _OWN_IMPORTS = {
     "devices": "import sys; from spin.alignment.pipeline.doctor_machine import devices; sys.stdout.write(devices())",
     "transformers backend": "import spin.alignment.generation.transformers.backend",
@@ -112,7 +114,7 @@ def import_finding(result: ImportResult) -> Finding:
     """Return what the import of a package, or of a part of this project, has shown."""
     verdict: Verdict = "ok" if result.works else "broken"
     if result.name not in OPTIONAL:
-        says = result.name == "devices" or not result.works
+        says = result.name in ("devices", _RUN_DISK) or not result.works
         return Finding(result.name, verdict, result.said if says else "import works", needed=True)
     version = next(version for item in OPTIONAL[result.name][0] if (version := _version(item)))
     return Finding(result.name, verdict, version if result.works else f"{version}: {result.said}")
@@ -181,11 +183,13 @@ def python_finding() -> Finding:
 def findings(config_path: str | None) -> Iterator[Finding]:
     """Yield every finding as soon as it is known: those of the machine while packages are imported in other processes."""
     absent, statements = optional_statements()
-    with ImportChecks({**_OWN_IMPORTS, **statements}) as imports:
+    # In a process that has imported torch anyway.
+    disk = {} if config_path is None else {_RUN_DISK: f"{_DISK}sys.stdout.write(run_disk({config_path!r}))"}
+    with ImportChecks({**_OWN_IMPORTS, **disk, **statements}) as imports:
         yield python_finding()
         yield memory_finding()
         yield driver_finding()
-        yield disk_finding(config_path)
+        yield disk_finding()
         yield from name_findings()
         yield from package_findings()
         yield from tracker_findings()
@@ -199,9 +203,6 @@ def show_findings(config_path: str | None = None) -> bool:
 
     Args:
         config_path: the configuration of a run whose files must fit on the disk.
-
-    Raises:
-        InputError: it is not one.
     """
     from rich.text import Text
 

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from spin.alignment.core.errors import InputError
+
 _TIMEOUT_SECONDS = 60
 _CHECKS = "from spin.alignment.pipeline.doctor_imports import run_checks; run_checks()"
 
@@ -95,6 +97,9 @@ def _check(statement: str, output: Path) -> None:
         exec(statement, {})
         sys.stdout.flush()
         code = 0
+    except InputError as error:
+        sys.stderr.write(f"{error}\n")
+        sys.stderr.flush()
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()

@@ -55,7 +55,7 @@ def driver_finding() -> Finding:
 
 
 def devices() -> str:
-    """Return the devices that torch can use, one per line."""
+    """Return what torch is built for and the devices that it can use, one per line."""
     import torch
 
     from spin.alignment.models.precision import has_bfloat16_instructions
@@ -92,35 +92,30 @@ def hub_finding() -> Finding:
     return Finding("Hub", "absent", f"{address} answers with status {answer.status_code}")
 
 
-def disk_finding(config_path: str | None) -> Finding:
-    """The free disk; with the configuration of a run, compared with what its models and checkpoints will take.
+def disk_finding() -> Finding:
+    """The free disk of this folder."""
+    free = shutil.disk_usage(".").free / GIB
+    example = "a 7B model takes 26 GiB in float32, and a checkpoint to resume from as much again per optimiser state"
+    return Finding("disk", "ok", f"{free:.0f} GiB free here ({example}; spin doctor CONFIG.yaml counts those of a run)")
+
+
+def run_disk(config_path: str) -> str:
+    """Return how the free disk compares with what the models and checkpoints of a run take. Imports torch.
 
     Raises:
-        InputError: the configuration cannot be read.
+        InputError: they do not fit, or the configuration or its model cannot be read.
     """
-    if config_path is None:
-        free = shutil.disk_usage(".").free / GIB
-        example = (
-            "a 7B model takes 26 GiB in float32, and a checkpoint to resume from as much again per optimiser state"
-        )
-        return Finding(
-            "disk", "ok", f"{free:.0f} GiB free here ({example}; spin doctor CONFIG.yaml counts those of a run)"
-        )
     from spin.alignment.pipeline.config import load_run_config
 
     config = load_run_config(config_path)
-    where = next(
-        path for path in (Path(config.run_dir).absolute(), *Path(config.run_dir).absolute().parents) if path.exists()
-    )
+    run_dir = Path(config.run_dir).absolute()
+    where = next(path for path in (run_dir, *run_dir.parents) if path.exists())
     free = shutil.disk_usage(where).free
-    try:
-        need, said = run_bytes(config)
-    except InputError as error:
-        return Finding("disk", "broken", str(error), needed=True)
+    need, said = run_bytes(config)
     detail = f"{free / GIB:.1f} GiB free in {where}; {said}"
-    if need <= free:
-        return Finding("disk", "ok", detail, needed=True)
-    return Finding("disk", "broken", f"{detail}: set save_total_limit: 1, or another run_dir", needed=True)
+    if need > free:
+        raise InputError(f"{detail}: set save_total_limit: 1, or another run_dir")
+    return detail
 
 
 def run_bytes(config: RunConfig) -> tuple[float, str]:
