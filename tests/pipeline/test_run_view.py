@@ -61,7 +61,7 @@ def test_lines_now_and_then_without_control_characters(capsys, clock):
     out = capsys.readouterr().out
     first, second = out.splitlines()
     assert first[8:] == " ==> iter0/train: starting (stage 1 of 2)" and first[2] == first[5] == ":"
-    assert second.endswith("==> iter0/train: step 3 of 9, loss 0.5; 30.0 s so far, run: over 1 min 00 s left")
+    assert second.endswith("==> iter0/train: step 3 of 9, loss 0.5; 30.0 s so far; run: over 1 min 00 s left")
     assert all(char == "\n" or char.isprintable() for char in out)
 
 

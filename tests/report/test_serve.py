@@ -67,6 +67,7 @@ def test_the_live_step_of_a_running_training(served):
     manifest = RunManifest(run_dir)
     manifest.stages["iter1/train"] = StageRecord("running", {}, "")
     manifest.save()
+    (run_dir / "iter1" / "checkpoint").mkdir(exist_ok=True)
     write_live_step(run_dir / "iter1" / "checkpoint", LiveStep(3, 9, loss=0.5, seconds_left=65))
     assert get("/live") == (200, "[]")  # nobody works on the run
     with run_lock(run_dir):

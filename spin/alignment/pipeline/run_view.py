@@ -131,7 +131,8 @@ class RunView:
         from rich.table import Table
         from rich.text import Text
 
-        now, shown = time.monotonic(), list[RenderableType]()
+        now = time.monotonic()
+        shown: list[RenderableType] = []
         for running in self._running.values():
             elapsed, left = now - running.started, running.seconds_left()
             times = f"{duration(elapsed)} so far" + ("" if left is None else f", {duration(left)} left")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from spin.alignment.pipeline.config import RunConfig
     from spin.alignment.pipeline.stages.base import Model, Stage
 
-_NONE = (None, "none", [], ["none"])
+_NONE: tuple[Any, ...] = (None, "none", [], ["none"])
 _TABLE = "responses"
 
 

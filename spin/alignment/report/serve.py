@@ -39,7 +39,11 @@ class LivePage:
         """Return what is running now as JSON: a list of lines, such as ``iter0/train: step 120 of 500, ...``."""
         run = open_reported_run(self.run_dir)
         return json.dumps(
-            [f"{name}: {line}" for name, progress in _running(run).items() for line in progress.split("\n")]
+            [
+                f"{name}: {line}"
+                for name, progress in _running(run).items()
+                for line in (progress or "running").split("\n")
+            ]
         )
 
     def page(self) -> str:

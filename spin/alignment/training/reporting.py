@@ -94,7 +94,8 @@ def tracked(settings: Settings) -> Iterator[None]:
     if arguments.process_index != 0 or not trackers:
         yield
         return
-    run, added, failed = tracked_run(settings), {}, True
+    run, failed = tracked_run(settings), True
+    added: dict[str, str] = {}
     try:
         for name, tracker in trackers.items():
             try:

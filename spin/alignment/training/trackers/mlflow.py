@@ -65,8 +65,8 @@ def _run_id(run: TrackedRun, uri: str) -> str:
     run.folder.mkdir(parents=True, exist_ok=True)
     client, name = MlflowClient(tracking_uri=uri), _experiment_name(run)
     experiment = client.get_experiment_by_name(name)
-    local = {"artifact_location": str(run.folder.resolve() / "mlflow")} if uri == _local_uri(run) else {}
-    number = experiment.experiment_id if experiment is not None else client.create_experiment(name, **local)
+    artifacts = str(run.folder.resolve() / "mlflow") if uri == _local_uri(run) else None
+    number = experiment.experiment_id if experiment is not None else client.create_experiment(name, artifacts)
     found = client.search_runs([number], f"tags.`{_KEY_TAG}` = '{run.key}'", max_results=1)
     made = found[0] if found else client.create_run(number, run_name=run.name, tags={_KEY_TAG: run.key})
     return str(made.info.run_id)
