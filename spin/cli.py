@@ -24,7 +24,7 @@ USAGE = """usage: spin COMMAND ...
   report RUN [OTHER]                  write the table, plot and page of a run, or a page that compares two
   serve RUN [--port=8700]             serve that page on this machine while the run goes on
   validate PATH [--tokenizer MODEL]   check a data set, a model folder or a run against the contract
-  doctor                              check which packages, devices and backends work here
+  doctor [CONFIG.yaml]                check which packages, devices and backends work here
   diff RUN_A RUN_B [--all]            show how two runs differ: results, settings, data, packages
   push RUN_OR_FOLDER --repo NAME      upload a model or pairs to the Hugging Face Hub, or write the folder to upload
   replay FOLDER [--model MODEL]       find the row and token at which a training stopped (failed-step-N)
@@ -222,10 +222,11 @@ def doctor(arguments: Sequence[str]) -> int:
         prog="spin doctor",
         description="Report which packages, devices and backends work here, and why the others do not.",
     )
-    parser.parse_args(arguments)
+    parser.add_argument("config", nargs="?", help="configuration of a run: check that its files fit on the disk")
+    options = parser.parse_args(arguments)
     from spin.alignment.pipeline.doctor import show_findings
 
-    return EXIT_DONE if show_findings() else EXIT_BAD_INPUT
+    return EXIT_DONE if show_findings(options.config) else EXIT_BAD_INPUT
 
 
 def diff(arguments: Sequence[str]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from spin.alignment.generation import leases
+from spin.alignment.core.machine import host_key
 from spin.alignment.generation.leases import Leases, Worker, read_worker
 
 
@@ -119,7 +119,7 @@ def test_a_far_worker_without_a_heartbeat_is_given_the_same_time(folder):
 
 def test_a_process_number_used_again_is_not_taken_for_the_dead_owner(folder):
     held_by(folder, "near-1")
-    host = leases._host_key()
+    host = host_key()
     foreign_worker(folder, "near-1", host=host, pid=os.getpid(), start="an earlier process")
     with worker(folder) as second:
         assert Leases(folder / "claims", second, 600).claim("block")

@@ -82,8 +82,7 @@ def test_diff_shows_markup_as_text(planned, tmp_path):
 
 def test_doctor_shows_markup_as_text(monkeypatch, capsys):
     findings = [Finding("[disk]", "broken", "cannot read [/home] :x:", needed=True)]
-    for name in ("machine_findings", "name_findings", "package_findings", "optional_findings"):
-        monkeypatch.setattr(f"spin.alignment.pipeline.doctor.{name}", lambda found=findings: found)
+    monkeypatch.setattr("spin.alignment.pipeline.doctor.findings", lambda config: iter(findings))
     assert not show_findings()
     shown = capsys.readouterr().out
     assert "[disk]" in shown and "cannot read [/home] :x:" in shown

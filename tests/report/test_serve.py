@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import http.client
+import json
 import shutil
 import threading
 
 import pytest
 
 from spin import cli
+from spin.alignment.pipeline.lock import run_lock
+from spin.alignment.pipeline.manifest import RunManifest, StageRecord
 from spin.alignment.report.serve import make_server
+from spin.alignment.training.live_step import LiveStep, write_live_step
 from tests.helpers import run_main
 from tests.helpers.evaluations import write_finished_run
 
@@ -55,6 +59,26 @@ def test_a_run_without_results_is_waited_for(served):
     (run_dir / "run.yaml").write_text("a: [")
     status, page = get("/")
     assert status == 503 and "run.yaml" in page
+
+
+def test_the_live_step_of_a_running_training(served):
+    run_dir, get = served
+    assert get("/live") == (200, "[]")
+    manifest = RunManifest(run_dir)
+    manifest.stages["iter1/train"] = StageRecord("running", {}, "")
+    manifest.save()
+    (run_dir / "iter1" / "checkpoint").mkdir(exist_ok=True)
+    write_live_step(run_dir / "iter1" / "checkpoint", LiveStep(3, 9, loss=0.5, seconds_left=65))
+    assert get("/live") == (200, "[]")  # nobody works on the run
+    with run_lock(run_dir):
+        status, content = get("/live")
+        assert status == 200 and json.loads(content) == ["iter1/train: step 3 of 9, loss 0.5, 1 min 05 s left"]
+        code, out, _ = run_main(cli.main, "status", run_dir)
+        assert code == 0 and "step 3 of 9, loss 0.5, 1 min 05 s left" in out and "interrupted" not in out
+    assert "interrupted" in run_main(cli.main, "status", run_dir)[1]
+    code, out, _ = run_main(cli.main, "status", run_dir / "iter1" / "checkpoint")
+    assert code == 0 and "running, step 3 of 9" in out  # of a training without a run
+    assert '<p class="quiet" id="live" role="status">' in get("/")[1]
 
 
 def test_nothing_else_is_served(served):

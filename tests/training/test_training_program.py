@@ -56,7 +56,7 @@ class Recorded(TrainingProgram):
 
 @pytest.fixture
 def job(tmp_path):
-    arguments = SimpleNamespace(process_index=0, save_only_model=False, deepspeed_plugin=None)
+    arguments = SimpleNamespace(process_index=0, save_only_model=False, deepspeed_plugin=None, report_to=[])
     output = SimpleNamespace(resume_from_checkpoint=None)
     settings = SimpleNamespace(
         output_dir=tmp_path / "out", output=output, overwrite=False, arguments=arguments, push=False

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import select
 import sys
 import unicodedata
@@ -18,6 +19,9 @@ from spin.alignment.core.text import printable
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
+# In the environment of the programs of a run: each line that they say themselves starts with the mark, so that `spin run` can
+# tell it from what libraries write.
+MARK, MARK_VARIABLE = "\x1e", "SPIN_MARK_LINES"
 # The reading end of a pipe was closed, or the terminal no longer exists.
 _NO_READER = (errno.EPIPE, errno.EIO)
 
@@ -39,6 +43,11 @@ def say_error(line: str) -> None:
 def write_out(text: str) -> None:
     """Write text to standard output and flush it; raises as :func:`say`."""
     _write(sys.stdout, text)
+
+
+def marked(text: str) -> str:
+    """Return lines of this program for its output: in a program of a run, each starts with :data:`MARK`."""
+    return re.sub(r"(?m)^(?=[\s\S])", MARK, text) if os.environ.get(MARK_VARIABLE) else text
 
 
 def show(renderable: RenderableType, width: int | None = None) -> None:
@@ -82,7 +91,7 @@ def _write(stream: TextIO | None, text: str) -> None:
         return
     try:
         # A terminal may lack characters of the data (LANG=C), and the data may contain half a character.
-        stream.write(printable(text, getattr(stream, "encoding", None) or "utf-8"))
+        stream.write(printable(marked(text), getattr(stream, "encoding", None) or "utf-8"))
         stream.flush()
     except OSError as error:
         _discard(stream)

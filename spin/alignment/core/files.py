@@ -171,3 +171,19 @@ def remove_files(paths: Iterable[Path]) -> None:
     """Remove files, ignoring those that do not exist."""
     for path in list(paths):  # ``paths`` may be a glob that is still reading the folder
         path.unlink(missing_ok=True)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a small file so that readers see all of the old or of the new text, without waiting for the disk.
+
+    For what may be lost when the power fails, such as a progress report.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import platform
 import resource
+import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 GIB = 2**30
 
@@ -32,6 +35,39 @@ def peak_memory() -> dict[str, float]:
     if torch is not None and torch.cuda.is_initialized():
         peak["gpu"] = torch.cuda.max_memory_reserved() / GIB
     return {name: round(value, 2) for name, value in peak.items()}
+
+
+def host_key() -> str:
+    """Return what identifies the machine, boot and process namespace within which a process id is unique."""
+    parts = [socket.gethostname()]
+    try:
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip())
+        parts.append(str(Path("/proc/self/ns/pid").readlink()))
+    except OSError:
+        parts.append("unknown")
+    return "/".join(parts)
+
+
+def start_of(pid: int) -> str | None:
+    """Return when a process of this machine started, in clock ticks since boot; None if it does not exist, or without /proc."""
+    try:
+        # Field 22 of proc(5)'s stat, counted from after the command name, which may itself contain spaces and brackets.
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return None
+
+
+def process_record() -> dict[str, str | int | None]:
+    """Return what a file says of the process that writes it, for :func:`has_ended`."""
+    return {"host": host_key(), "pid": os.getpid(), "start": start_of(os.getpid())}
+
+
+def has_ended(record: Mapping[str, Any]) -> bool:
+    """Return whether the process of a :func:`process_record` is known to have ended: it was one of this machine."""
+    if record.get("host") != host_key() or not Path("/proc/self/stat").exists():
+        return False
+    # A process id may have been reused; together with its start time it identifies one process.
+    return start_of(int(record["pid"])) != record.get("start")
 
 
 def _processor() -> str:

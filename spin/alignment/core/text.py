@@ -17,3 +17,11 @@ def is_unicode(text: str) -> bool:
 def printable(text: str, encoding: str = "utf-8") -> str:
     """Return the text with every character that ``encoding`` lacks written as an escape, such as ``\\ud83d``."""
     return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def duration(seconds: float) -> str:
+    """Return a time as text: ``1 h 02 min``, ``3 min 05 s`` or ``8.2 s``."""
+    whole = round(seconds)
+    if whole >= 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{whole // 60} min {whole % 60:02d} s" if whole >= 60 else f"{seconds:.1f} s"

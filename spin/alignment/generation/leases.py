@@ -19,28 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from spin.alignment.core.machine import has_ended, process_record
+
 HEARTBEAT_INTERVAL = 5.0
 LEASE_TIMEOUT = 60.0
-
-
-def _host_key() -> str:
-    """Identifies the machine, boot and process namespace within which a process id is unique."""
-    parts = [socket.gethostname()]
-    try:
-        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip())
-        parts.append(str(Path("/proc/self/ns/pid").readlink()))
-    except OSError:
-        parts.append("unknown")
-    return "/".join(parts)
-
-
-def _start_of(pid: int) -> str | None:
-    """Start time of a process on this machine in clock ticks since boot; None if it does not exist, or without /proc."""
-    try:
-        # Field 22 of proc(5)'s stat, counted from after the command name, which may itself contain spaces and brackets.
-        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return None
 
 
 class Worker:
@@ -87,9 +69,7 @@ class Worker:
         self._count += 1
         record = {
             "worker": self.name,
-            "host": _host_key(),
-            "pid": os.getpid(),
-            "start": _start_of(os.getpid()),
+            **process_record(),
             "beat": self._count,
             "every": self.beat,
             "state": state,
@@ -118,10 +98,7 @@ def is_known_dead(record: dict[str, Any] | None) -> bool:
         return False
     if record.get("state") == "ended":
         return True
-    if record.get("host") != _host_key() or not Path("/proc/self/stat").exists():
-        return False
-    # A process id may have been reused; together with its start time it identifies one process.
-    return _start_of(int(record["pid"])) != record.get("start")
+    return has_ended(record)
 
 
 @dataclass

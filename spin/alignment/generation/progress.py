@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from spin.alignment.core.console import say_error
+
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
@@ -65,7 +67,7 @@ class GenerationProgress:
             self._bar.update(self._task, completed=self.done, description=self.summary())
         elif time.monotonic() - self._last_report > _LINE_SECONDS:
             self._last_report = time.monotonic()
-            self._say(f"{self.summary()}, {self.seconds_left():.0f} s left")
+            say_error(f"{self.summary()}, {self.seconds_left():.0f} s left")
         return True
 
     def seconds_left(self) -> float:
@@ -101,9 +103,4 @@ class GenerationProgress:
         self.done = done
         if self._bar is not None:
             self._bar.stop()
-        self._say(self.summary())
-
-    @staticmethod
-    def _say(sentence: str) -> None:
-        sys.stderr.write(f"{sentence}\n")
-        sys.stderr.flush()
+        say_error(self.summary())

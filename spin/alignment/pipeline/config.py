@@ -160,6 +160,11 @@ class RunConfig:
     online: dict[str, Any] | None = setting(None, "keys of run_online.py; replaces the iterations and their sections")
     overrides: dict[Any, Any] = setting({}, "keys of run_spin.py for one iteration: {2: {learning_rate: 1.0e-7}}")
     evaluate: dict[str, Any] = setting({}, "flags of evaluate_model.py")
+    report_to: str | list[str] = setting(
+        [],
+        "trackers that get every training, the results of every stage and some responses: tensorboard, wandb, mlflow, trackio "
+        "(docs/trackers.md)",
+    )
     launch: LaunchConfig = setting(LaunchConfig(), "how the programs are started, see below")
 
     def __post_init__(self) -> None:

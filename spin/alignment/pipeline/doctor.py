@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
 
 from spin.alignment.core.assets import PACKAGE, is_checkout
-from spin.alignment.core.console import say, say_error, show
-
-Verdict = Literal["ok", "absent", "broken"]
-
+from spin.alignment.core.console import say, show
+from spin.alignment.pipeline.doctor_imports import ImportChecks, ImportResult
+from spin.alignment.pipeline.doctor_machine import (
+    Finding,
+    Verdict,
+    disk_finding,
+    driver_finding,
+    hub_finding,
+    memory_finding,
+)
+from spin.alignment.training.trackers import TRACKERS, missing_package
 
 DISTRIBUTION = "selfplay-spin"
 # Scientific Python's developer tool, whose distribution, module and command are all called spin.
@@ -32,17 +37,14 @@ OPTIONAL: dict[str, tuple[tuple[str, ...], str, str, str | None]] = {
     "gguf": (("gguf",), "import gguf", "spin import-gguf", "gguf"),
     "flash_attn": (("flash-attn",), "import flash_attn", "attn_implementation: flash_attention_2", None),
 }
-_DEVICES = "import sys; from spin.alignment.pipeline.doctor import devices; sys.stdout.write(devices())"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the report; ``needed`` findings decide the exit code."""
-
-    what: str
-    verdict: Verdict
-    detail: str
-    needed: bool = False
+_RUN_DISK = "disk of the run"
+_DISK = "import sys; from spin.alignment.pipeline.doctor_machine import run_disk; "
+_OWN_IMPORTS = {
+    "devices": "import sys; from spin.alignment.pipeline.doctor_machine import devices; sys.stdout.write(devices())",
+    "transformers backend": "import spin.alignment.generation.transformers.backend",
+    "training": "import spin.alignment.training.trainer",
+    "accelerate launch": "import accelerate.commands.launch",
+}
 
 
 def run_python(code: str, *flags: str, timeout: float = 120.0) -> tuple[bool, str]:
@@ -55,23 +57,6 @@ def run_python(code: str, *flags: str, timeout: float = 120.0) -> tuple[bool, st
         return False, f"no answer within {timeout:.0f} s"
     said = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()
     return done.returncode == 0, "; ".join(said) if done.returncode == 0 else (said[-1] if said else "no message")
-
-
-def devices() -> str:
-    """Return the devices that torch can use, one per line."""
-    import torch
-
-    from spin.alignment.models.precision import has_bfloat16_instructions
-
-    fast = ", bfloat16 in hardware" if has_bfloat16_instructions() else ""
-    lines = [f"{torch.get_num_threads()} CPU threads{fast}"]
-    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        facts = torch.cuda.get_device_properties(index)
-        bf16 = "" if torch.cuda.is_bf16_supported() else ", no bfloat16"
-        lines.append(f"cuda:{index} {facts.name}, {facts.total_memory / 2**30:.0f} GiB{bf16}")
-    if torch.backends.mps.is_available():
-        lines.append("mps")
-    return "\n".join(lines)
 
 
 def pins() -> dict[str, str]:
@@ -113,17 +98,36 @@ def package_findings() -> list[Finding]:
     return findings
 
 
-def optional_findings() -> list[Finding]:
-    """The optional packages: absent, importable, or broken with the reason."""
-    findings = []
+def optional_statements() -> tuple[list[Finding], dict[str, str]]:
+    """Return the optional packages that are absent, and of the others the statement whose import proves that they work."""
+    absent, statements = [], {}
     for name, (distributions, statement, purpose, extra) in OPTIONAL.items():
-        versions = [version for item in distributions if (version := _version(item))]
-        if not versions:
+        if any(map(_version, distributions)):
+            statements[name] = statement
+        else:
             how = f": {install_command(extra)}" if extra else ""
-            findings.append(Finding(name, "absent", f"for {purpose}{how}"))
-            continue
-        works, said = run_python(statement)
-        findings.append(Finding(name, "ok" if works else "broken", versions[0] if works else f"{versions[0]}: {said}"))
+            absent.append(Finding(name, "absent", f"for {purpose}{how}"))
+    return absent, statements
+
+
+def import_finding(result: ImportResult) -> Finding:
+    """Return what the import of a package, or of a part of this project, has shown."""
+    verdict: Verdict = "ok" if result.works else "broken"
+    if result.name not in OPTIONAL:
+        says = result.name in ("devices", _RUN_DISK) or not result.works
+        return Finding(result.name, verdict, result.said if says else "import works", needed=True)
+    version = next(version for item in OPTIONAL[result.name][0] if (version := _version(item)))
+    return Finding(result.name, verdict, version if result.works else f"{version}: {result.said}")
+
+
+def tracker_findings() -> list[Finding]:
+    """The trackers of report_to: installed, or how to install them."""
+    findings = []
+    for name, tracker in TRACKERS.items():
+        version = _version(tracker.packages[0])
+        is_there = version is not None and not missing_package(name)
+        detail = str(version) if is_there else f"for report_to: {install_command('trackers')}"
+        findings.append(Finding(name, "ok" if is_there else "absent", detail))
     return findings
 
 
@@ -167,40 +171,46 @@ def _command_finding() -> Finding:
     return Finding("command spin", "broken", f"{command} belongs to another package: use the command {DISTRIBUTION}")
 
 
-def machine_findings() -> list[Finding]:
-    """Python, the project's own import, devices, launcher, disk and Hub access."""
+def python_finding() -> Finding:
+    """The version of Python."""
     version = ".".join(map(str, sys.version_info[:3]))
     oldest, too_new = PYTHONS
     fits = oldest <= sys.version_info < too_new
     detail = version if fits else f"{version}: use {oldest[0]}.{oldest[1]} to {too_new[0]}.{too_new[1] - 1}"
-    findings = [Finding("python", "ok" if fits else "broken", detail, needed=True)]
-    for what, code in (
-        ("transformers backend", "import spin.alignment.generation.transformers.backend"),
-        ("training", "import spin.alignment.training.trainer"),
-        ("accelerate launch", "import accelerate.commands.launch"),
-        ("devices", _DEVICES),
-    ):
-        works, said = run_python(code)
-        findings.append(Finding(what, "ok" if works else "broken", said or "import works", needed=True))
-    free = shutil.disk_usage(".").free / 2**30
-    findings.append(Finding("disk", "ok", f"{free:.0f} GiB free here (a 7B iteration takes about 15 GiB a checkpoint)"))
-    offline = os.environ.get("HF_HUB_OFFLINE") in ("1", "true", "TRUE")
-    findings.append(Finding("Hub", "ok", "offline (HF_HUB_OFFLINE is set)" if offline else "online when reachable"))
-    return findings
+    return Finding("python", "ok" if fits else "broken", detail, needed=True)
 
 
-def show_findings() -> bool:
-    """Print what works on this machine and what does not; return whether everything needed works."""
-    from rich.table import Table
+def findings(config_path: str | None) -> Iterator[Finding]:
+    """Yield every finding as soon as it is known: those of the machine while packages are imported in other processes."""
+    absent, statements = optional_statements()
+    # In a process that has imported torch anyway.
+    disk = {} if config_path is None else {_RUN_DISK: f"{_DISK}sys.stdout.write(run_disk({config_path!r}))"}
+    with ImportChecks({**_OWN_IMPORTS, **disk, **statements}) as imports:
+        yield python_finding()
+        yield memory_finding()
+        yield driver_finding()
+        yield disk_finding()
+        yield from name_findings()
+        yield from package_findings()
+        yield from tracker_findings()
+        yield from absent
+        yield hub_finding()
+        yield from map(import_finding, imports.results())
+
+
+def show_findings(config_path: str | None = None) -> bool:
+    """Print line by line what works on this machine and what does not; return whether everything needed works.
+
+    Args:
+        config_path: the configuration of a run whose files must fit on the disk.
+    """
     from rich.text import Text
 
-    say_error("importing every package and backend in a process of its own, which may take a minute")
-    findings = [*machine_findings(), *name_findings(), *package_findings(), *optional_findings()]
-    table = Table("what", "verdict", "detail")
     colors = {"ok": "green", "absent": "yellow", "broken": "red"}
-    for finding in findings:
-        table.add_row(finding.what, Text(finding.verdict, style=colors[finding.verdict]), finding.detail)
-    show(table)
-    unfit = [finding.what for finding in findings if finding.needed and finding.verdict != "ok"]
+    unfit = []
+    for finding in findings(config_path):
+        line = Text.assemble((f"{finding.verdict:<7}", colors[finding.verdict]), f"{finding.what:<22}{finding.detail}")
+        show(line, width=None if sys.stdout.isatty() else 400)
+        unfit += [finding.what] if finding.needed and finding.verdict != "ok" else []
     say(f"fix first: {', '.join(unfit)}" if unfit else "everything needed works")
     return not unfit

@@ -140,10 +140,13 @@ class RunManifest:
             self.stages[stage] = StageRecord("running", dict(inputs), hash_, seconds=seconds, started_at=now())
             self.save()
 
-    def stop(self, stage: str, seconds: float) -> None:
-        """Record that a stage ended without being complete."""
+    def stop(self, stage: str, seconds: float, interrupted: bool = False) -> None:
+        """Record that a stage ended without being complete: it failed, or it was ``interrupted``, as a killed one is.
+
+        The record of an interrupted stage is that of a running one; that nobody holds the lock of the run tells them apart.
+        """
         with self._mutex:
-            self.stages[stage].state = "failed"
+            self.stages[stage].state = "running" if interrupted else "failed"
             self.stages[stage].seconds += seconds
             self.save()
 

@@ -71,7 +71,10 @@ def precision_remark(config: RunConfig, model_config: Any) -> str:
 def check_settings(config: RunConfig, source: str) -> None:
     """Check the settings of every kind of stage as its program will; ``source`` is the file that contains them."""
     from spin.alignment.pipeline.stages import KINDS
+    from spin.alignment.pipeline.tracked_run import run_trackers
+    from spin.alignment.training.trackers import check_run_trackers
 
+    check_run_trackers(run_trackers(config), source)
     for kind in KINDS.values():
         kind.check_settings(config, source)
 

@@ -13,10 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+from spin.alignment.core.console import MARK_VARIABLE
 from spin.alignment.core.program import RUN_VARIABLE
 from spin.alignment.pipeline.stage_output import StageOutput
 from spin.alignment.pipeline.stalls import StallWatch, culprits, examine, process_state
-from spin.alignment.pipeline.start_programs import ProgramStarter, ServedProgram
+from spin.alignment.pipeline.start_programs import PROGRAMS, ProgramStarter, ServedProgram
 
 _CHUNK_BYTES = 65536
 _LOOK_SECONDS = 1.0
@@ -39,6 +40,7 @@ class ChildPrograms:
         prefix: bool,
         stall_timeout: float = 0.0,
         secrets: Mapping[str, str] | None = None,
+        look: Callable[[str, str], None] = lambda stage, activity: None,
     ) -> None:
         """Prepare to start programs; none is started yet.
 
@@ -47,9 +49,10 @@ class ChildPrograms:
             prefix: start each line with the stage that it came from.
             stall_timeout: seconds without output or a changed file after which a program is ended; 0: never.
             secrets: what the programs get in their environment and no file may contain.
+            look: called about once a second while a program runs, with its stage and what it does.
         """
-        self.run_dir, self.prefix, self.stall_timeout = run_dir, prefix, stall_timeout
-        marked = {RUN_VARIABLE: str(run_dir.resolve()), "PYTHONUNBUFFERED": "1"}
+        self.run_dir, self.prefix, self.stall_timeout, self.look = run_dir, prefix, stall_timeout, look
+        marked = {RUN_VARIABLE: str(run_dir.resolve()), MARK_VARIABLE: "1", "PYTHONUNBUFFERED": "1"}
         self.environment = {**os.environ, **(secrets or {}), **marked}
         if one_thread:
             self.environment["OMP_NUM_THREADS"] = "1"
@@ -71,7 +74,9 @@ class ChildPrograms:
         Raises:
             ProgramStalled: it made no progress for ``stall_timeout`` seconds, and was ended.
         """
-        output = StageOutput(self.log_path(stage), f"[{stage}] " if self.prefix else "")
+        # Only this project's own programs mark what they say.
+        is_own = any(Path(word).parent == PROGRAMS for word in command)
+        output = StageOutput(self.log_path(stage), f"[{stage}] " if self.prefix else "", only_marked=is_own)
         with output:
             output.log(("$ " + " ".join(command) + "\n").encode(errors="backslashreplace"))
             self.starter.prepare(command)  # may take seconds, and stop() must not wait for it
@@ -83,7 +88,7 @@ class ChildPrograms:
                 self._living[child.pid] = pipe_id
             try:
                 with pipe:
-                    self._follow(child, pipe, output, StallWatch(self.stall_timeout, folder))
+                    self._follow(child, pipe, output, StallWatch(self.stall_timeout, folder), stage)
                 code = child.wait()
             except BaseException:
                 end_processes(members(child.pid, pipe_id), self.is_hurried)
@@ -95,7 +100,10 @@ class ChildPrograms:
         if code in (-signal.SIGINT, -signal.SIGTERM, -signal.SIGHUP, 130):
             return 130
         # accelerate returns 1 for any failure of its children, so an error line in the log means bad input.
-        return 2 if code == 1 and output.named_bad_input else code
+        code = 2 if code == 1 and output.named_bad_input else code
+        if code not in (0, 2):
+            output.show_last_lines()
+        return code
 
     def _start(self, command: Sequence[str]) -> tuple[subprocess.Popen[bytes] | ServedProgram, BinaryIO]:
         """Start a command; return it and the read end of the pipe for both of its outputs."""
@@ -110,7 +118,12 @@ class ChildPrograms:
             os.close(write_end)
 
     def _follow(
-        self, child: subprocess.Popen[bytes] | ServedProgram, pipe: BinaryIO, output: StageOutput, watch: StallWatch
+        self,
+        child: subprocess.Popen[bytes] | ServedProgram,
+        pipe: BinaryIO,
+        output: StageOutput,
+        watch: StallWatch,
+        stage: str,
     ) -> None:
         """Show and log the output until the program and everything that it started have ended."""
         poll = select.poll()
@@ -123,6 +136,7 @@ class ChildPrograms:
                     break
                 output.write(chunk)
                 watch.note_output()
+            self.look(stage, output.activity)
             if ended_at is None and child.poll() is not None:
                 ended_at = time.monotonic()
             if ended_at is not None and time.monotonic() - ended_at > _STRAGGLER_SECONDS:

@@ -25,18 +25,21 @@ class Pipeline:
     def __init__(self, config: RunConfig, stages: list[Stage], rerun_changed: bool = False) -> None:
         from spin.alignment.pipeline.manifest import RunManifest
         from spin.alignment.pipeline.processes import ChildPrograms
+        from spin.alignment.pipeline.run_view import RunView
 
         self.stages, self.rerun_changed = stages, rerun_changed
         self.parallel = config.launch.parallel
         self.manifest = RunManifest(config.run_dir)
+        self.view = RunView(stages, self.manifest)
         self.children = ChildPrograms(
             self.manifest.run_dir,
             one_thread=self.parallel,
             prefix=self.parallel,
             stall_timeout=config.launch.stall_timeout,
             secrets=secrets_of(stages),
+            look=self.view.look,
         )
-        self.runner = StageRunner(config, self.manifest, self.children)
+        self.runner = StageRunner(config, self.manifest, self.children, self.view)
         self._unfinished = {stage.name for stage in stages}
         self._turn = threading.Condition()
         self._failure: BaseException | None = None
@@ -70,10 +73,14 @@ class Pipeline:
         Raises:
             StageFailed: a program ended with a nonzero exit code; programs in parallel with it have been stopped.
         """
-        if not self.parallel:
-            for stage in self.stages:
-                self.runner.run(stage)
-            return
+        with self.view, self.runner.trackers:
+            if self.parallel:
+                self._run_chains()
+            else:
+                for stage in self.stages:
+                    self.runner.run(stage)
+
+    def _run_chains(self) -> None:
         # Self-play is one chain, what may run beside it the other; each keeps the order of the stages.
         chains = [[stage for stage in self.stages if stage.kind.can_run_beside is beside] for beside in (False, True)]
         threads = [threading.Thread(target=self._run_chain, args=(chain,)) for chain in chains]

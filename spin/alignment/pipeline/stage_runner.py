@@ -8,15 +8,16 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spin.alignment.core.console import say
-from spin.alignment.core.program import EXIT_INTERNAL_ERROR
+from spin.alignment.core.program import EXIT_INTERNAL_ERROR, EXIT_INTERRUPTED
 from spin.alignment.pipeline.manifest import replaced_folder
 from spin.alignment.pipeline.processes import ProgramStalled
+from spin.alignment.pipeline.tracked_run import RunTrackers
 
 if TYPE_CHECKING:
     from spin.alignment.pipeline.config import RunConfig
     from spin.alignment.pipeline.manifest import RunManifest, StageRecord
     from spin.alignment.pipeline.processes import ChildPrograms
+    from spin.alignment.pipeline.run_view import RunView
     from spin.alignment.pipeline.stages import Stage
 
 
@@ -28,39 +29,47 @@ class StageFailed(Exception):
         self.stage, self.code, self.log, self.reason = stage, code, log, reason
 
 
+def is_interrupt(error: BaseException) -> bool:
+    """Return whether a stage ended because the run was interrupted, and not because it failed."""
+    return isinstance(error, KeyboardInterrupt) or (isinstance(error, StageFailed) and error.code == EXIT_INTERRUPTED)
+
+
 class StageRunner:
     """Runs stages of one run directory. Safe to use from several threads for different stages."""
 
-    def __init__(self, config: RunConfig, manifest: RunManifest, children: ChildPrograms) -> None:
-        self.config, self.manifest, self.children = config, manifest, children
+    def __init__(self, config: RunConfig, manifest: RunManifest, children: ChildPrograms, view: RunView) -> None:
+        self.config, self.manifest, self.children, self.view = config, manifest, children, view
+        self.trackers = RunTrackers(config)
 
     def run(self, stage: Stage) -> None:
         """Run a stage unless it is done; stale or damaged output is moved aside first.
 
         Raises:
             StageFailed: a program ended with a nonzero exit code.
-            InputError: the output of the programs is not what the run requires.
+            InputError: the output of the programs is not what the run requires, or a tracker cannot start.
         """
         inputs = stage.inputs(self.manifest)
         record = self.manifest.stages.get(stage.name)
         changed = record is not None and bool(self.manifest.changes(stage.name, inputs))
         if record is not None and not changed and self.manifest.is_done(stage.name):
             stage.kind.restore(stage)
-            say(f"==> {stage.name}: already complete")
+            self.view.tell(f"{stage.name}: already complete")
             return
         self._clear(stage, record, changed)
         resumed = record is not None and not changed and record.state != "done"
-        say(f"==> {stage.name}: {'resuming' if resumed else 'starting'}")
+        self.trackers.open()
         self.manifest.start(stage.name, inputs)
         started = time.monotonic()
-        try:
-            self._run_programs(stage)
-        except BaseException:
-            self.manifest.stop(stage.name, time.monotonic() - started)
-            raise
-        seconds = time.monotonic() - started
-        self.manifest.finish(stage.name, stage.outputs(), seconds)
-        say(f"==> {stage.name}: done in {seconds:.0f} s")
+        with self.view.stage(stage, "resuming" if resumed else "starting"):
+            try:
+                self._run_programs(stage)
+            except BaseException as error:
+                self.manifest.stop(stage.name, time.monotonic() - started, is_interrupt(error))
+                raise
+            seconds = time.monotonic() - started
+            self.manifest.finish(stage.name, stage.outputs(), seconds)
+        self.view.tell(f"{stage.name}: done in {seconds:.0f} s")
+        self.trackers.report(stage, seconds)
 
     def _run_programs(self, stage: Stage) -> None:
         # On resume as well: the first attempt may have been killed before it wrote its files.
@@ -99,4 +108,4 @@ class StageRunner:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.move(path, target)
         if present:
-            say(f"==> {stage.name}: {reason}; the old output is kept in {kept}")
+            self.view.tell(f"{stage.name}: {reason}; the old output is kept in {kept}")

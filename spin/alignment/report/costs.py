@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from spin.alignment.core.errors import InputError
-from spin.alignment.core.parquet import open_parquet, read_batches
+from spin.alignment.core.lock import is_locked
+from spin.alignment.core.text import duration
+from spin.alignment.data.response_tokens import response_tokens
 from spin.alignment.report.reported_run import ReportedRun
 
 HEADINGS = ("stage", "state", "time", "share", "tokens", "tokens/s", "peak memory")
@@ -41,14 +41,6 @@ class StageCost:
         ]
 
 
-def duration(seconds: float) -> str:
-    """Return a time as text: ``1 h 02 min``, ``3 min 05 s`` or ``8.2 s``."""
-    whole = round(seconds)
-    if whole >= 3600:
-        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-    return f"{whole // 60} min {whole % 60:02d} s" if whole >= 60 else f"{seconds:.1f} s"
-
-
 def stage_costs(run: ReportedRun, metrics: dict[str, dict[str, Any]]) -> list[StageCost]:
     """Return every recorded stage of a run; of a run of the shell scripts, the trainings.
 
@@ -69,21 +61,10 @@ def stage_costs(run: ReportedRun, metrics: dict[str, dict[str, Any]]) -> list[St
         if kind in ("generate", "evaluate"):
             files = [run.folder / file for file in record.outputs if file.endswith(".parquet")]
             tokens = sum(map(response_tokens, files)) if files else None
-        costs.append(StageCost(name, record.state, record.seconds, tokens, _memory(trained)))
+        # The record of an interrupted stage is that of a running one.
+        state = "interrupted" if record.state == "running" and not is_locked(run.folder) else record.state
+        costs.append(StageCost(name, state, record.seconds, tokens, _memory(trained)))
     return costs
-
-
-def response_tokens(path: Path) -> int:
-    """Return the number of tokens of the responses in a file of generate.py or evaluate_model.py; 0 if it was removed."""
-    if not path.exists():
-        return 0
-    names = open_parquet(path).schema_arrow.names
-    column = next((name for name in ("rejected_token_ids", "token_ids") if name in names), None)
-    if column is None:
-        raise InputError(f"{path} has no token ids: it is not a file of responses, so run its stage again")
-    return sum(
-        batch.column(column).value_lengths().sum().as_py() or 0 for batch in read_batches(path, columns=[column])
-    )
 
 
 def _trained_tokens(metrics: dict[str, Any]) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -10,10 +11,12 @@ from pathlib import Path
 from spin.alignment.core.console import say
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.provenance import hash_text
+from spin.alignment.pipeline.status import running_stages
 from spin.alignment.report.collected import collect
 from spin.alignment.report.page import Page, render_page, run_page, waiting_page
 from spin.alignment.report.reported_run import ReportedRun, open_reported_run
 from spin.alignment.report.summary import NoResults
+from spin.alignment.training.live_step import read_live_step
 
 LOOPBACK = "127.0.0.1"
 # A page elsewhere could reach this server under a name of its own that resolves to the loopback address.
@@ -32,6 +35,17 @@ class LivePage:
         """Return a text that changes with the results and the states of the stages."""
         return _version(open_reported_run(self.run_dir))
 
+    def live(self) -> str:
+        """Return what is running now as JSON: a list of lines, such as ``iter0/train: step 120 of 500, ...``."""
+        run = open_reported_run(self.run_dir)
+        return json.dumps(
+            [
+                f"{name}: {line}"
+                for name, progress in _running(run).items()
+                for line in (progress or "running").split("\n")
+            ]
+        )
+
     def page(self) -> str:
         """Return the page as HTML; before the first results, one that says so."""
         with self._mutex:
@@ -40,6 +54,13 @@ class LivePage:
             if version != self._made[0]:
                 self._made = (version, _render(run, version))
             return self._made[1]
+
+
+def _running(run: ReportedRun) -> dict[str, str]:
+    if run.manifest is not None:
+        return running_stages(run.folder)
+    found = {model.name: read_live_step(model.folder / "checkpoint") for model in run.models}
+    return {f"{name}/train": live.describe_with_time() for name, live in found.items() if live and not live.has_ended}
 
 
 def _version(run: ReportedRun) -> str:
@@ -74,7 +95,11 @@ def make_server(run_dir: str | Path, port: int) -> ThreadingHTTPServer:
             if self.headers.get("Host", "").rpartition(":")[0] not in _LOCAL_NAMES:
                 self.send_error(HTTPStatus.FORBIDDEN, "use the address that `spin serve` printed")
                 return
-            answers = {"/": (live.page, "text/html"), "/version": (live.version, "text/plain")}
+            answers = {
+                "/": (live.page, "text/html"),
+                "/version": (live.version, "text/plain"),
+                "/live": (live.live, "application/json"),
+            }
             if self.path not in answers:
                 self.send_error(HTTPStatus.NOT_FOUND)
                 return

@@ -22,6 +22,7 @@ from spin.alignment.models.config import ModelConfig
 from spin.alignment.training.output_dir import check_resume_point
 from spin.alignment.training.program import TrainingProgram
 from spin.alignment.training.settings import Settings, read_settings
+from spin.alignment.training.trackers import TRACKERS, missing_package
 
 if TYPE_CHECKING:
     import torch
@@ -72,10 +73,11 @@ def check_trackers(names: list[str], source: str) -> None:
                 f"'report_to' in {source} names {shown(name)}: choose none, or some of {', '.join(INTEGRATION_TO_CALLBACK)}"
             )
         package = _TRACKER_PACKAGES.get(name)
-        if name not in available and (package is None or importlib.util.find_spec(package) is None):
+        is_there = name in available or (package is not None and importlib.util.find_spec(package) is not None)
+        command = missing_package(name) if name in TRACKERS else "" if is_there else f"pip install {package or name}"
+        if command:
             raise InputError(
-                f"'report_to' in {source} names {name}, whose package is missing: pip install {package or name}, or "
-                "set it to none"
+                f"'report_to' in {source} names {name}, whose package is missing: {command}, or set it to none"
             )
 
 

@@ -44,6 +44,27 @@ class OutputConfig:
     push_to_hub: bool = setting(
         False, "upload the final model and its metrics, but no intermediate checkpoints", recorded=False
     )
+    tracker_group: str = setting(
+        "",
+        "name under which the trackers of report_to show this training together with others (docs/trackers.md)",
+        set_by_run=True,
+        recorded=False,
+    )
+    tracker_step: int = setting(
+        0,
+        "added to the steps that the trackers get, so that this training follows another on the same axis",
+        ge=0,
+        set_by_run=True,
+        recorded=False,
+    )
+    tracker_dir: str | None = setting(
+        None,
+        "folder for trackers that write locally",
+        unset="output_dir/trackers",
+        path="folder",
+        set_by_run=True,
+        recorded=False,
+    )
 
     def __post_init__(self) -> None:
         check_settings(self)

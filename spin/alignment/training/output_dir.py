@@ -17,7 +17,9 @@ from spin.alignment.core.errors import InputError
 from spin.alignment.core.files import read_json, write_json_atomic
 from spin.alignment.models.folder import is_complete_checkpoint
 from spin.alignment.models.weights_check import read_header
+from spin.alignment.training.live_step import PROGRESS_FILE
 from spin.alignment.training.settings import INPUTS_FILE, Settings, without_paths
+from spin.alignment.training.trackers.base import RECORD_FILE
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -89,7 +91,8 @@ class OutputFolder:
             for pattern in ("checkpoint-*", f"{KEPT_CHECKPOINTS}/checkpoint-*", "failed-step-*"):
                 for folder in self.path.glob(pattern):
                     shutil.rmtree(folder)
-            for name in ("metrics.json", "config.json"):  # without a config the old model counts as incomplete
+            # Without a config the old model counts as incomplete.
+            for name in ("metrics.json", "config.json", PROGRESS_FILE, RECORD_FILE):
                 (self.path / name).unlink(missing_ok=True)
         # The Trainer would take an incomplete checkpoint for its latest one.
         for torn in self._checkpoints(complete=False):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spin.alignment.core.allocator import keep_freed_memory
-from spin.alignment.core.console import say
+from spin.alignment.core.console import marked, say
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.files import is_disk_full, share_files, write_json_atomic
 from spin.alignment.core.machine import peak_memory
@@ -25,9 +25,12 @@ from spin.alignment.models.vocabulary import check_control_tokens
 from spin.alignment.models.weights_check import check_model
 from spin.alignment.training.card import write_model_card
 from spin.alignment.training.check_settings import check_model_settings, checked_settings
+from spin.alignment.training.live_step import remove_live_step
 from spin.alignment.training.output_dir import HashCheckpoint, OutputFolder
 from spin.alignment.training.program import TrainingJob, TrainingProgram
+from spin.alignment.training.reporting import attach_trackers, tracked
 from spin.alignment.training.settings import Settings, make_encoder
+from spin.alignment.training.step_reports import StepReports
 from spin.alignment.training.trained_policy import MasterWeights, save_policy
 
 if TYPE_CHECKING:
@@ -109,9 +112,10 @@ def run_job(program: TrainingProgram, job: TrainingJob) -> None:
         return
     folder.prepare(settings.arguments.process_index == 0)
     try:
-        with explain_full_disk(folder):
+        with explain_full_disk(folder), tracked(settings):
             program.open(settings)
             trainer = program.make_trainer(job, load_policy(settings))
+            attach_trackers(trainer, settings)
             if settings.arguments.deepspeed_plugin is not None and not settings.model.init_from_config:
                 start = model_folder(settings.model.model_name_or_path, settings.model.model_revision)
                 trainer.add_callback(MasterWeights(trainer, start))
@@ -156,6 +160,7 @@ def train_policy(program: TrainingProgram, job: TrainingJob, trainer: Any, folde
     if resume:
         report(settings, f"resuming from {resume}")
     trainer.add_callback(shared_checkpoints())
+    trainer.add_callback(StepReports(trainer, folder.path))  # after the callbacks that prepare the first step
     result = trainer.train(resume_from_checkpoint=resume)
     evaluates = trainer.eval_dataset is not None and settings.evaluates_at_the_end
     final = trainer.evaluate() if evaluates else {}
@@ -180,6 +185,7 @@ def train_policy(program: TrainingProgram, job: TrainingJob, trainer: Any, folde
             "history": history,
         }
         write_model_card(program, job, metrics)
+        remove_live_step(folder.path)  # first: a complete training has none
         write_json_atomic(folder.path / "metrics.json", metrics)
         folder.put_checkpoints_away()
     report(settings, f"wrote {folder.path}")
@@ -210,9 +216,19 @@ def setup_logging(is_main: bool) -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    logging.basicConfig(level=logging.INFO if is_main else logging.ERROR, format="%(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(PlainLines())
+    logging.basicConfig(level=logging.INFO if is_main else logging.ERROR, handlers=[handler])
     for name in ("datasets", "transformers", "accelerate", "httpx", "deepspeed", "DeepSpeed", "trl"):
         logging.getLogger(name).setLevel(logging.WARNING if is_main else logging.ERROR)
+
+
+class PlainLines(logging.Formatter):
+    """Formats a message as it is; those of this project are marked as its own."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return marked(text) if record.name.partition(".")[0] == "spin" else text
 
 
 def report(settings: Settings, sentence: str) -> None:

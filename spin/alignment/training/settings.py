@@ -33,6 +33,8 @@ INPUTS_FILE = "inputs.json"
 _WITHOUT_EFFECT = (
     "log_level",
     "report_to",
+    "run_name",
+    "project",
     "disable_tqdm",
     "save_steps",
     "save_total_limit",
@@ -280,10 +282,15 @@ def inputs_record(settings: Settings, opponent: str, data: str) -> dict[str, Any
 
 
 def without_paths(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a record of inputs without the places of models and data, whose contents are in ``model`` and ``data``.
+    """Return a record of inputs without the places of models and data, whose contents are in ``model`` and ``data``, and without
+    what trackers call it.
 
     A run that was moved, or is given by another spelling of its path, then has the same record. Earlier versions wrote the paths.
     """
-    kept = {key: value for key, value in record.items() if key not in ("model_name_or_path", "eval_prompts")}
+    kept = {
+        key: value
+        for key, value in record.items()
+        if key not in ("model_name_or_path", "eval_prompts", "run_name", "project")
+    }
     mixer = kept.get("dataset_mixer")
     return {**kept, "dataset_mixer": list(mixer.values())} if isinstance(mixer, Mapping) else kept

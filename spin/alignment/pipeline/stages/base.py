@@ -56,7 +56,8 @@ class Stage:
     built from, or the mapping that it reads as YAML. ``settings`` is what the manifest records of them. ``folder`` contains
     partial results, and is moved aside if the inputs have changed. ``needs`` names the stages whose outputs it reads.
     ``makes`` is the model that it trains, ``scores`` the one that it evaluates. ``secrets`` are environment variables that its
-    programs need and no file may contain.
+    programs need and no file may contain. ``late()`` returns further settings of its programs when the stage starts; they may
+    depend on earlier stages, and do not affect the outputs.
     """
 
     kind: StageKind
@@ -72,6 +73,7 @@ class Stage:
     makes: Model | None = None
     scores: Model | None = None
     secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
+    late: Callable[[], Mapping[str, Any]] = dict
 
     @property
     def commands(self) -> list[list[str]]:
@@ -171,8 +173,20 @@ class StageKind:
     # For people.
 
     def progress(self, stage: Stage) -> str:
-        """Return the progress of a stage that is not done, from the files that it writes while running."""
+        """Return the progress of a stage that is not done, in one line or several, from the files that it writes."""
         return ""
+
+    def seconds_left(self, stage: Stage) -> float | None:
+        """Return the estimated time that a running stage still takes, from the same files; None if it is not known."""
+        return None
+
+    def numbers(self, stage: Stage, seconds: float) -> dict[str, float]:
+        """Return what trackers show of a stage that has finished after ``seconds``, by name."""
+        return {}
+
+    def examples(self, stage: Stage) -> list[dict[str, str]]:
+        """Return a few rows of text for the trackers that have tables: responses of a stage that has finished."""
+        return []
 
     def problems(self, stage: Stage, config: RunConfig) -> list[str]:
         """Return the problems of the outputs of a completed stage, beyond their content hashes (``spin validate``)."""

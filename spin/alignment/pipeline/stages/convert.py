@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from spin.alignment.core.errors import InputError
+from spin.alignment.core.files import read_json
 from spin.alignment.pairs.config import ConvertConfig
 from spin.alignment.pipeline.config import RunConfig
 from spin.alignment.pipeline.program_settings import convert_config, generate_config, reads_initial
@@ -48,6 +49,11 @@ class Convert(StageKind):
     def finish(self, stage: Stage, config: RunConfig) -> None:
         assert stage.iteration is not None
         check_lineage(config, stage.iteration)
+
+    def numbers(self, stage: Stage, seconds: float) -> dict[str, float]:
+        found = [read_json(path) for path in stage.outputs() if path.name.endswith(".counts.json")]
+        names = [name for name, value in found[0].items() if isinstance(value, int)] if found else []
+        return {name: sum(counts[name] for counts in found) for name in names}
 
     def problems(self, stage: Stage, config: RunConfig) -> list[str]:
         assert stage.iteration is not None and stage.folder is not None

@@ -13,6 +13,8 @@ from spin.alignment.pipeline.stages.base import Model, Stage, StageKind
 from spin.alignment.pipeline.stages.sources import data_source, model_source
 from spin.alignment.pipeline.stages.training import checkpoint_of
 
+_EXAMPLES = 5
+
 
 class Evaluate(StageKind):
     program = "evaluate_model.py"
@@ -49,6 +51,23 @@ class Evaluate(StageKind):
                 scores=model,
             )
         ]
+
+    def numbers(self, stage: Stage, seconds: float) -> dict[str, float]:
+        scores = read_json(stage.configs[0].output_file)
+        measured = ("exact", "identical_rate", "truncation_rate", "mean_length")
+        by_temperature = {
+            f"{name}_t{temperature}": values[name]
+            for temperature, values in scores["temperatures"].items()
+            for name in measured
+            if name in values
+        }
+        return by_temperature | ({"nll": scores["nll"]} if "nll" in scores else {})
+
+    def examples(self, stage: Stage) -> list[dict[str, str]]:
+        stored = read_responses(responses_path(stage.configs[0].output_file))
+        columns = ("prompt", "ground_truth", "response")
+        rows = [*stored.by_prompt.values()][:_EXAMPLES]
+        return [{name: str(row[name] if row[name] is not None else "") for name in columns} for row in rows]
 
     def problems(self, stage: Stage, config: RunConfig) -> list[str]:
         """Check that every held-out prompt has a stored response at every temperature."""

@@ -58,17 +58,36 @@ class Generate(StageKind):
         return {config.data.played(iteration): required for iteration in config.self_play_iterations}
 
     def progress(self, stage: Stage) -> str:
-        from spin.alignment.pipeline.fraction_status import describe_worker, workers_of
+        from spin.alignment.pipeline.fraction_status import describe_worker
 
         paths = stage.outputs()
         complete = sum(path.is_file() for path in paths)
-        assert stage.folder is not None
-        lines = [describe_worker(record) for record in workers_of(stage.folder) if record.get("state") == "working"]
+        lines = [describe_worker(record) for record in working(stage)]
         return "\n".join([f"{complete} of {len(paths)} fractions", *lines])
+
+    def seconds_left(self, stage: Stage) -> float | None:
+        estimates = [float(record["seconds_left"]) for record in working(stage) if record.get("seconds_left")]
+        return max(estimates, default=None)
+
+    def numbers(self, stage: Stage, seconds: float) -> dict[str, float]:
+        from spin.alignment.core.parquet import open_parquet
+        from spin.alignment.data.response_tokens import response_tokens
+
+        rows = sum(open_parquet(path).metadata.num_rows for path in stage.outputs())
+        tokens = sum(map(response_tokens, stage.outputs()))
+        return {"responses": rows, "tokens": tokens, "tokens_per_second": tokens / seconds}
 
     def problems(self, stage: Stage, config: RunConfig) -> list[str]:
         assert stage.folder is not None and stage.iteration is not None
         return decoded_problems(config, stage.iteration, stage.folder)
+
+
+def working(stage: Stage) -> list[dict[str, Any]]:
+    """Return the heartbeats of the processes that work on the fractions of a stage."""
+    from spin.alignment.pipeline.fraction_status import workers_of
+
+    assert stage.folder is not None
+    return [record for record in workers_of(stage.folder) if record.get("state") == "working"]
 
 
 def generations(config: RunConfig, iteration: int) -> list[GenerateConfig]:

@@ -7,11 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spin.alignment.core.files import read_json
 from spin.alignment.core.secrets import secret_variables, without_secrets
 from spin.alignment.models.folder import model_files
 from spin.alignment.pipeline.config import RunConfig
 from spin.alignment.pipeline.stages.base import Model, Source, Stage, StageKind
 from spin.alignment.pipeline.stages.sources import function_sources, model_source
+from spin.alignment.pipeline.tracked_run import tracker_values
+from spin.alignment.training.live_step import read_live_step
 
 if TYPE_CHECKING:
     from spin.alignment.training.program import TrainingProgram
@@ -49,6 +52,7 @@ class TrainingKind(StageKind):
             needs=needs,
             makes=model,
             secrets=secrets,
+            late=lambda: tracker_values(config, model, values),
         )
 
     def command(self, stage: Stage, config: Any) -> list[str]:
@@ -60,7 +64,8 @@ class TrainingKind(StageKind):
         from spin.alignment.core.files import write_text_atomic
 
         (values,) = stage.configs
-        write_text_atomic(config_file(stage), yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True))
+        values = {**values, **stage.late()}
+        write_text_atomic(config_file(stage), yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
     def finish(self, stage: Stage, config: RunConfig) -> None:
         self.restore(stage)
@@ -78,14 +83,37 @@ class TrainingKind(StageKind):
         return stage.outputs()
 
     def progress(self, stage: Stage) -> str:
-        names = (path.name for path in checkpoint_of(stage).glob("checkpoint-*"))
-        steps = [int(found[1]) for name in names if (found := re.fullmatch(r"checkpoint-(\d+)", name))]
-        return f"checkpoint at step {max(steps)}" if steps else ""
+        return training_progress(checkpoint_of(stage))
+
+    def seconds_left(self, stage: Stage) -> float | None:
+        live = read_live_step(checkpoint_of(stage))
+        return None if live is None or live.has_ended else live.seconds_left
+
+    def numbers(self, stage: Stage, seconds: float) -> dict[str, float]:
+        metrics = read_json(checkpoint_of(stage) / "metrics.json")
+        tokens = metrics.get("accounting", {}).get("trained", {}).get("tokens", 0)
+        rewards = {name: value for name, value in metrics["final"].items() if name.startswith("rewards/")}
+        return {"train_loss": metrics["train_loss"], "tokens_per_second": tokens / seconds, **rewards}
 
     def problems(self, stage: Stage, config: RunConfig) -> list[str]:
         from spin.alignment.pipeline.data_checks import model_problems
 
         return model_problems(checkpoint_of(stage))
+
+
+def training_progress(folder: Path) -> str:
+    """Return the live step of a training running in a folder; of one that was ended, where that was and what it resumes from."""
+    live, saved = read_live_step(folder), last_checkpoint(folder)
+    if live is not None and not live.has_ended:
+        return live.describe_with_time()
+    ended = [] if live is None else [f"ended at step {live.step:,} of {live.steps:,}"]
+    return ", ".join([*ended, *([f"checkpoint at step {saved:,}"] if saved else [])])
+
+
+def last_checkpoint(folder: Path) -> int:
+    """Return the step of the last checkpoint of a training in its output folder; 0 if it has none."""
+    found = (re.fullmatch(r"checkpoint-(\d+)", path.name) for path in folder.glob("checkpoint-*"))
+    return max((int(name[1]) for name in found if name), default=0)
 
 
 def check_training(program: TrainingProgram, config: RunConfig, values: Mapping[str, Any], where: str) -> Settings:

@@ -223,6 +223,12 @@ def _optimizer_bytes(stats: ModelStats, settings: StepSettings) -> int:
     return round(found / settings.sharding.optimizer)
 
 
+def state_bytes(optim: str, weights: int, size: int) -> int:
+    """Return the bytes that the states of an optimiser take in a checkpoint, for weights of ``size`` bytes each."""
+    number, own = _STATES.get(optim.removeprefix("paged_"), (2, None))
+    return round(number * weights * (size if own is None else own))
+
+
 def _optimizer_working_bytes(stats: ModelStats, settings: StepSettings) -> int:
     """Return the temporaries of an update: PyTorch's optimisers create them for one weight on a CPU, for all on a GPU."""
     if settings.optim not in ("rmsprop", "adamw_torch", "adagrad", "adafactor"):
