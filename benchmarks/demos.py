@@ -5,8 +5,9 @@
     python scripts/make_docs.py
 
 The entry of that name is replaced, or with ``--add`` extended: ``machine``, and for each seed the rows of the run's
-``summary.json`` with standard errors (``_se``), 95 % intervals (``_interval``), and the paired comparisons on the same prompts with the SFT start (``against_start``)
-and with the control (``against_control``); ``groups`` has the scores of each group of held-out rows.
+``summary.json`` with standard errors (``_se``), 95 % intervals (``_interval``), and the paired comparisons on the same
+prompts with the SFT start (``against_start``) and with the control (``against_control``); ``groups`` has the scores of each
+group of held-out rows.
 """
 
 from __future__ import annotations
