@@ -10,6 +10,7 @@ from spin.alignment.core.settings import check_settings
 from spin.alignment.rewards.base import ScorerSettings
 from spin.alignment.rewards.cache import check_cache_dir
 from spin.alignment.rewards.classifier import check_classifier_folder
+from spin.alignment.rewards.pairrm_checkpoint import check_pairrm, is_pairrm
 
 _CLASSIFIER = ("model", "max_length", "dtype", "trust_remote_code")
 # The scorer-specific settings that each scorer reads; a rule reads none of them.
@@ -67,11 +68,19 @@ def _check_model(settings: ScorerSettings) -> None:
         raise InputError(
             f"the scorer {settings.name} needs a model: set scorer_model to the folder or Hub name of a {kind}"
         )
-    from spin.alignment.models.folder import check_model_path
+    from spin.alignment.models.folder import check_model_path, read_config_file
 
     check_model_path(settings.model)
-    if Path(settings.model).is_dir():
-        from spin.alignment.models.weights_check import check_model
+    folder = Path(settings.model)
+    if not folder.is_dir():
+        return
+    if settings.name == "preference_model" and is_pairrm(read_config_file(folder)):
+        from spin.alignment.rewards.pairrm import check_settings as check_pairrm_settings
 
-        check_classifier_folder(Path(settings.model), kind)
-        check_model(Path(settings.model), "classifier", settings.trust_remote_code)
+        check_pairrm_settings(settings)
+        check_pairrm(folder)
+        return
+    from spin.alignment.models.weights_check import check_model
+
+    check_classifier_folder(folder, kind)
+    check_model(folder, "classifier", settings.trust_remote_code)

@@ -15,6 +15,7 @@ from spin.alignment.models.folder import read_config_file
 from spin.alignment.models.vocabulary import check_ids
 from spin.alignment.rewards.base import ScorerSettings
 from spin.alignment.rewards.cache import ScoreCache, content_key
+from spin.alignment.rewards.pairrm_checkpoint import is_pairrm
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,6 +51,8 @@ def check_classifier_folder(folder: Path, kind: str) -> dict[str, Any]:
     """
     config: dict[str, Any] = read_config_file(folder)
     architectures = config.get("architectures") or []
+    if is_pairrm(config):
+        raise InputError(f"{folder} is PairRM, which compares two responses: set scorer: preference_model")
     known = any("SequenceClassification" in name for name in architectures)
     if not known and "AutoModelForSequenceClassification" not in (config.get("auto_map") or {}):
         found = ", ".join(architectures) or "a model without a named architecture"
@@ -75,24 +78,34 @@ class SequenceClassifier:
             InputError: the wrong kind of model, no tokenizer, or a max_length beyond the model's context.
         """
         from spin.alignment.core.provenance import hash_weights
-        from spin.alignment.data.chat_encoder import load_tokenizer
         from spin.alignment.models.folder import model_folder
         from spin.alignment.models.precision import resolve_dtype
-        from spin.alignment.models.weights_check import check_model
 
         assert settings.model is not None
         self.settings = settings
         self.folder = model_folder(settings.model)
-        self.config = check_classifier_folder(self.folder, settings.name.replace("_", " "))
-        check_model(self.folder, "classifier", settings.trust_remote_code)
+        self.config = self._check()
         self.dtype = resolve_dtype(settings.dtype)
-        self.tokenizer = load_tokenizer(self.folder, trust_remote_code=settings.trust_remote_code)
+        self.tokenizer = self._make_tokenizer()
         self.limit = self._limit()
         self.cut = 0
         # Hashing reads all weights, so only if the cache needs it.
         weights = hash_weights(self.folder) if settings.cache_dir else ""
         self.cache = ScoreCache(settings.cache_dir, settings.name, weights, settings.dtype)
         self._model: Any = None
+
+    def _check(self) -> dict[str, Any]:
+        """Return the content of config.json after checking that the folder contains a classifier."""
+        from spin.alignment.models.weights_check import check_model
+
+        config = check_classifier_folder(self.folder, self.settings.name.replace("_", " "))
+        check_model(self.folder, "classifier", self.settings.trust_remote_code)
+        return config
+
+    def _make_tokenizer(self) -> Any:
+        from spin.alignment.data.chat_encoder import load_tokenizer
+
+        return load_tokenizer(self.folder, trust_remote_code=self.settings.trust_remote_code)
 
     def _limit(self) -> int:
         """Return the longest input in tokens; raise :class:`InputError` if max_length exceeds the model's context."""
@@ -193,23 +206,27 @@ class SequenceClassifier:
     def _loaded(self) -> Any:
         if self._model is None:
             import torch
-            from transformers import AutoModelForSequenceClassification
 
-            from spin.alignment.models.library_output import without_progress_bars
-            from spin.alignment.models.weights_check import refuse_mismatch
-
-            with without_progress_bars():
-                model, report = AutoModelForSequenceClassification.from_pretrained(
-                    self.folder,
-                    dtype=self.dtype,
-                    use_safetensors=True,
-                    trust_remote_code=self.settings.trust_remote_code,
-                    output_loading_info=True,
-                )
-            refuse_mismatch(self.folder, report, model.base_model_prefix, "classifier")
-            model.config.get_text_config().use_cache = False  # no generation, so keys and values would waste memory
-            self._model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+            self._model = self._load().to("cuda" if torch.cuda.is_available() else "cpu").eval()
         return self._model
+
+    def _load(self) -> Any:
+        from transformers import AutoModelForSequenceClassification
+
+        from spin.alignment.models.library_output import without_progress_bars
+        from spin.alignment.models.weights_check import refuse_mismatch
+
+        with without_progress_bars():
+            model, report = AutoModelForSequenceClassification.from_pretrained(
+                self.folder,
+                dtype=self.dtype,
+                use_safetensors=True,
+                trust_remote_code=self.settings.trust_remote_code,
+                output_loading_info=True,
+            )
+        refuse_mismatch(self.folder, report, model.base_model_prefix, "classifier")
+        model.config.get_text_config().use_cache = False  # no generation, so keys and values would waste memory
+        return model
 
     def close(self) -> None:
         """Free the memory of the weights. May be called twice; a later input reloads them."""
