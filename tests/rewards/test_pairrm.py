@@ -124,14 +124,14 @@ def test_a_rerun_scores_nothing_twice(ranker, tmp_path, monkeypatch):
     labels = make_scorer(chosen).label([make_group()])
     again = make_scorer(chosen)
     assert count_forwards(again, monkeypatch) == [] and again.label([make_group()]) == labels
-    assert again.classifier._model is None
+    assert again.classifier._models == []
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_precision_is_that_of_the_setting(ranker, precision):
     scorer = make_scorer(settings(ranker, dtype=precision))
     scorer.label([make_group()])
-    assert {str(value.dtype) for value in scorer.classifier._model.parameters()} == {f"torch.{precision}"}
+    assert {str(value.dtype) for value in scorer.classifier._models[0].parameters()} == {f"torch.{precision}"}
 
 
 def changed_weights(folder, change):

@@ -10,14 +10,16 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, TypeVar
 
 import httpx2
 
 from spin.alignment.core.errors import InputError
 
+I = TypeVar("I")
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
@@ -135,6 +137,24 @@ class ServerLink:
     def start(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
         """Run a coroutine on the loop; cancelling its future closes the connection, so the server stops working on it."""
         return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def answers(
+        self, items: Iterable[I], ask: Callable[[I], Coroutine[Any, Any, T]], in_flight: int
+    ) -> Iterator[tuple[I, T]]:
+        """Yield each item with its answer as it arrives, with at most ``in_flight`` requests at a time; closing it cancels them."""
+        waiting, asked = iter(items), dict[concurrent.futures.Future[T], I]()
+        try:
+            while True:
+                for item in islice(waiting, in_flight - len(asked)):
+                    asked[self.start(ask(item))] = item
+                if not asked:
+                    return
+                done, _ = concurrent.futures.wait(asked, return_when=concurrent.futures.FIRST_COMPLETED)
+                for future in done:
+                    yield asked.pop(future), future.result()
+        finally:
+            for future in asked:
+                future.cancel()
 
     async def send(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -31,6 +32,11 @@ def convert(config: ConvertConfig) -> dict[str, dict[str, int]]:
     from spin.alignment.core.lock import folder_lock
     from spin.alignment.pairs.annotate import scorer_settings
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError(
+            "convert_data.py was started in several processes, but it scores on all GPUs of the machine in one: start it with "
+            "python spin/convert_data.py"
+        )
     scorer_settings(config)
     config.check_files()
     output_dir = Path(config.output_dir)

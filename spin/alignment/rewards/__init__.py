@@ -52,7 +52,9 @@ def _preference_model(settings: ScorerSettings) -> GroupScorer:
     from spin.alignment.rewards.preference_model import PreferenceModel
 
     assert settings.model is not None
-    return (PairRM if is_pairrm(read_config_file(model_folder(settings.model))) else PreferenceModel)(settings)
+    folder = model_folder(settings.model, needs_weights=settings.base_url is None)
+    ours = settings.base_url is None and is_pairrm(read_config_file(folder))
+    return (PairRM if ours else PreferenceModel)(settings)
 
 
 def _judge(settings: ScorerSettings) -> GroupScorer:

@@ -11,6 +11,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from spin.alignment.core.errors import InputError
+from spin.alignment.core.served_models import Card, is_another, listed, matching_card, read_cards
 from spin.alignment.core.server_link import RetryPolicy, ServerLink, TryAgain
 from spin.alignment.generation.base import (
     GenerationBackend,
@@ -24,8 +25,6 @@ from spin.alignment.generation.base import (
 
 if TYPE_CHECKING:
     from spin.alignment.generation.base import BackendSettings
-
-Card = dict[str, Any]
 
 DEFAULT_BATCH_SIZE = 64
 # Short, because there is no point in waiting for a server that was never started.
@@ -56,17 +55,10 @@ class OpenAIBackend(GenerationBackend):
         key = os.environ.get("OPENAI_API_KEY", "").strip()
         self.link = ServerLink(settings.base_url, self.batch_size, key)
         try:
-            self.model_name = find_model(self._cards(first_contact), settings, str(self.link.url))
+            self.model_name = find_model(read_cards(self.link, first_contact, RIGHT_SERVER), settings, str(self.link.url))
         except BaseException:
             self.link.close()
             raise
-
-    def _cards(self, policy: RetryPolicy) -> list[Card]:
-        answer = self.link.start(self.link.send("/models", "the request for its models", policy)).result()
-        cards = answer.get("data") if isinstance(answer, dict) else None
-        if not isinstance(cards, list) or not all(isinstance(card, dict) and card.get("id") for card in cards):
-            raise InputError(f"{self.link.url}/models lists no models: {RIGHT_SERVER}")
-        return cards
 
     def stream(
         self, requests: Iterable[PromptRequest], sampling: SamplingConfig
@@ -226,11 +218,11 @@ def find_model(cards: Sequence[Card], settings: BackendSettings, url: str) -> st
         InputError: the server serves something else, or too short a context.
     """
     models = [card for card in cards if not card.get("parent")]
-    card = _matching(models, settings.model)
+    card = matching_card(models, settings.model)
     if card is None:
         name = Path(settings.model).resolve().name
         raise InputError(
-            f"the server at {url} serves {_listed(models)}, not {settings.model}: start one with `vllm serve "
+            f"the server at {url} serves {listed(models)}, not {settings.model}: start one with `vllm serve "
             f"{settings.model} --served-model-name {name} --generation-config vllm`"
         )
     context, needed = card.get("max_model_len"), settings.max_model_len
@@ -243,40 +235,12 @@ def find_model(cards: Sequence[Card], settings: BackendSettings, url: str) -> st
         return str(card["id"])
     adapter = Path(settings.adapter).resolve()
     for other in cards:
-        if other["id"] == adapter.name and other is not card and not _is_another(other, settings.adapter):
+        if other["id"] == adapter.name and other is not card and not is_another(other, settings.adapter):
             return adapter.name
     raise InputError(
-        f"the server at {url} serves {_listed(cards)}, but no adapter {settings.adapter}: start it with --enable-lora "
+        f"the server at {url} serves {listed(cards)}, but no adapter {settings.adapter}: start it with --enable-lora "
         f"--lora-modules {adapter.name}={adapter}"
     )
-
-
-def _matching(cards: Sequence[Card], model: str) -> Card | None:
-    """Return the first card with the best kind of match: the same id or path, else (for a folder) the same folder name."""
-    cards = [card for card in cards if not _is_another(card, model)]
-    words = {model, str(Path(model).resolve())} if Path(model).is_dir() else {model}
-    folder_names = {Path(word).name for word in words} if Path(model).is_dir() else set()
-    kinds: tuple[Callable[[Card], bool], ...] = (
-        lambda card: card["id"] in words,
-        lambda card: card.get("root") in words,
-        lambda card: Path(card["id"]).name in folder_names,
-        lambda card: Path(card.get("root") or "").name in folder_names,
-    )
-    return next((card for known in kinds for card in cards if known(card)), None)
-
-
-def _is_another(card: Card, model: str) -> bool:
-    """Return whether the server loaded a folder that exists here too and is not the requested one."""
-    root = Path(card.get("root") or "")
-    return root.is_absolute() and root.is_dir() and Path(model).is_dir() and not root.samefile(model)
-
-
-def _listed(cards: Sequence[Card]) -> str:
-    """Return the names of the models, and where they were loaded from if that differs."""
-    shown = [
-        card["id"] + (f" (from {card['root']})" if card.get("root") not in (None, card["id"]) else "") for card in cards
-    ]
-    return ", ".join(shown) or "nothing"
 
 
 __all__ = ["OpenAIBackend", "RetryPolicy", "find_model"]
