@@ -70,6 +70,10 @@ class TryAgain(Exception):
         self.retry_after = retry_after
 
 
+class Refused(InputError):
+    """The server refused the request itself (4xx): trying again would not help, another request might."""
+
+
 def retry_after_delay(header: str | None) -> float | None:
     """Return the seconds that a Retry-After header requests (a number or a date, RFC 9110 10.2.3), or None."""
     if header is None:
@@ -173,7 +177,8 @@ class ServerLink:
             check: may raise :class:`TryAgain` to reject a response.
 
         Raises:
-            InputError: the request was refused (4xx), the response is not JSON, or all attempts failed.
+            Refused: the request was refused (4xx).
+            InputError: the response is not JSON, or all attempts failed.
         """
         for failures in range(1, policy.attempts + 1):
             try:
@@ -208,7 +213,7 @@ class ServerLink:
                 retry_after_delay(response.headers.get("retry-after")),
             )
         if status != 200:
-            raise InputError(
+            raise Refused(
                 f"the server at {self.url} refused {purpose} with HTTP {status}: {self._error_message(response)}"
                 + hint(status, path)
             )
