@@ -134,7 +134,7 @@ def make_files(split: Split, config: ConvertConfig) -> PreferenceFiles:
     schema = schema if config.initial is None else with_initial(schema)
     counts: tuple[str, ...] = COUNTS
     if pairing.needs:
-        counts = EVEN_COUNTS if pairing.even else SCORED_COUNTS
+        counts = EVEN_COUNTS if pairing.counts_unpaired else SCORED_COUNTS
     folder, provenance = Path(config.output_dir), make_provenance(split, config)
     return PreferenceFiles(folder, split.name, provenance, schema, config.max_rows_per_file, counts)
 
