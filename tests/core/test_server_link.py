@@ -49,7 +49,9 @@ def test_a_model_is_known_by_its_id_its_folder_or_the_name_of_its_folder(tmp_pat
         [{"id": "iter1"}],
         [],
     ):
-        with pytest.raises(InputError, match=rf"not {folder}: start one that lists it as iter0, such as .* --served-model-name iter0"):
+        with pytest.raises(
+            InputError, match=rf"not {folder}: start one that lists it as iter0, such as .* --served-model-name iter0"
+        ):
             find_model(cards, settings_for(folder), "URL")
     with pytest.raises(InputError, match="serves policy \\(from other/name\\), not org/name"):
         find_model([{"id": "policy", "root": "other/name"}], settings_for("org/name"), "URL")

@@ -192,13 +192,15 @@ def test_a_server_that_reads_something_else_is_refused(connect):
     fake.behave = lambda handler, body: handler.say(
         200, {"choices": [{"text": "a", "finish_reason": "stop"}], "usage": {"prompt_tokens": next(counted)}}
     )
-    with pytest.raises(InputError, match=r"does not read prompts as they are encoded here .*read 1000000 tokens of prompt p0"):
+    with pytest.raises(
+        InputError, match=r"does not read prompts as they are encoded here .*read 1000000 tokens of prompt p0"
+    ):
         backend.generate(requests_of(own), SAMPLING)
     fake.behave = lambda handler, body: handler.say(200, {"choices": [{"text": "a", "finish_reason": "stop"}]})
     with pytest.raises(InputError, match=r"does not say how many tokens .*usage.prompt_tokens"):
         backend.generate(requests_of(own), SAMPLING)
     fake.behave = lambda handler, body: handler.say(404, {"detail": "Not Found"})
-    with pytest.raises(InputError, match="HTTP 404: Not Found.*an endpoint for chats alone cannot be used"):
+    with pytest.raises(InputError, match=r"HTTP 404: Not Found.*an endpoint for chats alone cannot be used"):
         backend.generate(requests_of(own), SAMPLING)
 
 
@@ -241,7 +243,10 @@ def test_it_is_said_once_and_other_lengths_are_counted(connect, capsys):
     backend.generate(requests_of(own), ONE)
     backend.close()
     lines = capsys.readouterr().err.splitlines()
-    assert len([line for line in lines if "token_ids is from_text" in line and "can differ from the sampled ones" in line]) == 1
+    assert (
+        len([line for line in lines if "token_ids is from_text" in line and "can differ from the sampled ones" in line])
+        == 1
+    )
     stopped = sum(sample[0][1] == "stop" for sample in expected(own, requests_of(own), ONE))
     told = [line for line in lines if "of 3 responses have another number of tokens" in line]
     assert stopped and told and f"{stopped} of 3" in told[0]

@@ -7,14 +7,25 @@ import math
 from pathlib import Path
 from typing import Any
 
-
-
 WIDTH, INNER, LAYERS, HEADS, BUCKETS = 128, 64, 2, 2, 16
 MARKS = ("<|source|>", "<|candidate1|>", "<|candidate2|>", "<|candidate|>")
-_PIECES = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "▁", "the", "▁the", "ing", "▁a", *"abcdefghijklmnopqrstuvwxyz.!?'<|>0123456789"]
+_PIECES = [
+    "[PAD]",
+    "[CLS]",
+    "[SEP]",
+    "[UNK]",
+    "▁",
+    "the",
+    "▁the",
+    "ing",
+    "▁a",
+    *"abcdefghijklmnopqrstuvwxyz.!?'<|>0123456789",
+]
 
 
-def save_pairrm(folder: Path, form: str = "ranker", source: int = 24, candidate: int = 8, seed: int = 0, **changes: Any) -> Path:
+def save_pairrm(
+    folder: Path, form: str = "ranker", source: int = 24, candidate: int = 8, seed: int = 0, **changes: Any
+) -> Path:
     """Save a checkpoint as ``llm-blender/PairRM`` ("ranker") or ``llm-blender/PairRM-hf`` ("hf") has it.
 
     Args:
@@ -65,7 +76,13 @@ def save_pairrm(folder: Path, form: str = "ranker", source: int = 24, candidate:
         "type_vocab_size": 0,
         "n_tasks": 1,
         "drop_out": 0.05,
-        **dict(zip(("source_prefix_id", "cand1_prefix_id", "cand2_prefix_id", "cand_prefix_id"), range(size - 4, size), strict=True)),
+        **dict(
+            zip(
+                ("source_prefix_id", "cand1_prefix_id", "cand2_prefix_id", "cand_prefix_id"),
+                range(size - 4, size),
+                strict=True,
+            )
+        ),
     }
     (folder / "config.json").write_text(json.dumps((encoder if form == "hf" else ranker) | changes))
     return folder
@@ -82,12 +99,20 @@ def _save_tokenizer(folder: Path, with_marks: bool) -> Any:
     )
     core.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
     core.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="always")
-    core.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)])
+    core.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
     core.add_special_tokens(["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"])
     if with_marks:
         core.add_tokens([AddedToken(mark) for mark in MARKS])
     core.save(str(folder / "tokenizer.json"))
-    names = {"cls_token": "[CLS]", "sep_token": "[SEP]", "bos_token": "[CLS]", "eos_token": "[SEP]", "unk_token": "[UNK]"}
+    names = {
+        "cls_token": "[CLS]",
+        "sep_token": "[SEP]",
+        "bos_token": "[CLS]",
+        "eos_token": "[SEP]",
+        "unk_token": "[UNK]",
+    }
     names |= {"pad_token": "[PAD]", "mask_token": "[MASK]", "tokenizer_class": "DebertaV2Tokenizer"}
     (folder / "tokenizer_config.json").write_text(json.dumps(names))
     return core
@@ -157,7 +182,9 @@ def plain_logit(weights: dict[str, Any], ids: list[int], marks: tuple[int, int, 
             from_position = (key @ far_query.T).gather(1, distance.T).T  # position of i seen from j, content of j
             scores = (to_content + to_position + from_position) / math.sqrt(3 * size)
             heads.append(scores.softmax(-1) @ value)
-        x = norm(f"{layer}.attention.output.LayerNorm", linear(f"{layer}.attention.output.dense", torch.cat(heads, -1)) + x)
+        x = norm(
+            f"{layer}.attention.output.LayerNorm", linear(f"{layer}.attention.output.dense", torch.cat(heads, -1)) + x
+        )
         inner = torch.nn.functional.gelu(linear(f"{layer}.intermediate.dense", x))
         x = norm(f"{layer}.output.LayerNorm", linear(f"{layer}.output.dense", inner) + x)
     source, first, second = (x[ids.index(mark)] for mark in marks)

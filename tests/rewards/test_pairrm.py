@@ -50,7 +50,10 @@ def plain_win_probs(folder, prompt, texts, **lengths):
 
     weights = load_file(folder / "model.safetensors")
     logits = [
-        [0.0 if i == k else plain_logit(weights, *plain_parts(folder, prompt, a, b, **lengths)) for k, b in enumerate(texts)]
+        [
+            0.0 if i == k else plain_logit(weights, *plain_parts(folder, prompt, a, b, **lengths))
+            for k, b in enumerate(texts)
+        ]
         for i, a in enumerate(texts)
     ]
     count = len(texts)
@@ -69,8 +72,10 @@ def test_win_probabilities_are_those_of_the_published_code(ranker, tmp_path, for
         assert label.win_probs[i][k] == pytest.approx(wanted[i][k], abs=1e-6)
         assert label.win_probs[i][k] + label.win_probs[k][i] == 1.0
     assert label.scores == pytest.approx([sum(row) / 4 for row in wanted], abs=1e-6)
-    # Both the order and the response matter to this model, so the test could fail; the last is cut to the second only if lengths are short.
-    assert abs(logits[0][1] + logits[1][0]) > 1e-3 and len({round(score, 4) for score in label.scores}) == (3 if not lengths else 4)
+    # Both the order and the response matter to this model, so the test can fail. Only short lengths cut the last to the second.
+    assert abs(logits[0][1] + logits[1][0]) > 1e-3 and len({round(score, 4) for score in label.scores}) == (
+        3 if not lengths else 4
+    )
 
 
 def test_long_prompts_and_responses_are_cut_at_their_end_and_counted(ranker, caplog):
@@ -81,15 +86,15 @@ def test_long_prompts_and_responses_are_cut_at_their_end_and_counted(ranker, cap
         label = make_scorer(settings(ranker)).label([make_group("p1", texts, prompt=prompt)])[0]
     for row, plain in zip(label.win_probs, wanted, strict=True):
         assert row == pytest.approx(plain, abs=1e-6)
-    assert "at most 24 tokens of a prompt and a response in what is left of 40: 1 prompts and 2 responses" in caplog.text
+    assert (
+        "at most 24 tokens of a prompt and a response in what is left of 40: 1 prompts and 2 responses" in caplog.text
+    )
     start = [{"role": "user", "content": prompt[0]["content"] + " and more"}]
     assert make_scorer(settings(ranker)).label([make_group("p1", texts, prompt=start)])[0] == label
 
 
 def test_the_company_in_a_batch_does_not_matter(ranker):
-    groups = [
-        make_group(f"p{number}", ("a" * number, "b" * 3 * number, "the end")) for number in range(1, 6)
-    ]
+    groups = [make_group(f"p{number}", ("a" * number, "b" * 3 * number, "the end")) for number in range(1, 6)]
     whole = make_scorer(settings(ranker, batch_size=30)).label(groups)
     scorer = make_scorer(settings(ranker, batch_size=1))
     for group, label in reversed(list(zip(groups, whole, strict=True))):
@@ -148,7 +153,10 @@ def changed_weights(folder, change):
         (lambda w: w.pop("head_layer.4.bias"), r"lacks 1 weights that its config.json describes .head_layer.4.bias"),
         (lambda w: w.pop("pretrained_model.encoder.rel_embeddings.weight"), r"lacks 1 weights .*rel_embeddings"),
         (lambda w: w.update(extra=w["head_layer.4.bias"].clone()), r"contains 1 weights .*does not describe .extra"),
-        (lambda w: w.update({"head_layer.1.bias": w["head_layer.4.bias"].clone()}), r"head_layer.1.bias .* has the shape"),
+        (
+            lambda w: w.update({"head_layer.1.bias": w["head_layer.4.bias"].clone()}),
+            r"head_layer.1.bias .* has the shape",
+        ),
     ],
 )
 def test_weights_that_do_not_fit_are_named_before_a_model_is_loaded(tmp_path, change, sentence):

@@ -365,7 +365,9 @@ def test_pairs_from_the_command_line_are_those_of_the_library(encoder, tmp_path,
         write(tmp_path / "in", number, rows, record(number, 3))
     seen = []
     forward = SequenceClassifier._forward
-    monkeypatch.setattr(SequenceClassifier, "_forward", lambda self, batch, model: seen.extend(batch) or forward(self, batch, model))
+    monkeypatch.setattr(
+        SequenceClassifier, "_forward", lambda self, batch, model: seen.extend(batch) or forward(self, batch, model)
+    )
     flags = ("--pairing", "best_vs_worst", "--scorer", "reward_model", "--scorer_model", encoder)
     for out in ("first", "second"):
         code, _, errors = gather(tmp_path / "in", tmp_path / out, *flags, "--score_cache", tmp_path / "kept")

@@ -117,7 +117,9 @@ def test_what_a_server_cannot_do_is_refused(decoder, server, tmp_path):
     with pytest.raises(InputError, match="reads token types, which a server cannot be given"):
         make_scorer(settings("reward_model", encoder, server)).label(GROUPS[:1])
     server.models = {"data": [{"id": "another"}]}
-    with pytest.raises(InputError, match="serves another, not .*decoder: start one with `vllm serve MODEL --runner pooling`"):
+    with pytest.raises(
+        InputError, match=r"serves another, not .*decoder: start one with `vllm serve MODEL --runner pooling`"
+    ):
         make_scorer(settings("reward_model", decoder, server))
-    with pytest.raises(InputError, match="is PairRM, .* no server computes: .* without base_url"):
+    with pytest.raises(InputError, match=r"is PairRM, .* no server computes: .* without base_url"):
         check_scorer(settings("preference_model", save_pairrm(tmp_path / "pairrm"), server))

@@ -159,7 +159,10 @@ def test_a_training_logs_and_stores_what_its_steps_did(make, tmp_path):
     [
         ({"eval_samples": 4, "eval_temperatures": [0.0]}, "temperature 0 draws the same response every time"),
         ({"eval_samples": 0}, "eval_samples is 0: set it to 1 or more"),
-        ({"eval_on_start": True, "eval_prompts": None, "eval_strategy": "no"}, "eval_on_start is True, but there are no held-out"),
+        (
+            {"eval_on_start": True, "eval_prompts": None, "eval_strategy": "no"},
+            "eval_on_start is True, but there are no held-out",
+        ),
         ({"kept_prompts": -1}, "kept_prompts is -1: set it to 0 or more"),
     ],
 )

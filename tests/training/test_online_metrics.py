@@ -65,11 +65,16 @@ def test_kl_is_estimated_per_token_of_the_policys_own_responses():
 
 def test_entropy_and_staleness_are_means():
     counts = StepCounts(responses=2, prompts=1, tokens=5, updates=4, lag=0 + 1 + 2 + 3)
-    counts.add_logps([SimpleNamespace(logprobs=[-1.0, -2.0]), SimpleNamespace(logprobs=[-0.5]), SimpleNamespace(logprobs=None)])
+    counts.add_logps(
+        [SimpleNamespace(logprobs=[-1.0, -2.0]), SimpleNamespace(logprobs=[-0.5]), SimpleNamespace(logprobs=None)]
+    )
     total = {**vars(counts), **{f"{name}_seconds": 0.0 for name in ("generate", "label", "reference", "update")}}
     log = training_log(total)
     assert (log["entropy"], log["staleness"]) == (pytest.approx(3.5 / 3), 1.5)
-    assert "entropy" not in training_log(total | {"logp_tokens": 0}) and training_log(total | {"updates": 0, "lag": 0})["staleness"] == 0
+    assert (
+        "entropy" not in training_log(total | {"logp_tokens": 0})
+        and training_log(total | {"updates": 0, "lag": 0})["staleness"] == 0
+    )
 
 
 def stored(prompt="p1"):

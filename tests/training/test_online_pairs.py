@@ -63,7 +63,7 @@ def test_a_response_without_a_partner_is_counted(tiny_model):
 
 @pytest.mark.parametrize("samples", [1, 3])
 def test_odd_numbers_weigh_every_response_equally(tiny_model, samples):
-    """verl's SPPO: the mean over all responses of (log-ratio - (reward - soft mean over the batch))^2, one or three per prompt."""
+    """verl's SPPO: the mean over all responses of (log-ratio - (reward - soft mean over the batch))^2."""
     encoder = ChatEncoder(load_tokenizer(tiny_model))
     settings = SimpleNamespace(
         pairing="every_sample", loss_type="sppo_reward", baseline="batch", soft_mean_b=1.0, needs=()

@@ -19,7 +19,7 @@ import httpx2
 
 from spin.alignment.core.errors import InputError
 
-I = TypeVar("I")
+Item = TypeVar("Item")
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
@@ -143,10 +143,10 @@ class ServerLink:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def answers(
-        self, items: Iterable[I], ask: Callable[[I], Coroutine[Any, Any, T]], in_flight: int
-    ) -> Iterator[tuple[I, T]]:
-        """Yield each item with its answer as it arrives, with at most ``in_flight`` requests at a time; closing it cancels them."""
-        waiting, asked = iter(items), dict[concurrent.futures.Future[T], I]()
+        self, items: Iterable[Item], ask: Callable[[Item], Coroutine[Any, Any, T]], in_flight: int
+    ) -> Iterator[tuple[Item, T]]:
+        """Yield each item with its answer as it arrives. At most ``in_flight`` requests are open; closing cancels them."""
+        waiting, asked = iter(items), dict[concurrent.futures.Future[T], Item]()
         try:
             while True:
                 for item in islice(waiting, in_flight - len(asked)):

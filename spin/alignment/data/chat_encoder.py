@@ -178,8 +178,8 @@ class ChatEncoder:
         return text
 
     def continuation_ids(self, prompt_ids: Sequence[int], text: str) -> list[int]:
-        """Return the ids of a text that follows a prompt: those of both together behind the prompt's, or, where a token would cross
-        the boundary, those of the text alone. Control tokens in the text are encoded as such; no end of turn is added."""
+        """Return the ids of a text that follows a prompt, without an end of turn: of those of both together the ones behind the
+        prompt's, or, where a token would cross the boundary, those of the text alone. Control tokens are encoded as such."""
         alone: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         try:
             whole = self.tokenizer(self.prompt_text(prompt_ids) + text, add_special_tokens=False)["input_ids"]

@@ -181,8 +181,8 @@ class BackendSettings:
     )
     token_ids: TokenIds = setting(
         "sampled",
-        "where the ids of responses come from (openai): sampled: the server returns those that it sampled; from_text: the model's "
-        "tokenizer encodes the text that it returns",
+        "where the ids of responses come from (openai): sampled: the server returns those that it sampled; from_text: the "
+        "model's tokenizer encodes the text that it returns",
     )
     encoder: ChatEncoder | None = None
 

@@ -97,7 +97,9 @@ class GenerateConfig:
         if self.token_ids == "from_text":
             for name, what in (("stop", "the ids of a stop text"), ("logprobs", "log-probs of the sampled tokens")):
                 if getattr(self, name):
-                    raise InputError(f"token_ids is from_text, but {name} needs {what}, which text does not tell: remove {name}")
+                    raise InputError(
+                        f"token_ids is from_text, but {name} needs {what}, which text does not tell: remove {name}"
+                    )
         part_of(self, SamplingConfig)  # runs the checks of its values
 
     @property

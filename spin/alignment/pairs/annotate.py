@@ -142,5 +142,7 @@ def _tokenizer_hash(model: str, needs_weights: bool) -> str:
     from spin.alignment.core.provenance import hash_file, hash_text
     from spin.alignment.models.folder import model_files, model_folder
 
-    files = [path for path in model_files(model_folder(model, needs_weights=needs_weights)) if "safetensors" not in path.name]
+    files = [
+        path for path in model_files(model_folder(model, needs_weights=needs_weights)) if "safetensors" not in path.name
+    ]
     return hash_text(*(f"{path.name}={hash_file(path)}" for path in files))

@@ -62,8 +62,8 @@ def check_classifier_config(config: dict[str, Any], folder: Path, kind: str) -> 
     architectures = config.get("architectures") or []
     if is_pairrm(config):
         raise InputError(
-            f"{folder} is PairRM, which compares two responses and which no server computes: set scorer: preference_model, without "
-            "base_url"
+            f"{folder} is PairRM, which compares two responses and which no server computes: set scorer: preference_model, "
+            "without base_url"
         )
     known = any("SequenceClassification" in name for name in architectures)
     if not known and "AutoModelForSequenceClassification" not in (config.get("auto_map") or {}):

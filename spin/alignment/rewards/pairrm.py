@@ -1,8 +1,8 @@
 """PairRM (arXiv 2306.02561) with the arithmetic of its authors' code: the preference model of SPPO's published runs.
 
 Each part of an input has class and separator tokens of its own: ``[CLS]<|source|>prompt[SEP] [CLS]<|candidate1|>first[SEP]
-[CLS]<|candidate2|>second[SEP]``. The source is cut at its end to 1224 tokens; what a shorter one leaves is shared by the candidates, which are
-cut at their end to 412 tokens and half of it.
+[CLS]<|candidate2|>second[SEP]``. The source is cut at its end to 1224 tokens. The candidates are cut at their end to 412 tokens,
+and each gets half of what a shorter source leaves.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ logger = logging.getLogger(__name__)
 class PairRM:
     """Labels from the logits of all pairs of a prompt's responses, each in both orders.
 
-    The score s_i of LLM-Blender's ``rank`` is the mean over all responses k, including i itself (0), of logit(i, k) - logit(k, i); SPPO's
-    code takes P(i beats k) = sigmoid(s_i - s_k). Scores are mean win rates, as those of every preference model. Equal texts
-    need no forward pass.
+    The score s_i of LLM-Blender's ``rank`` is the mean over all responses k, including i itself (0), of
+    logit(i, k) - logit(k, i); SPPO's code takes P(i beats k) = sigmoid(s_i - s_k). Scores are mean win rates, as those of every preference model. Equal
+    texts need no forward pass.
     """
 
     def __init__(self, settings: ScorerSettings) -> None:
@@ -81,8 +81,8 @@ class PairRMClassifier(SequenceClassifier):
         expected = self.checkpoint.mark_ids
         if expected is not None and expected != self.mark_ids:
             raise InputError(
-                f"config.json in {self.folder} gives PairRM's marks the ids {expected}, but its tokenizer has {self.mark_ids}: copy "
-                "the folder again"
+                f"config.json in {self.folder} gives PairRM's marks the ids {expected}, but its tokenizer has {self.mark_ids}: "
+                "copy the folder again"
             )
         self._ends = (tokenizer.cls_token_id, tokenizer.sep_token_id)
         for mark, token in zip(MARKS, self.mark_ids, strict=True):

@@ -1,7 +1,7 @@
 """PairRM's checkpoint as its authors publish it: a DeBERTa-v3 encoder and a head over its marks (arXiv 2306.02561).
 
-Two forms are in use, with the same weights: ``llm-blender/PairRM``, whose config.json holds the settings of LLM-Blender's ranker and not
-those of the encoder, and ``llm-blender/PairRM-hf``, whose config.json is the encoder's with the ids of the marks added.
+Two forms are in use, with the same weights: ``llm-blender/PairRM``, whose config.json has the settings of LLM-Blender's ranker
+and not those of the encoder, and ``llm-blender/PairRM-hf``, whose config.json is the encoder's with the ids of the marks added.
 """
 
 from __future__ import annotations

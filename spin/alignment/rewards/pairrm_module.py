@@ -41,8 +41,8 @@ class PairRMModule(nn.Module):
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Logits:
         """Return the logits that the first candidates are better, from ids (B, T) with padding on the right.
 
-        A candidate's number is that of the head over the states at the source mark and at its own mark, side by side; the logit is the
-        first candidate's number minus the second's, averaged over the head's outputs.
+        A candidate's number is that of the head over the states at the source mark and at its own mark, side by side. The
+        logit is the first candidate's number minus the second's, averaged over the head's outputs.
         """
         states = self.pretrained_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         rows = torch.arange(len(input_ids), device=input_ids.device)

@@ -34,8 +34,8 @@ def win_matrix(count: int, wins: Mapping[Pair, float]) -> list[list[float]]:
 def probabilities_of(count: int, margins: Mapping[Pair, float]) -> dict[Pair, float | None]:
     """Return P(i beats j) of all pairs i < j from ``margins[i, j]`` = logit(i, j) - logit(j, i); pairs that are left out have 0.
 
-    s_i is the mean of i's margins over all items, including itself (0), and P(i beats j) = sigmoid(s_i - s_j): LLM-Blender's scores
-    (arXiv 2306.02561) as SPPO's published code reads them (arXiv 2405.00675).
+    s_i is the mean of i's margins over all items, including itself (0), and P(i beats j) = sigmoid(s_i - s_j): LLM-Blender's
+    scores (arXiv 2306.02561) as SPPO's published code reads them (arXiv 2405.00675).
     """
     scores = [0.0] * count
     for item in range(count):

@@ -79,9 +79,9 @@ class PairMetrics:
             self._sums[name].append(values[name].double().sum())
 
     def _kl(self, inputs: LossInputs) -> dict[str, Tensor]:
-        """Return the sum over the tokens of sampled responses of ``ratio - 1 - log ratio``, with ratio = reference / policy, and the
-        number of these tokens. The mean estimates KL(policy || reference) without bias, is never negative, and varies little
-        (J. Schulman, "Approximating KL divergence", 2020)."""
+        """Return the sum over the tokens of sampled responses of ``ratio - 1 - log ratio``, with ratio = reference / policy, and
+        the number of these tokens. For responses of the present policy, the mean estimates KL(policy || reference) without bias,
+        and is never negative (J. Schulman, "Approximating KL divergence", 2020)."""
         if not self._sampled:
             return {}
         assert inputs.reference_logps is not None

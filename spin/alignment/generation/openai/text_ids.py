@@ -1,8 +1,8 @@
-"""Requests to servers that return text only (SGLang, llama.cpp, hosted ones): the text is encoded once, with the model's tokenizer.
+"""Requests to servers that return text only (SGLang, llama.cpp, hosted ones): it is encoded once, with the model's tokenizer.
 
-The ids are then not certain to be those that were sampled, so this has to be asked for (``token_ids: from_text``), is stated on the
-console, and is recorded in the provenance of the rows. What can be checked is: by the number of tokens that the server counts, that it reads
-the prompt as it was encoded here, and for how many responses the ids cannot be the sampled ones.
+The ids are then not certain to be those that were sampled, so this has to be asked for (``token_ids: from_text``), is stated on
+the console, and is recorded in the provenance of the rows. Two things can be checked by the numbers of tokens that the server
+counts: that it reads a prompt as it was encoded here, and for how many responses the ids cannot be the sampled ones.
 """
 
 from __future__ import annotations
@@ -14,7 +14,14 @@ from spin.alignment.core.console import say_error
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.server_link import Refused, RetryPolicy, ServerLink
 from spin.alignment.data.chat_encoder import RowRefused
-from spin.alignment.generation.base import BackendSettings, PromptRequest, Response, SamplingConfig, logit_bias, sample_seed
+from spin.alignment.generation.base import (
+    BackendSettings,
+    PromptRequest,
+    Response,
+    SamplingConfig,
+    logit_bias,
+    sample_seed,
+)
 from spin.alignment.generation.openai.sampled_ids import Answer
 
 _MOST_STOPS = 4  # stop texts in a request, by the OpenAI API
@@ -109,7 +116,9 @@ class TextIds:
         if not isinstance(text, str):
             raise InputError(f"{self.server} returned no text for {prompt}: it is no server of completions")
         if reason not in ("stop", "length"):
-            raise InputError(f"{self.server} did not finish {prompt}: the finish reason is {reason!r}, not stop or length")
+            raise InputError(
+                f"{self.server} did not finish {prompt}: the finish reason is {reason!r}, not stop or length"
+            )
         limit = sampling.longest(request)
         ids = self.encoder.continuation_ids(request.token_ids, text)
         ends = [place for place, token in enumerate(ids) if token in self.settings.stop_ids]

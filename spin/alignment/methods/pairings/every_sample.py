@@ -14,9 +14,9 @@ from spin.alignment.methods.soft_mean import soft_mean
 class EverySample(Labelled):
     """Rows of two responses, so that every response of a run counts equally.
 
-    If the number of responses per prompt is even, they are taken in twos: the first and second, the third and fourth, ... If it is
-    odd, in a ring: the first and second, the second and third, ..., the last and first. Each is then in two rows, which doubles
-    its tokens in training; one response alone is both sides of its row.
+    If the number of responses per prompt is even, they are taken in twos: the first and second, the third and fourth, ... If it
+    is odd, in a ring: the first and second, the second and third, ..., the last and first. Each is then in two rows, which
+    doubles its tokens in training; one response alone is both sides of its row.
     """
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -31,8 +31,8 @@ class EverySample(Labelled):
         return True
 
     def unpaired(self, rows: Sequence[dict[str, Any]]) -> int:
-        """Return the number of scored responses to one prompt (0 or 1) that are left over: the last of an odd number of them, where
-        the scorer failed on some of an even number of responses."""
+        """Return the number of scored responses to one prompt (0 or 1) that are left over: the last of an odd number of them,
+        where the scorer failed on some of an even number of responses."""
         return len(self.known(rows)) % 2 if len(rows) % 2 == 0 else 0
 
     def for_baseline(self, baseline: str) -> EverySample:

@@ -122,12 +122,12 @@ class OnlineConfig(OnlineKeys, SPINConfig):
 
     def _check_num_samples(self, pairing: Pairing) -> None:
         """Check the number of responses per prompt; relative to the batch, one may be enough."""
-        if self.num_samples < pairing.min_samples and self.num_samples >= pairing.for_baseline("batch").min_samples:
-            if self.baseline == "prompt":
-                raise InputError(
-                    f"num_samples is {self.num_samples}, but relative to its prompt's mean a response alone always has the reward 0: "
-                    f"sample {pairing.min_samples} or more, or set baseline: batch"
-                )
+        enough_for_batch = pairing.for_baseline("batch").min_samples
+        if self.baseline == "prompt" and enough_for_batch <= self.num_samples < pairing.min_samples:
+            raise InputError(
+                f"num_samples is {self.num_samples}, but relative to its prompt's mean a response alone always has the reward 0: "
+                f"sample {pairing.min_samples} or more, or set baseline: batch"
+            )
         check_num_samples(self.pairing, pairing.for_baseline(self.baseline), self.num_samples)
 
     @property

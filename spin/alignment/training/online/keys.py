@@ -83,7 +83,9 @@ class OnlineKeys:
     eval_limit: int = setting(0, "number of held-out prompts to use (0: all)", ge=0)
 
     eval_samples: int = setting(
-        1, "responses to each held-out prompt at temperatures above 0; with several, best-of-n and pass@k are logged", ge=1
+        1,
+        "responses to each held-out prompt at temperatures above 0; with several, best-of-n and pass@k are logged",
+        ge=1,
     )
     eval_pass_score: float = setting(1.0, "lowest score of a held-out response that passes, for pass@k")
 

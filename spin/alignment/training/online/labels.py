@@ -91,8 +91,8 @@ class PairMaker:
         counts: StepCounts,
         keep: int = 0,
     ) -> list[dict[str, Any]]:
-        """Return the pairs as features of a batch: ids and the labels that the loss reads. Updates ``counts``, and :attr:`kept` with
-        the responses to the first ``keep`` prompts.
+        """Return the pairs as features of a batch: ids and the labels that the loss reads. Updates ``counts``, and sets
+        :attr:`kept` to the rows of the table of responses for the first ``keep`` prompts.
 
         Raises:
             InputError: the scorer or the pairing cannot use a row; the message names it.
@@ -131,8 +131,10 @@ class PairMaker:
     def score(
         self, prompts: Sequence[OnlinePrompt], responses: Sequence[Sequence[Response]], counts: StepCounts
     ) -> list[list[float | None]]:
-        """Return the scores of held-out responses by prompt; updates ``counts``. One that cannot be scored is counted as failed and named in a warning,
-        because an evaluation must not end the training that it observes.
+        """Return the scores of held-out responses by prompt; updates ``counts``.
+
+        One that cannot be scored is counted as failed and named in a warning, because an evaluation must not end the training
+        that it observes.
         """
         try:
             labelled = self.label(prompts, responses, counts)
