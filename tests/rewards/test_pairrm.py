@@ -11,6 +11,7 @@ import pytest
 
 from spin.alignment.core.errors import InputError
 from spin.alignment.rewards import ScorerSettings, check_scorer, make_scorer
+from tests.helpers.gathering import NUM_FRACTIONS, gather, own_prompts, record, row, write
 from tests.helpers.pairrm import MARKS, plain_logit, save_pairrm
 from tests.helpers.scoring import count_forwards, make_group
 
@@ -91,6 +92,26 @@ def test_long_prompts_and_responses_are_cut_at_their_end_and_counted(ranker, cap
     )
     start = [{"role": "user", "content": prompt[0]["content"] + " and more"}]
     assert make_scorer(settings(ranker)).label([make_group("p1", texts, prompt=start)])[0] == label
+
+
+def test_pairs_from_the_command_line_have_win_rates_for_sppo(ranker, tmp_path, monkeypatch):
+    """convert_data as in configs/sppo_*.yaml: best against worst by win rate, and no second copy in other processes."""
+    from spin.alignment.data.preferences import load_preferences
+
+    for number in range(NUM_FRACTIONS):
+        rows = [row(prompt, sample) for prompt in own_prompts(number) for sample in range(3)]
+        write(tmp_path / "in", number, rows, record(number, 3))
+    flags = ("--pairing", "win_rate", "--scorer", "preference_model", "--scorer_model", ranker)
+    code, _, errors = gather(tmp_path / "in", tmp_path / "out", *flags)
+    assert code == 0, errors
+    pairs = load_preferences(str(tmp_path / "out"), "train").to_list()
+    group = make_group("p", ("wrong 0", "wrong 1", "wrong 2"), prompt=pairs[0]["chosen"][:-1])
+    rates = make_scorer(settings(ranker)).label([group])[0].scores
+    assert pairs[0]["chosen_win_prob"] == pytest.approx(max(rates), abs=1e-6)
+    assert pairs[0]["rejected_win_prob"] == pytest.approx(min(rates), abs=1e-6)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, errors = gather(tmp_path / "in", tmp_path / "again", *flags)
+    assert code == 2 and "it scores on all GPUs of the machine in one: start it with python" in errors
 
 
 def test_the_company_in_a_batch_does_not_matter(ranker):

@@ -27,8 +27,8 @@ class PairRM:
     """Labels from the logits of all pairs of a prompt's responses, each in both orders.
 
     The score s_i of LLM-Blender's ``rank`` is the mean over all responses k, including i itself (0), of
-    logit(i, k) - logit(k, i); SPPO's code takes P(i beats k) = sigmoid(s_i - s_k). Scores are mean win rates, as those of every preference model. Equal
-    texts need no forward pass.
+    logit(i, k) - logit(k, i). SPPO's code takes P(i beats k) = sigmoid(s_i - s_k). Scores are mean win rates, as those of every
+    preference model. Equal texts need no forward pass.
     """
 
     def __init__(self, settings: ScorerSettings) -> None:
