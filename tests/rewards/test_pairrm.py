@@ -85,8 +85,8 @@ def test_long_prompts_and_responses_are_cut_at_their_end_and_counted(ranker, cap
     _, wanted = plain_win_probs(ranker, prompt[0]["content"], texts)
     with caplog.at_level(logging.WARNING):
         label = make_scorer(settings(ranker)).label([make_group("p1", texts, prompt=prompt)])[0]
-    for row, plain in zip(label.win_probs, wanted, strict=True):
-        assert row == pytest.approx(plain, abs=1e-6)
+    for found, plain in zip(label.win_probs, wanted, strict=True):
+        assert found == pytest.approx(plain, abs=1e-6)
     assert (
         "at most 24 tokens of a prompt and a response in what is left of 40: 1 prompts and 2 responses" in caplog.text
     )
