@@ -49,7 +49,9 @@ def test_a_model_is_known_by_its_id_its_folder_or_the_name_of_its_folder(tmp_pat
         [{"id": "iter1"}],
         [],
     ):
-        with pytest.raises(InputError, match=rf"not {folder}: start one with .* --served-model-name iter0"):
+        with pytest.raises(
+            InputError, match=rf"not {folder}: start one that lists it as iter0, such as .* --served-model-name iter0"
+        ):
             find_model(cards, settings_for(folder), "URL")
     with pytest.raises(InputError, match="serves policy \\(from other/name\\), not org/name"):
         find_model([{"id": "policy", "root": "other/name"}], settings_for("org/name"), "URL")
@@ -82,7 +84,7 @@ def test_the_context_of_the_server_must_suffice(server, connect):
         ({"base_url": "127.0.0.1:8000/v1"}, "is not the address of a server"),
         ({"base_url": "ftp://host/v1"}, "ftp://host/v1 is not the address of a server"),
         ({"base_url": "http://me:secret@host/v1"}, "contains a user name or password: remove it"),
-        ({"model": "huge"}, "serves tiny, not huge: start one with `vllm serve huge"),
+        ({"model": "huge"}, "serves tiny, not huge: start one that lists it as huge, such as `vllm serve huge"),
         ({"dtype": "float32"}, "dtype is float32.*start the server with --dtype float32"),
         ({"tensor_parallel_size": 2}, "leave it at 1 here"),
         ({"batch_invariant": True}, "start the server with VLLM_BATCH_INVARIANT=1"),

@@ -94,7 +94,7 @@ class Handler(BaseHTTPRequestHandler):
         fake = self.server.fake
         fake.bodies.append(body)
         fake.headers.append(self.headers)
-        assert urlsplit(self.path).path in ("/v1/completions", "/v1/chat/completions")
+        assert urlsplit(self.path).path in ("/v1/completions", "/v1/chat/completions", "/classify")
         if not fake.behave(self, body):
             self.say(200, answer_to(body))
 

@@ -62,5 +62,7 @@ def count_forwards(scorer: Any, monkeypatch: Any) -> list[int]:
     """Return a list that will hold the number of inputs of each forward pass of a scorer's model."""
     seen: list[int] = []
     forward = scorer.classifier._forward
-    monkeypatch.setattr(scorer.classifier, "_forward", lambda batch: seen.append(len(batch)) or forward(batch))
+    monkeypatch.setattr(
+        scorer.classifier, "_forward", lambda batch, model: seen.append(len(batch)) or forward(batch, model)
+    )
     return seen

@@ -131,6 +131,40 @@ def test_every_sample_takes_two_a_row_with_rewards():
         assert pair["rejected_reward"] == pytest.approx(math.log(1.5), rel=1e-14)
 
 
+def test_every_sample_takes_an_odd_number_in_a_ring():
+    """Each of three responses is in two rows, on either side, so that all of them count equally."""
+    scores = [0.0, math.log(3), math.log(5)]  # soft mean: log((1 + 3 + 5) / 3) = log 3
+    pairs = PAIRINGS["every_sample"](rows_of(scores))
+    assert [answers(pair) for pair in pairs] == [("p:0", "p:1"), ("p:1", "p:2"), ("p:2", "p:0")]
+    rewards = [-math.log(3), 0.0, math.log(5 / 3)]
+    for place, pair in enumerate(pairs):
+        assert pair["chosen_reward"] == pytest.approx(rewards[place], rel=1e-14, abs=1e-15)
+        assert pair["rejected_reward"] == pytest.approx(rewards[(place + 1) % 3], rel=1e-14, abs=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("scores", "expected", "left_over"),
+    [
+        ([0.0, None, 1.0], [(0, 2), (2, 0)], 0),  # both still twice, as the responses to other prompts
+        ([None, None, 1.0], [], 0),
+        ([0.0, None, 1.0, 2.0], [(0, 2)], 1),  # of an even number, each once: the last has no partner
+    ],
+)
+def test_every_sample_where_the_scorer_failed(scores, expected, left_over):
+    rows = rows_of(scores)
+    pairs = PAIRINGS["every_sample"](rows)
+    assert [answers(pair) for pair in pairs] == [(f"p:{one}", f"p:{other}") for one, other in expected]
+    assert PAIRINGS["every_sample"].unpaired(rows) == left_over
+
+
+def test_every_sample_of_one_response_is_relative_to_the_batch():
+    rows = rows_of([2.5])
+    assert PAIRINGS["every_sample"](rows) == []
+    (pair,) = PAIRINGS["every_sample"].for_baseline("batch")(rows)
+    assert answers(pair) == ("p:0", "p:0") and (pair["chosen_score"], pair["rejected_score"]) == (2.5, 2.5)
+    assert PAIRINGS["best_vs_worst"].for_baseline("batch").min_samples == 2
+
+
 def test_every_sample_keeps_equal_scores():
     pairs = PAIRINGS["every_sample"](rows_of([1.0, 1.0]))
     assert [(pair["chosen_reward"], pair["rejected_reward"]) for pair in pairs] == [(0.0, 0.0)]
@@ -183,7 +217,7 @@ def test_every_label_a_loss_needs_is_written_by_a_pairing():
             "needs at least 2 responses per prompt, but there is 1: sample with --num_samples 2 or more",
         ),
         ("win_rate", 1, "pairing win_rate needs at least 2 responses"),
-        ("every_sample", 3, "uses two responses per row, but there are 3 per prompt: sample with --num_samples 4"),
+        ("every_sample", 1, "pairing every_sample needs at least 2 responses"),
     ],
 )
 def test_a_number_of_samples_that_cannot_be_paired(name, samples, sentence):
@@ -191,7 +225,7 @@ def test_a_number_of_samples_that_cannot_be_paired(name, samples, sentence):
         check_num_samples(name, PAIRINGS[name], samples)
 
 
-@pytest.mark.parametrize(("name", "samples"), [("ground_truth", 1), ("best_vs_ground_truth", 1), ("every_sample", 4)])
+@pytest.mark.parametrize(("name", "samples"), [("ground_truth", 1), ("best_vs_ground_truth", 1), ("every_sample", 3)])
 def test_a_number_of_samples_that_can(name, samples):
     check_num_samples(name, PAIRINGS[name], samples)
 

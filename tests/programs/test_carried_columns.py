@@ -150,7 +150,9 @@ def test_data_without_anything_new_keeps_its_columns(tmp_path, model):
 
 def test_online_training_passes_the_columns_to_the_rule(prompts, model, rule):
     encoder = ChatEncoder(load_tokenizer(model))
-    config = SimpleNamespace(pairing="best_vs_worst", eval_prompts=None, seed=0, max_new_tokens=8, loss_type="sigmoid")
+    config = SimpleNamespace(
+        baseline="prompt", pairing="best_vs_worst", eval_prompts=None, seed=0, max_new_tokens=8, loss_type="sigmoid"
+    )
     data = DataConfig(
         dataset_mixer={str(prompts): 1.0}, dataset_splits=["train"], max_length=300, max_prompt_length=256
     )

@@ -283,7 +283,7 @@ def test_defects_are_named_and_nothing_is_written(generated, tmp_path, models, f
     ("pairing", "samples", "message"),
     [
         ("best_vs_worst", 1, "but there is 1: sample with --num_samples 2 or more"),
-        ("every_sample", 3, "there are 3 per prompt: sample with --num_samples 4"),
+        ("every_sample", 1, "but there is 1: sample with --num_samples 2 or more"),
     ],
 )
 def test_too_few_samples_are_refused_before_a_row_is_read(tmp_path, monkeypatch, pairing, samples, message):

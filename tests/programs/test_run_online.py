@@ -146,6 +146,15 @@ def test_equals_a_plain_loop(tmp_path, tiny_model, prompts, method, updates, fre
     )
 
 
+def test_one_response_per_prompt_against_the_batch(tmp_path, tiny_model, prompts):
+    """The settings of verl's recipe "sppo": every prompt gives one row, and the loss is not zero although there is no pair."""
+    changes = {"pairing": "every_sample", "loss_type": "sppo_reward", "baseline": "batch", "num_samples": 1}
+    train(write_online(tmp_path, tiny_model, prompts, max_steps=2, updates_per_batch=2, **changes))
+    steps = [entry for entry in metrics(tmp_path / "out")["history"] if "score" in entry]
+    assert [(entry["pairs_per_prompt"], entry["without_pair"], entry["unpaired"]) for entry in steps] == [(1, 0, 0)] * 2
+    assert all(entry["loss"] > 0 for entry in steps)
+
+
 def test_killed_and_resumed_gives_the_same_numbers(tmp_path, tiny_model, prompts):
     settings = {"max_steps": 6, "ref_update_freq": 4, "save_strategy": "steps", "save_steps": 1, "updates_per_batch": 2}
     whole = write_online(tmp_path / "whole", tiny_model, prompts, **settings)
@@ -295,7 +304,10 @@ REFUSED = [
     ({"ref_update_freq": -2}, "ref_update_freq is -2: set it to 1 or more"),
     ({"updates_per_batch": 0}, "updates_per_batch is 0: set it to 1 or more"),
     ({"num_samples": 1}, "pairing best_vs_worst needs at least 2 responses per prompt, but there is 1"),
-    ({"pairing": "every_sample", "loss_type": "sppo_reward", "num_samples": 3}, "uses two responses per row"),
+    (
+        {"pairing": "every_sample", "loss_type": "sppo_reward", "num_samples": 1},
+        "relative to its prompt's mean a response alone always has the reward 0: sample 2 or more, or set baseline: batch",
+    ),
     ({"scorer": None}, "pairing best_vs_worst compares scores, but no scorer is set"),
     ({"scorer": "no_such_module:f"}, "no_such_module"),
     ({"scorer": "nonsense"}, "nonsense"),

@@ -6,6 +6,7 @@ import functools
 import logging
 import math
 import random
+import threading
 
 import pytest
 
@@ -218,7 +219,7 @@ def test_a_rerun_scores_nothing_twice(decoder, tmp_path, monkeypatch, name):
     again = make_scorer(chosen)
     seen = count_forwards(again, monkeypatch)
     assert again.label(some_groups(4)) == labels
-    assert seen == [] and again.classifier._model is None
+    assert seen == [] and again.classifier._models == []
     again.label([*some_groups(4), make_group("new", ("one", "two"))])
     assert sum(seen) == 2
     again.close()
@@ -231,6 +232,57 @@ def test_other_weights_have_other_scores(decoder, tmp_path, monkeypatch):
     seen = count_forwards(other, monkeypatch)
     assert other.label(some_groups(2)) != labels and sum(seen) == 5
     assert len(list((tmp_path / "kept").iterdir())) == 2
+
+
+@pytest.mark.parametrize("name", ["reward_model", "preference_model"])
+def test_several_devices_share_the_batches(decoder, monkeypatch, name):
+    """Two copies of the model, each in a thread: both work, at the same time, and the scores are those of one."""
+    groups = some_groups()
+    alone = make_scorer(settings(name, decoder, batch_size=2)).label(groups)
+    monkeypatch.setattr("spin.alignment.rewards.classifier.scoring_devices", lambda every: ["cpu", "cpu"][: 1 + every])
+    scorer = make_scorer(settings(name, decoder, batch_size=2, all_devices=True))
+    forward, used, together = scorer.classifier._forward, [], threading.Barrier(2, timeout=30)
+
+    def watched(batch, model):
+        used.append(id(model))
+        if len(used) <= 2:
+            together.wait()
+        return forward(batch, model)
+
+    monkeypatch.setattr(scorer.classifier, "_forward", watched)
+    labels = scorer.label(groups)
+    assert labels == alone and len(set(used)) == 2
+    scorer.close()
+    assert scorer.classifier._models == []
+
+
+def test_an_error_on_one_of_several_devices_is_raised(decoder, monkeypatch):
+    monkeypatch.setattr("spin.alignment.rewards.classifier.scoring_devices", lambda every: ["cpu", "cpu"])
+    scorer = make_scorer(settings("reward_model", decoder, batch_size=1, all_devices=True))
+    calls = []
+
+    def failing(batch, model):
+        calls.append(batch)
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(scorer.classifier, "_forward", failing)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        scorer.label(some_groups(6))
+    assert len(calls) < 18  # the batches that were still waiting are not started
+
+
+def test_each_process_of_several_uses_its_own_device(monkeypatch):
+    import torch
+
+    from spin.alignment.rewards.classifier import scoring_devices
+
+    assert scoring_devices(True) == ["cpu"] or torch.cuda.is_available()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert scoring_devices(True) == ["cuda:0", "cuda:1", "cuda:2"] and scoring_devices(False) == ["cuda"]
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert scoring_devices(True) == ["cuda"]
 
 
 def test_equal_inputs_are_read_once(decoder, monkeypatch):
@@ -298,7 +350,7 @@ def test_precision_is_that_of_the_setting(decoder):
     scorer = make_scorer(settings("reward_model", decoder, dtype="bfloat16"))
     label = scorer.label([make_group()])[0]
     exact = make_scorer(settings("reward_model", decoder)).label([make_group()])[0]
-    assert next(scorer.classifier._model.parameters()).dtype == torch.bfloat16
+    assert next(scorer.classifier._models[0].parameters()).dtype == torch.bfloat16
     assert label.scores != exact.scores and label.scores == pytest.approx(exact.scores, abs=0.2)
     assert all(isinstance(score, float) for score in label.scores)
 
@@ -313,7 +365,9 @@ def test_pairs_from_the_command_line_are_those_of_the_library(encoder, tmp_path,
         write(tmp_path / "in", number, rows, record(number, 3))
     seen = []
     forward = SequenceClassifier._forward
-    monkeypatch.setattr(SequenceClassifier, "_forward", lambda self, batch: seen.extend(batch) or forward(self, batch))
+    monkeypatch.setattr(
+        SequenceClassifier, "_forward", lambda self, batch, model: seen.extend(batch) or forward(self, batch, model)
+    )
     flags = ("--pairing", "best_vs_worst", "--scorer", "reward_model", "--scorer_model", encoder)
     for out in ("first", "second"):
         code, _, errors = gather(tmp_path / "in", tmp_path / out, *flags, "--score_cache", tmp_path / "kept")

@@ -78,13 +78,15 @@ def test_bad_settings_are_one_sentence_before_anything_is_loaded(decoder, tmp_pa
         ),
         (settings("math_answer", decoder), "the scorer math_answer does not read scorer_model: leave it out"),
         (
-            settings("reward_model", decoder, base_url="http://x/v1"),
-            "does not read base_url: leave it out .it is for judge",
+            settings("reward_model", decoder, base_url="http://x/v1", dtype="bfloat16"),
+            "scorer_dtype is bfloat16, but the precision of a running server is fixed",
         ),
         (
             ScorerSettings("judge", base_url="http://x/v1", dtype="bfloat16"),
             "the scorer judge does not read scorer_dtype",
         ),
+        (ScorerSettings("math_answer", base_url="http://x/v1"), "does not read base_url: leave it out"),
+        (settings("reward_model", causal, base_url="http://x/v1"), "is LlamaForCausalLM, not a sequence classifier"),
         (ScorerSettings("judge"), "the scorer judge needs a running server: set base_url to its address"),
         (ScorerSettings("judge", base_url="nowhere"), "base_url nowhere is not the address of a server"),
         (settings("reward_model", decoder, batch_size=0), "scorer_batch_size is 0: set it to 1 or more"),

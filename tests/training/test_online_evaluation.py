@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 
+import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 from transformers import TrainerCallback
@@ -123,3 +125,47 @@ def test_bad_held_out_rows_are_skipped_and_named(tmp_path, caplog):
     comparing = OnlineConfig(**values, scorer="exact_match", eval_prompts=str(tmp_path))
     with pytest.raises(InputError, match=r"no held-out row of .* can be used: "):
         load_held_out(str(tmp_path), comparing, encoder)
+
+
+def test_the_start_is_answered_too_and_several_answers_give_pass_rates(make):
+    trainer, recorder = make(
+        eval_on_start=True, eval_temperatures=[0.0, 1.0], eval_samples=3, eval_pass_score=0.5, max_steps=1
+    )
+    trainer.train()
+    assert [step for step, _ in recorder.seen] == [0, 1]
+    for _, found in recorder.seen:
+        rates = [found[f"eval_t1_pass_at_{k}"] for k in (1, 2, 3)]
+        assert 0 <= rates[0] <= rates[1] <= rates[2] <= 1
+        assert found["eval_t1_best_of_3"] >= found["eval_t1_score"] and "eval_t0_best_of_3" not in found
+
+
+def test_a_training_logs_and_stores_what_its_steps_did(make, tmp_path):
+    trainer, _ = make(updates_per_batch=2, ref_update_freq=-1, kept_prompts=2, kept_steps=2, eval_strategy="no")
+    trainer.train()
+    steps = [entry for entry in trainer.state.log_history if "entropy" in entry]
+    assert len(steps) == 3
+    assert all(0 < entry["entropy"] < math.log(200) and entry["staleness"] == 0.5 for entry in steps)
+    # In the first step the reference is still the policy for the first of two updates; then the policy moves away from it.
+    assert 0 <= steps[0]["kl"] < steps[2]["kl"]
+    tables = sorted(path.name for path in (tmp_path / "out" / "responses").iterdir())
+    assert tables == ["step-000002.parquet", "step-000003.parquet"]
+    rows = pq.read_table(tmp_path / "out" / "responses" / tables[0]).to_pylist()
+    assert len(rows) == 2 * 4 and len({row["prompt_id"] for row in rows}) == 2
+    assert all(row["logp_per_token"] < 0 and row["score"] is not None for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"eval_samples": 4, "eval_temperatures": [0.0]}, "temperature 0 draws the same response every time"),
+        ({"eval_samples": 0}, "eval_samples is 0: set it to 1 or more"),
+        (
+            {"eval_on_start": True, "eval_prompts": None, "eval_strategy": "no"},
+            "eval_on_start is True, but there are no held-out",
+        ),
+        ({"kept_prompts": -1}, "kept_prompts is -1: set it to 0 or more"),
+    ],
+)
+def test_settings_that_would_do_nothing_are_refused(make, changes, sentence):
+    with pytest.raises(InputError, match=sentence):
+        make(**changes)

@@ -7,11 +7,13 @@ import math
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from spin.alignment.core.errors import InputError
 from spin.alignment.data.chat_encoder import ChatEncoder, load_tokenizer
 from spin.alignment.data.config import DataConfig
 from spin.alignment.generation.base import Response
+from spin.alignment.methods.losses import LOSSES, LossInputs
 from spin.alignment.rewards import GroupLabels
 from spin.alignment.training.online.labels import PairMaker, StepCounts
 from spin.alignment.training.online.prompts import OnlinePrompt, load_splits, longest_pairs
@@ -57,6 +59,32 @@ def test_a_response_without_a_partner_is_counted(tiny_model):
     assert (pair["chosen_ids"][0], pair["rejected_ids"][0]) == (4, 6)
     baseline = math.log((1 + math.e + math.e**3) / 3)  # the soft mean is over all three that have a score
     assert [pair["chosen_reward"], pair["rejected_reward"]] == pytest.approx([-baseline, 1 - baseline], rel=1e-12)
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_odd_numbers_weigh_every_response_equally(tiny_model, samples):
+    """verl's SPPO: the mean over all responses of (log-ratio - (reward - soft mean over the batch))^2."""
+    encoder = ChatEncoder(load_tokenizer(tiny_model))
+    settings = SimpleNamespace(
+        pairing="every_sample", loss_type="sppo_reward", baseline="batch", soft_mean_b=1.0, needs=()
+    )
+    scores = [[0.5 * number + sample for sample in range(samples)] for number in range(4)]
+    scorer = SimpleNamespace(label=lambda groups: [GroupLabels(list(own)) for own in scores])
+    turns = [{"role": "user", "content": "say"}]
+    prompts = [OnlinePrompt(f"p{number}", tuple(encoder.prompt_ids(turns)), turns, None) for number in range(4)]
+    responses = [[Response([4 + sample, encoder.end_id], "stop", None) for sample in range(samples)] for _ in prompts]
+    maker, counts = PairMaker(settings, encoder, scorer), StepCounts()
+    pairs = maker.make(prompts, responses, counts)
+    columns = maker.relative_columns()
+    maker.subtract_baseline(pairs, [pair[column] for column in columns for pair in pairs])
+    assert (counts.unpaired, counts.without_pair, counts.pairs) == (0, 0, 4 * samples)
+    sides = torch.tensor([[pair["chosen_reward"], pair["rejected_reward"]] for pair in pairs], dtype=torch.float64).T
+    ratios = torch.zeros(2 * len(pairs), 1, dtype=torch.float64)
+    inputs = LossInputs(ratios, ratios, torch.ones_like(ratios), labels={"reward": sides.flatten()})
+    flat = [score for own in scores for score in own]
+    baseline = math.log(sum(math.exp(score) for score in flat) / len(flat))
+    expected = sum((score - baseline) ** 2 for score in flat) / len(flat)
+    assert LOSSES["sppo_reward"](inputs, eta=1.0).losses.mean().item() == pytest.approx(expected, rel=1e-12)
 
 
 def test_a_ground_truth_that_could_not_be_scored_is_counted():

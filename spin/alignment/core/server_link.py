@@ -10,14 +10,16 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, TypeVar
 
 import httpx2
 
 from spin.alignment.core.errors import InputError
 
+Item = TypeVar("Item")
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
@@ -66,6 +68,10 @@ class TryAgain(Exception):
     def __init__(self, reason: str, retry_after: float | None = None) -> None:
         super().__init__(reason)
         self.retry_after = retry_after
+
+
+class Refused(InputError):
+    """The server refused the request itself (4xx): trying again would not help, another request might."""
 
 
 def retry_after_delay(header: str | None) -> float | None:
@@ -136,6 +142,24 @@ class ServerLink:
         """Run a coroutine on the loop; cancelling its future closes the connection, so the server stops working on it."""
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
+    def answers(
+        self, items: Iterable[Item], ask: Callable[[Item], Coroutine[Any, Any, T]], in_flight: int
+    ) -> Iterator[tuple[Item, T]]:
+        """Yield each item with its answer as it arrives. At most ``in_flight`` requests are open; closing cancels them."""
+        waiting, asked = iter(items), dict[concurrent.futures.Future[T], Item]()
+        try:
+            while True:
+                for item in islice(waiting, in_flight - len(asked)):
+                    asked[self.start(ask(item))] = item
+                if not asked:
+                    return
+                done, _ = concurrent.futures.wait(asked, return_when=concurrent.futures.FIRST_COMPLETED)
+                for future in done:
+                    yield asked.pop(future), future.result()
+        finally:
+            for future in asked:
+                future.cancel()
+
     async def send(
         self,
         path: str,
@@ -153,7 +177,8 @@ class ServerLink:
             check: may raise :class:`TryAgain` to reject a response.
 
         Raises:
-            InputError: the request was refused (4xx), the response is not JSON, or all attempts failed.
+            Refused: the request was refused (4xx).
+            InputError: the response is not JSON, or all attempts failed.
         """
         for failures in range(1, policy.attempts + 1):
             try:
@@ -188,7 +213,7 @@ class ServerLink:
                 retry_after_delay(response.headers.get("retry-after")),
             )
         if status != 200:
-            raise InputError(
+            raise Refused(
                 f"the server at {self.url} refused {purpose} with HTTP {status}: {self._error_message(response)}"
                 + hint(status, path)
             )

@@ -161,6 +161,32 @@ class ChatEncoder:
         # A template may end a tool call with another of the model's ends than an answer.
         return ids[: ends[0] + 1] if ends else [*ids, self.end_id]
 
+    def prompt_text(self, prompt_ids: Sequence[int]) -> str:
+        """Return the text of a prompt for a server that encodes text itself.
+
+        Raises:
+            RowRefused: this tokenizer would encode it to other ids.
+        """
+        text: str = self.tokenizer.decode(
+            list(prompt_ids),
+            skip_special_tokens=False,
+            clean_up_tokenization_spaces=False,
+            spaces_between_special_tokens=False,
+        )
+        if self.tokenizer(text, add_special_tokens=False)["input_ids"] != list(prompt_ids):
+            raise RowRefused("no text encodes to the ids of this prompt (a turn contains a control token as text)")
+        return text
+
+    def continuation_ids(self, prompt_ids: Sequence[int], text: str) -> list[int]:
+        """Return the ids of a text that follows a prompt, without an end of turn: of those of both together the ones behind the
+        prompt's, or, where a token would cross the boundary, those of the text alone. Control tokens are encoded as such."""
+        alone: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        try:
+            whole = self.tokenizer(self.prompt_text(prompt_ids) + text, add_special_tokens=False)["input_ids"]
+        except RowRefused:
+            return alone
+        return whole[len(prompt_ids) :] if whole[: len(prompt_ids)] == list(prompt_ids) else alone
+
     def aligned_ids(
         self,
         conversation: Sequence[Message],

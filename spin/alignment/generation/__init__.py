@@ -7,6 +7,7 @@ from typing import Any
 from spin.alignment.core.errors import InputError, lookup
 from spin.alignment.generation.base import (
     BACKEND_SETTINGS,
+    ENGINE_SETTINGS,
     Backend,
     BackendSettings,
     GenerationBackend,
@@ -45,12 +46,12 @@ BACKENDS: dict[str, Backend] = {
     "transformers": Backend(_transformers, flush_every=64, holds_batch=True, online="own_module"),
     "vllm": Backend(
         _vllm,
-        takes=frozenset(BACKEND_SETTINGS),
+        takes=frozenset(ENGINE_SETTINGS),
         online="engine",
         makes_processes=True,
         check_installed=_vllm_installed,
     ),
-    "openai": Backend(_openai, needs_server=True),
+    "openai": Backend(_openai, takes=frozenset({"token_ids"}), needs_server=True),
 }
 
 

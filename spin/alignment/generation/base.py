@@ -6,13 +6,17 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.settings import check_settings, setting
 from spin.alignment.models.config import Dtype
 
+if TYPE_CHECKING:
+    from spin.alignment.data.chat_encoder import ChatEncoder
+
 FinishReason = Literal["stop", "length"]
+TokenIds = Literal["sampled", "from_text"]
 
 
 @dataclass(frozen=True)
@@ -155,6 +159,7 @@ class BackendSettings:
         stop_ids: ids that end a response.
         masked_ids: ids of the model that its tokenizer has no token for; they are never sampled.
         decode: sampled ids -> text, in which stop texts are searched for.
+        encoder: the model's :class:`ChatEncoder`, for servers that return no token ids.
     """
 
     model: str
@@ -174,6 +179,12 @@ class BackendSettings:
     base_url: str | None = setting(
         None, "address of a running OpenAI-compatible server, such as http://host:8000/v1 (openai)"
     )
+    token_ids: TokenIds = setting(
+        "sampled",
+        "where the ids of responses come from (openai): sampled: the server returns those that it sampled; from_text: the "
+        "model's tokenizer encodes the text that it returns",
+    )
+    encoder: ChatEncoder | None = None
 
 
 @dataclass(frozen=True)
@@ -208,4 +219,5 @@ class Backend:
 
 
 # Settings that only some backends take, with the value that asks for nothing.
-BACKEND_SETTINGS: dict[str, Any] = {"tensor_parallel_size": 1, "batch_invariant": False, "gpu_memory_utilization": 0.9}
+ENGINE_SETTINGS: dict[str, Any] = {"tensor_parallel_size": 1, "batch_invariant": False, "gpu_memory_utilization": 0.9}
+BACKEND_SETTINGS: dict[str, Any] = ENGINE_SETTINGS | {"token_ids": "sampled"}

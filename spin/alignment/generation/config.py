@@ -12,7 +12,7 @@ from spin.alignment.data.config import DataConfig, System
 from spin.alignment.data.source_names import with_config
 from spin.alignment.data.template_date import parse_date
 from spin.alignment.generation import BACKENDS, check_backend_settings, find_backend
-from spin.alignment.generation.base import BackendSettings, SamplingConfig
+from spin.alignment.generation.base import BackendSettings, SamplingConfig, TokenIds
 from spin.alignment.models.config import Dtype, ModelConfig
 
 DTYPE_HELP = "precision of the weights; auto: the checkpoint's, or bfloat16 for a large float32 one on a CPU that is faster in it"
@@ -70,6 +70,7 @@ class GenerateConfig:
 
     backend: str = setting("transformers", "transformers, vllm or openai", group="backend")
     base_url: str | None = same_as(BackendSettings, "base_url")
+    token_ids: TokenIds = same_as(BackendSettings, "token_ids")
     batch_size: int | None = same_as(BackendSettings, "batch_size")
     tensor_parallel_size: int = same_as(BackendSettings, "tensor_parallel_size")
     gpu_memory_utilization: float = same_as(BackendSettings, "gpu_memory_utilization")
@@ -93,6 +94,12 @@ class GenerateConfig:
             raise InputError(f"base_url and --backend {serving} require each other: give both or neither")
         if self.template_date is not None:
             parse_date(self.template_date)
+        if self.token_ids == "from_text":
+            for name, what in (("stop", "the ids of a stop text"), ("logprobs", "log-probs of the sampled tokens")):
+                if getattr(self, name):
+                    raise InputError(
+                        f"token_ids is from_text, but {name} needs {what}, which text does not tell: remove {name}"
+                    )
         part_of(self, SamplingConfig)  # runs the checks of its values
 
     @property

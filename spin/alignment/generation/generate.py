@@ -51,6 +51,8 @@ def expected_provenance(config: GenerateConfig, model_dir: Path, date: datetime.
         settings["adapter"] = hash_text(*(hash_file(Path(config.adapter) / name) for name in ADAPTER_FILES))
     if config.batch_invariant:
         settings["batch_invariant"] = True
+    if config.token_ids != "sampled":
+        settings["token_ids"] = config.token_ids
     if not find_backend(config.backend).needs_server and (chosen := machine_dtype(model_dir, config.dtype)):
         settings["computed_in"] = chosen
     if config.chat_template_kwargs:
@@ -274,6 +276,7 @@ def load_backend(
         masked_ids=ids_without_token(job.encoder.tokenizer, job.model_config),
         pad_id=job.encoder.pad_id,
         decode=job.encoder.decode,
+        encoder=job.encoder,
     )
     return make_backend(config.backend, settings)
 

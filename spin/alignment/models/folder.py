@@ -63,8 +63,10 @@ def read_config_file(folder: Path) -> dict[str, Any]:
     return values
 
 
-def model_folder(name: str, revision: str | None = None) -> Path:
+def model_folder(name: str, revision: str | None = None, needs_weights: bool = True) -> Path:
     """Return the local folder of a model: the folder itself, or the Hub snapshot of a revision (downloaded unless offline).
+
+    Without ``needs_weights``, only the other files are downloaded.
 
     Raises:
         InputError: the Hub model is neither cached nor reachable.
@@ -74,7 +76,7 @@ def model_folder(name: str, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     # The README says under which licence the model is.
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md"]
+    patterns = ["*.json", "*.model", "*.txt", "*.jinja", "README.md", *(["*.safetensors"] if needs_weights else [])]
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except Exception as error:

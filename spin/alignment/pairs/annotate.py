@@ -79,7 +79,7 @@ def scorer_settings(config: ConvertConfig) -> ScorerSettings | None:
         raise InputError(
             f"pairing {config.pairing} compares scores: pass --scorer with one of {names}, or module:function"
         )
-    settings = part_of(config, ScorerSettings, score_reference=pairing.reads_ground_truth)
+    settings = part_of(config, ScorerSettings, score_reference=pairing.reads_ground_truth, all_devices=True)
     check_scorer(settings)
     return settings
 
@@ -114,8 +114,9 @@ def scorer_record(settings: ScorerSettings) -> dict[str, Any]:
     record: dict[str, Any] = {"scorer": settings.name, "scorer_model": settings.model}
     record |= {"scorer_max_length": settings.max_length, "scorer_dtype": settings.dtype}
     if settings.name in ("reward_model", "preference_model") and settings.model:
-        record["scorer_weights"] = _weights_hash(settings.model)
-        record["scorer_tokenizer"] = _tokenizer_hash(settings.model)
+        if settings.base_url is None:  # a server chooses the weights that it loads
+            record["scorer_weights"] = _weights_hash(settings.model)
+        record["scorer_tokenizer"] = _tokenizer_hash(settings.model, settings.base_url is None)
     if settings.name == "judge" and settings.model is None:  # the judge is whatever model that server has loaded
         record["base_url"] = settings.base_url
     record |= {f"scorer_module_{name}": hash_file(path) for name, path in rule_files(settings.name).items()}
@@ -136,10 +137,12 @@ def _weights_hash(model: str) -> str:
 
 
 @functools.cache
-def _tokenizer_hash(model: str) -> str:
+def _tokenizer_hash(model: str, needs_weights: bool) -> str:
     """Return a hash of the other files of a model: configuration, tokenizer, chat template."""
     from spin.alignment.core.provenance import hash_file, hash_text
     from spin.alignment.models.folder import model_files, model_folder
 
-    files = [path for path in model_files(model_folder(model)) if "safetensors" not in path.name]
+    files = [
+        path for path in model_files(model_folder(model, needs_weights=needs_weights)) if "safetensors" not in path.name
+    ]
     return hash_text(*(f"{path.name}={hash_file(path)}" for path in files))

@@ -96,7 +96,7 @@ class SelectConfig:
     @property
     def scorer_settings(self) -> ScorerSettings:
         """The scorer's settings as the rewards package expects them."""
-        return part_of(self, ScorerSettings)
+        return part_of(self, ScorerSettings, all_devices=True)
 
     def check_files(self) -> None:
         """Check the folders that the settings name.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -33,6 +34,11 @@ def convert(config: ConvertConfig) -> dict[str, dict[str, int]]:
     from spin.alignment.pairs.annotate import scorer_settings
     from spin.alignment.pairs.counts import counts_of_folder
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError(
+            "convert_data.py was started in several processes, but it scores on all GPUs of the machine in one: start it with "
+            "python spin/convert_data.py"
+        )
     scorer_settings(config)
     config.check_files()
     output_dir = Path(config.output_dir)
@@ -132,7 +138,7 @@ def make_files(split: Split, config: ConvertConfig) -> PreferenceFiles:
     schema = schema if config.initial is None else with_initial(schema)
     counts: tuple[str, ...] = COUNTS
     if pairing.needs:
-        counts = EVEN_COUNTS if pairing.even else SCORED_COUNTS
+        counts = EVEN_COUNTS if pairing.counts_unpaired else SCORED_COUNTS
     folder, provenance = Path(config.output_dir), make_provenance(split, config)
     return PreferenceFiles(folder, split.name, provenance, schema, config.max_rows_per_file, counts)
 

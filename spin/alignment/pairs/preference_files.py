@@ -88,7 +88,7 @@ class Selection:
         if self.pairing.needs:
             counts["ties"] += sum(not pairs for pairs in found)
             counts["failed"] += sum(count_failures(prompt, self.pairing.reads_ground_truth) for prompt in prompts)
-            if self.pairing.even:
+            if self.pairing.counts_unpaired:
                 counts["unpaired"] += sum(map(self.pairing.unpaired, prompts))
         pairs = [pair for some in found for pair in some]
         schema = pair_schema(self.pairing, batch.schema)

@@ -46,9 +46,15 @@ def _reward_model(settings: ScorerSettings) -> GroupScorer:
 
 
 def _preference_model(settings: ScorerSettings) -> GroupScorer:
+    from spin.alignment.models.folder import model_folder, read_config_file
+    from spin.alignment.rewards.pairrm import PairRM
+    from spin.alignment.rewards.pairrm_checkpoint import is_pairrm
     from spin.alignment.rewards.preference_model import PreferenceModel
 
-    return PreferenceModel(settings)
+    assert settings.model is not None
+    folder = model_folder(settings.model, needs_weights=settings.base_url is None)
+    ours = settings.base_url is None and is_pairrm(read_config_file(folder))
+    return (PairRM if ours else PreferenceModel)(settings)
 
 
 def _judge(settings: ScorerSettings) -> GroupScorer:

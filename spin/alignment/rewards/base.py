@@ -133,15 +133,18 @@ class ScorerSettings:
         "folder or Hub name of the reward or preference model; the name under which the judge is served",
         path="input",
     )
-    batch_size: int = setting(16, "sequences per forward pass, or requests in flight (judge)", ge=1)
+    batch_size: int = setting(16, "sequences per forward pass, or requests in flight to a server", ge=1)
     max_length: int | None = setting(
         None,
         "maximum tokens per sequence, longer prompts are truncated at the start; for a judge: tokens of its reply",
         unset="the scoring model's context; judge: 512",
         ge=1,
     )
-    base_url: str | None = setting(None, "address of the judge's server")
+    base_url: str | None = setting(
+        None, "address of the server of a judge, or of a reward or preference model that vLLM serves"
+    )
     score_reference: bool = setting(False, "score the ground truth as well")
     cache_dir: str | None = setting(None, "folder in which the scores of models are cached", path="folder")
     dtype: Dtype = setting("auto", "precision of the scoring model")
     trust_remote_code: bool = setting(False, "run code that ships with the scoring model")
+    all_devices: bool = setting(False, "score on all GPUs of this machine, and not on this process's own alone")

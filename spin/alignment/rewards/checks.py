@@ -10,15 +10,16 @@ from spin.alignment.core.settings import check_settings
 from spin.alignment.rewards.base import ScorerSettings
 from spin.alignment.rewards.cache import check_cache_dir
 from spin.alignment.rewards.classifier import check_classifier_folder
+from spin.alignment.rewards.pairrm_checkpoint import check_pairrm, is_pairrm
 
-_CLASSIFIER = ("model", "max_length", "dtype", "trust_remote_code")
+_CLASSIFIER = ("model", "max_length", "base_url", "dtype", "trust_remote_code")
 # The scorer-specific settings that each scorer reads; a rule reads none of them.
 _READ = {
     "reward_model": _CLASSIFIER,
     "preference_model": _CLASSIFIER,
     "judge": ("model", "max_length", "base_url"),
 }
-_FOR_SOME = (*_CLASSIFIER, "base_url")
+_FOR_SOME = _CLASSIFIER
 
 
 def check_scorer_settings(settings: ScorerSettings) -> None:
@@ -39,25 +40,21 @@ def check_scorer_settings(settings: ScorerSettings) -> None:
             raise InputError(f"the scorer {name} does not read {_flag(field.name)}: leave it out (it is for {readers})")
     check_settings(settings, _flag)
     check_cache_dir(settings.cache_dir)
-    if name == "judge":
-        _check_server(settings.base_url)
-    elif name in _READ:
+    if name == "judge" and not settings.base_url:
+        raise InputError(
+            "the scorer judge needs a running server: set base_url to its address, such as http://host:port/v1"
+        )
+    if settings.base_url is not None:
+        from spin.alignment.core.server_link import checked_url
+
+        checked_url(settings.base_url)  # its form only; the server is contacted when the scorer is made
+    if name in _READ and name != "judge":
         _check_model(settings)
 
 
 def _flag(field: str) -> str:
     """Return the name of a setting in the programs."""
     return f"scorer_{field}" if field in ("model", "batch_size", "max_length", "dtype") else field
-
-
-def _check_server(base_url: str | None) -> None:
-    if not base_url:
-        raise InputError(
-            "the scorer judge needs a running server: set base_url to its address, such as http://host:port/v1"
-        )
-    from spin.alignment.core.server_link import checked_url
-
-    checked_url(base_url)  # its form only; the server is contacted when the scorer is made
 
 
 def _check_model(settings: ScorerSettings) -> None:
@@ -67,11 +64,24 @@ def _check_model(settings: ScorerSettings) -> None:
         raise InputError(
             f"the scorer {settings.name} needs a model: set scorer_model to the folder or Hub name of a {kind}"
         )
-    from spin.alignment.models.folder import check_model_path
+    from spin.alignment.models.folder import check_model_path, read_config_file
 
-    check_model_path(settings.model)
-    if Path(settings.model).is_dir():
-        from spin.alignment.models.weights_check import check_model
+    check_model_path(settings.model, needs_weights=settings.base_url is None)
+    folder = Path(settings.model)
+    if not folder.is_dir():
+        return
+    if settings.base_url is not None:
+        from spin.alignment.rewards.served_classifier import check_served_folder
 
-        check_classifier_folder(Path(settings.model), kind)
-        check_model(Path(settings.model), "classifier", settings.trust_remote_code)
+        check_served_folder(folder, settings)
+        return
+    if settings.name == "preference_model" and is_pairrm(read_config_file(folder)):
+        from spin.alignment.rewards.pairrm import check_settings as check_pairrm_settings
+
+        check_pairrm_settings(settings)
+        check_pairrm(folder)
+        return
+    from spin.alignment.models.weights_check import check_model
+
+    check_classifier_folder(folder, kind)
+    check_model(folder, "classifier", settings.trust_remote_code)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import logging
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from spin.alignment.core.errors import InputError
@@ -15,6 +20,7 @@ from spin.alignment.models.folder import read_config_file
 from spin.alignment.models.vocabulary import check_ids
 from spin.alignment.rewards.base import ScorerSettings
 from spin.alignment.rewards.cache import ScoreCache, content_key
+from spin.alignment.rewards.pairrm_checkpoint import is_pairrm
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,8 +54,17 @@ def check_classifier_folder(folder: Path, kind: str) -> dict[str, Any]:
     Raises:
         InputError: the model is of another kind, or has another number of outputs.
     """
-    config: dict[str, Any] = read_config_file(folder)
+    return check_classifier_config(read_config_file(folder), folder, kind)
+
+
+def check_classifier_config(config: dict[str, Any], folder: Path, kind: str) -> dict[str, Any]:
+    """Return the content of a config.json; raise :class:`InputError` as :func:`check_classifier_folder`."""
     architectures = config.get("architectures") or []
+    if is_pairrm(config):
+        raise InputError(
+            f"{folder} is PairRM, which compares two responses and which no server computes: set scorer: preference_model, "
+            "without base_url"
+        )
     known = any("SequenceClassification" in name for name in architectures)
     if not known and "AutoModelForSequenceClassification" not in (config.get("auto_map") or {}):
         found = ", ".join(architectures) or "a model without a named architecture"
@@ -74,25 +89,39 @@ class SequenceClassifier:
         Raises:
             InputError: the wrong kind of model, no tokenizer, or a max_length beyond the model's context.
         """
-        from spin.alignment.core.provenance import hash_weights
-        from spin.alignment.data.chat_encoder import load_tokenizer
         from spin.alignment.models.folder import model_folder
         from spin.alignment.models.precision import resolve_dtype
-        from spin.alignment.models.weights_check import check_model
 
         assert settings.model is not None
         self.settings = settings
-        self.folder = model_folder(settings.model)
-        self.config = check_classifier_folder(self.folder, settings.name.replace("_", " "))
-        check_model(self.folder, "classifier", settings.trust_remote_code)
+        self.folder = model_folder(settings.model, needs_weights=settings.base_url is None)
+        self.config = self._check()
         self.dtype = resolve_dtype(settings.dtype)
-        self.tokenizer = load_tokenizer(self.folder, trust_remote_code=settings.trust_remote_code)
+        self.tokenizer = self._make_tokenizer()
         self.limit = self._limit()
         self.cut = 0
+        self.cache = ScoreCache(settings.cache_dir, settings.name, *self._identity())
+        self._models: list[Any] = []  # one on each device
+
+    def _identity(self) -> tuple[object, ...]:
+        """Return what decides the scores of an input, for the cache."""
+        from spin.alignment.core.provenance import hash_weights
+
         # Hashing reads all weights, so only if the cache needs it.
-        weights = hash_weights(self.folder) if settings.cache_dir else ""
-        self.cache = ScoreCache(settings.cache_dir, settings.name, weights, settings.dtype)
-        self._model: Any = None
+        return (hash_weights(self.folder) if self.settings.cache_dir else "", self.settings.dtype)
+
+    def _check(self) -> dict[str, Any]:
+        """Return the content of config.json after checking that the folder contains a classifier."""
+        from spin.alignment.models.weights_check import check_model
+
+        config = check_classifier_folder(self.folder, self.settings.name.replace("_", " "))
+        check_model(self.folder, "classifier", self.settings.trust_remote_code)
+        return config
+
+    def _make_tokenizer(self) -> Any:
+        from spin.alignment.data.chat_encoder import load_tokenizer
+
+        return load_tokenizer(self.folder, trust_remote_code=self.settings.trust_remote_code)
 
     def _limit(self) -> int:
         """Return the longest input in tokens; raise :class:`InputError` if max_length exceeds the model's context."""
@@ -159,23 +188,52 @@ class SequenceClassifier:
                 new[key] = item
         # Sorted by length there is little padding, and with the longest first an out-of-memory error comes early.
         order = sorted(new.items(), key=lambda entry: -len(entry[1].ids))
-        for start in range(0, len(order), self.settings.batch_size):
-            batch = order[start : start + self.settings.batch_size]
-            values = self._forward([item for _, item in batch])
-            for (_, item), value in zip(batch, values, strict=True):
-                if not math.isfinite(value):
-                    raise InputError(
-                        f"{self.folder} returned {value} for {item.where}: use another scorer_dtype or model"
-                    )
-            scored = {key: value for (key, _), value in zip(batch, values, strict=True)}
-            self.cache.add(scored)
-            found.update(scored)
+        size = self.settings.batch_size
+        batches = [order[start : start + size] for start in range(0, len(order), size)]
+        results = self._values([[item for _, item in batch] for batch in batches])
+        with closing(results):
+            for batch, values in zip(batches, results, strict=True):
+                self._check_finite(batch, values)
+                scored = {key: value for (key, _), value in zip(batch, values, strict=True)}
+                self.cache.add(scored)
+                found.update(scored)
         return [found[key] for key in keys]
 
-    def _forward(self, batch: Sequence[Encoded]) -> list[float]:
+    def _check_finite(self, batch: Sequence[tuple[str, Encoded]], values: Sequence[float]) -> None:
+        for (_, item), value in zip(batch, values, strict=True):
+            if not math.isfinite(value):
+                raise InputError(f"{self.folder} returned {value} for {item.where}: use another scorer_dtype or model")
+
+    def _values(self, batches: Sequence[Sequence[Encoded]]) -> Generator[list[float]]:
+        """Yield the logits of each batch, in order. With several devices, each computes the next batch that is waiting."""
+        models = self._loaded(len(batches)) if batches else []
+        if len(models) <= 1:
+            for batch in batches:
+                yield self._forward(batch, models[0])
+            return
+        idle: SimpleQueue[Any] = SimpleQueue()
+        for model in models:
+            idle.put(model)
+
+        def forward(batch: Sequence[Encoded]) -> list[float]:
+            model = idle.get()
+            try:
+                return self._forward(batch, model)
+            finally:
+                idle.put(model)
+
+        with ThreadPoolExecutor(len(models), thread_name_prefix="scorer") as threads:
+            results = [threads.submit(forward, batch) for batch in batches]
+            try:
+                for result in results:
+                    yield result.result()
+            finally:
+                for result in results:
+                    result.cancel()
+
+    def _forward(self, batch: Sequence[Encoded], model: Any) -> list[float]:
         import torch
 
-        model = self._loaded()
         # Decoder classifiers find the last token by the pad id. If the model has none, use an id that no input contains.
         config = model.config.get_text_config()
         named = config.pad_token_id
@@ -190,37 +248,58 @@ class SequenceClassifier:
         values: list[float] = logits.double().reshape(len(batch)).tolist()
         return values
 
-    def _loaded(self) -> Any:
-        if self._model is None:
-            import torch
-            from transformers import AutoModelForSequenceClassification
+    def _loaded(self, wanted: int) -> list[Any]:
+        """Return the model on as many devices as there are, but at most ``wanted``; those that are missing are loaded."""
+        devices = scoring_devices(self.settings.all_devices)[:wanted]
+        if len(self._models) < len(devices):
+            loaded = self._load().eval()
+            # A copy for every device but the last, which takes the weights that were read.
+            *others, last = devices[len(self._models) :]
+            self._models += [copy.deepcopy(loaded).to(device) for device in others] + [loaded.to(last)]
+        return self._models[: len(devices)]
 
-            from spin.alignment.models.library_output import without_progress_bars
-            from spin.alignment.models.weights_check import refuse_mismatch
+    def _load(self) -> Any:
+        from transformers import AutoModelForSequenceClassification
 
-            with without_progress_bars():
-                model, report = AutoModelForSequenceClassification.from_pretrained(
-                    self.folder,
-                    dtype=self.dtype,
-                    use_safetensors=True,
-                    trust_remote_code=self.settings.trust_remote_code,
-                    output_loading_info=True,
-                )
-            refuse_mismatch(self.folder, report, model.base_model_prefix, "classifier")
-            model.config.get_text_config().use_cache = False  # no generation, so keys and values would waste memory
-            self._model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-        return self._model
+        from spin.alignment.models.library_output import without_progress_bars
+        from spin.alignment.models.weights_check import refuse_mismatch
+
+        with without_progress_bars():
+            model, report = AutoModelForSequenceClassification.from_pretrained(
+                self.folder,
+                dtype=self.dtype,
+                use_safetensors=True,
+                trust_remote_code=self.settings.trust_remote_code,
+                output_loading_info=True,
+            )
+        refuse_mismatch(self.folder, report, model.base_model_prefix, "classifier")
+        model.config.get_text_config().use_cache = False  # no generation, so keys and values would waste memory
+        return model
 
     def close(self) -> None:
         """Free the memory of the weights. May be called twice; a later input reloads them."""
         self.cache.close()
-        if self._model is not None:
+        if self._models:
             import torch
 
-            self._model = None
+            self._models = []
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
+
+
+def scoring_devices(every: bool) -> list[str]:
+    """Return the devices that score in this process: its own GPU, or ``every`` visible one; the CPU if there is none.
+
+    Each of several processes (a training) has a GPU of its own, and uses no other.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return ["cpu"]
+    if not every or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return ["cuda"]
+    return [f"cuda:{number}" for number in range(torch.cuda.device_count())]
 
 
 def _unused_id(batch: Sequence[Encoded]) -> int:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
-from itertools import combinations, islice
+from collections.abc import Sequence
+from itertools import combinations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from spin.alignment.core.errors import InputError
@@ -121,7 +120,7 @@ class Judge:
         """Return for each question, in order, the probability that the first response wins; equal questions are asked once."""
         new = {question.key: question for question in questions if question.key not in self.cache}
         found: dict[str, float | None] = {}
-        for question, reply in self._replies(list(new.values())):
+        for question, reply in self.link.answers(list(new.values()), self._ask, self.settings.batch_size):
             verdict = read_verdict(reply)
             found[question.key] = verdict
             if verdict is not None:  # an unreadable reply is not cached, so that a rerun asks again
@@ -131,23 +130,6 @@ class Judge:
             self.unreadable += failures
             logger.warning("judge: %d of %d replies could not be parsed", failures, len(found))
         return [found[item.key] if item.key in found else self.cache[item.key] for item in questions]
-
-    def _replies(self, questions: Sequence[Question]) -> Iterator[tuple[Question, Any]]:
-        """Yield each question with its answer, keeping at most ``batch_size`` requests in flight."""
-        in_flight: dict[Future[Any], Question] = {}
-        waiting = iter(questions)
-        try:
-            while True:
-                for question in islice(waiting, self.settings.batch_size - len(in_flight)):
-                    in_flight[self.link.start(self._ask(question))] = question
-                if not in_flight:
-                    return
-                for future in wait(in_flight, return_when=FIRST_COMPLETED).done:
-                    question = in_flight.pop(future)
-                    yield question, future.result()
-        finally:
-            for future in in_flight:
-                future.cancel()
 
     async def _ask(self, question: Question) -> Any:
         body = {

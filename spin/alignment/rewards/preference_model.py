@@ -11,8 +11,9 @@ from itertools import combinations
 
 from spin.alignment.core.arithmetic import sigmoid
 from spin.alignment.rewards.base import GroupLabels, PromptGroup, ScorerSettings
-from spin.alignment.rewards.classifier import Encoded, SequenceClassifier
+from spin.alignment.rewards.classifier import Encoded
 from spin.alignment.rewards.conversation import plain_text
+from spin.alignment.rewards.served_classifier import make_classifier
 from spin.alignment.rewards.win_rates import Pair, both_orders, labels_of
 
 SOURCE, FIRST, SECOND = "<|source|>", "<|candidate1|>", "<|candidate2|>"
@@ -28,7 +29,7 @@ class PreferenceModel:
     def __init__(self, settings: ScorerSettings) -> None:
         """Check the model; its weights are loaded at the first uncached pair."""
         self.settings = settings
-        self.classifier = SequenceClassifier(settings)
+        self.classifier = make_classifier(settings)
         tokenizer = self.classifier.tokenizer
         self._start = [token for token in (tokenizer.cls_token_id, tokenizer.bos_token_id) if token is not None][:1]
         self._separator = [tokenizer.sep_token_id] if tokenizer.sep_token_id is not None else []

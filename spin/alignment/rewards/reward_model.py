@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 from spin.alignment.core.errors import InputError
 from spin.alignment.rewards.base import GroupLabels, PromptGroup, ScorerSettings
-from spin.alignment.rewards.classifier import Encoded, SequenceClassifier
+from spin.alignment.rewards.classifier import Encoded
 from spin.alignment.rewards.conversation import plain_text, template_ids
+from spin.alignment.rewards.served_classifier import make_classifier
 
 
 class RewardModel:
@@ -21,7 +22,7 @@ class RewardModel:
     def __init__(self, settings: ScorerSettings) -> None:
         """Check the model; its weights are loaded at the first uncached response."""
         self.settings = settings
-        self.classifier = SequenceClassifier(settings)
+        self.classifier = make_classifier(settings)
 
     def label(self, groups: Sequence[PromptGroup]) -> list[GroupLabels]:
         """See :meth:`GroupScorer.label`.

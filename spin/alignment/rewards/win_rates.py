@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 
+from spin.alignment.core.arithmetic import sigmoid
 from spin.alignment.rewards.base import GroupLabels
 
 Pair = tuple[int, int]
@@ -27,6 +29,19 @@ def win_matrix(count: int, wins: Mapping[Pair, float]) -> list[list[float]]:
     for (i, j), value in wins.items():
         matrix[i][j], matrix[j][i] = value, 1.0 - value
     return matrix
+
+
+def probabilities_of(count: int, margins: Mapping[Pair, float]) -> dict[Pair, float | None]:
+    """Return P(i beats j) of all pairs i < j from ``margins[i, j]`` = logit(i, j) - logit(j, i); pairs that are left out have 0.
+
+    s_i is the mean of i's margins over all items, including itself (0), and P(i beats j) = sigmoid(s_i - s_j): LLM-Blender's
+    scores (arXiv 2306.02561) as SPPO's published code reads them (arXiv 2405.00675).
+    """
+    scores = [0.0] * count
+    for item in range(count):
+        signed = ((1 if item == i else -1) * margin for (i, j), margin in margins.items() if item in (i, j))
+        scores[item] = math.fsum(signed) / count
+    return {(i, j): sigmoid(scores[i] - scores[j]) for i, j in combinations(range(count), 2)}
 
 
 def failed_items(count: int, unknown: Sequence[Pair]) -> set[int]:

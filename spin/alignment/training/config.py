@@ -94,6 +94,11 @@ class SPINConfig(SPINKeys, TrainingArguments):
         return {**self.__dict__, "hub_token": None}
 
     @property
+    def sampled_sides(self) -> tuple[str, ...]:
+        """The responses of a pair that the policy in training has sampled itself: none of stored pairs."""
+        return ()
+
+    @property
     def loss(self) -> Loss:
         """The loss named by ``loss_type``, with its declared properties."""
         return find_loss(self.loss_type)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 _NAMES = ("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins")
 # How far the policy has moved from the reference; only logged for losses that use one.
 _DRIFT = ("drift/chosen", "drift/chosen_per_token")
+# KL(policy || reference) in nats per token; only logged if responses were sampled by the policy (online training).
+_KL, _KL_TOKENS = "kl", "kl tokens"
 # Logged with their standard error over the pairs (``_se``): the report states them as results.
 _WITH_ERROR = ("rewards/accuracies", "rewards/margins", "drift/chosen")
 _SQUARES = " squared"
@@ -42,11 +45,14 @@ class PairAverages:
 class PairMetrics:
     """Accumulates the sums of micro-batches until they are averaged."""
 
-    def __init__(self, loss: Loss) -> None:
-        """``loss`` declares which responses a pair has, and whether there is a reference."""
+    def __init__(self, loss: Loss, sampled: Sequence[str] = ()) -> None:
+        """``loss`` declares which responses a pair has, and whether there is a reference; ``sampled`` are those of them that the
+        policy itself has sampled."""
         means = metric_names(loss)
+        self._sampled = [loss.responses.index(name) for name in sampled] if loss.needs_reference else []
         self._spread = tuple(name for name in _WITH_ERROR if name in means)
-        self._names = (*means, "pairs", "tokens", *(f"{name}{_SQUARES}" for name in self._spread))
+        kl = (_KL, _KL_TOKENS) if self._sampled else ()
+        self._names = (*means, "pairs", "tokens", *kl, *(f"{name}{_SQUARES}" for name in self._spread))
         self._sums: dict[str, list[Tensor]] = defaultdict(list)
 
     @torch.no_grad()
@@ -64,12 +70,26 @@ class PairMetrics:
             "rewards/margins": margins,
             **{f"logps/{name}": values for name, values in zip(inputs.responses, logps, strict=True)},
             **self._drift(inputs, logps[0]),
+            **self._kl(inputs),
             "pairs": torch.ones_like(margins),
             "tokens": mask.sum().double(),
         }
         values |= {f"{name}{_SQUARES}": values[name].double() ** 2 for name in self._spread}
         for name in self._names:
             self._sums[name].append(values[name].double().sum())
+
+    def _kl(self, inputs: LossInputs) -> dict[str, Tensor]:
+        """Return the sum over the tokens of sampled responses of ``ratio - 1 - log ratio``, with ratio = reference / policy, and
+        the number of these tokens. For responses of the present policy, the mean estimates KL(policy || reference) without bias,
+        and is never negative (J. Schulman, "Approximating KL divergence", 2020)."""
+        if not self._sampled:
+            return {}
+        assert inputs.reference_logps is not None
+        logratios = inputs.reference_logps.double() - inputs.policy_logps.detach().double()  # (kB, T)
+        terms, masks = inputs.split(torch.expm1(logratios) - logratios), inputs.split(inputs.completion_mask)
+        kept = [masks[place].double() for place in self._sampled]
+        summed = sum((terms[place] * mask).sum() for place, mask in zip(self._sampled, kept, strict=True))
+        return {_KL: torch.as_tensor(summed), _KL_TOKENS: torch.stack([mask.sum() for mask in kept]).sum()}
 
     def counted(self) -> tuple[int, int]:
         """Return the number of pairs and completion tokens that this process has added since they were averaged last."""
@@ -100,9 +120,12 @@ class PairMetrics:
         total = dict(zip(self._names, totals.tolist(), strict=True))
         pairs, tokens = total.pop("pairs"), total.pop("tokens")
         squares = {name: total.pop(f"{name}{_SQUARES}") for name in self._spread}
+        divergence, tokens_of_kl = total.pop(_KL, 0.0), total.pop(_KL_TOKENS, 0.0)
         if not pairs:
             return None
         values = {name: value / pairs for name, value in total.items()}
+        if self._sampled:
+            values[_KL] = divergence / max(1.0, tokens_of_kl)
         if pairs > 1:
             for name, square in squares.items():
                 variance = max(0.0, square - pairs * values[name] ** 2) / (pairs - 1)

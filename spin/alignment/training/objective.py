@@ -18,7 +18,7 @@ class PairObjective:
 
     def __init__(self, args: SPINConfig, first_loss: FirstLoss) -> None:
         self.args, self.first_loss = args, first_loss
-        self.metrics = {"train": PairMetrics(args.loss), "eval": PairMetrics(args.loss)}
+        self.metrics = {mode: PairMetrics(args.loss, args.sampled_sides) for mode in ("train", "eval")}
         self._faults: list[torch.Tensor] = []
 
     def __call__(

@@ -1,9 +1,9 @@
-"""Generation with an OpenAI-compatible server that is already running: token ids in, token ids out, one request per response."""
+"""Generation with an OpenAI-compatible server that is already running: one request per response."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from itertools import islice
 from pathlib import Path
@@ -11,29 +11,18 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from spin.alignment.core.errors import InputError
+from spin.alignment.core.served_models import Card, is_another, listed, matching_card, read_cards
 from spin.alignment.core.server_link import RetryPolicy, ServerLink, TryAgain
-from spin.alignment.generation.base import (
-    GenerationBackend,
-    PromptRequest,
-    Response,
-    SamplingConfig,
-    check_sampled,
-    logit_bias,
-    sample_seed,
-)
+from spin.alignment.generation.base import GenerationBackend, PromptRequest, Response, SamplingConfig
+from spin.alignment.generation.openai.sampled_ids import RIGHT_SERVER, Answer, SampledIds
+from spin.alignment.generation.openai.text_ids import TextIds
 
 if TYPE_CHECKING:
     from spin.alignment.generation.base import BackendSettings
 
-Card = dict[str, Any]
-
 DEFAULT_BATCH_SIZE = 64
 # Short, because there is no point in waiting for a server that was never started.
 FIRST_CONTACT = RetryPolicy(attempts=3, timeout=30.0)
-RIGHT_SERVER = (
-    "this backend needs a server that takes and returns token ids (vLLM 0.10.2 or newer: `vllm serve MODEL "
-    "--generation-config vllm`), because responses are never re-tokenized from text"
-)
 
 
 class OpenAIBackend(GenerationBackend):
@@ -49,38 +38,35 @@ class OpenAIBackend(GenerationBackend):
         """
         _check_settings(settings)
         self.settings = settings
-        self._masked = frozenset(settings.masked_ids)
-        self._bias = {str(token): bias for token, bias in logit_bias(settings.masked_ids).items()}
         self.policy = policy or RetryPolicy()
         self.batch_size = settings.batch_size or DEFAULT_BATCH_SIZE
         key = os.environ.get("OPENAI_API_KEY", "").strip()
         self.link = ServerLink(settings.base_url, self.batch_size, key)
         try:
-            self.model_name = find_model(self._cards(first_contact), settings, str(self.link.url))
+            model_name = find_model(read_cards(self.link, first_contact, RIGHT_SERVER), settings, str(self.link.url))
+            self.protocol: SampledIds | TextIds = (
+                SampledIds(settings, self.link, model_name)
+                if settings.token_ids == "sampled"
+                else TextIds(settings, self.link, model_name, self.policy)
+            )
         except BaseException:
             self.link.close()
             raise
-
-    def _cards(self, policy: RetryPolicy) -> list[Card]:
-        answer = self.link.start(self.link.send("/models", "the request for its models", policy)).result()
-        cards = answer.get("data") if isinstance(answer, dict) else None
-        if not isinstance(cards, list) or not all(isinstance(card, dict) and card.get("id") for card in cards):
-            raise InputError(f"{self.link.url}/models lists no models: {RIGHT_SERVER}")
-        return cards
 
     def stream(
         self, requests: Iterable[PromptRequest], sampling: SamplingConfig
     ) -> Iterator[tuple[int, list[Response]]]:
         """See :meth:`GenerationBackend.stream`; keeps at most ``batch_size`` requests in flight."""
         waiting = ((n, request, sample) for n, request in enumerate(requests) for sample in range(sampling.num_samples))
-        in_flight: dict[Future[Card], tuple[int, PromptRequest, int]] = {}
+        in_flight: dict[Future[Answer], tuple[int, PromptRequest, int]] = {}
         # Filled by callbacks in the thread of the event loop, read here.
-        landed: SimpleQueue[Future[Card]] = SimpleQueue()
+        landed: SimpleQueue[Future[Answer]] = SimpleQueue()
         rows: dict[int, dict[int, Response]] = {}
 
         def fill() -> None:
             for n, request, sample in islice(waiting, self.batch_size - len(in_flight)):
-                future = self.link.start(self._ask(request, self._body(request, sample, sampling)))
+                self.protocol.prepare(request, sampling)
+                future = self.link.start(self._ask(request, self.protocol.body(request, sample, sampling)))
                 in_flight[future] = (n, request, sample)
                 future.add_done_callback(landed.put)
 
@@ -90,7 +76,7 @@ class OpenAIBackend(GenerationBackend):
                 future = landed.get()
                 n, request, sample = in_flight.pop(future)
                 row = rows.setdefault(n, {})
-                row[sample] = self._response(future.result(), request, sampling)
+                row[sample] = self.protocol.response(future.result(), request, sampling)
                 # New requests are sent before the result is yielded, because the caller may take a while with it.
                 fill()
                 if len(row) == sampling.num_samples:
@@ -100,80 +86,19 @@ class OpenAIBackend(GenerationBackend):
             for future in in_flight:
                 future.cancel()
 
-    def _body(self, request: PromptRequest, sample: int, sampling: SamplingConfig) -> dict[str, Any]:
-        """The body of one request. Every setting is explicit, so that no default of the server affects sampling."""
-        return {
-            "model": self.model_name,
-            "prompt": [int(token) for token in request.token_ids],
-            "n": 1,
-            "stream": False,
-            "max_tokens": sampling.longest(request),
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k,
-            "min_p": sampling.min_p,
-            "repetition_penalty": sampling.repetition_penalty,
-            "presence_penalty": 0.0,
-            "frequency_penalty": 0.0,
-            "seed": sample_seed(sampling.seed, request.prompt_id, sample),
-            # Only these ids end a response: the EOS in the model's configuration must not be added.
-            "stop_token_ids": list(self.settings.stop_ids),
-            "ignore_eos": True,
-            "stop": list(sampling.stop),
-            # Stop texts are matched against text with the markers of its parts, as this project decodes it.
-            "skip_special_tokens": False,
-            "return_token_ids": True,
-            **({"logit_bias": self._bias} if self._bias else {}),
-            # 0: the log-prob of the sampled token and of no other.
-            **({"logprobs": 0} if sampling.logprobs else {}),
-        }
-
-    async def _ask(self, request: PromptRequest, body: dict[str, Any]) -> Card:
-        """Return the only choice of the answer; it is checked later, in the caller's thread."""
+    async def _ask(self, request: PromptRequest, body: dict[str, Any]) -> Answer:
+        """Return an answer with one choice; the choice is checked later, in the caller's thread."""
         purpose = f"prompt {request.prompt_id}"
-        answer = await self.link.send("/completions", purpose, self.policy, body, body["max_tokens"], _check_aborted)
-        choice = _only_choice(answer)
-        if choice is None:
-            raise InputError(f"the answer of {self.link.url} to {purpose} contains no completion: {RIGHT_SERVER}")
-        return choice
-
-    def _response(self, choice: Card, request: PromptRequest, sampling: SamplingConfig) -> Response:
-        """Return the sampled response; raise :class:`InputError` unless the server did exactly as requested."""
-        ids, server, prompt = choice.get("token_ids"), f"the server at {self.link.url}", f"prompt {request.prompt_id}"
-        if not isinstance(ids, list):
-            raise InputError(f"{server} returned text but no token ids: {RIGHT_SERVER}")
-        if choice.get("prompt_token_ids") not in (None, list(request.token_ids)):
-            raise InputError(f"{server} changed the token ids of {prompt} before it answered: {RIGHT_SERVER}")
-        check_sampled(ids, self._masked, server)
-        logprobs = self._logprobs(choice, ids, prompt) if sampling.logprobs else None
-        reason, limit = choice.get("finish_reason"), sampling.longest(request)
-        if reason not in ("stop", "length"):
-            raise InputError(f"{server} did not finish {prompt}: the finish reason is {reason!r}, not stop or length")
-        if ids and ids[-1] in self.settings.stop_ids:
-            return Response(ids, "stop", logprobs)
-        # vLLM reports the stop text that ended a response as its stop_reason.
-        if ids and reason == "stop" and sampling.stop and choice.get("stop_reason") in sampling.stop:
-            length = _completing_length(ids, sampling.stop, self.settings.decode)
-            return Response(ids[:length], "stop", logprobs[:length] if logprobs else None)
-        if reason == "length" and len(ids) == limit:
-            return Response(ids, "length", logprobs)
-        last = f", the last is {ids[-1]}" if ids else ""
-        raise InputError(
-            f"{server} ended {prompt} ({reason}) after {len(ids)} of {limit} tokens{last}, without a requested reason: "
-            "start it with --generation-config vllm and without limits of its own"
+        answer: Answer = await self.link.send(
+            "/completions", purpose, self.policy, body, body["max_tokens"], _check_aborted
         )
-
-    def _logprobs(self, choice: Card, ids: list[int], prompt: str) -> list[float]:
-        values = (choice.get("logprobs") or {}).get("token_logprobs")
-        if not isinstance(values, list) or len(values) != len(ids) or None in values:
-            raise InputError(
-                f"the server at {self.link.url} did not return a log-prob for each token of {prompt}: remove --logprobs, or "
-                "use a server that supports them (vLLM)"
-            )
-        return [float(value) for value in values]
+        if _only_choice(answer) is None:
+            raise InputError(f"the answer of {self.link.url} to {purpose} contains no completion: {RIGHT_SERVER}")
+        return answer
 
     def close(self) -> None:
         """Cancel requests in flight and close the connections; the server keeps running."""
+        self.protocol.close()
         self.link.close()
 
 
@@ -202,20 +127,6 @@ def _check_aborted(answer: Any) -> None:
         raise TryAgain("it aborted the request")
 
 
-def _completing_length(ids: Sequence[int], stop: Sequence[str], decode: Callable[[Sequence[int]], str] | None) -> int:
-    """Return the number of ids up to and including the one that completes a stop text.
-
-    A server that samples several tokens per step (speculative decoding) may return some that follow it.
-    """
-    length = len(ids)
-    while decode is not None and length > 1:
-        text = decode(ids[: length - 1])
-        if not any(end in text for end in stop):
-            break
-        length -= 1
-    return length
-
-
 def find_model(cards: Sequence[Card], settings: BackendSettings, url: str) -> str:
     """Return the name under which the server serves the model, or the adapter on top of it.
 
@@ -226,12 +137,12 @@ def find_model(cards: Sequence[Card], settings: BackendSettings, url: str) -> st
         InputError: the server serves something else, or too short a context.
     """
     models = [card for card in cards if not card.get("parent")]
-    card = _matching(models, settings.model)
+    card = matching_card(models, settings.model)
     if card is None:
         name = Path(settings.model).resolve().name
         raise InputError(
-            f"the server at {url} serves {_listed(models)}, not {settings.model}: start one with `vllm serve "
-            f"{settings.model} --served-model-name {name} --generation-config vllm`"
+            f"the server at {url} serves {listed(models)}, not {settings.model}: start one that lists it as {name}, such as "
+            f"`vllm serve {settings.model} --served-model-name {name} --generation-config vllm`"
         )
     context, needed = card.get("max_model_len"), settings.max_model_len
     if context is not None and needed is not None and context < needed:
@@ -243,40 +154,12 @@ def find_model(cards: Sequence[Card], settings: BackendSettings, url: str) -> st
         return str(card["id"])
     adapter = Path(settings.adapter).resolve()
     for other in cards:
-        if other["id"] == adapter.name and other is not card and not _is_another(other, settings.adapter):
+        if other["id"] == adapter.name and other is not card and not is_another(other, settings.adapter):
             return adapter.name
     raise InputError(
-        f"the server at {url} serves {_listed(cards)}, but no adapter {settings.adapter}: start it with --enable-lora "
+        f"the server at {url} serves {listed(cards)}, but no adapter {settings.adapter}: start it with --enable-lora "
         f"--lora-modules {adapter.name}={adapter}"
     )
-
-
-def _matching(cards: Sequence[Card], model: str) -> Card | None:
-    """Return the first card with the best kind of match: the same id or path, else (for a folder) the same folder name."""
-    cards = [card for card in cards if not _is_another(card, model)]
-    words = {model, str(Path(model).resolve())} if Path(model).is_dir() else {model}
-    folder_names = {Path(word).name for word in words} if Path(model).is_dir() else set()
-    kinds: tuple[Callable[[Card], bool], ...] = (
-        lambda card: card["id"] in words,
-        lambda card: card.get("root") in words,
-        lambda card: Path(card["id"]).name in folder_names,
-        lambda card: Path(card.get("root") or "").name in folder_names,
-    )
-    return next((card for known in kinds for card in cards if known(card)), None)
-
-
-def _is_another(card: Card, model: str) -> bool:
-    """Return whether the server loaded a folder that exists here too and is not the requested one."""
-    root = Path(card.get("root") or "")
-    return root.is_absolute() and root.is_dir() and Path(model).is_dir() and not root.samefile(model)
-
-
-def _listed(cards: Sequence[Card]) -> str:
-    """Return the names of the models, and where they were loaded from if that differs."""
-    shown = [
-        card["id"] + (f" (from {card['root']})" if card.get("root") not in (None, card["id"]) else "") for card in cards
-    ]
-    return ", ".join(shown) or "nothing"
 
 
 __all__ = ["OpenAIBackend", "RetryPolicy", "find_model"]

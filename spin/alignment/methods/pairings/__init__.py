@@ -15,7 +15,7 @@ from spin.alignment.methods.pairings.base import (
 from spin.alignment.methods.pairings.best_vs_ground_truth import best_vs_ground_truth
 from spin.alignment.methods.pairings.best_vs_random import best_vs_random
 from spin.alignment.methods.pairings.best_vs_worst import best_vs_worst
-from spin.alignment.methods.pairings.every_sample import every_sample
+from spin.alignment.methods.pairings.every_sample import EverySample, every_sample
 from spin.alignment.methods.pairings.ground_truth import ground_truth
 from spin.alignment.methods.pairings.win_rate import win_rate
 
@@ -23,7 +23,7 @@ PAIRINGS: dict[str, Pairing] = {
     "best_vs_ground_truth": Labelled(best_vs_ground_truth, needs=("rejected_score", "chosen_score"), min_samples=1),
     "best_vs_random": Labelled(best_vs_random),
     "best_vs_worst": Labelled(best_vs_worst),
-    "every_sample": Labelled(every_sample, labels=(REWARD,), even=True, prefers=False, relative=REWARD),
+    "every_sample": EverySample(every_sample, labels=(REWARD,), prefers=False, relative=REWARD),
     "ground_truth": EveryRow(ground_truth),
     "win_rate": Labelled(win_rate, labels=(WIN_PROB, PAIR_WIN_PROB)),
 }

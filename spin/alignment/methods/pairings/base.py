@@ -28,7 +28,7 @@ class Pairing:
         needs: label columns that it reads from the rows; a scorer must have written them.
         labels: labels that it adds to its pairs.
         min_samples: minimum number of responses to a prompt.
-        even: whether it uses two responses per row, so that their number must be even.
+        even: whether it uses each response once, two per row, so that their number must be even.
         prefers: whether one response of a pair is preferred; otherwise each is trained on separately.
         relative: a label that is a score minus the soft mean of its group; online training chooses the group and b.
     """
@@ -73,9 +73,18 @@ class Pairing:
         """Return whether its pairs have a label."""
         return label.columns[0] in self.adds
 
+    @property
+    def counts_unpaired(self) -> bool:
+        """Whether responses with a score can be left over, so that they are counted."""
+        return self.even
+
     def unpaired(self, rows: Sequence[Row]) -> int:
-        """Return the number of responses to one prompt that remain unpaired when each pair uses two."""
+        """Return the number of scored responses to one prompt that are left over."""
         return 0
+
+    def for_baseline(self, baseline: str) -> Pairing:
+        """Return this pairing for labels that online training makes relative to the ``prompt`` or the ``batch``."""
+        return self
 
 
 @dataclass(frozen=True)
@@ -116,19 +125,27 @@ class Labelled(Pairing):
         Raises:
             InputError: a row has no label, or the labels of a prompt contradict each other.
         """
+        known = self.known(rows)
+        return self.pair(known) if len(known) >= self.min_samples else []
+
+    def known(self, rows: Sequence[Row]) -> list[Row]:
+        """Return the rows that the scorer did not fail on, by sample index.
+
+        Raises:
+            InputError: a row has no label.
+        """
         for row in rows:
             missing = [name for name in self.needs if name not in row]
             if missing:
                 raise InputError(
                     f"prompt {row['prompt_id']} has no {missing[0]}: score the responses with a scorer first"
                 )
-        known = sorted(
+        return sorted(
             (row for row in rows if row["rejected_score"] is not None), key=lambda row: int(row["sample_index"])
         )
-        return self.pair(known) if len(known) >= self.min_samples else []
 
     def unpaired(self, rows: Sequence[Row]) -> int:
-        """Return the number of scored responses to one prompt (0 or 1) that remain unpaired when each pair uses two."""
+        """Return the number of scored responses to one prompt (0 or 1) that are left over when each row uses two."""
         return sum(row["rejected_score"] is not None for row in rows) % 2 if self.even else 0
 
 

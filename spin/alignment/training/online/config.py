@@ -9,7 +9,7 @@ from spin.alignment.core.settings import changed_of, check_settings, part_of
 from spin.alignment.core.sides import SIDES
 from spin.alignment.generation import BACKENDS, find_backend
 from spin.alignment.generation.base import SamplingConfig
-from spin.alignment.methods.pairings import check_num_samples, find_pairing
+from spin.alignment.methods.pairings import Pairing, check_num_samples, find_pairing
 from spin.alignment.pairs.annotate import check_loss
 from spin.alignment.rewards.base import ScorerSettings
 from spin.alignment.training.config import SPINConfig
@@ -62,7 +62,8 @@ class OnlineConfig(OnlineKeys, SPINConfig):
             raise InputError(
                 f"eval_strategy is {self.eval_strategy}, but there are no held-out prompts: set eval_prompts"
             )
-        for name, default in (("eval_limit", 0), ("eval_split", "test"), ("eval_temperatures", [0.0, 1.0])):
+        defaults = {"eval_limit": 0, "eval_split": "test", "eval_temperatures": [0.0, 1.0], "eval_samples": 1}
+        for name, default in (defaults | {"eval_pass_score": 1.0, "eval_on_start": False}).items():
             if not self.eval_prompts and getattr(self, name) != default:
                 raise InputError(
                     f"{name} is {getattr(self, name)}, but there are no held-out prompts: set eval_prompts (in spin run: "
@@ -72,13 +73,30 @@ class OnlineConfig(OnlineKeys, SPINConfig):
             raise InputError(
                 f"eval_temperatures is {self.eval_temperatures}: list one or more temperatures, without duplicates"
             )
+        if self.eval_samples > 1 and not any(self.eval_temperatures):
+            raise InputError(
+                f"eval_samples is {self.eval_samples}, but temperature 0 draws the same response every time: add a temperature "
+                "above 0 to eval_temperatures, or remove eval_samples"
+            )
         super().__post_init__()
+
+    def samples_at(self, temperature: float) -> int:
+        """Return the number of responses to each held-out prompt at a temperature."""
+        return self.eval_samples if temperature else 1
+
+    @property
+    def sampled_sides(self) -> tuple[str, ...]:
+        """Both sides of a pair, unless one of them is the ground truth: then the rejected one, if it is always the policy's."""
+        pairing = find_pairing(self.pairing)
+        if not pairing.needs_ground_truth:
+            return SIDES
+        return SIDES[1:] if pairing.keeps_rows else ()
 
     def _check_method(self) -> None:
         """Check that sampling, scorer, pairing and loss are compatible."""
         pairing = find_pairing(self.pairing)
         self.needs = pairing.needs
-        check_num_samples(self.pairing, pairing, self.num_samples)
+        self._check_num_samples(pairing)
         if self.needs and not self.scorer:
             raise InputError(f"pairing {self.pairing} compares scores, but no scorer is set: set scorer")
         check_loss(self.pairing, self.loss_type)
@@ -101,6 +119,16 @@ class OnlineConfig(OnlineKeys, SPINConfig):
                 f"eval_prompts is set, but the scorer {self.scorer} compares responses, and the one response to a "
                 "held-out prompt has no other to compare with: remove eval_prompts, or score with a rule or a reward model"
             )
+
+    def _check_num_samples(self, pairing: Pairing) -> None:
+        """Check the number of responses per prompt; relative to the batch, one may be enough."""
+        enough_for_batch = pairing.for_baseline("batch").min_samples
+        if self.baseline == "prompt" and enough_for_batch <= self.num_samples < pairing.min_samples:
+            raise InputError(
+                f"num_samples is {self.num_samples}, but relative to its prompt's mean a response alone always has the reward 0: "
+                f"sample {pairing.min_samples} or more, or set baseline: batch"
+            )
+        check_num_samples(self.pairing, pairing.for_baseline(self.baseline), self.num_samples)
 
     @property
     def scorer_settings(self) -> ScorerSettings | None:

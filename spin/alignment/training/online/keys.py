@@ -82,6 +82,22 @@ class OnlineKeys:
     )
     eval_limit: int = setting(0, "number of held-out prompts to use (0: all)", ge=0)
 
+    eval_samples: int = setting(
+        1,
+        "responses to each held-out prompt at temperatures above 0; with several, best-of-n and pass@k are logged",
+        ge=1,
+    )
+    eval_pass_score: float = setting(1.0, "lowest score of a held-out response that passes, for pass@k")
+
+    kept_prompts: int = setting(
+        4,
+        "prompts of each step whose responses and scores are stored in output_dir/responses (0: none)",
+        group="stored responses",
+        ge=0,
+        recorded=False,
+    )
+    kept_steps: int = setting(100, "newest steps whose responses are stored", ge=1, recorded=False)
+
     learning_rate: float = setting(1e-6, "peak learning rate", group="optimiser", gt=0)
     warmup_steps: float = setting(15, "number of warm-up steps; below 1: as a fraction of all steps", ge=0)
     save_strategy: str = setting("steps", "when to save a checkpoint: no, steps, epoch", recorded=False)

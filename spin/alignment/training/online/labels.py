@@ -15,6 +15,7 @@ from spin.alignment.methods.pairings import find_pairing
 from spin.alignment.methods.soft_mean import soft_mean
 from spin.alignment.pairs.annotate import Labeller, count_failures
 from spin.alignment.rewards import make_scorer
+from spin.alignment.training.online.kept_responses import response_rows
 
 if TYPE_CHECKING:
     from spin.alignment.data.chat_encoder import ChatEncoder
@@ -37,10 +38,20 @@ class StepCounts:
     scored: int = 0
     score_sum: float = 0.0
     failed: int = 0
+    logp_sum: float = 0.0
+    logp_tokens: int = 0
+    updates: int = 0
+    lag: int = 0
     without_pair: int = 0
     unpaired: int = 0
     pairs: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+
+    def add_logps(self, responses: Sequence[Response]) -> None:
+        """Add the policy's own log-probs (nats) of sampled tokens, where the sampler returned them."""
+        for logps in (response.logprobs for response in responses if response.logprobs is not None):
+            self.logp_sum += sum(logps)
+            self.logp_tokens += len(logps)
 
     def add(self, rows: Sequence[dict[str, Any]], reads_ground_truth: bool) -> None:
         """Count the responses to one prompt and their scores, including the ground truth's if the pairing reads it."""
@@ -68,20 +79,31 @@ class PairMaker:
 
     def __init__(self, config: OnlineConfig, encoder: ChatEncoder, scorer: GroupScorer | None) -> None:
         self.config, self.encoder = config, encoder
-        self.pairing, self.loss = find_pairing(config.pairing), find_loss(config.loss_type)
+        self.pairing = find_pairing(config.pairing).for_baseline(config.baseline)
+        self.loss = find_loss(config.loss_type)
         self.labeller = None if scorer is None else Labeller(scorer)
+        self.kept: list[dict[str, Any]] = []
 
     def make(
-        self, prompts: Sequence[OnlinePrompt], responses: Sequence[Sequence[Response]], counts: StepCounts
+        self,
+        prompts: Sequence[OnlinePrompt],
+        responses: Sequence[Sequence[Response]],
+        counts: StepCounts,
+        keep: int = 0,
     ) -> list[dict[str, Any]]:
-        """Return the pairs as features of a batch: ids and the labels that the loss reads. Updates ``counts``.
+        """Return the pairs as features of a batch: ids and the labels that the loss reads. Updates ``counts``, and sets
+        :attr:`kept` to the rows of the table of responses for the first ``keep`` prompts.
 
         Raises:
             InputError: the scorer or the pairing cannot use a row; the message names it.
         """
         features: list[dict[str, Any]] = []
-        for prompt, rows in zip(prompts, self.label(prompts, responses, counts), strict=True):
+        self.kept = []
+        labelled = self.label(prompts, responses, counts)
+        for place, (prompt, some, rows) in enumerate(zip(prompts, responses, labelled, strict=True)):
             pairs = self.pairing(rows)
+            if place < keep:
+                self.kept += response_rows(rows, pairs, [response.logprobs for response in some])
             counts.without_pair += not pairs
             counts.unpaired += self.pairing.unpaired(rows)
             made = [self._feature(prompt, pair) for pair in pairs]
@@ -101,26 +123,32 @@ class PairMaker:
         rows = [self._rows(prompt, some) for prompt, some in zip(prompts, responses, strict=True)]
         if self.labeller is not None:
             self.labeller.label(rows)
-        for group in rows:
+        for group, some in zip(rows, responses, strict=True):
             counts.add(group, "chosen_score" in self.config.needs)
+            counts.add_logps(some)
         return rows
 
     def score(
         self, prompts: Sequence[OnlinePrompt], responses: Sequence[Sequence[Response]], counts: StepCounts
-    ) -> None:
-        """Score held-out responses; updates ``counts``. One that cannot be scored is counted as failed and named in a warning,
-        because an evaluation must not end the training that it observes.
+    ) -> list[list[float | None]]:
+        """Return the scores of held-out responses by prompt; updates ``counts``.
+
+        One that cannot be scored is counted as failed and named in a warning, because an evaluation must not end the training
+        that it observes.
         """
         try:
-            self.label(prompts, responses, counts)
+            labelled = self.label(prompts, responses, counts)
         except InputError:
+            labelled = []
             # Once more, prompt by prompt, to keep the scores of the others.
             for prompt, some in zip(prompts, responses, strict=True):
                 try:
-                    self.label([prompt], [some], counts)
+                    labelled += self.label([prompt], [some], counts)
                 except InputError as error:
-                    counts.add([row | {"rejected_score": None} for row in self._rows(prompt, some)], False)
+                    labelled.append([row | {"rejected_score": None} for row in self._rows(prompt, some)])
+                    counts.add(labelled[-1], False)
                     logger.warning("held-out prompt %s is not scored: %s", prompt.prompt_id, error)
+        return [[row.get("rejected_score") for row in rows] for rows in labelled]
 
     def _rows(self, prompt: OnlinePrompt, responses: Sequence[Response]) -> list[dict[str, Any]]:
         return [

@@ -17,6 +17,7 @@ from spin.alignment.training.accounting import accounting
 from spin.alignment.training.described import Described, describe_function
 from spin.alignment.training.online.config import OnlineConfig
 from spin.alignment.training.online.labels import PairMaker, scorer_of
+from spin.alignment.training.online.pass_rates import pass_names
 from spin.alignment.training.online.prompts import PromptDataset, check_scorable, load_splits
 from spin.alignment.training.online.trainer import OnlineTrainer
 from spin.alignment.training.program import TrainingData, TrainingJob, TrainingProgram
@@ -119,8 +120,12 @@ class OnlineTraining(TrainingProgram):
 
     def held_out_metrics(self, arguments: Any) -> list[str]:
         """Return the measures of the responses to held-out prompts at each temperature."""
-        prefixes = [f"t{temperature:g}" for temperature in arguments.eval_temperatures]
-        return [f"{prefix}_{name}" for prefix in prefixes for name in ("score", "length", "truncated")]
+        names = []
+        for temperature in arguments.eval_temperatures:
+            samples = arguments.samples_at(temperature)
+            measures = ["score", "length", "truncated", *(pass_names(samples) if samples > 1 else [])]
+            names += [f"t{temperature:g}_{name}" for name in measures]
+        return names
 
     def load_data(self, settings: Settings, encoder: ChatEncoder) -> TrainingData:
         """Load, mix and encode the prompts; skipped ones are counted by split and reason."""

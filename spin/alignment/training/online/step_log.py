@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
 _SUMMED = (
     *("prompts", "responses", "tokens", "truncated", "scored", "score_sum", "failed", "without_pair", "unpaired"),
-    "pairs",
+    *("pairs", "logp_sum", "logp_tokens", "updates", "lag"),
 )
 _TIMED = ("generate", "label", "reference", "update")
 
@@ -22,9 +23,14 @@ def reduced(counts: StepCounts, accelerator: Accelerator) -> dict[str, float]:
     """Return the sums over all processes, and the mean seconds of each part of a step. Every process must call it."""
     values = [float(getattr(counts, name)) for name in _SUMMED]
     values += [counts.seconds.get(name, 0.0) / accelerator.num_processes for name in _TIMED]
+    return dict(zip((*_SUMMED, *(f"{name}_seconds" for name in _TIMED)), summed(values, accelerator), strict=True))
+
+
+def summed(values: Sequence[float], accelerator: Accelerator) -> list[float]:
+    """Return the sums of some numbers over all processes. Every process must call it."""
     local = torch.tensor(values, dtype=torch.float32, device=accelerator.device)
-    total = accelerator.reduce(local, reduction="sum").tolist()
-    return dict(zip((*_SUMMED, *(f"{name}_seconds" for name in _TIMED)), total, strict=True))
+    total: list[float] = accelerator.reduce(local, reduction="sum").tolist()
+    return total
 
 
 def training_log(total: dict[str, float]) -> dict[str, float]:
@@ -39,6 +45,9 @@ def training_log(total: dict[str, float]) -> dict[str, float]:
         "unpaired": total["unpaired"],
         "response_length": total["tokens"] / total["responses"],
         "truncated": total["truncated"] / total["responses"],
+        # The mean of -log pi over sampled tokens: the entropy at temperature 1 without truncation, else the cross-entropy.
+        **({"entropy": -total["logp_sum"] / total["logp_tokens"]} if total["logp_tokens"] else {}),
+        "staleness": total["lag"] / max(1.0, total["updates"]),
         **{f"seconds/{name}": total[f"{name}_seconds"] for name in _TIMED},
     }
 

@@ -21,11 +21,13 @@ from spin.alignment.logprobs.forward import causal_model
 from spin.alignment.logprobs.reference import check_finite
 from spin.alignment.models.config import ModelConfig
 from spin.alignment.training.online.config import OnlineConfig
+from spin.alignment.training.online.kept_responses import keep_responses
 from spin.alignment.training.online.labels import PairMaker, StepCounts, scorer_of
 from spin.alignment.training.online.moving_reference import MovingReference
+from spin.alignment.training.online.pass_rates import held_out_sums, pass_log
 from spin.alignment.training.online.prompts import OnlinePrompt, PromptDataset, load_held_out, longest_pairs, to_prompts
 from spin.alignment.training.online.samplers import make_sampler
-from spin.alignment.training.online.step_log import evaluation_log, reduced, training_log
+from spin.alignment.training.online.step_log import evaluation_log, reduced, summed, training_log
 from spin.alignment.training.preference_rows import args_encoder
 from spin.alignment.training.start_model import start_model
 from spin.alignment.training.trainer import SPINTrainer
@@ -131,6 +133,8 @@ class OnlineTrainer(SPINTrainer):
             # Every process must take part in the collectives: one without pairs runs a stand-in that does not count.
             shared = PairList(own or batch[:1], is_stand_in=not own)
             total += self.run_pairs(model, shared, torch.tensor(len(batch), device=self.args.device))
+            self.counts.updates += 1
+            self.counts.lag += number - 1  # updates since the responses were sampled
             if number < len(batches):
                 self._step_optimizer(model)
         self._last_tokens = sum(self.pair_forward.tokens(pair) for pair in pairs)
@@ -149,10 +153,13 @@ class OnlineTrainer(SPINTrainer):
         started = time.monotonic()
         # Derived from the step, so that a resumed run samples the same responses.
         seed = sample_seed(config.seed, "step", self.state.global_step) % 2**31
-        sampling = SamplingConfig(**config.sampling.as_dict() | {"stop": (), "seed": seed})
+        sampling = SamplingConfig(**config.sampling.as_dict() | {"stop": (), "seed": seed, "logprobs": True})
         responses = self._respond(prompts, sampling)
         started = self._time("generate", started)
-        features = self.pair_maker.make(prompts, responses, counts)
+        features = self.pair_maker.make(prompts, responses, counts, config.kept_prompts)
+        if self.accelerator.is_main_process:
+            step = self.state.global_step + 1
+            keep_responses(Path(config.output_dir), step, self.pair_maker.kept, config.kept_steps)
         started = self._time("label", started)
         self._attach_reference_logps(features)
         self._time("reference", started)
@@ -232,12 +239,18 @@ class OnlineTrainer(SPINTrainer):
         own = self.eval_dataset.prompts[self.accelerator.process_index :: self.accelerator.num_processes]
         metrics: dict[str, float] = {}
         for temperature in self.args.eval_temperatures:
-            counts = StepCounts()
+            counts, samples, name = StepCounts(), self.args.samples_at(temperature), f"{prefix}_t{temperature:g}"
             sampling = SamplingConfig(
-                temperature=temperature, max_new_tokens=self.args.max_new_tokens, seed=self.args.seed
+                num_samples=samples,
+                temperature=temperature,
+                max_new_tokens=self.args.max_new_tokens,
+                seed=self.args.seed,
             )
-            self.pair_maker.score(own, self._respond(own, sampling), counts)
-            metrics |= evaluation_log(reduced(counts, self.accelerator), f"{prefix}_t{temperature:g}")
+            scores = self.pair_maker.score(own, self._respond(own, sampling), counts)
+            metrics |= evaluation_log(reduced(counts, self.accelerator), name)
+            if samples > 1:
+                sums = summed(held_out_sums(scores, samples, self.args.eval_pass_score), self.accelerator)
+                metrics |= pass_log(sums, samples, name)
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
