@@ -11,7 +11,8 @@ from spin import cli
 from spin.alignment.evaluation.responses import read_responses
 from spin.alignment.pipeline.config import load_run_config
 from spin.alignment.report.headline import headline
-from spin.alignment.report.summary import evaluation_row, warnings
+from spin.alignment.report.summary import evaluation_row
+from spin.alignment.report.warnings import warnings
 from spin.alignment.report.table import cells, markdown
 from spin.alignment.report.verdicts import Measure, verdicts
 from tests.helpers import run_main

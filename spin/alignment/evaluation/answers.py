@@ -118,9 +118,7 @@ def respond_at_all(
     """Return the responses at each temperature: of each prompt, ``num_samples`` of them."""
     from spin.alignment.evaluation.held_out import respond
 
-    return [
-        respond(backend, held_out, config.sampling(temperature), say_error) for temperature in config.temperatures
-    ]
+    return [respond(backend, held_out, config.sampling(temperature), say_error) for temperature in config.temperatures]
 
 
 def load_for_nats(config: EvaluateConfig) -> Any:
@@ -168,9 +166,7 @@ def open_backend(
     return make_backend(config.backend, settings)
 
 
-def _nats(
-    config: EvaluateConfig, model: Any, held_out: Sequence[HeldOut], encoder: ChatEncoder
-) -> list[float | None]:
+def _nats(config: EvaluateConfig, model: Any, held_out: Sequence[HeldOut], encoder: ChatEncoder) -> list[float | None]:
     from spin.alignment.evaluation.held_out import ground_truth_nats
 
     return ground_truth_nats(model, held_out, encoder.pad_id, config.batch_size or SCORED_TOGETHER)

@@ -131,9 +131,7 @@ def average_shares(shares: Sequence[tuple[float, float]]) -> Estimate:
     return mean(totals) if set(counts) == {1.0} else ratio(totals, counts)
 
 
-def average_groups(
-    parts: Mapping[str, Sequence[Row]], answer: Answer | None = None
-) -> dict[str, dict[str, Any]]:
+def average_groups(parts: Mapping[str, Sequence[Row]], answer: Answer | None = None) -> dict[str, dict[str, Any]]:
     """Return for each group its number of prompts ``n`` and the averages by temperature, given the rows by temperature.
 
     Raises:

@@ -76,3 +76,10 @@ class Measure:
             parts = {part["name"]: (part["total"], part["count"]) for part in row.get("parts") or ()}
             return parts.get(self.part)
         return None if row["score"] is None else (row["score"], 1.0)
+
+
+MEASURES = (
+    Measure("sampled_exact", "{metric} at T=1", "1"),
+    Measure("greedy_exact", "greedy {metric}", "0"),
+    Measure("nll", "NLL of the ground truth (nats per token)", None),
+)

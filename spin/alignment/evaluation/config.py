@@ -23,9 +23,7 @@ from spin.alignment.rewards.base import ScorerSettings
 class EvaluateConfig:
     """Score a model on held-out prompts."""
 
-    model: str = setting(
-        help="model folder or Hub name", group="model", path="input", set_by_run=True, recorded=False
-    )
+    model: str = setting(help="model folder or Hub name", group="model", path="input", set_by_run=True, recorded=False)
     revision: str | None = same_as(ModelConfig, "model_revision", set_by_run=True, recorded=False)
     dtype: Dtype = same_as(ModelConfig, "dtype", help=DTYPE_HELP)
     system: System = same_as(DataConfig, "system")

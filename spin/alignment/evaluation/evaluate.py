@@ -272,9 +272,7 @@ def averages(config: EvaluateConfig, rows: list[dict[str, Any]]) -> dict[str, An
     }
 
 
-def win_rates(
-    config: EvaluateConfig, rows: Sequence[dict[str, Any]], baselines: Sequence[Baseline]
-) -> dict[str, Any]:
+def win_rates(config: EvaluateConfig, rows: Sequence[dict[str, Any]], baselines: Sequence[Baseline]) -> dict[str, Any]:
     """Return ``win_rates`` by name of the baseline; nothing without baselines."""
     from spin.alignment.evaluation.judged import win_rate_of
 
@@ -299,8 +297,13 @@ def resolved_tasks(config: EvaluateConfig) -> Callable[[], dict[str, Any]] | Non
     """
     if not config.tasks:
         return None
+    from spin.alignment.evaluation.answers import own_place
     from spin.alignment.evaluation.harness import find_tasks, run_tasks
 
+    if own_place().count > 1:
+        raise InputError(
+            "tasks are run by one process: start the evaluation without accelerate launch, or remove the tasks"
+        )
     tasks = find_tasks(config)
     return lambda: run_tasks(config, tasks)
 

@@ -156,7 +156,11 @@ def harness_model(config: EvaluateConfig) -> Any:
         from lm_eval.models.vllm_causallms import VLLM
 
         return VLLM(
-            **shared, dtype=config.dtype, tensor_parallel_size=config.tensor_parallel_size, seed=config.seed, batch_size="auto"
+            **shared,
+            dtype=config.dtype,
+            tensor_parallel_size=config.tensor_parallel_size,
+            seed=config.seed,
+            batch_size="auto",
         )
     from lm_eval.models.huggingface import HFLM
 

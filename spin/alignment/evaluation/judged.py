@@ -105,9 +105,7 @@ def _compared(
     for row, other in pairs:
         item = held_out[row["prompt_id"]]
         texts = [row["response"], other["response"]]
-        groups.append(
-            PromptGroup(row["prompt_id"], item.messages, texts, item.ground_truth, columns=item.columns)
-        )
+        groups.append(PromptGroup(row["prompt_id"], item.messages, texts, item.ground_truth, columns=item.columns))
     values: list[float | None] = []
     for start in range(0, len(groups), JUDGED_TOGETHER):
         values += [first_wins(labels) for labels in scorer.label(groups[start : start + JUDGED_TOGETHER])]
@@ -145,7 +143,8 @@ def win_rate_of(rows: Sequence[Row], others: Mapping[str, Sequence[Row]], name: 
         return None
     values = [sum(value for value, _ in some) / len(some) for some in found.values()]
     excess = [
-        sum(length for _, length in some) / len(some) - sum(len(row["response"]) for row in others[key]) / len(others[key])
+        sum(length for _, length in some) / len(some)
+        - sum(len(row["response"]) for row in others[key]) / len(others[key])
         for key, some in found.items()
     ]
     return win_rate(values, excess)

@@ -30,7 +30,9 @@ def result_key(config: EvaluateConfig, made: Provenance, held_out: Sequence[Held
     from spin.alignment.pairs.annotate import scorer_record
 
     fields = settings_of(type(config))
-    settings = {name: getattr(config, name) for name, field in fields.items() if declaration_of(field).recorded is not False}
+    settings = {
+        name: getattr(config, name) for name, field in fields.items() if declaration_of(field).recorded is not False
+    }
     rows = [
         [item.request.prompt_id, item.request.token_ids, item.ground_truth_ids, item.messages, dict(item.columns)]
         for item in held_out

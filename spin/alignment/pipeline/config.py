@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from spin.alignment.core.config import build, load_config, load_yaml
 from spin.alignment.core.errors import InputError
@@ -116,6 +116,26 @@ class LaunchConfig:
 
 
 @dataclass(frozen=True)
+class StopConfig:
+    """When a run ends before its last iteration; decided after each iteration from the stored evaluations."""
+
+    when: Literal["never", "no_improvement", "worse"] = setting(
+        "never",
+        "no_improvement: an iteration is not clearly better (p < 0.05) than the best model so far; worse: it is clearly worse",
+        group="stop",
+    )
+    measure: Literal["", "sampled_exact", "greedy_exact", "nll", "win_rate"] = setting(
+        "",
+        "what is compared: sampled_exact (T=1), greedy_exact, nll, or win_rate against the iteration before (evaluate.win_rate_by)",
+        unset="the first of these that the evaluations have",
+    )
+    patience: int = setting(1, "successive iterations that must fail", ge=1)
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """One run: every section except ``data`` and ``launch`` contains the flags or keys of the program that it is named after."""
 
@@ -161,6 +181,7 @@ class RunConfig:
     overrides: dict[Any, Any] = setting({}, "keys of run_spin.py for one iteration: {2: {learning_rate: 1.0e-7}}")
     evaluate: dict[str, Any] = setting({}, "flags of evaluate_model.py")
     launch: LaunchConfig = setting(LaunchConfig(), "how the programs are started, see below")
+    stop: StopConfig = setting(StopConfig(), "when the run ends before its last iteration, see below")
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -189,7 +210,19 @@ class RunConfig:
             raise InputError("data.prompts_split is set, but data.prompts is not: name the prompts, or use train_split")
         if self.data.test_pairs and not is_held_out(self.data.test_split):
             raise InputError(f"data.test_split is {self.data.test_split}: name it test... to make held-out pairs of it")
+        self._check_stop()
         self._check_sections()
+
+    def _check_stop(self) -> None:
+        if self.stop.when == "never":
+            return
+        if not self.data.test or self.online is not None:
+            raise InputError(
+                f"stop.when is {self.stop.when}, which compares iterations on data.test, but there are "
+                f"{'no iterations' if self.data.test else 'no held-out prompts'}: set it to never"
+            )
+        if self.stop.measure == "win_rate" and self.evaluate.get("win_rate_by") is None:
+            raise InputError("stop.measure is win_rate, but evaluate.win_rate_by is not set: name a scorer there")
 
     def _check_sections(self) -> None:
         iterated = [name for name in _ITERATED if getattr(self, name)] + (["iterations"] if self.iterations > 1 else [])

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spin.alignment.core.console import say_error
+from spin.alignment.core.console import say, say_error
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.program import EXIT_BAD_INPUT, EXIT_DONE, EXIT_INTERNAL_ERROR, EXIT_INTERRUPTED
 from spin.alignment.pipeline.stage_runner import StageFailed, StageRunner
@@ -26,7 +26,7 @@ class Pipeline:
         from spin.alignment.pipeline.manifest import RunManifest
         from spin.alignment.pipeline.processes import ChildPrograms
 
-        self.stages, self.rerun_changed = stages, rerun_changed
+        self.config, self.stages, self.rerun_changed = config, stages, rerun_changed
         self.parallel = config.launch.parallel
         self.manifest = RunManifest(config.run_dir)
         self.children = ChildPrograms(
@@ -72,7 +72,7 @@ class Pipeline:
         """
         if not self.parallel:
             for stage in self.stages:
-                self.runner.run(stage)
+                self._run_stage(stage)
             return
         # Self-play is one chain, what may run beside it the other; each keeps the order of the stages.
         chains = [[stage for stage in self.stages if stage.kind.can_run_beside is beside] for beside in (False, True)]
@@ -88,14 +88,38 @@ class Pipeline:
     def _run_chain(self, chain: list[Stage]) -> None:
         try:
             for stage in chain:
-                if not self._wait_for(stage.needs):
+                if not self._wait_for((*stage.needs, *self._decisions_before(stage))):
                     return
-                self.runner.run(stage)
+                self._run_stage(stage)
                 with self._turn:
                     self._unfinished.remove(stage.name)
                     self._turn.notify_all()
         except BaseException as failure:  # run() raises it again in the main thread
             self._stop(failure)
+
+    def _run_stage(self, stage: Stage) -> None:
+        """Run a stage, unless the run has stopped before its iteration; after an evaluation, apply the stop rule."""
+        stopped = self.manifest.stopped
+        if stopped is not None and stage.iteration is not None and stage.iteration > stopped["iteration"]:
+            return
+        self.runner.run(stage)
+        if stage.scores is None or stage.scores.role != "policy" or stage.iteration is None:
+            return
+        from spin.alignment.pipeline.stop_rule import stop_of
+
+        found = stop_of(self.config, stage.iteration)
+        if found is not None:
+            self.manifest.stop_run(dataclasses.asdict(found))
+            say(
+                f"==> the run stops after iteration {found.iteration}: {found.reason}; the best model is {found.best}. To go on, "
+                "run again with --stop.when=never"
+            )
+
+    def _decisions_before(self, stage: Stage) -> list[str]:
+        """Return the evaluation that decides whether the iteration of a stage is run, in a run with a stop rule."""
+        if self.config.stop.when == "never" or not stage.iteration or stage.scores is not None:
+            return []
+        return [f"iter{stage.iteration - 1}/evaluate"]
 
     def _wait_for(self, needs: tuple[str, ...]) -> bool:
         """Wait until these stages are finished; return False if the run has failed in the meantime."""
@@ -142,7 +166,7 @@ def run_stages(
         pipeline = Pipeline(config, make_stages(config), rerun_changed)
         pipeline.children.is_hurried = is_hurried
         pipeline.refuse_changes()
-        pipeline.manifest.save()
+        pipeline.manifest.stop_run(None)  # decided again, by the rule of this configuration
         write_text_atomic(run_dir / "run.yaml", yaml.safe_dump(config.as_dict(), sort_keys=False, allow_unicode=True))
         begin(config)
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spin.alignment.core.console import show
+from spin.alignment.core.console import say, show
 
 if TYPE_CHECKING:
     from spin.alignment.pipeline.manifest import RunManifest
@@ -13,8 +13,11 @@ if TYPE_CHECKING:
 
 
 def stage_state(stage: Stage, manifest: RunManifest, is_held: bool) -> str:
-    """Return pending, running, interrupted, failed or done, and for done whether an output has changed since."""
+    """Return pending, running, interrupted, failed or done (also whether an output has changed since), or that the run stopped."""
     record = manifest.stages.get(stage.name)
+    stopped = manifest.stopped
+    if stopped is not None and stage.iteration is not None and stage.iteration > stopped["iteration"]:
+        return f"not run: stopped after iteration {stopped['iteration']}"
     if record is None:
         return "pending"
     if record.state == "running":
@@ -46,5 +49,9 @@ def show_status(path: str) -> None:
         record = manifest.stages.get(stage.name)
         state = stage_state(stage, manifest, is_held)
         seconds = f"{record.seconds:.0f}" if record else ""
-        table.add_row(stage.name, state, seconds, "" if state in ("done", "pending") else stage.kind.progress(stage))
+        table.add_row(
+            stage.name, state, seconds, "" if record is None or state == "done" else stage.kind.progress(stage)
+        )
     show(table)
+    if manifest.stopped is not None:
+        say(f"stopped after iteration {manifest.stopped['iteration']}: {manifest.stopped['reason']}")

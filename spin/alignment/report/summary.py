@@ -15,13 +15,14 @@ from spin.alignment.pairs.counts import counts_path, read_counts
 from spin.alignment.pipeline.stages.base import Model
 from spin.alignment.report.headline import headline
 from spin.alignment.report.reported_run import ReportedRun
-from spin.alignment.report.verdicts import comparisons, of_role, verdicts
+from spin.alignment.report.verdicts import comparisons, of_role, verdicts, win_verdicts
+from spin.alignment.report.warnings import warnings
+from spin.alignment.report.win_columns import add_win_rates
 
 # The fields of every row; see :class:`Model`. The iteration is null for models outside of the iterations.
 IDENTITY = ("model", "role", "iteration")
-
-# Thresholds of the warnings; each is explained in docs/pipeline.md.
-IDENTICAL_RATE, TRUNCATION_RATE, LENGTH_DRIFT, SATURATED_ACCURACY, CHOSEN_DRIFT_NATS = 0.5, 0.05, 0.2, 0.99, 0.5
+# Names of the measures of several responses to a prompt; those of the first temperature that has them are shown.
+REPEATED = ("pass@", "maj@")
 
 
 class NoResults(InputError):
@@ -59,10 +60,13 @@ def summarize(run: ReportedRun) -> Results:
                 continue
             if found := comparisons(row, other, responses):
                 row[f"against_{role}"] = {key: comparison.as_row() for key, comparison in found.items()}
+    add_win_rates(rows, responses)
+    stopped = run.manifest.stopped if run.manifest is not None else None
     summary = {
-        "headline": headline(rows, responses),
+        "headline": headline(rows, responses, stopped),
+        **({"stopped": stopped} if stopped else {}),
         "rows": rows,
-        "verdicts": verdicts(rows, responses),
+        "verdicts": verdicts(rows, responses) + win_verdicts(rows),
         "warnings": warnings(rows, run.drops_identical)
         + [without_responses(name, path) for name, path in paths.items() if not path.exists()],
     }
@@ -109,6 +113,7 @@ def model_row(model: Model, evaluation: dict[str, Any], split: str) -> dict[str,
     """
     row: dict[str, Any] = dict(zip(IDENTITY, (model.name, model.role, model.iteration), strict=True))
     row |= evaluation_row(evaluation)
+    row |= {"folder": model.folder.name} if evaluation else {}
     metrics = metrics_of(model)
     if metrics:
         final = metrics.get("final", {})
@@ -118,6 +123,7 @@ def model_row(model: Model, evaluation: dict[str, Any], split: str) -> dict[str,
             "margin": "rewards/margins",
             "chosen_drift": "drift/chosen",
             "chosen_drift_per_token": "drift/chosen_per_token",
+            "rejected_drift": "drift/rejected",
             "chosen_logp": "logps/chosen",
             "rejected_logp": "logps/rejected",
         }
@@ -156,8 +162,14 @@ def evaluation_row(evaluation: dict[str, Any]) -> dict[str, Any]:
     if "groups" in evaluation:
         row["groups"] = {name: group_row(averages) for name, averages in evaluation["groups"].items()}
     shown = evaluation["temperatures"].get("1") or next(iter(evaluation["temperatures"].values()))
-    for name in ("mean_length", "truncation_rate"):
+    for name in ("mean_length", "truncation_rate", "finished_rate", "repetition_rate", "distinct_1", "distinct_2"):
         row |= estimate(name, shown, name)
+    for scores in evaluation["temperatures"].values():
+        row |= {key: value for key, value in scores.items() if key.startswith(REPEATED) and key not in row}
+    for name in ("win_rates", "tasks"):
+        row |= {name: evaluation[name]} if evaluation.get(name) else {}
+    for name, task in evaluation.get("tasks", {}).items():
+        row |= estimate(task_key(name), task, "value")
     for name in ("nll", "nll_sequence"):
         row |= estimate(name, evaluation, name)
     return row
@@ -169,6 +181,11 @@ def group_row(averages: dict[str, Any]) -> dict[str, Any]:
     for temperature, scores in averages["temperatures"].items():
         row |= estimate(exact_key(temperature), scores, "exact")
     return row
+
+
+def task_key(name: str) -> str:
+    """Return the summary's name of a benchmark."""
+    return f"task/{name}"
 
 
 def estimate(key: str, values: dict[str, Any], name: str) -> dict[str, Any]:
@@ -188,37 +205,6 @@ def exact_key(temperature: str) -> str:
     """Return the summary's name of exact match at a temperature given as text: "0", "1" or for example "0.5"."""
     fixed = {"0": "greedy_exact", "1": "sampled_exact"}
     return fixed.get(temperature) or f"sampled_exact_t{temperature.replace('.', '')}"
-
-
-def warnings(rows: Sequence[dict[str, Any]], drops_identical: bool = False) -> list[str]:
-    """Return what to know before trusting the table; ``drops_identical``: identical responses are not trained on."""
-    start = of_role(rows, "start") or {}
-    lines = []
-    for row in rows:
-        name = row["model"]
-        if row.get("skipped"):
-            lines.append(f"{name}: {row['skipped']} held-out rows or responses skipped: eval.json names them")
-        if row.get("chosen_drift", 0.0) < -CHOSEN_DRIFT_NATS:
-            lines.append(
-                f"{name}: the log-probability of the chosen responses fell by {-row['chosen_drift']:.2f} nats: add nll_weight or "
-                "lower the learning rate"
-            )
-        if not drops_identical and row.get("identical_rate", 0.0) > IDENTICAL_RATE:
-            lines.append(
-                f"{name}: {row['identical_rate']:.0%} of the responses equal the ground truth and teach nothing: set "
-                "convert.identical to drop"
-            )
-        if row.get("reward_accuracy", 0.0) >= SATURATED_ACCURACY:
-            lines.append(f"{name}: reward accuracy {row['reward_accuracy']:.3f} is saturated: train for fewer epochs")
-        for key, what in (("truncation_rate", "held-out"), ("generated_truncation_rate", "generated")):
-            if row.get(key, 0.0) > TRUNCATION_RATE:
-                lines.append(
-                    f"{name}: {row[key]:.0%} of the {what} responses were truncated by max_new_tokens: raise it"
-                )
-        base = start.get("mean_length")
-        if base and "mean_length" in row and abs(row["mean_length"] / base - 1) > LENGTH_DRIFT:
-            lines.append(f"{name}: mean length moved from {base:.1f} to {row['mean_length']:.1f} tokens since SFT")
-    return lines
 
 
 def before_and_after(
