@@ -5,8 +5,8 @@ rows that could not be used, each with ``prompt_id`` and ``reason``; ``temperatu
 responses (``evaluation/averages.py``); ``groups``, the same for each value of ``group_by``; ``nll`` (nats per token of the ground
 truth, EOS included) and ``nll_sequence`` (nats per ground truth); ``win_rates`` by name of the model compared with
 (``evaluation/win_rates.py``); ``tasks``, the benchmarks by name (``evaluation/harness.py``); averages with their standard error
-(``_se``) and 95 % interval (``_interval``); ``samples``, the first few prompts with the ground truth and the responses. The columns of
-the parquet file are described in docs/data_format.md, and every number in docs/evaluation.md.
+(``_se``) and 95 % interval (``_interval``); ``samples``, the first few prompts with the ground truth and the responses. The
+columns of the parquet file are described in docs/data_format.md, and every number in docs/evaluation.md.
 """
 
 from __future__ import annotations

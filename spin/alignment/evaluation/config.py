@@ -201,13 +201,13 @@ class EvaluateConfig:
         from spin.alignment.rewards import GROUP_SCORERS, SCORERS, check_scorer
 
         if self.metric.isidentifier():
-            lookup({**SCORERS, **GROUP_SCORERS}, self.metric, "metric")
-        if self.win_rate_by is not None and self.win_rate_by != self.metric:
-            if self._is_model(self.metric) and self._is_model(self.win_rate_by):
-                raise InputError(
-                    f"metric {self.metric} and win_rate_by {self.win_rate_by} are two models, but scorer_model names one: make "
-                    "one of them a rule, or evaluate twice"
-                )
+            lookup({name: name for name in (*SCORERS, *GROUP_SCORERS)}, self.metric, "metric")
+        by = self.win_rate_by
+        if by not in (None, self.metric) and {by, self.metric} <= GROUP_SCORERS.keys():
+            raise InputError(
+                f"metric {self.metric} and win_rate_by {by} are two models, but scorer_model names one: make one of them a rule, "
+                "or evaluate twice"
+            )
         for settings in self.scorers.values():
             check_scorer(settings)
 

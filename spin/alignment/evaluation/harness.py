@@ -1,4 +1,4 @@
-"""Benchmarks of lm-evaluation-harness (extra ``eval``): its tasks run on the model of an evaluation, in this process or by vLLM."""
+"""Benchmarks of lm-evaluation-harness (extra ``eval``), run on the model of an evaluation in this process or by vLLM."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ def find_tasks(config: EvaluateConfig) -> list[Task]:
     for task in tasks:
         if task.name not in known:
             raise InputError(
-                f"tasks names {task.name}, which lm-evaluation-harness does not have: `lm-eval ls tasks` lists those that it has, "
-                "and task_dir may add some"
+                f"tasks names {task.name}, which lm-evaluation-harness does not have: `lm-eval ls tasks` lists its tasks, and "
+                "task_dir may add some"
             )
     return tasks
 

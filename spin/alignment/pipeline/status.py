@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def stage_state(stage: Stage, manifest: RunManifest, is_held: bool) -> str:
-    """Return pending, running, interrupted, failed or done (also whether an output has changed since), or that the run stopped."""
+    """Return pending, running, interrupted, failed or done (with an output that changed since), or that the run stopped."""
     record = manifest.stages.get(stage.name)
     stopped = manifest.stopped
     if stopped is not None and stage.iteration is not None and stage.iteration > stopped["iteration"]:

@@ -87,7 +87,7 @@ def _by_measure(paths: Mapping[str, Path], key: str) -> Compare:
         found = measure.compare(responses[one], responses[other])
         if found is None:
             raise InputError(
-                f"the stop rule compares {measure.key}, but {one} and {other} have fewer than two prompts in common that have it: "
+                f"the stop rule compares {measure.key}, but {one} and {other} share fewer than two prompts that have it: "
                 "evaluate more, or set stop.when to never"
             )
         better = measure.sign * found.difference > 0

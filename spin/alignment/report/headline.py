@@ -18,7 +18,8 @@ def headline(
     """Return ``best`` (name of a model), ``measure`` (a key of the rows), ``sentence``, ``advice`` on further iterations, and
     ``caveats``: measures by which the best model is clearly worse than the start or the control. Empty without a scored policy.
 
-    ``stopped`` is the record of a run that ended early, which then is the advice. The best is the policy with the best value of the first of ``MEASURES`` that every policy has.
+    The best is the policy with the best value of the first of ``MEASURES`` that every policy has. ``stopped`` is the record of
+    a run that ended early, whose reason then is the advice.
     """
     policies = [row for row in rows if row["role"] == "policy" and "n" in row]
     measure = next((item for item in MEASURES if policies and all(item.key in row for row in policies)), None)
@@ -27,14 +28,16 @@ def headline(
     best = max(policies, key=lambda row: measure.sign * row[measure.key])
     others = {START: of_role(rows, "start"), CONTROL: of_role(rows, "control")}
     compared = {name: comparisons(best, row, responses) for name, row in others.items() if row is not None}
+    if stopped is not None:
+        advice = f"The run stopped after iteration {stopped['iteration']}: {stopped['reason']}"
+    else:
+        advice = _advice(policies, best, measure, compared.get(START, {}).get(measure.key), responses)
     return {
         "best": best["model"],
         "measure": measure.key,
         "sentence": _sentence(best, measure, {name: found.get(measure.key) for name, found in compared.items()})
         + _wins(best),
-        "advice": f"The run stopped after iteration {stopped['iteration']}: {stopped['reason']}"
-        if stopped
-        else _advice(policies, best, measure, compared.get(START, {}).get(measure.key), responses),
+        "advice": advice,
         "caveats": [
             f"{best['model']} is worse than {name} in {measure_name(item, best)}: {difference(found[item.key])}"
             for name, found in compared.items()

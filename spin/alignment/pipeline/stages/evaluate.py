@@ -15,7 +15,6 @@ from spin.alignment.pipeline.stages.base import Model, Source, Stage, StageKind
 from spin.alignment.pipeline.stages.sources import data_source, model_source, scorer_sources
 from spin.alignment.pipeline.stages.training import checkpoint_of
 
-
 START = "sft"  # the folder of the start's scores
 
 
