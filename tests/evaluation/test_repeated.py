@@ -34,7 +34,9 @@ def test_answers_are_extracted_where_the_metric_reads_them():
     answer = find_answer("math_answer")
     assert answer("4+3 is\n#### 7") == answer("\\boxed{7.0}") and answer("none") is None
     assert find_answer("exact_match")(" 7 ") == "7"
-    assert find_answer("format") is None and find_answer("math_answer+0.1*format") is None and find_answer("judge") is None
+    assert (
+        find_answer("format") is None and find_answer("math_answer+0.1*format") is None and find_answer("judge") is None
+    )
 
 
 def test_distinct_and_repeated_ngrams():
@@ -51,7 +53,12 @@ def row(name, index, text, score, ids=(1, 2), reason="stop"):
 
 def test_a_prompt_counts_once_whatever_the_number_of_its_responses():
     rows = [row("a", 0, "#### 7", 1.0), row("b", 0, "#### 1", 0.0, (5, 6, 7), "length")]
-    rows += [row("a", 1, "#### 7", 1.0), row("b", 1, "#### 7", 1.0), row("a", 2, "#### 3", 0.0), row("b", 2, "none", 0.0)]
+    rows += [
+        row("a", 1, "#### 7", 1.0),
+        row("b", 1, "#### 7", 1.0),
+        row("a", 2, "#### 3", 0.0),
+        row("b", 2, "none", 0.0),
+    ]
     found = average_responses(rows, find_answer("math_answer"))
     # a: 2 of 3, b: 1 of 3. The error is that of two prompts, |2/3 - 1/3| / 2, not of six responses.
     assert found["exact"] == pytest.approx(1 / 2) and found["exact_se"] == pytest.approx(1 / 6)

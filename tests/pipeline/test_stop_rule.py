@@ -104,11 +104,16 @@ def test_a_run_stops_says_why_and_goes_on_only_if_told(tmp_path, parallel):
         stopped = RunManifest(run_dir).stopped
         assert (stopped["iteration"], stopped["best"]) == (0, "sft")
         summary = json.loads((run_dir / "summary.json").read_text())
-        assert summary["stopped"] == stopped and summary["headline"]["advice"].startswith("The run stopped after iteration 0")
+        assert summary["stopped"] == stopped and summary["headline"]["advice"].startswith(
+            "The run stopped after iteration 0"
+        )
         assert "The run stopped after iteration 0" in (run_dir / "report.md").read_text()
     if parallel:
         return
     _, out, _ = run_main(cli.main, "status", run_dir)
-    assert "stopped after iteration 0: iter0 is not clearly better" in out and run_main(cli.main, "validate", run_dir)[0] == 0
+    assert (
+        "stopped after iteration 0: iter0 is not clearly better" in out
+        and run_main(cli.main, "validate", run_dir)[0] == 0
+    )
     code, out, err = run_main(cli.main, "run", config, "--stop.when=never")
     assert code == 0 and (run_dir / "iter1" / "eval.json").is_file() and RunManifest(run_dir).stopped is None, err

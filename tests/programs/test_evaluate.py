@@ -84,7 +84,11 @@ def test_a_preference_model_as_metric_compares_with_the_ground_truth(root, tiny_
 
     scorer = make_scorer(ScorerSettings("preference_model", model=str(root / "preference"), score_reference=True))
     turns = [{"role": "user", "content": "1+1"}]
-    groups = [PromptGroup("p", turns, ["2"], "2"), PromptGroup("p", turns, ["two"], "2"), PromptGroup("p", turns, ["2"], "two")]
+    groups = [
+        PromptGroup("p", turns, ["2"], "2"),
+        PromptGroup("p", turns, ["two"], "2"),
+        PromptGroup("p", turns, ["2"], "two"),
+    ]
     (same, *_), (one, *_), (other, *_) = score_groups(scorer, groups)
     assert same == 0.5 and one == pytest.approx(1 - other) and found["n"] == 5
 
@@ -155,7 +159,9 @@ def test_a_run_compares_its_iterations_by_a_scorer(tmp_path, root):
     assert code == 0, err
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     sft, first, second = summary["rows"]
-    assert "win_rates" not in sft and list(first["win_rates"]) == ["sft"] and list(second["win_rates"]) == ["sft", "iter0"]
+    assert (
+        "win_rates" not in sft and list(first["win_rates"]) == ["sft"] and list(second["win_rates"]) == ["sft", "iter0"]
+    )
     assert second["win_rate"] == second["win_rates"]["sft"]["win_rate"] and "win_rate_interval" in second
     assert any(line.startswith("iter1 against iter0: wins ") for line in summary["verdicts"])
     assert "it wins" in summary["headline"]["sentence"] and "LC wins" in (tmp_path / "run" / "report.md").read_text()

@@ -163,7 +163,9 @@ def train_policy(program: TrainingProgram, job: TrainingJob, trainer: Any, folde
     seconds = time.monotonic() - started
     train_loss = trainer.mean_loss()  # result.training_loss leaves out the steps before a resume
     for found in selection(trainer).values():
-        report(settings, f"saving the weights of step {found['step']}: {found['metric']} {found['value']:.4f} is the best")
+        report(
+            settings, f"saving the weights of step {found['step']}: {found['metric']} {found['value']:.4f} is the best"
+        )
     saved = save_policy(trainer, settings)
     if trainer.accelerator.is_main_process:
         # The Trainer's own mean, in its last entry, leaves out the steps before a resume.

@@ -27,7 +27,9 @@ def ask_for_best(arguments: Any) -> None:
             "saved, so remove eval_strategy"
         )
     if arguments.save_only_model:
-        raise InputError("select is best, but save_only_model is true: the best checkpoint is loaded whole, remove the key")
+        raise InputError(
+            "select is best, but save_only_model is true: the best checkpoint is loaded whole, remove the key"
+        )
     arguments.eval_strategy, arguments.load_best_model_at_end = saving, True
     if saving == "steps":
         arguments.eval_steps = arguments.save_steps
