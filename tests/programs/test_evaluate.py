@@ -9,7 +9,7 @@ import pytest
 
 from spin import cli
 from spin.alignment.core.parquet import read_rows
-from tests.helpers import run_command, run_main, save_tiny_model
+from tests.helpers import flipped, run_command, run_main, save_tiny_model
 from tests.helpers.runs import tiny_run, write_config, write_sums
 from tests.helpers.scoring import save_decoder, save_encoder
 
@@ -109,7 +109,7 @@ def test_nothing_is_evaluated_twice(root, tiny_model):
     assert "already complete" not in out and longer["key"] != first["key"]
     # Responses that were changed are computed again.
     responses = root / "once" / "eval.parquet"
-    responses.write_bytes(responses.read_bytes()[:-1] + b"x")
+    responses.write_bytes(flipped(responses.read_bytes(), 40))
     assert "already complete" not in evaluate(root, tiny_model, "once", "--max_new_tokens", 5, "--temperatures", 0)[1]
 
 
@@ -167,3 +167,18 @@ def test_a_run_compares_its_iterations_by_a_scorer(tmp_path, root):
     assert "it wins" in summary["headline"]["sentence"] and "LC wins" in (tmp_path / "run" / "report.md").read_text()
     code, out, _ = run_main(cli.main, "run", tmp_path / "run.yaml")
     assert code == 0 and out.count("already complete") == 9
+
+
+def test_a_server_answers_without_log_likelihoods(root, tiny_model, server):
+    server.models = {"data": [{"id": "tiny"}]}
+    flags = ("--backend", "openai", "--server_url", server.url, "--max_new_tokens", 4, "--temperatures", 0, 1)
+    found, _ = evaluate(root, tiny_model, "served", *flags, "--num_samples", 2)
+    rows = list(read_rows(root / "served" / "eval.parquet"))
+    assert len(rows) == 15 == len(server.bodies) and all(row["nats"] is None for row in rows)
+    assert "nll" not in found and found["skipped"] == [] and found["weights_hash"] == ""
+
+
+def test_a_run_does_not_score_its_models_on_one_server(tmp_path):
+    values = tiny_run(tmp_path, evaluate={"backend": "openai", "server_url": "http://localhost:1/v1"})
+    code, _, err = run_main(cli.main, "run", write_config(tmp_path / "run.yaml", values))
+    assert code == 2 and "whose server has one model, but a run evaluates several" in err

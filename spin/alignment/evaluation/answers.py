@@ -71,12 +71,15 @@ def gather(part: Answers) -> list[Answers]:
     """Return the answers of every process, by rank."""
     from datetime import timedelta
 
-    from accelerate import PartialState
-    from accelerate.utils import gather_object
+    import torch.distributed as processes
 
-    # Objects are exchanged through gloo: an engine may have taken the GPUs, or hidden all but its own.
-    PartialState(cpu=True, timeout=timedelta(seconds=_DAY))
-    found: list[Answers] = gather_object([part])
+    # Through gloo, which uses no GPU: an engine may have taken them all, or hidden all but its own.
+    processes.init_process_group("gloo", timeout=timedelta(seconds=_DAY))
+    try:
+        found: list[Any] = [None] * processes.get_world_size()
+        processes.all_gather_object(found, part)
+    finally:
+        processes.destroy_process_group()
     return found
 
 

@@ -50,6 +50,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         if is_main:
             say(f"{config.output_file} is already complete: {config.model} was evaluated with these settings")
         return found
+    benchmarks = {} if tasks is None else {"tasks": tasks()}  # first: the data of a task may turn out to be missing
     answers = answer_all(config, held_out, encoder, ids_without_token(encoder.tokenizer, model_config))
     if not is_main:
         return {}
@@ -68,10 +69,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "skipped": skipped,
         **averages(config, rows),
         **win_rates(config, rows, baselines),
-        **({"tasks": tasks()} if tasks is not None else {}),
+        **benchmarks,
     }
-    write(config, rows, replace(made, extra=made.extra | {"key": key}), result)
-    return result
+    return write(config, rows, made, result)
 
 
 def open_model(config: EvaluateConfig, is_main: bool) -> tuple[ChatEncoder, Path, Any]:
@@ -308,14 +308,19 @@ def resolved_tasks(config: EvaluateConfig) -> Callable[[], dict[str, Any]] | Non
     return lambda: run_tasks(config, tasks)
 
 
-def write(config: EvaluateConfig, rows: list[dict[str, Any]], made: Provenance, result: Mapping[str, Any]) -> None:
-    """Write the responses, then the result, and say the main numbers."""
+def write(
+    config: EvaluateConfig, rows: list[dict[str, Any]], made: Provenance, result: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Write the responses, then the result with their hash, and say the main numbers; return the result."""
     from spin.alignment.core.files import write_json_atomic
+    from spin.alignment.core.provenance import hash_file
     from spin.alignment.data.held_out_rows import describe_skipped
     from spin.alignment.evaluation.responses import responses_path, write_responses
     from spin.alignment.evaluation.result_cache import keep_result
 
-    write_responses(responses_path(config.output_file), rows, made)
+    stored = responses_path(config.output_file)
+    write_responses(stored, rows, made)
+    result = {**result, "responses_hash": hash_file(stored)}
     write_json_atomic(config.output_file, result)
     keep_result(config, result["key"], result)
     for line in describe_skipped(result["skipped"]):
@@ -330,3 +335,4 @@ def write(config: EvaluateConfig, rows: list[dict[str, Any]], made: Provenance, 
         )
     for name, task in result.get("tasks", {}).items():
         say(f"  {name} ({task['shots']}-shot): {task['metric']} {task['value']:.4f}")
+    return result

@@ -7,11 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spin.alignment.core.content_hash import is_damaged
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.files import atomic_file, read_json, write_json_atomic
-from spin.alignment.core.parquet import open_parquet
-from spin.alignment.core.provenance import Provenance, hash_file, hash_json, hash_text, read_provenance
+from spin.alignment.core.provenance import Provenance, hash_file, hash_json, hash_text
 from spin.alignment.core.settings import declaration_of, settings_of
 from spin.alignment.evaluation.config import EvaluateConfig
 from spin.alignment.evaluation.responses import responses_path
@@ -85,14 +83,13 @@ def keep_result(config: EvaluateConfig, key: str, result: Mapping[str, Any]) -> 
 
 
 def _whole(path: Path, key: str) -> dict[str, Any] | None:
-    """Return the content of a result file if it and its responses have this key, and the responses are not damaged."""
+    """Return the content of a result file if it has this key, and its responses are those that were written with it."""
     responses = responses_path(path)
     if not path.is_file() or not responses.is_file():
         return None
     try:
         found = read_json(path)
-        stored = read_provenance(open_parquet(responses).schema_arrow, responses).extra.get("key")
     except InputError:
         return None
-    same = isinstance(found, dict) and found.get("key") == key == stored
-    return found if same and not is_damaged(responses) else None
+    same = isinstance(found, dict) and found.get("key") == key and found.get("responses_hash") == hash_file(responses)
+    return found if same else None

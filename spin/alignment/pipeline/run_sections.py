@@ -85,8 +85,8 @@ class StopConfig:
         "no_improvement: an iteration is not clearly better (p < 0.05) than the best model so far; worse: it is clearly worse",
         group="stop",
     )
-    measure: Literal["", "sampled_exact", "greedy_exact", "nll", "win_rate"] = setting(
-        "",
+    measure: Literal["sampled_exact", "greedy_exact", "nll", "win_rate"] | None = setting(
+        None,
         "sampled_exact (T=1), greedy_exact, nll, or win_rate against the iteration before (evaluate.win_rate_by)",
         unset="the first of these that the evaluations have",
     )

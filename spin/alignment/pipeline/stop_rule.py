@@ -77,7 +77,7 @@ def decide(rule: StopConfig, models: Sequence[str], compare: Compare) -> Stopped
     return None
 
 
-def _by_measure(paths: Mapping[str, Path], key: str) -> Compare:
+def _by_measure(paths: Mapping[str, Path], key: str | None) -> Compare:
     responses: dict[str, HeldOutResponses] = {
         name: read_responses(responses_path(path)) for name, path in paths.items()
     }
@@ -97,10 +97,10 @@ def _by_measure(paths: Mapping[str, Path], key: str) -> Compare:
     return compare
 
 
-def _measure(responses: Mapping[str, HeldOutResponses], key: str) -> Measure:
-    """Return the measure with a key; with an empty one, the first that every model has, as in the headline."""
+def _measure(responses: Mapping[str, HeldOutResponses], key: str | None) -> Measure:
+    """Return the measure with a key; without one, the first that every model has, as in the headline."""
     known = [item for item in MEASURES if all(item.values(found) for found in responses.values())]
-    found = next((item for item in known if key in ("", item.key)), None)
+    found = next((item for item in known if key in (None, item.key)), None)
     if found is None:
         names = ", ".join(item.key for item in known) or "none"
         raise InputError(

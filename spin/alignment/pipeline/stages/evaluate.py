@@ -9,6 +9,7 @@ from spin.alignment.core.files import read_json
 from spin.alignment.evaluation.config import EvaluateConfig
 from spin.alignment.evaluation.harness import find_tasks
 from spin.alignment.evaluation.responses import read_responses, responses_path
+from spin.alignment.generation import find_backend
 from spin.alignment.pipeline.config import LaunchConfig, RunConfig
 from spin.alignment.pipeline.program_settings import evaluate_config
 from spin.alignment.pipeline.stages.base import Model, Source, Stage, StageKind
@@ -22,8 +23,7 @@ def compared_with(config: RunConfig, model: Model) -> list[str]:
     """Return the folders of the models that a scorer compares a model's responses with: the start, and the iteration before."""
     if config.evaluate.get("win_rate_by") is None or model.role == "start":
         return []
-    before = model.role == "policy" and model.iteration
-    return [START, *([f"iter{model.iteration - 1}"] if before and model.iteration else [])]
+    return [START, *([f"iter{model.iteration - 1}"] if model.role == "policy" and model.iteration else [])]
 
 
 def _scorer_sources(evaluation: EvaluateConfig) -> list[Source]:
@@ -105,6 +105,11 @@ class Evaluate(StageKind):
 
     def check_settings(self, config: RunConfig, source: str) -> None:
         evaluation = evaluate_config(config, START, config.start_model)
+        if find_backend(evaluation.backend).needs_server:
+            raise InputError(
+                f"evaluate.backend is {evaluation.backend}, whose server has one model, but a run evaluates several: choose "
+                "transformers or vllm"
+            )
         evaluation.check_metric()
         if evaluation.tasks:
             find_tasks(evaluation)
