@@ -46,7 +46,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     check_baselines(baselines, held_out, config.temperatures[0], metric)
     made = provenance(config, encoder, folder, len(held_out))  # refuses damaged weights
     key = result_key(config, made, held_out)
-    if not config.overwrite and (found := stored_result(config, key)) is not None:
+    # The weights behind a server are unknown, so its results may be those of another model by now.
+    reusable = made.weights_hash and not config.overwrite
+    if reusable and (found := stored_result(config, key)) is not None:
         if is_main:
             say(f"{config.output_file} is already complete: {config.model} was evaluated with these settings")
         return found

@@ -39,7 +39,7 @@ def result_key(config: EvaluateConfig, made: Provenance, held_out: Sequence[Held
     files += sorted(Path(config.task_dir).rglob("*")) if config.task_dir else []
     return hash_json(
         {
-            "model": [made.weights_hash, made.model if not made.weights_hash else "", made.tokenizer_hash],
+            "model": [made.weights_hash, made.tokenizer_hash],
             "template": made.chat_template_hash,
             "data": hash_text(*(hash_json(row) for row in rows)),
             "settings": settings,
@@ -69,8 +69,8 @@ def stored_result(config: EvaluateConfig, key: str) -> dict[str, Any] | None:
 
 
 def keep_result(config: EvaluateConfig, key: str, result: Mapping[str, Any]) -> None:
-    """Copy a written result to ``cache_dir``, if there is one; its JSON file comes last."""
-    if config.cache_dir is None:
+    """Copy a written result to ``cache_dir``, if there is one and the weights are known; its JSON file comes last."""
+    if config.cache_dir is None or not result["weights_hash"]:
         return
     folder = Path(config.cache_dir)
     folder.mkdir(parents=True, exist_ok=True)
