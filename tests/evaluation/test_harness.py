@@ -10,7 +10,7 @@ import yaml
 
 from spin import cli
 from spin.alignment.core.errors import InputError
-from spin.alignment.evaluation.harness import PRESETS, Task, main_metric, parse_tasks, task_result
+from spin.alignment.evaluation.harness import PRESETS, Task, main_metric, parse_tasks, task_manager, task_result
 from spin.alignment.evaluation.statistics import Z95
 from tests.helpers import run_main
 from tests.helpers.runs import write_sums
@@ -137,7 +137,5 @@ def own_choice(model, text):
 
 
 def test_presets_are_tasks_of_the_harness(harness):
-    from lm_eval.tasks import TaskManager
-
-    known = {*TaskManager().all_tasks}
+    known = {*task_manager(None).all_tasks}
     assert {name for tasks in PRESETS.values() for name, *_ in tasks} <= known

