@@ -65,6 +65,7 @@ EXTRAS = {
         "alembic>=1.16",
         "trackio>=0.43",
     ],
+    "eval": ["lm-eval>=0.4.13,<0.5"],  # not in dev: it brings 26 packages and an older python-dateutil
     "dev": [
         *DOCS,
         "torch==2.13.0",

@@ -59,7 +59,7 @@ from spin.alignment.evaluation.config import EvaluateConfig  # noqa: E402
 from spin.alignment.generation.config import GenerateConfig  # noqa: E402
 from spin.alignment.models.config import ModelConfig  # noqa: E402
 from spin.alignment.pairs.config import ConvertConfig, SelectConfig  # noqa: E402
-from spin.alignment.pipeline.config import LaunchConfig, RunConfig, RunData  # noqa: E402
+from spin.alignment.pipeline.config import LaunchConfig, RunConfig, RunData, StopConfig  # noqa: E402
 from spin.alignment.rewards.instructions import KINDS  # noqa: E402
 from spin.alignment.rewards.instructions.rows import arguments_of  # noqa: E402
 from spin.alignment.token_weights.config import WeightsConfig  # noqa: E402
@@ -71,11 +71,11 @@ CLASSES: dict[str, type] = {
     for item in (
         *(ReformatConfig, GenerateConfig, ConvertConfig, SelectConfig, WeightsConfig, EvaluateConfig),
         *(ModelConfig, DataConfig, OutputConfig, SPINKeys, SFTKeys, OnlineKeys),
-        *(RunConfig, RunData, LaunchConfig),
+        *(RunConfig, RunData, LaunchConfig, StopConfig),
     )
 }
 # Prefixes of the keys in sections of `spin run`.
-PREFIXES = {"RunData": "data.", "LaunchConfig": "launch."}
+PREFIXES = {"RunData": "data.", "LaunchConfig": "launch.", "StopConfig": "stop."}
 # The packages of spin/alignment from the bottom up: a package imports only packages of earlier rows, and itself.
 # tests/test_imports.py checks this table against the real imports.
 LAYERS = (

@@ -23,6 +23,7 @@ USAGE = """usage: spin COMMAND ...
   status RUN                          show the progress of a run
   report RUN [OTHER]                  write the table, plot and page of a run, or a page that compares two
   serve RUN [--port=8700]             serve that page on this machine while the run goes on
+  eval --model M --input_dir D ...    score a model on held-out prompts, compare it with others, run benchmarks
   validate PATH [--tokenizer MODEL]   check a data set, a model folder or a run against the contract
   doctor [CONFIG.yaml]                check which packages, devices and backends work here
   diff RUN_A RUN_B [--all]            show how two runs differ: results, settings, data, packages
@@ -194,6 +195,13 @@ def serve(arguments: Sequence[str]) -> None:
     serve_page(options.run_dir, options.port)
 
 
+def evaluate(arguments: Sequence[str]) -> None:
+    """``spin eval``: ``evaluate_model.py`` by another name."""
+    from spin.evaluate_model import main as evaluate_model
+
+    evaluate_model(arguments)
+
+
 def validate(arguments: Sequence[str]) -> int:
     """``spin validate PATH``: print every problem of a data set, a model folder or a run."""
     parser = Parser(prog="spin validate", description="Check a data set, a model folder or a run against the contract.")
@@ -268,6 +276,7 @@ COMMANDS = {
     "status": status,
     "report": report,
     "serve": serve,
+    "eval": evaluate,
     "validate": validate,
     "doctor": doctor,
     "diff": diff,

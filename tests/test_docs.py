@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from scripts.make_docs import CLASSES, MAP, PAGES, TABLE, up_to_date
+from scripts.make_docs import CLASSES, MAP, PAGES, PREFIXES, TABLE, up_to_date
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.settings import declaration_of, settings_of
 from tests.helpers import REPOSITORY
@@ -24,7 +24,7 @@ def test_every_setting_has_a_sentence_and_stands_in_the_docs(name):
     tables = "\n".join(match.group(0) for match in TABLE.finditer(written))
     for key, field in settings_of(CLASSES[name]).items():
         assert declaration_of(field).help, key
-        assert any(f"| `{prefix}{key}` |" in tables for prefix in ("", "--", "data.", "launch.")), key
+        assert any(f"| `{prefix}{key}` |" in tables for prefix in ("", "--", *PREFIXES.values())), key
 
 
 def test_a_changed_table_is_seen():

@@ -11,8 +11,9 @@ from typing import Any
 
 from benchmarks.evidence.plan import BENCHMARKS, STUDIES
 from benchmarks.evidence.results import read_kept, result_path
+from spin.alignment.evaluation.averages import average_shares
 from spin.alignment.evaluation.compare import Measure
-from spin.alignment.evaluation.responses import HeldOutResponses, average_shares, responses_path
+from spin.alignment.evaluation.responses import HeldOutResponses, responses_path
 from spin.alignment.evaluation.statistics import Comparison, Estimate, bootstrap_difference
 
 # The rows of one model in one measure: prompt -> (total, count).

@@ -11,10 +11,12 @@ import torch
 from spin import evaluate_model
 from spin.alignment.core.parquet import read_rows
 from spin.alignment.data.chat_encoder import ChatEncoder, load_tokenizer
+from spin.alignment.evaluation.answers import Answers, respond_at_all
+from spin.alignment.evaluation.averages import average_responses
 from spin.alignment.evaluation.config import EvaluateConfig
-from spin.alignment.evaluation.evaluate import respond_and_score
+from spin.alignment.evaluation.evaluate import scored
 from spin.alignment.evaluation.held_out import encode_held_out, ground_truth_nats
-from spin.alignment.evaluation.responses import average_responses, read_responses, scored_rows
+from spin.alignment.evaluation.responses import read_responses, scored_rows
 from spin.alignment.generation.base import Response
 from spin.alignment.models.config import ModelConfig
 from spin.alignment.models.loading import load_model
@@ -105,7 +107,8 @@ def test_a_row_that_opens_a_thought_has_it_in_the_text_of_its_response(tmp_path)
     config = EvaluateConfig(
         model="m", input_dir=".", output_file=str(tmp_path / "e.json"), temperatures=[0.0], metric="math_answer"
     )
-    made = respond_and_score(config, Sampled(ids), held_out, encoder, [])
+    responses = respond_at_all(config, Sampled(ids), held_out)
+    made = scored(config, Answers(responses, [1.0, 1.0]), held_out, encoder, [])
     assert [row["response"] for row in made] == ["<think>\nSo it is\n1", "So it is\n1"]
     assert average_responses(made)["exact"] == 0.0 and [item.ground_truth for item in held_out] == ["1", "2"]
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from spin.alignment.core.provenance import Provenance
-from spin.alignment.evaluation.responses import average_nats, average_responses, write_responses
+from spin.alignment.evaluation.averages import average_nats, average_responses
+from spin.alignment.evaluation.responses import write_responses
 from tests.helpers.runs import tiny_run, write_config
 
 # What a model may say to attack the page: the response to the second prompt.

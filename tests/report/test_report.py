@@ -11,9 +11,10 @@ from spin import cli
 from spin.alignment.evaluation.responses import read_responses
 from spin.alignment.pipeline.config import load_run_config
 from spin.alignment.report.headline import headline
-from spin.alignment.report.summary import evaluation_row, warnings
+from spin.alignment.report.summary import evaluation_row
 from spin.alignment.report.table import cells, markdown
 from spin.alignment.report.verdicts import Measure, verdicts
+from spin.alignment.report.warnings import warnings
 from tests.helpers import run_main
 from tests.helpers.evaluations import share, write_evaluation, write_finished_run
 from tests.helpers.runs import tiny_run, write_config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -50,10 +51,21 @@ class Measure:
         return float(found[self.key.partition("/")[0]])
 
     def values(self, responses: HeldOutResponses) -> dict[str, tuple[float, float]]:
-        """Return total and count of each prompt that has a value: nats and tokens, a part's, or the score and 1."""
-        rows = responses.by_prompt if self.temperature is None else responses.by_temperature.get(self.temperature, {})
-        found = {name: self._value(row) for name, row in rows.items()}
-        return {name: value for name, value in found.items() if value is not None}
+        """Return total and count of each prompt that has a value: nats and tokens, a part's, or the score and 1.
+
+        Those of a prompt with several responses are the means over them.
+        """
+        if self.temperature is None:
+            found = {name: [self._value(row)] for name, row in responses.by_prompt.items()}
+        else:
+            names = responses.by_temperature.get(self.temperature, {})
+            found = {name: [*map(self._value, responses.all_of(self.temperature, name))] for name in names}
+        known = {name: [value for value in values if value is not None] for name, values in found.items()}
+        return {
+            name: (math.fsum(total for total, _ in some) / len(some), math.fsum(count for _, count in some) / len(some))
+            for name, some in known.items()
+            if some
+        }
 
     def _value(self, row: Mapping[str, Any]) -> tuple[float, float] | None:
         if self.group not in (None, row.get("group")):
@@ -64,3 +76,10 @@ class Measure:
             parts = {part["name"]: (part["total"], part["count"]) for part in row.get("parts") or ()}
             return parts.get(self.part)
         return None if row["score"] is None else (row["score"], 1.0)
+
+
+MEASURES = (
+    Measure("sampled_exact", "{metric} at T=1", "1"),
+    Measure("greedy_exact", "greedy {metric}", "0"),
+    Measure("nll", "NLL of the ground truth (nats per token)", None),
+)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from spin.alignment.core.console import say, say_error
@@ -16,32 +17,82 @@ if TYPE_CHECKING:
     from spin.alignment.core.provenance import Provenance
     from spin.alignment.data.chat_encoder import ChatEncoder
     from spin.alignment.data.held_out_rows import Skipped
+    from spin.alignment.evaluation.answers import Answers
     from spin.alignment.evaluation.held_out import HeldOut
-    from spin.alignment.generation.base import GenerationBackend
-
-PROGRESS_PROMPTS = 256  # between two reports
-SCORED_TOGETHER = 16  # ground truths in one forward pass, whose logits are all in memory
+    from spin.alignment.evaluation.judged import Baseline
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Score a model on held-out prompts; return what is written to ``output_file``: the fields of ``evaluate_model.py``. Every
     response is written to ``eval.parquet`` next to it first.
 
+    If ``output_file`` or ``cache_dir`` has the results of the same model, data and settings, those are returned. In several
+    processes, each answers its part of the prompts; the main one scores and writes, and the others return an empty mapping.
+
     Raises:
         InputError: the model, every prompt or the metric cannot be used; if it can be known, before a model is loaded.
     """
-    from spin.alignment.core.files import write_json_atomic
+    from spin.alignment.evaluation.answers import answer_all, own_place
+    from spin.alignment.evaluation.judged import check_baselines, read_baselines
+    from spin.alignment.evaluation.result_cache import result_key, stored_result
+    from spin.alignment.models.vocabulary import ids_without_token
+
+    is_main = own_place().is_main
+    encoder, folder, model_config = open_model(config, is_main)
+    tasks = resolved_tasks(config)
+    held_out, skipped = load_held_out(config, encoder, model_config)
+    baselines = read_baselines(config.against)
+    metric = config.metric if config.win_rate_by is None else None
+    check_baselines(baselines, held_out, config.temperatures[0], metric)
+    made = provenance(config, encoder, folder, len(held_out))  # refuses damaged weights
+    key = result_key(config, made, held_out)
+    # The weights behind a server are unknown, so its results may be those of another model by now.
+    reusable = made.weights_hash and not config.overwrite
+    if reusable and (found := stored_result(config, key)) is not None:
+        if is_main:
+            say(f"{config.output_file} is already complete: {config.model} was evaluated with these settings")
+        return found
+    benchmarks = {} if tasks is None else {"tasks": tasks()}  # first: the data of a task may turn out to be missing
+    answers = answer_all(config, held_out, encoder, ids_without_token(encoder.tokenizer, model_config))
+    if not is_main:
+        return {}
+    skipped += without_likelihood(held_out, answers)
+    rows = scored(config, answers, held_out, encoder, skipped)
+    compare(config, rows, held_out, baselines)
+    result = {
+        "model": config.model,
+        "weights_hash": made.weights_hash,
+        "key": key,
+        "metric": config.metric,
+        "input_dir": config.input_dir,
+        "split": config.split,
+        **encoder.template_record,
+        "n": len(held_out),
+        "skipped": skipped,
+        **averages(config, rows),
+        **win_rates(config, rows, baselines),
+        **benchmarks,
+    }
+    return write(config, rows, made, result)
+
+
+def open_model(config: EvaluateConfig, is_main: bool) -> tuple[ChatEncoder, Path, Any]:
+    """Check the settings and the files of the model; return its encoder, its folder and its configuration.
+
+    Raises:
+        InputError: naming the setting or file that cannot be used.
+    """
     from spin.alignment.data.chat_encoder import load_encoder
-    from spin.alignment.data.held_out_rows import describe_skipped
     from spin.alignment.data.template_date import pinned_date
-    from spin.alignment.evaluation.responses import responses_path, write_responses
-    from spin.alignment.models.folder import check_model_path, context_length, model_folder
-    from spin.alignment.models.vocabulary import check_control_tokens, check_ids, ids_without_token
+    from spin.alignment.generation import find_backend
+    from spin.alignment.models.folder import check_model_path, model_folder
+    from spin.alignment.models.vocabulary import check_control_tokens
     from spin.alignment.models.weights_check import check_model
 
     config.check_files()
     config.check_metric()
-    check_model_path(config.model)
+    served = find_backend(config.backend).needs_server
+    check_model_path(config.model, needs_weights=not served)
     encoder = load_encoder(
         config.model,
         config.revision,
@@ -50,50 +101,27 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         chat_template_kwargs=config.chat_template_kwargs,
         date=pinned_date(config.template_date, ()),
     )
-    for remark in encoder.remarks:
+    for remark in encoder.remarks if is_main else ():
         say_error(remark)
     folder = model_folder(config.model, config.revision)
-    model_config = check_model(folder, trust_remote_code=config.trust_remote_code)
+    model_config = check_model(folder, trust_remote_code=config.trust_remote_code, needs_weights=not served)
     check_control_tokens(encoder, model_config, config.model)
-    held_out, skipped = load_held_out(config, encoder, context_length(model_config) or sys.maxsize)
-    for item in held_out:
-        where = f"prompt {item.request.prompt_id}"
-        check_ids((*item.request.token_ids, *item.ground_truth_ids), model_config, config.model, where)
-    masked_ids = ids_without_token(encoder.tokenizer, model_config)
-    made = provenance(config, encoder, folder, len(held_out))  # refuses damaged weights
-    rows = answer_and_score(config, held_out, encoder, skipped, masked_ids)
-    result = {
-        "model": config.model,
-        "weights_hash": made.weights_hash,
-        "metric": config.metric,
-        "input_dir": config.input_dir,
-        "split": config.split,
-        **encoder.template_record,
-        "n": len(held_out),
-        "skipped": skipped,
-        **averages(config, rows, len(held_out)),
-    }
-    write_responses(responses_path(config.output_file), rows, made)
-    write_json_atomic(config.output_file, result)
-    for line in describe_skipped(skipped):
-        say_error(line)
-    exact = ", ".join(f"T={name} {values['exact']:.3f}" for name, values in result["temperatures"].items())
-    nll = f"; NLL of the ground truth {result['nll']:.4f} nats per token" if "nll" in result else ""
-    say(f"{config.model}: {config.metric} {exact}{nll}")
-    return result
+    return encoder, folder, model_config
 
 
 def provenance(config: EvaluateConfig, encoder: ChatEncoder, folder: Path, count: int) -> Provenance:
-    """Return the record of what the responses were made from."""
+    """Return the record of what the responses were made from. The weights of a served model are unknown."""
     from spin.alignment.core.provenance import Provenance, hash_weights, package_versions
+    from spin.alignment.generation import find_backend
     from spin.alignment.models.precision import machine_dtype
 
-    chosen = machine_dtype(folder, config.dtype)
+    served = find_backend(config.backend).needs_server
+    chosen = None if served else machine_dtype(folder, config.dtype)
     return Provenance(
         kind="evaluation",
         model=config.model,
         model_revision=config.revision or "",
-        weights_hash=hash_weights(folder),
+        weights_hash="" if served else hash_weights(folder),
         tokenizer_hash=encoder.tokenizer_hash,
         chat_template_hash=encoder.template_hash,
         backend=config.backend,
@@ -105,7 +133,9 @@ def provenance(config: EvaluateConfig, encoder: ChatEncoder, folder: Path, count
     )
 
 
-def load_held_out(config: EvaluateConfig, encoder: ChatEncoder, context: int) -> tuple[list[HeldOut], list[Skipped]]:
+def load_held_out(
+    config: EvaluateConfig, encoder: ChatEncoder, model_config: Any
+) -> tuple[list[HeldOut], list[Skipped]]:
     """Return the held-out prompts to score, and the rows that are skipped, each with the reason.
 
     Raises:
@@ -113,14 +143,18 @@ def load_held_out(config: EvaluateConfig, encoder: ChatEncoder, context: int) ->
     """
     from spin.alignment.data.held_out_rows import check_any_left, read_to_score
     from spin.alignment.evaluation.held_out import encode_held_out
-    from spin.alignment.rewards import needs_reference
+    from spin.alignment.models.folder import context_length
+    from spin.alignment.models.vocabulary import check_ids
 
-    compares = needs_reference(config.metric)
-    rows, unreadable = read_to_score(config.input_dir, config.split, compares, config.limit)
+    rows, unreadable = read_to_score(config.input_dir, config.split, config.compares, config.limit)
     rows, unscorable = scorable_rows(config, rows)
+    context = context_length(model_config) or sys.maxsize
     held_out, unusable = encode_held_out(rows, encoder, context, config.max_new_tokens)
     unusable = unscorable + unusable
     check_any_left(held_out, unusable, f"{config.input_dir}, split {config.split}")
+    for item in held_out:
+        where = f"prompt {item.request.prompt_id}"
+        check_ids((*item.request.token_ids, *item.ground_truth_ids), model_config, config.model, where)
     return held_out, [*unreadable, *unusable]
 
 
@@ -139,17 +173,89 @@ def scorable_rows(config: EvaluateConfig, rows: Sequence[dict[str, Any]]) -> tup
     return usable, skipped
 
 
-def averages(config: EvaluateConfig, rows: list[dict[str, Any]], count: int) -> dict[str, Any]:
-    """Return the averages over the rows of all temperatures, ``count`` of each, with ``group_by`` also those of each group, and
-    the first few prompts with their responses.
+def without_likelihood(held_out: Sequence[HeldOut], answers: Answers) -> list[Skipped]:
+    """Return the prompts whose ground truth has a log-likelihood that is not finite."""
+    reason = "the log-likelihood of its ground truth is not finite"
+    if all(value is None for value in answers.nats):  # none was computed (by a server), or average_nats() refuses all
+        return []
+    return [
+        {"prompt_id": item.request.prompt_id, "reason": reason}
+        for item, value in zip(held_out, answers.nats, strict=True)
+        if item.ground_truth and value is None
+    ]
+
+
+def scored(
+    config: EvaluateConfig,
+    answers: Answers,
+    held_out: Sequence[HeldOut],
+    encoder: ChatEncoder,
+    skipped: list[Skipped],
+) -> list[dict[str, Any]]:
+    """Return the scored rows of every temperature and sample in turn, in the order of the prompts. Responses that cannot be
+    scored are added to ``skipped``.
+    """
+    from spin.alignment.evaluation.responses import scored_rows
+    from spin.alignment.rewards import PAIRWISE, make_scorer
+
+    settings = config.scorers[config.metric]
+    scorer = make_scorer(replace(settings, score_reference=settings.name in PAIRWISE))
+    rows: list[dict[str, Any]] = []
+    try:
+        for temperature, found in zip(config.temperatures, answers.responses, strict=True):
+            for index, responses in enumerate(zip(*found, strict=True)):
+                texts = [
+                    encoder.response_text(response.token_ids, item.chat_template_kwargs)
+                    for item, response in zip(held_out, responses, strict=True)
+                ]
+                rows += scored_rows(
+                    *(config.model, temperature, held_out, responses, texts, scorer, skipped, config.group_by),
+                    sample_index=index,
+                )
+    finally:
+        scorer.close()
+    known = {item.request.prompt_id: value for item, value in zip(held_out, answers.nats, strict=True)}
+    return [row | {"nats": known[row["prompt_id"]]} for row in rows]
+
+
+def compare(
+    config: EvaluateConfig, rows: list[dict[str, Any]], held_out: Sequence[HeldOut], baselines: Sequence[Baseline]
+) -> None:
+    """Add the probability to beat each baseline to the rows of the first temperature."""
+    from spin.alignment.evaluation.judged import judge_rows
+    from spin.alignment.rewards import make_scorer
+
+    if not baselines:
+        return
+    prompts = {item.request.prompt_id: item for item in held_out}
+    own = [row for row in rows if row["temperature"] == config.temperatures[0]]
+    by = config.win_rate_by
+    scorer = None if by is None else make_scorer(config.scorers[by])
+    try:
+        for baseline in baselines:
+            judge_rows(own, prompts, baseline, scorer)
+    finally:
+        if scorer is not None:
+            scorer.close()
+
+
+def averages(config: EvaluateConfig, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the averages over the rows of each temperature, with ``group_by`` also those of each group, and the first few
+    prompts with their (first) responses.
 
     Raises:
         InputError: the metric failed on every response, or no log-likelihood is finite.
     """
-    from spin.alignment.evaluation.responses import average_groups, average_nats, average_responses
+    from spin.alignment.evaluation.averages import average_groups, average_nats, average_responses
+    from spin.alignment.generation import find_backend
+    from spin.alignment.rewards import find_answer
 
     names = [f"{temperature:g}" for temperature in config.temperatures]
-    parts = {name: rows[place * count : (place + 1) * count] for place, name in enumerate(names)}
+    parts = {
+        name: [row for row in rows if row["temperature"] == temperature]
+        for name, temperature in zip(names, config.temperatures, strict=True)
+    }
+    firsts = [[row for row in part if row["sample_index"] == 0][: config.samples] for part in parts.values()]
     samples = [
         {
             "prompt_id": some[0]["prompt_id"],
@@ -157,121 +263,78 @@ def averages(config: EvaluateConfig, rows: list[dict[str, Any]], count: int) -> 
             "ground_truth": some[0]["ground_truth"],
             "responses": {name: row["response"] for name, row in zip(names, some, strict=True)},
         }
-        for some in zip(*(part[: config.samples] for part in parts.values()), strict=True)
+        for some in zip(*firsts, strict=True)
     ]
+    answer = find_answer(config.metric)
     return {
-        "temperatures": {name: average_responses(part) for name, part in parts.items()},
-        **({} if config.group_by is None else {"groups": average_groups(parts)}),
-        **average_nats(rows[:count]),
+        "temperatures": {name: average_responses(part, answer) for name, part in parts.items()},
+        **({} if config.group_by is None else {"groups": average_groups(parts, answer)}),
+        **({} if find_backend(config.backend).needs_server else average_nats(parts[names[0]])),
         "samples": samples,
     }
 
 
-def answer_and_score(
-    config: EvaluateConfig,
-    held_out: list[HeldOut],
-    encoder: ChatEncoder,
-    skipped: list[Skipped],
-    masked_ids: tuple[int, ...],
-) -> list[dict[str, Any]]:
-    """Generate and score with one loaded model (otherwise it is freed before the model for the log-likelihoods is loaded); return
-    the rows of ``eval.parquet``. Responses that cannot be scored are added to ``skipped``; ``masked_ids`` are never sampled.
+def win_rates(config: EvaluateConfig, rows: Sequence[dict[str, Any]], baselines: Sequence[Baseline]) -> dict[str, Any]:
+    """Return ``win_rates`` by name of the baseline; nothing without baselines."""
+    from spin.alignment.evaluation.judged import win_rate_of
+
+    temperature = config.temperatures[0]
+    own = [row for row in rows if row["temperature"] == temperature]
+    found = {}
+    for baseline in baselines:
+        stored = baseline.responses.by_temperature.get(f"{temperature:g}", {})
+        others = {name: baseline.responses.all_of(f"{temperature:g}", name) for name in stored}
+        rate = win_rate_of(own, others, baseline.name)
+        if rate is not None:
+            by = config.win_rate_by or config.metric
+            found[baseline.name] = {"by": by, "temperature": f"{temperature:g}", **rate.as_row()}
+    return {"win_rates": found} if baselines else {}
+
+
+def resolved_tasks(config: EvaluateConfig) -> Callable[[], dict[str, Any]] | None:
+    """Return what runs the tasks of lm-evaluation-harness, which are found first; None without any.
+
+    Raises:
+        InputError: the package is not installed, or it has no such task.
     """
-    import torch
+    if not config.tasks:
+        return None
+    from spin.alignment.evaluation.answers import own_place
+    from spin.alignment.evaluation.harness import find_tasks, run_tasks
 
-    from spin.alignment.models.config import ModelConfig
-    from spin.alignment.models.folder import model_folder
-    from spin.alignment.models.loading import load_model
-    from spin.alignment.models.precision import generation_dtype, machine_dtype
-
-    backend = open_backend(config, held_out, encoder, masked_ids)
-    try:
-        rows = respond_and_score(config, backend, held_out, encoder, skipped)
-        model = getattr(backend, "model", None)
-        # The log-likelihoods are those of the stored weights, even where responses are generated with rounded ones.
-        if model is not None and machine_dtype(model_folder(config.model, config.revision), config.dtype) is None:
-            return with_nats(config, rows, model, held_out, encoder, skipped)
-    finally:
-        backend.close()
-    if all(item.ground_truth is None for item in held_out):
-        return [row | {"nats": None} for row in rows]
-    loaded = ModelConfig(
-        model_name_or_path=config.model,
-        model_revision=config.revision,
-        dtype=generation_dtype(config.model, config.dtype),
-        trust_remote_code=config.trust_remote_code,
-    )
-    model = load_model(loaded).to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    return with_nats(config, rows, model, held_out, encoder, skipped)
+    if own_place().count > 1:
+        raise InputError(
+            "tasks are run by one process: start the evaluation without accelerate launch, or remove the tasks"
+        )
+    tasks = find_tasks(config)
+    return lambda: run_tasks(config, tasks)
 
 
-def open_backend(
-    config: EvaluateConfig, held_out: list[HeldOut], encoder: ChatEncoder, masked_ids: tuple[int, ...]
-) -> GenerationBackend:
-    """Load the model for generation, with a context that fits the longest prompt and a response."""
-    from spin.alignment.generation import make_backend
-    from spin.alignment.generation.base import BackendSettings
+def write(
+    config: EvaluateConfig, rows: list[dict[str, Any]], made: Provenance, result: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Write the responses, then the result with their hash, and say the main numbers; return the result."""
+    from spin.alignment.core.files import write_json_atomic
+    from spin.alignment.core.provenance import hash_file
+    from spin.alignment.data.held_out_rows import describe_skipped
+    from spin.alignment.evaluation.responses import responses_path, write_responses
+    from spin.alignment.evaluation.result_cache import keep_result
 
-    settings = BackendSettings(
-        model=config.model,
-        revision=config.revision,
-        dtype=config.dtype,
-        batch_size=config.batch_size,
-        tensor_parallel_size=config.tensor_parallel_size,
-        max_model_len=max(len(item.request.token_ids) for item in held_out) + config.max_new_tokens,
-        trust_remote_code=config.trust_remote_code,
-        stop_ids=encoder.stop_ids,
-        masked_ids=masked_ids,
-        pad_id=encoder.pad_id,
-    )
-    return make_backend(config.backend, settings)
-
-
-def respond_and_score(
-    config: EvaluateConfig,
-    backend: GenerationBackend,
-    held_out: list[HeldOut],
-    encoder: ChatEncoder,
-    skipped: list[Skipped],
-) -> list[dict[str, Any]]:
-    """Return the scored rows of every temperature in turn, in the order of the prompts."""
-    from spin.alignment.evaluation.held_out import respond
-    from spin.alignment.evaluation.responses import scored_rows
-    from spin.alignment.rewards import find_scorer
-    from spin.alignment.rewards.rules import RuleScorer
-
-    scorer = RuleScorer(config.metric, find_scorer(config.metric))
-    rows: list[dict[str, Any]] = []
-    for temperature in config.temperatures:
-        responses = respond(backend, held_out, config.sampling(temperature), say_error)
-        texts = [
-            encoder.response_text(response.token_ids, item.chat_template_kwargs)
-            for item, response in zip(held_out, responses, strict=True)
-        ]
-        rows += scored_rows(config.model, temperature, held_out, responses, texts, scorer, skipped, config.group_by)
-    return rows
-
-
-def with_nats(
-    config: EvaluateConfig,
-    rows: list[dict[str, Any]],
-    model: Any,
-    held_out: list[HeldOut],
-    encoder: ChatEncoder,
-    skipped: list[Skipped],
-) -> list[dict[str, Any]]:
-    """Return the rows with the nats of their ground truth, None without one; a prompt for which the number is not finite is
-    added to ``skipped``.
-    """
-    from spin.alignment.evaluation.held_out import ground_truth_nats
-
-    nats = ground_truth_nats(model, held_out, encoder.pad_id, config.batch_size or SCORED_TOGETHER)
-    known = {item.request.prompt_id: value for item, value in zip(held_out, nats, strict=True)}
-    reason = "the log-likelihood of its ground truth is not finite"
-    damaged = [
-        item.request.prompt_id
-        for item, value in zip(held_out, nats, strict=True)
-        if item.ground_truth and value is None
-    ]
-    skipped += [{"prompt_id": name, "reason": reason} for name in damaged]
-    return [row | {"nats": known[row["prompt_id"]]} for row in rows]
+    stored = responses_path(config.output_file)
+    write_responses(stored, rows, made)
+    result = {**result, "responses_hash": hash_file(stored)}
+    write_json_atomic(config.output_file, result)
+    keep_result(config, result["key"], result)
+    for line in describe_skipped(result["skipped"]):
+        say_error(line)
+    exact = ", ".join(f"T={name} {values['exact']:.3f}" for name, values in result["temperatures"].items())
+    nll = f"; NLL of the ground truth {result['nll']:.4f} nats per token" if "nll" in result else ""
+    say(f"{config.model}: {config.metric} {exact}{nll}")
+    for name, found in result.get("win_rates", {}).items():
+        say(
+            f"  wins against {name} ({found['by']}): {found['win_rate']:.1%}, at equal lengths {found['lc_win_rate']:.1%}, ties "
+            f"{found['tie_rate']:.1%} of {found['prompts']} prompts"
+        )
+    for name, task in result.get("tasks", {}).items():
+        say(f"  {name} ({task['shots']}-shot): {task['metric']} {task['value']:.4f}")
+    return result

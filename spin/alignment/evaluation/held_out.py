@@ -86,14 +86,14 @@ def encode_held_out(
 
 def respond(
     backend: GenerationBackend, held_out: Sequence[HeldOut], sampling: SamplingConfig, tell: Tell
-) -> list[Response]:
-    """Return one response to each prompt, reporting progress every ten seconds and at the end."""
+) -> list[list[Response]]:
+    """Return the responses to each prompt, reporting progress every ten seconds and at the end."""
     # Long prompts first: once nothing is left to refill the batch, only short ones are running.
     order = sorted(range(len(held_out)), key=lambda index: -len(held_out[index].request.token_ids))
-    responses: dict[int, Response] = {}
+    responses: dict[int, list[Response]] = {}
     told = time.monotonic()
     for place, answer in backend.stream((held_out[index].request for index in order), sampling):
-        responses[order[place]] = answer[0]
+        responses[order[place]] = answer
         if time.monotonic() - told >= PROGRESS_SECONDS or len(responses) == len(order):
             told = time.monotonic()
             tell(f"temperature {sampling.temperature:g}: {len(responses)} of {len(order)} prompts")

@@ -1,4 +1,4 @@
-"""``eval.parquet``: every held-out response of a model with its score, one row per prompt and temperature, and their averages."""
+"""``eval.parquet``: every held-out response of a model with its score, one row per prompt, temperature and sample."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from spin.alignment.core.parquet import ParquetSink, read_rows
 from spin.alignment.core.provenance import Provenance
 from spin.alignment.data.held_out_rows import Skipped
 from spin.alignment.evaluation.held_out import HeldOut
-from spin.alignment.evaluation.statistics import Estimate, mean, proportion, ratio
 from spin.alignment.generation.base import Response
-from spin.alignment.rewards.base import GroupScorer, PromptGroup
+from spin.alignment.rewards.base import GroupLabels, GroupScorer, Part, PromptGroup
+from spin.alignment.rewards.rules import RuleScorer
 
 SCHEMA = pa.schema(
     [
@@ -39,11 +39,16 @@ SCHEMA = pa.schema(
             pa.list_(pa.struct([("name", pa.string()), ("total", pa.float64()), ("count", pa.float64())])),
         ),  # further numbers of the metric; null if it has none, or failed
         ("group", pa.string()),  # value of the column that group_by names; null without it
+        ("sample_index", pa.int32()),  # which of the responses at this temperature
+        (
+            "wins",
+            pa.list_(pa.struct([("against", pa.string()), ("value", pa.float64())])),
+        ),  # the probability that it is better than the response of each model compared with; null without any
     ]
 )
 Row = Mapping[str, Any]
 # Not in the files of earlier versions.
-_LATER = ("group", "parts")
+_LATER = ("group", "parts", "sample_index", "wins")
 
 
 def responses_path(output_file: str | Path) -> Path:
@@ -60,24 +65,31 @@ def scored_rows(
     scorer: GroupScorer,
     skipped: list[Skipped],
     group_by: str | None = None,
+    sample_index: int = 0,
 ) -> list[dict[str, Any]]:
-    """Return the rows of one temperature, without the log-likelihoods; their group is the value of the column ``group_by``. A
-    response that the scorer fails on has no score, and is added to ``skipped``.
+    """Return the rows of one response to each prompt, without the log-likelihoods; their group is the value of the column
+    ``group_by``. A response that a rule fails on, or a judge gives no verdict on, has no score, and is added to ``skipped``.
+
+    The score is that of a rule or reward model; of a scorer that compares pairs, the probability to beat the ground truth.
+
+    Raises:
+        InputError: a model cannot score a response; the message names it.
     """
+    groups = [
+        PromptGroup(item.request.prompt_id, item.messages, [text], item.ground_truth, columns=item.columns)
+        for item, text in zip(held_out, texts, strict=True)
+    ]
     rows = []
-    for item, response, text in zip(held_out, responses, texts, strict=True):
-        group = PromptGroup(item.request.prompt_id, item.messages, [text], item.ground_truth, columns=item.columns)
-        try:
-            labels = scorer.label([group])[0]
-            score, parts = labels.scores[0], (labels.parts or [{}])[0]
-        except InputError as error:
-            score, parts = None, {}
-            skipped.append({"prompt_id": group.prompt_id, "reason": f"temperature {temperature:g}: {error}"})
+    scored = zip(held_out, responses, texts, score_groups(scorer, groups), strict=True)
+    for item, response, text, (score, parts, failure) in scored:
+        if score is None:
+            skipped.append({"prompt_id": item.request.prompt_id, "reason": f"temperature {temperature:g}: {failure}"})
         rows.append(
             {
                 "prompt_id": item.request.prompt_id,
                 "model": model,
                 "temperature": temperature,
+                "sample_index": sample_index,
                 "prompt": item.prompt,
                 "ground_truth": item.ground_truth,
                 "response": text,
@@ -93,94 +105,66 @@ def scored_rows(
     return rows
 
 
+def score_groups(
+    scorer: GroupScorer, groups: Sequence[PromptGroup]
+) -> list[tuple[float | None, Mapping[str, Part], str]]:
+    """Return score, further numbers, and the reason if there is no score, for groups of one response each."""
+    if not isinstance(scorer, RuleScorer):  # models score batches
+        return [(_single_score(labels), {}, "the judge gave no verdict") for labels in scorer.label(groups)]
+    found: list[tuple[float | None, Mapping[str, Part], str]] = []
+    for group in groups:
+        try:
+            labels = scorer.label([group])[0]
+        except InputError as error:
+            found.append((None, {}, str(error)))
+        else:
+            found.append((labels.scores[0], (labels.parts or [{}])[0], ""))
+    return found
+
+
+def _single_score(labels: GroupLabels) -> float | None:
+    """Return the score of a group's only response; from comparisons, its probability to beat the ground truth.
+
+    The label is then the mean over the response itself (one half) and the ground truth: (1/2 + p) / 2.
+    """
+    score = labels.scores[0]
+    return score if score is None or labels.win_probs is None else 2.0 * score - 0.5
+
+
 def write_responses(path: Path, rows: Sequence[Row], provenance: Provenance) -> None:
     """Write the rows of all temperatures; the file appears only once it is complete."""
     with ParquetSink(path, SCHEMA, provenance) as sink:
         sink.write([dict(row) for row in rows])
 
 
-def average_responses(rows: Sequence[Row]) -> dict[str, Any]:
-    """Return the averages over the responses of one temperature: ``exact`` (the mean score), ``identical_rate`` (if there is a
-    ground truth), ``truncation_rate``, and ``mean_length`` in tokens, EOS included; each with ``_se`` and ``_interval`` (see
-    ``statistics.py``). If the metric has further numbers, ``parts`` maps the name of each to ``value`` (likewise) and ``n``, the
-    number of responses.
-
-    Raises:
-        InputError: no response has a score.
-    """
-    scores = [row["score"] for row in rows if row["score"] is not None]
-    if not scores:
-        raise InputError(
-            f"the metric failed on every response, first on prompt {rows[0]['prompt_id']}: fix it or choose another"
-        )
-    answered = [row for row in rows if row["ground_truth"] is not None]
-    same = sum(row["response"].strip() == row["ground_truth"].strip() for row in answered)
-    truncated = sum(row["finish_reason"] == "length" for row in rows)
-    return {
-        **mean(scores).as_row("exact"),
-        **(proportion(same, len(answered)).as_row("identical_rate") if answered else {}),
-        **proportion(truncated, len(rows)).as_row("truncation_rate"),
-        **mean([len(row["token_ids"]) for row in rows]).as_row("mean_length"),
-        **({"parts": parts} if (parts := average_parts(rows)) else {}),
-    }
-
-
-def average_parts(rows: Sequence[Row]) -> dict[str, Any]:
-    """Return the further numbers of the metric over the responses of one temperature, by name; empty if it has none."""
-    found: dict[str, list[tuple[float, float]]] = {}
-    for row in rows:
-        for part in row.get("parts") or ():
-            found.setdefault(part["name"], []).append((part["total"], part["count"]))
-    return {name: {**average_shares(shares).as_row("value"), "n": len(shares)} for name, shares in found.items()}
-
-
-def average_shares(shares: Sequence[tuple[float, float]]) -> Estimate:
-    """Return the sum of the totals divided by the sum of the counts; the sample is the prompts."""
-    totals, counts = zip(*shares, strict=True)
-    return mean(totals) if set(counts) == {1.0} else ratio(totals, counts)
-
-
-def average_groups(parts: Mapping[str, Sequence[Row]]) -> dict[str, dict[str, Any]]:
-    """Return for each group its size ``n`` and the averages by temperature, given the rows by temperature.
-
-    Raises:
-        InputError: no response of a group has a score.
-    """
-    names = dict.fromkeys(row["group"] for rows in parts.values() for row in rows)
-    found = {}
-    for name in names:
-        own = {temperature: [row for row in rows if row["group"] == name] for temperature, rows in parts.items()}
-        averages = {temperature: average_responses(rows) for temperature, rows in own.items()}
-        found[name] = {"n": len(next(iter(own.values()))), "temperatures": averages}
-    return found
-
-
-def average_nats(rows: Sequence[Row]) -> dict[str, Any]:
-    """Return ``nll``, nats per token of the ground truth over all tokens, and ``nll_sequence``, nats per ground truth; each with
-    ``_se`` and ``_interval``. Nothing if no prompt has a ground truth. ``rows`` has one row per prompt.
-
-    Raises:
-        InputError: no prompt with a ground truth has a finite log-likelihood.
-    """
-    if all(row["ground_truth"] is None for row in rows):
-        return {}
-    known = [(row["nats"], row["tokens"]) for row in rows if row["nats"] is not None]
-    if not known:
-        raise InputError("the model gives no ground truth a finite log-likelihood: its weights are damaged")
-    nats, tokens = zip(*known, strict=True)
-    return {**ratio(nats, tokens).as_row("nll"), **mean(nats).as_row("nll_sequence")}
-
-
 @dataclass
 class HeldOutResponses:
-    """The stored responses of one model without their ids: by temperature (as text such as "0.5"), then by prompt id."""
+    """The stored responses of one model without their ids: by temperature (as text such as "0.5"), then by prompt id.
+
+    ``by_temperature`` has the first response to each prompt, ``further`` the others, if the model was sampled several times.
+    """
 
     by_temperature: dict[str, dict[str, Row]] = field(default_factory=dict)
+    further: dict[str, dict[str, list[Row]]] = field(default_factory=dict)
 
     @property
     def by_prompt(self) -> dict[str, Row]:
         """One row per prompt: its log-likelihood is the same in all."""
         return next(iter(self.by_temperature.values()), {})
+
+    def all_of(self, temperature: str, prompt_id: str) -> list[Row]:
+        """Return every response to a prompt at a temperature."""
+        first = self.by_temperature.get(temperature, {}).get(prompt_id)
+        return [] if first is None else [first, *self.further.get(temperature, {}).get(prompt_id, ())]
+
+    def add(self, row: Row) -> None:
+        """Add a response; those to a prompt are added in order."""
+        temperature = f"{row['temperature']:g}"
+        firsts = self.by_temperature.setdefault(temperature, {})
+        if row.get("sample_index"):
+            self.further.setdefault(temperature, {}).setdefault(row["prompt_id"], []).append(row)
+        else:
+            firsts[row["prompt_id"]] = row
 
 
 def read_responses(path: Path) -> HeldOutResponses:
@@ -195,5 +179,5 @@ def read_responses(path: Path) -> HeldOutResponses:
     for row in read_rows(path, columns=expected):
         if missing := [name for name in columns if name not in row]:
             raise InputError(f"{path} has no column {missing[0]}: it is not the eval.parquet of an evaluation")
-        found.by_temperature.setdefault(f"{row['temperature']:g}", {})[row["prompt_id"]] = row
+        found.add(row)
     return found

@@ -14,7 +14,6 @@ from spin.alignment.core.secrets import refuse_stored_secrets, without_secrets
 from spin.alignment.core.settings import check_settings, same_as, set_by_run, setting
 from spin.alignment.core.sides import INITIAL
 from spin.alignment.data.config import DataConfig
-from spin.alignment.data.source_names import with_config
 from spin.alignment.data.split_names import is_held_out
 from spin.alignment.data.template_date import parse_date
 from spin.alignment.evaluation.config import EvaluateConfig
@@ -22,6 +21,7 @@ from spin.alignment.generation.config import GenerateConfig
 from spin.alignment.methods.weightings import WEIGHTINGS, Compares, Weighting, find_weighting
 from spin.alignment.models.config import ModelConfig
 from spin.alignment.pairs.config import ConvertConfig, SelectConfig
+from spin.alignment.pipeline.run_sections import LaunchConfig, RunData, StopConfig
 from spin.alignment.token_weights.config import WeightsConfig
 from spin.alignment.training.keys import OutputConfig, SFTKeys, SPINKeys
 from spin.alignment.training.online.keys import OnlineKeys
@@ -46,73 +46,6 @@ SCORERS_OF_RUN = {"plus": "forward", "minus": "reverse"}
 TOKENIZER_FLAGS = ("tokenizer", "revision_tokenizer")
 # Sections that a single training of run_online.py replaces.
 _ITERATED = ("generate", "convert", "weigh", "train", "overrides")
-
-
-@dataclass(frozen=True)
-class RunData:
-    """Where prompts with ground truth come from."""
-
-    train: str = setting(
-        help="prompts, with ground truth where a stage learns from it, in any form that reformat.py reads",
-        group="data",
-        path="input",
-    )
-    test: str = setting("", "held-out prompts; without them no model is scored", path="input")
-    train_split: str = setting("train", "split of the prompts to train on", path="name")
-    test_split: str = setting("test", "split of the held-out prompts", path="name")
-    config: str | None = setting(
-        None,
-        "configuration of the data sets, such as main of openai/gsm8k; or write openai/gsm8k:main where one is named",
-    )
-    test_pairs: bool = setting(
-        False, "also generate for the held-out prompts: training then reports its metrics on held-out pairs"
-    )
-    prompts: str | list[str] = setting(
-        "",
-        "prompts that the model generates responses to: one data set, or a list with one for each iteration; they need no "
-        "ground truth if the pairing needs none",
-        unset="data.train",
-        path="input",
-    )
-    prompts_split: str = setting("", "split of those prompts", unset="data.train_split", path="name")
-
-    def __post_init__(self) -> None:
-        check_settings(self)
-        for name in ("train", "test", "prompts"):
-            value = getattr(self, name)
-            several = [with_config(item, self.config) for item in (value if isinstance(value, list) else [value])]
-            object.__setattr__(self, name, several if isinstance(value, list) else several[0])
-
-    def played(self, iteration: int = 0) -> tuple[str, str]:
-        """Return the data set and the split whose prompts the model responds to in an iteration."""
-        path = self.prompts[iteration] if isinstance(self.prompts, list) else self.prompts
-        return path or self.train, self.prompts_split or self.train_split
-
-
-@dataclass(frozen=True)
-class LaunchConfig:
-    """How the GPU programs are started: plain Python for one process without ``config_file``, otherwise accelerate."""
-
-    num_processes: int = setting(
-        1,
-        "processes for generation and for every training: one is plain Python, more use accelerate launch",
-        group="launch",
-        ge=1,
-    )
-    config_file: str | None = setting(
-        None, "configuration of accelerate launch, such as configs/multi_gpu.yaml", path="input"
-    )
-    stall_timeout: float = setting(
-        7200.0,
-        "seconds without output or a changed file after which a stage is ended, with what its processes are doing; 0: never",
-        ge=0,
-    )
-    parallel: bool = setting(
-        False, "train the control and score models in parallel with self-play, one thread each, if there are free cores"
-    )
-
-    def __post_init__(self) -> None:
-        check_settings(self)
 
 
 @dataclass(frozen=True)
@@ -166,6 +99,7 @@ class RunConfig:
         "(docs/trackers.md)",
     )
     launch: LaunchConfig = setting(LaunchConfig(), "how the programs are started, see below")
+    stop: StopConfig = setting(StopConfig(), "when the run ends before its last iteration, see below")
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -194,7 +128,19 @@ class RunConfig:
             raise InputError("data.prompts_split is set, but data.prompts is not: name the prompts, or use train_split")
         if self.data.test_pairs and not is_held_out(self.data.test_split):
             raise InputError(f"data.test_split is {self.data.test_split}: name it test... to make held-out pairs of it")
+        self._check_stop()
         self._check_sections()
+
+    def _check_stop(self) -> None:
+        if self.stop.when == "never":
+            return
+        if not self.data.test or self.online is not None:
+            raise InputError(
+                f"stop.when is {self.stop.when}, which compares iterations on data.test, but there are "
+                f"{'no iterations' if self.data.test else 'no held-out prompts'}: set it to never"
+            )
+        if self.stop.measure == "win_rate" and self.evaluate.get("win_rate_by") is None:
+            raise InputError("stop.measure is win_rate, but evaluate.win_rate_by is not set: name a scorer there")
 
     def _check_sections(self) -> None:
         iterated = [name for name in _ITERATED if getattr(self, name)] + (["iterations"] if self.iterations > 1 else [])

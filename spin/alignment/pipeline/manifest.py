@@ -61,10 +61,12 @@ class RunManifest:
         self.run_dir = Path(run_dir)
         self.path = self.run_dir / MANIFEST_NAME
         self.stages: dict[str, StageRecord] = {}
+        self.stopped: dict[str, Any] | None = None
         self._mutex = threading.RLock()
         self._hashes: dict[tuple[str, int, int], str] = {}
         if os.path.lexists(self.path):
             self.environment, self.machine, self.stages = read_records(self.path)
+            self.stopped = read_stopped(self.path)
         else:
             self.environment, self.machine = package_versions(), describe_machine()
 
@@ -76,6 +78,7 @@ class RunManifest:
                 "environment": self.environment,
                 "machine": self.machine,
                 "stages": stages,
+                **({"stopped": self.stopped} if self.stopped else {}),
             }
             write_json_atomic(self.path, content)
 
@@ -150,6 +153,12 @@ class RunManifest:
             self.stages[stage].seconds += seconds
             self.save()
 
+    def stop_run(self, stopped: Mapping[str, Any] | None) -> None:
+        """Record that the run ends after an iteration, and why; with None, that it goes on."""
+        with self._mutex:
+            self.stopped = None if stopped is None else dict(stopped)
+            self.save()
+
     def finish(self, stage: str, outputs: Iterable[Path], seconds: float) -> None:
         """Record a complete stage with the content of its outputs; the last thing a stage does."""
         facts = {}
@@ -206,6 +215,13 @@ def read_records(path: Path) -> tuple[dict[str, str], dict[str, str], dict[str, 
         dict(machine) if isinstance(machine, dict) else {},
         {name: StageRecord(**record) for name, record in content["stages"].items()},
     )
+
+
+def read_stopped(path: Path) -> dict[str, Any] | None:
+    """Return the ``iteration`` after which a run stopped early, its ``best`` model and the ``reason``; None if it did not."""
+    found = read_json(path).get("stopped")
+    keys = {"iteration", "best", "reason"}
+    return found if isinstance(found, dict) and found.keys() >= keys and isinstance(found["iteration"], int) else None
 
 
 def _is_record(record: Mapping[str, Any]) -> bool:

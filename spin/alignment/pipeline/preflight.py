@@ -143,13 +143,12 @@ def check_held_out(config: RunConfig, encoder: ChatEncoder) -> None:
     from spin.alignment.data.held_out_rows import check_any_left, read_to_score
     from spin.alignment.data.rows import scorer_columns
     from spin.alignment.pipeline.program_settings import evaluate_config
-    from spin.alignment.rewards import needs_reference
 
     data, skipped, usable = config.data, [], []
     if not data.test:
         return
     evaluation = evaluate_config(config, "start", config.start_model)
-    rows, _ = read_to_score(data.test, data.test_split, needs_reference(evaluation.metric))
+    rows, _ = read_to_score(data.test, data.test_split, evaluation.compares)
     for row in rows[:100]:
         answered = row["chosen"][-1]["role"] == "assistant"
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -97,8 +97,10 @@ def weights_config(config: RunConfig, iteration: int) -> WeightsConfig:
     return section_config("weigh", WeightsConfig, weights_values(config, iteration))
 
 
-def evaluate_config(config: RunConfig, name: str, model: str) -> EvaluateConfig:
-    """The settings of evaluate_model.py for a model; ``name`` is the folder of its scores in the run."""
+def evaluate_config(config: RunConfig, name: str, model: str, against: Sequence[str] = ()) -> EvaluateConfig:
+    """The settings of evaluate_model.py for a model; ``name`` is the folder of its scores in the run, ``against`` those of the
+    models that its responses are compared with if a scorer is named for that (``win_rate_by``).
+    """
     own = {
         "model": model,
         "revision": config.model_revision if model == config.model else None,
@@ -106,6 +108,7 @@ def evaluate_config(config: RunConfig, name: str, model: str) -> EvaluateConfig:
         "input_dir": config.data.test or config.data.train,
         "split": config.data.test_split,
         "output_file": str(Path(config.run_dir) / name / "eval.json"),
+        "against": [str(Path(config.run_dir) / other / "eval.json") for other in against],
         "seed": config.seed,
         **config.template_settings,
     }

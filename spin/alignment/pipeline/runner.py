@@ -27,7 +27,7 @@ class Pipeline:
         from spin.alignment.pipeline.processes import ChildPrograms
         from spin.alignment.pipeline.run_view import RunView
 
-        self.stages, self.rerun_changed = stages, rerun_changed
+        self.config, self.stages, self.rerun_changed = config, stages, rerun_changed
         self.parallel = config.launch.parallel
         self.manifest = RunManifest(config.run_dir)
         self.view = RunView(stages, self.manifest)
@@ -78,7 +78,7 @@ class Pipeline:
                 self._run_chains()
             else:
                 for stage in self.stages:
-                    self.runner.run(stage)
+                    self._run_stage(stage)
 
     def _run_chains(self) -> None:
         # Self-play is one chain, what may run beside it the other; each keeps the order of the stages.
@@ -95,14 +95,38 @@ class Pipeline:
     def _run_chain(self, chain: list[Stage]) -> None:
         try:
             for stage in chain:
-                if not self._wait_for(stage.needs):
+                if not self._wait_for((*stage.needs, *self._decisions_before(stage))):
                     return
-                self.runner.run(stage)
+                self._run_stage(stage)
                 with self._turn:
                     self._unfinished.remove(stage.name)
                     self._turn.notify_all()
         except BaseException as failure:  # run() raises it again in the main thread
             self._stop(failure)
+
+    def _run_stage(self, stage: Stage) -> None:
+        """Run a stage, unless the run has stopped before its iteration; after an evaluation, apply the stop rule."""
+        stopped = self.manifest.stopped
+        if stopped is not None and stage.iteration is not None and stage.iteration > stopped["iteration"]:
+            return
+        self.runner.run(stage)
+        if stage.scores is None or stage.scores.role != "policy" or stage.iteration is None:
+            return
+        from spin.alignment.pipeline.stop_rule import stop_of
+
+        found = stop_of(self.config, stage.iteration)
+        if found is not None:
+            self.manifest.stop_run(dataclasses.asdict(found))
+            self.view.tell(
+                f"the run stops after iteration {found.iteration}: {found.reason}; the best model is {found.best}. To go on, "
+                "run again with --stop.when=never"
+            )
+
+    def _decisions_before(self, stage: Stage) -> list[str]:
+        """Return the evaluation that decides whether the iteration of a stage is run, in a run with a stop rule."""
+        if self.config.stop.when == "never" or not stage.iteration or stage.scores is not None:
+            return []
+        return [f"iter{stage.iteration - 1}/evaluate"]
 
     def _wait_for(self, needs: tuple[str, ...]) -> bool:
         """Wait until these stages are finished; return False if the run has failed in the meantime."""
@@ -149,7 +173,7 @@ def run_stages(
         pipeline = Pipeline(config, make_stages(config), rerun_changed)
         pipeline.children.is_hurried = is_hurried
         pipeline.refuse_changes()
-        pipeline.manifest.save()
+        pipeline.manifest.stop_run(None)  # decided again, by the rule of this configuration
         write_text_atomic(run_dir / "run.yaml", yaml.safe_dump(config.as_dict(), sort_keys=False, allow_unicode=True))
         begin(config)
         try:

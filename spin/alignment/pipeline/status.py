@@ -15,8 +15,11 @@ if TYPE_CHECKING:
 
 
 def stage_state(stage: Stage, manifest: RunManifest, is_held: bool, looks_at_outputs: bool = True) -> str:
-    """Return pending, running, interrupted, failed or done, and for done whether an output has changed since."""
+    """Return pending, running, interrupted, failed, done (and whether an output has changed since), or that the run stopped."""
     record = manifest.stages.get(stage.name)
+    stopped = manifest.stopped
+    if stopped is not None and stage.iteration is not None and stage.iteration > stopped["iteration"]:
+        return f"not run: stopped after iteration {stopped['iteration']}"
     if record is None:
         return "pending"
     if record.state == "running":
@@ -85,5 +88,8 @@ def show_status(path: str) -> None:
         record = manifest.stages.get(stage.name)
         state = stage_state(stage, manifest, is_held)
         seconds = f"{record.seconds + running_seconds(record, state):.0f}" if record else ""
-        table.add_row(stage.name, state, seconds, "" if state in ("done", "pending") else stage.kind.progress(stage))
+        has_progress = record is not None and state not in ("done", "pending")
+        table.add_row(stage.name, state, seconds, stage.kind.progress(stage) if has_progress else "")
     show(table, width=None if sys.stdout.isatty() else 120)
+    if manifest.stopped is not None:
+        say(f"stopped after iteration {manifest.stopped['iteration']}: {manifest.stopped['reason']}")

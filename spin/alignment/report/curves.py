@@ -18,6 +18,7 @@ TITLES = {
     "rewards/margins": "Margin (nats, times beta)",
     "score": "Mean score of sampled responses",
     "drift/chosen": "Chosen drift (nats)",
+    "drift/rejected": "Rejected drift (nats)",
     "logps/chosen": "Log-prob of chosen responses (nats)",
     "logps/rejected": "Log-prob of rejected responses (nats)",
     "response_length": "Length of sampled responses (tokens)",

@@ -14,13 +14,18 @@ from spin.alignment.report.summary import IDENTITY, exact_key
 
 # Charts over the iterations after those of the scores: (key of the summary's rows, title).
 MEASURES = (
+    ("win_rate", "Win rate against SFT"),
+    ("lc_win_rate", "Win rate against SFT at equal lengths"),
     ("nll", "NLL of the ground truth (nats per token)"),
     ("mean_length", "Mean length of responses (tokens)"),
     ("truncation_rate", "Share of truncated responses"),
+    ("repetition_rate", "Share of 4-grams that a response repeats"),
+    ("distinct_2", "Distinct-2 of all responses"),
     ("identical_rate", "Share of generated responses equal to the ground truth"),
     ("reward_accuracy", "Reward accuracy (last log of training)"),
     ("margin", "Margin (last log; nats, times beta)"),
     ("chosen_drift", "Chosen drift (last log; nats)"),
+    ("rejected_drift", "Rejected drift (last log; nats)"),
 )
 
 

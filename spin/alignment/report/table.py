@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 COLUMNS = (
     ("{score} greedy", "greedy_exact", "{:.3f}"),
     ("{score} T=1", "sampled_exact", "{:.3f}"),
+    ("wins", "win_rate", "{:.1%}"),
+    ("LC wins", "lc_win_rate", "{:.1%}"),
     ("NLL", "nll", "{:.4f}"),
     ("identical", "identical_rate", "{:.1%}"),
     ("reward acc", "reward_accuracy", "{:.3f}"),
@@ -27,6 +29,7 @@ _EXACT = ("exact_match", "math_answer", "math_verify")
 CAPTION = (
     "±: half of the 95 % interval over held-out prompts, responses or pairs; exact: share of held-out prompts answered right; "
     "score: mean of another metric over them; "
+    "wins: share of comparisons with SFT won, ties half, LC at equal lengths; "
     "NLL: nats per token of the ground truth; identical: generated responses equal to it; reward acc., margin, chosen drift "
     "(nats): last training log; length (tokens) and truncated: held-out responses"
 )
@@ -49,13 +52,19 @@ def sort_values(summary: dict[str, Any]) -> list[list[float | None]]:
 
 def _columns(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str, str]]:
     """Return (heading, key, format) of every measure that a row has; ``rows`` are those of :func:`with_groups`."""
-    from spin.alignment.report.summary import exact_key
+    from spin.alignment.report.summary import REPEATED, exact_key, task_key
     from spin.alignment.report.verdicts import group_key
 
     others = sorted({t for row in rows for t in row.get("exact_at", {}) if t not in ("0", "1")}, key=float)
     groups = dict.fromkeys(name for row in rows for name in row.get("groups", {}))
     extra = [(f"{{score}} T={t}", exact_key(t), "{:.3f}") for t in others]
     extra += [(f"{name}, greedy", group_key("greedy_exact", name), "{:.3f}") for name in groups]
+    repeated = dict.fromkeys(
+        key for row in rows for key in row if key.startswith(REPEATED) and not key.endswith(("_se", "_interval"))
+    )
+    extra += [(key, key, "{:.3f}") for key in repeated]
+    tasks = dict.fromkeys(name for row in rows for name in row.get("tasks", {}))
+    extra += [(name, task_key(name), "{:.4f}") for name in tasks]
     metric = next((row["metric"] for row in rows if "metric" in row), "exact_match")
     word = "exact" if metric in _EXACT else "score"
     columns = [item for item in (*COLUMNS[:2], *extra, *COLUMNS[2:]) if any(item[1] in row for row in rows)]

@@ -5,21 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from spin.alignment.evaluation.compare import Measure
+from spin.alignment.evaluation.compare import MEASURES, Measure
 from spin.alignment.evaluation.responses import HeldOutResponses
 from spin.alignment.evaluation.statistics import Z95, Comparison
 from spin.alignment.pipeline.stages.base import Role
 
-MEASURES = (
-    Measure("sampled_exact", "{metric} at T=1", "1"),
-    Measure("greedy_exact", "greedy {metric}", "0"),
-    Measure("nll", "NLL of the ground truth (nats per token)", None),
-)
 Responses = Mapping[str, HeldOutResponses]
 
 
 def measures_of(one: HeldOutResponses, other: HeldOutResponses) -> list[Measure]:
-    """Return the measures that two models are compared by: :data:`MEASURES`, and for each group of rows those of responses."""
+    """Return the measures that two models are compared by: ``MEASURES``, and for each group of rows those of responses."""
     groups = dict.fromkeys(row["group"] for row in one.by_prompt.values() if row.get("group") is not None)
     shared = [name for name in groups if any(row.get("group") == name for row in other.by_prompt.values())]
     of_groups = [
@@ -68,6 +63,53 @@ def verdicts(rows: Sequence[dict[str, Any]], responses: Responses) -> list[str]:
             for t, value in cooler.items()
         ]
     return lines
+
+
+def win_verdicts(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Return one sentence for each win rate of a model, and for each benchmark against the start's.
+
+    A benchmark is compared as if the documents of the two models were different, which overstates the error.
+    """
+    start, names = of_role(rows, "start"), {row["folder"]: row["model"] for row in rows if "folder" in row}
+    lines = []
+    for row in rows:
+        for folder, found in row.get("win_rates", {}).items():
+            clear = found["p_value"] < 0.05
+            word = ("better" if found["wins"] > found["losses"] else "worse") if clear else "no clear difference"
+            low, high = found.get("win_rate_interval", (found["win_rate"],) * 2)
+            lines.append(
+                f"{row['model']} against {names.get(folder, folder)}: wins {found['win_rate']:.1%} ({low:.1%} to {high:.1%}) of "
+                f"{found['prompts']} prompts by {found['by']}, {found['lc_win_rate']:.1%} at equal lengths, ties "
+                f"{found['tie_rate']:.1%}, p = {p_text(found['p_value'])} ({word})"
+            )
+        if row is not start and start is not None:
+            lines += task_verdicts(row, start)
+    return lines
+
+
+def task_verdicts(row: dict[str, Any], start: dict[str, Any]) -> list[str]:
+    """Return one sentence for each benchmark that a model and the start both have with an error."""
+    lines = []
+    for name, found in row.get("tasks", {}).items():
+        compared = task_difference(row, start, name)
+        if compared is not None:
+            difference, error = compared
+            clear = abs(difference) > Z95 * error
+            word = ("better" if difference > 0 else "worse") if clear else "no clear change"
+            base = start["tasks"][name]["value"]
+            lines.append(
+                f"{row['model']} against the SFT start: {name} ({found['shots']}-shot) {base:.4f} -> {found['value']:.4f}, "
+                f"difference {difference:+.4f} ± {Z95 * error:.4f} ({word})"
+            )
+    return lines
+
+
+def task_difference(row: dict[str, Any], start: dict[str, Any], name: str) -> tuple[float, float] | None:
+    """Return by how much a benchmark differs from the start's, and the standard error; None if either is unknown."""
+    ours, base = row.get("tasks", {}).get(name, {}), start.get("tasks", {}).get(name, {})
+    if "value_se" not in ours or "value_se" not in base:
+        return None
+    return ours["value"] - base["value"], (ours["value_se"] ** 2 + base["value_se"] ** 2) ** 0.5
 
 
 def of_role(rows: Sequence[dict[str, Any]], role: Role) -> dict[str, Any] | None:

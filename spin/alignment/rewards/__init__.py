@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, cast
 
 from spin.alignment.rewards.answer_format import answer_format
 from spin.alignment.rewards.base import GroupLabels, GroupScorer, Part, PromptGroup, Score, Scorer, ScorerSettings
 from spin.alignment.rewards.checks import check_scorer_settings
-from spin.alignment.rewards.exact_match import exact_match
+from spin.alignment.rewards.exact_match import exact_match, stated_answer
 from spin.alignment.rewards.find import find_rule, functions_of
 from spin.alignment.rewards.ifeval import check_instruction_ids, ifeval
 from spin.alignment.rewards.instructions import check_instructions, instructions
 from spin.alignment.rewards.length_penalty import length_penalty
-from spin.alignment.rewards.math_answer import math_answer
+from spin.alignment.rewards.math_answer import math_answer, reasoned_answer
 from spin.alignment.rewards.math_verify import math_verify
 from spin.alignment.rewards.row_columns import asked_columns
 from spin.alignment.rewards.rules import RuleScorer, no_reference
@@ -30,6 +30,13 @@ SCORERS: dict[str, Scorer] = {
 
 # Rules that are meaningless without a ground truth.
 COMPARING: tuple[Scorer, ...] = (exact_match, math_answer, math_verify)
+
+# What a majority votes on: the answer that a rule finds in a response, or None.
+ANSWERS: dict[Callable[..., float | Score], Callable[[str], Hashable | None]] = {
+    exact_match: stated_answer,
+    math_answer: reasoned_answer,
+    math_verify: reasoned_answer,
+}
 
 # Rules with a form of their own for a column -> a function that checks the columns of a row.
 COLUMN_CHECKS: dict[Callable[..., float | Score], Callable[[Mapping[str, Any]], None]] = {
@@ -70,6 +77,10 @@ GROUP_SCORERS: dict[str, Callable[[ScorerSettings], GroupScorer]] = {
 }
 
 
+# Models that compare two responses; a score of theirs needs something to compare with.
+PAIRWISE = ("judge", "preference_model")
+
+
 def find_scorer(name: str) -> Scorer:
     """Return a rule function, given a name in :data:`SCORERS`, ``module:function``, or a weighted sum (see ``find.py``).
 
@@ -108,6 +119,12 @@ def needs_reference(name: str) -> bool:
     return name not in GROUP_SCORERS and any(function in COMPARING for function in functions_of(find_scorer(name)))
 
 
+def find_answer(name: str) -> Callable[[str], Hashable | None] | None:
+    """Return how the answer of a response is extracted, or None if the scorer reads none, or is a sum of several."""
+    functions = [] if name in GROUP_SCORERS else functions_of(find_scorer(name))
+    return next((ANSWERS[item] for item in functions if len(functions) == 1 and item in ANSWERS), None)
+
+
 def check_columns(name: str, columns: Mapping[str, Any]) -> None:
     """Check that a row has the columns that a scorer reads, in the form that it reads, before a model is loaded.
 
@@ -128,6 +145,7 @@ def check_columns(name: str, columns: Mapping[str, Any]) -> None:
 
 __all__ = [
     "GROUP_SCORERS",
+    "PAIRWISE",
     "SCORERS",
     "GroupLabels",
     "GroupScorer",
@@ -138,6 +156,7 @@ __all__ = [
     "ScorerSettings",
     "check_columns",
     "check_scorer",
+    "find_answer",
     "find_scorer",
     "make_scorer",
     "needs_reference",

@@ -7,4 +7,9 @@ from spin.alignment.data.thoughts import without_thought
 
 def exact_match(prompt: str, response: str, reference: str) -> float:
     """Return 1.0 if both texts are equal without their thoughts and after stripping, otherwise 0.0."""
-    return float(without_thought(response).strip() == without_thought(reference).strip())
+    return float(stated_answer(response) == stated_answer(reference))
+
+
+def stated_answer(text: str) -> str:
+    """Return a response without its thought and surrounding whitespace."""
+    return without_thought(text).strip()

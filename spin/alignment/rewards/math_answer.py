@@ -68,8 +68,13 @@ class Box(NamedTuple):
 
 def math_answer(prompt: str, response: str, reference: str) -> float:
     """Return 1.0 if both final answers, behind any thought, are the same, otherwise 0.0 (also if the response has none)."""
-    ours, ground_truth = (final_answer(without_thought(text)) for text in (response, reference))
+    ours, ground_truth = (reasoned_answer(text) for text in (response, reference))
     return float(ours is not None and ours == ground_truth)
+
+
+def reasoned_answer(text: str) -> Fraction | str | None:
+    """Return :func:`final_answer` of what follows any thought in a response."""
+    return final_answer(without_thought(text))
 
 
 def final_answer(text: str) -> Fraction | str | None:

@@ -15,6 +15,7 @@ from spin.alignment.methods.losses import Loss, find_loss
 from spin.alignment.methods.losses.settings import loss_arguments, shared_settings
 from spin.alignment.training.keys import SPINKeys
 from spin.alignment.training.optimizers import check_optimizer
+from spin.alignment.training.select_best import ask_for_best
 
 # Trainer settings that would break or be ignored here: the reason and the fix.
 _REFUSED = {
@@ -87,6 +88,7 @@ class SPINConfig(SPINKeys, TrainingArguments):
         self.pairs_per_micro_batch = self.per_device_train_batch_size
         self.per_device_train_batch_size *= self.gradient_accumulation_steps
         self.gradient_accumulation_steps = 1
+        ask_for_best(self)
         super().__post_init__()
 
     def __getstate__(self) -> dict[str, Any]:

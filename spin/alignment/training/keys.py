@@ -151,6 +151,11 @@ class SPINKeys:
     )
     logging_steps: float = setting(10, "number of steps between log lines", gt=0, recorded=False)
     save_strategy: str = setting("epoch", "when to save a checkpoint: no, steps, epoch", recorded=False)
+    select: Literal["last", "best"] = setting(
+        "last",
+        "which checkpoint becomes the model: the last one, or that with the best metric_for_best_model (loss by default) on the "
+        "test split, measured whenever one is saved (docs/evaluation.md#selecting-a-checkpoint)",
+    )
 
 
 @dataclass
@@ -177,3 +182,4 @@ class SFTKeys:
     seed: int = setting(42, "seed for the data order and all other randomness", ge=0, lt=2**32, set_by_run=True)
     logging_steps: float = setting(10, "number of steps between log lines", gt=0, recorded=False)
     save_strategy: str = setting("epoch", "when to save a checkpoint: no, steps, epoch", recorded=False)
+    select: Literal["last", "best"] = same_as(SPINKeys, "select")

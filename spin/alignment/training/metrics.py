@@ -18,12 +18,13 @@ if TYPE_CHECKING:
 
 
 _NAMES = ("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins")
-# How far the policy has moved from the reference; only logged for losses that use one.
-_DRIFT = ("drift/chosen", "drift/chosen_per_token")
+# How far the policy has moved from the reference; only logged for losses that use one. The rejected response is the opponent's
+# own in self-play: minus its drift is an estimate of the KL divergence of the opponent from the policy, in nats per response.
+_DRIFT = ("drift/chosen", "drift/chosen_per_token", "drift/rejected")
 # KL(policy || reference) in nats per token; only logged if responses were sampled by the policy (online training).
 _KL, _KL_TOKENS = "kl", "kl tokens"
 # Logged with their standard error over the pairs (``_se``): the report states them as results.
-_WITH_ERROR = ("rewards/accuracies", "rewards/margins", "drift/chosen")
+_WITH_ERROR = ("rewards/accuracies", "rewards/margins", "drift/chosen", "drift/rejected")
 _SQUARES = " squared"
 
 
@@ -69,7 +70,7 @@ class PairMetrics:
             "rewards/accuracies": (margins > 0).double(),
             "rewards/margins": margins,
             **{f"logps/{name}": values for name, values in zip(inputs.responses, logps, strict=True)},
-            **self._drift(inputs, logps[0]),
+            **self._drift(inputs, logps[0], logps[1]),
             **self._kl(inputs),
             "pairs": torch.ones_like(margins),
             "tokens": mask.sum().double(),
@@ -97,12 +98,13 @@ class PairMetrics:
         return pairs, tokens
 
     @staticmethod
-    def _drift(inputs: LossInputs, chosen: Tensor) -> dict[str, Tensor]:
+    def _drift(inputs: LossInputs, chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
         if inputs.reference_logps is None:
             return {}
-        start, *_ = inputs.split(inputs.reference_logps.double().sum(dim=-1))  # (B,)
+        starts = inputs.split(inputs.reference_logps.double().sum(dim=-1))  # (B,) each
         chosen_mask, *_ = inputs.split(inputs.completion_mask)  # (B, T)
-        return dict(zip(_DRIFT, (chosen - start, (chosen - start) / chosen_mask.sum(dim=-1)), strict=True))
+        moved = chosen - starts[0]
+        return dict(zip(_DRIFT, (moved, moved / chosen_mask.sum(dim=-1), rejected - starts[1]), strict=True))
 
     def take(self, accelerator: Accelerator) -> PairAverages | None:
         """Return the averages over all processes and reset the sums; None when no process added anything.

@@ -29,6 +29,7 @@ from spin.alignment.training.live_step import remove_live_step
 from spin.alignment.training.output_dir import HashCheckpoint, OutputFolder
 from spin.alignment.training.program import TrainingJob, TrainingProgram
 from spin.alignment.training.reporting import attach_trackers, tracked
+from spin.alignment.training.select_best import selection
 from spin.alignment.training.settings import Settings, make_encoder
 from spin.alignment.training.step_reports import StepReports
 from spin.alignment.training.trained_policy import MasterWeights, save_policy
@@ -166,6 +167,10 @@ def train_policy(program: TrainingProgram, job: TrainingJob, trainer: Any, folde
     final = trainer.evaluate() if evaluates else {}
     seconds = time.monotonic() - started
     train_loss = trainer.mean_loss()  # result.training_loss leaves out the steps before a resume
+    for found in selection(trainer).values():
+        report(
+            settings, f"saving the weights of step {found['step']}: {found['metric']} {found['value']:.4f} is the best"
+        )
     saved = save_policy(trainer, settings)
     if trainer.accelerator.is_main_process:
         # The Trainer's own mean, in its last entry, leaves out the steps before a resume.
@@ -181,6 +186,7 @@ def train_policy(program: TrainingProgram, job: TrainingJob, trainer: Any, folde
             "peak_memory": peak_memory(),
             **program.metrics(job, trainer, result),
             **saved,
+            **selection(trainer),
             "final": (logged[-1] if logged else {}) | final,
             "history": history,
         }

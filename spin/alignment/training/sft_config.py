@@ -12,6 +12,7 @@ from spin.alignment.core.errors import InputError, lookup, shown
 from spin.alignment.core.settings import check_settings
 from spin.alignment.logprobs.attention import KERNELS
 from spin.alignment.training.keys import SFTKeys
+from spin.alignment.training.select_best import ask_for_best
 from spin.alignment.training.sft_objectives import OBJECTIVES
 
 # Keys of TRL that load a model or encode rows, which this program does itself, with the values they have if they are not set.
@@ -73,6 +74,7 @@ class SFTArguments(SFTKeys, SFTConfig):
         self.pairs_per_micro_batch = self.per_device_train_batch_size
         self.per_device_train_batch_size *= self.gradient_accumulation_steps
         self.gradient_accumulation_steps: int = 1
+        ask_for_best(self)
         super().__post_init__()
 
     def _check_refused(self) -> None:

@@ -6,14 +6,38 @@ from pathlib import Path
 
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.files import read_json
+from spin.alignment.evaluation.config import EvaluateConfig
+from spin.alignment.evaluation.harness import find_tasks
 from spin.alignment.evaluation.responses import read_responses, responses_path
-from spin.alignment.pipeline.config import RunConfig
+from spin.alignment.generation import find_backend
+from spin.alignment.pipeline.config import LaunchConfig, RunConfig
 from spin.alignment.pipeline.program_settings import evaluate_config
-from spin.alignment.pipeline.stages.base import Model, Stage, StageKind
-from spin.alignment.pipeline.stages.sources import data_source, model_source
+from spin.alignment.pipeline.stages.base import Model, Source, Stage, StageKind
+from spin.alignment.pipeline.stages.sources import data_source, model_source, scorer_sources
 from spin.alignment.pipeline.stages.training import checkpoint_of
 
 _EXAMPLES = 5
+START = "sft"  # the folder of the start's scores
+
+
+def compared_with(config: RunConfig, model: Model) -> list[str]:
+    """Return the folders of the models that a scorer compares a model's responses with: the start, and the iteration before."""
+    if config.evaluate.get("win_rate_by") is None or model.role == "start":
+        return []
+    return [START, *([f"iter{model.iteration - 1}"] if model.role == "policy" and model.iteration else [])]
+
+
+def _scorer_sources(evaluation: EvaluateConfig) -> list[Source]:
+    """The scoring models and the modules of rules that the scores depend on, and the local tasks."""
+    found = [
+        source
+        for scorer in evaluation.scorers.values()
+        for source in scorer_sources({"scorer": scorer.name, "scorer_model": scorer.model})
+    ]
+    folder = evaluation.task_dir
+    if folder is not None:
+        found.append(Source(folder, lambda: sorted(path for path in Path(folder).rglob("*") if path.is_file())))
+    return found
 
 
 class Evaluate(StageKind):
@@ -25,7 +49,7 @@ class Evaluate(StageKind):
         """The model that self-play starts from, if no stage of the run trains it."""
         if config.sft is not None:
             return []
-        return self._stages(config, Model("sft", "start", Path(config.run_dir) / "sft"), config.model, ())
+        return self._stages(config, Model("sft", "start", Path(config.run_dir) / START), config.model, ())
 
     def after_training(self, config: RunConfig, stage: Stage) -> list[Stage]:
         if stage.makes is None or not stage.makes.is_reported:
@@ -36,18 +60,27 @@ class Evaluate(StageKind):
         data, name = config.data, str(model.folder.relative_to(config.run_dir))
         if not data.test:
             return []
-        evaluation = evaluate_config(config, name, path)
+        against = compared_with(config, model)
+        evaluation = evaluate_config(config, name, path, against)
         managed = {key: getattr(evaluation, key) for key in ("model", "revision", "input_dir", "split", "seed")}
+        others = [Source(item, lambda item=item: [responses_path(item)]) for item in evaluation.against]  # type: ignore[misc]
         return [
             Stage(
                 kind=self,
                 name=f"{name}/evaluate",
                 configs=[evaluation],
                 settings=managed | config.evaluate | config.template_settings,
-                sources=[model_source(path), data_source(data.test, data.test_split)],
+                sources=[
+                    model_source(path),
+                    data_source(data.test, data.test_split),
+                    *_scorer_sources(evaluation),
+                    *others,
+                ],
                 outputs=lambda: [Path(evaluation.output_file), responses_path(evaluation.output_file)],
+                # The harness shares its requests out itself, so its tasks are run by one process.
+                launch=LaunchConfig() if evaluation.tasks else config.launch,
                 iteration=model.iteration,
-                needs=needs,
+                needs=(*needs, *(f"{other}/evaluate" for other in against)),
                 scores=model,
             )
         ]
@@ -76,16 +109,28 @@ class Evaluate(StageKind):
             return []
         try:
             evaluation, responses = read_json(result), read_responses(path)
-            expected = dict.fromkeys(evaluation["temperatures"], evaluation["n"])
+            samples = stage.configs[0].num_samples
+            expected = {t: evaluation["n"] * (samples if float(t) else 1) for t in evaluation["temperatures"]}
         except InputError as error:
             return [str(error)]
         except (KeyError, TypeError):
             return [f"{result} is damaged: `spin run` with the configuration of this run makes it again"]
-        found = {name: len(rows) for name, rows in responses.by_temperature.items()}
+        found = {
+            temperature: sum(len(responses.all_of(temperature, name)) for name in rows)
+            for temperature, rows in responses.by_temperature.items()
+        }
         return [] if found == expected else [f"{path} has {found} responses by temperature, but {result} {expected}"]
 
     def check_settings(self, config: RunConfig, source: str) -> None:
-        evaluate_config(config, "start", config.start_model).check_metric()
+        evaluation = evaluate_config(config, START, config.start_model)
+        if find_backend(evaluation.backend).needs_server:
+            raise InputError(
+                f"evaluate.backend is {evaluation.backend}, whose server has one model, but a run evaluates several: choose "
+                "transformers or vllm"
+            )
+        evaluation.check_metric()
+        if evaluation.tasks:
+            find_tasks(evaluation)
 
     def prompts(self, config: RunConfig) -> dict[tuple[str, str], bool]:
         # Other readers of the held-out prompts need every row; an evaluation skips those that it cannot use.
