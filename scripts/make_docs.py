@@ -36,6 +36,7 @@ from unittest import mock
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import demo_plot  # noqa: E402
 from benchmarks.evidence.tables import evidence_tables  # noqa: E402
 from benchmarks.result_tables import (  # noqa: E402
     decoding_table,
@@ -235,6 +236,8 @@ def main() -> None:
         if after != before:
             write_text_atomic(page, after)
             print(f"wrote {page.relative_to(ROOT)}")
+    if demo_plot.draw():
+        print(f"wrote {demo_plot.PICTURE.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from benchmarks import demos, result_tables
+from benchmarks import demo_plot, demos, result_tables
 from scripts.make_docs import up_to_date
 from spin.alignment.core.files import read_json
 from spin.alignment.report import write_report
@@ -104,9 +104,19 @@ def test_every_table_has_values_and_intervals_of_every_model(name):
 
 
 def test_a_changed_number_makes_a_page_stale():
-    page = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    page = (REPOSITORY / "docs" / "demos.md").read_text(encoding="utf-8")
     assert up_to_date(page) == page
     number = result_tables.cell(result_tables.rows_of("online", "online"), "greedy_exact", "{:.3f}")
     assert number in page and up_to_date(page.replace(number, "0.999 ±0.001")) == page
     inline = "<!-- value: online / online / greedy_exact -->"
     assert f"{inline}0.92<!-- end -->" in up_to_date(f"{inline}0.5<!-- end -->")
+
+
+def test_the_picture_of_the_readme_has_the_committed_numbers(tmp_path, monkeypatch):
+    assert demo_plot.numbers_in(demo_plot.PICTURE) == demo_plot.numbers()
+    picture = tmp_path / "demos.png"
+    assert demo_plot.draw(picture) and not demo_plot.draw(picture)
+    mean, half, *seeds = demo_plot.numbers_in(picture)["online/online/greedy_exact"]
+    assert mean == pytest.approx(sum(seeds) / 3, abs=1e-4) and 0 < half < 0.03
+    monkeypatch.setattr(demo_plot, "rows_of", lambda *_: [{"greedy_exact": 0.5, "sampled_exact": 0.5, "n": 10}])
+    assert demo_plot.draw(picture)
