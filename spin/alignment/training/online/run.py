@@ -10,6 +10,7 @@ from spin.alignment.core.errors import InputError
 from spin.alignment.core.provenance import hash_text
 from spin.alignment.data.split_names import is_held_out
 from spin.alignment.generation import BACKENDS, find_backend
+from spin.alignment.models.sharded import sharding_name
 from spin.alignment.pairs.annotate import scorer_record
 from spin.alignment.training.accounting import accounting
 from spin.alignment.training.online.config import OnlineConfig
@@ -42,11 +43,10 @@ def check_settings(settings: Settings) -> None:
         raise InputError(
             "load_in_4bit and load_in_8bit do not work online (responses come from the trained weights): use LoRA"
         )
-    plugin = arguments.deepspeed_plugin
-    if arguments.fsdp or (plugin is not None and plugin.zero_stage == 3):
+    sharding = sharding_name(arguments)
+    if sharding == "FSDP1":
         raise InputError(
-            "online training needs the full weights in every process to sample responses, but FSDP and ZeRO-3 shard them: use "
-            "ZeRO-2 or plain data parallelism"
+            "online training takes FSDP version 2, not 1: set fsdp_version: 2 as in configs/fsdp2.yaml, or use ZeRO-3"
         )
     if model.use_peft and find_backend(arguments.backend).online == "engine":
         others = " or ".join(name for name in BACKENDS if find_backend(name).online == "own_module")

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any, cast
 from spin.alignment.core.memory_folder import MemoryFolder
 from spin.alignment.generation import find_backend, make_backend
 from spin.alignment.generation.base import BackendSettings, GenerationBackend, PromptRequest, Response, SamplingConfig
-from spin.alignment.logprobs.forward import use_attention
+from spin.alignment.logprobs.forward import causal_model, use_attention
 from spin.alignment.models.config import Dtype, ModelConfig
 from spin.alignment.models.precision import compute_name
+from spin.alignment.models.sharded import is_sharded, reshard
 from spin.alignment.models.vocabulary import ids_without_token
+from spin.alignment.training.online.lockstep import Lockstep
 
 if TYPE_CHECKING:
     from spin.alignment.data.chat_encoder import ChatEncoder
@@ -39,37 +41,54 @@ class PolicySampler(ABC):
 
 
 class InPlaceSampler(PolicySampler):
-    """Decodes with the policy's own module, so there are no weights to copy."""
+    """Decodes with the policy's own module, so there are no weights to copy; if it is sharded, in step with all processes."""
 
     def __init__(
         self,
-        model: Any,
+        policy: Any,
         settings: BackendSettings,
         own_attention: str,
         precision: Callable[[], AbstractContextManager[Any]],
     ) -> None:
-        """``own_attention`` is the model's attention before packing, ``precision`` the autocast context of training."""
-        self._model, self._settings, self._own, self._precision = model, settings, own_attention, precision
+        """``policy`` may have adapters, and is sharded, if at all, before the first response. ``own_attention`` is its
+        attention before packing, ``precision`` the autocast context of training."""
+        self._policy, self._settings, self._own, self._precision = policy, settings, own_attention, precision
         self._backend: GenerationBackend | None = None
+        self._lockstep: Lockstep | None = None
 
     def refresh(self) -> None:
         """Do nothing: the weights are the policy's own."""
 
     def respond(self, requests: Sequence[PromptRequest], sampling: SamplingConfig) -> list[list[Response]]:
-        """Decode in evaluation mode and in the precision of training, then restore the module's mode and attention."""
-        from spin.alignment.generation.transformers.backend import TransformersBackend
+        """Decode in evaluation mode and in the precision of training, then restore the module's mode and attention.
 
-        was_training = self._model.training
-        before = use_attention(self._model, self._own)  # packed attention handles packed rows only
-        self._model.eval()
+        If the policy is sharded, every process must call it, with any number of requests.
+        """
+        was_training = self._policy.training
+        before = use_attention(self._policy, self._own)  # packed attention handles packed rows only
+        self._policy.eval()
+        reshard(self._policy)  # so that a resumed run decodes with the same kernels
         try:
             with self._precision():
-                if self._backend is None:
-                    self._backend = TransformersBackend(self._settings, self._model)
-                return self._backend.generate(requests, sampling)
+                responses = self._ready().generate(requests, sampling)
+                if self._lockstep is not None:
+                    self._lockstep.finish()
+                return responses
         finally:
-            use_attention(self._model, before)
-            self._model.train(was_training)
+            reshard(self._policy)
+            use_attention(self._policy, before)
+            self._policy.train(was_training)
+
+    def _ready(self) -> GenerationBackend:
+        """Return the backend; a policy that was sharded since the last response gets another."""
+        from spin.alignment.generation.transformers.backend import TransformersBackend
+
+        sharded = is_sharded(self._policy)
+        if self._backend is None or sharded != (self._lockstep is not None):
+            causal = causal_model(self._policy)
+            self._lockstep = Lockstep(self._policy, causal.device) if sharded else None
+            self._backend = TransformersBackend(self._settings, causal, self._lockstep)
+        return self._backend
 
     def close(self) -> None:
         """Drop the reference to the module; its owner frees it."""
@@ -120,7 +139,8 @@ def make_sampler(
     # Under mixed precision the policy's weights have 32 bits, but it computes in 16: so does the engine. Never in a precision
     # that the policy does not compute in.
     compute = compute_name(args)
-    policy = cast(Dtype, str(model.dtype).removeprefix("torch."))
+    causal = causal_model(model)
+    policy = cast(Dtype, str(causal.dtype).removeprefix("torch."))
     dtype = source.dtype if source.dtype != "auto" else compute or policy
     settings = BackendSettings(
         model=source.model_name_or_path,
@@ -131,12 +151,12 @@ def make_sampler(
         gpu_memory_utilization=args.gpu_memory_utilization,
         trust_remote_code=source.trust_remote_code,
         stop_ids=encoder.stop_ids,
-        masked_ids=ids_without_token(encoder.tokenizer, model.config),
+        masked_ids=ids_without_token(encoder.tokenizer, causal.config),
         pad_id=encoder.pad_id,
         decode=encoder.decode,
     )
     if find_backend(args.backend).online == "engine":
-        return EngineSampler(make_backend(args.backend, settings), lambda folder: save_weights(model, folder, compute))
+        return EngineSampler(make_backend(args.backend, settings), lambda folder: save_weights(causal, folder, compute))
     return InPlaceSampler(model, settings, own_attention, precision)
 
 
