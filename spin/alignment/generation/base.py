@@ -155,6 +155,8 @@ class BackendSettings:
         stop_ids: ids that end a response.
         masked_ids: ids of the model that its tokenizer has no token for; they are never sampled.
         decode: sampled ids -> text, in which stop texts are searched for.
+        beside_training: an engine on the GPUs of ``tensor_parallel_size`` training processes, of which this is the first; it
+            gives their memory back after each batch of responses, until it gets new weights.
     """
 
     model: str
@@ -170,6 +172,7 @@ class BackendSettings:
     masked_ids: tuple[int, ...] = ()
     pad_id: int = 0
     decode: Callable[[Sequence[int]], str] | None = None
+    beside_training: bool = False
     batch_invariant: bool = setting(False, "the same responses in any batch (vllm, H100 or newer; slower)")
     base_url: str | None = setting(
         None, "address of a running OpenAI-compatible server, such as http://host:8000/v1 (openai)"
@@ -189,7 +192,8 @@ class Backend:
         flush_every: finished prompts in a part of a fraction, unless the user says otherwise.
         holds_batch: it decodes ``batch_size`` responses at a time in this process; others plan their batches themselves.
         online: how online training draws from the policy with it: by the policy's ``own_module``, by an ``engine`` whose
-            weights are reloaded (the backend has a method ``reload(folder)``), or not at all.
+            weights are replaced (the backend has the methods ``load(weights)``, ``reload(folder)`` and ``sleep()``), or not at
+            all.
         makes_processes: it starts processes of its own, for which it wants to be the first to configure torch.
         check_installed: raises :class:`InputError` where what it needs is not installed.
     """

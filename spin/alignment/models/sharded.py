@@ -102,11 +102,18 @@ def whole_weights(model: Module) -> Iterator[tuple[str, Tensor]]:
             yield owner + own_name, adapted
 
 
-def whole_names(model: Module) -> list[str]:
-    """Return the names that :func:`whole_weights` yields, without gathering anything."""
+def has_stored_names(model: Module) -> bool:
+    """Return whether model folders store the weights under the names and in the shapes that the module has.
+
+    transformers splits and renames those of some architectures when it saves them (mixtures of experts).
+    """
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    names = [name for name, _ in causal.named_parameters()]
-    return [name.replace(_BASE, "") for name in names if _BASE in name or _LORA not in name]
+    conversions = getattr(causal, "_weight_conversions", None)
+    if conversions is None:  # not loaded from a folder
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
+        conversions = get_model_conversion_mapping(causal, add_legacy=False)
+    return not conversions
 
 
 def _adapter_product(layer: Any, base: Tensor) -> Tensor:

@@ -47,9 +47,7 @@ def _own_device() -> torch.device:
 class TransformersBackend(GenerationBackend):
     """One model, held from construction to :meth:`close`."""
 
-    def __init__(
-        self, settings: BackendSettings, model: Any = None, forward: Callable[..., Any] | None = None
-    ) -> None:
+    def __init__(self, settings: BackendSettings, model: Any = None, forward: Callable[..., Any] | None = None) -> None:
         """Load ``settings.model`` and its adapter, or use the given ``model`` (evaluation scores the same weights), which
         ``forward`` runs (default: the model itself; a sharded one is called through its wrapper).
 
@@ -78,7 +76,9 @@ class TransformersBackend(GenerationBackend):
         fault: Exception | None = None
         try:
             token, mask = place + self.settings.pad_id, place + 1
-            self._forward(input_ids=token, attention_mask=mask, position_ids=place, past_key_values=cache, use_cache=True)
+            self._forward(
+                input_ids=token, attention_mask=mask, position_ids=place, past_key_values=cache, use_cache=True
+            )
         except (AttributeError, TypeError, KeyError, IndexError, ValueError) as error:
             fault = error
         if fault is not None or any(layer.width != 1 for layer in cache.layers):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 from spin.alignment.core.errors import InputError, lookup
@@ -32,11 +33,7 @@ class OnlineConfig(OnlineKeys, SPINConfig):
         lookup(
             {name: name for name in BACKENDS if find_backend(name).online}, self.backend, "online generation backend"
         )
-        unused = "gpu_memory_utilization" not in find_backend(self.backend).takes
-        if unused and self.gpu_memory_utilization != type(self).gpu_memory_utilization:
-            raise InputError(
-                f"gpu_memory_utilization is {self.gpu_memory_utilization}, but backend {self.backend} does not use it: remove it"
-            )
+        self._check_engine()
         if self.max_prompt_length + self.max_new_tokens > self.max_length:
             raise InputError(
                 f"max_prompt_length {self.max_prompt_length} plus max_new_tokens {self.max_new_tokens} exceeds max_length "
@@ -73,6 +70,19 @@ class OnlineConfig(OnlineKeys, SPINConfig):
                 f"eval_temperatures is {self.eval_temperatures}: list one or more temperatures, without duplicates"
             )
         super().__post_init__()
+
+    def _check_engine(self) -> None:
+        """Check the settings of an engine, and that the processes of this machine can share engines as they say."""
+        for name in ("gpu_memory_utilization", "tensor_parallel_size"):
+            value = getattr(self, name)
+            if value != getattr(type(self), name) and name not in find_backend(self.backend).takes:
+                raise InputError(f"{name} is {value}, but backend {self.backend} does not use it: remove it")
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if processes % self.tensor_parallel_size:
+            raise InputError(
+                f"tensor_parallel_size is {self.tensor_parallel_size}, but the {processes} processes of a machine cannot be "
+                "divided into groups of that size: set it to a divisor"
+            )
 
     def _check_method(self) -> None:
         """Check that sampling, scorer, pairing and loss are compatible."""

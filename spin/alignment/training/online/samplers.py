@@ -1,4 +1,4 @@
-"""Sampling from the current policy: with its own module, or with an engine that receives its weights."""
+"""Sampling from the current policy: with its own module, or with an engine to which its weights are sent."""
 
 from __future__ import annotations
 
@@ -9,15 +9,19 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
+
+from spin.alignment.core.errors import InputError
 from spin.alignment.core.memory_folder import MemoryFolder
 from spin.alignment.generation import find_backend, make_backend
 from spin.alignment.generation.base import BackendSettings, GenerationBackend, PromptRequest, Response, SamplingConfig
 from spin.alignment.logprobs.forward import causal_model, use_attention
 from spin.alignment.models.config import Dtype, ModelConfig
 from spin.alignment.models.precision import compute_name
-from spin.alignment.models.sharded import is_sharded, reshard
+from spin.alignment.models.sharded import has_stored_names, is_sharded, reshard, sharding_name, whole_weights
 from spin.alignment.models.vocabulary import ids_without_token
 from spin.alignment.training.online.lockstep import Lockstep
+from spin.alignment.training.online.sharers import Sharers
 
 if TYPE_CHECKING:
     from spin.alignment.data.chat_encoder import ChatEncoder
@@ -96,29 +100,53 @@ class InPlaceSampler(PolicySampler):
 
 
 class EngineSampler(PolicySampler):
-    """Samples with an engine in the same process as the policy; its weights are reloaded from a folder in memory."""
+    """Samples with an engine beside the training processes, to which the policy's weights are sent one at a time."""
 
-    def __init__(self, engine: Any, save_weights: Callable[[Path], None]) -> None:
-        """``engine`` is a backend with ``reload(folder)``; ``save_weights`` saves the policy to a folder as a model."""
-        self._backend = engine
-        self._save_weights = save_weights
+    def __init__(self, engine: Any | None, policy: Any, dtype: torch.dtype, sharers: Sharers | None = None) -> None:
+        """``engine`` is a backend with ``load(weights)``, ``reload(folder)`` and ``sleep()``; None in a process whose engine is
+        that of another of its ``sharers``. Weights are sent as ``dtype``."""
+        self._engine, self._policy, self._dtype, self._sharers = engine, policy, dtype, sharers
         self._memory: MemoryFolder | None = None
 
     def refresh(self) -> None:
-        """Write the policy's weights for the engine to reload, which also invalidates its prompt cache."""
-        # A folder in memory avoids writing the weights to disk at every step.
+        """Send the policy's weights to the engine, which also invalidates its prompt cache. Every process must call it."""
+        if not has_stored_names(self._policy):
+            self._reload()
+            return
+        weights = ((name, weight.to(self._dtype)) for name, weight in whole_weights(self._policy))
+        if self._engine is not None:
+            self._engine.load(weights)
+        else:  # takes part in gathering them
+            for _ in weights:
+                pass
+
+    def _reload(self) -> None:
+        """Write the weights to a folder in memory as a model, as they are named there, for the engine to reload."""
+        if self._engine is None:
+            return
         self._memory = self._memory or MemoryFolder("spin-policy-")
         with tempfile.TemporaryDirectory(dir=self._memory.path) as folder:
-            self._save_weights(Path(folder))
-            self._backend.reload(folder)
+            save_weights(self._policy, Path(folder), self._dtype)
+            self._engine.reload(folder)
 
     def respond(self, requests: Sequence[PromptRequest], sampling: SamplingConfig) -> list[list[Response]]:
-        """Generate with the engine."""
-        return self._backend.generate(requests, sampling)
+        """Generate with the engine, which then gives its memory back. Every process must call it."""
+        if self._sharers is None:
+            assert self._engine is not None
+            return self._answer(requests, sampling)
+        together = self._sharers.gather(requests)
+        return self._sharers.scatter(self._answer(together, sampling) if self._engine is not None else [])
+
+    def _answer(self, requests: Sequence[PromptRequest], sampling: SamplingConfig) -> list[list[Response]]:
+        assert self._engine is not None
+        responses: list[list[Response]] = self._engine.generate(requests, sampling)
+        self._engine.sleep()
+        return responses
 
     def close(self) -> None:
         """Shut the engine down."""
-        self._backend.close()
+        if self._engine is not None:
+            self._engine.close()
         if self._memory is not None:
             self._memory.close()
 
@@ -131,10 +159,10 @@ def make_sampler(
     own_attention: str,
     precision: Callable[[], AbstractContextManager[Any]],
 ) -> PolicySampler:
-    """Return the sampler of this process for the policy ``model``, which was loaded from ``source``.
+    """Return the sampler of this process for the policy ``model``, which was loaded from ``source``. Every process must call it.
 
     Raises:
-        InputError: the engine is not installed, or does not support the model.
+        InputError: the engine is not installed, or does not support the model or its sharding.
     """
     # Under mixed precision the policy's weights have 32 bits, but it computes in 16: so does the engine. Never in a precision
     # that the policy does not compute in.
@@ -149,22 +177,30 @@ def make_sampler(
         batch_size=args.generation_batch_size,
         max_model_len=args.max_prompt_length + args.max_new_tokens,
         gpu_memory_utilization=args.gpu_memory_utilization,
+        tensor_parallel_size=args.tensor_parallel_size,
+        beside_training=True,
         trust_remote_code=source.trust_remote_code,
         stop_ids=encoder.stop_ids,
         masked_ids=ids_without_token(encoder.tokenizer, causal.config),
         pad_id=encoder.pad_id,
         decode=encoder.decode,
     )
-    if find_backend(args.backend).online == "engine":
-        return EngineSampler(make_backend(args.backend, settings), lambda folder: save_weights(causal, folder, compute))
-    return InPlaceSampler(model, settings, own_attention, precision)
+    if find_backend(args.backend).online != "engine":
+        return InPlaceSampler(model, settings, own_attention, precision)
+    if (sharding := sharding_name(args) or (hasattr(model, "get_base_model") and "use_peft")) and not has_stored_names(
+        model
+    ):
+        raise InputError(
+            f"{type(causal).__name__} is stored under other names than it has in memory, so its weights cannot be sent to "
+            f"{args.backend} under {sharding}: use backend transformers, or plain data parallelism without adapters"
+        )
+    sharers = Sharers.of(args.tensor_parallel_size)
+    engine = make_backend(args.backend, settings) if sharers is None or sharers.leads else None
+    return EngineSampler(engine, model, getattr(torch, compute or policy), sharers)
 
 
-def save_weights(model: Any, folder: Path, compute: str | None = None) -> None:
-    """Save a module's weights to a folder as a model, in the precision ``compute`` (default: that of its configuration)."""
-    import torch
-
-    dtype = getattr(torch, compute or str(model.config.dtype or torch.float32).removeprefix("torch."))
+def save_weights(model: Any, folder: Path, dtype: torch.dtype) -> None:
+    """Save a module's weights to a folder as a model, in the precision ``dtype``."""
     model.save_pretrained(folder, state_dict={name: weight.to(dtype) for name, weight in model.state_dict().items()})
 
 
