@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.provenance import hash_text
 from spin.alignment.data.split_names import is_held_out
-from spin.alignment.generation import BACKENDS, find_backend
+from spin.alignment.generation import find_backend
 from spin.alignment.models.sharded import sharding_name
 from spin.alignment.pairs.annotate import scorer_record
 from spin.alignment.training.accounting import accounting
@@ -47,11 +47,6 @@ def check_settings(settings: Settings) -> None:
     if sharding == "FSDP1":
         raise InputError(
             "online training takes FSDP version 2, not 1: set fsdp_version: 2 as in configs/fsdp2.yaml, or use ZeRO-3"
-        )
-    if model.use_peft and find_backend(arguments.backend).online == "engine":
-        others = " or ".join(name for name in BACKENDS if find_backend(name).online == "own_module")
-        raise InputError(
-            f"use_peft does not work online with backend {arguments.backend} (it reloads full weights): use {others}"
         )
     held_out = [split for split in data.dataset_splits if is_held_out(split)]
     if held_out:

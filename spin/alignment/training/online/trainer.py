@@ -98,7 +98,7 @@ class OnlineTrainer(SPINTrainer):
         Raises:
             InputError: the reference of a resumed run is missing.
         """
-        self.prepare_batching(self.longest_pairs(), resumed)
+        self.prepare_batching(self.longest_pairs(), resumed, self.reference.keeps_copy)
         if resumed:
             assert self._resumed_from is not None
             self.reference.load(self._resumed_from, self._unwrapped())
