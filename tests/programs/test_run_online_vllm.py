@@ -31,7 +31,7 @@ def main():
     from spin.alignment.generation.transformers.backend import TransformersBackend
     from spin.alignment.models.adapters import add_adapters
     from spin.alignment.models.config import ModelConfig
-    from spin.alignment.training.online.samplers import EngineSampler
+    from spin.alignment.training.online.engine_sampler import EngineSampler
     folder = sys.argv[1]
     encoder = ChatEncoder(load_tokenizer(folder))
     settings = BackendSettings(folder, stop_ids=encoder.stop_ids, max_model_len=64, batch_size=8)

@@ -50,7 +50,7 @@ BACKENDS: dict[str, Backend] = {
         makes_processes=True,
         check_installed=_vllm_installed,
     ),
-    "openai": Backend(_openai, needs_server=True),
+    "openai": Backend(_openai, needs_server=True, online="server"),
 }
 
 

@@ -85,12 +85,13 @@ class Response:
     """The sampled ids, without the prompt.
 
     ``finish_reason`` is ``stop`` if and only if the last id is an end-of-turn id or completes a stop text. ``logprobs``
-    contains one number (nats) per id if requested.
+    contains one number (nats) per id if requested. ``weights_version`` names the weights that a server had which gets new ones.
     """
 
     token_ids: list[int]
     finish_reason: FinishReason
     logprobs: list[float] | None = None
+    weights_version: str | None = None
 
 
 class GenerationBackend(ABC):
@@ -192,8 +193,8 @@ class Backend:
         flush_every: finished prompts in a part of a fraction, unless the user says otherwise.
         holds_batch: it decodes ``batch_size`` responses at a time in this process; others plan their batches themselves.
         online: how online training draws from the policy with it: by the policy's ``own_module``, by an ``engine`` whose
-            weights are replaced (the backend has the methods ``load(weights)``, ``reload(folder)`` and ``sleep()``), or not at
-            all.
+            weights are replaced (the backend has the methods ``load(weights)``, ``reload(folder)`` and ``sleep()``), by a
+            ``server`` whose weights are replaced, or not at all.
         makes_processes: it starts processes of its own, for which it wants to be the first to configure torch.
         check_installed: raises :class:`InputError` where what it needs is not installed.
     """
@@ -203,7 +204,7 @@ class Backend:
     needs_server: bool = False
     flush_every: int = 512
     holds_batch: bool = False
-    online: Literal["", "own_module", "engine"] = ""
+    online: Literal["", "own_module", "engine", "server"] = ""
     makes_processes: bool = False
     check_installed: Callable[[], None] = lambda: None
 

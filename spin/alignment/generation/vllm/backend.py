@@ -22,7 +22,7 @@ from spin.alignment.generation.base import (
     sample_seed,
 )
 from spin.alignment.generation.vllm.engine_guard import EngineGuard
-from spin.alignment.generation.vllm.weight_receiver import WeightReceiver, packed_weight
+from spin.alignment.generation.vllm.weight_receiver import WeightReceiver, send_weights
 from spin.alignment.models.folder import model_folder
 from spin.alignment.models.precision import decoding_dtype
 from spin.alignment.models.weights_check import check_model
@@ -273,11 +273,8 @@ class VLLMBackend(GenerationBackend):
         """Replace all weights, one at a time, by those of the same names; cached keys and values are discarded."""
 
         def send() -> None:
-            rpc = self.engine.collective_rpc
-            rpc("begin_policy_weights")
-            for name, weight in weights:
-                rpc("take_policy_weight", args=(name, *packed_weight(weight)))
-            rpc("end_policy_weights")
+            if not send_weights(lambda method, given: self.engine.collective_rpc(method, args=tuple(given)), weights):
+                raise RuntimeError("the engine lost some of the weights that were sent to it")
 
         self._replace(send)
 

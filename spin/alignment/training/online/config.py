@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 from spin.alignment.core.errors import InputError, lookup
@@ -72,16 +71,17 @@ class OnlineConfig(OnlineKeys, SPINConfig):
         super().__post_init__()
 
     def _check_engine(self) -> None:
-        """Check the settings of an engine, and that the processes of this machine can share engines as they say."""
+        """Check that the settings of an engine or a server fit the backend."""
         for name in ("gpu_memory_utilization", "tensor_parallel_size"):
             value = getattr(self, name)
             if value != getattr(type(self), name) and name not in find_backend(self.backend).takes:
                 raise InputError(f"{name} is {value}, but backend {self.backend} does not use it: remove it")
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        if processes % self.tensor_parallel_size:
+        served = find_backend(self.backend).online == "server"
+        if served != bool(self.server_url):
             raise InputError(
-                f"tensor_parallel_size is {self.tensor_parallel_size}, but the {processes} processes of a machine cannot be "
-                "divided into groups of that size: set it to a divisor"
+                f"backend is {self.backend}, but server_url is not set: set it to the address of the vLLM server that answers"
+                if served
+                else f"server_url is {self.server_url}, but backend {self.backend} does not use it: remove it"
             )
 
     def _check_method(self) -> None:

@@ -29,7 +29,10 @@ class OnlineKeys:
     backend: str = setting(
         "transformers",
         "transformers: decodes with the policy's own module, without a copy; vllm: an engine beside each process, to which the "
-        "weights are sent one at a time before each step",
+        "weights are sent one at a time before each step; openai: a vLLM server elsewhere, to which they are pushed",
+    )
+    server_url: str | None = setting(
+        None, "address of the server that answers (openai), such as http://host:8000/v1", recorded=False
     )
     generation_batch_size: int | None = same_as(BackendSettings, "batch_size")
     gpu_memory_utilization: float = same_as(

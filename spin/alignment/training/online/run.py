@@ -16,6 +16,7 @@ from spin.alignment.training.accounting import accounting
 from spin.alignment.training.online.config import OnlineConfig
 from spin.alignment.training.online.labels import PairMaker, scorer_of
 from spin.alignment.training.online.prompts import PromptDataset, check_scorable, load_splits
+from spin.alignment.training.online.sharers import check_can_share
 from spin.alignment.training.online.trainer import OnlineTrainer
 from spin.alignment.training.program import TrainingData, TrainingJob, TrainingProgram
 from spin.alignment.training.settings import Settings
@@ -23,7 +24,7 @@ from spin.alignment.training.settings import Settings
 if TYPE_CHECKING:
     from spin.alignment.data.chat_encoder import ChatEncoder
     from spin.alignment.rewards.base import GroupScorer
-    from spin.alignment.training.online.samplers import PolicySampler
+    from spin.alignment.training.online.policy_sampler import PolicySampler
 
 
 def check_settings(settings: Settings) -> None:
@@ -73,6 +74,12 @@ def check_context(settings: Settings, splits: dict[str, PromptDataset], folder: 
     config = check_model(folder, trust_remote_code=trusted, needs_weights=False)
     fixed = fixed_positions(config.get_text_config(decoder=True).to_dict())
     context = min((length for length in (context_length(config), fixed) if length is not None), default=None)
+    heads, size = config.get_text_config().num_attention_heads, settings.arguments.tensor_parallel_size
+    if heads % size:
+        raise InputError(
+            f"tensor_parallel_size is {size}, but {model} has {heads} attention heads, which it does not divide: set it to a "
+            "divisor"
+        )
     for name, dataset in splits.items():
         for prompt in dataset.prompts:
             where = f"prompt {prompt.prompt_id} of the {name} split"
@@ -143,7 +150,8 @@ class OnlineTraining(TrainingProgram):
         return super().inputs(job) | ({} if scorer is None else scorer_record(scorer))
 
     def open(self, settings: Settings) -> None:
-        """Create the scorer of the responses."""
+        """Check that the processes can share engines, and create the scorer of the responses."""
+        check_can_share(settings.arguments.tensor_parallel_size)
         self.scorer = scorer_of(settings.arguments)
 
     def make_trainer(self, job: TrainingJob, model: Any) -> OnlineTrainer:

@@ -1,47 +1,33 @@
-"""Sampling from the current policy: with its own module, or with an engine to which its weights are sent."""
+"""What online training samples with: the policy's own module, an engine beside it, or a server elsewhere."""
 
 from __future__ import annotations
 
-import tempfile
-from abc import ABC, abstractmethod
+import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from spin.alignment.core.errors import InputError
-from spin.alignment.core.memory_folder import MemoryFolder
 from spin.alignment.generation import find_backend, make_backend
 from spin.alignment.generation.base import BackendSettings, GenerationBackend, PromptRequest, Response, SamplingConfig
+from spin.alignment.generation.openai.policy_server import PolicyServer
 from spin.alignment.logprobs.forward import causal_model, use_attention
 from spin.alignment.models.config import Dtype, ModelConfig
 from spin.alignment.models.precision import compute_name
-from spin.alignment.models.sharded import has_stored_names, is_sharded, reshard, sharding_name, whole_weights
+from spin.alignment.models.sharded import has_stored_names, is_sharded, reshard, sharding_name
 from spin.alignment.models.vocabulary import ids_without_token
+from spin.alignment.training.online.engine_sampler import EngineSampler
 from spin.alignment.training.online.lockstep import Lockstep
+from spin.alignment.training.online.policy_sampler import PolicySampler
+from spin.alignment.training.online.served_sampler import ServedSampler
 from spin.alignment.training.online.sharers import Sharers
 
 if TYPE_CHECKING:
     from spin.alignment.data.chat_encoder import ChatEncoder
     from spin.alignment.training.online.config import OnlineConfig
-
-
-class PolicySampler(ABC):
-    """Samples responses from the policy, with its weights as of the last :meth:`refresh`."""
-
-    @abstractmethod
-    def refresh(self) -> None:
-        """Load the policy's current weights."""
-
-    @abstractmethod
-    def respond(self, requests: Sequence[PromptRequest], sampling: SamplingConfig) -> list[list[Response]]:
-        """Return ``num_samples`` responses to each request, in order."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """Free the sampler's own resources; the policy is left untouched."""
 
 
 class InPlaceSampler(PolicySampler):
@@ -99,58 +85,6 @@ class InPlaceSampler(PolicySampler):
         self._backend = None
 
 
-class EngineSampler(PolicySampler):
-    """Samples with an engine beside the training processes, to which the policy's weights are sent one at a time."""
-
-    def __init__(self, engine: Any | None, policy: Any, dtype: torch.dtype, sharers: Sharers | None = None) -> None:
-        """``engine`` is a backend with ``load(weights)``, ``reload(folder)`` and ``sleep()``; None in a process whose engine is
-        that of another of its ``sharers``. Weights are sent as ``dtype``."""
-        self._engine, self._policy, self._dtype, self._sharers = engine, policy, dtype, sharers
-        self._memory: MemoryFolder | None = None
-
-    def refresh(self) -> None:
-        """Send the policy's weights to the engine, which also invalidates its prompt cache. Every process must call it."""
-        if not has_stored_names(self._policy):
-            self._reload()
-            return
-        weights = ((name, weight.to(self._dtype)) for name, weight in whole_weights(self._policy))
-        if self._engine is not None:
-            self._engine.load(weights)
-        else:  # takes part in gathering them
-            for _ in weights:
-                pass
-
-    def _reload(self) -> None:
-        """Write the weights to a folder in memory as a model, as they are named there, for the engine to reload."""
-        if self._engine is None:
-            return
-        self._memory = self._memory or MemoryFolder("spin-policy-")
-        with tempfile.TemporaryDirectory(dir=self._memory.path) as folder:
-            save_weights(self._policy, Path(folder), self._dtype)
-            self._engine.reload(folder)
-
-    def respond(self, requests: Sequence[PromptRequest], sampling: SamplingConfig) -> list[list[Response]]:
-        """Generate with the engine, which then gives its memory back. Every process must call it."""
-        if self._sharers is None:
-            assert self._engine is not None
-            return self._answer(requests, sampling)
-        together = self._sharers.gather(requests)
-        return self._sharers.scatter(self._answer(together, sampling) if self._engine is not None else [])
-
-    def _answer(self, requests: Sequence[PromptRequest], sampling: SamplingConfig) -> list[list[Response]]:
-        assert self._engine is not None
-        responses: list[list[Response]] = self._engine.generate(requests, sampling)
-        self._engine.sleep()
-        return responses
-
-    def close(self) -> None:
-        """Shut the engine down."""
-        if self._engine is not None:
-            self._engine.close()
-        if self._memory is not None:
-            self._memory.close()
-
-
 def make_sampler(
     model: Any,
     source: ModelConfig,
@@ -185,23 +119,34 @@ def make_sampler(
         pad_id=encoder.pad_id,
         decode=encoder.decode,
     )
-    if find_backend(args.backend).online != "engine":
+    kind, sent_as = find_backend(args.backend).online, getattr(torch, compute or policy)
+    if kind == "own_module":
         return InPlaceSampler(model, settings, own_attention, precision)
-    if (sharding := sharding_name(args) or (hasattr(model, "get_base_model") and "use_peft")) and not has_stored_names(
-        model
-    ):
-        raise InputError(
-            f"{type(causal).__name__} is stored under other names than it has in memory, so its weights cannot be sent to "
-            f"{args.backend} under {sharding}: use backend transformers, or plain data parallelism without adapters"
-        )
+    _check_can_send(model, args, kind)
+    if kind == "server":
+        # Its own command decides on the precision and the GPUs of a server.
+        asked = replace(settings, dtype="auto", base_url=args.server_url)
+        server = PolicyServer(str(args.server_url), os.environ.get("OPENAI_API_KEY", "").strip())
+        return ServedSampler(make_backend(args.backend, asked), server, model, sent_as)
     sharers = Sharers.of(args.tensor_parallel_size)
     engine = make_backend(args.backend, settings) if sharers is None or sharers.leads else None
-    return EngineSampler(engine, model, getattr(torch, compute or policy), sharers)
+    return EngineSampler(engine, model, sent_as, sharers)
 
 
-def save_weights(model: Any, folder: Path, dtype: torch.dtype) -> None:
-    """Save a module's weights to a folder as a model, in the precision ``dtype``."""
-    model.save_pretrained(folder, state_dict={name: weight.to(dtype) for name, weight in model.state_dict().items()})
+def _check_can_send(model: Any, args: OnlineConfig, kind: str) -> None:
+    """Refuse a policy whose weights can only be saved to a folder if that is not possible.
+
+    Raises:
+        InputError: naming the architecture.
+    """
+    if has_stored_names(model):
+        return
+    adapters = "LoRA" if hasattr(model, "get_base_model") else None
+    if obstacle := sharding_name(args) or adapters or ("a server" if kind == "server" else None):
+        raise InputError(
+            f"{type(causal_model(model)).__name__} has other weights in memory than model folders, so they cannot be sent to "
+            f"{args.backend} one at a time, as {obstacle} requires: use backend transformers"
+        )
 
 
-__all__ = ["EngineSampler", "InPlaceSampler", "PolicySampler", "make_sampler", "save_weights"]
+__all__ = ["InPlaceSampler", "make_sampler"]

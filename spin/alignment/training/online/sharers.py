@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import torch.distributed as dist
+
+from spin.alignment.core.errors import InputError
+
+
+def check_can_share(size: int) -> None:
+    """Check that the processes of this machine, as they were launched, can be divided into groups of ``size``.
+
+    Raises:
+        InputError: they cannot.
+    """
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if processes % size:
+        raise InputError(
+            f"tensor_parallel_size is {size}, but the number of training processes on this machine, {processes}, is not a "
+            "multiple of it: set it to a divisor"
+        )
 
 
 class Sharers:
@@ -19,7 +36,12 @@ class Sharers:
     @classmethod
     def of(cls, size: int) -> Sharers | None:
         """Return this process's group if ``size`` processes share an engine; None if each has its own. Every process must call
-        it."""
+        it.
+
+        Raises:
+            InputError: the processes of this machine cannot be divided like that.
+        """
+        check_can_share(size)
         if size == 1:
             return None
         own = None
