@@ -28,7 +28,8 @@ class ServedSampler(PolicySampler):
             InputError: the server was started without what replacing weights needs.
         """
         self._backend, self._server, self._policy, self._dtype = backend, server, policy, dtype
-        self._version = self._server.version()
+        self._version: str | None = None  # of the last push
+        self._server.version()
 
     def refresh(self) -> None:
         """Push the policy's weights, once more if the server restarted meanwhile. Every process must call it.
