@@ -74,12 +74,10 @@ class WeightReceiver:
 
     def begin_policy_weights(self, push: str) -> str:
         """Prepare the model for a push; an earlier one that was not completed is dropped."""
-        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
-
         last = self._last_policy_push()
         if last is not None and not last.complete:
             self._put_to_use()
-        self._within_vllm(initialize_layerwise_reload, self.model_runner.get_model())
+        self._prepare()
         self._policy_push = _Push(push)
         return TAKEN
 
@@ -121,6 +119,11 @@ class WeightReceiver:
 
     def _last_policy_push(self) -> _Push | None:
         return getattr(self, "_policy_push", None)
+
+    def _prepare(self) -> None:
+        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+
+        self._within_vllm(initialize_layerwise_reload, self.model_runner.get_model())
 
     def _put_to_use(self) -> None:
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
