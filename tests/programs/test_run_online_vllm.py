@@ -49,9 +49,9 @@ def main():
             for weight in policy.parameters() if turn < 3 else [w for w in policy.parameters() if w.requires_grad]:
                 weight += 0.05 * turn * torch.randn(weight.shape, generator=torch.Generator().manual_seed(turn))
         sampler.refresh()
-        engine = [row[0].token_ids for row in sampler.respond(requests, greedy)]
+        answered = [row[0].token_ids for row in sampler.respond(requests, greedy)]
         plain = TransformersBackend(settings, model).generate(requests, greedy)
-        said.append({"engine": engine, "policy": [row[0].token_ids for row in plain]})
+        said.append({"engine": answered, "policy": [row[0].token_ids for row in plain]})
     sampler.close()
     print("SAID" + json.dumps(said))
 
