@@ -95,8 +95,9 @@ class MicroBatchedTrainer(EachRowOnce, WatchedSteps):
         ``keeps_reference``: every step has a second copy of the trained weights.
         """
         models = (self.model_wrapped, self.model)
-        settings = (self.args, self.accelerator, resumed, keeps_reference)
-        self.pair_forward = fit_to_model(self.pair_forward, *models, pairs, *settings)
+        self.pair_forward = fit_to_model(
+            self.pair_forward, *models, pairs, self.args, self.accelerator, resumed, keeps_reference
+        )
 
 
 @contextlib.contextmanager

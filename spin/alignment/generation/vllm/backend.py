@@ -89,18 +89,18 @@ def engine_environment(settings: BackendSettings) -> Iterator[None]:
     before = {name: os.environ.get(name) for name in (*_OF_LAUNCHER, "CUDA_VISIBLE_DEVICES", _START_METHOD)}
     if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(_own_devices(settings))
-        # A forked engine would share the connections of the training processes.
+    if settings.beside_training:  # a forked engine would share the connections of the training processes
         os.environ[_START_METHOD] = "spawn"
     for name in _OF_LAUNCHER:  # otherwise the engine would join the process group of the launcher
         os.environ.pop(name, None)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
+        for name, former in before.items():
+            if former is None:
                 os.environ.pop(name, None)
             else:
-                os.environ[name] = value
+                os.environ[name] = former
 
 
 def _own_devices(settings: BackendSettings) -> list[str]:

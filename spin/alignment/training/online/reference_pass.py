@@ -32,5 +32,6 @@ def attach_reference_logps(forward: PairForward, features: Sequence[dict[str, An
             continue
         check_finite(logps, batch.features)
         for place, feature in enumerate(batch.features):
+            assert isinstance(feature, dict)  # one of ``features`` itself
             for number, name in enumerate(names):
                 feature[f"{name}_reference"] = logps[number * len(batch.features) + place]
