@@ -36,6 +36,17 @@ def sharding_name(arguments: Any) -> str | None:
     return None
 
 
+def offloads_weights(arguments: Any) -> str | None:
+    """Return where sharded weights are kept while they are not used, if not on the GPU: ``cpu`` or ``nvme``."""
+    plugin = getattr(arguments, "deepspeed_plugin", None)
+    if plugin is not None:
+        offload = plugin.deepspeed_config.get("zero_optimization", {}).get("offload_param") or {}
+        return offload.get("device") if offload.get("device") in ("cpu", "nvme") else None
+    settings = (getattr(arguments, "fsdp_config", None) or {}) if getattr(arguments, "fsdp", None) else {}
+    launched = os.environ.get("ACCELERATE_USE_FSDP") == "true" and os.environ.get("FSDP_OFFLOAD_PARAMS") == "true"
+    return "cpu" if launched or settings.get("cpu_offload") else None
+
+
 def is_sharded(model: Module) -> bool:
     """Return whether every forward pass of a module gathers weights, and is therefore a collective operation."""
     return bool(_fsdp_modules(model)) or any(hasattr(weight, "ds_id") for weight in model.parameters())

@@ -10,7 +10,7 @@ from spin.alignment.core.errors import InputError
 from spin.alignment.core.provenance import hash_text
 from spin.alignment.data.split_names import is_held_out
 from spin.alignment.generation import find_backend
-from spin.alignment.models.sharded import sharding_name
+from spin.alignment.models.sharded import offloads_weights, sharding_name
 from spin.alignment.pairs.annotate import scorer_record
 from spin.alignment.training.accounting import accounting
 from spin.alignment.training.online.config import OnlineConfig
@@ -44,11 +44,7 @@ def check_settings(settings: Settings) -> None:
         raise InputError(
             "load_in_4bit and load_in_8bit do not work online (responses come from the trained weights): use LoRA"
         )
-    sharding = sharding_name(arguments)
-    if sharding == "FSDP1":
-        raise InputError(
-            "online training takes FSDP version 2, not 1: set fsdp_version: 2 as in configs/fsdp2.yaml, or use ZeRO-3"
-        )
+    check_sharding(arguments)
     held_out = [split for split in data.dataset_splits if is_held_out(split)]
     if held_out:
         raise InputError(
@@ -57,6 +53,29 @@ def check_settings(settings: Settings) -> None:
         )
     if arguments.scorer_settings is not None:
         check_scorer(arguments.scorer_settings)
+
+
+def check_sharding(arguments: Any) -> None:
+    """Check that responses can be sampled, and a reference kept, with the policy as it will be sharded.
+
+    Raises:
+        InputError: they cannot; the message names the fix.
+    """
+    sharding, offloads = sharding_name(arguments), offloads_weights(arguments)
+    if sharding == "FSDP1":
+        raise InputError(
+            "online training takes FSDP version 2, not 1: set fsdp_version: 2 as in configs/fsdp2.yaml, or use ZeRO-3"
+        )
+    if sharding == "FSDP2" and offloads and find_backend(arguments.backend).online == "own_module":
+        raise InputError(
+            f"backend {arguments.backend} cannot decode with weights that FSDP keeps on the CPU: set fsdp_offload_params: false, "
+            "or use backend vllm"
+        )
+    if offloads == "nvme" and arguments.ref_update_freq != 1:
+        raise InputError(
+            f"ref_update_freq is {arguments.ref_update_freq}, but weights that ZeRO-3 keeps on NVMe cannot be exchanged for a "
+            "reference: set ref_update_freq to 1, or offload_param_device to cpu or none"
+        )
 
 
 def check_context(settings: Settings, splits: dict[str, PromptDataset], folder: Path) -> None:
