@@ -87,6 +87,8 @@ def test_a_sharded_policy_with_an_engine_for_two_processes(tmp_path, model):
     assert len(history) == 3
     two = {"backend": "vllm", "max_steps": 3, "per_device_train_batch_size": 3, "tensor_parallel_size": 2}
     config = write_online(tmp_path / "two", model, prompts, **two)
-    train(config, launch=launcher(*TWO_PROCESSES["FSDP2"]), program="run_online")
+    # vLLM binds the workers of an engine to different NUMA nodes unless it is told which core each may have.
+    binding = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    train(config, launch=launcher(*TWO_PROCESSES["FSDP2"]), program="run_online", **binding)
     assert difference(model, tmp_path / "alone/out") > 1e-3
     assert difference(tmp_path / "two/out", tmp_path / "alone/out") < 1e-4
