@@ -85,7 +85,7 @@ def test_no_shipped_configuration_is_left_untested():
     # Those of the relatives: test_run_online.py, test_chat_demo.py, test_sppo.py and test_weigh_stage.py; the two bases by what
     # extends them.
     online = {"demo_online", "demo_sppo", "demo_wspin", "gsm8k_small_online", "gsm8k_small_sppo", "online_gsm8k"}
-    online |= {"online_sppo_math", "demo_chat", "demo_sorting", "gsm8k_small"}
+    online |= {"online_gsm8k_7b", "online_sppo_math", "demo_chat", "demo_sorting", "gsm8k_small"}
     offline = {"sppo_mistral_7b", "sppo_llama3_8b", "sppo_gemma2_9b", "spin_qwen1.5_1.8b", "wspin_qwen1.5_1.8b"}
     assert {path.stem for path in CONFIGS.glob("*.yaml")} == known | online | offline
 

@@ -12,7 +12,7 @@ from spin.alignment.core.errors import InputError
 from spin.alignment.generation import PromptRequest, SamplingConfig, make_backend
 from spin.alignment.generation.base import BackendSettings
 from spin.alignment.generation.transformers.backend import TransformersBackend
-from spin.alignment.generation.vllm.backend import VLLMBackend
+from spin.alignment.generation.vllm.backend import engine_environment
 from tests.helpers import tiny_llama
 
 STOP = 3
@@ -129,9 +129,19 @@ def test_each_vllm_process_takes_its_own_gpus(monkeypatch):
     for name, value in launcher.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3,6,7")
-    VLLMBackend._set_environment(BackendSettings("unused", tensor_parallel_size=2))
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == "6,7" and "RANK" not in os.environ
-    for name, value in launcher.items():
+    with engine_environment(BackendSettings("unused", tensor_parallel_size=2)):
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "6,7" and "RANK" not in os.environ
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "2,3,6,7"
+    assert {name: os.environ[name] for name in launcher} == launcher
+    with (
+        pytest.raises(InputError, match="need 8 GPUs"),
+        engine_environment(BackendSettings("unused", tensor_parallel_size=4)),
+    ):
+        pass
+
+
+def test_training_processes_that_share_an_engine_give_it_their_gpus(monkeypatch):
+    for name, value in {"LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "4", "CUDA_VISIBLE_DEVICES": "1,2,5,6"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(InputError, match="need 8 GPUs"):
-        VLLMBackend._set_environment(BackendSettings("unused", tensor_parallel_size=4))
+    with engine_environment(BackendSettings("unused", tensor_parallel_size=2, beside_training=True)):
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "5,6"

@@ -55,7 +55,7 @@ def test_a_run_shows_its_sections_with_what_it_sets_itself(tmp_path):
     ("name", "program"),
     [
         *(("demo", "run"), ("demo_online", "run"), ("config", "run_spin"), ("config_iter3", "run_spin")),
-        *(("online_gsm8k", "run_online"), ("online_sppo_math", "run_online")),
+        *(("online_gsm8k", "run_online"), ("online_gsm8k_7b", "run_online"), ("online_sppo_math", "run_online")),
     ],
 )
 def test_the_program_of_shipped_configurations_is_recognised(name, program, monkeypatch):

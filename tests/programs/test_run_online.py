@@ -315,7 +315,11 @@ REFUSED = [
     ({"pairing": "every_sample"}, "prefers neither response, but loss_type sigmoid compares two"),
     ({"baseline": "batch"}, "baseline is batch, but pairing best_vs_worst does not use a baseline"),
     ({"baseline": "mean"}, "is 'mean': choose one of prompt, batch"),
-    ({"backend": "openai"}, "unknown online generation backend 'openai'"),
+    ({"backend": "none"}, "unknown online generation backend 'none'"),
+    ({"backend": "openai"}, "backend is openai, but server_url is not set"),
+    ({"server_url": "http://127.0.0.1:1/v1"}, "backend transformers does not use it: remove it"),
+    ({"tensor_parallel_size": 2}, "backend transformers does not use it: remove it"),
+    ({"backend": "vllm", "tensor_parallel_size": 3}, "has 4 attention heads, which it does not divide"),
     ({"temperature": 0.0}, "temperature 0 draws the same response every time"),
     ({"eval_strategy": "steps"}, "there are no held-out prompts: set eval_prompts"),
     (
@@ -331,7 +335,6 @@ REFUSED = [
     ({"reverse": True}, "online pairs are created from their labels"),
     ({"init_from_config": True}, "init_from_config cannot be used here"),
     ({"load_in_8bit": True, "use_peft": True}, "do not work online"),
-    ({"backend": "vllm", "use_peft": True}, "use_peft does not work online with backend vllm"),
     ({"gpu_memory_utilization": 1.5}, "set it to a number above 0 and at most 1"),
     ({"gpu_memory_utilization": 0.5}, "backend transformers does not use it"),
     ({"soft_mean_b": -1.0}, "soft_mean_b is -1.0: set it to 0 or more"),
@@ -379,3 +382,12 @@ def test_the_pairing_of_prompts_without_truth_is_refused(tmp_path, tiny_model, p
     code, _, error = run_main(run_online.main, config)
     assert code == 2
     assert "has no ground truth, which pairing ground_truth" in error
+
+
+def test_processes_that_cannot_share_engines_are_refused_before_a_model_is_loaded(
+    tmp_path, tiny_model, prompts, monkeypatch
+):
+    monkeypatch.delattr("spin.alignment.training.run.load_policy")
+    config = write_online(tmp_path, tiny_model, prompts, backend="vllm", tensor_parallel_size=2)
+    code, _, error = run_main(run_online.main, config)
+    assert code == 2 and "training processes on this machine, 1, is not a multiple of it" in error

@@ -10,7 +10,7 @@ import pytest
 
 from tests.helpers import run_command, save_tiny_model
 from tests.helpers.online import write_online, write_prompts
-from tests.helpers.training import difference, metrics
+from tests.helpers.training import TWO_PROCESSES, difference, launcher, metrics, train
 
 pytestmark = [
     pytest.mark.vllm,
@@ -29,23 +29,29 @@ def main():
     from spin.alignment.data.chat_encoder import ChatEncoder, load_tokenizer
     from spin.alignment.generation import BackendSettings, PromptRequest, SamplingConfig, make_backend
     from spin.alignment.generation.transformers.backend import TransformersBackend
-    from spin.alignment.training.online.samplers import EngineSampler, save_weights
+    from spin.alignment.models.adapters import add_adapters
+    from spin.alignment.models.config import ModelConfig
+    from spin.alignment.training.online.engine_sampler import EngineSampler
     folder = sys.argv[1]
     encoder = ChatEncoder(load_tokenizer(folder))
     settings = BackendSettings(folder, stop_ids=encoder.stop_ids, max_model_len=64, batch_size=8)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    sampler = EngineSampler(make_backend("vllm", settings), lambda target: save_weights(model, target))
+    policy = model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    engine = make_backend("vllm", settings)
+    sampler = EngineSampler(engine, policy, torch.float32)
     requests = [PromptRequest(f"p{n}", tuple(range(5, 12 + n))) for n in range(6)]
     greedy = SamplingConfig(temperature=0.0, max_new_tokens=16)
     said = []
-    for turn in range(3):
+    for turn in range(4):
+        if turn == 3:  # adapters are merged on the way
+            policy = add_adapters(model, ModelConfig(folder, use_peft=True, lora_r=4))
+            sampler = EngineSampler(engine, policy, torch.float32)
         with torch.no_grad():
-            for weight in model.parameters():
+            for weight in policy.parameters() if turn < 3 else [w for w in policy.parameters() if w.requires_grad]:
                 weight += 0.05 * turn * torch.randn(weight.shape, generator=torch.Generator().manual_seed(turn))
         sampler.refresh()
-        engine = [row[0].token_ids for row in sampler.respond(requests, greedy)]
+        answered = [row[0].token_ids for row in sampler.respond(requests, greedy)]
         plain = TransformersBackend(settings, model).generate(requests, greedy)
-        said.append({"engine": engine, "policy": [row[0].token_ids for row in plain]})
+        said.append({"engine": answered, "policy": [row[0].token_ids for row in plain]})
     sampler.close()
     print("SAID" + json.dumps(said))
 
@@ -66,15 +72,23 @@ def test_the_engine_takes_over_the_weights_each_time(model):
     assert done.returncode == 0, done.stderr[-4000:]
     (line,) = (line for line in done.stdout.splitlines() if line.startswith("SAID"))
     turns = json.loads(line.removeprefix("SAID"))
-    assert [turn["engine"] == turn["policy"] for turn in turns] == [True, True, True]
-    assert turns[0]["policy"] != turns[1]["policy"] != turns[2]["policy"]
+    assert [turn["engine"] == turn["policy"] for turn in turns] == [True] * 4
+    said = [turn["policy"] for turn in turns]
+    assert all(said[turn] != said[turn + 1] for turn in range(3))
 
 
-def test_online_training_with_the_engine(tmp_path, model):
+def test_a_sharded_policy_with_an_engine_for_two_processes(tmp_path, model):
+    """The engine runs over both processes, and gets each weight gathered from both: the weights of one process and engine."""
     prompts = write_prompts(tmp_path / "prompts")
-    config = write_online(tmp_path, model, prompts, backend="vllm", max_steps=3)
-    done = run_command([sys.executable, "spin/run_online.py", config], timeout=400)
+    alone = write_online(tmp_path / "alone", model, prompts, backend="vllm", max_steps=3)
+    done = run_command([sys.executable, "spin/run_online.py", alone], timeout=400)
     assert done.returncode == 0, done.stderr[-4000:]
-    history = [entry for entry in metrics(tmp_path / "out")["history"] if "pairs_per_prompt" in entry]
+    history = [entry for entry in metrics(tmp_path / "alone/out")["history"] if "pairs_per_prompt" in entry]
     assert len(history) == 3
-    assert difference(model, tmp_path / "out") > 1e-3
+    two = {"backend": "vllm", "max_steps": 3, "per_device_train_batch_size": 3, "tensor_parallel_size": 2}
+    config = write_online(tmp_path / "two", model, prompts, **two)
+    # vLLM binds the workers of an engine to different NUMA nodes unless it is told which core each may have.
+    binding = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    train(config, launch=launcher(*TWO_PROCESSES["FSDP2"]), program="run_online", **binding)
+    assert difference(model, tmp_path / "alone/out") > 1e-3
+    assert difference(tmp_path / "two/out", tmp_path / "alone/out") < 1e-4

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 
-@pytest.mark.parametrize("name", ["online_gsm8k", "online_sppo_math"])
+@pytest.mark.parametrize("name", ["online_gsm8k", "online_gsm8k_7b", "online_sppo_math"])
 def test_the_shipped_configurations_are_valid(name, tiny_model):
     from spin.alignment.core.config import load_config
     from spin.alignment.training.online.config import OnlineConfig

@@ -51,7 +51,7 @@ BACKENDS: dict[str, Backend] = {
         makes_processes=True,
         check_installed=_vllm_installed,
     ),
-    "openai": Backend(_openai, takes=frozenset({"token_ids"}), needs_server=True),
+    "openai": Backend(_openai, takes=frozenset({"token_ids"}), needs_server=True, online="server"),
 }
 
 

@@ -89,12 +89,13 @@ class Response:
     """The sampled ids, without the prompt.
 
     ``finish_reason`` is ``stop`` if and only if the last id is an end-of-turn id or completes a stop text. ``logprobs``
-    contains one number (nats) per id if requested.
+    contains one number (nats) per id if requested. ``weights_version`` names the weights that a server had which gets new ones.
     """
 
     token_ids: list[int]
     finish_reason: FinishReason
     logprobs: list[float] | None = None
+    weights_version: str | None = None
 
 
 class GenerationBackend(ABC):
@@ -160,6 +161,8 @@ class BackendSettings:
         masked_ids: ids of the model that its tokenizer has no token for; they are never sampled.
         decode: sampled ids -> text, in which stop texts are searched for.
         encoder: the model's :class:`ChatEncoder`, for servers that return no token ids.
+        beside_training: an engine on the GPUs of ``tensor_parallel_size`` training processes, of which this is the first; it
+            gives their memory back after each batch of responses, until it gets new weights.
     """
 
     model: str
@@ -175,6 +178,7 @@ class BackendSettings:
     masked_ids: tuple[int, ...] = ()
     pad_id: int = 0
     decode: Callable[[Sequence[int]], str] | None = None
+    beside_training: bool = False
     batch_invariant: bool = setting(False, "the same responses in any batch (vllm, H100 or newer; slower)")
     base_url: str | None = setting(
         None, "address of a running OpenAI-compatible server, such as http://host:8000/v1 (openai)"
@@ -200,7 +204,8 @@ class Backend:
         flush_every: finished prompts in a part of a fraction, unless the user says otherwise.
         holds_batch: it decodes ``batch_size`` responses at a time in this process; others plan their batches themselves.
         online: how online training draws from the policy with it: by the policy's ``own_module``, by an ``engine`` whose
-            weights are reloaded (the backend has a method ``reload(folder)``), or not at all.
+            weights are replaced (the backend has the methods ``load(weights)``, ``reload(folder)`` and ``sleep()``), by a
+            ``server`` whose weights are replaced, or not at all.
         makes_processes: it starts processes of its own, for which it wants to be the first to configure torch.
         check_installed: raises :class:`InputError` where what it needs is not installed.
     """
@@ -210,7 +215,7 @@ class Backend:
     needs_server: bool = False
     flush_every: int = 512
     holds_batch: bool = False
-    online: Literal["", "own_module", "engine"] = ""
+    online: Literal["", "own_module", "engine", "server"] = ""
     makes_processes: bool = False
     check_installed: Callable[[], None] = lambda: None
 

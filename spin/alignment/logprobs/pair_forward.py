@@ -130,7 +130,11 @@ class PairForward:
 
         One tensor ``(R,)`` per response of R tokens: the chosen responses first, then the rejected ones.
         """
-        return self._logps(self.collate(features).batch)
+        return self.batch_logps(self.collate(features))
+
+    def batch_logps(self, micro_batch: MicroBatch) -> list[torch.Tensor]:
+        """Return the same log-probs for pairs that are collated already."""
+        return self._logps(micro_batch.batch)
 
     def _logps(self, batch: Any) -> list[torch.Tensor]:
         with torch.no_grad(), self.autocast():

@@ -8,7 +8,6 @@ at a time and are recomputed in the backward pass.
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from spin.alignment.core.errors import InputError
 from spin.alignment.logprobs.head import LogitTransform, logps_of
+from spin.alignment.models.sharded import sharding_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,10 +45,7 @@ def check_can_keep_reference(arguments: Any) -> None:
     """
     if not arguments.alpha:
         return
-    plugin = getattr(arguments, "deepspeed_plugin", None)
-    sharded = "FSDP" if getattr(arguments, "fsdp", None) or os.environ.get("ACCELERATE_USE_FSDP") == "true" else None
-    if plugin is not None and plugin.zero_stage == 3:
-        sharded = "DeepSpeed ZeRO-3"
+    sharded = sharding_name(arguments)
     if sharded:
         raise InputError(
             f"alpha is {arguments.alpha}, which needs a full copy of the reference next to the policy, but {sharded} shards "

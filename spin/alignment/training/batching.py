@@ -72,10 +72,12 @@ def fit_to_model(
     args: SPINConfig | SFTArguments,
     accelerator: Accelerator,
     resumed: bool,
+    keeps_reference: bool = False,
 ) -> PairForward:
     """Return ``forward`` for the ``prepared`` model, with a token budget chosen for these pairs and the free memory.
 
-    ``unwrapped`` is the prepared model without DDP's wrapper. Every process must call it.
+    ``unwrapped`` is the prepared model without DDP's wrapper; ``keeps_reference``: every step has a second copy of the trained
+    weights. Every process must call it.
 
     Raises:
         InputError: packed rows change this model's log-probs, or not even the longest pair fits.
@@ -84,4 +86,5 @@ def fit_to_model(
     if forward.kernel is None:
         return forward
     check_packed_forward(forward, pairs)
-    return forward.with_budget(plan_token_budget(replace(forward, model=unwrapped), pairs, args, accelerator, resumed))
+    planned = replace(forward, model=unwrapped)
+    return forward.with_budget(plan_token_budget(planned, pairs, args, accelerator, resumed, keeps_reference))

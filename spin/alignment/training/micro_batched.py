@@ -96,10 +96,15 @@ class MicroBatchedTrainer(EachRowOnce, WatchedSteps):
             clear_device_cache()
         return total
 
-    def prepare_batching(self, pairs: PairDataset, resumed: bool) -> None:
-        """Check that packed rows give the same log-probs as padded ones, and choose the token budget for these pairs."""
+    def prepare_batching(self, pairs: PairDataset, resumed: bool, keeps_reference: bool = False) -> None:
+        """Check that packed rows give the same log-probs as padded ones, and choose the token budget for these pairs.
+
+        ``keeps_reference``: every step has a second copy of the trained weights.
+        """
         models = (self.model_wrapped, self.model)
-        self.pair_forward = fit_to_model(self.pair_forward, *models, pairs, self.args, self.accelerator, resumed)
+        self.pair_forward = fit_to_model(
+            self.pair_forward, *models, pairs, self.args, self.accelerator, resumed, keeps_reference
+        )
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ import importlib.util
 import inspect
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ import torch
 from spin.alignment.core.allocator import keep_freed_memory
 from spin.alignment.core.errors import InputError
 from spin.alignment.generation.base import GenerationBackend, PromptRequest, Response, SamplingConfig
-from spin.alignment.generation.transformers.decoder import Decoder, takes_ragged_rows
+from spin.alignment.generation.transformers.decoder import Decoder, takes_ragged_rows, without_gradients
 from spin.alignment.generation.transformers.jobs import Job, Request
 from spin.alignment.generation.transformers.kv_cache import RowCache, layer_windows
 from spin.alignment.generation.transformers.stop_texts import StopTextWatcher
@@ -47,23 +47,25 @@ def _own_device() -> torch.device:
 class TransformersBackend(GenerationBackend):
     """One model, held from construction to :meth:`close`."""
 
-    def __init__(self, settings: BackendSettings, model: Any = None) -> None:
-        """Load ``settings.model`` and its adapter, or use the given ``model`` (evaluation scores the same weights).
+    def __init__(self, settings: BackendSettings, model: Any = None, forward: Callable[..., Any] | None = None) -> None:
+        """Load ``settings.model`` and its adapter, or use the given ``model`` (evaluation scores the same weights), which
+        ``forward`` runs (default: the model itself; a sharded one is called through its wrapper).
 
         Raises:
             InputError: the model has state other than keys and values, or the adapter does not fit it.
         """
         self.settings = settings
         self.model = (_load(settings) if model is None else model).eval()
+        self._forward = forward or self.model
         self._windows = layer_windows(self.model)
         if "position_ids" not in inspect.signature(type(self.model).forward).parameters:
             name = type(self.model).__name__
             raise InputError(
                 f"{name} does not accept position_ids, so the transformers backend cannot run it: use --backend vllm"
             )
-        self._bytes_per_token = self._probe()
+        with without_gradients(self.model)():
+            self._bytes_per_token = self._probe()
 
-    @torch.inference_mode()
     def _probe(self) -> int:
         """Run one token through the model; return the size of its keys and values in bytes.
 
@@ -74,7 +76,9 @@ class TransformersBackend(GenerationBackend):
         fault: Exception | None = None
         try:
             token, mask = place + self.settings.pad_id, place + 1
-            self.model(input_ids=token, attention_mask=mask, position_ids=place, past_key_values=cache, use_cache=True)
+            self._forward(
+                input_ids=token, attention_mask=mask, position_ids=place, past_key_values=cache, use_cache=True
+            )
         except (AttributeError, TypeError, KeyError, IndexError, ValueError) as error:
             fault = error
         if fault is not None or any(layer.width != 1 for layer in cache.layers):
@@ -82,7 +86,7 @@ class TransformersBackend(GenerationBackend):
                 f"{type(self.model).__name__} does not use the key-value cache passed to it, so the transformers "
                 "backend cannot run it: use --backend vllm"
             ) from fault
-        self._ragged = takes_ragged_rows(self.model, self._windows)
+        self._ragged = takes_ragged_rows(self.model, self._windows, self._forward)
         return sum(buffer.nbytes for layer in cache.layers for buffer in layer.buffers or ())
 
     def stream(
@@ -96,7 +100,16 @@ class TransformersBackend(GenerationBackend):
         """
         most = self.settings.batch_size or DEFAULT_BATCH_SIZE
         settings = self.settings
-        decoder = Decoder(self.model, self._windows, sampling, settings.pad_id, most, self._ragged, settings.masked_ids)
+        decoder = Decoder(
+            self.model,
+            self._windows,
+            sampling,
+            settings.pad_id,
+            most,
+            self._ragged,
+            settings.masked_ids,
+            self._forward,
+        )
         queue = _Queue(
             requests, sampling, settings, fixed_positions(self.model.config.get_text_config(decoder=True).to_dict())
         )
@@ -133,7 +146,7 @@ class TransformersBackend(GenerationBackend):
 
     def close(self) -> None:
         """Free the model and the device memory."""
-        del self.model
+        del self.model, self._forward
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

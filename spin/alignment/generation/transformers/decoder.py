@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from itertools import groupby
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,11 +19,31 @@ from spin.alignment.generation.transformers.jobs import Job
 from spin.alignment.generation.transformers.kv_cache import RowCache
 from spin.alignment.generation.transformers.packed_linear import PackedLinears
 from spin.alignment.generation.transformers.sampling import NOT_FINITE, draw_tokens, penalise, token_logprobs
+from spin.alignment.models.sharded import is_sharded
+
+_Result = TypeVar("_Result")
 
 # Tokens per prefill, padding included (more do not fit in a CPU's cache), and how many of them may be padding before another
 # forward pass is cheaper.
 _PREFILL_TOKENS = {"cuda": 16_384, "cpu": 2048}
 _PREFILL_PADDING = {"cuda": 1024, "cpu": 128}
+
+
+def without_gradients(model: Any) -> Callable[[], AbstractContextManager[Any]]:
+    """Return the context to decode in. A sharded model gathers its weights into buffers that training uses next, which must not
+    be inference tensors."""
+    return torch.no_grad if is_sharded(model) else torch.inference_mode
+
+
+def _without_gradients(method: Callable[..., _Result]) -> Callable[..., _Result]:
+    """Run a method in the object's context ``without_gradients``."""
+
+    @functools.wraps(method)
+    def run(self: Any, *arguments: Any) -> _Result:
+        with self.without_gradients():
+            return method(self, *arguments)
+
+    return run
 
 
 class Decoder:
@@ -36,10 +58,13 @@ class Decoder:
         most: int,
         ragged: bool,
         masked_ids: Sequence[int] = (),
+        forward: Callable[..., Any] | None = None,
     ) -> None:
         """Start empty. ``most`` limits the number of rows; ``ragged`` is the result of :func:`takes_ragged_rows`; tokens of
-        ``masked_ids`` are never drawn."""
+        ``masked_ids`` are never drawn. ``forward`` runs the model (default: the model itself)."""
         self.model, self.windows, self.sampling, self.pad_id, self.most = model, windows, sampling, pad_id, most
+        self._run = forward or model
+        self.without_gradients = without_gradients(model)
         self._takes_ragged = ragged
         self.device: torch.device = model.device
         self._masked = torch.tensor(masked_ids, device=self.device) if masked_ids else None  # (M,)
@@ -56,7 +81,7 @@ class Decoder:
         self._ragged: RaggedRows | None = None
         self._seen: Tensor | None = None  # (B, V), only with a repetition penalty
 
-    @torch.inference_mode()
+    @_without_gradients
     def add(self, jobs: Sequence[Job]) -> list[Job]:
         """Prefill jobs and add them to the batch; return those that ended with their first token."""
         ended = []
@@ -70,7 +95,7 @@ class Decoder:
         self._settle()
         return ended
 
-    @torch.inference_mode()
+    @_without_gradients
     def step(self) -> list[Job]:
         """Sample a token for every row; return the jobs that ended, which have left the batch."""
         width, mask = self.cache.width, None
@@ -84,7 +109,7 @@ class Decoder:
             return []
         return self._leave(alive)
 
-    @torch.inference_mode()
+    @_without_gradients
     def evict(self) -> Job:
         """Remove the shortest response from the batch, to be resumed later."""
         least = min(range(len(self.jobs)), key=lambda row: len(self.jobs[row].ids))
@@ -124,7 +149,7 @@ class Decoder:
         """Return the logits after the last token of each row of ``ids`` ``(B, T)``, shape ``(B, V)``."""
         rows = {} if ragged is None else {"ragged_rows": ragged}
         with own_attention(self.model), self._packed.applied():
-            output = self.model(
+            output = self._run(
                 input_ids=ids,
                 attention_mask=mask,
                 position_ids=positions,
@@ -194,8 +219,11 @@ class Decoder:
             self._ragged = RaggedRows(padding, self.device, self.cache.column_bytes)
 
 
-def takes_ragged_rows(model: Any, windows: list[int | None]) -> bool:
-    """Return whether all layers of a model pass ``ragged_rows`` on to their attention; otherwise the library masks rows."""
+def takes_ragged_rows(model: Any, windows: list[int | None], forward: Callable[..., Any]) -> bool:
+    """Return whether all layers of a model pass ``ragged_rows`` on to their attention; otherwise the library masks rows.
+
+    ``forward`` runs the model.
+    """
     if not supports_decode_attention(model):
         return False
     rows, token = RaggedRows([0], model.device, 1), torch.zeros(1, 1, dtype=torch.long, device=model.device)
@@ -208,7 +236,7 @@ def takes_ragged_rows(model: Any, windows: list[int | None]) -> bool:
     }
     try:
         with own_attention(model):
-            model(**given, use_cache=True, ragged_rows=rows)
+            forward(**given, use_cache=True, ragged_rows=rows)
     except TypeError:  # its forward accepts no further keyword arguments
         return False
     return rows.uses == len(windows)

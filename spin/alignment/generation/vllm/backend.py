@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import importlib.util
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,11 +22,14 @@ from spin.alignment.generation.base import (
     sample_seed,
 )
 from spin.alignment.generation.vllm.engine_guard import EngineGuard
+from spin.alignment.generation.vllm.weight_receiver import WeightReceiver, send_weights
 from spin.alignment.models.folder import model_folder
 from spin.alignment.models.precision import decoding_dtype
 from spin.alignment.models.weights_check import check_model
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from spin.alignment.generation.base import BackendSettings
 
 INSTALL_HINT = (
@@ -34,6 +38,8 @@ INSTALL_HINT = (
 )
 # The maximum LoRA ranks that vLLM accepts.
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+_OF_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_START_METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
 # Head sizes for which vLLM 0.32 has CPU attention kernels; any other would fail inside the running engine.
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
@@ -69,18 +75,76 @@ def _check_batch_invariance() -> None:
         )
 
 
+@contextmanager
+def engine_environment(settings: BackendSettings) -> Iterator[None]:
+    """Set the environment in which an engine starts its processes, and restore the launcher's afterwards.
+
+    Raises:
+        InputError: there are too few GPUs for the engines of all processes.
+    """
+    for name, value in (("LOGGING_LEVEL", "WARNING"), ("NO_USAGE_STATS", "1"), ("CPU_KVCACHE_SPACE", "2")):
+        os.environ.setdefault(f"VLLM_{name}", value)
+    if settings.batch_invariant:
+        os.environ["VLLM_BATCH_INVARIANT"] = "1"
+    before = {name: os.environ.get(name) for name in (*_OF_LAUNCHER, "CUDA_VISIBLE_DEVICES", _START_METHOD)}
+    if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(_own_devices(settings))
+    if settings.beside_training:  # a forked engine would share the connections of the training processes
+        os.environ[_START_METHOD] = "spawn"
+    for name in _OF_LAUNCHER:  # otherwise the engine would join the process group of the launcher
+        os.environ.pop(name, None)
+    try:
+        yield
+    finally:
+        for name, former in before.items():
+            if former is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = former
+
+
+def _own_devices(settings: BackendSettings) -> list[str]:
+    """Return the GPUs of this process's engine: one engine per process, or per group of processes that share theirs."""
+    rank, processes = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ["LOCAL_WORLD_SIZE"])
+    size = settings.tensor_parallel_size
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    needed = processes if settings.beside_training else processes * size
+    devices = visible.split(",") if visible else [str(gpu) for gpu in range(needed)]
+    first = rank if settings.beside_training else rank * size
+    own = devices[first : first + size]
+    if len(own) < size:
+        engines = processes // size if settings.beside_training else processes
+        raise InputError(
+            f"{engines} engines of tensor_parallel_size {size} need {needed} GPUs, but CUDA_VISIBLE_DEVICES names "
+            f"{len(devices)}: start fewer processes"
+        )
+    return own
+
+
 class VLLMBackend(GenerationBackend):
     """One engine, from construction to :meth:`close`; each process has an independent engine."""
 
     def __init__(self, settings: BackendSettings) -> None:
         check_installed()
-        self._set_environment(settings)
+        self.settings = settings
+        self._masked = frozenset(settings.masked_ids)
+        with engine_environment(settings):
+            self._start()
+        # A few more requests than the engine runs at once, so that it never waits for this process.
+        running = self.engine.llm_engine.vllm_config.scheduler_config.max_num_seqs
+        self._in_flight = running + max(8, running // 4)
+        if self._sleeps:
+            self.sleep()
+
+    def _start(self) -> None:
         try:
             from vllm import LLM
         except ImportError as error:
             raise InputError(f"vLLM is installed but cannot be imported ({error}): {INSTALL_HINT}") from error
         import torch
+        from vllm.platforms import current_platform
 
+        settings = self.settings
         folder = model_folder(settings.model, settings.revision)
         config = check_model(folder, trust_remote_code=settings.trust_remote_code)
         on_cpu = not torch.cuda.is_available()
@@ -88,8 +152,7 @@ class VLLMBackend(GenerationBackend):
             _check_cpu_head_size(config, settings.model)
         if settings.batch_invariant:
             _check_batch_invariance()
-        self.settings = settings
-        self._masked = frozenset(settings.masked_ids)
+        self._sleeps = settings.beside_training and current_platform.is_sleep_mode_available()
         dtype = decoding_dtype(settings.model, settings.revision, settings.dtype)
         self._guard = EngineGuard()
         self.engine: Any = LLM(
@@ -109,13 +172,11 @@ class VLLMBackend(GenerationBackend):
             # The samples of a prompt share its keys and values.
             enable_prefix_caching=True,
             disable_log_stats=True,
+            enable_sleep_mode=self._sleeps,
+            worker_extension_cls=f"{WeightReceiver.__module__}.{WeightReceiver.__qualname__}",
             **self._adapter_settings(),
             **({} if settings.batch_size is None else {"max_num_seqs": settings.batch_size}),
         )
-
-        # A few more requests than the engine runs at once, so that it never waits for this process.
-        running = self.engine.llm_engine.vllm_config.scheduler_config.max_num_seqs
-        self._in_flight = running + max(8, running // 4)
 
     def _adapter_settings(self) -> dict[str, Any]:
         """Prepare the LoRA adapter, if any; return the engine settings for it."""
@@ -132,30 +193,6 @@ class VLLMBackend(GenerationBackend):
             )
         self._adapter = LoRARequest("adapter", 1, str(Path(self.settings.adapter).resolve()))
         return {"enable_lora": True, "max_lora_rank": size}
-
-    @staticmethod
-    def _set_environment(settings: BackendSettings) -> None:
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
-        if settings.batch_invariant:
-            os.environ["VLLM_BATCH_INVARIANT"] = "1"
-        rank, processes = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        if processes > 1:
-            # Each process of a launch runs its own engine on its own GPUs.
-            size = settings.tensor_parallel_size
-            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-            devices = visible.split(",") if visible else [str(gpu) for gpu in range(processes * size)]
-            own = devices[rank * size : (rank + 1) * size]
-            if len(own) < size:
-                raise InputError(
-                    f"{processes} engines of tensor_parallel_size {size} need {processes * size} GPUs, but "
-                    f"CUDA_VISIBLE_DEVICES names {len(devices)}: start fewer processes"
-                )
-            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(own)
-        # Otherwise the engine would join the process group of the launcher.
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-            os.environ.pop(name, None)
 
     def stream(
         self, requests: Iterable[PromptRequest], sampling: SamplingConfig
@@ -230,9 +267,30 @@ class VLLMBackend(GenerationBackend):
 
     def reload(self, folder: str) -> None:
         """Load the weights of a model folder with the same architecture; cached keys and values are discarded."""
-        self.engine.collective_rpc("reload_weights", kwargs={"weights_path": folder})
+        self._replace(lambda: self.engine.collective_rpc("reload_weights", kwargs={"weights_path": folder}))
+
+    def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Replace all weights, one at a time, by those of the same names; cached keys and values are discarded."""
+
+        def send() -> None:
+            if not send_weights(lambda method, given: self.engine.collective_rpc(method, args=tuple(given)), weights):
+                raise RuntimeError("the engine lost some of the weights that were sent to it")
+
+        self._replace(send)
+
+    def _replace(self, send: Callable[[], object]) -> None:
+        if self._sleeps:  # its memory for keys and values is not needed, and may be missing, while weights arrive
+            self.engine.wake_up(tags=["weights"])
+        send()
+        if self._sleeps:
+            self.engine.wake_up(tags=["kv_cache"])
         if not self.engine.reset_prefix_cache():
-            raise RuntimeError("the engine still has keys and values of running requests: weights cannot be reloaded")
+            raise RuntimeError("the engine still has keys and values of running requests: weights cannot be replaced")
+
+    def sleep(self) -> None:
+        """Give the device memory back until the next weights arrive, where vLLM can (not on a CPU)."""
+        if self._sleeps:
+            self.engine.sleep(level=2)  # without a copy of the weights, which are replaced before the next response
 
     def close(self) -> None:
         """Shut the engine down and free the device memory."""

@@ -100,6 +100,7 @@ class StepSettings:
         response_tokens: largest number of response tokens in a pair.
         response_share: response tokens per token of a micro-batch.
         resident: bytes that the process held before the first step besides the weights (see :func:`resident_bytes`).
+        reference: bytes of the second copy of the trained weights that online training keeps as its reference.
     """
 
     optim: str
@@ -111,6 +112,7 @@ class StepSettings:
     fused_head: bool = True
     sharding: Sharding = Sharding()
     resident: int = 0
+    reference: int = 0
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,7 @@ class MemoryEstimate:
     head: int = 0
     working: int = 0
     resident: int = 0
+    reference: int = 0
 
     @property
     def total(self) -> int:
@@ -142,6 +145,7 @@ class MemoryEstimate:
             "head": "logits and head",
             "working": "working space",
             "resident": "interpreter, libraries and data",
+            "reference": "reference",
         }
         parts = ", ".join(
             f"{text} {getattr(self, name) / GIB:.2f}" for name, text in names.items() if getattr(self, name)
@@ -160,7 +164,12 @@ def estimate_memory(
     gradients = round(stats.trained_bytes / shards.gradients * (2 if shards.reduction_buffers else 1))
     held = gradients if accumulates else 0  # gradients of earlier micro-batches
     base = MemoryEstimate(
-        "", _weight_bytes(stats, settings), 0, _optimizer_bytes(stats, settings), resident=settings.resident
+        "",
+        _weight_bytes(stats, settings),
+        0,
+        _optimizer_bytes(stats, settings),
+        resident=settings.resident,
+        reference=settings.reference,
     )
     head = _HeadBytes.of(stats, settings, tokens)
     copies, layer = round(cost.kept.fixed), cost.layer_bytes(tokens, settings.pair_tokens)

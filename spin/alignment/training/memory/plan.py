@@ -52,10 +52,12 @@ def plan_token_budget(
     arguments: SPINConfig | SFTArguments,
     accelerator: Accelerator,
     resumed: bool,
+    keeps_reference: bool = False,
 ) -> int:
     """Return the token budget for micro-batches of such ``pairs``: the configured one, else the largest that fits every process.
 
     A resumed run keeps its original budget: a different packing would round differently. The estimate is logged.
+    ``keeps_reference``: every step has a second copy of the trained weights, sharded like them.
     Every process must call it, with the model prepared but without DDP's wrapper: the wrapper would wait for a backward pass,
     which a measured forward pass never has.
 
@@ -73,6 +75,7 @@ def plan_token_budget(
         arguments.device, stats.weight_bytes
     )  # before measuring, which leaves freed memory behind
     cost = measure_activations(forward.model, lambda tokens: _pass_one_pair(forward, tokens))
+    sharding = Sharding.of(accelerator)
     settings = StepSettings(
         optim=str(getattr(arguments.optim, "value", arguments.optim)),
         device=arguments.device.type,
@@ -81,8 +84,9 @@ def plan_token_budget(
         response_tokens=int(responses.max()),
         response_share=float(responses.sum() / sizes.sum()),
         fused_head=forward.fused_head,
-        sharding=Sharding.of(accelerator),
+        sharding=sharding,
         resident=resident,
+        reference=round(stats.trained_bytes / sharding.weights) if keeps_reference else 0,
     )
 
     def estimate(tokens: int) -> Any:

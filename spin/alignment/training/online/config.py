@@ -32,11 +32,7 @@ class OnlineConfig(OnlineKeys, SPINConfig):
         lookup(
             {name: name for name in BACKENDS if find_backend(name).online}, self.backend, "online generation backend"
         )
-        unused = "gpu_memory_utilization" not in find_backend(self.backend).takes
-        if unused and self.gpu_memory_utilization != type(self).gpu_memory_utilization:
-            raise InputError(
-                f"gpu_memory_utilization is {self.gpu_memory_utilization}, but backend {self.backend} does not use it: remove it"
-            )
+        self._check_engine()
         if self.max_prompt_length + self.max_new_tokens > self.max_length:
             raise InputError(
                 f"max_prompt_length {self.max_prompt_length} plus max_new_tokens {self.max_new_tokens} exceeds max_length "
@@ -91,6 +87,20 @@ class OnlineConfig(OnlineKeys, SPINConfig):
         if not pairing.needs_ground_truth:
             return SIDES
         return SIDES[1:] if pairing.keeps_rows else ()
+
+    def _check_engine(self) -> None:
+        """Check that the settings of an engine or a server fit the backend."""
+        for name in ("gpu_memory_utilization", "tensor_parallel_size"):
+            value = getattr(self, name)
+            if value != getattr(type(self), name) and name not in find_backend(self.backend).takes:
+                raise InputError(f"{name} is {value}, but backend {self.backend} does not use it: remove it")
+        served = find_backend(self.backend).online == "server"
+        if served != bool(self.server_url):
+            raise InputError(
+                f"backend is {self.backend}, but server_url is not set: set it to the address of the vLLM server that answers"
+                if served
+                else f"server_url is {self.server_url}, but backend {self.backend} does not use it: remove it"
+            )
 
     def _check_method(self) -> None:
         """Check that sampling, scorer, pairing and loss are compatible."""

@@ -28,15 +28,23 @@ class OnlineKeys:
     )
     backend: str = setting(
         "transformers",
-        "transformers: decodes with the policy's own module, without a copy; vllm: an engine in each process, whose weights are "
-        "reloaded before each step",
+        "transformers: decodes with the policy's own module, without a copy; vllm: an engine beside each process, to which the "
+        "weights are sent one at a time before each step; openai: a vLLM server elsewhere, to which they are pushed",
+    )
+    server_url: str | None = setting(
+        None, "address of the server that answers (openai), such as http://host:8000/v1", recorded=False
     )
     generation_batch_size: int | None = same_as(BackendSettings, "batch_size")
     gpu_memory_utilization: float = same_as(
         BackendSettings,
         "gpu_memory_utilization",
         default=0.4,
-        help="fraction of GPU memory for the engine (vllm); the rest is for training",
+        help="fraction of GPU memory for the engine (vllm), which gives it back while the policy is trained",
+    )
+    tensor_parallel_size: int = same_as(
+        BackendSettings,
+        "tensor_parallel_size",
+        help="neighbouring processes that share an engine over their GPUs (vllm)",
     )
 
     scorer: str | None = same_as(ScorerSettings, "name", default=None, group="labels")

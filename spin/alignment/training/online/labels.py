@@ -167,6 +167,7 @@ class PairMaker:
                 ],
                 "rejected_token_ids": list(response.token_ids),
                 "rejected_finish_reason": response.finish_reason,
+                "weights_version": response.weights_version,
                 **prompt.carried,
             }
             for sample, response in enumerate(responses)

@@ -10,8 +10,9 @@ from spin.alignment.core.cards import TAG
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.provenance import hash_text
 from spin.alignment.data.split_names import is_held_out
-from spin.alignment.generation import BACKENDS, find_backend
+from spin.alignment.generation import find_backend
 from spin.alignment.methods.pairings import find_pairing
+from spin.alignment.models.sharded import offloads_weights, sharding_name
 from spin.alignment.pairs.annotate import scorer_record
 from spin.alignment.training.accounting import accounting
 from spin.alignment.training.described import Described, describe_function
@@ -19,6 +20,7 @@ from spin.alignment.training.online.config import OnlineConfig
 from spin.alignment.training.online.labels import PairMaker, scorer_of
 from spin.alignment.training.online.pass_rates import pass_names
 from spin.alignment.training.online.prompts import PromptDataset, check_scorable, load_splits
+from spin.alignment.training.online.sharers import check_can_share
 from spin.alignment.training.online.trainer import OnlineTrainer
 from spin.alignment.training.program import TrainingData, TrainingJob, TrainingProgram
 from spin.alignment.training.settings import Settings
@@ -26,7 +28,7 @@ from spin.alignment.training.settings import Settings
 if TYPE_CHECKING:
     from spin.alignment.data.chat_encoder import ChatEncoder
     from spin.alignment.rewards.base import GroupScorer
-    from spin.alignment.training.online.samplers import PolicySampler
+    from spin.alignment.training.online.policy_sampler import PolicySampler
 
 
 def check_settings(settings: Settings) -> None:
@@ -46,17 +48,7 @@ def check_settings(settings: Settings) -> None:
         raise InputError(
             "load_in_4bit and load_in_8bit do not work online (responses come from the trained weights): use LoRA"
         )
-    plugin = arguments.deepspeed_plugin
-    if arguments.fsdp or (plugin is not None and plugin.zero_stage == 3):
-        raise InputError(
-            "online training needs the full weights in every process to sample responses, but FSDP and ZeRO-3 shard them: use "
-            "ZeRO-2 or plain data parallelism"
-        )
-    if model.use_peft and find_backend(arguments.backend).online == "engine":
-        others = " or ".join(name for name in BACKENDS if find_backend(name).online == "own_module")
-        raise InputError(
-            f"use_peft does not work online with backend {arguments.backend} (it reloads full weights): use {others}"
-        )
+    check_sharding(arguments)
     held_out = [split for split in data.dataset_splits if is_held_out(split)]
     if held_out:
         raise InputError(
@@ -65,6 +57,29 @@ def check_settings(settings: Settings) -> None:
         )
     if arguments.scorer_settings is not None:
         check_scorer(arguments.scorer_settings)
+
+
+def check_sharding(arguments: Any) -> None:
+    """Check that responses can be sampled, and a reference kept, with the policy as it will be sharded.
+
+    Raises:
+        InputError: they cannot; the message names the fix.
+    """
+    sharding, offloads = sharding_name(arguments), offloads_weights(arguments)
+    if sharding == "FSDP1":
+        raise InputError(
+            "online training takes FSDP version 2, not 1: set fsdp_version: 2 as in configs/fsdp2.yaml, or use ZeRO-3"
+        )
+    if sharding == "FSDP2" and offloads and find_backend(arguments.backend).online == "own_module":
+        raise InputError(
+            f"backend {arguments.backend} cannot decode with weights that FSDP keeps on the CPU: set fsdp_offload_params: false, "
+            "or use backend vllm"
+        )
+    if offloads == "nvme" and arguments.ref_update_freq != 1:
+        raise InputError(
+            f"ref_update_freq is {arguments.ref_update_freq}, but weights that ZeRO-3 keeps on NVMe cannot be exchanged for a "
+            "reference: set ref_update_freq to 1, or offload_param_device to cpu or none"
+        )
 
 
 def check_context(settings: Settings, splits: dict[str, PromptDataset], folder: Path) -> None:
@@ -82,6 +97,12 @@ def check_context(settings: Settings, splits: dict[str, PromptDataset], folder: 
     config = check_model(folder, trust_remote_code=trusted, needs_weights=False)
     fixed = fixed_positions(config.get_text_config(decoder=True).to_dict())
     context = min((length for length in (context_length(config), fixed) if length is not None), default=None)
+    heads, size = config.get_text_config().num_attention_heads, settings.arguments.tensor_parallel_size
+    if heads % size:
+        raise InputError(
+            f"tensor_parallel_size is {size}, but {model} has {heads} attention heads, which it does not divide: set it to a "
+            "divisor"
+        )
     for name, dataset in splits.items():
         for prompt in dataset.prompts:
             where = f"prompt {prompt.prompt_id} of the {name} split"
@@ -173,7 +194,8 @@ class OnlineTraining(TrainingProgram):
         )
 
     def open(self, settings: Settings) -> None:
-        """Create the scorer of the responses."""
+        """Check that the processes can share engines, and create the scorer of the responses."""
+        check_can_share(settings.arguments.tensor_parallel_size)
         self.scorer = scorer_of(settings.arguments)
 
     def make_trainer(self, job: TrainingJob, model: Any) -> OnlineTrainer:

@@ -18,7 +18,6 @@ from spin.alignment.core.errors import InputError, NotFiniteError
 from spin.alignment.generation.base import PromptRequest, SamplingConfig, sample_seed
 from spin.alignment.logprobs.batch import PairDataset, PairList
 from spin.alignment.logprobs.forward import causal_model
-from spin.alignment.logprobs.reference import check_finite
 from spin.alignment.models.config import ModelConfig
 from spin.alignment.training.online.config import OnlineConfig
 from spin.alignment.training.online.kept_responses import keep_responses
@@ -26,6 +25,7 @@ from spin.alignment.training.online.labels import PairMaker, StepCounts, scorer_
 from spin.alignment.training.online.moving_reference import MovingReference
 from spin.alignment.training.online.pass_rates import held_out_sums, pass_log
 from spin.alignment.training.online.prompts import OnlinePrompt, PromptDataset, load_held_out, longest_pairs, to_prompts
+from spin.alignment.training.online.reference_pass import attach_reference_logps
 from spin.alignment.training.online.samplers import make_sampler
 from spin.alignment.training.online.step_log import evaluation_log, reduced, summed, training_log
 from spin.alignment.training.preference_rows import args_encoder
@@ -84,10 +84,9 @@ class OnlineTrainer(SPINTrainer):
             reference_hash=reference_hash,
             callbacks=callbacks,
         )
-        causal = causal_model(model)
-        source = source or ModelConfig(str(getattr(causal.config, "_name_or_path", "")))
+        source = source or ModelConfig(str(getattr(causal_model(model).config, "_name_or_path", "")))
         own_attention = self.pair_forward.own_attention
-        self.sampler = make_sampler(causal, source, args, encoder, own_attention, self.compute_loss_context_manager)
+        self.sampler = make_sampler(model, source, args, encoder, own_attention, self.compute_loss_context_manager)
 
     def train(self, resume_from_checkpoint: Any = None, **settings: Any) -> Any:
         """Train; see ``transformers.Trainer.train``."""
@@ -101,10 +100,10 @@ class OnlineTrainer(SPINTrainer):
         Raises:
             InputError: the reference of a resumed run is missing.
         """
-        self.prepare_batching(self.longest_pairs(), resumed)
+        self.prepare_batching(self.longest_pairs(), resumed, self.reference.keeps_copy)
         if resumed:
             assert self._resumed_from is not None
-            self.reference.load(self._resumed_from, self.args.device)
+            self.reference.load(self._resumed_from, self._unwrapped())
 
     def longest_pairs(self) -> PairDataset:
         """Return pairs as long as any that a step can create; memory is planned for these."""
@@ -194,26 +193,18 @@ class OnlineTrainer(SPINTrainer):
         """Add the reference's token log-probs (nats) to this process's pairs, before any update of the step."""
         if not self.args.loss.needs_reference:
             return
-        # Without DDP's wrapper, whose collectives would hang: the processes have different numbers of pairs.
         forward = replace(self.pair_forward, model=self._unwrapped())
         with forward.evaluation(), self.reference.in_place_of(forward.model):
-            for indices in forward.batcher.plan(features):
-                # The chosen responses of the micro-batch, then its rejected ones; (R,) each.
-                logps = [response.numpy() for response in forward.logps([features[index] for index in indices])]
-                try:
-                    check_finite(logps, [features[index] for index in indices])
-                except NotFiniteError as error:
-                    raise self.failed(str(error), error.rows) from error
-                for place, index in enumerate(indices):
-                    # ``place`` counts pairs within the micro-batch.
-                    features[index]["chosen_reference"] = logps[place]
-                    features[index]["rejected_reference"] = logps[len(indices) + place]
+            try:
+                attach_reference_logps(forward, features, self.accelerator)
+            except NotFiniteError as error:
+                raise self.failed(str(error), error.rows) from error
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the policy and, in a checkpoint, also the reference it is trained against."""
         super().save_model(output_dir, _internal_call)
-        if _internal_call and output_dir and self.args.should_save:
-            self.reference.save(Path(output_dir))
+        if _internal_call and output_dir:
+            self.reference.save(Path(output_dir), self._unwrapped(), self.args.should_save)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()

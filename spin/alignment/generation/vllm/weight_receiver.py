@@ -1,0 +1,137 @@
+"""Replacing the weights of a running vLLM engine, one at a time: how they are sent, and what its workers do with them.
+
+A *push* is one complete set of weights, divided into numbered pieces. A piece may be sent twice, as after a lost answer, and a
+worker that was started anew in the middle of a push says so.
+"""
+
+from __future__ import annotations
+
+import base64
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PIECE_BYTES = 2**26
+TAKEN, LOST = "taken", "lost"  # what a worker answers
+
+
+def send_weights(
+    call: Callable[[str, Sequence[Any]], Iterable[str]], weights: Iterable[tuple[str, Tensor]], as_text: bool = False
+) -> bool:
+    """Send all weights; return whether every worker has taken them. If not, the rest is still drawn from ``weights``.
+
+    Args:
+        call: calls a method of :class:`WeightReceiver` in all workers and returns what they answer.
+        as_text: send the content as base64, for JSON.
+    """
+    push, number = uuid.uuid4().hex, 0
+
+    def taken(method: str, *arguments: Any) -> bool:
+        return all(answer == TAKEN for answer in call(method, (push, *arguments)))
+
+    sent = taken("begin_policy_weights")
+    for name, weight in weights:
+        if not sent:
+            continue
+        dtype, content = str(weight.dtype).removeprefix("torch."), content_of(weight)
+        for start in range(0, len(content), PIECE_BYTES):
+            piece = bytes(content[start : start + PIECE_BYTES])
+            text = base64.b64encode(piece).decode() if as_text else piece
+            sent = sent and taken("take_policy_piece", number, name, dtype, list(weight.shape), text)
+            number += 1
+    return sent and taken("end_policy_weights", number)
+
+
+def content_of(weight: Tensor) -> memoryview:
+    """Return the bytes of a weight."""
+    import torch
+
+    return weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+@dataclass
+class _Push:
+    """The last push of a worker: the number of its next piece, what has come of a weight, and whether it is complete."""
+
+    name: str
+    next_piece: int = 0
+    content: bytearray = field(default_factory=bytearray)
+    complete: bool = False
+
+
+class WeightReceiver:
+    """Methods that vLLM adds to its worker (``worker_extension_cls``), called in every worker of an engine.
+
+    vLLM transforms a layer for its kernels once all of its weights have arrived, and copies it to where the old one was.
+    """
+
+    vllm_config: Any
+    model_runner: Any
+
+    def begin_policy_weights(self, push: str) -> str:
+        """Prepare the model for a push; an earlier one that was not completed is dropped."""
+        last = self._last_policy_push()
+        if last is not None and not last.complete:
+            self._put_to_use()
+        self._prepare()
+        self._policy_push = _Push(push)
+        return TAKEN
+
+    def take_policy_piece(
+        self, push: str, number: int, name: str, dtype: str, shape: list[int], content: bytes | str
+    ) -> str:
+        """Take the next piece of a weight, named as in a model folder; load the weight once it is whole.
+
+        Raises:
+            RuntimeError: the engine's model has no such weight.
+        """
+        import torch
+
+        current = self._last_policy_push()
+        if current is None or current.name != push or number > current.next_piece:
+            return LOST
+        if number < current.next_piece:  # its answer was lost
+            return TAKEN
+        current.content += content if isinstance(content, bytes) else base64.b64decode(content)
+        current.next_piece += 1
+        kind = getattr(torch, dtype)
+        if len(current.content) == kind.itemsize * torch.Size(shape).numel():
+            weight = torch.frombuffer(current.content, dtype=kind).view(shape)
+            current.content = bytearray()  # another, because vLLM keeps the weight until its layer is complete
+            loaded = self._within_vllm(self.model_runner.get_model().load_weights, [(name, weight)])
+            if loaded is not None and not loaded:
+                raise RuntimeError(f"the model of vLLM takes no weight {name}")
+        return TAKEN
+
+    def end_policy_weights(self, push: str, count: int) -> str:
+        """Put the weights of a push of ``count`` pieces to use."""
+        current = self._last_policy_push()
+        if current is None or current.name != push or current.next_piece != count:
+            return LOST
+        if not current.complete:  # otherwise its answer was lost
+            self._put_to_use()
+            current.complete = True
+        return TAKEN
+
+    def _last_policy_push(self) -> _Push | None:
+        return getattr(self, "_policy_push", None)
+
+    def _prepare(self) -> None:
+        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+
+        self._within_vllm(initialize_layerwise_reload, self.model_runner.get_model())
+
+    def _put_to_use(self) -> None:
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+        self._within_vllm(finalize_layerwise_reload, self.model_runner.get_model(), self.vllm_config.model_config)
+
+    def _within_vllm(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        from vllm.config import set_current_vllm_config
+
+        with set_current_vllm_config(self.vllm_config):
+            return function(*arguments)

@@ -1,0 +1,73 @@
+"""Sampling with an engine beside the training processes, to which the policy's weights are sent."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spin.alignment.core.memory_folder import MemoryFolder
+from spin.alignment.generation.base import PromptRequest, Response, SamplingConfig
+from spin.alignment.models.sharded import has_stored_names, whole_weights
+from spin.alignment.training.online.policy_sampler import PolicySampler
+from spin.alignment.training.online.sharers import Sharers
+
+
+class EngineSampler(PolicySampler):
+    """Samples with an engine beside the training processes, to which the policy's weights are sent one at a time."""
+
+    def __init__(self, engine: Any | None, policy: Any, dtype: torch.dtype, sharers: Sharers | None = None) -> None:
+        """``engine`` is a backend with ``load(weights)``, ``reload(folder)`` and ``sleep()``; None in a process whose engine is
+        that of another of its ``sharers``. Weights are sent as ``dtype``."""
+        self._engine, self._policy, self._dtype, self._sharers = engine, policy, dtype, sharers
+        self._memory: MemoryFolder | None = None
+
+    def refresh(self) -> None:
+        """Send the policy's weights to the engine, which also invalidates its prompt cache. Every process must call it."""
+        if not has_stored_names(self._policy):
+            self._reload()
+            return
+        weights = ((name, weight.to(self._dtype)) for name, weight in whole_weights(self._policy))
+        if self._engine is not None:
+            self._engine.load(weights)
+        else:  # takes part in gathering them
+            for _ in weights:
+                pass
+
+    def _reload(self) -> None:
+        """Write the weights to a folder in memory as a model, as they are named there, for the engine to reload."""
+        if self._engine is None:
+            return
+        self._memory = self._memory or MemoryFolder("spin-policy-")
+        with tempfile.TemporaryDirectory(dir=self._memory.path) as folder:
+            save_weights(self._policy, Path(folder), self._dtype)
+            self._engine.reload(folder)
+
+    def respond(self, requests: Sequence[PromptRequest], sampling: SamplingConfig) -> list[list[Response]]:
+        """Generate with the engine, which then gives its memory back. Every process must call it."""
+        if self._sharers is None:
+            assert self._engine is not None
+            return self._answer(requests, sampling)
+        together = self._sharers.gather(requests)
+        return self._sharers.scatter(self._answer(together, sampling) if self._engine is not None else [])
+
+    def _answer(self, requests: Sequence[PromptRequest], sampling: SamplingConfig) -> list[list[Response]]:
+        assert self._engine is not None
+        responses: list[list[Response]] = self._engine.generate(requests, sampling)
+        self._engine.sleep()
+        return responses
+
+    def close(self) -> None:
+        """Shut the engine down."""
+        if self._engine is not None:
+            self._engine.close()
+        if self._memory is not None:
+            self._memory.close()
+
+
+def save_weights(model: Any, folder: Path, dtype: torch.dtype) -> None:
+    """Save a module's weights to a folder as a model, in the precision ``dtype``."""
+    model.save_pretrained(folder, state_dict={name: weight.to(dtype) for name, weight in model.state_dict().items()})

@@ -1,0 +1,75 @@
+"""Sampling from a server that runs elsewhere: the policy's weights are pushed to it, and every response has their version."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+
+from spin.alignment.core.errors import InputError
+from spin.alignment.generation.base import GenerationBackend, PromptRequest, Response, SamplingConfig
+from spin.alignment.generation.openai.policy_server import PolicyServer
+from spin.alignment.models.sharded import whole_weights
+from spin.alignment.training.online.policy_sampler import PolicySampler
+
+_TRIES = 3  # pushes, and batches of responses, until no restart of the server disturbs one
+
+
+class ServedSampler(PolicySampler):
+    """Samples from a vLLM server. The main process pushes the weights; every process asks for its own responses."""
+
+    def __init__(self, backend: GenerationBackend, server: PolicyServer, policy: Any, dtype: torch.dtype) -> None:
+        """``backend`` asks the ``server``; weights are sent to it as ``dtype``.
+
+        Raises:
+            InputError: the server was started without what replacing weights needs.
+        """
+        self._backend, self._server, self._policy, self._dtype = backend, server, policy, dtype
+        self._version: str | None = None  # of the last push
+        self._server.version()
+
+    def refresh(self) -> None:
+        """Push the policy's weights, once more if the server restarted meanwhile. Every process must call it.
+
+        Raises:
+            InputError: the server restarted every time, or does not answer.
+        """
+        for _ in range(_TRIES):
+            weights = ((name, weight.to(self._dtype)) for name, weight in whole_weights(self._policy))
+            found: list[Any] = [None]
+            if _is_main():
+                found = [self._server.push(weights)]
+            else:  # takes part in gathering them
+                for _weight in weights:
+                    pass
+            (version,) = broadcast_object_list(found)
+            if version is not None:
+                self._version = version
+                return
+        raise InputError(f"the server lost the policy's weights {_TRIES} times while they were sent: see its log")
+
+    def respond(self, requests: Sequence[PromptRequest], sampling: SamplingConfig) -> list[list[Response]]:
+        """Return responses that were all sampled from the weights last pushed. Every process must call it.
+
+        Raises:
+            InputError: the server restarted during every batch, or does not answer.
+        """
+        for _ in range(_TRIES):
+            rows = self._backend.generate(requests, sampling)
+            # A server that restarted has the weights of its folder again.
+            if all(gather_object([self._server.version() == self._version])):
+                return [[replace(response, weights_version=self._version) for response in row] for row in rows]
+            self.refresh()
+        raise InputError(f"the server lost the policy's weights during {_TRIES} batches of responses: see its log")
+
+    def close(self) -> None:
+        """Close the connections; the server keeps running."""
+        self._backend.close()
+        self._server.close()
+
+
+def _is_main() -> bool:
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0

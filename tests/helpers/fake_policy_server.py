@@ -1,0 +1,76 @@
+"""The fake server with the development endpoints of vLLM by which its weights are replaced; it can restart at any moment."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+
+from tests.helpers.fake_openai_server import FakeServer, Handler
+
+FRESH = "default"  # the version of a server that was just started
+
+
+class FakePolicyServer(FakeServer):
+    """``before(path)`` is called before every request, and may call :meth:`restart`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights: dict[str, torch.Tensor] = {}
+        self.before: Callable[[str], None] = lambda path: None
+        self.complete, self.paused = False, False
+        self.restart()
+        self.http.RequestHandlerClass = PolicyHandler
+
+    def restart(self) -> None:
+        self.version, self.push, self.paused = FRESH, "", False
+        self.received: dict[str, bytes] = {}
+
+    def begin_policy_weights(self, push: str) -> str:
+        assert self.paused
+        self.push, self.received = push, {}
+        return "taken"
+
+    def take_policy_piece(self, push: str, number: int, name: str, dtype: str, shape: list[int], text: str) -> str:
+        if push != self.push:
+            return "lost"
+        content = self.received.get(name, b"") + base64.b64decode(text)
+        self.received[name] = content
+        if len(content) == getattr(torch, dtype).itemsize * torch.Size(shape).numel():
+            self.weights[name] = torch.frombuffer(bytearray(content), dtype=getattr(torch, dtype)).view(shape)
+        return "taken"
+
+    def end_policy_weights(self, push: str, count: int) -> str:
+        return "taken" if push == self.push else "lost"
+
+
+class PolicyHandler(Handler):
+    def do_GET(self) -> None:
+        fake: Any = self.server.fake
+        fake.before(self.path)
+        if self.path == "/weight_info":
+            self.say(200, {"weight_version": fake.version})
+        else:
+            super().do_GET()
+
+    def do_POST(self) -> None:
+        fake: Any = self.server.fake
+        fake.before(self.path)
+        path = urlsplit(self.path).path
+        if path.startswith("/v1/"):
+            assert not fake.paused
+            super().do_POST()
+            return
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if path == "/collective_rpc":
+            self.say(200, {"results": [getattr(fake, body["method"])(*body["args"])]})
+            return
+        if path == "/update_weight_version":
+            fake.version = body["new_version"]
+        else:
+            fake.paused = {"/pause": True, "/resume": False}[path]
+        self.say(200, {})

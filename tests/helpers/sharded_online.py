@@ -1,0 +1,103 @@
+"""Runs online trainings in several real processes (gloo): forked from one program, so that the imports are paid once.
+
+    python -m tests.helpers.sharded_online '[["FSDP2", "CONFIG.yaml", 0], ...]'
+
+Each entry is a key of :data:`ENVIRONMENTS`, a configuration, and the step after which a process is killed (0: none).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+
+import accelerate.state
+import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from transformers import TrainerCallback
+
+from spin import run_online
+from spin.alignment.training.online import trainer
+from tests.helpers import fsdp_on_cpu
+
+_PROCESSES = 2
+
+
+def launch_environment(*arguments: str) -> dict[str, str]:
+    """Return the environment that `accelerate launch` would start a program in."""
+    parsed, defaults, _ = _validate_launch_command(launch_command_parser().parse_args([*arguments, "program.py"]))
+    if parsed.use_deepspeed:
+        parsed.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+        environment = prepare_deepspeed_cmd_env(parsed)[1]
+    else:
+        environment = prepare_multi_gpu_env(parsed)
+    return {name: value for name, value in environment.items() if os.environ.get(name) != value}
+
+
+ENVIRONMENTS = {
+    "FSDP2": ("--config_file=configs/fsdp2.yaml", f"--num_processes={_PROCESSES}", "--mixed_precision=no"),
+    "ZeRO-3": ("--config_file=configs/deepspeed_zero3_cpu.yaml",),
+}
+
+
+class KillsItself(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train(kind: str, config: str, kill_after: int) -> None:
+    """Run the program in this process, one of those of a launch."""
+    if kind == "FSDP2":
+        accelerate.state.PartialState.__init__ = fsdp_on_cpu._as_if_on_gpus
+    if kill_after:
+        plain = trainer.OnlineTrainer.__init__
+
+        def patched(self, *arguments, **settings):
+            plain(self, *arguments, callbacks=[KillsItself(kill_after)], **settings)
+
+        trainer.OnlineTrainer.__init__ = patched
+    run_online.main([config])
+
+
+def fork_all(kind: str, config: str, kill_after: int) -> None:
+    """Run one training in forked processes; raise if one fails that is not to be killed, or the other way round."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = launch_environment(*ENVIRONMENTS[kind])
+    children = []
+    for rank in range(_PROCESSES):
+        child = os.fork()
+        if child == 0:
+            names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": _PROCESSES, "LOCAL_WORLD_SIZE": _PROCESSES}
+            os.environ |= environment | {name: str(value) for name, value in names.items()}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
+            torch.set_num_threads(1)
+            code = 1
+            try:
+                train(kind, config, kill_after)
+                code = 0
+            except BaseException:
+                import traceback
+
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+        children.append(child)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    if codes != [-signal.SIGKILL if kill_after else 0] * _PROCESSES:
+        raise RuntimeError(f"{kind} with {config}: exit codes {codes}")
+
+
+if __name__ == "__main__":
+    for entry in json.loads(sys.argv[1]):
+        fork_all(*entry)
