@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 _LINE_SECONDS = 10.0
 _SHOW_SECONDS = 0.5
+# Before a minute has passed or a twentieth of the prompts is finished, a rate says little.
+_EARLY_SECONDS, _EARLY_SHARE = 60.0, 0.05
 
 
 class GenerationProgress:
@@ -67,13 +69,18 @@ class GenerationProgress:
             self._bar.update(self._task, completed=self.done, description=self.summary())
         elif time.monotonic() - self._last_report > _LINE_SECONDS:
             self._last_report = time.monotonic()
-            say_error(f"{self.summary()}, {self.seconds_left():.0f} s left")
+            left = self.seconds_left()
+            say_error(self.summary() + (f", {left:.0f} s left" if left else ""))
         return True
 
     def seconds_left(self) -> float:
-        """Return the estimated time left at the rate of all workers so far; 0 until the first prompt is finished."""
-        made = self.done - self._done_before
-        return (self.total - self.done) / made * self.seconds if made else 0.0
+        """Return the estimated time left at the rate of all workers so far; 0 while nothing can be said yet.
+
+        The first responses of a large batch take as long as all of it.
+        """
+        made, left = self.done - self._done_before, self.total - self.done
+        is_early = self.seconds < _EARLY_SECONDS and made < _EARLY_SHARE * (made + left)
+        return left / made * self.seconds if made and not is_early else 0.0
 
     @property
     def seconds(self) -> float:

@@ -63,6 +63,7 @@ def show_fractions(folder: Path) -> bool:
     for path in open_folders:
         say(f"{path.name.rpartition('-')[0]}: {finished_prompts(path)} prompts finished, not complete yet")
     for record in workers:
-        left = f", {record.get('seconds_left', 0):.0f} s left" if record["state"] == "working" else ""
+        seconds = record.get("seconds_left", 0) if record["state"] == "working" else 0
+        left = f", {seconds:.0f} s left" if seconds else ""
         say(f"{describe_worker(record)}{left} ({record['state']})")
     return True

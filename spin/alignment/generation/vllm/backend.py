@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spin.alignment.core.console import say_error
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.files import read_json
 from spin.alignment.generation.base import (
@@ -128,6 +129,8 @@ class VLLMBackend(GenerationBackend):
         check_installed()
         self.settings = settings
         self._masked = frozenset(settings.masked_ids)
+        if os.environ.get("RANK", "0") == "0":
+            say_error("starting the vLLM engine, which takes half a minute or more")
         with engine_environment(settings):
             self._start()
         # A few more requests than the engine runs at once, so that it never waits for this process.
