@@ -83,7 +83,8 @@ def engine_environment(settings: BackendSettings) -> Iterator[None]:
     Raises:
         InputError: there are too few GPUs for the engines of all processes.
     """
-    for name, value in (("LOGGING_LEVEL", "WARNING"), ("NO_USAGE_STATS", "1"), ("CPU_KVCACHE_SPACE", "2")):
+    # vLLM's warnings are one line per weight whose precision differs, and others that a user cannot act on.
+    for name, value in (("LOGGING_LEVEL", "ERROR"), ("NO_USAGE_STATS", "1"), ("CPU_KVCACHE_SPACE", "2")):
         os.environ.setdefault(f"VLLM_{name}", value)
     if settings.batch_invariant:
         os.environ["VLLM_BATCH_INVARIANT"] = "1"
