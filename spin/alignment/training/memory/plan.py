@@ -72,7 +72,7 @@ def plan_token_budget(
     resident = resident_bytes(
         arguments.device, stats.weight_bytes
     )  # before measuring, which leaves freed memory behind
-    cost = measure_activations(forward.model, lambda tokens: _pass_one_pair(forward, tokens))
+    cost = measure_activations(forward.model, lambda tokens: pass_one_pair(forward, tokens))
     settings = StepSettings(
         optim=str(getattr(arguments.optim, "value", arguments.optim)),
         device=arguments.device.type,
@@ -122,7 +122,7 @@ def _fitting_budget(
     return budget
 
 
-def _pass_one_pair(forward: PairForward, tokens: int) -> torch.Tensor:
+def pass_one_pair(forward: PairForward, tokens: int) -> torch.Tensor:
     """Run a synthetic pair forward as in training, with equal shares of tokens for the prompt and each response.
 
     No objective is used: the fused head would compute gradients, which a measured pass does not have.
