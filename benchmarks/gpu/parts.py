@@ -47,6 +47,6 @@ PARTS = {
     "online": Part(
         "online step beside an engine", 150, _late("engines", "measure_online_step"), ("vllm", "accelerate")
     ),
-    "generation": Part("our generation and the bare engine", 180, _late("engines", "measure_generation"), ("vllm",)),
+    "generation": Part("our generation and the bare engine", 240, _late("engines", "measure_generation"), ("vllm",)),
     "sleep": Part("memory of a sleeping engine", 90, _late("engines", "measure_sleep"), ("vllm",), needs_gpu=True),
 }

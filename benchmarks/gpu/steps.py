@@ -24,8 +24,7 @@ from spin.alignment.training.memory.estimate import (
     estimate_memory,
     resident_bytes,
 )
-from spin.alignment.training.memory.plan import pass_one_pair
-from spin.alignment.training.memory.probe import ModelStats, measure_activations
+from spin.alignment.training.memory.probe import ModelStats, measure_activations, pass_one_pair
 from spin.alignment.training.optimizers import RMSprop
 
 LEARNING_RATE = 5e-7

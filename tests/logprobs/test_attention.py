@@ -57,7 +57,9 @@ def emulated_varlen(query, key, value, queries, keys, max_q, max_k, *, scale, wi
     return torch.cat(found)
 
 
-def emulated_old_varlen(query, key, value, queries, keys, max_q, max_k, *, return_aux=None, scale, window_size=(-1, -1)):
+def emulated_old_varlen(
+    query, key, value, queries, keys, max_q, max_k, *, return_aux=None, scale, window_size=(-1, -1)
+):
     """The signature of torch 2.11, whose kernel accepts grouped heads without ``enable_gqa``."""
     grouped = query.shape[1] != key.shape[1]
     settings = {"scale": scale, "window_size": window_size, "enable_gqa": grouped}
