@@ -36,7 +36,7 @@ def run_part(name: str, seconds: float, tiny: bool, folder: Path) -> dict[str, A
             stdout=output,
             stderr=subprocess.STDOUT,
             cwd=REPOSITORY,
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "TMPDIR": str(folder)},  # removed even if the part is killed
             start_new_session=True,
         )
     code: int | None = None

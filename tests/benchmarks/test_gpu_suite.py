@@ -101,7 +101,10 @@ def test_an_online_turn_updates_the_engine_and_trains_on_its_responses(findings:
 def test_an_error_of_one_measurement_is_recorded_and_the_next_follows(findings: Findings) -> None:
     findings.attempt("broken", lambda: 1 / 0)
     findings.attempt("fine", lambda: 3)
-    assert json.loads(findings.file.read_text()) == {"broken": {"error": "ZeroDivisionError: division by zero"}, "fine": 3}
+    assert json.loads(findings.file.read_text()) == {
+        "broken": {"error": "ZeroDivisionError: division by zero"},
+        "fine": 3,
+    }
     assert findings.failed == ["broken"]
 
 

@@ -231,7 +231,7 @@ def varlen_kernel(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayou
         raise InputError("packed_attention varlen cannot cap attention scores: set packed_attention: flex")
     from torch.nn.attention.varlen import varlen_attn
 
-    # Before torch 2.12 grouped heads are accepted without being announced: the kernel below is the same.
+    # torch 2.11 passes grouped heads to the same kernel without asking for ``enable_gqa``, which only checks their numbers.
     announces = "enable_gqa" in inspect.signature(varlen_attn).parameters
     grouped = {"enable_gqa": query.shape[1] != key.shape[1]} if announces else {}
     # The kernel aligns the causal diagonal to the last key, which is right because queries are the last of their keys.
