@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean, median
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.contenders import CONTENDERS, DEFAULT
-from benchmarks.harness import Entry, Job
+from benchmarks.harness import Entry, Job, release_idle_memory
 from benchmarks.matmul import NAME as MATMUL
 from benchmarks.matmul import rates as matmul_rates
 from benchmarks.report import OURS, add_ratios, loss_differences, plot, pool, rates, table
@@ -65,6 +66,7 @@ def make_parser() -> Parser:
         choices=("auto", *TOLERANCES),
         help="bf16: autocast; auto: the faster one",
     )
+    add("--weights", default="float32", choices=("float32", "bfloat16"), help="precision of the weights")
     add("--optimizer", default="adamw", choices=("adamw", "rmsprop"), help="optimiser of all contenders")
     add("--learning_rate", type=float, default=1e-5, help="large enough to see in the loss after one step")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: the GPU if there is one")
@@ -138,9 +140,13 @@ def prepare(options: Any, folder: Path) -> tuple[Plan, ModelSize]:
     plan = make_plan(shape, options.batch_size, options.warmup, measured, model_shape.vocab_size, options.seed)
     for grouped in (False, True):
         rows_file(folder, grouped).write_text(json.dumps(plan.pairs(grouped)), encoding="utf-8")
-    model = make_model(model_shape, shape.max_length, options.seed)
+    model = make_model(model_shape, shape.max_length, options.seed, options.device, options.weights)
     model.save_pretrained(folder / "model")
-    return plan, ModelSize.of(model)
+    size = ModelSize.of(model)
+    del model
+    if options.device == "cuda":
+        release_idle_memory("cuda")  # the contenders need it
+    return plan, size
 
 
 def rows_file(folder: Path, grouped: bool) -> Path:
@@ -159,6 +165,7 @@ def make_job(name: str, options: Any, folder: Path, group: int) -> Job:
         "steps",
         "allocator",
         "threads",
+        "weights",
     )
     return Job(
         contender=name,
@@ -264,7 +271,8 @@ def describe(options: Any, plan: Plan) -> dict[str, Any]:
         }
     return {
         "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "gpu": gpu, "system": platform.platform()},
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in PACKAGES if find_spec(name)},
         "settings": settings,
         "data": data,
     }

@@ -34,7 +34,7 @@ class WorkerError(RuntimeError):
 class Job:
     """Everything a worker needs to know. The rows are read from ``rows_file``; turns end after the steps of ``turn_ends``.
 
-    ``benchmark`` names the registry of the contender.
+    ``benchmark`` names the registry of the contender, ``weights`` the precision in which the model is loaded.
     """
 
     contender: str
@@ -55,6 +55,7 @@ class Job:
     allocator: str
     threads: int
     benchmark: str = "pairs"
+    weights: str = "float32"
 
     @property
     def turn_ends(self) -> list[int]:

@@ -31,7 +31,7 @@ def run_uncached(job: Job, turns: Turns) -> None:
         def __init__(self, **settings: Any) -> None:
             super().__init__(**settings)
             # Not self.opponent: the trainer would compute full distributions with it.
-            self.second_model = load_model(job.model_folder).to(job.device).eval()
+            self.second_model = load_model(job.model_folder, job.weights).to(job.device).eval()
             install_packed_forward(self.second_model)
 
         def compute_loss(self, model: Any, inputs: Any, *arguments: Any, **settings: Any) -> Any:
@@ -55,7 +55,7 @@ def _train(trainer_class: Any, job: Job, turns: Turns, settings: dict[str, Any])
         raise SystemExit(f"SPINConfig has no key {', '.join(sorted(unknown))}")
     if job.optimizer == "rmsprop":
         settings = {"optim_args": "bias_correction=false"} | settings  # like the peers' RMSprop
-    model = load_model(job.model_folder)
+    model = load_model(job.model_folder, job.weights)
     turns.baseline()
     trainer = trainer_class(
         model=model,

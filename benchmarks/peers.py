@@ -18,9 +18,9 @@ def run_naive(job: Job, turns: Turns) -> None:
 
     from benchmarks.shapes import load_model
 
-    policy = load_model(job.model_folder).to(job.device)
+    policy = load_model(job.model_folder, job.weights).to(job.device)
     turns.baseline()
-    opponent = load_model(job.model_folder).to(job.device).eval().requires_grad_(False)
+    opponent = load_model(job.model_folder, job.weights).to(job.device).eval().requires_grad_(False)
     optimizer = _torch_optimizer(policy, job)
     rows = job.rows()
     turns.ready()
@@ -117,7 +117,7 @@ def _trl_trainer(job: Job, turns: Turns, settings: dict[str, Any]) -> Any:
             turns.end()
             return dataset
 
-    model = load_model(job.model_folder)
+    model = load_model(job.model_folder, job.weights)
     turns.baseline()
     rows = job.rows()
     names = {"prompt": "prompt_ids", "chosen": "chosen_ids", "rejected": "rejected_ids"}

@@ -63,8 +63,8 @@ MODELS = {
 }
 
 
-def make_model(shape: ModelShape, max_length: int, seed: int) -> Any:
-    """Return a model of this shape with random float32 weights."""
+def make_model(shape: ModelShape, max_length: int, seed: int, device: str = "cpu", dtype: str = "float32") -> Any:
+    """Return a model of this shape with random weights, drawn on the device: 7B weights take minutes on a CPU."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -80,7 +80,8 @@ def make_model(shape: ModelShape, max_length: int, seed: int) -> Any:
     if shape.architecture == "mistral":
         config.sliding_window = None
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
 
 
 def load_model(folder: str, dtype: str = "float32") -> Any:

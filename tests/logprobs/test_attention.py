@@ -57,6 +57,15 @@ def emulated_varlen(query, key, value, queries, keys, max_q, max_k, *, scale, wi
     return torch.cat(found)
 
 
+def emulated_old_varlen(
+    query, key, value, queries, keys, max_q, max_k, *, return_aux=None, scale, window_size=(-1, -1)
+):
+    """The signature of torch 2.11, whose kernel accepts grouped heads without ``enable_gqa``."""
+    grouped = query.shape[1] != key.shape[1]
+    settings = {"scale": scale, "window_size": window_size, "enable_gqa": grouped}
+    return emulated_varlen(query, key, value, queries, keys, max_q, max_k, **settings)
+
+
 @pytest.mark.parametrize(
     "call",
     [
@@ -67,10 +76,12 @@ def emulated_varlen(query, key, value, queries, keys, max_q, max_k, *, scale, wi
     ],
     ids=["plain", "window", "softcap", "window and softcap"],
 )
-@pytest.mark.parametrize("kernel", sorted(KERNELS))
+@pytest.mark.parametrize("kernel", [*sorted(KERNELS), "varlen of torch 2.11"])
 def test_every_kernel_computes_the_same_attention(kernel, call, monkeypatch):
-    if kernel == "varlen":
-        monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", emulated_varlen)
+    if kernel.startswith("varlen"):
+        emulation = emulated_varlen if kernel == "varlen" else emulated_old_varlen
+        monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", emulation)
+        kernel = "varlen"
     (layout,) = layouts()
     tokens = sum(tree.tokens for tree in layout.trees)
     torch.manual_seed(0)

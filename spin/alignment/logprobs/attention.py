@@ -9,6 +9,7 @@ Shapes: T tokens in the row, H query heads, KV key-value heads, D head size.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
@@ -230,6 +231,9 @@ def varlen_kernel(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayou
         raise InputError("packed_attention varlen cannot cap attention scores: set packed_attention: flex")
     from torch.nn.attention.varlen import varlen_attn
 
+    # torch 2.11 passes grouped heads to the same kernel without asking for ``enable_gqa``, which only checks their numbers.
+    announces = "enable_gqa" in inspect.signature(varlen_attn).parameters
+    grouped = {"enable_gqa": query.shape[1] != key.shape[1]} if announces else {}
     # The kernel aligns the causal diagonal to the last key, which is right because queries are the last of their keys.
     index, (queries, keys) = layout.key_index, layout.cumulative_lengths
     attended = varlen_attn(
@@ -242,7 +246,7 @@ def varlen_kernel(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayou
         max(layout.key_lengths),
         scale=call.scaling,
         window_size=(-1 if call.window is None else call.window - 1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
+        **grouped,
     )
     return attended.unsqueeze(0)  # (1, T, H, D)
 

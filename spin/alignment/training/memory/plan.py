@@ -25,7 +25,7 @@ from spin.alignment.training.memory.estimate import (
     estimate_memory,
     resident_bytes,
 )
-from spin.alignment.training.memory.probe import ModelStats, measure_activations
+from spin.alignment.training.memory.probe import ModelStats, measure_activations, pass_one_pair
 
 if TYPE_CHECKING:
     from spin.alignment.training.sft_config import SFTArguments
@@ -74,7 +74,7 @@ def plan_token_budget(
     resident = resident_bytes(
         arguments.device, stats.weight_bytes
     )  # before measuring, which leaves freed memory behind
-    cost = measure_activations(forward.model, lambda tokens: _pass_one_pair(forward, tokens))
+    cost = measure_activations(forward.model, lambda tokens: pass_one_pair(forward, tokens))
     sharding = Sharding.of(accelerator)
     settings = StepSettings(
         optim=str(getattr(arguments.optim, "value", arguments.optim)),
@@ -124,15 +124,3 @@ def _fitting_budget(
         budget = int(budgets.min())
     logger.info("max_tokens_per_batch: %d, chosen for %.1f GiB of free memory", budget, available / 2**30)
     return budget
-
-
-def _pass_one_pair(forward: PairForward, tokens: int) -> torch.Tensor:
-    """Run a synthetic pair forward as in training, with equal shares of tokens for the prompt and each response.
-
-    No objective is used: the fused head would compute gradients, which a measured pass does not have.
-    """
-    names = forward.batcher.collator.responses
-    share = tokens // (1 + len(names))
-    pair = {"prompt_ids": [0] * (tokens - len(names) * share)} | {f"{name}_ids": [0] * share for name in names}
-    forward.model.train()
-    return forward.model(packed=forward.collate([pair]).batch)

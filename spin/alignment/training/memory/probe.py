@@ -13,6 +13,7 @@ import torch
 
 from spin.alignment.logprobs.forward import causal_model
 from spin.alignment.logprobs.head import LogitTransform
+from spin.alignment.logprobs.pair_forward import PairForward
 
 _SIZES = (64, 128, 192)
 
@@ -126,6 +127,18 @@ def measure_activations(model: Any, forward: Callable[[int], Any], sizes: tuple[
         with _without_checkpointing(checkpointed):
             plain = Growth.fit(sizes, [saved_bytes(model, forward, size) for size in sizes])
     return ActivationCost(kept, plain, max(1, len(layers(model))), bool(checkpointed))
+
+
+def pass_one_pair(forward: PairForward, tokens: int) -> torch.Tensor:
+    """Run a synthetic pair forward as in training, with equal shares of tokens for the prompt and each response.
+
+    No objective is used: the fused head would compute gradients, which a measured pass does not have.
+    """
+    names = forward.batcher.collator.responses
+    share = tokens // (1 + len(names))
+    pair = {"prompt_ids": [0] * (tokens - len(names) * share)} | {f"{name}_ids": [0] * share for name in names}
+    forward.model.train()
+    return forward.model(packed=forward.collate([pair]).batch)
 
 
 @contextlib.contextmanager
