@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from spin.alignment.core.console import say
@@ -42,11 +42,11 @@ def make_plan(path: str | Path, arguments: Sequence[str] = ()) -> Plan:
     config = load_run_config(path, overrides)
     processes = config.launch.num_processes
     fleet = make_fleet(options.gpu, options.gpus, options.nodes, options.gpu_memory, options.peak_tflops, processes)
-    fleet = Fleet(fleet.device, fleet.processes, fleet.nodes, options.utilization)
+    fleet = replace(fleet, utilization=options.utilization)
     shape, splits = model_shape(config, options.model_config), read_splits(config, options)
     demands = plan_stages(config, shape, splits, fleet)
     if options.rates is not None:
-        apply_rates(demands, rates_of(options.rates), fleet.processes)
+        apply_rates(demands, rates_of(options.rates))
     return Plan(demands, fleet, shape, [found.source for found in splits.values()])
 
 
@@ -138,7 +138,7 @@ def rates_of(run_dir: str) -> dict[str, float]:
     config = open_run(run_dir)
     fleet = Fleet(Device("measured", 0, 0, 1), config.launch.num_processes, 1)
     demands = plan_stages(config, model_shape(config), read_splits(config, PlanOptions()), fleet)
-    return measured_rates(run_dir, demands, config.launch.num_processes)
+    return measured_rates(run_dir, demands)
 
 
 COLUMNS = ("stage", "prompts", "responses", "pairs", "tokens", "FLOPs", "disk", "memory", "fits", "time")
@@ -207,6 +207,8 @@ def show_plan(path: str, arguments: Sequence[str]) -> None:
         say(f"remark: {remark}")
     if not device.tflops and options.rates is None:
         say("remark: times of models need --gpu, --peak_tflops or --rates")
+    if plan.fleet.nodes > 1:
+        say("remark: spin run starts its programs on one machine; with several, start them as in docs/multi_node.md")
     _say_disk(load_run_config(path, overrides), sum(item.disk for item in plan.demands))
     if options.explain:
         _say_formulas(plan.demands)

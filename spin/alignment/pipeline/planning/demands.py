@@ -13,7 +13,7 @@ from spin.alignment.pipeline.planning.arithmetic import Lengths, ModelShape
 from spin.alignment.pipeline.planning.devices import Fleet
 from spin.alignment.pipeline.planning.memory import Parallelism
 
-# Rows per second of gathering and pairing on one core without a scorer (100,000 rows in benchmarks/results/generate-scale-cpu.json).
+# Rows per second of gathering and pairing on a core without a scorer: 100,000 rows in benchmarks/results/generate-scale-cpu.json.
 GATHERED_PER_SECOND = 34_000
 
 
@@ -31,6 +31,7 @@ class Demand:
         seconds: of the whole stage on the fleet.
         formulas: one line for each number.
         remarks: what is not counted.
+        processes: that share the work.
         metrics: the file in which a training records its tokens.
     """
 
@@ -48,6 +49,7 @@ class Demand:
     seconds: float | None = None
     formulas: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
+    processes: int = 1
     metrics: Path | None = None
 
 
@@ -77,7 +79,8 @@ def sample_demand(stage: str, program: str, shape: ModelShape, work: Sampled, fl
     group = work.tensor_parallel
     memory = fleet.device.memory * GIB * work.memory_share * group
     cached = shape.cache_numbers * work.itemsize
-    most = max(1, min(arithmetic.LARGEST_BATCH, -(-responses // max(1, fleet.processes // group))))
+    engines = fleet.engines(group)
+    most = min(arithmetic.LARGEST_BATCH, -(-responses // max(1, engines)))
     engine = arithmetic.decoding(shape, work.itemsize, lengths, memory, most)
     least = shape.weights * work.itemsize + cached * (lengths.prompt + work.max_new_tokens)
     demand = Demand(
@@ -89,6 +92,7 @@ def sample_demand(stage: str, program: str, shape: ModelShape, work: Sampled, fl
         flops=prefill + decode,
         memory=least / group,
         fits=least <= memory,
+        processes=fleet.processes,
     )
     attended = f"attending to {lengths.prompt + lengths.response / 2:.0f}"
     demand.formulas += [
@@ -96,33 +100,23 @@ def sample_demand(stage: str, program: str, shape: ModelShape, work: Sampled, fl
         f"tokens = {work.prompts:,} x {lengths.prompt:.0f} (prompt) + {responses:,} x {lengths.response:.0f} (response)",
         f"FLOPs = 2 x {_billions(shape.weights)} weights per token + 4 x {shape.query_width:,} x {shape.layers} layers per token "
         f"attended to; decoded tokens {attended}",
-        f"memory = {_billions(shape.weights)} weights x {work.itemsize} B + cache of one sequence, {cached / 1024:.0f} KiB per token "
-        f"x {lengths.prompt + work.max_new_tokens:.0f} tokens{f', over {group} devices' if group > 1 else ''}; at most "
+        f"memory = {_billions(shape.weights)} weights x {work.itemsize} B + cache of one sequence, {cached / 1024:.0f} KiB per "
+        f"token x {lengths.prompt + work.max_new_tokens:.0f} tokens{f', over {group} devices' if group > 1 else ''}; at most "
         f"{work.memory_share:.0%} of a device may be used",
     ]
-    demand.seconds = _sampling_seconds(demand, prefill, decode, responses * lengths.response, engine, group, fleet)
+    if engine is not None and engines and fleet.device.tflops:
+        rate = fleet.flops_per_second * engines * group / fleet.processes
+        bandwidth = fleet.device.gigabytes * 1e9 * fleet.bandwidth_share * group
+        reading = (
+            arithmetic.decoding_seconds(responses * lengths.response, engines, engine, bandwidth) if bandwidth else 0.0
+        )
+        demand.seconds = prefill / rate + max(decode / rate, reading)
+        demand.formulas.append(
+            f"time = prefill {prefill:.2e} FLOPs / {rate:.2e} per s + the longer of decoding {decode:.2e} FLOPs and of reading "
+            f"{engine.bytes_per_step / GIB:.1f} GiB per step of {engine.sequences} sequences in each of {engines} engines at "
+            f"{bandwidth / 1e9:,.0f} GB/s"
+        )
     return demand
-
-
-def _sampling_seconds(
-    demand: Demand,
-    prefill: float,
-    decode: float,
-    tokens: float,
-    engine: arithmetic.Decoding | None,
-    group: int,
-    fleet: Fleet,
-) -> float | None:
-    rate, bandwidth = fleet.flops_per_second, fleet.device.gigabytes * 1e9 * fleet.bandwidth_share * group
-    engines = fleet.processes // group
-    if engine is None or not engines or not rate:
-        return None
-    reading = arithmetic.decoding_seconds(tokens, engines, engine, bandwidth) if bandwidth else 0.0
-    demand.formulas.append(
-        f"time = prefill {prefill:.2e} FLOPs / {rate:.2e} per s + the longer of decoding {decode:.2e} FLOPs and of reading "
-        f"{engine.bytes_per_step / GIB:.1f} GiB per step of {engine.sequences} sequences in {engines} engines"
-    )
-    return prefill / rate + max(decode / rate, reading)
 
 
 def convert_demand(stage: str, rows: int, pairs: int, lengths: Lengths, scorer: str | None) -> Demand:
@@ -191,6 +185,7 @@ def train_demand(
         memory=memory.device,
         host=memory.host,
         fits=memory.fits,
+        processes=fleet.processes,
     )
     passes = (
         "4 (forward, backward, forward again for gradient checkpointing)" if checkpointing else "3 (forward, backward)"
@@ -228,8 +223,8 @@ def add_checkpoints(demand: Demand, shape: ModelShape, work: Trained, layout: Pa
     store = arithmetic.reference_bytes(work.rows, work.answer_tokens) if work.needs_reference else 0.0
     demand.disk = model + kept * resumed + store
     demand.formulas.append(
-        f"disk = model {model / GIB:.1f} GiB ({size} B per weight) + {kept} checkpoints x {resumed / GIB:.1f} GiB (model and states "
-        f"of {optim}) + reference store {store / GIB:.2f} GiB ({work.answer_tokens:.0f} log-probs x 4 B per pair)"
+        f"disk = model {model / GIB:.1f} GiB ({size} B per weight) + {kept} checkpoints x {resumed / GIB:.1f} GiB (model and "
+        f"states of {optim}) + reference store {store / GIB:.2f} GiB ({work.answer_tokens:.0f} log-probs x 4 B per pair)"
     )
 
 

@@ -39,9 +39,9 @@ GPUS: dict[str, Device] = {
         Device("A100-PCIE-40GB", 312, 1555, 40),
         Device("A100-SXM4-40GB", 312, 1555, 40),
         Device("A100", 312, 2039, 80),
-        Device("L40S", 362, 864, 48),
-        Device("L4", 121, 300, 24),
-        Device("A10", 125, 600, 24),
+        Device("L40S", 362, 864, 45),
+        Device("L4", 121, 300, 22.5),
+        Device("A10", 125, 600, 22.5),
         Device("RTX 4090", 165, 1008, 24),
         Device("RTX 3090", 71, 936, 24),
         Device("MI300X", 1307, 5300, 192),
@@ -54,14 +54,16 @@ class Fleet:
     """What a plan is made for.
 
     Attributes:
-        processes: all processes, one per GPU.
+        processes: all processes of a training, one per GPU.
         nodes: machines that they are spread over.
+        gpus: GPUs of all machines; None: as many as the processes of each program take.
         utilization: fraction of the peak that matrix products reach; ``bandwidth_share`` likewise for reads of memory.
     """
 
     device: Device
     processes: int
-    nodes: int
+    nodes: int = 1
+    gpus: int | None = None
     utilization: float = 0.4
     bandwidth_share: float = 0.6
 
@@ -69,6 +71,10 @@ class Fleet:
     def flops_per_second(self) -> float:
         """FLOPs per second of all processes; 0 if the peak is not known."""
         return self.device.tflops * 1e12 * self.utilization * self.processes
+
+    def engines(self, tensor_parallel: int) -> int:
+        """Return how many engines generate at the same time: one per process, as far as there are GPUs for them."""
+        return self.processes if self.gpus is None else self.gpus // tensor_parallel
 
 
 def find_gpu(name: str) -> Device:
@@ -127,4 +133,4 @@ def make_fleet(
         )
     count = (processes if gpus is None else gpus) * nodes
     values = vars(device) | {"memory": gpu_memory or device.memory, "tflops": peak_tflops or device.tflops}
-    return Fleet(Device(**values), count, nodes)
+    return Fleet(Device(**values), count, nodes, None if gpus is None else count)

@@ -24,6 +24,8 @@ from spin.alignment.training.memory.probe import ActivationCost, Growth, ModelSt
 
 # Interpreter and libraries of a training process on a CPU (measured, see resident_bytes).
 _RESIDENT = round(0.7 * GIB)
+# What is offloaded is as good as sharded over this many devices: only the part that is being computed is on one.
+_NOTHING_LEFT = 10**9
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ def training_memory(
 
 
 def longest_row(values: Mapping[str, Any], lengths: Lengths, responses: int) -> int:
-    """Return the tokens of the longest row that ``max_length`` admits: a prompt of mean length, and responses that fill the rest."""
+    """Return the tokens of the longest row that ``max_length`` admits: a prompt of mean length, and responses that fill it."""
     max_length = int(values.get("max_length", 1024))
     prompt = min(round(lengths.prompt), max_length - 1)
     return prompt + responses * (max_length - prompt)
@@ -152,8 +154,9 @@ def adapter_weights(shape: ModelShape, rank: int) -> int:
 def activation_cost(shape: ModelShape, values: Mapping[str, Any]) -> ActivationCost:
     """Return what the layers save for the backward pass.
 
-    Per token and layer, in the precision of the matrix products: what the two norms normalise and return (4 h), queries, the output
-    of attention and its copy (3 q), keys and values (2 k), and four times the MLP's width; in float32, the inputs of the norms.
+    Per token and layer, in the precision of the matrix products: what the two norms normalise and return (4 h), queries, the
+    output of attention and its copy (3 q), keys and values (2 k), and four times the MLP's width; in float32, the inputs of the
+    norms.
     """
     compute = _compute_bytes(values)
     h, q, k = shape.hidden, shape.query_width, shape.key_width
@@ -181,9 +184,13 @@ def _settings(
     fleet: Fleet,
 ) -> StepSettings:
     answers = lengths.ground_truth + (lengths.response if responses > 1 else 0)
-    # With offloaded optimiser states, their memory and that of the float32 weights is the host's.
+    # With offloaded optimiser states, their memory and that of float32 weights and gradients is the host's.
     offloaded = layout.offloads_states
-    sharding = replace(layout.sharding, master_weights=layout.sharding.master_weights and not offloaded)
+    sharding = layout.sharding
+    if offloaded:
+        sharding = replace(sharding, master_weights=False, gradients=_NOTHING_LEFT)
+    if layout.offloads_weights:
+        sharding = replace(sharding, weights=_NOTHING_LEFT)
     return StepSettings(
         optim="sgd" if offloaded else str(values.get("optim", "rmsprop")),
         device=fleet.device.kind,

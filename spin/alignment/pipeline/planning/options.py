@@ -26,7 +26,9 @@ class PlanOptions:
     )
     utilization: float = setting(0.4, "fraction of that peak that is reached", gt=0, le=1)
     rates: str | None = setting(None, "an earlier run whose measured rates are used instead of the peak", path="input")
-    prompts: int | None = setting(None, "prompts of every split to train on", group="workload", unset="counted in the data", ge=1)
+    prompts: int | None = setting(
+        None, "prompts of every split to train on", group="workload", unset="counted in the data", ge=1
+    )
     test_prompts: int | None = setting(None, "held-out prompts", unset="counted in the data, else 500", ge=1)
     prompt_tokens: float | None = setting(None, "mean tokens of a prompt", unset="of the data's first rows", gt=0)
     response_tokens: float | None = setting(

@@ -12,7 +12,7 @@ from spin.alignment.pipeline.manifest import RunManifest
 from spin.alignment.pipeline.planning.demands import Demand
 
 
-def measured_rates(run_dir: str, demands: Iterable[Demand], processes: int) -> dict[str, float]:
+def measured_rates(run_dir: str, demands: Iterable[Demand]) -> dict[str, float]:
     """Return, by program, the FLOPs per second and process that the finished stages of a run reached, the time to start included;
     of programs without a model, rows per second.
 
@@ -33,7 +33,7 @@ def measured_rates(run_dir: str, demands: Iterable[Demand], processes: int) -> d
         trained = _trained_tokens(demand.metrics) if demand.metrics is not None else 0
         if trained and demand.tokens:
             done *= trained / demand.tokens
-        work[demand.program] += done / processes if demand.flops is not None else float(demand.responses or 0)
+        work[demand.program] += done / demand.processes if demand.flops is not None else float(demand.responses or 0)
         seconds[demand.program] += record.seconds
     if not seconds:
         raise InputError(f"{run_dir} has no finished stage to take rates from: give a run that has one")
@@ -46,7 +46,7 @@ def _trained_tokens(path: Path) -> int:
     return int(accounting.get("trained", {}).get("tokens", 0)) if isinstance(accounting, dict) else 0
 
 
-def apply_rates(demands: Iterable[Demand], rates: Mapping[str, float], processes: int) -> None:
+def apply_rates(demands: Iterable[Demand], rates: Mapping[str, float]) -> None:
     """Set the time of every stage whose program has a measured rate; that of the processes of a fleet adds up."""
     for demand in demands:
         rate = rates.get(demand.program)
@@ -56,8 +56,7 @@ def apply_rates(demands: Iterable[Demand], rates: Mapping[str, float], processes
             demand.seconds = (demand.responses or 0) / rate
             said = f"{demand.responses or 0:,} rows / {rate:,.0f} per s"
         else:
-            several = 1 if demand.program == "evaluate_model.py" else processes
-            demand.seconds = demand.flops / (rate * several)
-            said = f"{demand.flops:.2e} FLOPs / ({several} x {rate / 1e12:.3g} TFLOP/s)"
+            demand.seconds = demand.flops / (rate * demand.processes)
+            said = f"{demand.flops:.2e} FLOPs / ({demand.processes} x {rate / 1e12:.3g} TFLOP/s)"
         demand.formulas = [line for line in demand.formulas if not line.startswith("time =")]
         demand.formulas.append(f"time = {said}, measured (--rates)")

@@ -85,6 +85,12 @@ class _Walk:
         demand.formulas.append(f"{disk_formula(rows, 'rows', lengths)}; + the prompt store, {store / 1e6:.0f} MB")
         if find_backend(item.backend).needs_server:
             demand.remarks.append("generation runs on the server at base_url: its memory and time are the server's")
+        engines = self.config.launch.num_processes * self.fleet.nodes
+        if item.tensor_parallel_size > 1 and self.fleet.engines(item.tensor_parallel_size) < engines:
+            demand.remarks.append(
+                f"generate.py starts launch.num_processes engines of {item.tensor_parallel_size} GPUs, more than there are: "
+                "start it on its own (docs/multi_node.md)"
+            )
         known = self.rows.get(item.output_dir, (0, lengths))[0]
         self.rows[item.output_dir] = (known + rows, lengths)
         return demand
@@ -119,6 +125,7 @@ class _Walk:
         )
         disk = arithmetic.row_bytes(rows, lengths) + 4 * rows * answers
         demand = Demand(stage.name, stage.kind.program, pairs=rows, tokens=models * tokens, flops=flops, disk=disk)
+        demand.processes = self.fleet.processes
         demand.formulas.append(
             f"FLOPs = {models} models x 2 x weights x {tokens:,.0f} tokens; disk: pairs, and 4 B per weight"
         )
@@ -137,8 +144,8 @@ class _Walk:
             *(prompts, samples, split.lengths, item.max_new_tokens, itemsize, item.tensor_parallel_size),
             memory_share=_ENGINE_SHARE,
         )
-        # An evaluation is one process, however many GPUs there are.
-        fleet = replace(self.fleet, processes=max(1, item.tensor_parallel_size))
+        # Benchmarks of the harness make it one process, however many GPUs there are.
+        fleet = replace(self.fleet, processes=max(1, item.tensor_parallel_size)) if item.tasks else self.fleet
         demand = sample_demand(stage.name, stage.kind.program, self.shape, work, fleet)
         answers = prompts * split.lengths.ground_truth
         tokens = prompts * split.lengths.prompt + answers
