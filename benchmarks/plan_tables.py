@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from spin.alignment.core.errors import lookup
-from spin.alignment.core.machine import GIB
 from spin.alignment.generation.leases import HEARTBEAT_INTERVAL
 from spin.alignment.pipeline.config import load_run_config
-from spin.alignment.pipeline.plan import size_text, time_text
+from spin.alignment.pipeline.plan import memory_text, size_text, time_text
 from spin.alignment.pipeline.planning import arithmetic
 from spin.alignment.pipeline.planning.arithmetic import Lengths, ModelShape, shape_of
 from spin.alignment.pipeline.planning.demands import GATHERED_PER_SECOND, Demand
@@ -26,7 +25,7 @@ PROMPTS = 50_000
 
 @dataclass(frozen=True)
 class Case:
-    """A run of the page: its configuration, the sizes of its model (of the published config.json), and the lengths of its rows."""
+    """A run of the page: its configuration, the sizes in the published config.json of its model, and the lengths of its rows."""
 
     config: str
     model: dict[str, Any]
@@ -108,7 +107,7 @@ def _cell(demand: Demand) -> str:
     """Return time and memory of a process, or that the stage does not fit."""
     if demand.memory is None:
         return time_text(demand.seconds)
-    memory = f"{demand.memory / GIB:.0f} GiB" + (f" + {demand.host / GIB:.0f} of the host" if demand.host else "")
+    memory = memory_text(demand, demand.memory)
     return (
         f"**does not fit**: {memory}"
         if not demand.fits or demand.seconds is None

@@ -15,6 +15,7 @@ from spin.alignment.pipeline.manifest import RunManifest, StageRecord
 from spin.alignment.pipeline.plan import counted_shape, make_plan
 from spin.alignment.pipeline.planning import arithmetic, devices
 from spin.alignment.pipeline.planning.arithmetic import Lengths, shape_of
+from spin.alignment.pipeline.planning.demands import Sampled, sample_demand
 from spin.alignment.pipeline.planning.devices import Device, Fleet, make_fleet
 from spin.alignment.pipeline.planning.memory import activation_cost, adapter_weights, parallelism, training_memory
 from spin.alignment.pipeline.planning.stages import pairs_per_prompt
@@ -271,6 +272,11 @@ def test_data_elsewhere_is_planned_with_stated_assumptions(tmp_path):
 def test_a_fleet_of_several_machines():
     fleet = make_fleet("A100", 8, 4, None, None, 1)
     assert (fleet.processes, fleet.device.memory, fleet.flops_per_second) == (32, 80, 312e12 * 0.4 * 32)
+    work = Sampled(10, 1, Lengths(10, 0, 4), 4, 2, tensor_parallel=2, memory_share=0.9)
+    assert not sample_demand(
+        "s", "generate.py", SMALL, work, Fleet(fleet.device, 1, gpus=1)
+    ).fits  # an engine takes two
+    assert sample_demand("s", "generate.py", SMALL, work, Fleet(fleet.device, 1)).fits
     assert fleet.engines(tensor_parallel=4) == 8 and Fleet(fleet.device, 3).engines(4) == 3
     fleet = make_fleet(None, 2, 1, 48, 100, 1)
     assert fleet.device == Device("GPU", 100, 0, 48)

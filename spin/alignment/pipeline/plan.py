@@ -147,9 +147,7 @@ COLUMNS = ("stage", "prompts", "responses", "pairs", "tokens", "FLOPs", "disk", 
 def row_of(demand: Demand) -> tuple[str, ...]:
     """Return the cells of a stage under ``COLUMNS``; a dash for what does not apply, a question mark for what is not known."""
     counts = [_count(value) for value in (demand.prompts, demand.responses, demand.pairs, demand.tokens)]
-    memory = "-" if demand.memory is None else f"{demand.memory / GIB:.1f} GiB"
-    if demand.host:
-        memory += f" + {demand.host / GIB:.0f} host"
+    memory = "-" if demand.memory is None else memory_text(demand, demand.memory)
     fits = "-" if demand.fits is None else "yes" if demand.fits else "NO"
     flops = "-" if demand.flops is None else f"{demand.flops:.1e}"
     return (demand.stage, *counts, flops, size_text(demand.disk), memory, fits, time_text(demand.seconds))
@@ -172,6 +170,14 @@ def _count(value: float | None) -> str:
         if value >= limit:
             return f"{value / limit:.3g}{unit}"
     return f"{value:,.0f}"
+
+
+def memory_text(demand: Demand, memory: float) -> str:
+    """Return the memory of a process: of each of its devices, and of the host if something is offloaded to it."""
+    text = f"{memory / GIB:.1f} GiB"
+    if demand.devices > 1:
+        text = f"{demand.devices} x {text}"
+    return f"{text} + {demand.host / GIB:.0f} host" if demand.host else text
 
 
 def size_text(number: float) -> str:

@@ -26,7 +26,7 @@ class Demand:
         tokens: tokens that pass through the model, prompts included, in all epochs.
         flops: of the model's passes.
         disk: bytes that it leaves on the disk.
-        memory: bytes of one process; ``host`` are those in the host's memory in addition.
+        memory: bytes on one device of a process, which has ``devices`` of them; ``host`` are those in the host's memory in addition.
         fits: whether the memory fits the device.
         seconds: of the whole stage on the fleet.
         formulas: one line for each number.
@@ -45,6 +45,7 @@ class Demand:
     disk: float = 0.0
     memory: float | None = None
     host: float = 0.0
+    devices: int = 1
     fits: bool | None = None
     seconds: float | None = None
     formulas: list[str] = field(default_factory=list)
@@ -73,7 +74,10 @@ class Sampled:
 
 
 def sample_demand(stage: str, program: str, shape: ModelShape, work: Sampled, fleet: Fleet) -> Demand:
-    """Return what generating needs: prefilling is limited by FLOPs, decoding by FLOPs or by reading weights and cache."""
+    """Return what generating needs: prefilling is limited by FLOPs, decoding by FLOPs or by reading weights and cache.
+
+    It does not fit either if there are fewer GPUs than one engine takes.
+    """
     lengths, responses = work.bounded, work.prompts * work.samples
     prefill, decode = arithmetic.generation_flops(shape, work.prompts, work.samples, lengths)
     group = work.tensor_parallel
@@ -91,7 +95,8 @@ def sample_demand(stage: str, program: str, shape: ModelShape, work: Sampled, fl
         tokens=work.prompts * lengths.prompt + responses * lengths.response,
         flops=prefill + decode,
         memory=least / group,
-        fits=least <= memory,
+        devices=group,
+        fits=least <= memory and engines > 0,
         processes=fleet.processes,
     )
     attended = f"attending to {lengths.prompt + lengths.response / 2:.0f}"
