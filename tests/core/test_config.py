@@ -18,7 +18,7 @@ LAUNCH = [
     "multi_gpu",
     "deepspeed_zero2",
     "deepspeed_zero3",
-    "deepspeed_zero3_offload",
+    "deepspeed_offload",
     "deepspeed_zero3_cpu",
     "fsdp2",
 ]

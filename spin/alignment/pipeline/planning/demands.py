@@ -26,7 +26,7 @@ class Demand:
         tokens: tokens that pass through the model, prompts included, in all epochs.
         flops: of the model's passes.
         disk: bytes that it leaves on the disk.
-        memory: bytes on one device of a process, which has ``devices`` of them; ``host`` are those in the host's memory in addition.
+        memory: bytes on one device of a process, which has ``devices`` of them; ``host`` are further ones in the host's memory.
         fits: whether the memory fits the device.
         seconds: of the whole stage on the fleet.
         formulas: one line for each number.
@@ -56,7 +56,7 @@ class Demand:
 
 @dataclass(frozen=True)
 class Sampled:
-    """What a stage that samples does with its prompts."""
+    """What a stage that samples does with its prompts; ``sequences`` is the limit of those decoded together, if it is set."""
 
     prompts: int
     samples: int
@@ -65,6 +65,7 @@ class Sampled:
     itemsize: int
     tensor_parallel: int
     memory_share: float
+    sequences: int | None = None
 
     @property
     def bounded(self) -> Lengths:
@@ -84,7 +85,7 @@ def sample_demand(stage: str, program: str, shape: ModelShape, work: Sampled, fl
     memory = fleet.device.memory * GIB * work.memory_share * group
     cached = shape.cache_numbers * work.itemsize
     engines = fleet.engines(group)
-    most = min(arithmetic.LARGEST_BATCH, -(-responses // max(1, engines)))
+    most = min(work.sequences or arithmetic.LARGEST_BATCH, -(-responses // max(1, engines)))
     engine = arithmetic.decoding(shape, work.itemsize, lengths, memory, most)
     least = shape.weights * work.itemsize + cached * (lengths.prompt + work.max_new_tokens)
     demand = Demand(

@@ -77,6 +77,7 @@ class _Walk:
             itemsize,
             item.tensor_parallel_size,
             item.gpu_memory_utilization,
+            item.batch_size,
         )
         demand = sample_demand(stage.name, stage.kind.program, self.shape, work, self.fleet)
         lengths, rows = work.bounded, demand.responses or 0
@@ -143,6 +144,7 @@ class _Walk:
         work = Sampled(
             *(prompts, samples, split.lengths, item.max_new_tokens, itemsize, item.tensor_parallel_size),
             memory_share=_ENGINE_SHARE,
+            sequences=item.batch_size,
         )
         # Benchmarks of the harness make it one process, however many GPUs there are.
         fleet = replace(self.fleet, processes=max(1, item.tensor_parallel_size)) if item.tasks else self.fleet
@@ -186,7 +188,9 @@ class _Walk:
         seen = round(passes * found.prompts)
         itemsize, limit = _itemsize("auto", values), int(values.get("max_new_tokens", 256))
         samples = int(values.get("num_samples", 2))
-        work = Sampled(seen, samples, found.lengths, limit, itemsize, 1, _ENGINE_SHARE)
+        work = Sampled(
+            seen, samples, found.lengths, limit, itemsize, 1, _ENGINE_SHARE, values.get("generation_batch_size")
+        )
         sampled = sample_demand(stage.name, stage.kind.program, self.shape, work, fleet)
         # Both responses of a pair are the model's own.
         lengths = replace(work.bounded, ground_truth=work.bounded.response)
