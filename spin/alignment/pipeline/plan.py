@@ -116,10 +116,19 @@ def read_splits(config: RunConfig, options: PlanOptions) -> dict[tuple[str, str]
     Raises:
         InputError: data that cannot be read, or that is not here and of which the options do not say how much there is.
     """
-    tokenizer = Path(config.model) / "tokenizer.json"
+    from spin.alignment.data.chat_encoder import load_encoder
+    from spin.alignment.data.source_names import is_local
+
+    wanted = splits_of(config)
+    encoder = None
+    if options.model_config is None and any(is_local(path) for path, _ in wanted):
+        trusted = bool(config.generate.get("trust_remote_code"))
+        system = config.generate.get("system", "keep")
+        template = {"system": system, "chat_template_kwargs": config.chat_template_kwargs}
+        encoder = load_encoder(config.model, config.model_revision, trusted, **template)
     splits = {}
-    for path, split in splits_of(config):
-        found = read_split(path, split, tokenizer)
+    for path, split in wanted:
+        found = read_split(path, split, encoder)
         is_test = (path, split) == (config.data.test, config.data.test_split)
         prompts = options.test_prompts if is_test else options.prompts
         if is_test and found is None and prompts is None:

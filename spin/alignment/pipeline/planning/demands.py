@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from spin.alignment.core.machine import GIB
@@ -32,7 +31,6 @@ class Demand:
         formulas: one line for each number.
         remarks: what is not counted.
         processes: that share the work.
-        metrics: the file in which a training records its tokens.
     """
 
     stage: str
@@ -51,7 +49,6 @@ class Demand:
     formulas: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
     processes: int = 1
-    metrics: Path | None = None
 
 
 @dataclass(frozen=True)

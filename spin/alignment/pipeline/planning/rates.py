@@ -1,13 +1,11 @@
-"""Rates that an earlier run reached: FLOPs per second of each program, from its manifest and metrics."""
+"""Rates that an earlier run reached: FLOPs per second of each program, from its manifest."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
 from spin.alignment.core.errors import InputError
-from spin.alignment.core.files import read_json
 from spin.alignment.pipeline.manifest import RunManifest
 from spin.alignment.pipeline.planning.demands import Demand
 
@@ -16,8 +14,8 @@ def measured_rates(run_dir: str, demands: Iterable[Demand]) -> dict[str, float]:
     """Return, by program, the FLOPs per second and process that the finished stages of a run reached, the time to start included;
     of programs without a model, rows per second.
 
-    ``demands`` is the plan of that run. The tokens of a training are those in its metrics.json, so a plan whose lengths were
-    assumed does not distort its rate.
+    ``demands`` is the plan of that run. Its FLOPs are planned like those that the rates are applied to, so that what a plan
+    systematically misses, such as responses longer than the ground truth, cancels out.
 
     Raises:
         InputError: no stage of the run has finished.
@@ -29,21 +27,13 @@ def measured_rates(run_dir: str, demands: Iterable[Demand]) -> dict[str, float]:
         record = manifest.stages.get(demand.stage)
         if record is None or record.state != "done" or record.seconds <= 0:
             continue
-        done = demand.flops or 0.0
-        trained = _trained_tokens(demand.metrics) if demand.metrics is not None else 0
-        if trained and demand.tokens:
-            done *= trained / demand.tokens
-        work[demand.program] += done / demand.processes if demand.flops is not None else float(demand.responses or 0)
+        work[demand.program] += (
+            float(demand.responses or 0) if demand.flops is None else demand.flops / demand.processes
+        )
         seconds[demand.program] += record.seconds
     if not seconds:
         raise InputError(f"{run_dir} has no finished stage to take rates from: give a run that has one")
     return {program: work[program] / seconds[program] for program in seconds if work[program]}
-
-
-def _trained_tokens(path: Path) -> int:
-    found = read_json(path) if path.is_file() else None
-    accounting = found.get("accounting") if isinstance(found, dict) else None
-    return int(accounting.get("trained", {}).get("tokens", 0)) if isinstance(accounting, dict) else 0
 
 
 def apply_rates(demands: Iterable[Demand], rates: Mapping[str, float]) -> None:

@@ -253,12 +253,7 @@ def plan_stages(
         splits: the prompts by (data set, split): those of :func:`splits_of`.
     """
     walk = _Walk(config, shape, splits, fleet)
-    demands = []
-    for stage in make_stages(config):
-        demand = walk.demand(stage)
-        demand.metrics = stage.makes.folder / "metrics.json" if stage.makes is not None else None
-        demands.append(demand)
-    return demands
+    return [walk.demand(stage) for stage in make_stages(config)]
 
 
 def splits_of(config: RunConfig) -> list[tuple[str, str]]:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from spin.alignment.core.errors import InputError
+from spin.alignment.data.conversation_text import RowRefused
+from spin.alignment.data.turns import prompt_turns
 from spin.alignment.pipeline.planning.arithmetic import Lengths
 
+if TYPE_CHECKING:
+    from spin.alignment.data.chat_encoder import ChatEncoder
+
 _SAMPLED = 256  # rows whose lengths are read
-_CHARACTERS = 4.0  # per token, if no tokenizer is at hand: English under today's vocabularies
+_CHARACTERS = 4.0  # per token, if the model is not here: English under today's vocabularies
 ASSUMED_TEST = 500  # held-out prompts
 ASSUMED = Lengths(prompt=200, ground_truth=250, response=250)  # where nothing is known: one turn of UltraChat
 
@@ -26,8 +29,10 @@ class Split:
     source: str
 
 
-def read_split(path: str, split: str, tokenizer: Path | None) -> Split | None:
+def read_split(path: str, split: str, encoder: ChatEncoder | None) -> Split | None:
     """Return the size of a split and the mean lengths of its first rows; None if the data is not on this machine.
+
+    ``encoder`` is that of the model; without one, lengths follow from the number of characters.
 
     Raises:
         InputError: there is data that cannot be read.
@@ -50,32 +55,32 @@ def read_split(path: str, split: str, tokenizer: Path | None) -> Split | None:
         prompts = sum(open_parquet(file).metadata.num_rows for file in files)
     else:
         prompts = sum(1 for _ in stream_prompts(path, split, ground_truth_required=False))
-    count, how = _counter(tokenizer)
-    texts = [_texts(row["chosen"]) for row in sampled]
-    prompt, answer = (sum(count(text[side]) for text in texts) / len(texts) for side in (0, 1))
-    characters = sum(len(part.encode()) for text in texts for part in text)
-    lengths = Lengths(prompt, answer, answer, characters / max(1.0, (prompt + answer) * len(texts)))
-    return Split(prompts, lengths, f"{path}, split {split}; lengths of {len(texts)} rows, {how}")
+    counts = [found for row in sampled if (found := _count(row, encoder)) is not None]
+    if not counts:
+        raise InputError(f"the chat template refuses the first {len(sampled)} rows of {path}: check it with spin run")
+    prompt, answer, size = (sum(column) / len(counts) for column in zip(*counts, strict=True))
+    lengths = Lengths(prompt, answer, answer, size / max(1.0, prompt + answer))
+    how = f"at {_CHARACTERS:g} characters per token" if encoder is None else "rendered by the model's chat template"
+    return Split(prompts, lengths, f"{path}, split {split}; lengths of {len(counts)} rows, {how}")
 
 
-def _texts(turns: list[dict[str, Any]]) -> tuple[str, str]:
-    """Return the text of the prompt and of the ground truth, which is empty if there is none."""
-    contents = [str(turn.get("content") or "") for turn in turns]
-    answered = turns[-1]["role"] == "assistant"
-    return ("\n".join(contents[:-1]), contents[-1]) if answered else ("\n".join(contents), "")
+def _count(row: dict[str, Any], encoder: ChatEncoder | None) -> tuple[float, float, int] | None:
+    """Return the tokens of a row's prompt and ground truth and the bytes of its text; None if the template refuses the row."""
+    from spin.alignment.data.chat_encoder import template_arguments
 
-
-def _counter(tokenizer: Path | None) -> tuple[Callable[[str], float], str]:
-    """Return a function that counts the tokens of a text, and what to say about it."""
-    if tokenizer is None or not tokenizer.is_file():
-        return lambda text: len(text) / _CHARACTERS, f"at {_CHARACTERS:g} characters per token (no tokenizer here)"
-    from tokenizers import Tokenizer
-
+    turns = row["chosen"]
+    before = prompt_turns(turns)
+    sizes = [sum(len(str(turn.get("content") or "")) for turn in part) for part in (before, turns[len(before) :])]
+    size = sum(len(str(turn.get("content") or "").encode()) for turn in turns)
+    if encoder is None:
+        return sizes[0] / _CHARACTERS, sizes[1] / _CHARACTERS, size
+    arguments = template_arguments(row)
     try:
-        loaded = Tokenizer.from_file(str(tokenizer))
-    except Exception as error:  # the library raises plain Exception
-        raise InputError(f"{tokenizer} is not a tokenizer ({error}): copy the model folder again") from error
-    return lambda text: len(loaded.encode(text, add_special_tokens=False).ids), "counted by the model's tokenizer"
+        prompt = encoder.prompt_ids(before, **arguments)
+        answer = encoder.response_ids(turns, prompt, **arguments) if len(before) < len(turns) else []
+    except RowRefused:
+        return None
+    return len(prompt), len(answer), size
 
 
 def given_split(
