@@ -20,6 +20,7 @@ A generated section is enclosed by a marker and ``<!-- end -->``:
     <!-- scale: FILE -->                 generation and gathering of many rows without a model, in the same folder
     <!-- faults: FILE -->                the faults that `python -m tests.faults` injected, in benchmarks/results/FILE.json
     <!-- evidence: STUDY -->             the results of a study of docs/evidence.md so far, in benchmarks/results/evidence
+    <!-- plan: NAME -->                  plans of shipped configurations (benchmarks/plan_tables.py): 7b, 70b, limits, 7b formulas
     <!-- value: ENTRY / MODEL / KEY -->  one number of benchmarks/results/demos.json, inside a sentence
 """
 
@@ -38,6 +39,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import demo_plot  # noqa: E402
 from benchmarks.evidence.tables import evidence_tables  # noqa: E402
+from benchmarks.plan_tables import plan_tables  # noqa: E402
 from benchmarks.result_tables import (  # noqa: E402
     decoding_table,
     faults_table,
@@ -96,7 +98,7 @@ HELP = re.compile(r"<!-- help: (spin|scripts/)( ?[^ ]*) -->\n.*?<!-- end -->", r
 SCRIPT_USAGE = re.compile(r"<<'TEXT'\n(.*?)\nTEXT\n", re.DOTALL)
 HELP_WIDTH = "110"
 RESULTS = re.compile(
-    r"<!-- (results|speed|ratios|faults|generation|decoding|scale|sft|evidence): ([^>]+?) -->\n.*?<!-- end -->",
+    r"<!-- (results|speed|ratios|faults|generation|decoding|scale|sft|evidence|plan): ([^>]+?) -->\n.*?<!-- end -->",
     re.DOTALL,
 )
 VALUE = re.compile(r"<!-- value: ([^/>]+) / ([^/>]+) / (\w+) -->.*?<!-- end -->")
@@ -110,6 +112,7 @@ TABLE_OF = {
     "decoding": decoding_table,
     "scale": scale_table,
     "evidence": evidence_tables,
+    "plan": plan_tables,
 }
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 

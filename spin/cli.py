@@ -1,4 +1,4 @@
-"""The ``spin`` command: init, run, config, status, report and so on. Each command imports the heavy libraries that it needs."""
+"""The ``spin`` command: init, run, plan, status, report and so on. Each command imports the heavy libraries that it needs."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ USAGE = """usage: spin COMMAND ...
   run CONFIG.yaml [--key=value ...]   run all iterations of self-play; run again to resume
   config CONFIG.yaml [--key=value ...]
                                       print every value of a configuration, and where it comes from
+  plan CONFIG.yaml [--key=value ...]  show what a run will need, before it starts: FLOPs, disk, memory, time
   status RUN                          show the progress of a run
   report RUN [OTHER]                  write the table, plot and page of a run, or a page that compares two
   serve RUN [--port=8700]             serve that page on this machine while the run goes on
@@ -43,6 +44,13 @@ CONFIG_USAGE = """usage: spin config CONFIG.yaml [--key=value ...] [--program=ru
 Prints every value of a configuration as the program will see it, with where it comes from: the default, a line of a file
 of the `extends` chain, the command line, or `spin run` itself. The program is inferred from the keys unless --program names
 it. With --all, keys of transformers.TrainingArguments that are not set are listed too."""
+
+PLAN_USAGE = """usage: spin plan CONFIG.yaml [--key=value ...] [options]
+
+Prints what every stage of a run will need, before anything is started: rows, tokens, FLOPs, bytes on the disk, memory of a
+process and whether it fits, and time. Prompts are counted in the data; no model is loaded. Formulas and limits: docs/scale.md.
+
+"""
 
 
 def init(arguments: Sequence[str]) -> None:
@@ -147,6 +155,18 @@ def config(arguments: Sequence[str]) -> None:
     program = next((item.partition("=")[2] for item in arguments if item.startswith("--program=")), None)
     overrides = [item for item in arguments[1:] if item != "--all" and not item.startswith("--program=")]
     show_config(arguments[0], overrides, program, every="--all" in arguments)
+
+
+def plan(arguments: Sequence[str]) -> None:
+    """``spin plan CONFIG.yaml``: print what every stage of a run will need."""
+    from spin.alignment.core.flags import parser_of
+    from spin.alignment.pipeline.planning.options import PlanOptions
+
+    if is_help(arguments, PLAN_USAGE + parser_of(PlanOptions, "spin plan").format_help().partition("\n\n")[2]):
+        return
+    from spin.alignment.pipeline.plan import show_plan
+
+    show_plan(arguments[0], arguments[1:])
 
 
 def status(arguments: Sequence[str]) -> None:
@@ -273,6 +293,7 @@ COMMANDS = {
     "export": export,
     "run": run,
     "config": config,
+    "plan": plan,
     "status": status,
     "report": report,
     "serve": serve,

@@ -13,8 +13,16 @@ from spin.alignment.training.renamed_keys import rename_keys
 from tests.helpers import REPOSITORY
 
 CONFIGS = REPOSITORY / "configs"
-LAUNCH = ["cpu", "multi_gpu", "deepspeed_zero2", "deepspeed_zero3", "deepspeed_zero3_cpu", "fsdp2"]
-RUNS = ["demo", "zephyr_7b", "tspin_zephyr_7b"]
+LAUNCH = [
+    "cpu",
+    "multi_gpu",
+    "deepspeed_zero2",
+    "deepspeed_zero3",
+    "deepspeed_offload",
+    "deepspeed_zero3_cpu",
+    "fsdp2",
+]
+RUNS = ["demo", "zephyr_7b", "spin_70b", "tspin_zephyr_7b"]
 PAPER = ["config", "config_iter1", "config_iter2", "config_iter3"]
 
 

@@ -1,0 +1,1 @@
+"""What a run will need, computed from its configuration before anything is started (`spin plan`)."""
