@@ -110,7 +110,7 @@ def test_an_import_that_fails_leaves_nothing(gguf, tmp_path, monkeypatch):
     def fail(*_: object) -> None:
         raise RuntimeError("differs")
 
-    monkeypatch.setattr(gguf_import, "_check_same", fail)
+    monkeypatch.setattr(gguf_import, "check_saved", fail)
     code, _, error = run_main(main, "import-gguf", gguf, tmp_path / "out")
     assert code == 1 and "RuntimeError: differs" in error
     assert list(tmp_path.iterdir()) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -278,19 +279,29 @@ def children(tmp_path_factory, folder) -> ChildPrograms:
     return children
 
 
+def logged(children, name: str) -> list[str]:
+    """Return what a stage has written to its log, without the time at the start of every line."""
+    stamped = [
+        re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (.*)", line)
+        for line in children.log_path(name).read_text().splitlines()[1:]
+    ]
+    assert all(stamped)
+    return [line[1] for line in stamped]
+
+
 def test_stages_have_the_mark_of_the_run_and_one_thread(folder, children):
     show = (
         f"import os; print(os.environ[{RUN_VARIABLE!r}], os.environ['OMP_NUM_THREADS'], os.environ['PYTHONUNBUFFERED'])"
     )
     assert children.run("show", write(folder, show)) == 0
-    assert children.log_path("show").read_text().splitlines()[1:] == [f"{children.run_dir} 1 1"]
+    assert logged(children, "show") == [f"{children.run_dir} 1 1"]
     assert children.starter.problem is None
 
 
 def test_much_output_comes_in_order(folder, children, capfd):
     talk = "import sys\nfor i in range(4000):\n    (sys.stdout, sys.stderr)[i % 2].write(f'{i:050d}\\n')\n"
     assert children.run("talk", write(folder, talk)) == 0
-    lines = children.log_path("talk").read_text().splitlines()[1:]
+    lines = logged(children, "talk")
     assert lines == [f"{i:050d}" for i in range(4000)]
     assert capfd.readouterr().out.splitlines() == [f"[talk] {line}" for line in lines]
 

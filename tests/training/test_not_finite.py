@@ -97,7 +97,7 @@ def test_a_log_prob_of_minus_infinity_stops_even_where_the_loss_is_finite():
     from spin.alignment.training.objective import PairObjective
 
     loss = find_loss("hinge")
-    args = SimpleNamespace(loss=loss, loss_arguments={"beta": 1.0}, nll_weight=0.0)
+    args = SimpleNamespace(loss=loss, loss_arguments={"beta": 1.0}, nll_weight=0.0, sampled_sides=())
     objective = PairObjective(args, SimpleNamespace(value=0.0))
     policy = torch.tensor([[0.0], [0.0], [-math.inf], [-1.0]])  # two chosen, two rejected responses of one token
     inputs = LossInputs(policy, torch.zeros(4, 1), torch.ones(4, 1, dtype=torch.bool))

@@ -33,7 +33,7 @@ def test_the_best_epoch_is_saved(tiny_model, tmp_path):
     assert chosen["value"] == min(losses.values()) == pytest.approx(metrics["final"]["eval_loss"], rel=1e-4)
     assert f"saving the weights of step {chosen['step']}: loss" in out
     saved = load_file(tmp_path / "out" / "model.safetensors")
-    best = load_file(tmp_path / "out" / f"checkpoint-{chosen['step']}" / "model.safetensors")
+    best = load_file(tmp_path / "out" / "checkpoints" / f"checkpoint-{chosen['step']}" / "model.safetensors")
     assert all(bool((weight == best[name]).all()) for name, weight in saved.items())
 
 

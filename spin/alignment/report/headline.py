@@ -50,7 +50,7 @@ def headline(
 
 def _wins(best: dict[str, Any]) -> str:
     """Return the win rate against the start as the end of a sentence; empty without one."""
-    if "win_rate" not in best:
+    if best.get("win_rate") is None:
         return ""
     low, high = best.get("win_rate_interval", (best["win_rate"],) * 2)
     half = f" ± {(high - low) / 2:.1%}"

@@ -98,7 +98,7 @@ def of_comparison(row: Row, start: Row) -> Iterator[str]:
     """Yield what the comparison of a model with the start shows: ties, wins by length, and signs of reward hacking."""
     if row.get("tie_rate", 0.0) > TIE_RATE:
         yield f"{row['tie_rate']:.0%} of the comparisons with SFT are ties: the win rate says little"
-    if "win_rate" in row and row["win_rate"] - row["lc_win_rate"] > LENGTH_SHARE:
+    if row.get("win_rate") is not None and row["win_rate"] - row["lc_win_rate"] > LENGTH_SHARE:
         yield (
             f"its win rate of {row['win_rate']:.1%} against SFT is {row['lc_win_rate']:.1%} at equal lengths: it owes much to "
             "longer responses"
