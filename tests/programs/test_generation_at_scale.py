@@ -106,7 +106,8 @@ def test_every_prompt_and_sample_is_there_once(undisturbed, setting, tmp_path):
 
 @pytest.mark.parametrize("seed", range(2))
 def test_fifty_kills_lose_nothing_and_repeat_nothing(setting, undisturbed, tmp_path, seed):
-    outcome = storm(setting, tmp_path, delay=0.01, processes=3, kills=50, seed=seed)
+    # Long enough for all of the kills to come while there is work to do.
+    outcome = storm(setting, tmp_path, delay=0.1, processes=3, kills=50, seed=seed)
     assert outcome["kills"] >= 50 and set(outcome["codes"]) == {0}
     assert contents(tmp_path) == undisturbed
     assert generate(setting, tmp_path)[0] == 0  # the last kill may have come while the folder was cleared

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from spin.alignment.training import run
+from spin.alignment.training.described import Described
 from spin.alignment.training.program import TrainingData, TrainingJob, TrainingProgram
 
 
@@ -24,6 +25,9 @@ class Recorded(TrainingProgram):
 
     def describe_data(self, data):
         return []
+
+    def describe(self, settings):
+        return Described("Recorded", (), (), ())
 
     def data_key(self, job):
         return "data"
@@ -44,6 +48,7 @@ class Recorded(TrainingProgram):
                 is_main_process=True, wait_for_everyone=lambda: None, end_training=lambda: self.calls.append("end")
             ),
             add_callback=lambda callback: None,
+            args=SimpleNamespace(load_best_model_at_end=False),
             state=SimpleNamespace(global_step=7, log_history=[{"loss": 0.25}]),
         )
 
@@ -74,8 +79,9 @@ def test_a_finished_training_is_left_alone_and_its_metrics_are_those_of_the_prog
     program = Recorded()
     monkeypatch.setattr(run, "load_policy", lambda settings: program.calls.append("load_policy"))
     monkeypatch.setattr(run, "save_policy", save)
+    monkeypatch.setattr(run, "write_model_card", lambda program, job, metrics: program.calls.append("card"))
     run.run_job(program, job)
-    assert program.calls == ["open", "load_policy", "make_trainer", "end", "close"]
+    assert program.calls == ["open", "load_policy", "make_trainer", "card", "end", "close"]
     written = json.loads((job.settings.output_dir / "metrics.json").read_text())
     assert (written["steps"], written["train_loss"], written["rows"]) == (7, 0.5, {"train": 3})
     assert written["save_dtype"] == "float32"
