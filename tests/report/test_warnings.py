@@ -32,7 +32,7 @@ def policy(iteration=0, **facts):
     ("quiet", "loud", "sentence"),
     [
         ({"repetition_rate": 0.14}, {"repetition_rate": 0.16}, "repeated 4-grams rose from 10.0% to 16.0%"),
-        ({"distinct_2": 0.41}, {"distinct_2": 0.39}, "distinct-2 fell from 0.500 to 0.390"),
+        ({"distinct_2": 0.41}, {"distinct_2": 0.39}, "distinct-2 is 0.390, SFT's at least 0.500"),
         ({"mean_length": 11.9}, {"mean_length": 12.1}, "mean length moved from 10.0 to 12.1"),
         ({"tie_rate": 0.5}, {"tie_rate": 0.6}, "60% of the comparisons with SFT are ties"),
         ({"win_rate": 0.6, "lc_win_rate": 0.51}, {"win_rate": 0.6, "lc_win_rate": 0.48}, "60.0% against SFT is 48.0%"),
@@ -111,3 +111,10 @@ def test_graded_scores_give_win_rates_and_exact_ones_do_not(tmp_path):
         write_evaluation(tmp_path / name, {1.0: share(10, 5)}, [1.0] * 10, [4] * 10)
     add_win_rates(exact, {name: read_responses(tmp_path / name / "eval.parquet") for name in "ab"})
     assert "win_rates" not in exact[1]
+
+
+def test_a_model_that_only_becomes_surer_loses_no_vocabulary():
+    start = START | {"greedy_distinct_2": 0.3}  # what it says without sampling's odd tokens
+    assert not [line for line in warnings([start, policy(distinct_2=0.25)]) if "distinct" in line]
+    (line,) = [line for line in warnings([start, policy(distinct_2=0.23)]) if "distinct" in line]
+    assert "distinct-2 is 0.230, SFT's at least 0.300" in line

@@ -167,6 +167,7 @@ def evaluation_row(evaluation: dict[str, Any]) -> dict[str, Any]:
     shown = evaluation["temperatures"].get("1") or next(iter(evaluation["temperatures"].values()))
     for name in ("mean_length", "truncation_rate", "finished_rate", "repetition_rate", "distinct_1", "distinct_2"):
         row |= estimate(name, shown, name)
+    row |= estimate("greedy_distinct_2", evaluation["temperatures"].get("0", {}), "distinct_2")
     for scores in evaluation["temperatures"].values():
         row |= {key: value for key, value in scores.items() if key.startswith(REPEATED) and key not in row}
     for name in ("win_rates", "tasks"):
