@@ -90,8 +90,8 @@ def of_responses(row: Row, start: Row) -> Iterator[str]:
     diversity = min((start[key] for key in ("distinct_2", "greedy_distinct_2") if key in start), default=None)
     if diversity and row.get("distinct_2", diversity) < (1 - DISTINCT_FALL) * diversity:
         yield (
-            f"distinct-2 is {row['distinct_2']:.3f}, SFT's at least {diversity:.3f}: its vocabulary collapses, raise beta or stop "
-            "earlier"
+            f"distinct-2 is {row['distinct_2']:.3f}, SFT's at least {diversity:.3f}: its vocabulary collapses, raise beta or "
+            "stop earlier"
         )
 
 
