@@ -1,6 +1,6 @@
 # A GPU image with the pinned packages of setup.py, and `spin` as its entry point, run as a user without privileges.
 #   docker build -t selfplay-spin .
-#   docker run --gpus all --ipc host -v "$PWD:/work" selfplay-spin run configs/zephyr_7b.yaml
+#   docker run --gpus all --ipc host -v "$PWD:/workspace" selfplay-spin run configs/zephyr_7b.yaml
 # The driver of the host must support the CUDA version of the base image. Models and data are mounted, never part of the image.
 FROM nvidia/cuda:13.0.2-runtime-ubuntu24.04
 
@@ -11,9 +11,9 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 
 # Ubuntu 24.04 has a user `ubuntu` with the id 1000, which most hosts give their first user.
-RUN userdel --remove ubuntu && useradd --uid 1000 --create-home spin && mkdir /opt/spin /work && chown spin /opt/spin /work
+RUN userdel --remove ubuntu && useradd --uid 1000 --create-home spin && mkdir /opt/spin /workspace && chown spin /opt/spin /workspace
 USER spin
-ENV VIRTUAL_ENV=/opt/spin/venv HF_HOME=/work/.cache/huggingface
+ENV VIRTUAL_ENV=/opt/spin/venv HF_HOME=/workspace/.cache/huggingface
 ENV PATH=$VIRTUAL_ENV/bin:$PATH PIP_NO_CACHE_DIR=1 PYTHONUNBUFFERED=1
 RUN python3 -m venv "$VIRTUAL_ENV"
 
@@ -25,6 +25,6 @@ COPY --chown=spin . /opt/spin/source
 ARG EXTRAS=vllm,deepspeed,peft,math,ifeval,gguf
 RUN pip install "/opt/spin/source[$EXTRAS]"
 
-WORKDIR /work
+WORKDIR /workspace
 ENTRYPOINT ["spin"]
 CMD ["--help"]

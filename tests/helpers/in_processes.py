@@ -24,6 +24,7 @@ from spin.alignment.training.online.config import OnlineConfig
 from spin.alignment.training.online.trainer import OnlineTrainer
 from spin.alignment.training.sft import SFTArguments
 from spin.alignment.training.sft_trainer import GroundTruthTrainer
+from tests.helpers.forked import end_with
 
 # (processes, batch size per process and step, accumulation, evaluation batch): steps of 6 rows, of which 7 do not make a whole
 # number; 5 held-out rows do not divide either.
@@ -138,18 +139,7 @@ def fork_all(kind: str, model: str, folder: Path, run: tuple[int, int, int, int]
                 names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": run[0], "MASTER_PORT": port}
                 os.environ |= {name: str(value) for name, value in names.items()} | {"MASTER_ADDR": "127.0.0.1"}
             torch.set_num_threads(1)
-            code = 1
-            try:
-                train_one(kind, model, folder, run)
-                code = 0
-            except BaseException:
-                import traceback
-
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code)
+            end_with(lambda: train_one(kind, model, folder, run))
         children.append(child)
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     if any(codes):

@@ -22,6 +22,7 @@ from transformers import TrainerCallback
 from spin import run_online
 from spin.alignment.training.online import trainer
 from tests.helpers import fsdp_on_cpu
+from tests.helpers.forked import end_with
 
 _PROCESSES = 2
 
@@ -80,18 +81,7 @@ def fork_all(kind: str, config: str, kill_after: int) -> None:
             os.environ |= environment | {name: str(value) for name, value in names.items()}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
             torch.set_num_threads(1)
-            code = 1
-            try:
-                train(kind, config, kill_after)
-                code = 0
-            except BaseException:
-                import traceback
-
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code)
+            end_with(lambda: train(kind, config, kill_after))
         children.append(child)
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     if codes != [-signal.SIGKILL if kill_after else 0] * _PROCESSES:

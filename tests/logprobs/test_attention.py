@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 
+from benchmarks.gpu.kernels import naive_attention
 from spin.alignment.core.errors import InputError
 from spin.alignment.logprobs.attention import (
     KERNELS,
@@ -25,20 +26,6 @@ from tests.logprobs.test_packed_rows import PAIRS, tiny
 def layouts() -> list[PackedLayout]:
     trees = (Tree(3, (4, 2)), Tree(1, (1, 5)), Tree(6, (2,)), Tree(2, (3, 3, 1)))
     return [PackedLayout(trees, torch.device("cpu"))]
-
-
-def naive_attention(query, key, value, layout: PackedLayout, call: AttentionCall) -> torch.Tensor:
-    trees, branches, positions = layout.token_marks
-    distance = positions[:, None] - positions
-    seen = (trees[:, None] == trees) & ((branches == 0) | (branches[:, None] == branches)) & (distance >= 0)
-    if call.window is not None:
-        seen &= distance < call.window
-    groups = query.shape[1] // key.shape[1]
-    scores = query @ key.repeat_interleave(groups, 1).transpose(2, 3) * call.scaling
-    if call.softcap is not None:
-        scores = torch.tanh(scores / call.softcap) * call.softcap
-    weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
-    return (weights @ value.repeat_interleave(groups, 1)).transpose(1, 2)
 
 
 def emulated_varlen(query, key, value, queries, keys, max_q, max_k, *, scale, window_size, enable_gqa):

@@ -70,7 +70,7 @@ def test_cards_name_no_folders_of_the_machine():
     assert list(names.values()) == ["iter0/pairs", "iter1/pairs"]
     values = {
         "dataset_mixer": {"/data/runs/a/iter0/pairs": 1.0},
-        "deepspeed": "/home/me/zero.json",
+        "deepspeed": "/data/zero.json",
         "optim": "adamw_torch",
     }
     assert portable(values, names) == {

@@ -77,8 +77,8 @@ const charts = (() => {
     const ends = series.flatMap((item) => item.intervals ?? []).filter(Boolean).flat();
     let [least, most] = [Math.min(low ?? 0, ...ends), Math.max(high ?? 1, ...ends)];
     if (least > 0 && least < 0.4 * most) least = 0;
-    const room = (most - least || Math.abs(most) || 1) * 0.08;
-    return [least === 0 ? 0 : least - room, most + room];
+    const margin = (most - least || Math.abs(most) || 1) * 0.08;
+    return [least === 0 ? 0 : least - margin, most + margin];
   }
 
   function drawIntervals(plot, series) {
