@@ -43,7 +43,7 @@ def test_there_are_300_different_tasks_in_plain_sentences():
 
 def test_the_rows_and_their_instructions(splits):
     groups = {name: [row for row in splits["test"] if row["group"] == name] for name in (PROMPTS, KINDS)}
-    assert len(splits["train"]) >= 600 and len(groups[PROMPTS]) >= 120 and len(groups[KINDS]) >= 80
+    assert len(splits["train"]) >= 600 and len(groups[PROMPTS]) >= 240 and len(groups[KINDS]) >= 60
     assert kinds(splits["train"]) == kinds(groups[PROMPTS]) == set(TRAINED)
     assert kinds(groups[KINDS]) == set(HELD_OUT) and not set(TRAINED) & set(HELD_OUT)
     for row in [*splits["train"], *splits["test"]]:

@@ -124,10 +124,12 @@ def test_a_checkpoint_whose_state_is_damaged_is_named_like_any_other(killed: Pat
     assert (kept / "checkpoint-4.damaged").is_dir() and not (kept / "checkpoint-3").exists()
 
 
-def test_json_of_another_kind_is_damage(killed: Path) -> None:
+@pytest.mark.parametrize("content", ["[1]", '{"loss": "low"}', '{"rows": null}', '{"loss": NaN}', '{"rows": true}'])
+def test_json_of_another_kind_is_damage(killed: Path, content: str) -> None:
     checkpoint = killed / "out" / "checkpoint-4"
     (checkpoint / HASHES_FILE).unlink()
-    (checkpoint / "run_sums.json").write_text("[1]")
+    assert damaged_part(checkpoint) is None
+    (checkpoint / "run_sums.json").write_text(content)
     assert damaged_part(checkpoint) == "run_sums.json"
 
 

@@ -20,6 +20,7 @@ from spin.alignment.models.weights_check import read_header
 from spin.alignment.training.live_step import PROGRESS_FILE
 from spin.alignment.training.settings import INPUTS_FILE, Settings, without_paths
 from spin.alignment.training.trackers.base import RECORD_FILE
+from spin.alignment.training.watched_steps import SUMS_FILE, are_sums
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -212,7 +213,8 @@ def damaged_part(checkpoint: Path) -> str | None:
             if path.suffix == ".safetensors":
                 read_header(path)
             elif path.suffix == ".json":
-                if not isinstance(read_json(path), dict):
+                content = read_json(path)
+                if not isinstance(content, dict) or (path.name == SUMS_FILE and not are_sums(content)):
                     return path.name
             elif path.suffix in (".pt", ".pth", ".bin") and path.name != "training_args.bin":
                 with zipfile.ZipFile(path) as file:

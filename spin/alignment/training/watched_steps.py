@@ -20,6 +20,11 @@ SUMS_FILE = "run_sums.json"
 _OVERFLOWS_ALLOWED = 20
 
 
+def are_sums(content: Mapping[str, Any]) -> bool:
+    """Return whether the content of a checkpoint's ``run_sums.json`` is what was written there: finite numbers only."""
+    return all(type(value) in (int, float) and math.isfinite(value) for value in content.values())
+
+
 class WatchedSteps(Trainer):
     """A Trainer that stops before a number that is not finite is used, with the rows that caused it saved (``failed-step-N``).
 

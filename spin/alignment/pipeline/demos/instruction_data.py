@@ -18,7 +18,7 @@ from spin.alignment.pipeline.demos.instruction_phrases import HELD_OUT, TRAINED,
 
 SEED = 20261128
 TRAINING_TASKS, TRAINING_ROWS = 220, 640
-HELD_OUT_ROWS, ROWS_OF_EACH_KIND = 120, 11
+HELD_OUT_ROWS, ROWS_OF_EACH_KIND = 240, 8
 # The share of the rows with two instructions.
 TWO_INSTRUCTIONS = 0.3
 PROMPTS, KINDS = "held-out prompts", "held-out kinds"

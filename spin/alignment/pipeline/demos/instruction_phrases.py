@@ -24,6 +24,8 @@ class Phrases:
     genres: Sequence[str] = ()
 
 
+# Training on pairs of the model's own responses can only strengthen what the model sometimes does: these are the kinds that
+# SmolLM2-135M-Instruct follows in some responses. It never wrote in capital letters, in quotation marks or with a given ending.
 TRAINED: dict[str, Phrases] = {
     "no_commas": Phrases(
         ("Do not use any commas.", "Avoid commas in your whole answer.", "Your answer must not contain a comma."),
@@ -37,21 +39,9 @@ TRAINED: dict[str, Phrases] = {
         ),
         theme="marks",
     ),
-    "lower_case": Phrases(
-        (
-            "Write everything in lower case.",
-            "Use only lowercase letters.",
-            "Do not use any capital letters.",
-            "Your whole answer should be in lowercase letters.",
-        ),
-        theme="case",
-    ),
-    "upper_case": Phrases(
-        ("Write everything in capital letters.", "Use only capital letters.", "Answer in all caps."), theme="case"
-    ),
     "at_most_words": Phrases(
         ("Use at most {count} words.", "Answer in no more than {count} words.", "Keep it to {count} words or fewer."),
-        {"count": (12, 15, 20, 25)},
+        {"count": (12, 15, 20, 25, 30)},
         theme="length",
     ),
     "at_least_words": Phrases(
@@ -60,7 +50,7 @@ TRAINED: dict[str, Phrases] = {
             "Write no fewer than {count} words.",
             "Your answer needs {count} words or more.",
         ),
-        {"count": (20, 25, 30)},
+        {"count": (20, 25, 30, 40)},
         theme="length",
     ),
     "sentences": Phrases(
@@ -72,15 +62,6 @@ TRAINED: dict[str, Phrases] = {
         {"count": (2, 3)},
         theme="length",
     ),
-    "bullets": Phrases(
-        (
-            "Answer with exactly {count} bullet points, each on a line that starts with a hyphen.",
-            'Use {count} bullet points such as "- This is a point."',
-            "Write exactly {count} bullet points and nothing else.",
-        ),
-        {"count": (2, 3, 4)},
-        theme="form",
-    ),
     "numbered_list": Phrases(
         (
             "Answer with a numbered list of {count} items.",
@@ -88,41 +69,6 @@ TRAINED: dict[str, Phrases] = {
             "Number your {count} points 1, 2 and so on.",
         ),
         {"count": (2, 3)},
-        theme="form",
-    ),
-    "quoted": Phrases(
-        (
-            "Put your entire answer in double quotation marks.",
-            "Wrap the whole answer in double quotation marks.",
-            "Start and end your answer with a double quotation mark.",
-        ),
-        theme="form",
-    ),
-    "title": Phrases(
-        (
-            "Begin with a title on a line of its own, written like {opening}title{closing}.",
-            "The first line must be a title in this form: {opening}title{closing}.",
-            "Give your answer a title, wrapped as in {opening}my title{closing}, on the first line.",
-        ),
-        {"opening": ("[[",), "closing": ("]]",)},
-        theme="form",
-    ),
-    "ends_with": Phrases(
-        (
-            'End your answer with exactly these words: "{text}"',
-            'Finish with the exact words "{text}" and write nothing after them.',
-            'The last words of your answer must be "{text}"',
-        ),
-        {
-            "text": (
-                "That is all.",
-                "I hope this helps.",
-                "Have a nice day!",
-                "Any other questions?",
-                "Take care!",
-                "The end.",
-            )
-        },
         theme="form",
     ),
     "includes": Phrases(
@@ -143,6 +89,16 @@ TRAINED: dict[str, Phrases] = {
                 "careful",
                 "market",
                 "blue",
+                "garden",
+                "music",
+                "journey",
+                "winter",
+                "honest",
+                "bridge",
+                "lucky",
+                "gentle",
+                "famous",
+                "hidden",
             )
         },
         theme="words",
@@ -211,11 +167,9 @@ HELD_OUT: dict[str, Phrases] = {
 CONFLICTS: frozenset[frozenset[str]] = frozenset(
     frozenset(pair)
     for pair in (
-        ("case", "ends_with"),
         ("sentences", "form"),
         ("no_digits", "numbered_list"),
         ("at_most_words", "form"),
-        ("no_commas", "ends_with"),
         ("excludes", "form"),
     )
 )
