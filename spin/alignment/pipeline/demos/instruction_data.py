@@ -17,7 +17,7 @@ from spin.alignment.pipeline.demos.everyday_tasks import tasks
 from spin.alignment.pipeline.demos.instruction_phrases import HELD_OUT, TRAINED, Phrases, go_together
 
 SEED = 20261128
-TRAINING_TASKS, TRAINING_ROWS = 220, 640
+TRAINING_TASKS, TRAINING_ROWS = 220, 768
 HELD_OUT_ROWS, ROWS_OF_EACH_KIND = 240, 8
 # The share of the rows with two instructions.
 TWO_INSTRUCTIONS = 0.3

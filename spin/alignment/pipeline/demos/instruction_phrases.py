@@ -25,18 +25,11 @@ class Phrases:
 
 
 # Training on pairs of the model's own responses can only strengthen what the model sometimes does: these are the kinds that
-# SmolLM2-135M-Instruct follows in some responses. It never wrote in capital letters, in quotation marks or with a given ending.
+# SmolLM2-135M-Instruct follows in some responses, and not in most. It never wrote in capital letters, in quotation marks or
+# with a given ending, and hardly ever used digits.
 TRAINED: dict[str, Phrases] = {
     "no_commas": Phrases(
         ("Do not use any commas.", "Avoid commas in your whole answer.", "Your answer must not contain a comma."),
-        theme="marks",
-    ),
-    "no_digits": Phrases(
-        (
-            "Do not use any digits.",
-            "Write numbers as words and use no digits.",
-            "No digits are allowed in your answer.",
-        ),
         theme="marks",
     ),
     "at_most_words": Phrases(
@@ -109,7 +102,16 @@ TRAINED: dict[str, Phrases] = {
             "Avoid the words {words}.",
             "Your answer must not contain any of the words {words}.",
         ),
-        {"words": (["the", "very"], ["is", "good"], ["can", "and"], ["you", "it"], ["a", "of"])},
+        {
+            "words": (
+                ["you", "your"],
+                ["can", "will"],
+                ["that", "this"],
+                ["it", "its"],
+                ["very", "also"],
+                ["for", "with"],
+            )
+        },
         theme="words",
     ),
 }
@@ -168,7 +170,6 @@ CONFLICTS: frozenset[frozenset[str]] = frozenset(
     frozenset(pair)
     for pair in (
         ("sentences", "form"),
-        ("no_digits", "numbered_list"),
         ("at_most_words", "form"),
         ("excludes", "form"),
     )
