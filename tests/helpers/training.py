@@ -12,6 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from spin.alignment.core.content_hash import HASHES_FILE, lacks_hashes
 from tests.helpers import run_command
 
 WORDS = ["red", "green", "blue", "seven", "eleven", "a longer answer here"]
@@ -100,6 +101,11 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def metrics(folder: Path) -> dict:
     return json.loads((folder / "metrics.json").read_text())
+
+
+def is_saved(checkpoint: Path) -> bool:
+    """Return whether a checkpoint is complete, with its hashes, and will be resumed from."""
+    return (checkpoint / HASHES_FILE).exists() and not lacks_hashes(checkpoint)
 
 
 def late_margin(record: dict) -> float:

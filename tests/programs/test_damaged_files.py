@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -10,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from spin import run_online, run_spin
-from spin.alignment.core.content_hash import HASHES_FILE
+from spin.alignment.core.content_hash import HASHES_FILE, begin_hashes, lacks_hashes, write_hashes
+from spin.alignment.training import watched_steps
 from spin.alignment.training.output_dir import damaged_part
 from spin.generate import main as generate
 from tests.helpers import flipped, run_main
@@ -170,9 +172,63 @@ def test_a_damaged_reference_of_a_resumed_run_is_never_used(killed: Path) -> Non
     flip(store, 0.8)
     code, _, err = run_main(run_spin.main, killed / "c.yaml")
     assert code == 2
-    assert f"{store} is damaged: computed again" not in err.splitlines()[-1]
-    assert "a resumed run cannot compute it" in err
+    assert "computed again" not in err and "a resumed run cannot compute it" in err
+    assert store.exists()  # its owner may be able to restore it
     assert f"reference_dir: {store.parent}" in err
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.6, 0.9])
+def test_damaged_inputs_are_not_taken_for_those_of_another_run(killed: Path, share: float) -> None:
+    record = killed / "out" / "inputs.json"
+    flip(record, share)
+    code, _, err = run_main(run_spin.main, killed / "c.yaml")
+    assert code == 2 and err.count("error: ") == 1
+    assert f"{record} is damaged: it says which training run the folder belongs to" in err
+
+
+def test_a_checkpoint_whose_hashes_were_not_written_is_not_used(killed: Path, trained: Path) -> None:
+    """Killed before the hashes, so that nothing says whether its files are what was written."""
+    out = killed / "out"
+    begin_hashes(out / "checkpoint-4")
+    flip(out / "checkpoint-4" / "model.safetensors")
+    code, said, err = run_main(run_spin.main, killed / "c.yaml")
+    assert code == 0, err
+    assert f"resuming from {out / 'checkpoint-2'}" in said
+    assert difference(out, trained / "out") == 0.0
+
+
+def test_a_damaged_first_loss_does_not_end_a_training(killed: Path) -> None:
+    (killed / "out" / "first_loss.json").write_text("0.7931\n")
+    code, _, err = run_main(run_spin.main, killed / "c.yaml")
+    assert code == 0, err
+    assert "metrics.json has no first_loss: " in err and "first_loss.json is missing or damaged" in err
+    assert json.loads((killed / "out" / "metrics.json").read_text())["first_loss"] is None
+
+
+def test_an_older_checkpoint_is_deleted_only_once_the_new_one_has_its_hashes(
+    tiny_model: Path,
+    pairs: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def killed_at_the_second(folder: Path) -> None:
+        if folder.name == "checkpoint-2":
+            raise KeyboardInterrupt
+        write_hashes(folder)
+
+    monkeypatch.setattr(watched_steps, "write_hashes", killed_at_the_second)
+    config = write_config(
+        tmp_path / "c.yaml", tiny_model, pairs, max_steps=3, save_strategy="steps", save_steps=1, save_total_limit=1
+    )
+    with contextlib.suppress(KeyboardInterrupt):
+        run_main(run_spin.main, config)
+    out = tmp_path / "out"
+    assert damaged_part(out / "checkpoint-1") is None and lacks_hashes(out / "checkpoint-2")
+    monkeypatch.undo()
+    code, said, err = run_main(run_spin.main, config)
+    assert code == 0, err
+    assert f"resuming from {out / 'checkpoint-1'}" in said
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["checkpoint-3"]
 
 
 @pytest.mark.slow

@@ -27,6 +27,7 @@ from spin.alignment.pipeline.runner import Pipeline
 from spin.alignment.pipeline.start_programs import PLAIN_STARTS_VARIABLE
 from tests.helpers import REPOSITORY, program_environment, run_main
 from tests.helpers.runs import TRAINING, tiny_run, write_config
+from tests.helpers.training import is_saved
 
 pytestmark = pytest.mark.slow
 
@@ -142,14 +143,6 @@ def kill_when(config: Path, condition: Callable[[], bool], with_children: bool) 
         os.kill(pid, signal.SIGKILL)
 
 
-def is_json(path: Path) -> bool:
-    """The Trainer writes its state last: a checkpoint with a whole state is complete."""
-    try:
-        return bool(json.loads(path.read_text()))
-    except (OSError, ValueError):
-        return False
-
-
 def is_running(run_dir: Path, stage: str) -> bool:
     path = run_dir / "manifest.json"
     return path.exists() and json.loads(path.read_text())["stages"].get(stage, {}).get("state") == "running"
@@ -173,7 +166,7 @@ def test_killed_in_each_stage_and_moved_and_run_again_ends_with_the_same_bytes(t
     kill_when(config, lambda: any(parts.glob("*/part-*.parquet")), with_children=False)
     kill_when(config, lambda: is_running(run_dir, "iter0/convert"), with_children=True)
     checkpoint = run_dir / "iter0" / "checkpoint"
-    kill_when(config, lambda: is_json(checkpoint / "checkpoint-5" / "trainer_state.json"), with_children=True)
+    kill_when(config, lambda: is_saved(checkpoint / "checkpoint-5"), with_children=True)
     # The run is moved in the middle of a training, and everything is spelled in another way.
     run_dir, model, data = run_dir.rename(tmp_path / "2026-11-28 [moved]"), tmp_path / "start", tmp_path / "rows"
     model.symlink_to(undisturbed / "sft" / "checkpoint")

@@ -15,7 +15,7 @@ import yaml
 from spin import run_spin
 from spin.alignment.core.content_hash import sealed_file
 from tests.helpers import REPOSITORY, program_environment, run_main, run_script, save_tiny_model
-from tests.helpers.training import difference, metrics, train, weights, write_config
+from tests.helpers.training import difference, is_saved, metrics, train, weights, write_config
 
 
 def test_training_moves_apart_what_it_should(reference_run, tiny_model):
@@ -68,7 +68,7 @@ def test_killed_and_resumed_gives_the_same_weights(reference_run, tiny_model, pa
         command, cwd=REPOSITORY, env=program_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     out, deadline = tmp_path / "out", time.monotonic() + 120
-    while not (out / "checkpoint-3" / "trainer_state.json").exists() and time.monotonic() < deadline:
+    while not is_saved(out / "checkpoint-3") and time.monotonic() < deadline:
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()

@@ -105,4 +105,5 @@ def test_how_libraries_say_that_the_disk_is_full():
             raise RuntimeError("could not save") from error
     except RuntimeError as error:
         assert is_disk_full(error)
+    assert is_disk_full(RuntimeError("basic_ios::clear: iostream error"))
     assert not is_disk_full(OSError(13, "Permission denied")) and not is_disk_full(ValueError("unexpected"))

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from spin.alignment.core.checked_json import read_checked_json
 from spin.alignment.training import run
 from spin.alignment.training.described import Described
 from spin.alignment.training.program import TrainingData, TrainingJob, TrainingProgram
@@ -85,7 +86,7 @@ def test_a_finished_training_is_left_alone_and_its_metrics_are_those_of_the_prog
     written = json.loads((job.settings.output_dir / "metrics.json").read_text())
     assert (written["steps"], written["train_loss"], written["rows"]) == (7, 0.5, {"train": 3})
     assert written["save_dtype"] == "float32"
-    assert json.loads((job.settings.output_dir / "inputs.json").read_text()) == {"model": "weights", "data": "data"}
+    assert read_checked_json(job.settings.output_dir / "inputs.json", "") == {"model": "weights", "data": "data"}
     program.calls.clear()
     run.run_job(program, job)
     assert program.calls == [] and "is already complete" in capsys.readouterr().out

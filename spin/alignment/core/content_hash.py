@@ -15,10 +15,11 @@ from typing import BinaryIO
 import xxhash
 
 from spin.alignment.core.errors import InputError
-from spin.alignment.core.files import atomic_file, read_json, remove_files, write_json_atomic
+from spin.alignment.core.files import atomic_file, read_json, remove_files, write_json_atomic, write_text_atomic
 
 _CHUNK = 2**22
 HASHES_FILE = "hashes.json"
+_WRITING = '"the files are still being written"\n'
 
 
 def content_hash(path: Path) -> str:
@@ -65,6 +66,18 @@ def remove_sealed(paths: Iterable[Path]) -> None:
     """Remove files and their seals, ignoring those that do not exist."""
     for path in list(paths):  # ``paths`` may be a glob that is still reading the folder
         remove_files([path, seal_path(path)])
+
+
+def begin_hashes(folder: Path) -> None:
+    """Mark a folder, which is created if needed, as being written, until :func:`write_hashes`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text_atomic(folder / HASHES_FILE, _WRITING)
+
+
+def lacks_hashes(folder: Path) -> bool:
+    """Return whether a folder was being written when its process ended (see :func:`begin_hashes`)."""
+    path = folder / HASHES_FILE
+    return path.exists() and path.read_bytes() == _WRITING.encode()
 
 
 def write_hashes(folder: Path) -> None:

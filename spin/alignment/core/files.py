@@ -133,7 +133,10 @@ _FULL_DISK = (
     "File too large",
     "Disk quota exceeded",
 )
-_FULL_DISK_TORCH = ("PytorchStreamWriter failed writing file", "file write failed", "unexpected pos")
+_FULL_DISK_TORCH = (
+    *("PytorchStreamWriter failed writing file", "file write failed", "unexpected pos"),
+    "iostream error",  # as it writes the end of a file
+)
 
 
 def is_disk_full(error: BaseException) -> bool:

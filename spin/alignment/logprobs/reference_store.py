@@ -63,13 +63,17 @@ def key_of(table: pa.Table) -> dict[str, str]:
 
 def discard_damaged(path: Path) -> bool:
     """Remove a damaged store, so that it is computed again, and say so; return whether there is a whole one."""
-    if not path.exists():
-        return False
-    if read_table(path) is not None:
+    if is_whole(path):
         return True
-    say_error(f"{path} is damaged: computed again")
-    remove_sealed([path])
+    if path.exists():
+        say_error(f"{path} is damaged: computed again")
+        remove_sealed([path])
     return False
+
+
+def is_whole(path: Path) -> bool:
+    """Return whether a store exists and is what was written."""
+    return path.exists() and read_table(path) is not None
 
 
 class ReferenceLogps:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spin.alignment.core.checked_json import read_checked_json
 from spin.alignment.core.config import load_yaml
-from spin.alignment.core.errors import InputError
 from spin.alignment.pipeline.stages.base import Model
 
 if TYPE_CHECKING:
@@ -99,12 +99,7 @@ def _iterations(folder: Path) -> dict[int, Path]:
 
 
 def _recorded_inputs(folder: Path) -> Mapping[str, Any]:
-    from spin.alignment.core.files import read_json
-
     path = folder / "checkpoint" / "inputs.json"
     if not path.exists():
         return {}
-    inputs = read_json(path)
-    if not isinstance(inputs, dict):
-        raise InputError(f"{path} is damaged: remove {folder / 'checkpoint'} and run the script again")
-    return inputs
+    return read_checked_json(path, f"remove {folder / 'checkpoint'} and run the script again")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from spin.alignment.core.files import write_json_atomic
+from spin.alignment.core.content_hash import is_damaged, sealed_file
+from spin.alignment.core.errors import InputError
+from spin.alignment.core.files import read_json
 from spin.alignment.methods.losses import LossInputs
 
 if TYPE_CHECKING:
@@ -54,4 +57,17 @@ class FirstLoss:
         share = torch.stack(self._shares).sum().float() if self._shares else torch.zeros(())
         self.value = float(accelerator.reduce(share.to(accelerator.device), reduction="mean"))
         if step == 0 and accelerator.is_main_process:
-            write_json_atomic(self._path, self.value)
+            with sealed_file(self._path) as file:
+                file.write(f"{json.dumps(self.value)}\n".encode())
+
+
+def read_first_loss(output_dir: Path) -> float:
+    """Return the recorded loss of the first step.
+
+    Raises:
+        InputError: the file is missing or damaged.
+    """
+    path = output_dir / FIRST_LOSS_FILE
+    if not path.is_file() or is_damaged(path):
+        raise InputError(f"{path} is missing or damaged: restore it")
+    return float(read_json(path))

@@ -7,14 +7,13 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from spin.alignment.core.checked_json import read_checked_json, write_checked_json
 from spin.alignment.core.console import say_error
-from spin.alignment.core.content_hash import HASHES_FILE, damaged_file, write_hashes
+from spin.alignment.core.content_hash import HASHES_FILE, damaged_file, lacks_hashes
 from spin.alignment.core.errors import InputError
-from spin.alignment.core.files import read_json, write_json_atomic
+from spin.alignment.core.files import read_json
 from spin.alignment.models.folder import is_complete_checkpoint
 from spin.alignment.models.weights_check import read_header
 from spin.alignment.training.live_step import PROGRESS_FILE
@@ -63,16 +62,18 @@ class OutputFolder:
         return is_complete_checkpoint(self.path) and (self.path / "metrics.json").exists()
 
     def _recorded(self, record: Path) -> dict[str, Any]:
-        try:
-            found = read_json(record)
-        except InputError:
-            found = None
-        if not isinstance(found, dict):
-            raise InputError(
-                f"{record} is damaged, so it is unknown which training run the folder belongs to: remove {self.path} and run "
-                "again, or set overwrite_output_dir: true"
+        """Return the inputs of the run that the folder belongs to.
+
+        Raises:
+            InputError: the record is damaged, so that this is unknown.
+        """
+        return without_paths(
+            read_checked_json(
+                record,
+                "it says which training run the folder belongs to, so restore it; or remove it if the checkpoints there are "
+                "certainly of this run; or set overwrite_output_dir: true",
             )
-        return without_paths(found)
+        )
 
     def prepare(self, is_main: bool) -> None:
         """Record the inputs of the run and bring back checkpoints that were put away; with ``overwrite``, delete them all."""
@@ -98,7 +99,7 @@ class OutputFolder:
         # The Trainer would take an incomplete checkpoint for its latest one.
         for torn in self._checkpoints(complete=False):
             shutil.rmtree(torn)
-        write_json_atomic(self.path / INPUTS_FILE, self.inputs)
+        write_checked_json(self.path / INPUTS_FILE, self.inputs)
 
     def put_checkpoints_away(self) -> None:
         """Move the Trainer's checkpoints to ``checkpoints/``, once the model and ``metrics.json`` are written. Only in the main
@@ -190,21 +191,11 @@ def check_resume_point(wanted: str | bool | None) -> bool:
     return True
 
 
-class HashCheckpoint(TrainerCallback):
-    """Writes the content hashes of every checkpoint once all processes have written their part of it."""
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        PartialState().wait_for_everyone()
-        if args.should_save:
-            write_hashes(Path(args.output_dir) / f"checkpoint-{state.global_step}")
-        PartialState().wait_for_everyone()
-
-
 def damaged_part(checkpoint: Path) -> str | None:
     """Return which file of a checkpoint is damaged; None if all are whole.
 
-    A checkpoint without hashes (of an earlier version, or killed while they were computed) is checked as far as its files allow:
-    the headers and sizes of safetensors, the syntax of JSON, and the checksums in the files of torch.save.
+    A checkpoint without hashes (of an earlier version) is checked as far as its files allow: the headers and sizes of
+    safetensors, the syntax of JSON, and the checksums in the files of torch.save.
     """
     if (checkpoint / HASHES_FILE).exists():
         return damaged_file(checkpoint)
@@ -234,9 +225,9 @@ def _set_aside(checkpoint: Path) -> Path:
 
 
 def _was_completed(checkpoint: Path) -> bool:
-    """Return whether all of a checkpoint was written, damaged since or not: the hashes come last, after trainer_state.json."""
+    """Return whether all of a checkpoint was written, damaged since or not: the hashes come last."""
     if (checkpoint / HASHES_FILE).exists():
-        return True
+        return not lacks_hashes(checkpoint)
     try:
         read_json(checkpoint / "trainer_state.json")
     except InputError:

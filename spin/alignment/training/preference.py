@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from spin.alignment.core.cards import TAG
 from spin.alignment.core.console import say_error
 from spin.alignment.core.errors import InputError
-from spin.alignment.core.files import read_json
 from spin.alignment.data.preferences import provenance_of
 from spin.alignment.logprobs.batch import PairDataset
 from spin.alignment.logprobs.position_kl import check_can_keep_reference
@@ -16,7 +15,7 @@ from spin.alignment.models.folder import check_fits
 from spin.alignment.training.accounting import accounting
 from spin.alignment.training.config import SPINConfig
 from spin.alignment.training.described import Described, describe_function
-from spin.alignment.training.first_loss import FIRST_LOSS_FILE
+from spin.alignment.training.first_loss import read_first_loss
 from spin.alignment.training.metrics import metric_names
 from spin.alignment.training.preference_data import check_budget, data_key, largest, load_pairs
 from spin.alignment.training.program import TrainingData, TrainingJob, TrainingProgram
@@ -113,7 +112,7 @@ class PreferenceTraining(TrainingProgram):
         # The Trainer's timer includes the computation of the reference log-probs.
         runtime = result.metrics["train_runtime"] - trainer.reference_seconds
         return {
-            "first_loss": _first_loss(job.settings.output_dir / FIRST_LOSS_FILE),
+            "first_loss": _first_loss(job.settings.output_dir),
             "reference_seconds": round(trainer.reference_seconds, 2),
             "seconds_per_step": round(runtime / max(1, trainer.steps_run), 4),
             "completion_tokens": trainer.sums["completion_tokens"],
@@ -139,10 +138,10 @@ def other_generators(settings: Settings, model_key: str) -> str | None:
     )
 
 
-def _first_loss(path: Path) -> Any:
+def _first_loss(output_dir: Path) -> float | None:
     """Return the recorded first loss; None if its file is damaged, which must not end a training that is already done."""
     try:
-        return read_json(path)
+        return read_first_loss(output_dir)
     except InputError as error:
         say_error(f"metrics.json has no first_loss: {error}")
         return None

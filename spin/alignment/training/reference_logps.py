@@ -17,6 +17,7 @@ from spin.alignment.logprobs.reference_store import (
     ReferenceLogps,
     discard_damaged,
     hash_tokens,
+    is_whole,
     store_path,
 )
 
@@ -45,11 +46,12 @@ def attach_reference(
             continue
         key = ReferenceKey(weights_hash, hash_tokens(dataset.rows), precision(forward, accelerator))
         path = store_path(folder, split, key)
-        found = [accelerator.is_main_process and discard_damaged(path)]
+        look = discard_damaged if checkpoints is None else is_whole
+        found = [accelerator.is_main_process and look(path)]
         if not broadcast_object_list(found)[0]:
             if checkpoints is not None:
                 raise InputError(
-                    f"{path} is missing or was damaged, and a resumed run cannot compute it: restore it; or start the same "
+                    f"{path} is missing or damaged, and a resumed run cannot compute it: restore it; or start the same "
                     f"configuration with another output_dir and with reference_dir: {folder}, stop it after its first step, and "
                     f"run this command again; or remove the checkpoints in {checkpoints} and start over"
                 )

@@ -26,7 +26,7 @@ from spin.alignment.models.weights_check import check_model
 from spin.alignment.training.card import write_model_card
 from spin.alignment.training.check_settings import check_model_settings, checked_settings
 from spin.alignment.training.live_step import remove_live_step
-from spin.alignment.training.output_dir import HashCheckpoint, OutputFolder
+from spin.alignment.training.output_dir import OutputFolder
 from spin.alignment.training.program import TrainingJob, TrainingProgram
 from spin.alignment.training.reporting import attach_trackers, tracked
 from spin.alignment.training.select_best import selection
@@ -156,7 +156,6 @@ def train_policy(program: TrainingProgram, job: TrainingJob, trainer: Any, folde
     """Train from the last checkpoint, if any, save the policy, and write ``metrics.json`` last."""
     settings = job.settings
     started = time.monotonic()
-    trainer.add_callback(HashCheckpoint())
     resume = folder.resume_point(trainer.accelerator)
     if resume:
         report(settings, f"resuming from {resume}")

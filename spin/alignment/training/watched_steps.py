@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 from transformers import Trainer
+from transformers.trainer_utils import rotate_checkpoints
 
+from spin.alignment.core.content_hash import begin_hashes, write_hashes
 from spin.alignment.core.errors import NotFiniteError
 from spin.alignment.core.files import read_json, write_json_atomic
 from spin.alignment.training.failed_step import FailedStep, write_failed_step
@@ -130,6 +132,23 @@ class WatchedSteps(Trainer):
         if not self.args.fp16 or self._overflows > _OVERFLOWS_ALLOWED:
             self.check_finite("the gradient norm", value)
         return norm
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Save a checkpoint with the hashes of its files, and delete older ones only then: killed at any moment, the run has a
+        whole one to resume from."""
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            begin_hashes(folder)
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()  # until every process has written its part
+        if self.args.should_save:
+            write_hashes(folder)
+            rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
+        self.accelerator.wait_for_everyone()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save a checkpoint's model, unless it is not finite, and the sums of the run so far."""
