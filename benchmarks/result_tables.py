@@ -68,7 +68,14 @@ TABLES = {
 CHAT = (
     ("sft", "SmolLM2-135M-Instruct"),
     ("sft_continued", "rejection sampling: SFT on its accepted responses (control)"),
-    ("online", "**online DPO**, 20 steps"),
+    ("online", "**online DPO**"),
+)
+CHAT_SAMPLING = (("greedy", "greedy_exact"), ("T=1", "sampled_exact"), ("T=0.5", "sampled_exact_t05"))
+# (label, model, the model that it is compared with).
+CHAT_COMPARISONS = (
+    ("online DPO against the start", "online", "against_start"),
+    ("online DPO against rejection sampling", "online", "against_control"),
+    ("rejection sampling against the start", "sft_continued", "against_start"),
 )
 
 
@@ -141,29 +148,31 @@ def paired(rows: Sequence[dict[str, Any]], against: str, key: str) -> str:
 
 
 def chat_table() -> str:
-    """Return the table of the chat demo: shares of instructions followed, and the paired differences on held-out prompts."""
-    found = [(label, rows_of("chat", model)) for model, label in CHAT]
-    shares = {f"{name}, greedy": f"greedy_exact/{name}" for name in ("held-out prompts", "held-out kinds")} | {
-        "T=1": "sampled_exact",
-        "T=0.5": "sampled_exact_t05",
+    """Return the two tables of the chat demo: shares of instructions followed, and the paired differences on the same prompts."""
+    models = [(label, rows_of("chat", model)) for model, label in CHAT]
+    shares = {f"prompts, {how}": f"{key}/held-out prompts" for how, key in CHAT_SAMPLING} | {
+        f"kinds, {how}": f"{key}/held-out kinds" for how, key in CHAT_SAMPLING[:2]
     }
-    differences = [
-        (f"{short} against {other}", against, f"greedy_exact/{group}")
-        for short, group in (("prompts", "held-out prompts"), ("kinds", "held-out kinds"))
-        for other, against in (("the start", "against_start"), ("rejection sampling", "against_control"))
-    ]
-    headings = ["model", *shares, "length", *(heading for heading, _, _ in differences)]
     lines = [
         [
             label,
             *(cell(rows, key, "{:.3f}") for key in shares.values()),
             cell(rows, "mean_length", "{:.1f}"),
-            *(paired(rows, against, key) for _, against, key in differences),
+            cell(rows, "truncation_rate", "{:.3f}"),
         ]
-        for label, rows in found
+        for label, rows in models
     ]
-    body = [headings, ["---"] * len(headings), *lines]
-    return "\n".join("| " + " | ".join(line) + " |" for line in body) + "\n\n" + caption(["chat"])
+    differences = [
+        [label, *(paired(rows_of("chat", model), against, key) for key in shares.values())]
+        for label, model, against in CHAT_COMPARISONS
+    ]
+    first = markdown_table(["model", *shares, "tokens", "cut off"], lines)
+    return "\n\n".join((first, markdown_table(["paired difference", *shares], differences), caption(["chat"])))
+
+
+def markdown_table(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown."""
+    return "\n".join("| " + " | ".join(line) + " |" for line in (headings, ["---"] * len(headings), *lines))
 
 
 def results_table(name: str) -> str:

@@ -51,16 +51,21 @@ def test_the_table_of_the_chat_demo_by_hand(monkeypatch):
 
     found = {"chat": {"machine": "two cores", "seeds": {"1": seed(0.4, 0.2, 0.001), "2": seed(0.5, 0.3, 0.2)}}}
     monkeypatch.setattr(result_tables, "demos", lambda: found)
-    lines = result_tables.results_table("chat").splitlines()
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[:5]]
-    online = dict(zip(cells[0], cells[-1], strict=True))
-    assert online["model"] == "**online DPO**, 20 steps"
-    assert online["held-out prompts, greedy"] == "0.450 ±0.071 (0.400 to 0.500)"  # 0.1 / sqrt(2)
-    assert online["held-out kinds, greedy"] == "0.200 ±0.071"
-    # 1.96 * 0.03 / sqrt(2)
-    assert online["prompts against the start"] == "+0.250 ±0.042 (clear in 1 of 2)"
-    assert online["prompts against rejection sampling"] == online["kinds against the start"] == "–"
-    assert "seeds 1, 2, 18 held-out prompts each, two cores" in lines[-1]
+    shares, differences, caption = result_tables.results_table("chat").split("\n\n")
+
+    def last_of(table, number):
+        cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+        return dict(zip(cells[0], cells[number], strict=True))
+
+    online = last_of(shares, -1)
+    assert online["model"] == "**online DPO**"
+    assert online["prompts, greedy"] == "0.450 ±0.071 (0.400 to 0.500)"  # 0.1 / sqrt(2)
+    assert online["kinds, greedy"] == "0.200 ±0.071" and online["kinds, T=1"] == "–"
+    against_start, against_control = last_of(differences, 2), last_of(differences, 3)
+    assert against_start["paired difference"] == "online DPO against the start"
+    assert against_start["prompts, greedy"] == "+0.250 ±0.042 (clear in 1 of 2)"  # 1.96 * 0.03 / sqrt(2)
+    assert against_control["prompts, greedy"] == against_start["kinds, greedy"] == "–"
+    assert "seeds 1, 2, 18 held-out prompts each, two cores" in caption
 
 
 def test_finished_runs_are_collected(tmp_path):
