@@ -113,6 +113,20 @@ def whole_weights(model: Module) -> Iterator[tuple[str, Tensor]]:
             yield owner + own_name, adapted
 
 
+def whole_linear(layer: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Return copies of the weight and the bias of a linear layer, its LoRA adapter merged, in the precision ``dtype``.
+
+    The model must have been resharded (:func:`reshard`). Every process must call it.
+    """
+    base = getattr(layer, "base_layer", layer)
+    with gathered(base.weight) as whole:
+        weight = (whole if base is layer else whole + _adapter_product(layer, whole)).to(dtype, copy=True)
+    if base.bias is None:
+        return weight, None
+    with gathered(base.bias) as whole:
+        return weight, whole.to(dtype, copy=True)
+
+
 def has_stored_names(model: Module) -> bool:
     """Return whether model folders store the weights under the names and in the shapes that the module has.
 
