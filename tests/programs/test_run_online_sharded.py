@@ -22,6 +22,8 @@ SETTINGS = {
     "eval_steps": 3,
     "eval_limit": 1,
 }
+# The KL term reads the full distributions of the policy of step 3, in the second update of a step too.
+ALPHA = {"alpha": 2.0, "eval_strategy": "no", "eval_limit": 0, "eval_steps": None, "eval_prompts": None}
 
 
 @pytest.fixture(scope="module")
@@ -30,22 +32,33 @@ def settings(tmp_path_factory):
     return {"prompts": prompts, "eval_prompts": str(prompts), **SETTINGS}
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory, tiny_model, settings):
-    folder = tmp_path_factory.mktemp("alone")
-    code, _, error = run_main(run_online.main, write_online(folder, tiny_model, **settings))
+def train_alone(folder, model, settings):
+    code, _, error = run_main(run_online.main, write_online(folder, model, **settings))
     assert code == 0, error
     return folder / "out"
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, tiny_model, settings):
+    return train_alone(tmp_path_factory.mktemp("alone"), tiny_model, settings)
+
+
+@pytest.fixture(scope="module")
+def alone_with_kl(tmp_path_factory, tiny_model, settings):
+    return train_alone(tmp_path_factory.mktemp("kl"), tiny_model, settings | ALPHA)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["FSDP2", "ZeRO-3"])
-def test_a_sharded_policy_reaches_the_weights_of_one_process(tmp_path, tiny_model, settings, alone, kind):
+def test_a_sharded_policy_reaches_the_weights_of_one_process(
+    tmp_path, tiny_model, settings, alone, alone_with_kl, kind
+):
     two = settings | {"per_device_train_batch_size": 3, "save_strategy": "steps", "save_steps": 1}
     whole, killed = (str(write_online(tmp_path / name, tiny_model, **two)) for name in ("whole", "killed"))
+    with_kl = write_online(tmp_path / "kl", tiny_model, **settings | ALPHA | {"per_device_train_batch_size": 3})
     # Killed after step 5: the run resumes with the reference of step 3.
-    runs = [(kind, whole, 0), (kind, killed, 5), (kind, killed, 0)]
-    done = run_command([sys.executable, "-m", "tests.helpers.sharded_online", json.dumps(runs)], timeout=400)
+    runs = [(kind, whole, 0), (kind, killed, 5), (kind, killed, 0), (kind, str(with_kl), 0)]
+    done = run_command([sys.executable, "-m", "tests.helpers.sharded", "run_online", json.dumps(runs)], timeout=400)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert "resuming from" in done.stdout
     assert difference(tmp_path / "whole/out", tiny_model) > 1e-3
@@ -56,3 +69,5 @@ def test_a_sharded_policy_reaches_the_weights_of_one_process(tmp_path, tiny_mode
         values = [[entry[name] for entry in history if name in entry] for history in (first, second)]
         assert len(values[0]) >= 2
         assert values[1] == pytest.approx(values[0], abs=1e-4), name
+    assert difference(alone_with_kl, alone) > 1e-4  # the term does something
+    assert difference(tmp_path / "kl/out", alone_with_kl) < 1e-5

@@ -22,6 +22,7 @@ pytestmark = [
 
 ENGINE = """
 import json, sys
+from dataclasses import replace
 import torch
 
 def main():
@@ -54,6 +55,30 @@ def main():
         said.append({"engine": answered, "policy": [row[0].token_ids for row in plain]})
     sampler.close()
     print("SAID" + json.dumps(said))
+    # Only the adapter is sent from here on: the engine has the weights of the folder.
+    engine = make_backend("vllm", replace(settings, adapter_rank=4))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    policy = add_adapters(model, ModelConfig(folder, use_peft=True, lora_r=4))
+    sampler = EngineSampler(engine, policy, torch.float32, only_adapter=True)
+    sampled, said = replace(greedy, temperature=1.0, logprobs=True), []
+    for turn in range(3):
+        with torch.no_grad():
+            for weight in policy.parameters():
+                if weight.requires_grad:
+                    weight += 0.1 * turn * torch.randn(weight.shape, generator=torch.Generator().manual_seed(turn))
+        sampler.refresh()
+        answered = [row[0].token_ids for row in sampler.respond(requests, greedy)]
+        plain = TransformersBackend(settings, model).generate(requests, greedy)
+        farthest = 0.0
+        for request, (response,) in zip(requests, sampler.respond(requests, sampled)):
+            ids = [*request.token_ids, *response.token_ids]
+            with torch.no_grad():
+                logps = policy(torch.tensor([ids])).logits[0].log_softmax(-1)[len(request.token_ids) - 1 : -1]
+            own = logps[range(len(response.token_ids)), response.token_ids]
+            farthest = max(farthest, (own - torch.tensor(response.logprobs)).abs().max().item())
+        said.append({"engine": answered, "policy": [row[0].token_ids for row in plain], "logprobs": farthest})
+    sampler.close()
+    print("ADAPTER" + json.dumps(said))
 
 if __name__ == "__main__":
     main()
@@ -70,11 +95,13 @@ def model(tmp_path_factory):
 def test_the_engine_takes_over_the_weights_each_time(model):
     done = run_command([sys.executable, "-c", ENGINE, model], timeout=400)
     assert done.returncode == 0, done.stderr[-4000:]
-    (line,) = (line for line in done.stdout.splitlines() if line.startswith("SAID"))
-    turns = json.loads(line.removeprefix("SAID"))
-    assert [turn["engine"] == turn["policy"] for turn in turns] == [True] * 4
-    said = [turn["policy"] for turn in turns]
-    assert all(said[turn] != said[turn + 1] for turn in range(3))
+    for word, count in (("SAID", 4), ("ADAPTER", 3)):
+        (line,) = (line for line in done.stdout.splitlines() if line.startswith(word))
+        turns = json.loads(line.removeprefix(word))
+        assert [turn["engine"] == turn["policy"] for turn in turns] == [True] * count
+        said = [turn["policy"] for turn in turns]
+        assert all(said[turn] != said[turn + 1] for turn in range(count - 1))
+        assert all(turn.get("logprobs", 0.0) < 1e-4 for turn in turns)
 
 
 def test_a_sharded_policy_with_an_engine_for_two_processes(tmp_path, model):

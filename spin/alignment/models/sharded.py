@@ -79,9 +79,9 @@ def local_part(weight: Parameter) -> Tensor:
 def gathered(weight: Parameter) -> Iterator[Tensor]:
     """Provide the whole of one weight, without gradient. Every process must enter and leave it."""
     if hasattr(weight, "ds_id"):
-        from deepspeed.zero import GatheredParameters
+        import deepspeed  # deepspeed.zero is an attribute, not a module
 
-        with GatheredParameters([weight]):
+        with deepspeed.zero.GatheredParameters([weight]):
             yield weight.data
         return
     data: Any = weight.data
@@ -111,6 +111,18 @@ def whole_weights(model: Module) -> Iterator[tuple[str, Tensor]]:
         with gathered(weight) as whole:
             adapted = whole if own_name == "bias" else whole + _adapter_product(causal.get_submodule(owner[:-1]), whole)
             yield owner + own_name, adapted
+
+
+def adapter_weights(model: Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the name and the whole of every weight of a model's LoRA adapter, named as peft stores it.
+
+    A tensor is valid only until the next one is taken. Every process must take all of them.
+    """
+    reshard(model)
+    for name, weight in model.named_parameters():
+        if _LORA in name:
+            with gathered(weight) as whole:
+                yield name.replace(f".{model.active_adapter}.", "."), whole
 
 
 def whole_linear(layer: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
