@@ -152,9 +152,13 @@ def test_the_kl_itself_is_exact_packed_and_padded():
 def test_training_with_alpha_starts_at_ln_2_and_has_its_start_as_reference(tmp_path, batching, caplog):
     with caplog.at_level("INFO"):
         trainer = run(tmp_path, weights=True, alpha=ALPHA, beta=0.5, batching=batching, max_steps=4)
-    assert trainer.first_loss.value == pytest.approx(math.log(2), abs=1e-5)  # policy and reference are the same: KL is 0
+    assert trainer.first_loss.value == pytest.approx(
+        math.log(2), abs=1e-5
+    )  # policy and reference are the same: KL is 0
     start = tiny("llama")
-    assert all(not torch.equal(ours, first) for ours, first in zip(trainer.model.parameters(), start.parameters(), strict=True))
+    assert all(
+        not torch.equal(ours, first) for ours, first in zip(trainer.model.parameters(), start.parameters(), strict=True)
+    )
     with trainer.reference.in_place_of(trainer.model):
         for ours, first in zip(trainer.model.parameters(), start.parameters(), strict=True):
             assert torch.equal(ours, first)
@@ -180,7 +184,14 @@ def test_a_resumed_training_with_alpha_has_the_start_as_reference_still(tmp_path
 def test_with_adapters_only_they_are_kept_and_a_trained_head_is_merged(tmp_path, targets):
     config = ModelConfig("tiny", use_peft=True, lora_r=4, lora_target_modules=targets)
     packed, padded = (
-        run(tmp_path / batching, add_adapters(tiny("llama"), config), weights=True, alpha=ALPHA, max_steps=4, batching=batching)
+        run(
+            tmp_path / batching,
+            add_adapters(tiny("llama"), config),
+            weights=True,
+            alpha=ALPHA,
+            max_steps=4,
+            batching=batching,
+        )
         for batching in ("packed", "padded")
     )
     apart = moved = 0.0

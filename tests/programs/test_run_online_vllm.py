@@ -8,9 +8,11 @@ import sys
 
 import pytest
 
+from spin.alignment.generation.openai.policy_server import RECEIVER
 from tests.helpers import run_command, save_tiny_model
 from tests.helpers.online import write_online, write_prompts
 from tests.helpers.training import TWO_PROCESSES, difference, launcher, metrics, train
+from tests.helpers.vllm_server import CONTEXT, serving
 
 pytestmark = [
     pytest.mark.vllm,
@@ -104,18 +106,56 @@ def test_the_engine_takes_over_the_weights_each_time(model):
         assert all(turn.get("logprobs", 0.0) < 1e-4 for turn in turns)
 
 
-def test_a_sharded_policy_with_an_engine_for_two_processes(tmp_path, model):
-    """The engine runs over both processes, and gets each weight gathered from both: the weights of one process and engine."""
-    prompts = write_prompts(tmp_path / "prompts")
-    alone = write_online(tmp_path / "alone", model, prompts, backend="vllm", max_steps=3)
-    done = run_command([sys.executable, "spin/run_online.py", alone], timeout=400)
+# Of six steps, the last three have the policy of the third as their reference.
+SIX = {"max_steps": 6, "ref_update_freq": 3}
+TWO = {"per_device_train_batch_size": 3}
+
+
+def train_alone(folder, model, **settings):
+    config = write_online(folder, model, write_prompts(folder / "prompts"), **SIX, **settings)
+    done = run_command([sys.executable, "spin/run_online.py", config], timeout=400)
     assert done.returncode == 0, done.stderr[-4000:]
-    history = [entry for entry in metrics(tmp_path / "alone/out")["history"] if "pairs_per_prompt" in entry]
-    assert len(history) == 3
-    two = {"backend": "vllm", "max_steps": 3, "per_device_train_batch_size": 3, "tensor_parallel_size": 2}
-    config = write_online(tmp_path / "two", model, prompts, **two)
+    history = [entry for entry in metrics(folder / "out")["history"] if "pairs_per_prompt" in entry]
+    assert len(history) == 6 and difference(model, folder / "out") > 1e-3
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, model):
+    folder = tmp_path_factory.mktemp("alone")
+    train_alone(folder, model, backend="vllm")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["FSDP2", "ZeRO-3"])
+def test_a_sharded_policy_with_an_engine_for_two_processes(tmp_path, model, alone, kind):
+    """The engine runs over both processes, and gets each weight gathered from both: the weights of one process and engine."""
+    settings = {"backend": "vllm", "tensor_parallel_size": 2, **SIX, **TWO}
+    config = write_online(tmp_path, model, alone / "prompts", **settings)
     # vLLM binds the workers of an engine to different NUMA nodes unless it is told which core each may have.
-    binding = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
-    train(config, launch=launcher(*TWO_PROCESSES["FSDP2"]), program="run_online", **binding)
-    assert difference(model, tmp_path / "alone/out") > 1e-3
+    binding = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "DS_ACCELERATOR": "cpu"}
+    train(config, launch=launcher(*TWO_PROCESSES[kind]), program="run_online", **binding)
+    assert difference(tmp_path / "out", alone / "out") < 1e-4
+
+
+SERVED = {"max_prompt_length": CONTEXT - 8, "backend": "openai"}
+LORA = {"use_peft": True, "lora_r": 4, "learning_rate": 1e-2}
+
+
+@pytest.mark.parametrize("adapters", [True, False])
+def test_a_server_gets_the_adapter_alone_from_a_sharded_policy(tmp_path, model, adapters):
+    flags, environment = ["--worker-extension-cls", RECEIVER], {"VLLM_SERVER_DEV_MODE": "1"}
+    settings = SERVED
+    if adapters:
+        flags += ["--enable-lora", "--max-lora-rank=8"]
+        environment |= {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+        settings = SERVED | LORA
+    with serving(model, tmp_path / "log", *flags, **environment) as url:
+        said = train_alone(tmp_path / "alone", model, server_url=url, **settings)
+        config = write_online(
+            tmp_path / "two", model, tmp_path / "alone/prompts", server_url=url, **settings, **SIX, **TWO
+        )
+        train(config, launch=launcher(*TWO_PROCESSES["ZeRO-3"]), program="run_online", DS_ACCELERATOR="cpu")
+    assert "whole weights" not in said
+    print((tmp_path / "log").read_text()[-3000:])
     assert difference(tmp_path / "two/out", tmp_path / "alone/out") < 1e-4

@@ -59,7 +59,7 @@ def test_two_processes_give_the_same_weights_as_one(reference_run, tiny_model, p
 
 @pytest.fixture(scope="module")
 def weighted(tiny_model, tmp_path_factory):
-    """Pairs with token weights, and the policies of one process trained on them: plain, with the KL term, and with adapters too."""
+    """Pairs with token weights, and policies trained on them in one process: plain, with the KL term, and with adapters too."""
     folder = tmp_path_factory.mktemp("weighted")
     pairs = write_pairs(folder / "pairs", weights=True)
     for name, changes in WEIGHTED.items():

@@ -34,12 +34,12 @@ _FLOAT32_ELEMENTS = 2**24  # logits converted to float32 at a time, 64 MiB
 
 
 def install_packed_forward(model: Any, fused_head: bool = True) -> bool:
-    """Add the calls ``model(packed=batch)``, ``model(packed=batch, objective=f)`` and ``model(packed=batch, states=True)``; return
-    whether the head is fused.
+    """Add the calls ``model(packed=batch)``, ``model(packed=batch, objective=f)`` and ``model(packed=batch, states=True)``;
+    return whether the head is fused.
 
     The first returns the log-probs (N,) of the response tokens, the second the sum of the objective over the groups, the third
-    the hidden states (N, d) that predict them. The head is fused if it is a single weight matrix. Any other call is passed to the
-    model's own forward.
+    the hidden states (N, d) that predict the tokens. The head is fused if it is a single weight matrix. Any other call is passed
+    to the model's own forward.
     """
     register()
     causal = causal_model(model)

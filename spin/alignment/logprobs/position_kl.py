@@ -1,9 +1,9 @@
 """KL(policy || reference) at each response position, for losses with ``alpha`` (TIS-DPO, arXiv 2410.04350).
 
-It needs the full distribution of the reference, which is too large to store: before each micro-batch of the policy, the reference
-processes the same rows. Of packed rows, its hidden states and its head are kept until then, as sharded models can gather only one set
-of weights at a time; both logits of one group of pairs are in memory at a time, and are computed again in the backward pass. Gradients
-flow through the policy's distribution.
+It needs the full distribution of the reference, which is too large to store, so the reference processes each micro-batch right before
+the policy. Its weights may take the policy's place for that, also in a sharded module: of packed rows, its hidden states and a copy
+of its head are all that the loss needs. Logits of one group of pairs are in memory at a time, and are computed again in the backward
+pass. Gradients flow through the policy's distribution.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _TILE_ELEMENTS = 2**22  # logits converted to float32 at a time
 
 @dataclass(frozen=True)
 class ReferenceStates:
-    """The reference model's hidden states ``(N, d)`` at the predictors of a packed batch, and its head: the weight ``(V, d)`` and the
-    bias ``(V,)`` or None. Without a weight, its head is the policy's own, which is not trained.
+    """The reference model's hidden states ``(N, d)`` at the predictors of a packed batch, and its head: the weight ``(V, d)`` and
+    the bias ``(V,)`` or None. Without a weight, its head is the policy's own, which is not trained.
     """
 
     hidden: Tensor

@@ -1,8 +1,8 @@
 """Replacing the weights of a running vLLM engine, one at a time: how they are sent, and what its workers do with them.
 
 A *push* is one complete set of weights, divided into numbered pieces. A piece may be sent twice, as after a lost answer, and a
-worker that was started anew in the middle of a push says so. The weights are the model's own, or those of a LoRA adapter, which are
-written to a folder for vLLM to load.
+worker that was started anew in the middle of a push says so. The weights are the model's own, or those of a LoRA adapter, which
+are written to a folder for vLLM to load.
 """
 
 from __future__ import annotations

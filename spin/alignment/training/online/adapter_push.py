@@ -13,9 +13,7 @@ from spin.alignment.models.config import ModelConfig
 from spin.alignment.training.online.config import OnlineConfig
 
 
-def adapter_rank(
-    model: Any, source: ModelConfig, args: OnlineConfig, obstacle_to: Callable[[int], str | None]
-) -> int:
+def adapter_rank(model: Any, source: ModelConfig, args: OnlineConfig, obstacle_to: Callable[[int], str | None]) -> int:
     """Return the rank of the adapter to send by itself; 0 if whole weights are sent. If an adapter is merged, say why.
 
     ``source`` is what the engine or the server has loaded, and ``obstacle_to`` returns why it cannot apply an adapter of a rank.
@@ -43,8 +41,8 @@ def server_adapter_rank(model: Any, source: ModelConfig, args: OnlineConfig, ser
             return None
         found = f"applies adapters up to rank {highest}" if highest > 0 else "applies none"
         return (
-            f"the server {found}; with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, --enable-lora and --max-lora-rank of at least {rank} it "
-            "would get the adapter alone"
+            f"the server {found}; started with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, --enable-lora and --max-lora-rank {rank} or "
+            "more, it gets the adapter alone"
         )
 
     rank = adapter_rank(model, source, args, obstacle_to)

@@ -46,8 +46,8 @@ class OnlineConfig(OnlineKeys, SPINConfig):
             raise InputError("reference_dir is set, but online training stores no reference log-probs: remove it")
         if self.alpha and self.ref_update_freq == self.updates_per_batch == 1:
             raise InputError(
-                f"alpha is {self.alpha}, but with ref_update_freq 1 and updates_per_batch 1 the reference is the policy itself and "
-                "its KL term is always 0: raise one of them, or remove alpha"
+                f"alpha is {self.alpha}, but with ref_update_freq 1 and updates_per_batch 1 the reference is the policy itself "
+                "and the KL term always 0: raise one of them, or remove alpha"
             )
         if self.reverse:
             raise InputError("reverse is true, but online pairs are created from their labels: remove it")

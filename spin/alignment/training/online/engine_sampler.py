@@ -18,7 +18,7 @@ from spin.alignment.training.online.sharers import Sharers
 
 
 class EngineSampler(PolicySampler):
-    """Samples with an engine beside the training processes, to which the policy's weights are sent one at a time, or its adapter."""
+    """Samples with an engine beside the training processes, to which the policy's weights, or only its adapter's, are sent."""
 
     def __init__(
         self,

@@ -22,13 +22,13 @@ _TRIES = 3  # pushes, and batches of responses, until no restart of the server d
 
 
 class ServedSampler(PolicySampler):
-    """Samples from a vLLM server. The main process pushes the weights, or the adapter; every process asks for its own responses."""
+    """Samples from a vLLM server. The main process pushes weights or the adapter; every process asks for its own responses."""
 
     def __init__(
         self, backend: OpenAIBackend, server: PolicyServer, policy: Any, dtype: torch.dtype, only_adapter: bool = False
     ) -> None:
-        """``backend`` asks the ``server``; weights are sent to it as ``dtype``. ``only_adapter``: the server has the weights below
-        the policy's LoRA adapter, and applies it next to them.
+        """``backend`` asks the ``server``; weights are sent to it as ``dtype``. ``only_adapter``: the server has the weights
+        below the policy's LoRA adapter, and applies it next to them.
 
         Raises:
             InputError: the server was started without what replacing weights needs.

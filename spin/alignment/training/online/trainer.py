@@ -19,6 +19,7 @@ from spin.alignment.generation.base import PromptRequest, SamplingConfig, sample
 from spin.alignment.logprobs.batch import PairDataset, PairList
 from spin.alignment.logprobs.forward import causal_model
 from spin.alignment.models.config import ModelConfig
+from spin.alignment.training.config import SPINConfig
 from spin.alignment.training.moving_reference import MovingReference
 from spin.alignment.training.online.config import OnlineConfig
 from spin.alignment.training.online.kept_responses import keep_responses
@@ -28,7 +29,6 @@ from spin.alignment.training.online.prompts import OnlinePrompt, PromptDataset, 
 from spin.alignment.training.online.reference_pass import attach_reference_logps
 from spin.alignment.training.online.samplers import make_sampler
 from spin.alignment.training.online.step_log import evaluation_log, reduced, summed, training_log
-from spin.alignment.training.config import SPINConfig
 from spin.alignment.training.preference_rows import args_encoder
 from spin.alignment.training.start_model import start_model
 from spin.alignment.training.trainer import SPINTrainer
