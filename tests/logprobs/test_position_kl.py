@@ -180,6 +180,14 @@ def test_a_resumed_training_with_alpha_has_the_start_as_reference_still(tmp_path
         assert torch.equal(ours, theirs)
 
 
+def test_mixed_precision_never_gives_the_policy_the_weights_of_the_reference(tmp_path):
+    """Autocast keeps 16-bit copies by weight, and both models are in the same weights one after the other."""
+    trainer = run(tmp_path, weights=True, alpha=ALPHA, bf16=True, max_steps=4)
+    assert trainer.first_loss.value == pytest.approx(math.log(2), abs=1e-5)  # both round in the same way
+    margins = [entry["rewards/margins"] for entry in trainer.state.log_history if "rewards/margins" in entry]
+    assert margins[0] == pytest.approx(0.0, abs=1e-3) and abs(margins[-1]) > 1e-3
+
+
 @pytest.mark.parametrize("targets", [["q_proj", "up_proj"], ["q_proj", "lm_head"]])
 def test_with_adapters_only_they_are_kept_and_a_trained_head_is_merged(tmp_path, targets):
     config = ModelConfig("tiny", use_peft=True, lora_r=4, lora_target_modules=targets)

@@ -1,9 +1,9 @@
 """KL(policy || reference) at each response position, for losses with ``alpha`` (TIS-DPO, arXiv 2410.04350).
 
-It needs the full distribution of the reference, which is too large to store, so the reference processes each micro-batch right before
-the policy. Its weights may take the policy's place for that, also in a sharded module: of packed rows, its hidden states and a copy
-of its head are all that the loss needs. Logits of one group of pairs are in memory at a time, and are computed again in the backward
-pass. Gradients flow through the policy's distribution.
+It needs the full distribution of the reference, which is too large to store, so the reference processes each micro-batch right
+before the policy. Its weights may take the policy's place for that, also in a sharded module: of packed rows, its hidden states
+and a copy of its head are all that the loss needs. Logits of one group of pairs are in memory at a time, and are computed again
+in the backward pass. Gradients flow through the policy's distribution.
 """
 
 from __future__ import annotations
