@@ -25,6 +25,7 @@ pytestmark = [
 ENGINE = """
 import json, sys
 from dataclasses import replace
+from types import SimpleNamespace
 import torch
 
 def main():
@@ -32,6 +33,7 @@ def main():
     from spin.alignment.data.chat_encoder import ChatEncoder, load_tokenizer
     from spin.alignment.generation import BackendSettings, PromptRequest, SamplingConfig, make_backend
     from spin.alignment.generation.transformers.backend import TransformersBackend
+    from spin.alignment.generation.vllm.backend import adapter_obstacle
     from spin.alignment.models.adapters import add_adapters
     from spin.alignment.models.config import ModelConfig
     from spin.alignment.training.online.engine_sampler import EngineSampler
@@ -59,6 +61,9 @@ def main():
     print("SAID" + json.dumps(said))
     # Only the adapter is sent from here on: the engine has the weights of the folder.
     engine = make_backend("vllm", replace(settings, adapter_rank=4))
+    assert adapter_obstacle(model.config, 4) is None
+    none = adapter_obstacle(SimpleNamespace(architectures=["GPT2LMHeadModel"]), 4)
+    assert none == "vLLM has no adapters for GPT2LMHeadModel", none
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     policy = add_adapters(model, ModelConfig(folder, use_peft=True, lora_r=4))
     sampler = EngineSampler(engine, policy, torch.float32, only_adapter=True)

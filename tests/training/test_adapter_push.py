@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from spin.alignment.core.errors import InputError
+from spin.alignment.generation import find_backend
 from spin.alignment.generation.base import BackendSettings
 from spin.alignment.generation.openai.backend import OpenAIBackend
 from spin.alignment.generation.openai.policy_server import ADAPTER, PolicyServer
@@ -133,6 +134,10 @@ def test_an_adapter_is_merged_only_for_a_reason_that_is_named(tiny_model, capsys
     assert said == (
         f"backend vllm gets whole weights, into which the LoRA adapter is merged: {reason}\n" if reason else ""
     )
+
+
+def test_the_highest_rank_of_an_engine_is_its_limit():
+    assert find_backend("vllm").adapter_obstacle(None, 513) == "its rank 513 is above 512"
 
 
 def test_an_adapter_that_the_caller_added_is_merged_because_the_weights_below_may_differ(policy):

@@ -55,6 +55,7 @@ def adapter_obstacle(config: Any, rank: int) -> str | None:
     """Return why vLLM cannot apply a LoRA adapter of a ``rank`` to a model with this configuration; None if it can."""
     if rank > LORA_RANKS[-1]:
         return f"its rank {rank} is above {LORA_RANKS[-1]}"
+    _set_defaults()
     from vllm.model_executor.models import ModelRegistry, supports_lora
 
     for name in config.architectures or ():
@@ -89,6 +90,13 @@ def _check_batch_invariance() -> None:
         )
 
 
+def _set_defaults() -> None:
+    """Set what vLLM reads when it is imported, unless the user has."""
+    # vLLM's warnings are one line per weight whose precision differs, and others that a user cannot act on.
+    for name, value in (("LOGGING_LEVEL", "ERROR"), ("NO_USAGE_STATS", "1"), ("CPU_KVCACHE_SPACE", "2")):
+        os.environ.setdefault(f"VLLM_{name}", value)
+
+
 @contextmanager
 def engine_environment(settings: BackendSettings) -> Iterator[None]:
     """Set the environment in which an engine starts its processes, and restore the launcher's afterwards.
@@ -96,9 +104,7 @@ def engine_environment(settings: BackendSettings) -> Iterator[None]:
     Raises:
         InputError: there are too few GPUs for the engines of all processes.
     """
-    # vLLM's warnings are one line per weight whose precision differs, and others that a user cannot act on.
-    for name, value in (("LOGGING_LEVEL", "ERROR"), ("NO_USAGE_STATS", "1"), ("CPU_KVCACHE_SPACE", "2")):
-        os.environ.setdefault(f"VLLM_{name}", value)
+    _set_defaults()
     if settings.batch_invariant:
         os.environ["VLLM_BATCH_INVARIANT"] = "1"
     before = {name: os.environ.get(name) for name in (*_OF_LAUNCHER, "CUDA_VISIBLE_DEVICES", _START_METHOD)}
