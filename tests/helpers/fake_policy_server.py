@@ -34,7 +34,7 @@ class FakePolicyServer(FakeServer):
     def restart(self) -> None:
         self.version, self.push, self.paused = FRESH, "", False
         self.received: dict[str, bytes] = {}
-        self.served, self.adapter = {"tiny"}, None
+        self.served, self.adapter = ["tiny"], None
 
     def _refuse_unknown(self, handler: Any, body: dict[str, Any]) -> bool:
         return body["model"] not in self.served and handler.say(404, {"error": {"message": "no such model"}})
@@ -72,6 +72,8 @@ class PolicyHandler(Handler):
         fake.before(self.path)
         if self.path == "/weight_info":
             self.say(200, {"weight_version": fake.version})
+        elif self.path == "/v1/models":
+            self.say(200, {"data": [fake.models["data"][0] | {"id": name} for name in fake.served]})
         else:
             super().do_GET()
 
@@ -81,10 +83,14 @@ class PolicyHandler(Handler):
         path = urlsplit(self.path).path
         if path == "/v1/load_lora_adapter":
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            assert fake.paused and body["load_inplace"] and body["lora_path"] == f"/on/the/server/{fake.push}"
-            fake.served.add(body["lora_name"])
+            assert fake.paused and body["lora_path"] == f"/on/the/server/{fake.push}"
+            fake.served.append(body["lora_name"])
             fake.adapters_loaded += 1
             self.say(200, b"Success: added")  # no JSON, as in vLLM
+            return
+        if path == "/v1/unload_lora_adapter":
+            fake.served.remove(json.loads(self.rfile.read(int(self.headers["Content-Length"])))["lora_name"])
+            self.say(200, b"Success: removed")
             return
         if path.startswith("/v1/"):
             assert not fake.paused

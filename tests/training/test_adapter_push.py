@@ -90,7 +90,9 @@ def test_the_server_gets_the_adapter_alone_and_answers_with_it(served, policy, s
         assert served.adapter == adapter_config(policy) and served.adapters_loaded == count and not served.paused
         rows = sampler.respond(REQUESTS, SAMPLING)
         assert [[response.token_ids for response in row] for row in rows] == expected(REQUESTS)
-        assert {body["model"] for body in served.bodies} == {ADAPTER}
+        assert {body["model"] for body in served.bodies} == {ADAPTER + served.version}
+        assert served.served == ["tiny", ADAPTER + served.version]  # and not those before
+        served.bodies.clear()
         with torch.no_grad():
             next(weight for weight in policy.parameters() if weight.requires_grad).add_(1)
 

@@ -35,8 +35,6 @@ class ServedSampler(PolicySampler):
         """
         self._backend, self._server, self._policy, self._dtype = backend, server, policy, dtype
         self._only_adapter = only_adapter
-        if only_adapter:
-            backend.use_model(ADAPTER)
         self._version: str | None = None  # of the last push
         self._server.version()
 
@@ -58,6 +56,8 @@ class ServedSampler(PolicySampler):
             (version,) = broadcast_object_list(found)
             if version is not None:
                 self._version = version
+                if self._only_adapter:
+                    self._backend.use_model(f"{ADAPTER}{version}")
                 return
         raise InputError(f"the server lost the policy's weights {_TRIES} times while they were sent: see its log")
 
