@@ -146,7 +146,9 @@ def has_stored_names(model: Module) -> bool:
     """
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     conversions = getattr(causal, "_weight_conversions", None)
-    if conversions is None:  # not loaded from a folder
+    # Under ZeRO-3, transformers lists all conversions that it knows, not those that it applied.
+    partitioned = any(hasattr(weight, "ds_id") for weight in causal.parameters())
+    if conversions is None or partitioned:  # None: not loaded from a folder
         from transformers.conversion_mapping import get_model_conversion_mapping
 
         conversions = get_model_conversion_mapping(causal, add_legacy=False)
