@@ -151,7 +151,10 @@ def test_a_server_is_asked_for_the_ranks_that_it_takes(served, policy, capsys):
     assert server_adapter_rank(policy, LORA, ARGS, server) == 4
     served.rank = 0
     assert server_adapter_rank(policy, LORA, ARGS, server) == 0
-    assert "the server applies none; started with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, --enable-lora" in capsys.readouterr().out
+    assert (
+        "the server applies none; started with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, --enable-lora"
+        in capsys.readouterr().out
+    )
     for rank in (2, -1):
         served.rank = rank
         with pytest.raises(InputError, match="started with --enable-lora, so its weights cannot be replaced"):
