@@ -22,6 +22,7 @@ from transformers import TrainerCallback
 
 from spin.alignment.training import trainer
 from tests.helpers import fsdp_on_cpu
+from tests.helpers.engine_in_process import use_engine_in_process
 from tests.helpers.forked import end_with
 
 _PROCESSES = 2
@@ -65,6 +66,7 @@ def train(program: str, kind: str, config: str, kill_after: int) -> None:
             plain(self, *arguments, **settings | {"callbacks": [KillsItself(kill_after)]})
 
         trainer.SPINTrainer.__init__ = patched
+    use_engine_in_process()  # for backend: vllm
     importlib.import_module(f"spin.{program}").main([config])
 
 

@@ -24,6 +24,7 @@ SETTINGS = {
 }
 # The KL term reads the full distributions of the policy of step 3, in the second update of a step too.
 ALPHA = {"alpha": 2.0, "eval_strategy": "no", "eval_limit": 0, "eval_steps": None, "eval_prompts": None}
+WITH_KL = {"all": ALPHA, "adapters": ALPHA | {"use_peft": True, "lora_r": 4, "learning_rate": 1e-2}}
 
 
 @pytest.fixture(scope="module")
@@ -45,19 +46,19 @@ def alone(tmp_path_factory, tiny_model, settings):
 
 @pytest.fixture(scope="module")
 def alone_with_kl(tmp_path_factory, tiny_model, settings):
-    return train_alone(tmp_path_factory.mktemp("kl"), tiny_model, settings | ALPHA)
+    folder = tmp_path_factory.mktemp("kl")
+    for name, changes in WITH_KL.items():
+        train_alone(folder / name, tiny_model, settings | changes)
+    return folder
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["FSDP2", "ZeRO-3"])
-def test_a_sharded_policy_reaches_the_weights_of_one_process(
-    tmp_path, tiny_model, settings, alone, alone_with_kl, kind
-):
+def test_a_sharded_policy_reaches_the_weights_of_one_process(tmp_path, tiny_model, settings, alone, kind):
     two = settings | {"per_device_train_batch_size": 3, "save_strategy": "steps", "save_steps": 1}
     whole, killed = (str(write_online(tmp_path / name, tiny_model, **two)) for name in ("whole", "killed"))
-    with_kl = write_online(tmp_path / "kl", tiny_model, **settings | ALPHA | {"per_device_train_batch_size": 3})
     # Killed after step 5: the run resumes with the reference of step 3.
-    runs = [(kind, whole, 0), (kind, killed, 5), (kind, killed, 0), (kind, str(with_kl), 0)]
+    runs = [(kind, whole, 0), (kind, killed, 5), (kind, killed, 0)]
     done = run_command([sys.executable, "-m", "tests.helpers.sharded", "run_online", json.dumps(runs)], timeout=400)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert "resuming from" in done.stdout
@@ -69,5 +70,23 @@ def test_a_sharded_policy_reaches_the_weights_of_one_process(
         values = [[entry[name] for entry in history if name in entry] for history in (first, second)]
         assert len(values[0]) >= 2
         assert values[1] == pytest.approx(values[0], abs=1e-4), name
-    assert difference(alone_with_kl, alone) > 1e-4  # the term does something
-    assert difference(tmp_path / "kl/out", alone_with_kl) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["FSDP2", "ZeRO-3"])
+def test_an_engine_gets_the_weights_or_the_adapter_and_the_reference_its_kl_term(
+    tmp_path, tiny_model, settings, alone, alone_with_kl, kind
+):
+    """An engine beside each process gets whole weights, gathered one at a time, or with LoRA the adapter alone."""
+    configs = [
+        write_online(
+            tmp_path / name, tiny_model, **settings | changes | {"per_device_train_batch_size": 3, "backend": "vllm"}
+        )
+        for name, changes in WITH_KL.items()
+    ]
+    runs = json.dumps([(kind, str(config), 0) for config in configs])
+    done = run_command([sys.executable, "-m", "tests.helpers.sharded", "run_online", runs], timeout=400)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert difference(alone_with_kl / "all/out", alone) > 1e-4  # the term does something
+    for name in WITH_KL:
+        assert difference(tmp_path / name / "out", alone_with_kl / name / "out") < 1e-5, name
