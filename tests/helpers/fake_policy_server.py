@@ -16,11 +16,16 @@ FRESH = "default"  # the version of a server that was just started
 
 
 class FakePolicyServer(FakeServer):
-    """``before(path)`` is called before every request, and may call :meth:`restart`."""
+    """``before(path)`` is called before every request, and may call :meth:`restart`.
+
+    ``rank`` is the highest of the adapters that it takes (0: none). They are served as models besides its own, "tiny".
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.weights: dict[str, torch.Tensor] = {}
+        self.rank, self.adapters_loaded = 0, 0
+        self.behave = self._refuse_unknown
         self.before: Callable[[str], None] = lambda path: None
         self.complete, self.paused = False, False
         self.restart()
@@ -29,10 +34,23 @@ class FakePolicyServer(FakeServer):
     def restart(self) -> None:
         self.version, self.push, self.paused = FRESH, "", False
         self.received: dict[str, bytes] = {}
+        self.served, self.adapter = ["tiny"], None
 
-    def begin_policy_weights(self, push: str) -> str:
+    def _refuse_unknown(self, handler: Any, body: dict[str, Any]) -> bool:
+        return body["model"] not in self.served and handler.say(404, {"error": {"message": "no such model"}})
+
+    def policy_adapter_rank(self) -> str:
+        return str(self.rank)
+
+    def begin_policy_weights(self, push: str, adapter: dict[str, Any] | None = None) -> str:
         assert self.paused
-        self.push, self.received = push, {}
+        self.push, self.received, self.adapter = push, {}, adapter
+        return "taken"
+
+    def write_policy_adapter(self) -> str:
+        return "lost" if self.adapter is None else f"/on/the/server/{self.push}"
+
+    def remove_policy_adapter(self) -> str:
         return "taken"
 
     def take_policy_piece(self, push: str, number: int, name: str, dtype: str, shape: list[int], text: str) -> str:
@@ -54,6 +72,8 @@ class PolicyHandler(Handler):
         fake.before(self.path)
         if self.path == "/weight_info":
             self.say(200, {"weight_version": fake.version})
+        elif self.path == "/v1/models":
+            self.say(200, {"data": [fake.models["data"][0] | {"id": name} for name in fake.served]})
         else:
             super().do_GET()
 
@@ -61,6 +81,17 @@ class PolicyHandler(Handler):
         fake: Any = self.server.fake
         fake.before(self.path)
         path = urlsplit(self.path).path
+        if path == "/v1/load_lora_adapter":
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            assert fake.paused and body["lora_path"] == f"/on/the/server/{fake.push}"
+            fake.served.append(body["lora_name"])
+            fake.adapters_loaded += 1
+            self.say(200, b"Success: added")  # no JSON, as in vLLM
+            return
+        if path == "/v1/unload_lora_adapter":
+            fake.served.remove(json.loads(self.rfile.read(int(self.headers["Content-Length"])))["lora_name"])
+            self.say(200, b"Success: removed")
+            return
         if path.startswith("/v1/"):
             assert not fake.paused
             super().do_POST()

@@ -18,8 +18,8 @@ from tests.helpers import run_command
 WORDS = ["red", "green", "blue", "seven", "eleven", "a longer answer here"]
 
 
-def write_pairs(folder: Path, count: int = 24, split: str = "train") -> Path:
-    """Preference rows without token ids; the rejected response is another word."""
+def write_pairs(folder: Path, count: int = 24, split: str = "train", weights: bool = False) -> Path:
+    """Preference rows without token ids, if asked for with token weights; the rejected response is another word."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f"{split}_prefs.jsonl").open("w") as file:
         for number in range(count):
@@ -30,6 +30,9 @@ def write_pairs(folder: Path, count: int = 24, split: str = "train") -> Path:
                 "chosen": [*prompt, {"role": "assistant", "content": chosen}],
                 "rejected": [*prompt, {"role": "assistant", "content": rejected}],
             }
+            if weights:  # a token is a character, and the end is one too
+                for side, text in (("chosen", chosen), ("rejected", rejected)):
+                    row[f"{side}_weights"] = [(7 * place + number) % 5 / 4 for place in range(len(text) + 1)]
             file.write(json.dumps(row) + "\n")
     return folder
 

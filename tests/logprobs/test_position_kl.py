@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from types import SimpleNamespace
 
@@ -9,12 +10,15 @@ import pytest
 import torch
 
 from spin.alignment.core.errors import InputError
-from spin.alignment.logprobs.attention import PACKED_ATTENTION
 from spin.alignment.logprobs.collators import PackedCollator, PairCollator
-from spin.alignment.logprobs.forward import batch_loss, install_packed_forward, use_attention
+from spin.alignment.logprobs.forward import batch_loss, install_packed_forward, reference_pass, use_attention
 from spin.alignment.logprobs.head import LogitTransform
-from spin.alignment.logprobs.position_kl import check_can_keep_reference, frozen_copy, position_kl
+from spin.alignment.logprobs.position_kl import position_kl
 from spin.alignment.methods.losses import LOSSES
+from spin.alignment.models.adapters import add_adapters
+from spin.alignment.models.config import ModelConfig
+from spin.alignment.training.batching import check_head
+from spin.alignment.training.moving_reference import check_can_exchange
 from tests.logprobs.test_packed_rows import VOCAB, random_pairs, tiny
 from tests.training.test_packed_training import run
 
@@ -36,7 +40,7 @@ def two_models(architecture: str = "llama"):
     policy = tiny(architecture).double()
     if architecture == "llama":
         use_attention(policy, "sdpa")  # eager attention takes its softmax in float32
-    opponent = frozen_copy(policy, torch.device("cpu"))
+    opponent = copy.deepcopy(policy).eval()
     with torch.no_grad():
         for number, parameter in enumerate(policy.parameters()):
             torch.manual_seed(number)
@@ -84,16 +88,17 @@ def test_packed_rows_give_the_naive_loss_and_gradient(architecture, tolerance, s
     expected.backward()
     gradients = [parameter.grad.clone() for parameter in policy.parameters()]
     policy.zero_grad()
-    install_packed_forward(policy, fused_head=False)
-    use_attention(opponent, PACKED_ATTENTION)
+    for model in (policy, opponent):
+        install_packed_forward(model, fused_head=False)
     batch = PackedCollator("sdpa", 2**24, share_prompts)(pairs)
     assert len(batch.groups) > 1
-    loss = batch_loss(policy, batch, objective, opponent)
+    reference = reference_pass(opponent, batch, torch.float64)
+    loss = batch_loss(policy, batch, objective, reference)
     loss.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=tolerance)
     assert farthest(policy, gradients) < max(1e-6, 10 * tolerance)
     with torch.no_grad():
-        assert batch_loss(policy, batch, objective, opponent).item() == pytest.approx(loss.item(), rel=1e-12)
+        assert batch_loss(policy, batch, objective, reference).item() == pytest.approx(loss.item(), rel=1e-12)
     assert all(parameter.grad is None for parameter in opponent.parameters())
 
 
@@ -104,7 +109,8 @@ def test_padded_rows_give_the_naive_loss_and_gradient():
     expected.backward()
     gradients = [parameter.grad.clone() for parameter in policy.parameters()]
     policy.zero_grad()
-    loss = batch_loss(policy, PairCollator(0)(pairs), objective, opponent)
+    batch = PairCollator(0)(pairs)
+    loss = batch_loss(policy, batch, objective, reference_pass(opponent, batch, torch.float64))
     loss.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)  # padded log-probs are float32
     assert farthest(policy, gradients) < 3e-5
@@ -121,7 +127,8 @@ def test_the_kl_itself_is_exact_packed_and_padded():
         return objective(inputs)
 
     with torch.no_grad():
-        batch_loss(policy, PairCollator(0)(pairs), keep, opponent)
+        padded = PairCollator(0)(pairs)
+        batch_loss(policy, padded, keep, reference_pass(opponent, padded, torch.float64))
         logits = [
             [
                 torch.log_softmax(model(torch.tensor([pair["prompt_ids"] + pair[f"{half}_ids"]])).logits[0], dim=-1)[
@@ -133,24 +140,31 @@ def test_the_kl_itself_is_exact_packed_and_padded():
             for pair in pairs
         ]
         expected = torch.cat([(ours.exp() * (ours - theirs)).sum(dim=-1) for ours, theirs in logits])
-        install_packed_forward(policy, fused_head=False)
-        use_attention(opponent, PACKED_ATTENTION)
-        batch_loss(policy, PackedCollator("sdpa", VOCAB)(pairs), keep, opponent)
+        for model in (policy, opponent):
+            install_packed_forward(model, fused_head=False)
+        packed = PackedCollator("sdpa", VOCAB)(pairs)
+        batch_loss(policy, packed, keep, reference_pass(opponent, packed, torch.float64))
     assert torch.allclose(found[0], expected, rtol=1e-10, atol=1e-12)
     assert torch.allclose(found[1], expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("batching", ["packed", "padded"])
-def test_training_with_alpha_starts_at_ln_2_and_keeps_the_opponent(tmp_path, batching, caplog):
+def test_training_with_alpha_starts_at_ln_2_and_has_its_start_as_reference(tmp_path, batching, caplog):
     with caplog.at_level("INFO"):
         trainer = run(tmp_path, weights=True, alpha=ALPHA, beta=0.5, batching=batching, max_steps=4)
-    assert trainer.first_loss.value == pytest.approx(math.log(2), abs=1e-5)  # policy and opponent are the same: KL is 0
+    assert trainer.first_loss.value == pytest.approx(
+        math.log(2), abs=1e-5
+    )  # policy and reference are the same: KL is 0
     start = tiny("llama")
-    for (_, kept), (_, first) in zip(trainer.opponent.named_parameters(), start.named_parameters(), strict=True):
-        assert torch.equal(kept, first)
+    assert all(
+        not torch.equal(ours, first) for ours, first in zip(trainer.model.parameters(), start.parameters(), strict=True)
+    )
+    with trainer.reference.in_place_of(trainer.model):
+        for ours, first in zip(trainer.model.parameters(), start.parameters(), strict=True):
+            assert torch.equal(ours, first)
     assert batching == "padded" or (not trainer.pair_forward.fused_head and "fused_head is off" in caplog.text)
     plain = run(tmp_path / "plain", weights=True, beta=0.5, batching=batching, max_steps=4)
-    assert plain.opponent is None
+    assert plain.reference is None
     difference = max(
         (ours - theirs).abs().max().item()
         for ours, theirs in zip(trainer.model.parameters(), plain.model.parameters(), strict=True)
@@ -158,12 +172,56 @@ def test_training_with_alpha_starts_at_ln_2_and_keeps_the_opponent(tmp_path, bat
     assert difference > 1e-6  # the term does something
 
 
-def test_models_held_in_pieces_are_refused_by_name(monkeypatch):
-    monkeypatch.delenv("ACCELERATE_USE_FSDP", raising=False)
-    check_can_keep_reference(SimpleNamespace(alpha=0.0, fsdp="full_shard", deepspeed_plugin=None))
-    check_can_keep_reference(SimpleNamespace(alpha=0.5, fsdp="", deepspeed_plugin=SimpleNamespace(zero_stage=2)))
-    with pytest.raises(InputError, match=r"alpha is 0\.5.*DeepSpeed ZeRO-3 shards models: set alpha to 0"):
-        check_can_keep_reference(SimpleNamespace(alpha=0.5, fsdp="", deepspeed_plugin=SimpleNamespace(zero_stage=3)))
+def test_a_resumed_training_with_alpha_has_the_start_as_reference_still(tmp_path):
+    settings = {"weights": True, "alpha": ALPHA, "save_strategy": "steps", "save_steps": 2}
+    whole = run(tmp_path, **settings, max_steps=4)
+    resumed = run(tmp_path, **settings, max_steps=4, resume=str(tmp_path / "checkpoint-2"))
+    for ours, theirs in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_mixed_precision_never_gives_the_policy_the_weights_of_the_reference(tmp_path):
+    """Autocast keeps 16-bit copies by weight, and both models are in the same weights one after the other."""
+    trainer = run(tmp_path, weights=True, alpha=ALPHA, bf16=True, max_steps=4)
+    assert trainer.first_loss.value == pytest.approx(math.log(2), abs=1e-5)  # both round in the same way
+    margins = [entry["rewards/margins"] for entry in trainer.state.log_history if "rewards/margins" in entry]
+    assert margins[0] == pytest.approx(0.0, abs=1e-3) and abs(margins[-1]) > 1e-3
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "up_proj"], ["q_proj", "lm_head"]])
+def test_with_adapters_only_they_are_kept_and_a_trained_head_is_merged(tmp_path, targets):
+    config = ModelConfig("tiny", use_peft=True, lora_r=4, lora_target_modules=targets)
+    packed, padded = (
+        run(
+            tmp_path / batching,
+            add_adapters(tiny("llama"), config),
+            weights=True,
+            alpha=ALPHA,
+            max_steps=4,
+            batching=batching,
+        )
+        for batching in ("packed", "padded")
+    )
+    apart = moved = 0.0
+    for (name, ours), theirs in zip(packed.model.named_parameters(), padded.model.parameters(), strict=True):
+        assert ours.requires_grad == ("lora_" in name)
+        apart = max(apart, (ours - theirs).abs().max().item())
+        moved = max(moved, ours.abs().max().item() if "lora_B" in name else 0.0)  # they start at 0
+    assert apart < 1e-4 * moved
+
+
+def test_what_cannot_be_exchanged_is_refused_by_name(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(InputError, match=r"FSDP\d shards models"):
-        check_can_keep_reference(SimpleNamespace(alpha=0.5, fsdp="", deepspeed_plugin=None))
+    arguments = SimpleNamespace(alpha=0.5, fsdp="", deepspeed_plugin=None)
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    check_can_exchange(arguments, "alpha")
+    monkeypatch.setenv("FSDP_VERSION", "1")
+    with pytest.raises(InputError, match=r"alpha is 0\.5.*FSDP version 1.*set fsdp_version: 2"):
+        check_can_exchange(arguments, "alpha")
+
+
+def test_a_head_that_is_no_matrix_is_refused_with_the_way_out():
+    model = tiny("llama")
+    model.set_output_embeddings(torch.nn.Sequential(model.lm_head))
+    with pytest.raises(InputError, match=r"LlamaForCausalLM is a Sequential: set batching: padded, or alpha to 0"):
+        check_head(model)

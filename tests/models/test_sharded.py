@@ -28,6 +28,13 @@ def test_the_weights_are_those_of_the_folder(model, tiny_model):
     assert model.lm_head.weight.eq(3.0).all()
 
 
+def test_under_zero_3_the_list_of_conversions_says_nothing_of_those_applied(model):
+    model._weight_conversions = [object()]
+    assert not has_stored_names(model)
+    model.lm_head.weight.ds_id = 0
+    assert has_stored_names(model)
+
+
 def test_adapters_are_merged_weight_by_weight(model, tiny_model):
     adapted = add_adapters(model, ModelConfig(str(tiny_model), use_peft=True, lora_r=4, lora_alpha=7))
     with torch.no_grad():

@@ -331,7 +331,7 @@ REFUSED = [
     ({"max_prompt_length": 3}, "has 3 tokens or fewer: raise max_prompt_length"),
     ({"max_length": 1024, "max_new_tokens": 500}, "but the model takes 512"),
     ({"reference_dir": "somewhere"}, "online training stores no reference log-probs"),
-    ({"alpha": 0.5}, "the online reference changes"),
+    ({"alpha": 0.5}, "the reference is the policy itself"),
     ({"reverse": True}, "online pairs are created from their labels"),
     ({"init_from_config": True}, "init_from_config cannot be used here"),
     ({"load_in_8bit": True, "use_peft": True}, "do not work online"),

@@ -22,6 +22,9 @@ SETTINGS = {
     "eval_steps": 3,
     "eval_limit": 1,
 }
+# The KL term reads the full distributions of the policy of step 3, in the second update of a step too.
+ALPHA = {"alpha": 2.0, "eval_strategy": "no", "eval_limit": 0, "eval_steps": None, "eval_prompts": None}
+WITH_KL = {"all": ALPHA, "adapters": ALPHA | {"use_peft": True, "lora_r": 4, "learning_rate": 1e-2}}
 
 
 @pytest.fixture(scope="module")
@@ -30,12 +33,23 @@ def settings(tmp_path_factory):
     return {"prompts": prompts, "eval_prompts": str(prompts), **SETTINGS}
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory, tiny_model, settings):
-    folder = tmp_path_factory.mktemp("alone")
-    code, _, error = run_main(run_online.main, write_online(folder, tiny_model, **settings))
+def train_alone(folder, model, settings):
+    code, _, error = run_main(run_online.main, write_online(folder, model, **settings))
     assert code == 0, error
     return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, tiny_model, settings):
+    return train_alone(tmp_path_factory.mktemp("alone"), tiny_model, settings)
+
+
+@pytest.fixture(scope="module")
+def alone_with_kl(tmp_path_factory, tiny_model, settings):
+    folder = tmp_path_factory.mktemp("kl")
+    for name, changes in WITH_KL.items():
+        train_alone(folder / name, tiny_model, settings | changes)
+    return folder
 
 
 @pytest.mark.slow
@@ -45,7 +59,7 @@ def test_a_sharded_policy_reaches_the_weights_of_one_process(tmp_path, tiny_mode
     whole, killed = (str(write_online(tmp_path / name, tiny_model, **two)) for name in ("whole", "killed"))
     # Killed after step 5: the run resumes with the reference of step 3.
     runs = [(kind, whole, 0), (kind, killed, 5), (kind, killed, 0)]
-    done = run_command([sys.executable, "-m", "tests.helpers.sharded_online", json.dumps(runs)], timeout=400)
+    done = run_command([sys.executable, "-m", "tests.helpers.sharded", "run_online", json.dumps(runs)], timeout=400)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert "resuming from" in done.stdout
     assert difference(tmp_path / "whole/out", tiny_model) > 1e-3
@@ -56,3 +70,23 @@ def test_a_sharded_policy_reaches_the_weights_of_one_process(tmp_path, tiny_mode
         values = [[entry[name] for entry in history if name in entry] for history in (first, second)]
         assert len(values[0]) >= 2
         assert values[1] == pytest.approx(values[0], abs=1e-4), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["FSDP2", "ZeRO-3"])
+def test_an_engine_gets_the_weights_or_the_adapter_and_the_reference_its_kl_term(
+    tmp_path, tiny_model, settings, alone, alone_with_kl, kind
+):
+    """An engine beside each process gets whole weights, gathered one at a time, or with LoRA the adapter alone."""
+    configs = [
+        write_online(
+            tmp_path / name, tiny_model, **settings | changes | {"per_device_train_batch_size": 3, "backend": "vllm"}
+        )
+        for name, changes in WITH_KL.items()
+    ]
+    runs = json.dumps([(kind, str(config), 0) for config in configs])
+    done = run_command([sys.executable, "-m", "tests.helpers.sharded", "run_online", runs], timeout=400)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert difference(alone_with_kl / "all/out", alone) > 1e-4  # the term does something
+    for name in WITH_KL:
+        assert difference(tmp_path / name / "out", alone_with_kl / name / "out") < 1e-5, name

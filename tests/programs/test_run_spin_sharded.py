@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
 
 import pytest
 import torch
 
-from tests.helpers import run_script
+from spin import run_spin
+from tests.helpers import run_command, run_main, run_script
 from tests.helpers.training import (
     TWO_PROCESSES,
     difference,
@@ -19,7 +21,12 @@ from tests.helpers.training import (
     train,
     weights,
     write_config,
+    write_pairs,
 )
+
+ALPHA = {"alpha": 2.0, "beta": 0.5}
+LORA = {"use_peft": True, "lora_r": 4, "learning_rate": 1e-2}
+WEIGHTED = {"plain": {"beta": 0.5}, "kl": ALPHA, "padded": ALPHA | {"batching": "padded"}, "adapters": ALPHA | LORA}
 
 
 @pytest.mark.slow
@@ -48,6 +55,35 @@ def test_two_processes_give_the_same_weights_as_one(reference_run, tiny_model, p
     assert [ours["final"][name] for name in held_out] == pytest.approx(
         [theirs["final"][name] for name in held_out], abs=2e-4
     )
+
+
+@pytest.fixture(scope="module")
+def weighted(tiny_model, tmp_path_factory):
+    """Pairs with token weights, and policies trained on them in one process: plain, with the KL term, and with adapters too."""
+    folder = tmp_path_factory.mktemp("weighted")
+    pairs = write_pairs(folder / "pairs", weights=True)
+    for name, changes in WEIGHTED.items():
+        (folder / name).mkdir()
+        code, _, error = run_main(run_spin.main, write_config(folder / name / "c.yaml", tiny_model, pairs, **changes))
+        assert code == 0, error
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ZeRO-3", "FSDP2"])
+def test_sharded_token_weights_and_kl_term(weighted, tiny_model, tmp_path, kind):
+    """The weights of one process, also when a run with the KL term resumes: its reference is the start, not the checkpoint."""
+    two, runs = {"per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 2}, []
+    for name, changes in WEIGHTED.items():
+        (tmp_path / name).mkdir()
+        config = write_config(tmp_path / name / "c.yaml", tiny_model, weighted / "pairs", **changes | two)
+        runs += [(kind, str(config), 3)] * (name == "kl") + [(kind, str(config), 0)]
+    done = run_command([sys.executable, "-m", "tests.helpers.sharded", "run_spin", json.dumps(runs)], timeout=400)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert done.stdout.count("resuming from") == 1
+    for name in WEIGHTED:
+        assert difference(tmp_path / name / "out", weighted / name / "out") < 1e-5, name
+    assert difference(weighted / "plain/out", weighted / "kl/out") > 1e-4
 
 
 @pytest.fixture(scope="module")

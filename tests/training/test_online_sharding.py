@@ -22,7 +22,7 @@ def check(monkeypatch, environment, **arguments):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    check_sharding(SimpleNamespace(**{"backend": "transformers", "ref_update_freq": 3} | arguments))
+    check_sharding(SimpleNamespace(**{"backend": "transformers", "ref_update_freq": 3, "alpha": 0.0} | arguments))
 
 
 @pytest.mark.parametrize(

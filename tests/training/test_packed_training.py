@@ -264,12 +264,3 @@ def test_the_memory_is_estimated_before_training(tmp_path, caplog):
         run(tmp_path, max_steps=1)
     said = caplog.text
     assert "max_tokens_per_batch: " in said and "peak memory of a process" in said and "activations" in said
-
-
-def test_the_frozen_reference_rounds_as_the_policy_does(tmp_path):
-    arguments = {"output_dir": str(tmp_path), "alpha": 0.1, "bf16": True, "use_cpu": True, "report_to": "none"}
-    trainer = SPINTrainer(tiny("llama"), SPINConfig(**arguments), dataset(4), processing_class=char_tokenizer())
-    states = torch.randn(2, 32)
-    with torch.autocast("cpu", torch.bfloat16):
-        policy, opponent = (model.model.norm(states) for model in (trainer.model, trainer.opponent))
-    assert policy.dtype == opponent.dtype == torch.bfloat16 and torch.equal(policy, opponent)

@@ -168,6 +168,7 @@ class ServerLink:
         body: dict[str, Any] | None = None,
         tokens: int = 0,
         check: Callable[[Any], None] = lambda answer: None,
+        as_text: bool = False,
     ) -> Any:
         """Return the JSON response to GET ``path``, or to POST if there is a ``body``.
 
@@ -175,6 +176,7 @@ class ServerLink:
             purpose: what the request is for, as named in errors ("prompt p7").
             tokens: the longest possible response, for which the timeout is extended.
             check: may raise :class:`TryAgain` to reject a response.
+            as_text: return the response as a text, which need not be JSON.
 
         Raises:
             Refused: the request was refused (4xx).
@@ -182,7 +184,9 @@ class ServerLink:
         """
         for failures in range(1, policy.attempts + 1):
             try:
-                answer = await self._send_once(path, purpose, body, policy.timeout + policy.seconds_per_token * tokens)
+                timeout = policy.timeout + policy.seconds_per_token * tokens
+                response = await self._send_once(path, purpose, body, timeout)
+                answer = response.text if as_text else self._json(response)
                 check(answer)
                 return answer
             except TryAgain as failure:
@@ -196,7 +200,9 @@ class ServerLink:
             "start it and run the same command again"
         ) from last
 
-    async def _send_once(self, path: str, purpose: str, body: dict[str, Any] | None, timeout_seconds: float) -> Any:
+    async def _send_once(
+        self, path: str, purpose: str, body: dict[str, Any] | None, timeout_seconds: float
+    ) -> httpx2.Response:
         # No limit on waiting for a free connection: with many requests in flight that is normal.
         timeout = httpx2.Timeout(timeout_seconds, connect=CONNECT_TIMEOUT, pool=None)
         address, method = f"{self.url}{path}", "GET" if body is None else "POST"
@@ -217,11 +223,14 @@ class ServerLink:
                 f"the server at {self.url} refused {purpose} with HTTP {status}: {self._error_message(response)}"
                 + hint(status, path)
             )
+        return response
+
+    def _json(self, response: httpx2.Response) -> Any:
         try:
             return response.json()
         except ValueError as error:
             raise InputError(
-                f"the response from {address} is not JSON: base_url must be the address of an "
+                f"the response from {response.url} is not JSON: base_url must be the address of an "
                 "OpenAI-compatible server, such as http://host:port/v1"
             ) from error
 

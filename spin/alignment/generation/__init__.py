@@ -36,6 +36,12 @@ def _vllm_installed() -> None:
     check_installed()
 
 
+def _vllm_adapter_obstacle(config: Any, rank: int) -> str | None:
+    from spin.alignment.generation.vllm.backend import adapter_obstacle
+
+    return adapter_obstacle(config, rank)
+
+
 def _openai(settings: BackendSettings) -> GenerationBackend:
     from spin.alignment.generation.openai.backend import OpenAIBackend
 
@@ -50,6 +56,7 @@ BACKENDS: dict[str, Backend] = {
         online="engine",
         makes_processes=True,
         check_installed=_vllm_installed,
+        adapter_obstacle=_vllm_adapter_obstacle,
     ),
     "openai": Backend(_openai, takes=frozenset({"token_ids"}), needs_server=True, online="server"),
 }

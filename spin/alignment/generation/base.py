@@ -161,6 +161,7 @@ class BackendSettings:
         masked_ids: ids of the model that its tokenizer has no token for; they are never sampled.
         decode: sampled ids -> text, in which stop texts are searched for.
         encoder: the model's :class:`ChatEncoder`, for servers that return no token ids.
+        adapter_rank: rank of the LoRA adapters that are loaded while it runs; 0: none.
         beside_training: an engine on the GPUs of ``tensor_parallel_size`` training processes, of which this is the first; it
             gives their memory back after each batch of responses, until it gets new weights.
     """
@@ -178,6 +179,7 @@ class BackendSettings:
     masked_ids: tuple[int, ...] = ()
     pad_id: int = 0
     decode: Callable[[Sequence[int]], str] | None = None
+    adapter_rank: int = 0
     beside_training: bool = False
     batch_invariant: bool = setting(False, "the same responses in any batch (vllm, H100 or newer; slower)")
     base_url: str | None = setting(
@@ -204,8 +206,9 @@ class Backend:
         flush_every: finished prompts in a part of a fraction, unless the user says otherwise.
         holds_batch: it decodes ``batch_size`` responses at a time in this process; others plan their batches themselves.
         online: how online training draws from the policy with it: by the policy's ``own_module``, by an ``engine`` whose
-            weights are replaced (the backend has the methods ``load(weights)``, ``reload(folder)`` and ``sleep()``), by a
-            ``server`` whose weights are replaced, or not at all.
+            weights are replaced (the backend has the methods ``load(weights)``, ``reload(folder)``, ``load_adapter(folder)`` and
+            ``sleep()``), by a ``server`` whose weights are replaced, or not at all.
+        adapter_obstacle: why an engine cannot apply a LoRA adapter of a rank to a model with a configuration; None if it can.
         makes_processes: it starts processes of its own, for which it wants to be the first to configure torch.
         check_installed: raises :class:`InputError` where what it needs is not installed.
     """
@@ -218,6 +221,7 @@ class Backend:
     online: Literal["", "own_module", "engine", "server"] = ""
     makes_processes: bool = False
     check_installed: Callable[[], None] = lambda: None
+    adapter_obstacle: Callable[[Any, int], str | None] = lambda config, rank: None
 
     def __call__(self, settings: BackendSettings) -> GenerationBackend:
         return self.make(settings)

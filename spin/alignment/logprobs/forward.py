@@ -23,6 +23,7 @@ from spin.alignment.logprobs.cpu_norms import install_cpu_norms
 from spin.alignment.logprobs.head import FusedHeadLoss, LogitTransform, Objective, grouped_logps
 from spin.alignment.logprobs.position_kl import ReferenceStates, grouped_logps_and_kl, padded_kl
 from spin.alignment.methods.losses import LossInputs
+from spin.alignment.models.sharded import reshard, whole_linear
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,10 +34,12 @@ _FLOAT32_ELEMENTS = 2**24  # logits converted to float32 at a time, 64 MiB
 
 
 def install_packed_forward(model: Any, fused_head: bool = True) -> bool:
-    """Add the calls ``model(packed=batch)`` and ``model(packed=batch, objective=f)``; return whether the head is fused.
+    """Add the calls ``model(packed=batch)``, ``model(packed=batch, objective=f)`` and ``model(packed=batch, states=True)``;
+    return whether the head is fused.
 
-    The first returns the log-probs (N,) of the response tokens, the second the sum of the objective over the groups. The
-    head is fused if it is a single weight matrix. Any other call is passed to the model's own forward.
+    The first returns the log-probs (N,) of the response tokens, the second the sum of the objective over the groups, the third
+    the hidden states (N, d) that predict the tokens. The head is fused if it is a single weight matrix. Any other call is passed
+    to the model's own forward.
     """
     register()
     causal = causal_model(model)
@@ -51,13 +54,13 @@ def install_packed_forward(model: Any, fused_head: bool = True) -> bool:
         hidden: Tensor,
         packed: PackedBatch | None = None,
         objective: Objective | None = None,
-        opponent: ReferenceStates | None = None,
+        reference: ReferenceStates | None = None,
         reader: TargetReader | None = None,
     ) -> Tensor:
         if packed is None:
             return plain_head(hidden)
-        if objective is not None and opponent is not None:
-            found = grouped_logps_and_kl(plain_head, hidden, opponent, packed.targets, packed.groups, transform)
+        if objective is not None and reference is not None:
+            found = grouped_logps_and_kl(plain_head, hidden, reference, packed.targets, packed.groups, transform)
             inputs = [group.loss_inputs(*streams) for group, streams in zip(packed.groups, found, strict=True)]
             return torch.stack([objective(item).double() for item in inputs]).sum()
         if objective is not None and fused_head:
@@ -75,15 +78,18 @@ def install_packed_forward(model: Any, fused_head: bool = True) -> bool:
         *args: Any,
         packed: PackedBatch | None = None,
         objective: Objective | None = None,
-        opponent: ReferenceStates | None = None,
+        reference: ReferenceStates | None = None,
         reader: TargetReader | None = None,
+        states: bool = False,
         **kwargs: Any,
     ) -> Any:
         if packed is None:
             return plain_forward(*args, **kwargs)
-        states = packed_states(decoder, packed)  # (N, d)
-        extra = {name: value for name, value in (("opponent", opponent), ("reader", reader)) if value is not None}
-        return head(states, packed=packed, objective=objective, **extra)
+        hidden = packed_states(decoder, packed)  # (N, d)
+        if states:
+            return hidden
+        extra = {name: value for name, value in (("reference", reference), ("reader", reader)) if value is not None}
+        return head(hidden, packed=packed, objective=objective, **extra)
 
     head.forward = MethodType(head_forward, head)
     model.forward = MethodType(forward, model)
@@ -124,36 +130,45 @@ def batch_loss(
     model: Any,
     batch: PackedBatch | dict[str, Tensor],
     objective: Objective,
-    opponent: Any | None = None,
+    reference: ReferenceStates | Tensor | None = None,
     responses: tuple[str, ...] = SIDES,
     reader: TargetReader | None = None,
 ) -> Tensor:
     """Return the sum of the objective over a micro-batch, with gradients if the model is being trained.
 
     ``responses`` are those of a row of a padded batch; a packed batch records its own. A ``reader`` gives the objective the
-    log-probs of smoothed targets, and is not used with an opponent.
+    log-probs of smoothed targets, and is not used with a reference.
 
-    With an ``opponent`` (the frozen reference, set to packed attention if rows are packed) the objective also receives the KL
-    at each response position.
+    With a ``reference`` (what :func:`reference_pass` returned for the batch) the objective also receives the KL at each response
+    position.
     """
     if isinstance(batch, PackedBatch):
-        if opponent is None:
-            return model(packed=batch, objective=objective, **({} if reader is None else {"reader": reader}))
-        causal = causal_model(opponent)
-        with torch.no_grad():
-            states = ReferenceStates(packed_states(causal.get_decoder(), batch), causal.get_output_embeddings())
-        return model(packed=batch, objective=objective, opponent=states)
+        extra = {name: value for name, value in (("reference", reference), ("reader", reader)) if value is not None}
+        return model(packed=batch, objective=objective, **extra)
     labels = {name.removeprefix(LABEL): value for name, value in batch.items() if name.startswith(LABEL)}
     mask, width = batch["completion_mask"], batch["completion_mask"].shape[1]
     logits = response_logits(model, batch)  # (2B, R, V)
     policy = token_logps(logits, batch["input_ids"][:, -width:], mask, reader)  # (2B, R)
-    kl = None
-    if opponent is not None:
-        with torch.no_grad():
-            theirs = response_logits(opponent, batch)  # (2B, R, V)
-        kl = padded_kl(logits, theirs, mask)
-    reference, weights = batch.get("reference_logps"), batch.get("weights")
-    return objective(LossInputs(policy, reference, mask, weights, kl, labels, responses))
+    kl = padded_kl(logits, reference, mask) if isinstance(reference, torch.Tensor) else None  # (2B, R)
+    reference_logps, weights = batch.get("reference_logps"), batch.get("weights")
+    return objective(LossInputs(policy, reference_logps, mask, weights, kl, labels, responses))
+
+
+def reference_pass(model: Any, batch: PackedBatch | dict[str, Tensor], dtype: torch.dtype) -> ReferenceStates | Tensor:
+    """Return what the KL term needs of the reference, whose weights ``model`` has at the moment; later changes do not affect it.
+
+    Of a packed batch: the hidden states and a copy of the head, both in the ``dtype`` of matrix products. Of padded rows: the
+    logits ``(2B, R, V)``. No gradients are recorded. Every process must call it if the model is sharded.
+    """
+    with torch.no_grad():
+        if not isinstance(batch, PackedBatch):
+            return response_logits(model, batch)
+        hidden = model(packed=batch, states=True).to(dtype)  # (N, d)
+        head = causal_model(model).get_output_embeddings()
+        if not any(weight.requires_grad for weight in head.parameters()):
+            return ReferenceStates(hidden)
+        reshard(model)
+        return ReferenceStates(hidden, *whole_linear(head, dtype))
 
 
 def batch_logps(model: Any, batch: PackedBatch | dict[str, Tensor]) -> list[Tensor]:

@@ -14,7 +14,13 @@ from spin.alignment.core.sides import SIDES
 from spin.alignment.logprobs.attention import PACKED_ATTENTION, check_architecture, choose_kernel
 from spin.alignment.logprobs.batch import Feature
 from spin.alignment.logprobs.collators import PackedCollator, PairCollator
-from spin.alignment.logprobs.forward import batch_logps, causal_model, install_packed_forward, use_attention
+from spin.alignment.logprobs.forward import (
+    batch_logps,
+    causal_model,
+    install_packed_forward,
+    reference_pass,
+    use_attention,
+)
 from spin.alignment.logprobs.micro_batches import MicroBatch, MicroBatcher
 
 _MIXED_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -139,6 +145,11 @@ class PairForward:
     def _logps(self, batch: Any) -> list[torch.Tensor]:
         with torch.no_grad(), self.autocast():
             return batch_logps(self.model, batch)
+
+    def reference_pass(self, micro_batch: MicroBatch) -> Any:
+        """Return what the KL term needs of the model as the reference (see :func:`forward.reference_pass`)."""
+        with self.autocast():
+            return reference_pass(self.model, micro_batch.batch, self.dtype)
 
     def padded_logps(self, features: Sequence[Feature]) -> list[torch.Tensor]:
         """Return the same log-probs from padded rows and the model's own attention, for a model patched for packed rows."""

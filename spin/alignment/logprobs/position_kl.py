@@ -1,23 +1,21 @@
 """KL(policy || reference) at each response position, for losses with ``alpha`` (TIS-DPO, arXiv 2410.04350).
 
-It needs the full distribution of the reference, which is too large to store, so a frozen copy of the model is kept next to the
-policy and processes the same rows. Gradients flow through the policy's distribution; logits of one group of pairs are in memory
-at a time and are recomputed in the backward pass.
+It needs the full distribution of the reference, which is too large to store, so the reference processes each micro-batch right
+before the policy. Its weights may take the policy's place for that, also in a sharded module: of packed rows, its hidden states
+and a copy of its head are all that the loss needs. Logits of one group of pairs are in memory at a time, and are computed again
+in the backward pass. Gradients flow through the policy's distribution.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from spin.alignment.core.errors import InputError
 from spin.alignment.logprobs.head import LogitTransform, logps_of
-from spin.alignment.models.sharded import sharding_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,31 +29,18 @@ _TILE_ELEMENTS = 2**22  # logits converted to float32 at a time
 
 @dataclass(frozen=True)
 class ReferenceStates:
-    """The reference model's hidden states ``(N, d)`` at the predictors of a packed batch, and its head."""
+    """The reference model's hidden states ``(N, d)`` at the predictors of a packed batch, and its head: the weight ``(V, d)`` and
+    the bias ``(V,)`` or None. Without a weight, its head is the policy's own, which is not trained.
+    """
 
     hidden: Tensor
-    head: Callable[[Tensor], Tensor]
+    weight: Tensor | None = None
+    bias: Tensor | None = None
 
-
-def check_can_keep_reference(arguments: Any) -> None:
-    """Refuse ``alpha`` if no process has the full model.
-
-    Raises:
-        InputError: ZeRO-3 or FSDP is enabled.
-    """
-    if not arguments.alpha:
-        return
-    sharded = sharding_name(arguments)
-    if sharded:
-        raise InputError(
-            f"alpha is {arguments.alpha}, which needs a full copy of the reference next to the policy, but {sharded} shards "
-            "models: set alpha to 0, or use configs/multi_gpu.yaml or deepspeed_zero2.yaml"
-        )
-
-
-def frozen_copy(model: Any, device: torch.device) -> Any:
-    """Return a copy of a model, without gradients, on a device; call before training starts."""
-    return copy.deepcopy(model).requires_grad_(False).eval().to(device)
+    def logits(self, rows: slice, head: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return the logits ``(n, V)`` of some rows; ``head`` is the policy's."""
+        states = self.hidden[rows]
+        return head(states) if self.weight is None else torch.nn.functional.linear(states, self.weight, self.bias)
 
 
 def position_kl(logits: Tensor, reference_logits: Tensor, transform: LogitTransform | None = None) -> Tensor:
@@ -70,30 +55,30 @@ def position_kl(logits: Tensor, reference_logits: Tensor, transform: LogitTransf
         values = [item.to(wide) for item in (ours, theirs)]
         if transform is not None:
             values = [transform.apply(item) for item in values]
-        policy, opponent = (torch.log_softmax(item, dim=-1) for item in values)  # (rows, V) each
-        found.append((policy.exp() * (policy - opponent)).sum(dim=-1))  # (rows,)
+        policy, reference = (torch.log_softmax(item, dim=-1) for item in values)  # (rows, V) each
+        found.append((policy.exp() * (policy - reference)).sum(dim=-1))  # (rows,)
     return torch.cat(found)
 
 
 def grouped_logps_and_kl(
     head: Callable[[Tensor], Tensor],
     hidden: Tensor,
-    opponent: ReferenceStates,
+    reference: ReferenceStates,
     targets: Tensor,
     groups: Sequence[PairGroup],
     transform: LogitTransform,
 ) -> list[tuple[Tensor, Tensor]]:
     """Return, for each group, the log-probs of its targets and the KL at their positions, ``(n,)`` each."""
 
-    def of_group(states: Tensor, theirs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def of_group(states: Tensor, labels: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            reference_logits = opponent.head(theirs)  # (n, V)
+            reference_logits = reference.logits(rows, head)  # (n, V)
         logits = head(states)  # (n, V)
         return logps_of(logits, labels, transform), position_kl(logits, reference_logits, transform)
 
     found = []
     for group in groups:
-        given = (hidden[group.rows], opponent.hidden[group.rows], targets[group.rows])
+        given = (hidden[group.rows], targets[group.rows], group.rows)
         if torch.is_grad_enabled():
             found.append(checkpoint(of_group, *given, **_WITHOUT_RECOMPUTED_STATE))
         else:

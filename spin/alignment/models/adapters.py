@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +15,11 @@ from spin.alignment.models.loading import load_model
 from spin.alignment.models.weights_check import meta_model, read_header
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
+
+# What an adapter may have that inference engines do not apply, and what it is called.
+_BEYOND_LORA = {"use_dora": "uses DoRA", "modules_to_save": "trains whole modules", "rank_pattern": "has several ranks"}
 
 
 def add_adapters(model: PreTrainedModel, config: ModelConfig) -> Any:
@@ -36,6 +42,42 @@ def add_adapters(model: PreTrainedModel, config: ModelConfig) -> Any:
         task_type="CAUSAL_LM",
     )
     return get_peft_model(model, settings)
+
+
+def adapter_obstacle(model: Any) -> str | None:
+    """Return why inference engines cannot apply the LoRA adapter of a model next to its weights; None if they can."""
+    settings = model.peft_config[model.active_adapter]
+    for name, what in _BEYOND_LORA.items():
+        if getattr(settings, name, None):
+            return f"it {what}"
+    causal = model.get_base_model()
+    ends = (causal.get_input_embeddings(), causal.get_output_embeddings())
+    for name, module in causal.named_modules():
+        if hasattr(module, "lora_A") and any(module is end for end in ends):
+            return f"it adapts {name}"
+    return None
+
+
+def adapter_config(model: Any) -> dict[str, Any]:
+    """Return the entries of ``adapter_config.json`` that say how the LoRA adapter of a model is applied."""
+    settings = model.peft_config[model.active_adapter]
+    targets = settings.target_modules
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": settings.r,
+        "lora_alpha": settings.lora_alpha,
+        "use_rslora": settings.use_rslora,
+        "target_modules": targets if isinstance(targets, str) else sorted(targets),
+    }
+
+
+def write_adapter(folder: Path, config: Mapping[str, Any], weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Write an adapter to an existing folder as peft stores it. ``weights`` may be valid one at a time."""
+    from safetensors.torch import save_file
+
+    save_file({name: weight.cpu().clone() for name, weight in weights}, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
 def check_adapter(folder: Path, model_folder: Path, model_config: Any, trust_remote_code: bool = False) -> None:

@@ -79,9 +79,9 @@ def local_part(weight: Parameter) -> Tensor:
 def gathered(weight: Parameter) -> Iterator[Tensor]:
     """Provide the whole of one weight, without gradient. Every process must enter and leave it."""
     if hasattr(weight, "ds_id"):
-        from deepspeed.zero import GatheredParameters
+        import deepspeed  # deepspeed.zero is an attribute, not a module
 
-        with GatheredParameters([weight]):
+        with deepspeed.zero.GatheredParameters([weight]):
             yield weight.data
         return
     data: Any = weight.data
@@ -113,6 +113,32 @@ def whole_weights(model: Module) -> Iterator[tuple[str, Tensor]]:
             yield owner + own_name, adapted
 
 
+def adapter_weights(model: Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the name and the whole of every weight of a model's LoRA adapter, named as peft stores it.
+
+    A tensor is valid only until the next one is taken. Every process must take all of them.
+    """
+    reshard(model)
+    for name, weight in model.named_parameters():
+        if _LORA in name:
+            with gathered(weight) as whole:
+                yield name.replace(f".{model.active_adapter}.", "."), whole
+
+
+def whole_linear(layer: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Return copies of the weight and the bias of a linear layer, its LoRA adapter merged, in the precision ``dtype``.
+
+    The model must have been resharded (:func:`reshard`). Every process must call it.
+    """
+    base = getattr(layer, "base_layer", layer)
+    with gathered(base.weight) as whole:
+        weight = (whole if base is layer else whole + _adapter_product(layer, whole)).to(dtype, copy=True)
+    if base.bias is None:
+        return weight, None
+    with gathered(base.bias) as whole:
+        return weight, whole.to(dtype, copy=True)
+
+
 def has_stored_names(model: Module) -> bool:
     """Return whether model folders store the weights under the names and in the shapes that the module has.
 
@@ -120,7 +146,9 @@ def has_stored_names(model: Module) -> bool:
     """
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     conversions = getattr(causal, "_weight_conversions", None)
-    if conversions is None:  # not loaded from a folder
+    # Under ZeRO-3, transformers lists all conversions that it knows, not those that it applied.
+    partitioned = any(hasattr(weight, "ds_id") for weight in causal.parameters())
+    if conversions is None or partitioned:  # None: not loaded from a folder
         from transformers.conversion_mapping import get_model_conversion_mapping
 
         conversions = get_model_conversion_mapping(causal, add_legacy=False)

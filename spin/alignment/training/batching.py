@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from spin.alignment.logprobs.attention import PACKED_ATTENTION
+import torch
+
+from spin.alignment.core.errors import InputError
 from spin.alignment.logprobs.batch import PairDataset, PairList
-from spin.alignment.logprobs.cpu_norms import install_cpu_norms
-from spin.alignment.logprobs.forward import causal_model, use_attention
+from spin.alignment.logprobs.forward import causal_model
 from spin.alignment.logprobs.packing_check import check_packed_forward
 from spin.alignment.logprobs.pair_forward import PairForward, compute_dtype
 from spin.alignment.training.config import SPINConfig
@@ -36,12 +37,13 @@ def make_pair_forward(
     tokenizer: Any,
     accelerator: Accelerator,
     responses: tuple[str, ...],
-    opponent: Any | None = None,
+    position_kl: bool = False,
     share_prompts: bool = True,
     fused_head: bool = True,
 ) -> PairForward:
-    """Return the forward pass of rows with these ``responses``; with packing, patch the policy and a frozen ``opponent`` to
-    accept packed rows.
+    """Return the forward pass of rows with these ``responses``; with packing, patch the policy to accept packed rows.
+
+    ``position_kl``: losses receive the KL from the reference at each position.
 
     Raises:
         InputError: this architecture does not support packed rows, or the requested kernel does not work here.
@@ -53,15 +55,28 @@ def make_pair_forward(
     if args.batching == "padded":
         return forward
     # The KL term needs the full distributions of both models, which a fused head never holds at the same time.
-    fused_head = fused_head and opponent is None
+    fused_head = fused_head and not position_kl
     forward = forward.packed(args.max_tokens_per_batch or 0, args.packed_attention, share_prompts, fused_head)
-    if opponent is not None:
-        use_attention(opponent, PACKED_ATTENTION)
-        install_cpu_norms(causal_model(opponent).get_decoder())  # so that it rounds as the policy does
-        logger.info("alpha is above 0: keeping a frozen copy of the reference in memory, fused_head is off")
+    if position_kl:
+        check_head(causal_model(model))
+        logger.info("alpha is above 0: keeping the reference's weights in memory, fused_head is off")
     head = "fused head" if forward.fused_head else "head recomputed in the backward pass"
     logger.info("packed rows: attention kernel %s, %s", forward.kernel, head)
     return forward
+
+
+def check_head(causal: Any) -> None:
+    """Check that the head of a causal language model is one matrix, which the reference's can be copied from.
+
+    Raises:
+        InputError: it is not.
+    """
+    head = causal.get_output_embeddings()
+    if not isinstance(getattr(head, "base_layer", head), torch.nn.Linear):
+        raise InputError(
+            f"alpha needs an output head that is one matrix, but that of {type(causal).__name__} is a {type(head).__name__}: "
+            "set batching: padded, or alpha to 0"
+        )
 
 
 def fit_to_model(

@@ -10,13 +10,13 @@ from spin.alignment.core.console import say_error
 from spin.alignment.core.errors import InputError
 from spin.alignment.data.preferences import provenance_of
 from spin.alignment.logprobs.batch import PairDataset
-from spin.alignment.logprobs.position_kl import check_can_keep_reference
 from spin.alignment.models.folder import check_fits
 from spin.alignment.training.accounting import accounting
 from spin.alignment.training.config import SPINConfig
 from spin.alignment.training.described import Described, describe_function
 from spin.alignment.training.first_loss import read_first_loss
 from spin.alignment.training.metrics import metric_names
+from spin.alignment.training.moving_reference import check_can_exchange
 from spin.alignment.training.preference_data import check_budget, data_key, largest, load_pairs
 from spin.alignment.training.program import TrainingData, TrainingJob, TrainingProgram
 from spin.alignment.training.settings import Settings, check_evaluation
@@ -39,7 +39,8 @@ class PreferenceTraining(TrainingProgram):
                 "init_from_config cannot be used here (self-play needs a trained opponent): use spin/run_sft.py"
             )
         check_evaluation(settings, "test_prefs")
-        check_can_keep_reference(settings.arguments)
+        if settings.arguments.alpha:
+            check_can_exchange(settings.arguments, "alpha")
 
     def held_out_metrics(self, arguments: Any) -> list[str]:
         """Return the averages over held-out pairs."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import AutocastKwargs
 from datasets import Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -17,11 +19,11 @@ from spin.alignment.core.errors import NotFiniteError
 from spin.alignment.logprobs.batch import PairDataset, PairList
 from spin.alignment.logprobs.forward import batch_loss
 from spin.alignment.logprobs.micro_batches import MicroBatch
-from spin.alignment.logprobs.position_kl import check_can_keep_reference, frozen_copy
 from spin.alignment.training.batching import collate_pairs, make_pair_forward
 from spin.alignment.training.config import SPINConfig
 from spin.alignment.training.first_loss import FirstLoss
 from spin.alignment.training.micro_batched import MicroBatchedTrainer
+from spin.alignment.training.moving_reference import FIXED, MovingReference, check_can_exchange
 from spin.alignment.training.objective import PairObjective
 from spin.alignment.training.optimizers import optimizer_class_and_kwargs
 from spin.alignment.training.preference_rows import to_pairs
@@ -55,9 +57,7 @@ class SPINTrainer(MicroBatchedTrainer):
         self.reference_seconds = 0.0
         self.tokens_seen = 0
         self._fed: list[int] = []  # lengths of the responses given to the loss since the last log
-        # Copied before the model is patched or resumed: alpha needs the reference's full distributions, not just log-probs.
-        check_can_keep_reference(args)
-        self.opponent = frozen_copy(model, args.device) if args.alpha else None
+        self.reference = self.make_reference(args)
         super().__init__(
             model=model,
             args=args,
@@ -76,7 +76,7 @@ class SPINTrainer(MicroBatchedTrainer):
             processing_class,
             self.accelerator,
             args.loss.responses,
-            self.opponent,
+            bool(args.alpha),
             args.share_prompts,
             args.fused_head,
         )
@@ -84,6 +84,31 @@ class SPINTrainer(MicroBatchedTrainer):
         self.objective = PairObjective(args, self.first_loss)
         # Reference log-probs need the model as prepared for the devices, which exists only once training begins.
         self.add_callback(ReferenceCallback(self))
+
+    def make_reference(self, args: SPINConfig) -> MovingReference | None:
+        """Return the reference whose weights are kept: that of the KL term, which needs full distributions, not just log-probs.
+
+        Raises:
+            InputError: the weights are sharded in a way that does not allow it.
+        """
+        if not args.alpha:
+            return None
+        check_can_exchange(args, "alpha")
+        return MovingReference(FIXED)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Create the schedule. The model is prepared by now, and FSDP and DeepSpeed have not loaded a checkpoint yet."""
+        self.keep_start()
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self.keep_start()
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def keep_start(self) -> None:
+        """Copy the weights that training starts from, if the KL term needs them, before a checkpoint replaces them."""
+        if self.reference is not None and not self.reference.is_kept:
+            self.reference.update(self.accelerator.unwrap_model(self.model), 0)
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, dict[str, Any]]:
@@ -120,13 +145,27 @@ class SPINTrainer(MicroBatchedTrainer):
             share = self.accelerator.num_processes / num_items_in_batch  # DDP averages gradients over processes
         settings = {"training": model.training, "counted": inputs.counted, "step": self.state.global_step}
         objective = partial(self.objective, share=share, **settings)
-        loss = batch_loss(model, inputs.batch, objective, self.opponent, self.args.loss.responses)
+        reference = self._reference_pass(inputs) if self.args.alpha else None
+        loss = batch_loss(model, inputs.batch, objective, reference, self.args.loss.responses)
         faults = self.objective.take_faults()
         if faults.any() | ~torch.isfinite(loss):
             found = [inputs.features[number] for number in faults.nonzero().flatten().tolist()]
             raise self.failed(f"the loss or a log-prob is not finite (the loss is {loss.item():g})", found or None)
         loss = loss.float()
         return (loss, {}) if return_outputs else loss
+
+    def _reference_pass(self, inputs: MicroBatch) -> Any:
+        """Return what the KL term needs of the reference, whose weights take the policy's place for a forward pass."""
+        assert self.reference is not None
+        # Not cached: autocast would give the policy the reference's weights, as they are in the same tensors.
+        autocast = partial(self.accelerator.autocast, AutocastKwargs(cache_enabled=False))
+        forward = replace(self.pair_forward, model=self._unwrapped(), autocast=autocast)
+        with forward.evaluation(), self.reference.in_place_of(forward.model):
+            return forward.reference_pass(inputs)
+
+    def _unwrapped(self) -> Any:
+        """Return the model without the wrappers of DDP and DeepSpeed."""
+        return self.accelerator.unwrap_model(self.model_wrapped)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log the averages over the pairs of all processes since the last log, under their standard names."""

@@ -53,6 +53,10 @@ class OpenAIBackend(GenerationBackend):
             self.link.close()
             raise
 
+    def use_model(self, name: str) -> None:
+        """Ask from now on for the model that the server serves under a name."""
+        self.protocol.model_name = name
+
     def stream(
         self, requests: Iterable[PromptRequest], sampling: SamplingConfig
     ) -> Iterator[tuple[int, list[Response]]]:

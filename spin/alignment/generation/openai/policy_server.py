@@ -14,6 +14,7 @@ from spin.alignment.generation.vllm.weight_receiver import LOST, WeightReceiver,
 if TYPE_CHECKING:
     from torch import Tensor
 
+ADAPTER = "spin-policy-"  # how the names begin under which the server serves the policy if only its adapter is pushed
 RECEIVER = f"{WeightReceiver.__module__}.{WeightReceiver.__qualname__}"
 
 
@@ -46,8 +47,15 @@ class PolicyServer:
             ) from error
         return str(answer.get("weight_version"))
 
-    def push(self, weights: Iterable[tuple[str, Tensor]]) -> str | None:
+    def adapter_rank(self) -> int:
+        """Return the highest rank of the LoRA adapters that can be pushed; 0: none; -1: neither adapters nor weights."""
+        return int(self._call("policy_adapter_rank", ())[0])
+
+    def push(self, weights: Iterable[tuple[str, Tensor]], adapter: dict[str, Any] | None = None) -> str | None:
         """Replace all weights, one at a time, while the server answers nobody; return the new version.
+
+        With an ``adapter`` (entries of its ``adapter_config.json``) the weights are those of a LoRA adapter; the server serves
+        its model with it as :data:`ADAPTER` and the version, and without it as before.
 
         None if the server was restarted meanwhile and lost some; ``weights`` is drawn to its end all the same.
 
@@ -56,11 +64,30 @@ class PolicyServer:
         """
         self._ask("/pause?mode=wait&clear_cache=true", "a pause", {})
         version = uuid.uuid4().hex
-        if not send_weights(self._call, weights, as_text=True):
+        if not send_weights(self._call, weights, as_text=True, adapter=adapter):
+            return None
+        if adapter is not None and not self._load_adapter(version):
             return None
         self._ask("/update_weight_version", "the new version of its weights", {"new_version": version})
         self._ask("/resume", "the end of a pause", {})
         return version
+
+    def _load_adapter(self, version: str) -> bool:
+        """Let the server load the adapter that it has been sent, instead of others; return False if it was restarted since."""
+        folder, *_ = self._call("write_policy_adapter", ())
+        if folder == LOST:
+            return False
+        for card in self._ask("/v1/models", "the request for its models")["data"]:
+            if str(card["id"]).startswith(ADAPTER):
+                self._change("/v1/unload_lora_adapter", {"lora_name": card["id"]})
+        # Not in place: vLLM would then read the folder again for every step of its engine.
+        self._change("/v1/load_lora_adapter", {"lora_name": ADAPTER + version, "lora_path": folder})
+        self._call("remove_policy_adapter", ())
+        return True
+
+    def _change(self, path: str, body: dict[str, Any]) -> None:
+        """Load or remove an adapter; the answer is a text."""
+        self._link.start(self._link.send(path, "another adapter", self._policy, body, as_text=True)).result()
 
     def _call(self, method: str, arguments: Sequence[Any]) -> list[str]:
         answer = self._ask("/collective_rpc", f"the call {method}", {"method": method, "args": list(arguments)})

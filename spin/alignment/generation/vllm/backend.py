@@ -51,6 +51,20 @@ def check_installed() -> None:
         raise InputError(f"vLLM is not installed: {INSTALL_HINT}")
 
 
+def adapter_obstacle(config: Any, rank: int) -> str | None:
+    """Return why vLLM cannot apply a LoRA adapter of a ``rank`` to a model with this configuration; None if it can."""
+    if rank > LORA_RANKS[-1]:
+        return f"its rank {rank} is above {LORA_RANKS[-1]}"
+    _set_defaults()
+    from vllm.model_executor.models import ModelRegistry, supports_lora
+
+    for name in config.architectures or ():
+        known = ModelRegistry.models.get(name)
+        if known is not None and supports_lora(known.load_model_cls()):
+            return None
+    return f"vLLM has no adapters for {' or '.join(config.architectures or ['this model'])}"
+
+
 def _engine_dtype(dtype: str, stored: Any) -> str:
     """The precision for the engine, whose own ``auto`` would convert float32 weights to half precision."""
     return "float32" if dtype == "auto" and str(stored).removeprefix("torch.") == "float32" else dtype
@@ -76,6 +90,13 @@ def _check_batch_invariance() -> None:
         )
 
 
+def _set_defaults() -> None:
+    """Set what vLLM reads when it is imported, unless the user has."""
+    # vLLM's warnings are one line per weight whose precision differs, and others that a user cannot act on.
+    for name, value in (("LOGGING_LEVEL", "ERROR"), ("NO_USAGE_STATS", "1"), ("CPU_KVCACHE_SPACE", "2")):
+        os.environ.setdefault(f"VLLM_{name}", value)
+
+
 @contextmanager
 def engine_environment(settings: BackendSettings) -> Iterator[None]:
     """Set the environment in which an engine starts its processes, and restore the launcher's afterwards.
@@ -83,9 +104,7 @@ def engine_environment(settings: BackendSettings) -> Iterator[None]:
     Raises:
         InputError: there are too few GPUs for the engines of all processes.
     """
-    # vLLM's warnings are one line per weight whose precision differs, and others that a user cannot act on.
-    for name, value in (("LOGGING_LEVEL", "ERROR"), ("NO_USAGE_STATS", "1"), ("CPU_KVCACHE_SPACE", "2")):
-        os.environ.setdefault(f"VLLM_{name}", value)
+    _set_defaults()
     if settings.batch_invariant:
         os.environ["VLLM_BATCH_INVARIANT"] = "1"
     before = {name: os.environ.get(name) for name in (*_OF_LAUNCHER, "CUDA_VISIBLE_DEVICES", _START_METHOD)}
@@ -121,6 +140,13 @@ def _own_devices(settings: BackendSettings) -> list[str]:
             f"{len(devices)}: start fewer processes"
         )
     return own
+
+
+def _adapter_request(number: int, folder: str) -> Any:
+    """Return vLLM's name for an adapter; the number and the name identify it in its caches."""
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest(f"adapter-{number}", number, str(Path(folder).resolve()))
 
 
 class VLLMBackend(GenerationBackend):
@@ -183,19 +209,20 @@ class VLLMBackend(GenerationBackend):
         )
 
     def _adapter_settings(self) -> dict[str, Any]:
-        """Prepare the LoRA adapter, if any; return the engine settings for it."""
+        """Prepare the LoRA adapter, if any; return the engine settings for it, or for those that are loaded later."""
         self._adapter: Any = None
-        if self.settings.adapter is None:
+        rank = self.settings.adapter_rank
+        if self.settings.adapter is not None:
+            rank = read_json(Path(self.settings.adapter) / "adapter_config.json")["r"]
+        if not rank:
             return {}
-        from vllm.lora.request import LoRARequest
-
-        rank = read_json(Path(self.settings.adapter) / "adapter_config.json")["r"]
         size = next((size for size in LORA_RANKS if size >= rank), None)
         if size is None:
             raise InputError(
                 f"{self.settings.adapter} has rank {rank}, but vLLM supports up to {LORA_RANKS[-1]}: merge it into the model"
             )
-        self._adapter = LoRARequest("adapter", 1, str(Path(self.settings.adapter).resolve()))
+        if self.settings.adapter is not None:
+            self._adapter = _adapter_request(1, self.settings.adapter)
         return {"enable_lora": True, "max_lora_rank": size}
 
     def stream(
@@ -282,6 +309,19 @@ class VLLMBackend(GenerationBackend):
 
         self._replace(send)
 
+    def load_adapter(self, folder: str) -> None:
+        """Answer with the LoRA adapter in a folder, which is read at once, instead of the last one; cached keys and values are
+        discarded."""
+
+        def send() -> None:
+            former = self._adapter
+            self._adapter = _adapter_request(1 if former is None else former.lora_int_id + 1, folder)
+            if former is not None:
+                self.engine.llm_engine.remove_lora(former.lora_int_id)
+            self.engine.llm_engine.add_lora(self._adapter)
+
+        self._replace(send)
+
     def _replace(self, send: Callable[[], object]) -> None:
         if self._sleeps:  # its memory for keys and values is not needed, and may be missing, while weights arrive
             self.engine.wake_up(tags=["weights"])
@@ -294,7 +334,8 @@ class VLLMBackend(GenerationBackend):
     def sleep(self) -> None:
         """Give the device memory back until the next weights arrive, where vLLM can (not on a CPU)."""
         if self._sleeps:
-            self.engine.sleep(level=2)  # without a copy of the weights, which are replaced before the next response
+            # At level 2 without a copy of the weights, which are replaced before the next response; an adapter needs them.
+            self.engine.sleep(level=1 if self.settings.adapter_rank else 2)
 
     def close(self) -> None:
         """Shut the engine down and free the device memory."""

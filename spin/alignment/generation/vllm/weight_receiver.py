@@ -1,15 +1,19 @@
 """Replacing the weights of a running vLLM engine, one at a time: how they are sent, and what its workers do with them.
 
 A *push* is one complete set of weights, divided into numbered pieces. A piece may be sent twice, as after a lost answer, and a
-worker that was started anew in the middle of a push says so.
+worker that was started anew in the middle of a push says so. The weights are the model's own, or those of a LoRA adapter, which
+are written to a folder for vLLM to load.
 """
 
 from __future__ import annotations
 
 import base64
+import shutil
+import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,20 +24,24 @@ TAKEN, LOST = "taken", "lost"  # what a worker answers
 
 
 def send_weights(
-    call: Callable[[str, Sequence[Any]], Iterable[str]], weights: Iterable[tuple[str, Tensor]], as_text: bool = False
+    call: Callable[[str, Sequence[Any]], Iterable[str]],
+    weights: Iterable[tuple[str, Tensor]],
+    as_text: bool = False,
+    adapter: dict[str, Any] | None = None,
 ) -> bool:
     """Send all weights; return whether every worker has taken them. If not, the rest is still drawn from ``weights``.
 
     Args:
         call: calls a method of :class:`WeightReceiver` in all workers and returns what they answer.
         as_text: send the content as base64, for JSON.
+        adapter: entries of the ``adapter_config.json`` of the LoRA adapter that the weights are of; None: of the model.
     """
     push, number = uuid.uuid4().hex, 0
 
     def taken(method: str, *arguments: Any) -> bool:
         return all(answer == TAKEN for answer in call(method, (push, *arguments)))
 
-    sent = taken("begin_policy_weights")
+    sent = taken("begin_policy_weights", *(() if adapter is None else (adapter,)))
     for name, weight in weights:
         if not sent:
             continue
@@ -55,9 +63,13 @@ def content_of(weight: Tensor) -> memoryview:
 
 @dataclass
 class _Push:
-    """The last push of a worker: the number of its next piece, what has come of a weight, and whether it is complete."""
+    """The last push of a worker: the adapter it is of, if any, the number of its next piece, what has come of a weight, the whole
+    weights of an adapter, and whether it is complete."""
 
     name: str
+    adapter: dict[str, Any] | None = None
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    folders: list[Path] = field(default_factory=list)
     next_piece: int = 0
     content: bytearray = field(default_factory=bytearray)
     complete: bool = False
@@ -72,13 +84,23 @@ class WeightReceiver:
     vllm_config: Any
     model_runner: Any
 
-    def begin_policy_weights(self, push: str) -> str:
+    def policy_adapter_rank(self) -> str:
+        """Return the highest rank of the adapters that vLLM loads while it runs; 0: none; -1: only those it was started with."""
+        from vllm import envs
+
+        lora = self.vllm_config.lora_config
+        if lora is None:
+            return "0"
+        return str(lora.max_lora_rank) if envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING else "-1"
+
+    def begin_policy_weights(self, push: str, adapter: dict[str, Any] | None = None) -> str:
         """Prepare the model for a push; an earlier one that was not completed is dropped."""
         last = self._last_policy_push()
-        if last is not None and not last.complete:
+        if last is not None and not last.complete and last.adapter is None:
             self._put_to_use()
-        self._prepare()
-        self._policy_push = _Push(push)
+        if adapter is None:
+            self._prepare()
+        self._policy_push = _Push(push, adapter)
         return TAKEN
 
     def take_policy_piece(
@@ -102,6 +124,9 @@ class WeightReceiver:
         if len(current.content) == kind.itemsize * torch.Size(shape).numel():
             weight = torch.frombuffer(current.content, dtype=kind).view(shape)
             current.content = bytearray()  # another, because vLLM keeps the weight until its layer is complete
+            if current.adapter is not None:
+                current.weights[name] = weight
+                return TAKEN
             loaded = self._within_vllm(self.model_runner.get_model().load_weights, [(name, weight)])
             if loaded is not None and not loaded:
                 raise RuntimeError(f"the model of vLLM takes no weight {name}")
@@ -112,9 +137,30 @@ class WeightReceiver:
         current = self._last_policy_push()
         if current is None or current.name != push or current.next_piece != count:
             return LOST
-        if not current.complete:  # otherwise its answer was lost
+        if not current.complete and current.adapter is None:  # otherwise its answer was lost
             self._put_to_use()
-            current.complete = True
+        current.complete = True
+        return TAKEN
+
+    def write_policy_adapter(self) -> str:
+        """Write the adapter of the last push to a new folder on this machine; return its path, or that the push was lost."""
+        from spin.alignment.models.adapters import write_adapter
+
+        current = self._last_policy_push()
+        if current is None or not current.complete or current.adapter is None:
+            return LOST
+        folder = Path(tempfile.mkdtemp(prefix="spin-adapter-"))
+        write_adapter(folder, current.adapter, current.weights.items())
+        current.folders.append(folder)
+        return str(folder)
+
+    def remove_policy_adapter(self) -> str:
+        """Remove the folders of the last push, once vLLM has loaded them, and its weights."""
+        current = self._last_policy_push()
+        if current is not None:
+            for folder in current.folders:
+                shutil.rmtree(folder, ignore_errors=True)
+            current.weights.clear()
         return TAKEN
 
     def _last_policy_push(self) -> _Push | None:

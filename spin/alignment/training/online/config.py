@@ -13,8 +13,8 @@ from spin.alignment.methods.pairings import Pairing, check_num_samples, find_pai
 from spin.alignment.pairs.annotate import check_loss
 from spin.alignment.rewards.base import ScorerSettings
 from spin.alignment.training.config import SPINConfig
+from spin.alignment.training.moving_reference import FIXED
 from spin.alignment.training.online.keys import OnlineKeys
-from spin.alignment.training.online.moving_reference import FIXED
 
 # Scorers that compare a response with the other responses to its prompt.
 COMPARATIVE = ("judge", "preference_model")
@@ -44,9 +44,10 @@ class OnlineConfig(OnlineKeys, SPINConfig):
             )
         if self.reference_dir:
             raise InputError("reference_dir is set, but online training stores no reference log-probs: remove it")
-        if self.alpha:
+        if self.alpha and self.ref_update_freq == self.updates_per_batch == 1:
             raise InputError(
-                f"alpha is {self.alpha}, but its KL term needs a fixed reference, and the online reference changes: remove it"
+                f"alpha is {self.alpha}, but with ref_update_freq 1 and updates_per_batch 1 the reference is the policy itself "
+                "and the KL term always 0: raise one of them, or remove alpha"
             )
         if self.reverse:
             raise InputError("reverse is true, but online pairs are created from their labels: remove it")

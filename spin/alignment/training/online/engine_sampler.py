@@ -11,18 +11,28 @@ import torch
 
 from spin.alignment.core.memory_folder import MemoryFolder
 from spin.alignment.generation.base import PromptRequest, Response, SamplingConfig
-from spin.alignment.models.sharded import has_stored_names, whole_weights
+from spin.alignment.models.adapters import adapter_config, write_adapter
+from spin.alignment.models.sharded import adapter_weights, has_stored_names, whole_weights
 from spin.alignment.training.online.policy_sampler import PolicySampler
 from spin.alignment.training.online.sharers import Sharers
 
 
 class EngineSampler(PolicySampler):
-    """Samples with an engine beside the training processes, to which the policy's weights are sent one at a time."""
+    """Samples with an engine beside the training processes, to which the policy's weights, or only its adapter's, are sent."""
 
-    def __init__(self, engine: Any | None, policy: Any, dtype: torch.dtype, sharers: Sharers | None = None) -> None:
-        """``engine`` is a backend with ``load(weights)``, ``reload(folder)`` and ``sleep()``; None in a process whose engine is
-        that of another of its ``sharers``. Weights are sent as ``dtype``."""
+    def __init__(
+        self,
+        engine: Any | None,
+        policy: Any,
+        dtype: torch.dtype,
+        sharers: Sharers | None = None,
+        only_adapter: bool = False,
+    ) -> None:
+        """``engine`` is a backend with ``load(weights)``, ``reload(folder)``, ``load_adapter(folder)`` and ``sleep()``; None in a
+        process whose engine is that of another of its ``sharers``. Weights are sent as ``dtype``. ``only_adapter``: the engine
+        has the weights below the policy's LoRA adapter, and applies it next to them."""
         self._engine, self._policy, self._dtype, self._sharers = engine, policy, dtype, sharers
+        self._only_adapter = only_adapter
         self._memory: MemoryFolder | None = None
 
     def refresh(self) -> None:
@@ -30,21 +40,30 @@ class EngineSampler(PolicySampler):
         if not has_stored_names(self._policy):
             self._reload()
             return
-        weights = ((name, weight.to(self._dtype)) for name, weight in whole_weights(self._policy))
-        if self._engine is not None:
-            self._engine.load(weights)
-        else:  # takes part in gathering them
+        source = adapter_weights if self._only_adapter else whole_weights
+        weights = ((name, weight.to(self._dtype)) for name, weight in source(self._policy))
+        if self._engine is None:  # takes part in gathering them
             for _ in weights:
                 pass
+        elif self._only_adapter:
+            with self._folder() as folder:
+                write_adapter(Path(folder), adapter_config(self._policy), weights)
+                self._engine.load_adapter(folder)
+        else:
+            self._engine.load(weights)
 
     def _reload(self) -> None:
         """Write the weights to a folder in memory as a model, as they are named there, for the engine to reload."""
         if self._engine is None:
             return
-        self._memory = self._memory or MemoryFolder("spin-policy-")
-        with tempfile.TemporaryDirectory(dir=self._memory.path) as folder:
+        with self._folder() as folder:
             save_weights(self._policy, Path(folder), self._dtype)
             self._engine.reload(folder)
+
+    def _folder(self) -> tempfile.TemporaryDirectory[str]:
+        """Return a new folder in memory, to be removed once the engine has read it."""
+        self._memory = self._memory or MemoryFolder("spin-policy-")
+        return tempfile.TemporaryDirectory(dir=self._memory.path)
 
     def respond(self, requests: Sequence[PromptRequest], sampling: SamplingConfig) -> list[list[Response]]:
         """Generate with the engine, which then gives its memory back. Every process must call it."""

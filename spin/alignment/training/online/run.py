@@ -16,6 +16,7 @@ from spin.alignment.models.sharded import offloads_weights, sharding_name
 from spin.alignment.pairs.annotate import scorer_record
 from spin.alignment.training.accounting import accounting
 from spin.alignment.training.described import Described, describe_function
+from spin.alignment.training.moving_reference import check_can_exchange
 from spin.alignment.training.online.config import OnlineConfig
 from spin.alignment.training.online.labels import PairMaker, scorer_of
 from spin.alignment.training.online.pass_rates import pass_names
@@ -75,11 +76,9 @@ def check_sharding(arguments: Any) -> None:
             f"backend {arguments.backend} cannot decode with weights that FSDP keeps on the CPU: set fsdp_offload_params: false, "
             "or use backend vllm"
         )
-    if offloads == "nvme" and arguments.ref_update_freq != 1:
-        raise InputError(
-            f"ref_update_freq is {arguments.ref_update_freq}, but weights that ZeRO-3 keeps on NVMe cannot be exchanged for a "
-            "reference: set ref_update_freq to 1, or offload_param_device to cpu or none"
-        )
+    for key, without in (("ref_update_freq", 1), ("alpha", 0)):
+        if getattr(arguments, key) != without:
+            check_can_exchange(arguments, key)
 
 
 def check_context(settings: Settings, splits: dict[str, PromptDataset], folder: Path) -> None:

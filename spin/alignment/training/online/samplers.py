@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -13,12 +14,14 @@ import torch
 from spin.alignment.core.errors import InputError
 from spin.alignment.generation import find_backend, make_backend
 from spin.alignment.generation.base import BackendSettings, GenerationBackend, PromptRequest, Response, SamplingConfig
+from spin.alignment.generation.openai.backend import OpenAIBackend
 from spin.alignment.generation.openai.policy_server import PolicyServer
 from spin.alignment.logprobs.forward import causal_model, use_attention
 from spin.alignment.models.config import Dtype, ModelConfig
 from spin.alignment.models.precision import compute_name
 from spin.alignment.models.sharded import has_stored_names, is_sharded, reshard, sharding_name
 from spin.alignment.models.vocabulary import ids_without_token
+from spin.alignment.training.online.adapter_push import adapter_rank, server_adapter_rank
 from spin.alignment.training.online.engine_sampler import EngineSampler
 from spin.alignment.training.online.lockstep import Lockstep
 from spin.alignment.training.online.policy_sampler import PolicySampler
@@ -127,10 +130,14 @@ def make_sampler(
         # Its own command decides on the precision and the GPUs of a server.
         asked = replace(settings, dtype="auto", base_url=args.server_url)
         server = PolicyServer(str(args.server_url), os.environ.get("OPENAI_API_KEY", "").strip())
-        return ServedSampler(make_backend(args.backend, asked), server, model, sent_as)
+        rank = server_adapter_rank(model, source, args, server)
+        client = cast(OpenAIBackend, make_backend(args.backend, asked))
+        return ServedSampler(client, server, model, sent_as, only_adapter=rank > 0)
+    rank = adapter_rank(model, source, args, partial(find_backend(args.backend).adapter_obstacle, causal.config))
     sharers = Sharers.of(args.tensor_parallel_size)
-    engine = make_backend(args.backend, settings) if sharers is None or sharers.leads else None
-    return EngineSampler(engine, model, sent_as, sharers)
+    leads = sharers is None or sharers.leads
+    engine = make_backend(args.backend, replace(settings, adapter_rank=rank)) if leads else None
+    return EngineSampler(engine, model, sent_as, sharers, only_adapter=rank > 0)
 
 
 def _check_can_send(model: Any, args: OnlineConfig, kind: str) -> None:

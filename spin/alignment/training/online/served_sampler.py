@@ -10,24 +10,31 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 
 from spin.alignment.core.errors import InputError
-from spin.alignment.generation.base import GenerationBackend, PromptRequest, Response, SamplingConfig
-from spin.alignment.generation.openai.policy_server import PolicyServer
-from spin.alignment.models.sharded import whole_weights
+from spin.alignment.core.server_link import Refused
+from spin.alignment.generation.base import PromptRequest, Response, SamplingConfig
+from spin.alignment.generation.openai.backend import OpenAIBackend
+from spin.alignment.generation.openai.policy_server import ADAPTER, PolicyServer
+from spin.alignment.models.adapters import adapter_config
+from spin.alignment.models.sharded import adapter_weights, whole_weights
 from spin.alignment.training.online.policy_sampler import PolicySampler
 
 _TRIES = 3  # pushes, and batches of responses, until no restart of the server disturbs one
 
 
 class ServedSampler(PolicySampler):
-    """Samples from a vLLM server. The main process pushes the weights; every process asks for its own responses."""
+    """Samples from a vLLM server. The main process pushes weights or the adapter; every process asks for its own responses."""
 
-    def __init__(self, backend: GenerationBackend, server: PolicyServer, policy: Any, dtype: torch.dtype) -> None:
-        """``backend`` asks the ``server``; weights are sent to it as ``dtype``.
+    def __init__(
+        self, backend: OpenAIBackend, server: PolicyServer, policy: Any, dtype: torch.dtype, only_adapter: bool = False
+    ) -> None:
+        """``backend`` asks the ``server``; weights are sent to it as ``dtype``. ``only_adapter``: the server has the weights
+        below the policy's LoRA adapter, and applies it next to them.
 
         Raises:
             InputError: the server was started without what replacing weights needs.
         """
         self._backend, self._server, self._policy, self._dtype = backend, server, policy, dtype
+        self._only_adapter = only_adapter
         self._version: str | None = None  # of the last push
         self._server.version()
 
@@ -37,17 +44,20 @@ class ServedSampler(PolicySampler):
         Raises:
             InputError: the server restarted every time, or does not answer.
         """
+        source = adapter_weights if self._only_adapter else whole_weights
         for _ in range(_TRIES):
-            weights = ((name, weight.to(self._dtype)) for name, weight in whole_weights(self._policy))
+            weights = ((name, weight.to(self._dtype)) for name, weight in source(self._policy))
             found: list[Any] = [None]
             if _is_main():
-                found = [self._server.push(weights)]
+                found = [self._server.push(weights, adapter_config(self._policy) if self._only_adapter else None)]
             else:  # takes part in gathering them
                 for _weight in weights:
                     pass
             (version,) = broadcast_object_list(found)
             if version is not None:
                 self._version = version
+                if self._only_adapter:
+                    self._backend.use_model(f"{ADAPTER}{version}")
                 return
         raise InputError(f"the server lost the policy's weights {_TRIES} times while they were sent: see its log")
 
@@ -58,12 +68,21 @@ class ServedSampler(PolicySampler):
             InputError: the server restarted during every batch, or does not answer.
         """
         for _ in range(_TRIES):
-            rows = self._backend.generate(requests, sampling)
+            rows = self._answers(requests, sampling)
             # A server that restarted has the weights of its folder again.
             if all(gather_object([self._server.version() == self._version])):
                 return [[replace(response, weights_version=self._version) for response in row] for row in rows]
             self.refresh()
         raise InputError(f"the server lost the policy's weights during {_TRIES} batches of responses: see its log")
+
+    def _answers(self, requests: Sequence[PromptRequest], sampling: SamplingConfig) -> list[list[Response]]:
+        """Return the server's responses; nothing if it was restarted and no longer knows the adapter."""
+        try:
+            return self._backend.generate(requests, sampling)
+        except Refused:
+            if not self._only_adapter or self._server.version() == self._version:
+                raise
+            return []
 
     def close(self) -> None:
         """Close the connections; the server keeps running."""

@@ -19,10 +19,11 @@ from spin.alignment.generation.base import PromptRequest, SamplingConfig, sample
 from spin.alignment.logprobs.batch import PairDataset, PairList
 from spin.alignment.logprobs.forward import causal_model
 from spin.alignment.models.config import ModelConfig
+from spin.alignment.training.config import SPINConfig
+from spin.alignment.training.moving_reference import MovingReference
 from spin.alignment.training.online.config import OnlineConfig
 from spin.alignment.training.online.kept_responses import keep_responses
 from spin.alignment.training.online.labels import PairMaker, StepCounts, scorer_of
-from spin.alignment.training.online.moving_reference import MovingReference
 from spin.alignment.training.online.pass_rates import held_out_sums, pass_log
 from spin.alignment.training.online.prompts import OnlinePrompt, PromptDataset, load_held_out, longest_pairs, to_prompts
 from spin.alignment.training.online.reference_pass import attach_reference_logps
@@ -42,6 +43,7 @@ class OnlineTrainer(SPINTrainer):
 
     args: OnlineConfig
     control: TrainerControl
+    reference: MovingReference
 
     def __init__(
         self,
@@ -73,7 +75,6 @@ class OnlineTrainer(SPINTrainer):
         self._last_tokens = 0
         # The last evaluation: what it was of (prefix and step), and its metrics.
         self._evaluated: tuple[tuple[str, int], dict[str, float]] | None = None
-        self.reference = MovingReference(args.ref_update_freq)
         self._resumed_from: Path | None = None
         super().__init__(
             model=model,
@@ -87,6 +88,14 @@ class OnlineTrainer(SPINTrainer):
         source = source or ModelConfig(str(getattr(causal_model(model).config, "_name_or_path", "")))
         own_attention = self.pair_forward.own_attention
         self.sampler = make_sampler(model, source, args, encoder, own_attention, self.compute_loss_context_manager)
+
+    def make_reference(self, args: SPINConfig) -> MovingReference:
+        """Return the reference, which the steps update."""
+        assert isinstance(args, OnlineConfig)
+        return MovingReference(args.ref_update_freq, read_after_updates=bool(args.alpha))
+
+    def keep_start(self) -> None:
+        """Do nothing: the first step copies the weights, or a checkpoint has them."""
 
     def train(self, resume_from_checkpoint: Any = None, **settings: Any) -> Any:
         """Train; see ``transformers.Trainer.train``."""
@@ -185,9 +194,6 @@ class OnlineTrainer(SPINTrainer):
         now = time.monotonic()
         self.counts.seconds[what] = self.counts.seconds.get(what, 0.0) + now - started
         return now
-
-    def _unwrapped(self) -> Any:
-        return self.accelerator.unwrap_model(self.model_wrapped)
 
     def _attach_reference_logps(self, features: list[dict[str, Any]]) -> None:
         """Add the reference's token log-probs (nats) to this process's pairs, before any update of the step."""

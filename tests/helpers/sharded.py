@@ -1,12 +1,13 @@
-"""Runs online trainings in several real processes (gloo): forked from one program, so that the imports are paid once.
+"""Runs trainings in several real processes (gloo): forked from one program, so that the imports are paid once.
 
-    python -m tests.helpers.sharded_online '[["FSDP2", "CONFIG.yaml", 0], ...]'
+    python -m tests.helpers.sharded run_online '[["FSDP2", "CONFIG.yaml", 0], ...]'
 
 Each entry is a key of :data:`ENVIRONMENTS`, a configuration, and the step after which a process is killed (0: none).
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -19,9 +20,9 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from transformers import TrainerCallback
 
-from spin import run_online
-from spin.alignment.training.online import trainer
+from spin.alignment.training import trainer
 from tests.helpers import fsdp_on_cpu
+from tests.helpers.engine_in_process import use_engine_in_process
 from tests.helpers.forked import end_with
 
 _PROCESSES = 2
@@ -38,6 +39,7 @@ def launch_environment(*arguments: str) -> dict[str, str]:
     return {name: value for name, value in environment.items() if os.environ.get(name) != value}
 
 
+PROGRAMS = {"run_online": "online.run", "run_spin": "preference"}  # and what they import
 ENVIRONMENTS = {
     "FSDP2": ("--config_file=configs/fsdp2.yaml", f"--num_processes={_PROCESSES}", "--mixed_precision=no"),
     "ZeRO-3": ("--config_file=configs/deepspeed_zero3_cpu.yaml",),
@@ -53,21 +55,22 @@ class KillsItself(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def train(kind: str, config: str, kill_after: int) -> None:
-    """Run the program in this process, one of those of a launch."""
+def train(program: str, kind: str, config: str, kill_after: int) -> None:
+    """Run a program in this process, one of those of a launch."""
     if kind == "FSDP2":
         accelerate.state.PartialState.__init__ = fsdp_on_cpu._as_if_on_gpus
     if kill_after:
-        plain = trainer.OnlineTrainer.__init__
+        plain = trainer.SPINTrainer.__init__
 
         def patched(self, *arguments, **settings):
-            plain(self, *arguments, callbacks=[KillsItself(kill_after)], **settings)
+            plain(self, *arguments, **settings | {"callbacks": [KillsItself(kill_after)]})
 
-        trainer.OnlineTrainer.__init__ = patched
-    run_online.main([config])
+        trainer.SPINTrainer.__init__ = patched
+    use_engine_in_process()  # for backend: vllm
+    importlib.import_module(f"spin.{program}").main([config])
 
 
-def fork_all(kind: str, config: str, kill_after: int) -> None:
+def fork_all(program: str, kind: str, config: str, kill_after: int) -> None:
     """Run one training in forked processes; raise if one fails that is not to be killed, or the other way round."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -81,7 +84,7 @@ def fork_all(kind: str, config: str, kill_after: int) -> None:
             os.environ |= environment | {name: str(value) for name, value in names.items()}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
             torch.set_num_threads(1)
-            end_with(lambda: train(kind, config, kill_after))
+            end_with(lambda: train(program, kind, config, kill_after))
         children.append(child)
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     if codes != [-signal.SIGKILL if kill_after else 0] * _PROCESSES:
@@ -89,5 +92,6 @@ def fork_all(kind: str, config: str, kill_after: int) -> None:
 
 
 if __name__ == "__main__":
-    for entry in json.loads(sys.argv[1]):
-        fork_all(*entry)
+    importlib.import_module(f"spin.alignment.training.{PROGRAMS[sys.argv[1]]}")  # before the forks
+    for entry in json.loads(sys.argv[2]):
+        fork_all(sys.argv[1], *entry)

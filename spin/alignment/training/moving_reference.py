@@ -1,4 +1,4 @@
-"""The reference of online training: an earlier state of the policy."""
+"""A reference that is an earlier state of the policy: its weights are exchanged with the policy's for a forward pass."""
 
 from __future__ import annotations
 
@@ -12,27 +12,49 @@ from safetensors.torch import load_file, save_file
 
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.files import atomic_file
-from spin.alignment.models.sharded import is_sharded, local_part, reshard
+from spin.alignment.models.sharded import is_sharded, local_part, offloads_weights, reshard, sharding_name
 
 REFERENCE_FILE = "reference.safetensors"
 FIXED = -1  # a frequency: the reference is never updated
 
 
+def check_can_exchange(arguments: Any, key: str) -> None:
+    """Check that the weights, as they will be sharded, can be exchanged with those of the reference that a ``key`` asks for.
+
+    Raises:
+        InputError: they cannot; the message names the fix.
+    """
+    value = getattr(arguments, key)
+    if sharding_name(arguments) == "FSDP1":
+        raise InputError(
+            f"{key} is {value}, but weights that FSDP version 1 shards cannot be exchanged for a reference: set fsdp_version: 2 "
+            "as in configs/fsdp2.yaml, or use ZeRO-3"
+        )
+    if offloads_weights(arguments) == "nvme":
+        without = 0 if key == "alpha" else 1
+        raise InputError(
+            f"{key} is {value}, but weights that ZeRO-3 keeps on NVMe cannot be exchanged for a reference: set {key} to "
+            f"{without}, or offload_param_device to cpu or none"
+        )
+
+
 class MovingReference:
     """The trained weights as of the start of the last step whose number is a multiple of ``frequency``.
 
-    With a frequency of 1 the reference is the policy before its update, and no copy is kept; with :data:`FIXED` it is the policy
-    before the first step. Of sharded weights, each process keeps, swaps and saves its own part.
+    With a frequency of 1 the reference is the policy before its update, and no copy is kept unless it is read after that; with
+    :data:`FIXED` it is the policy before the first step. Of sharded weights, each process keeps, swaps and saves its own part.
     """
 
-    def __init__(self, frequency: int) -> None:
+    def __init__(self, frequency: int, read_after_updates: bool = False) -> None:
+        """``read_after_updates``: it takes the policy's place also after updates within a step."""
         self.frequency = frequency
+        self.keeps_copy = frequency != 1 or read_after_updates  # the trained weights are kept a second time
         self._kept: dict[str, torch.Tensor] = {}
 
     @property
-    def keeps_copy(self) -> bool:
-        """Whether the trained weights are kept a second time."""
-        return self.frequency != 1
+    def is_kept(self) -> bool:
+        """Whether there is a copy."""
+        return bool(self._kept)
 
     def update(self, model: Any, step: int) -> None:
         """Copy the weights of an unwrapped model before a ``step`` at which an update is due."""
@@ -63,21 +85,21 @@ class MovingReference:
                 weight.data, self._kept[name] = kept, part
 
     def save(self, checkpoint: Path, model: Any, is_main: bool) -> None:
-        """Write the reference of an unwrapped model to a checkpoint, if a copy is kept. Every process must call it.
+        """Write the reference of an unwrapped model to a checkpoint, if it outlives a step. Every process must call it.
 
         Of a sharded model, each process writes its part to a file of its own.
         """
-        if self._kept and (is_main or is_sharded(model)):
+        if self.frequency != 1 and self._kept and (is_main or is_sharded(model)):
             with atomic_file(checkpoint / file_of(model)) as file:
                 save_file({name: value.contiguous().cpu() for name, value in self._kept.items()}, file.name)
 
     def load(self, checkpoint: Path, model: Any) -> None:
-        """Read the reference from the checkpoint that a run resumes from, if a copy is kept.
+        """Read the reference from the checkpoint that a run resumes from, if it outlives a step.
 
         Raises:
             InputError: the checkpoint has none for this process.
         """
-        if not self.keeps_copy:
+        if self.frequency == 1:
             return
         path = checkpoint / file_of(model)
         if not path.exists():
