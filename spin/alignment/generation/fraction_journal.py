@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import os
 import secrets
 import shutil
 from collections import OrderedDict
@@ -110,9 +111,8 @@ class FractionJournal:
 
         A part that cannot be read is renamed and listed in ``torn``; its prompts will be generated again.
         """
-        for path in sorted(self.folder.glob("part-*.parquet")):
-            if path.name in self._parts:
-                continue
+        for name in self._new_parts():
+            path = self.folder / name
             try:
                 positions = self._positions(path)
             except (InputError, OSError, KeyError, TypeError, ValueError):
@@ -122,6 +122,14 @@ class FractionJournal:
                     self.torn.append(path)
                 continue
             self._note(path, positions)
+
+    def _new_parts(self) -> list[str]:
+        """Return the names of parts that are not registered, sorted. Looked for before every block that is claimed, among the
+        leases of all blocks."""
+        with contextlib.suppress(FileNotFoundError):  # the fraction has been merged, or the disk is lost
+            names = (name for name in os.listdir(self.folder) if name not in self._parts)
+            return sorted(name for name in names if name.startswith("part-") and name.endswith(".parquet"))
+        return []
 
     def _positions(self, path: Path) -> list[int]:
         """Return the positions in a part whose content has been checked; raise an error if it is damaged."""
@@ -138,19 +146,18 @@ class FractionJournal:
         self._parts[path.name] = _Part(path, positions)
         self.finished[positions] = True
 
-    def write(self, worker: str, rows: dict[int, list[dict[str, Any]]]) -> None:
-        """Write the rows of some prompts, keyed by position, as one part.
+    def write(self, worker: str, positions: list[int], rows: pa.Table) -> None:
+        """Write the rows of the prompts at some positions, in this order, as one part.
 
         Raises:
             InputError: the disk is full, or the folder is read-only or has disappeared.
         """
         if not self.accepts_parts():
             return
-        positions = sorted(rows)
         path = self.folder / f"part-{worker}-{self._written:06d}.parquet"
         record = {POSITIONS_KEY: json.dumps(positions).encode()}
         with ParquetSink(path, self.schema, self.provenance, metadata=record, sealed=True) as sink:
-            sink.write([row for position in positions for row in rows[position]])
+            sink.write(rows)
         self._written += 1
         self._note(path, positions)
 
