@@ -91,6 +91,8 @@ class FractionJournal:
         self.torn: list[Path] = []
         self._parts: dict[str, _Part] = {}
         self._written = 0
+        # What this worker has written need not be read again to be merged, as far as there is memory for it.
+        self._tables = _TableCache(_CACHED_BYTES)
 
     def open(self) -> None:
         """Create the folder, and see which parts exist already.
@@ -156,9 +158,11 @@ class FractionJournal:
             return
         path = self.folder / f"part-{worker}-{self._written:06d}.parquet"
         record = {POSITIONS_KEY: json.dumps(positions).encode()}
-        with ParquetSink(path, self.schema, self.provenance, metadata=record, sealed=True) as sink:
+        # Compressed when they are merged: doing it twice takes longer than everything else about a part.
+        with ParquetSink(path, self.schema, self.provenance, metadata=record, sealed=True, compression="none") as sink:
             sink.write(rows)
         self._written += 1
+        self._tables.add(path, rows)
         self._note(path, positions)
 
     def accepts_parts(self) -> bool:
@@ -215,7 +219,6 @@ class FractionJournal:
         for name in sorted(self._parts):
             for rank, position in enumerate(self._parts[name].positions):
                 place.setdefault(position, (name, rank))
-        tables = _TableCache(_CACHED_BYTES)
         for start in range(0, len(self.finished), _MERGE_PROMPTS):
             positions = range(start, min(start + _MERGE_PROMPTS, len(self.finished)))
             wanted: dict[str, list[int]] = {}
@@ -225,7 +228,7 @@ class FractionJournal:
             pieces, order = [], []
             for name, ranks in wanted.items():
                 rows = [rank * self.num_samples + sample for rank in ranks for sample in range(self.num_samples)]
-                pieces.append(tables.read(self._parts[name].path).take(pa.array(rows, pa.int64())))
+                pieces.append(self._tables.read(self._parts[name].path).take(pa.array(rows, pa.int64())))
                 order += [self._parts[name].positions[rank] for rank in ranks]
             # Stable, so the samples of a prompt keep their order.
             rows_of = np.repeat(np.array(order), self.num_samples).argsort(kind="stable")
@@ -242,16 +245,24 @@ def finished_prompts(folder: Path) -> int:
 
 
 class _TableCache:
-    """The most recently read tables, up to a number of bytes; neighbouring positions are in few parts."""
+    """The most recently used tables, up to a number of bytes; neighbouring positions are in few parts."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self._tables: OrderedDict[Path, pa.Table] = OrderedDict()
+        self._bytes = 0
+
+    def add(self, path: Path, table: pa.Table) -> None:
+        """Keep the rows that a file contains."""
+        self._tables[path] = table
+        self._bytes += table.nbytes
+        while len(self._tables) > 1 and self._bytes > self.limit:
+            self._bytes -= self._tables.popitem(last=False)[1].nbytes
 
     def read(self, path: Path) -> pa.Table:
-        if path not in self._tables:
-            self._tables[path] = pa.Table.from_batches(list(read_batches(path))).combine_chunks()
-        self._tables.move_to_end(path)
-        while len(self._tables) > 1 and sum(table.nbytes for table in self._tables.values()) > self.limit:
-            self._tables.popitem(last=False)
+        """Return the rows of a file, from memory if they are there."""
+        if path in self._tables:
+            self._tables.move_to_end(path)
+        else:
+            self.add(path, pa.Table.from_batches(list(read_batches(path))).combine_chunks())
         return self._tables[path]
