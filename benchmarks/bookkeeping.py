@@ -1,12 +1,13 @@
 """How many rows a second generation handles apart from the engine: the whole program, with one that answers at once, by stage.
 
-    OMP_NUM_THREADS=1 python benchmarks/bookkeeping.py --out bookkeeping.json
-    OMP_NUM_THREADS=1 python benchmarks/bookkeeping.py --model SmolLM2-135M-Instruct --questions gsm8k/test.jsonl --out bookkeeping.json
+    OMP_NUM_THREADS=1 python benchmarks/bookkeeping.py --out words.json
+    OMP_NUM_THREADS=1 python benchmarks/bookkeeping.py --model SmolLM2-135M-Instruct --questions gsm8k/test.jsonl --out smollm2.json
 
-Prompts have about 150 tokens, responses 100 to 200. spin/generate.py runs in this process on ``--rows`` prompts, after a small run
-that loads all libraries, and the processor time of each stage is measured in the thread that runs it. Every ``--reps`` run starts
-from an empty folder. Writes one JSON file: machine, versions, settings, ``stages`` (microseconds of processor time per row and
-rows per second), ``all`` (rows per second of processor time without the engine's, and of wall time), each the median of the runs.
+Prompts have about 150 tokens, responses 100 to 200. spin/generate.py runs in this process on ``--rows`` prompts, after two runs
+on a few rows (the first loads all libraries, the second shows what a start costs), each time in an empty folder. The processor time
+of each stage is measured in the thread that runs it. Writes one JSON file: machine, versions, settings, ``start_seconds`` of
+processor time, ``stages`` (microseconds of processor time per row and rows per second), ``all`` (rows per second of processor time,
+without the engine and the start, and of wall time with both), each the median of ``--reps`` runs.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from spin.alignment.core.errors import InputError
 from spin.alignment.core.files import write_json_atomic
 from spin.alignment.core.program import Parser, run_program
 from spin.alignment.core.provenance import package_versions
+from spin.alignment.generation import BACKENDS
 from spin.alignment.generation.base import (
     BackendSettings,
     GenerationBackend,
@@ -45,15 +47,20 @@ from spin.alignment.generation.base import (
 
 WORDS_PROMPT, TOKENS_RESPONSE = 150, (100, 200)
 IN_FLIGHT = 256
+REST = "claim, stream, count, tell others"
 _CANNED = 997  # responses, a prime number, so that they meet different prompts in every fraction
-_WARM_UP_ROWS = 64
+_FEW_ROWS = 64
 
 
 def make_parser() -> Parser:
     parser = Parser(prog="bookkeeping.py", description="Rows per second of everything in generation but the engine.")
     add = parser.add_argument
     add("--model", default=None, help="folder of a chat model (default: a random one with a tokenizer of whole words)")
-    add("--questions", default=None, help="with --model: JSON lines file with the key question, joined to longer prompts")
+    add(
+        "--questions",
+        default=None,
+        help="with --model: JSON lines file with the key question, joined to longer prompts",
+    )
     add("--rows", type=int, default=40_000, help="prompts of a run")
     add("--frac_len", type=int, default=10_000, help="prompts of a fraction")
     add("--num_samples", type=int, default=1, help="responses per prompt; a row each")
@@ -200,33 +207,35 @@ def run(options: Any, model: Path, data: Path, output: Path) -> dict[str, float]
     engine = stages.seconds.pop("engine")
     own = spent["processor"] - engine
     rest = own - sum(stages.seconds.values())
-    return {**stages.seconds, "start, claim, stream, count": rest, "all": own, "wall": spent["wall"]}
+    return {**stages.seconds, REST: rest, "all": own, "wall": spent["wall"]}
 
 
 def measure(options: Any, folder: Path) -> dict[str, Any]:
-    """Run the program on a few rows, which loads every library, then ``reps`` times on all; return rates and times."""
-    from spin.alignment.generation import BACKENDS
-
+    """Run the program twice on a few rows, then ``reps`` times on all; return rates and times."""
     model = Path(options.model) if options.model else folder / "model"
     if not options.model:
         save_model(model, 0)
     CannedBackend.answers = canned_answers(options, model)
-    BACKENDS["canned"] = CannedBackend
-    run(options, model, save_rows(options, folder, "few", _WARM_UP_ROWS), folder / "warm-up")
-    data = save_rows(options, folder, "data", options.rows)
+    few, data = save_rows(options, folder, "few", _FEW_ROWS), save_rows(options, folder, "data", options.rows)
+    run(options, model, few, folder / "first")
+    start = run(options, model, few, folder / "second")[REST]
     turns = [run(options, model, data, folder / f"run-{number}") for number in range(options.reps)]
     rows = options.rows * options.num_samples
+    for turn in turns:
+        turn[REST] -= start
+        turn["all"] -= start
     found = {name: [rows / turn[name] for turn in turns] for name in turns[0]}
-    totals = {name: found.pop(name) for name in ("all", "wall")}
+    own, wall = found.pop("all"), found.pop("wall")
     return {
+        "start_seconds": start,
         "stages": {
             name: {"rows_per_core_second": median(rates), "microseconds": 1e6 / median(rates)}
             for name, rates in found.items()
         },
         "all": {
-            "rows_per_core_second": median(totals["all"]),
-            "rows_per_second": median(totals["wall"]),
-            "spread_per_core_second": [min(totals["all"]), max(totals["all"])],
+            "rows_per_core_second": median(own),
+            "spread_per_core_second": [min(own), max(own)],
+            "rows_per_second": median(wall),
         },
     }
 
@@ -248,6 +257,7 @@ def table(result: dict[str, Any]) -> str:
     lines = [f"{'':<50}{'us/row':>10}{'rows/s':>12}"]
     for name, facts in result["stages"].items():
         lines.append(f"{name:<50}{facts['microseconds']:>10.1f}{facts['rows_per_core_second']:>12,.0f}")
+    lines.append(f"{'start (s)':<50}{result['start_seconds']:>10.2f}")
     whole = result["all"]
     rate = whole["rows_per_core_second"]
     lines.append(f"{'all, processor time':<50}{1e6 / rate:>10.1f}{rate:>12,.0f}")
@@ -259,8 +269,12 @@ def main(arguments: Sequence[str]) -> None:
     options = make_parser().parse_args(arguments)
     check_options(options)
     result = describe(options)
-    with tempfile.TemporaryDirectory() as folder:
-        result |= measure(options, Path(folder))
+    BACKENDS["canned"] = CannedBackend
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            result |= measure(options, Path(folder))
+    finally:
+        del BACKENDS["canned"]
     write_json_atomic(Path(options.out), result)
     print(table(result))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import os
 import secrets
 import shutil
 from collections import OrderedDict
@@ -129,7 +128,7 @@ class FractionJournal:
         """Return the names of parts that are not registered, sorted. Looked for before every block that is claimed, among the
         leases of all blocks."""
         with contextlib.suppress(FileNotFoundError):  # the fraction has been merged, or the disk is lost
-            names = (name for name in os.listdir(self.folder) if name not in self._parts)
+            names = {path.name for path in self.folder.iterdir()}.difference(self._parts)
             return sorted(name for name in names if name.startswith("part-") and name.endswith(".parquet"))
         return []
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 # Workers claim blocks of prompts: small enough that no worker is idle for long at the end, large enough that claims are cheap.
 _BLOCKS_PER_FRACTION = 64
-_LARGEST_BLOCK = 64
+_LARGEST_BLOCK = 256
 _ENCODED_AT_ONCE = 1024  # prompts
 
 
@@ -97,7 +97,9 @@ class GenerationJob:
             (index, request) for index, request in zip(rows, found, strict=True) if isinstance(request, PromptRequest)
         ]
         skipped = [
-            dict(zip(("prompt_id", "reason"), item, strict=True)) for item in found if not isinstance(item, PromptRequest)
+            dict(zip(("prompt_id", "reason"), item, strict=True))
+            for item in found
+            if not isinstance(item, PromptRequest)
         ]
         # Long prompts first, so that the tail, when no more prompts can fill the engine, consists of short ones.
         kept.sort(key=lambda item: -len(item[1].token_ids))

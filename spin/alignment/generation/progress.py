@@ -54,8 +54,9 @@ class GenerationProgress:
         """Count the responses to one prompt that this worker has finished."""
         self.prompts += 1
         self.rows += len(responses)
-        self.tokens += sum(len(response.token_ids) for response in responses)
-        self.cut += sum(response.finish_reason == "length" for response in responses)
+        for response in responses:
+            self.tokens += len(response.token_ids)
+            self.cut += response.finish_reason == "length"
 
     def show(self, count_done: Callable[[], int]) -> bool:
         """Update the display, at most twice a second; return whether it was due.

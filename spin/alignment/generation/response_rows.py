@@ -63,7 +63,7 @@ def _with_fields(conversations: pa.ListArray, kind: pa.DataType) -> pa.ListArray
 
 
 def _answered(conversations: pa.ListArray, starts: np.ndarray, ends: np.ndarray, texts: Sequence[str]) -> pa.ListArray:
-    """Return for each text the turns of the conversations from its start to its end, and a turn of the assistant with the text."""
+    """Return for each text the turns from its start to its end, and a turn of the assistant with the text."""
     turns = conversations.values
     said = {"role": pa.array(["assistant"] * len(texts)), "content": pa.array(texts, pa.string())}
     fields = list(turns.type)

@@ -141,10 +141,13 @@ class GenerationRun:
         return True
 
     def _take(self, work: FractionWork, position: int, responses: list[Response]) -> None:
-        check_finite(work.prompts.requests[position].prompt_id, responses)
-        self._unwritten.setdefault(work.number, _Unwritten(work)).responses[position] = responses
+        if self.job.sampling.logprobs:
+            check_finite(work.prompts.requests[position].prompt_id, responses)
+        if work.number not in self._unwritten:
+            self._unwritten[work.number] = _Unwritten(work)
+        self._unwritten[work.number].responses[position] = responses
         self.progress.add(responses)
-        count = sum(len(item.responses) for item in self._unwritten.values())
+        count = sum([len(item.responses) for item in self._unwritten.values()])
         # By time as well, so that slow responses are not lost in a kill.
         if count >= self.flush_every or time.monotonic() - self._flushed > FLUSH_SECONDS:
             self._flush()
