@@ -1,13 +1,13 @@
 """How many rows a second generation handles apart from the engine: the whole program, with one that answers at once, by stage.
 
     OMP_NUM_THREADS=1 python benchmarks/bookkeeping.py --out words.json
-    OMP_NUM_THREADS=1 python benchmarks/bookkeeping.py --model SmolLM2-135M-Instruct --questions gsm8k/test.jsonl --out smollm2.json
+    OMP_NUM_THREADS=1 python benchmarks/bookkeeping.py --model SmolLM2-135M-Instruct --questions gsm8k/test.jsonl --out chat.json
 
 Prompts have about 150 tokens, responses 100 to 200. spin/generate.py runs in this process on ``--rows`` prompts, after two runs
-on a few rows (the first loads all libraries, the second shows what a start costs), each time in an empty folder. The processor time
-of each stage is measured in the thread that runs it. Writes one JSON file: machine, versions, settings, ``start_seconds`` of
-processor time, ``stages`` (microseconds of processor time per row and rows per second), ``all`` (rows per second of processor time,
-without the engine and the start, and of wall time with both), each the median of ``--reps`` runs.
+on a few rows (the first loads all libraries, the second shows what a start costs), each time in an empty folder. The processor
+time of each stage is measured in the thread that runs it. Writes one JSON file: machine, versions, settings, ``start_seconds``
+(processor time), ``stages`` (microseconds of processor time per row, and rows per second), ``all`` (rows per second of processor
+time, without the engine and the start, and of wall time with both), each the median of ``--reps`` runs.
 """
 
 from __future__ import annotations

@@ -315,6 +315,18 @@ def scale_table(name: str) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def bookkeeping_table(*names: str) -> str:
+    """Return the table of what generation does besides the engine: microseconds of processor time per row, a column per run."""
+    results = [read_json(RESULTS / f"{name}.json") for name in names]
+    models = [result["settings"]["model"] or "whole words" for result in results]
+    lines = [["microseconds of processor time per row", *models], ["---"] * (len(results) + 1)]
+    for stage in results[0]["stages"]:
+        lines.append([stage, *(f"{result['stages'][stage]['microseconds']:.0f}" for result in results)])
+    for label, key in (("all: rows/s, processor time", "rows_per_core_second"), ("all: rows/s, wall time", "rows_per_second")):
+        lines.append([f"**{label}**", *(f"**{result['all'][key]:,.0f}**" for result in results)])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 def faults_table(name: str) -> str:
     """Return how many faults of each kind the long form of the fault suite has injected, and how many were not survived."""
     kinds = {

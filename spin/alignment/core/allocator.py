@@ -36,8 +36,8 @@ def keep_freed_memory() -> bool:
 def frozen_objects() -> Iterator[None]:
     """Let Python's garbage collector leave alone, inside the context, what exists now.
 
-    Libraries such as torch leave a million objects behind, and every full collection visits all of them, to find nothing: a
-    fifth of the time of a program that makes many small objects.
+    Libraries such as torch leave a million objects behind, and every full collection visits all of them, to find nothing: an
+    eighth of the time, or more, of a program that makes many small objects.
     """
     gc.freeze()
     try:
