@@ -322,7 +322,10 @@ def bookkeeping_table(*names: str) -> str:
     lines = [["microseconds of processor time per row", *models], ["---"] * (len(results) + 1)]
     for stage in results[0]["stages"]:
         lines.append([stage, *(f"{result['stages'][stage]['microseconds']:.0f}" for result in results)])
-    for label, key in (("all: rows/s, processor time", "rows_per_core_second"), ("all: rows/s, wall time", "rows_per_second")):
+    for label, key in (
+        ("all: rows/s, processor time", "rows_per_core_second"),
+        ("all: rows/s, wall time", "rows_per_second"),
+    ):
         lines.append([f"**{label}**", *(f"**{result['all'][key]:,.0f}**" for result in results)])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
