@@ -188,14 +188,9 @@ def _with_arguments(call: Any, as_text: bool) -> Any:
 
 def _renders_itself(tokenizer: Any) -> bool:
     """Return whether a tokenizer's class has rendering code of its own in place of the library's."""
-    return _has_own_rendering(type(tokenizer))
-
-
-@functools.lru_cache(maxsize=64)
-def _has_own_rendering(kind: type) -> bool:
     from transformers import PreTrainedTokenizerBase
 
-    own = getattr(kind, "apply_chat_template", None)
+    own = getattr(type(tokenizer), "apply_chat_template", None)
     return own is not PreTrainedTokenizerBase.apply_chat_template
 
 
