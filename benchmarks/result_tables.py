@@ -256,7 +256,7 @@ def sft_table(name: str) -> str:
 
 
 def generation_table(name: str) -> str:
-    """Return the table of a generation benchmark (medians over turns), and the two ratios of adjacent turns."""
+    """Return the table of a generation benchmark (medians over turns), and the ratios of adjacent turns that it has."""
     result = read_json(RESULTS / f"{name}.json")
     lines = [["", "tokens/s", "from, to"], ["---"] * 3]
     for facts in result["contenders"].values():
@@ -268,6 +268,8 @@ def generation_table(name: str) -> str:
         ("vllm_vs_bare", "ours on vLLM compared with the engine alone"),
         ("transformers_vs_original", "ours on transformers compared with the original's loop"),
     ):
+        if key not in result:
+            continue
         low, high = result["ratio_spread"][key]
         goal = result["goals"][key]["goal"]
         sentences.append(f"{words}: **{result[key]:.2f}x** ({low:.2f} to {high:.2f}; goal {goal:g})")
