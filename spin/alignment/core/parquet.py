@@ -93,8 +93,8 @@ class ParquetSink:
         compression: str = "zstd",
     ) -> None:
         """``skipped`` lists the skipped prompts with reasons; ``metadata`` is additional schema metadata. Every page and
-        the footer have a checksum; with ``sealed`` the whole file has one too (:mod:`spin.alignment.core.content_hash`). ``compression`` is a codec of
-        parquet, or "none"."""
+        the footer have a checksum; with ``sealed`` the whole file has one too (:mod:`spin.alignment.core.content_hash`).
+        ``compression`` is a codec of parquet, or "none"."""
         self._compression = compression
         self.path, self._open = Path(path), sealed_file if sealed else atomic_file
         record = {SKIPPED_KEY: json.dumps(list(skipped), ensure_ascii=False).encode()} if skipped else {}
