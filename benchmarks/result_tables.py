@@ -265,7 +265,7 @@ def sft_table(name: str) -> str:
 
 
 def generation_table(name: str) -> str:
-    """Return the table of a generation benchmark (medians over turns), and the two ratios of adjacent turns."""
+    """Return the table of a generation benchmark (medians over turns), and the ratios of adjacent turns that it has."""
     result = read_json(RESULTS / f"{name}.json")
     lines = [["", "tokens/s", "from, to"], ["---"] * 3]
     for facts in result["contenders"].values():
@@ -277,6 +277,8 @@ def generation_table(name: str) -> str:
         ("vllm_vs_bare", "ours on vLLM compared with the engine alone"),
         ("transformers_vs_original", "ours on transformers compared with the original's loop"),
     ):
+        if key not in result:
+            continue
         low, high = result["ratio_spread"][key]
         goal = result["goals"][key]["goal"]
         sentences.append(f"{words}: **{result[key]:.2f}x** ({low:.2f} to {high:.2f}; goal {goal:g})")
@@ -321,6 +323,21 @@ def scale_table(name: str) -> str:
             facts = measured[step]
             rates = [f"{facts[key]:,.0f}" for key in ("rows_per_second", "rows_per_core_second")]
             lines.append([label, f"{int(rows):,}", *rates, f"{facts['peak_anonymous_bytes'] / 2**20:.0f} MiB"])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def bookkeeping_table(*names: str) -> str:
+    """Return the table of what generation does besides the engine: microseconds of processor time per row, a column per run."""
+    results = [read_json(RESULTS / f"{name}.json") for name in names]
+    models = [result["settings"]["model"] or "whole words" for result in results]
+    lines = [["microseconds of processor time per row", *models], ["---"] * (len(results) + 1)]
+    for stage in results[0]["stages"]:
+        lines.append([stage, *(f"{result['stages'][stage]['microseconds']:.0f}" for result in results)])
+    for label, key in (
+        ("all: rows/s, processor time", "rows_per_core_second"),
+        ("all: rows/s, wall time", "rows_per_second"),
+    ):
+        lines.append([f"**{label}**", *(f"**{result['all'][key]:,.0f}**" for result in results)])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

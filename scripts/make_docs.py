@@ -17,6 +17,7 @@ A generated section is enclosed by a marker and ``<!-- end -->``:
     <!-- sft: FILE -->                   the SFT benchmark in benchmarks/results/FILE.json
     <!-- ratios: FILE, FILE -->          how much faster than its peers the project is in these benchmarks
     <!-- generation: FILE -->            the generation benchmark in benchmarks/results/FILE.json
+    <!-- bookkeeping: FILE FILE -->      generation without the engine by stage, in the same folder
     <!-- scale: FILE -->                 generation and gathering of many rows without a model, in the same folder
     <!-- faults: FILE -->                the faults that `python -m tests.faults` injected, in benchmarks/results/FILE.json
     <!-- evidence: STUDY -->             the results of a study of docs/evidence.md so far, in benchmarks/results/evidence
@@ -41,6 +42,7 @@ from benchmarks import demo_plot  # noqa: E402
 from benchmarks.evidence.tables import evidence_tables  # noqa: E402
 from benchmarks.plan_tables import plan_tables  # noqa: E402
 from benchmarks.result_tables import (  # noqa: E402
+    bookkeeping_table,
     decoding_table,
     faults_table,
     generation_table,
@@ -98,7 +100,7 @@ HELP = re.compile(r"<!-- help: (spin|scripts/)( ?[^ ]*) -->\n.*?<!-- end -->", r
 SCRIPT_USAGE = re.compile(r"<<'TEXT'\n(.*?)\nTEXT\n", re.DOTALL)
 HELP_WIDTH = "110"
 RESULTS = re.compile(
-    r"<!-- (results|speed|ratios|faults|generation|decoding|scale|sft|evidence|plan): ([^>]+?) -->\n.*?<!-- end -->",
+    r"<!-- (results|speed|ratios|faults|generation|decoding|bookkeeping|scale|sft|evidence|plan): ([^>]+?) -->\n.*?<!-- end -->",
     re.DOTALL,
 )
 VALUE = re.compile(r"<!-- value: ([^/>]+) / ([^/>]+) / (\w+) -->.*?<!-- end -->")
@@ -110,6 +112,7 @@ TABLE_OF = {
     "faults": faults_table,
     "generation": generation_table,
     "decoding": decoding_table,
+    "bookkeeping": bookkeeping_table,
     "scale": scale_table,
     "evidence": evidence_tables,
     "plan": plan_tables,
@@ -217,7 +220,7 @@ def script_help(path: Path) -> str:
 def results_section(match: re.Match[str]) -> str:
     """Return the up-to-date text of a table of results, markers included."""
     kind, names = match.groups()
-    text = TABLE_OF[kind](*(names.split(", ") if kind in ("ratios", "decoding") else [names]))
+    text = TABLE_OF[kind](*(names.split(", ") if kind in ("ratios", "decoding", "bookkeeping") else [names]))
     return f"<!-- {kind}: {names} -->\n{text}\n<!-- end -->"
 
 

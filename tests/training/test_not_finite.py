@@ -166,16 +166,11 @@ def test_sampling_online_stops_too(poisoned, tmp_path):
 
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
 def test_a_generated_log_prob_that_is_not_finite_is_not_written(value):
-    from types import SimpleNamespace
-
     from spin.alignment.generation.base import Response
-    from spin.alignment.generation.fraction_work import GenerationJob
+    from spin.alignment.generation.fraction_work import check_finite
 
-    turns = [{"role": "user", "content": "say"}]
-    store = SimpleNamespace(row=lambda index: {"prompt_id": "p3", "chosen": turns})
-    job = SimpleNamespace(store=store)
     with pytest.raises(NotFiniteError, match="a log-prob of a response to prompt p3 is not finite"):
-        GenerationJob.rows(job, 0, [Response([5, 6], "stop", [-1.0, value])])
+        check_finite("p3", [Response([5, 6], "stop", [-1.0, value])])
 
 
 def test_replay_refuses_another_folder(tmp_path):

@@ -1,9 +1,12 @@
-"""Tells glibc to keep freed memory, whose pages would otherwise be faulted in again, and to give back what becomes too much."""
+"""Memory of this process: glibc keeps what is freed, within limits, and the garbage collector looks only at what is new."""
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 # Parameters of glibc's mallopt (malloc.h).
@@ -27,6 +30,20 @@ def keep_freed_memory() -> bool:
     # No block is mapped, and nothing is given back from the end of the heap, which grows in large pieces.
     values = {_MMAP_MAX: 0, _TRIM_THRESHOLD: -1, _TOP_PAD: _TOP_PAD_BYTES}
     return all(libc.mallopt(name, value) == 1 for name, value in values.items())
+
+
+@contextmanager
+def frozen_objects() -> Iterator[None]:
+    """Let Python's garbage collector leave alone, inside the context, what exists now.
+
+    Libraries such as torch leave a million objects behind, and every full collection visits all of them, to find nothing: an
+    eighth of the time, or more, of a program that makes many small objects.
+    """
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 class KeptMemory:

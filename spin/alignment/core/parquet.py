@@ -90,9 +90,12 @@ class ParquetSink:
         skipped: Sequence[dict[str, str]] = (),
         metadata: Mapping[bytes, bytes] | None = None,
         sealed: bool = False,
+        compression: str = "zstd",
     ) -> None:
         """``skipped`` lists the skipped prompts with reasons; ``metadata`` is additional schema metadata. Every page and
-        the footer have a checksum; with ``sealed`` the whole file has one too (:mod:`spin.alignment.core.content_hash`)."""
+        the footer have a checksum; with ``sealed`` the whole file has one too (:mod:`spin.alignment.core.content_hash`).
+        ``compression`` is a codec of parquet, or "none"."""
+        self._compression = compression
         self.path, self._open = Path(path), sealed_file if sealed else atomic_file
         record = {SKIPPED_KEY: json.dumps(list(skipped), ensure_ascii=False).encode()} if skipped else {}
         attached = provenance.attach(schema)
@@ -102,7 +105,9 @@ class ParquetSink:
     def __enter__(self) -> ParquetSink:
         self._file_context = self._open(self.path)
         self._file = _FileWithFooter(self._file_context.__enter__())
-        self._writer = pq.ParquetWriter(self._file, self.schema, compression="zstd", write_page_checksum=True)
+        self._writer = pq.ParquetWriter(
+            self._file, self.schema, compression=self._compression, write_page_checksum=True
+        )
         self._buffer: list[pa.Table] = []
         return self
 

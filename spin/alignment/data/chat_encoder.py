@@ -21,6 +21,7 @@ from spin.alignment.data.control_tokens import MARK, ids_of_pieces
 from spin.alignment.data.conversation_text import ConversationText, RowRefused, SystemPolicy
 from spin.alignment.data.end_of_turn import model_end_ids
 from spin.alignment.data.template_date import today
+from spin.alignment.data.token_batches import decode_ids, encode_texts
 from spin.alignment.data.turns import Message
 
 
@@ -132,6 +133,23 @@ class ChatEncoder:
         """
         return self._one_bos(self._encode(self.text.prompt(prompt, tools, chat_template_kwargs)))
 
+    def ids_of_prompts(
+        self, prompts: Sequence[tuple[Sequence[Message], Mapping[str, Any]]]
+    ) -> list[list[int] | InputError]:
+        """Return :meth:`prompt_ids` of many prompts, given with what their rows carry (:func:`template_arguments`): ids, or the
+        error that it would raise. Texts are encoded in one call, which is faster."""
+        found: list[Any] = []
+        for prompt, arguments in prompts:
+            try:
+                text = self.text.prompt(prompt, arguments.get("tools"), arguments.get("chat_template_kwargs"))
+                found.append(self._one_bos(self._encode(text)) if MARK in text else text)
+            except InputError as error:
+                found.append(error)
+        places = [place for place, item in enumerate(found) if isinstance(item, str)]
+        for place, ids in zip(places, encode_texts(self.tokenizer, [found[place] for place in places]), strict=True):
+            found[place] = self._one_bos(ids)
+        return found
+
     def response_ids(
         self,
         conversation: Sequence[Message],
@@ -217,20 +235,31 @@ class ChatEncoder:
     def response_text(self, token_ids: Sequence[int], chat_template_kwargs: str | None = None) -> str:
         """Return the text of a whole response, as rows store it: :meth:`decode`, after the thought that the generation prompt
         opens, if it does (with the template arguments of the row) and the response continues it."""
-        text = self.raw_text(token_ids)
-        thought = self.text.thought_with(chat_template_kwargs)
+        return self._response_of(self.raw_text(token_ids), chat_template_kwargs)
+
+    def response_texts(
+        self, responses: Sequence[Sequence[int]], chat_template_kwargs: Sequence[str | None] | None = None
+    ) -> list[str]:
+        """Return :meth:`response_text` of many responses, decoded in one call; ``chat_template_kwargs`` are those of each row."""
+        texts = decode_ids(self.tokenizer, [self._own_ids(ids) for ids in responses])
+        carried = chat_template_kwargs or [None] * len(texts)
+        return [self._response_of(text, arguments) for text, arguments in zip(texts, carried, strict=True)]
+
+    def _response_of(self, text: str, row_arguments: str | None) -> str:
+        thought = self.text.thought_with(row_arguments)
         opened = thought.opener if thought and not text.startswith(self.response_prefix or thought.closing) else ""
         return opened + text.removeprefix(self.response_prefix).removesuffix(self.response_suffix)
 
     def raw_text(self, token_ids: Sequence[int]) -> str:
         """Return the text of sampled ids, without end-of-turn, padding and BOS."""
+        return decode_ids(self.tokenizer, [self._own_ids(token_ids)])[0]
+
+    def _own_ids(self, token_ids: Sequence[int]) -> list[int]:
+        """Return sampled ids without the end of turn, padding and BOS."""
         ids = list(token_ids)
         while ids and ids[-1] in self.stop_ids:
             ids.pop()
-        ids = [token for token in ids if token not in self._hidden]
-        return self.tokenizer.decode(
-            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False, spaces_between_special_tokens=False
-        )
+        return ids if self._hidden.isdisjoint(ids) else [token for token in ids if token not in self._hidden]
 
     def refusal(self, messages: Sequence[Message]) -> str | None:
         """Return why a conversation cannot be encoded faithfully (its text contains a control token), or None."""

@@ -56,6 +56,8 @@ class ControlTokens:
 
     def marked(self, text: str) -> str:
         """Return a text with :data:`MARK` inside every soft token, to be encoded in pieces between the marks."""
+        if not self._soft:  # a pattern that never matches would still be tried at every character
+            return text
         return self._soft_pattern.sub(lambda found: found[0][0] + MARK + found[0][1:], text)
 
 

@@ -236,13 +236,18 @@ def to_conversations(
     return conversations
 
 
-@functools.lru_cache(maxsize=1024)
 def _format_of(names: tuple[str, ...]) -> tuple[str, ...] | None:
     """Return the key of :data:`FORMATS` that a row with these columns is read by; None if it is in none of them.
 
     Present is enough, even if null: the reader then names the row instead of guessing another format.
     """
-    return next((columns for columns in FORMATS if set(columns) <= set(names)), None)
+    return next(iter(_formats_in(names)), None)
+
+
+@functools.lru_cache(maxsize=1024)
+def _formats_in(names: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """Return the keys of :data:`FORMATS` whose columns are all among these."""
+    return [columns for columns in FORMATS if set(columns) <= set(names)]
 
 
 def _under_known_names(row: Mapping[str, Any], where: str) -> Mapping[str, Any]:
@@ -269,8 +274,9 @@ def _until_last_answer(messages: list[Message]) -> list[Message]:
 
 
 def _is_prompt_only(row: Mapping[str, Any]) -> bool:
-    forms = (columns for columns in FORMATS if all(row.get(column) is not None for column in columns))
-    return row.get("prompt") is not None and next(forms, None) is None
+    if row.get("prompt") is None:
+        return False
+    return not any(all(row[column] is not None for column in columns) for columns in _formats_in(tuple(row)))
 
 
 def _prompt_form(record: Mapping[str, Any], where: str) -> list[Message]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from spin.alignment.core.console import say_error
@@ -20,6 +22,7 @@ from spin.alignment.data.turns import OPTIONAL_FIELDS
 # The file has every optional field and column, because it is written before the last row has been read.
 _SCHEMA = Features({*OPTIONAL_FIELDS}, {*CARRIED_COLUMNS}).extend(PROMPT_SCHEMA)
 _ROWS = 1024  # per record batch; all batches but the last are full, so a row is found by division
+_OPEN_BATCHES = 1024
 ID_MODULUS = 2**64
 
 
@@ -41,7 +44,9 @@ class PromptStore:
     def __init__(self, path: Path) -> None:
         """Open a file that :meth:`create` wrote."""
         self.path = path
-        self._reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        # The rows of an open batch stay in the file; to open it again takes longer than to read a row.
+        self._batch = functools.lru_cache(_OPEN_BATCHES)(reader.get_batch)
         facts = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         self.num_rows: int = facts["num_rows"]
         self.prompts_hash: str = facts["prompts_hash"]
@@ -93,11 +98,27 @@ class PromptStore:
     def __len__(self) -> int:
         return self.num_rows
 
-    def row(self, index: int) -> dict[str, Any]:
-        """Return one row: ``prompt_id``, ``chosen`` (which ends with a user turn if there is no ground truth), and the columns
-        that it carries."""
-        batch = self._reader.get_batch(index // _ROWS)
-        return without_null_fields(batch.slice(index % _ROWS, 1).to_pylist()[0])
+    def table(self, indices: Sequence[int]) -> pa.Table:
+        """Return rows by index, in this order, with all columns of the file: ``prompt_id``, ``chosen`` (which ends with a user
+        turn if there is no ground truth), and the carried columns; fields and columns that a row lacks are null."""
+        wanted = np.asarray(indices, dtype=np.int64)
+        order = wanted.argsort(kind="stable")
+        batches, places = np.divmod(wanted[order], _ROWS)
+        starts = np.flatnonzero(np.diff(batches, prepend=-1))
+        groups = zip(batches[starts].tolist(), np.split(places, starts[1:]), strict=True)
+        pieces = [self._some_rows(batch, some) for batch, some in groups]
+        back = np.empty_like(order)
+        back[order] = np.arange(len(order))
+        return pa.Table.from_batches(pieces, _SCHEMA).combine_chunks().take(pa.array(back))
+
+    def _some_rows(self, number: int, places: np.ndarray) -> pa.RecordBatch:
+        batch = self._batch(number)
+        # Scattered rows are mostly alone in their batch, and a slice copies nothing.
+        return batch.slice(int(places[0]), 1) if len(places) == 1 else batch.take(pa.array(places))
+
+    def rows(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Return the rows of :meth:`table` as Python values, without the fields and columns that a row lacks."""
+        return [without_null_fields(row) for row in self.table(indices).to_pylist()]
 
     def remove(self) -> None:
         """Remove the files; processes that have them open can still read them."""

@@ -90,6 +90,8 @@ class FractionJournal:
         self.torn: list[Path] = []
         self._parts: dict[str, _Part] = {}
         self._written = 0
+        # What this worker has written need not be read again to be merged, as far as there is memory for it.
+        self._tables = _TableCache(_CACHED_BYTES)
 
     def open(self) -> None:
         """Create the folder, and see which parts exist already.
@@ -110,9 +112,8 @@ class FractionJournal:
 
         A part that cannot be read is renamed and listed in ``torn``; its prompts will be generated again.
         """
-        for path in sorted(self.folder.glob("part-*.parquet")):
-            if path.name in self._parts:
-                continue
+        for name in self._new_parts():
+            path = self.folder / name
             try:
                 positions = self._positions(path)
             except (InputError, OSError, KeyError, TypeError, ValueError):
@@ -122,6 +123,14 @@ class FractionJournal:
                     self.torn.append(path)
                 continue
             self._note(path, positions)
+
+    def _new_parts(self) -> list[str]:
+        """Return the names of parts that are not registered, sorted. Looked for before every block that is claimed, among the
+        leases of all blocks."""
+        with contextlib.suppress(FileNotFoundError):  # the fraction has been merged, or the disk is lost
+            names = {path.name for path in self.folder.iterdir()}.difference(self._parts)
+            return sorted(name for name in names if name.startswith("part-") and name.endswith(".parquet"))
+        return []
 
     def _positions(self, path: Path) -> list[int]:
         """Return the positions in a part whose content has been checked; raise an error if it is damaged."""
@@ -138,20 +147,21 @@ class FractionJournal:
         self._parts[path.name] = _Part(path, positions)
         self.finished[positions] = True
 
-    def write(self, worker: str, rows: dict[int, list[dict[str, Any]]]) -> None:
-        """Write the rows of some prompts, keyed by position, as one part.
+    def write(self, worker: str, positions: list[int], rows: pa.Table) -> None:
+        """Write the rows of the prompts at some positions, in this order, as one part.
 
         Raises:
             InputError: the disk is full, or the folder is read-only or has disappeared.
         """
         if not self.accepts_parts():
             return
-        positions = sorted(rows)
         path = self.folder / f"part-{worker}-{self._written:06d}.parquet"
         record = {POSITIONS_KEY: json.dumps(positions).encode()}
-        with ParquetSink(path, self.schema, self.provenance, metadata=record, sealed=True) as sink:
-            sink.write([row for position in positions for row in rows[position]])
+        # Compressed when they are merged: doing it twice takes longer than everything else about a part.
+        with ParquetSink(path, self.schema, self.provenance, metadata=record, sealed=True, compression="none") as sink:
+            sink.write(rows)
         self._written += 1
+        self._tables.add(path, rows)
         self._note(path, positions)
 
     def accepts_parts(self) -> bool:
@@ -208,7 +218,6 @@ class FractionJournal:
         for name in sorted(self._parts):
             for rank, position in enumerate(self._parts[name].positions):
                 place.setdefault(position, (name, rank))
-        tables = _TableCache(_CACHED_BYTES)
         for start in range(0, len(self.finished), _MERGE_PROMPTS):
             positions = range(start, min(start + _MERGE_PROMPTS, len(self.finished)))
             wanted: dict[str, list[int]] = {}
@@ -218,7 +227,7 @@ class FractionJournal:
             pieces, order = [], []
             for name, ranks in wanted.items():
                 rows = [rank * self.num_samples + sample for rank in ranks for sample in range(self.num_samples)]
-                pieces.append(tables.read(self._parts[name].path).take(pa.array(rows, pa.int64())))
+                pieces.append(self._tables.read(self._parts[name].path).take(pa.array(rows, pa.int64())))
                 order += [self._parts[name].positions[rank] for rank in ranks]
             # Stable, so the samples of a prompt keep their order.
             rows_of = np.repeat(np.array(order), self.num_samples).argsort(kind="stable")
@@ -235,16 +244,24 @@ def finished_prompts(folder: Path) -> int:
 
 
 class _TableCache:
-    """The most recently read tables, up to a number of bytes; neighbouring positions are in few parts."""
+    """The most recently used tables, up to a number of bytes; neighbouring positions are in few parts."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self._tables: OrderedDict[Path, pa.Table] = OrderedDict()
+        self._bytes = 0
+
+    def add(self, path: Path, table: pa.Table) -> None:
+        """Keep the rows that a file contains."""
+        self._tables[path] = table
+        self._bytes += table.nbytes
+        while len(self._tables) > 1 and self._bytes > self.limit:
+            self._bytes -= self._tables.popitem(last=False)[1].nbytes
 
     def read(self, path: Path) -> pa.Table:
-        if path not in self._tables:
-            self._tables[path] = pa.Table.from_batches(list(read_batches(path))).combine_chunks()
-        self._tables.move_to_end(path)
-        while len(self._tables) > 1 and sum(table.nbytes for table in self._tables.values()) > self.limit:
-            self._tables.popitem(last=False)
+        """Return the rows of a file, from memory if they are there."""
+        if path in self._tables:
+            self._tables.move_to_end(path)
+        else:
+            self.add(path, pa.Table.from_batches(list(read_batches(path))).combine_chunks())
         return self._tables[path]

@@ -7,22 +7,24 @@ import math
 import sys
 from array import array
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from spin.alignment.core.errors import InputError, NotFiniteError
 from spin.alignment.data.chat_encoder import RowRefused, template_arguments
 from spin.alignment.data.fractions import fraction_path, fraction_rows
 from spin.alignment.data.prompt_store import PromptStore, ids_sum
-from spin.alignment.data.rows import carried_columns
 from spin.alignment.data.turns import prompt_turns
 from spin.alignment.generation.base import PromptRequest, Response, SamplingConfig
 from spin.alignment.generation.config import GenerateConfig
 from spin.alignment.generation.fraction_journal import FractionJournal
 from spin.alignment.generation.leases import Leases, Worker
-from spin.alignment.models.vocabulary import check_ids
+from spin.alignment.generation.response_rows import response_table
+from spin.alignment.models.vocabulary import check_ids, vocabulary_size
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -32,7 +34,8 @@ if TYPE_CHECKING:
 
 # Workers claim blocks of prompts: small enough that no worker is idle for long at the end, large enough that claims are cheap.
 _BLOCKS_PER_FRACTION = 64
-_LARGEST_BLOCK = 64
+_LARGEST_BLOCK = 256
+_ENCODED_AT_ONCE = 1024  # prompts
 
 
 @dataclass(frozen=True)
@@ -81,33 +84,46 @@ class GenerationJob:
         Raises:
             InputError: the template rejects a prompt; the error names it.
         """
-        kept: list[tuple[int, PromptRequest]] = []
-        skipped = []
-        for index in fraction_rows(len(self.store), number, self.frac_len):
-            row = self.store.row(index)
-            request = self._request(row)
-            if isinstance(request, str):
-                skipped.append({"prompt_id": row["prompt_id"], "reason": request})
-            else:
-                kept.append((index, request))
+        rows = fraction_rows(len(self.store), number, self.frac_len)
+        found: list[PromptRequest | tuple[str, str]] = [("", "")] * len(rows)
+        # In the order of the store, whose rows are read fastest one after the other.
+        order = np.argsort(rows, kind="stable").tolist()
+        for begin in range(0, len(order), _ENCODED_AT_ONCE):
+            places = order[begin : begin + _ENCODED_AT_ONCE]
+            requests = self._requests(self.store.rows([rows[place] for place in places]))
+            for place, request in zip(places, requests, strict=True):
+                found[place] = request
+        kept = [
+            (index, request) for index, request in zip(rows, found, strict=True) if isinstance(request, PromptRequest)
+        ]
+        skipped = [
+            dict(zip(("prompt_id", "reason"), item, strict=True))
+            for item in found
+            if not isinstance(item, PromptRequest)
+        ]
         # Long prompts first, so that the tail, when no more prompts can fill the engine, consists of short ones.
         kept.sort(key=lambda item: -len(item[1].token_ids))
         return EncodedPrompts([request for _, request in kept], [index for index, _ in kept], skipped)
 
-    def _request(self, row: dict[str, Any]) -> PromptRequest | str:
-        prompt = prompt_turns(row["chosen"])
-        try:
-            ids = self.encoder.prompt_ids(prompt, **template_arguments(row))
-            check_ids(ids, self.model_config, self.encoder.name, "the prompt")
-        except RowRefused as refused:
-            return str(refused)
-        except InputError as error:
-            raise InputError(f"prompt {row['prompt_id']}: {error}") from error
-        if len(ids) > self.longest_prompt:
-            return f"prompt of {len(ids)} tokens, at most {self.longest_prompt} fit"
-        # An array of C ints: a list of Python ints would take several times the memory for a whole fraction.
-        free_tokens = None if self.context is None else self.context - len(ids)
-        return PromptRequest(row["prompt_id"], array("i", ids), free_tokens)
+    def _requests(self, rows: Sequence[dict[str, Any]]) -> Iterator[PromptRequest | tuple[str, str]]:
+        """Yield the request of each prompt, or its id and the reason to skip it."""
+        size = vocabulary_size(self.model_config)
+        prompts = [(prompt_turns(row["chosen"]), template_arguments(row)) for row in rows]
+        for row, ids in zip(rows, self.encoder.ids_of_prompts(prompts), strict=True):
+            prompt_id = row["prompt_id"]
+            if isinstance(ids, RowRefused):
+                yield prompt_id, str(ids)
+                continue
+            if isinstance(ids, InputError):
+                raise InputError(f"prompt {prompt_id}: {ids}") from ids
+            if size is not None and max(ids, default=0) >= size:
+                check_ids(ids, self.model_config, self.encoder.name, f"prompt {prompt_id}: the prompt")
+            if len(ids) > self.longest_prompt:
+                yield prompt_id, f"prompt of {len(ids)} tokens, at most {self.longest_prompt} fit"
+                continue
+            # An array of C ints: a list of Python ints would take several times the memory for a whole fraction.
+            free_tokens = None if self.context is None else self.context - len(ids)
+            yield PromptRequest(prompt_id, array("i", ids), free_tokens)
 
     def fraction_provenance(self, number: int, prompts: EncodedPrompts) -> Provenance:
         """Return the provenance of one fraction, with the sum of its prompt ids as proof that none is missing or repeated."""
@@ -115,40 +131,39 @@ class GenerationJob:
         extra = self.provenance.extra | {"fraction_ids": ids_sum(iter(ids)), "all_ids": self.store.all_ids}
         return replace(self.provenance, data_frac=number, extra=extra)
 
-    def rows(self, index: int, responses: list[Response]) -> list[dict[str, Any]]:
-        """Return the generated rows of the prompt at ``index`` in the store; ``chosen`` is null without a ground truth.
+    def texts(self, indices: Sequence[int], samples: Sequence[Sequence[Response]]) -> list[str]:
+        """Return the text of every response to the prompts at ``indices`` in the store, in order, without stop texts."""
+        arguments: list[str | None] = [None] * len(indices)
+        if "chat_template_kwargs" in self.store.features.columns:
+            arguments = self.store.table(indices).column("chat_template_kwargs").to_pylist()
+        ids = [response.token_ids for responses in samples for response in responses]
+        carried = [text for text, responses in zip(arguments, samples, strict=True) for _ in responses]
+        return [self._until_stop(text) for text in self.encoder.response_texts(ids, carried)]
 
-        Raises:
-            NotFiniteError: a log-prob is not finite, in any backend.
-        """
-        row = self.store.row(index)
-        prompt = prompt_turns(row["chosen"])
-        ground_truth = row["chosen"] if len(prompt) < len(row["chosen"]) else None
-        if any(not math.isfinite(value) for response in responses for value in response.logprobs or ()):
-            raise NotFiniteError(
-                f"a log-prob of a response to prompt {row['prompt_id']} is not finite: check the model's weights and its dtype"
-            )
-        return [
-            {
-                "prompt_id": row["prompt_id"],
-                "sample_index": sample,
-                "chosen": ground_truth,
-                "rejected": [
-                    *prompt,
-                    {"role": "assistant", "content": self._text(response, row.get("chat_template_kwargs"))},
-                ],
-                "rejected_token_ids": response.token_ids,
-                "rejected_finish_reason": response.finish_reason,
-                **({"rejected_logprobs": response.logprobs} if self.sampling.logprobs else {}),
-                **carried_columns(row),
-            }
-            for sample, response in enumerate(responses)
-        ]
-
-    def _text(self, response: Response, row_arguments: str | None) -> str:
-        text = self.encoder.response_text(response.token_ids, row_arguments)
+    def _until_stop(self, text: str) -> str:
         ends = [place for stop in self.sampling.stop if (place := text.find(stop)) >= 0]
         return text[: min(ends)] if ends else text
+
+
+def check_finite(prompt_id: str, responses: Sequence[Response]) -> None:
+    """Check the log-probs of the responses to a prompt, of any backend.
+
+    Raises:
+        NotFiniteError: one is not finite.
+    """
+    if any(not math.isfinite(value) for response in responses for value in response.logprobs or ()):
+        raise NotFiniteError(
+            f"a log-prob of a response to prompt {prompt_id} is not finite: check the model's weights and its dtype"
+        )
+
+
+@dataclass(frozen=True)
+class FinishedPrompts:
+    """Prompts of a fraction by position, ascending, their responses, and the text of every response in this order."""
+
+    positions: list[int]
+    samples: list[list[Response]]
+    texts: list[str]
 
 
 class FractionWork:
@@ -195,6 +210,23 @@ class FractionWork:
             self.journal.scan()
             if pending := [position for position in positions if not self.journal.finished[position]]:
                 yield pending
+
+    def finish(self, responses: dict[int, list[Response]]) -> FinishedPrompts:
+        """Decode the responses to some prompts, given by position."""
+        positions = sorted(responses)
+        samples = [responses[position] for position in positions]
+        indices = [self.prompts.rows[position] for position in positions]
+        return FinishedPrompts(positions, samples, self.job.texts(indices, samples))
+
+    def write(self, worker: str, finished: FinishedPrompts) -> None:
+        """Write the rows of finished prompts as one part; this needs no tokenizer, so any thread may do it.
+
+        Raises:
+            InputError: the disk is full, or the folder is read-only or has disappeared.
+        """
+        prompts = self.job.store.table([self.prompts.rows[position] for position in finished.positions])
+        rows = response_table(prompts, finished.samples, finished.texts, self.job.schema)
+        self.journal.write(worker, finished.positions, rows)
 
     def look_again(self) -> None:
         """See what others have finished, and try the blocks they hold again in case they have died."""

@@ -316,6 +316,7 @@ def generate(config: GenerateConfig) -> None:
 
 def work(config: GenerateConfig, stated: Provenance, model_dir: Path, date: datetime.date | None = None) -> int:
     """Work on the requested fractions until they are merged; return the number of prompts of the split."""
+    from spin.alignment.core.allocator import frozen_objects
     from spin.alignment.data.fractions import PARTS_FOLDER
     from spin.alignment.generation.leases import Worker
     from spin.alignment.generation.progress import GenerationProgress
@@ -325,7 +326,7 @@ def work(config: GenerateConfig, stated: Provenance, model_dir: Path, date: date
     name = "all fractions" if config.data_frac == "auto" else f"fraction {config.data_frac}"
     progress = GenerationProgress(name + (f" rank {rank}" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""))
     model_config, encoder = open_model(config, model_dir, date)  # before anything is written
-    with Worker(Path(config.output_dir) / PARTS_FOLDER / "workers") as worker:
+    with Worker(Path(config.output_dir) / PARTS_FOLDER / "workers") as worker, frozen_objects():
         try:
             job = make_job(config, stated, model_config, encoder, worker.name)
             for remark in job.encoder.remarks if rank == 0 else ():

@@ -12,6 +12,8 @@ from spin.alignment.core.console import say_error
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
+    from spin.alignment.generation.base import Response
+
 _LINE_SECONDS = 10.0
 _SHOW_SECONDS = 0.5
 # Before a minute has passed or a twentieth of the prompts is finished, a rate says little.
@@ -48,12 +50,13 @@ class GenerationProgress:
             self._bar.start()
             self._task = self._bar.add_task(self.name, total=total, completed=done)
 
-    def add(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Count the rows of one prompt that this worker has finished."""
+    def add(self, responses: Sequence[Response]) -> None:
+        """Count the responses to one prompt that this worker has finished."""
         self.prompts += 1
-        self.rows += len(rows)
-        self.tokens += sum(len(row["rejected_token_ids"]) for row in rows)
-        self.cut += sum(row["rejected_finish_reason"] == "length" for row in rows)
+        self.rows += len(responses)
+        for response in responses:
+            self.tokens += len(response.token_ids)
+            self.cut += response.finish_reason == "length"
 
     def show(self, count_done: Callable[[], int]) -> bool:
         """Update the display, at most twice a second; return whether it was due.

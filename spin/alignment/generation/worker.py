@@ -10,16 +10,22 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain
-from typing import Any
 
 from spin.alignment.core.console import say_error
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.parquet import open_parquet
 from spin.alignment.core.provenance import read_provenance
 from spin.alignment.data.fractions import PARTS_FOLDER, fraction_path, fraction_size
-from spin.alignment.generation.base import GenerationBackend, PromptRequest
-from spin.alignment.generation.fraction_work import EncodedPrompts, FractionWork, GenerationJob
+from spin.alignment.generation.base import GenerationBackend, PromptRequest, Response
+from spin.alignment.generation.fraction_work import (
+    EncodedPrompts,
+    FinishedPrompts,
+    FractionWork,
+    GenerationJob,
+    check_finite,
+)
 from spin.alignment.generation.leases import Leases, Worker
 from spin.alignment.generation.progress import GenerationProgress
 
@@ -31,10 +37,10 @@ _SKIPPED_SHOWN = 5
 
 @dataclass
 class _Unwritten:
-    """Finished rows of one fraction that have not been written yet, by position."""
+    """Responses of one fraction that have not been written yet, by position."""
 
     work: FractionWork
-    rows: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
+    responses: dict[int, list[Response]] = field(default_factory=dict)
 
 
 class GenerationRun:
@@ -134,11 +140,14 @@ class GenerationRun:
             self._streaming = False
         return True
 
-    def _take(self, work: FractionWork, position: int, responses: list[Any]) -> None:
-        rows = self.job.rows(work.prompts.rows[position], responses)
-        self._unwritten.setdefault(work.number, _Unwritten(work)).rows[position] = rows
-        self.progress.add(rows)
-        count = sum(len(item.rows) for item in self._unwritten.values())
+    def _take(self, work: FractionWork, position: int, responses: list[Response]) -> None:
+        if self.job.sampling.logprobs:
+            check_finite(work.prompts.requests[position].prompt_id, responses)
+        if work.number not in self._unwritten:
+            self._unwritten[work.number] = _Unwritten(work)
+        self._unwritten[work.number].responses[position] = responses
+        self.progress.add(responses)
+        count = sum([len(item.responses) for item in self._unwritten.values()])
         # By time as well, so that slow responses are not lost in a kill.
         if count >= self.flush_every or time.monotonic() - self._flushed > FLUSH_SECONDS:
             self._flush()
@@ -206,13 +215,19 @@ class GenerationRun:
         self._works.pop(number, None)
         self._leases.release(self._lease(number))
 
+    @cached_property
+    def _readers_job(self) -> GenerationJob:
+        return self.job.for_another_thread()
+
     def _encode_ahead(self, number: int) -> None:
         """Encode the fraction that this worker would claim next, while the current one is generated."""
         for other in self._unmerged:
+            if other <= number or other in self._works:
+                continue
             owner = self._leases.owner(self._lease(other))
-            if other > number and other not in self._works and (owner is None or not self._leases.is_alive(owner)):
+            if owner is None or not self._leases.is_alive(owner):
                 if other not in self._ahead:
-                    self._ahead = {other: self._reader.submit(self.job.for_another_thread().encode, other)}
+                    self._ahead = {other: self._reader.submit(self._readers_job.encode, other)}
                 return
 
     def _finished(self) -> int:
@@ -225,21 +240,23 @@ class GenerationRun:
         return fraction_size(len(self.job.store), number, self.job.frac_len)
 
     def _flush(self) -> None:
-        """Pass the finished rows to the writer thread, after it has written the previous ones."""
+        """Pass the finished prompts to the writer thread, after it has written the previous ones."""
         self._wait_for_writer()  # also raises what the writer raised, for instance a full disk
         batch, self._unwritten = self._unwritten, {}
         self._flushed = time.monotonic()
         self._tell_others()
         if batch:
-            self._write = self._writer.submit(self._write_parts, list(batch.values()))
+            # Decoded in this thread, because tokenizers are not thread-safe.
+            decoded = [(item.work, item.work.finish(item.responses)) for item in batch.values()]
+            self._write = self._writer.submit(self._write_parts, decoded)
 
     def _tell_others(self) -> None:
         self.worker.tell(split=self.job.split, fractions=sorted(self._works), **self.progress.facts())
 
-    def _write_parts(self, batch: list[_Unwritten]) -> None:
-        for item in batch:
-            item.work.journal.write(self.worker.name, item.rows)
-            self._merge(item.work)
+    def _write_parts(self, batch: list[tuple[FractionWork, FinishedPrompts]]) -> None:
+        for work, finished in batch:
+            work.write(self.worker.name, finished)
+            self._merge(work)
 
     def _merge(self, work: FractionWork) -> None:
         if not work.merge_if_complete():
