@@ -64,8 +64,6 @@ def _read_arrow(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         with pa.memory_map(str(path)) as source:
             is_file = source.read(6) == b"ARROW1"
-            if not is_file:
-                _check_stream_end(path, source)
             source.seek(0)
             reader = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
             batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
@@ -73,6 +71,8 @@ def _read_arrow(path: Path) -> Iterator[tuple[str, Any]]:
                 for record in batch.to_pylist():
                     yield f"{path} row {row}", record
                     row += 1
+            if not is_file:
+                _check_stream_end(path, source)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{path} is not a readable Arrow file ({reason}): restore it or write it again") from error
