@@ -170,7 +170,7 @@ def test_loading_refuses_what_the_check_refuses(model: Path) -> None:
 )
 def test_a_quantisation_that_cannot_be_loaded_here_is_one_sentence(model: Path, settings: dict) -> None:
     config(quantization_config=settings)(model)
-    with pytest.raises(InputError, match="quantised weights of .* cannot be loaded here"):
+    with pytest.raises(InputError, match=r"quantised weights of .* cannot be loaded here"):
         load_model(ModelConfig(model_name_or_path=str(model)))
 
 

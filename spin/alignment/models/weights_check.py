@@ -66,8 +66,8 @@ def _refuse_8bit(folder: Path, stored: Mapping[str, torch.Tensor]) -> None:
         if name.endswith(".weight") and weight.dim() == 2 and weight.element_size() == 1:
             kind = str(weight.dtype).removeprefix("torch.")
             raise InputError(
-                f"the weight {name} in {folder} is {kind}, but its config.json has no quantization_config: restore the config.json "
-                "that it was saved with, or use the model that is not quantised"
+                f"the weight {name} in {folder} is {kind}, but its config.json has no quantization_config: restore the "
+                "config.json that it was saved with, or use the model that is not quantised"
             )
 
 
