@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from spin.alignment.core.errors import InputError
-from spin.alignment.data.chat_encoder import ChatEncoder, load_tokenizer
+from spin.alignment.data.chat_encoder import ChatEncoder, RowRefused, load_tokenizer
 from spin.alignment.data.encode_pairs import EncodedPair, encode_pair, truncate_prompt
-from tests.helpers import char_tokenizer
+from tests.helpers import CHATML, char_tokenizer
 from tests.helpers.chat_templates import FAMILIES
 
 QUESTION = {"role": "user", "content": "What is 2+3?"}
@@ -188,3 +190,28 @@ class TestTruncation:
         assert truncate_prompt([1, 2, 3, 4, 5], 3, bos_id=None) == [3, 4, 5]
         assert truncate_prompt([1, 2, 3, 4, 5], 1, bos_id=1) == [1]
         assert truncate_prompt([1, 2], 3, bos_id=1) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("turns", "says"),
+    [
+        ("{% for m in messages if m['role'] == 'assistant' %}", "omits the text of a user turn (turn 0)"),
+        ("{% for m in messages[-2:] %}", "omits the text of a user turn (turn 0)"),
+    ],
+)
+def test_a_template_that_omits_a_turn_of_the_prompt_refuses_the_row(turns, says):
+    written = "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    encoder = ChatEncoder(
+        char_tokenizer(template=turns + written + "{{ '<|im_start|>assistant\n' if add_generation_prompt }}")
+    )
+    history = [
+        {"role": role, "content": text} for role, text in (("user", "One"), ("assistant", "Two"), ("user", "Three"))
+    ]
+    with pytest.raises(RowRefused, match=re.escape(says)):
+        encoder.prompt_ids(history)
+
+
+@pytest.mark.parametrize("what", ["[1, 2, 3]|random", "lipsum(n=1)"])
+def test_a_template_with_chance_is_refused(what):
+    with pytest.raises(InputError, match="rejects the turns"):
+        ChatEncoder(char_tokenizer(template=f"{{{{ {what} }}}}" + CHATML))

@@ -190,6 +190,27 @@ def test_a_file_and_its_compressed_copy_are_not_read_twice(tmp_path):
     assert "'train' as .jsonl and .jsonl.gz files: remove one kind" in refusal(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "missing"),
+    [
+        ("train_00000_of_00002.jsonl", "train-00001-of-00002"),
+        ("train.1-of-2.jsonl", "train-00000-of-00002"),
+        ("train/00000-of-00002.jsonl", "00001-of-00002"),
+    ],
+)
+def test_a_missing_file_of_a_numbered_set_is_named_however_it_is_numbered(tmp_path, name, missing):
+    assert f"is missing {missing}" in refusal(write(tmp_path, name))
+
+
+def test_a_numbered_set_with_all_of_its_files_is_read(tmp_path):
+    assert len(prompts(write(tmp_path, "train_00000_of_00002.jsonl", "train_00001_of_00002.jsonl"))) == 2
+
+
+@pytest.mark.parametrize("file", ["train.jsonl", "train-00000-of-00001.jsonl", "train.jsonl/part-00000.jsonl"])
+def test_a_split_that_is_there_twice_is_refused(tmp_path, file):
+    assert "contains the split 'train' twice" in refusal(write(tmp_path, file, "train/x.jsonl"))
+
+
 def test_a_pointer_of_a_large_file_is_named(tmp_path):
     (tmp_path / "train.parquet").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     assert "only a pointer to a large file: run 'git lfs pull'" in refusal(tmp_path)

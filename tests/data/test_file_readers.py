@@ -124,6 +124,30 @@ def test_a_damaged_file_is_one_sentence(tmp_path, name):
     assert re.search(sentence, message) and "\n" not in message
 
 
+@pytest.mark.parametrize("more", [b"]", b'[{"prompt": "c", "response": "d"}]', b"xyz", b" " * 2**21 + b"{}"])
+def test_what_follows_an_array_is_not_lost(tmp_path, more):
+    assert "goes on after an array of 2 rows" in refusal(tmp_path / "a.json", json.dumps(ROWS).encode() + more)
+
+
+def test_a_stream_that_was_cut_off_between_two_batches_is_refused(tmp_path):
+    table, path, ends = pa.Table.from_pylist(ROWS), tmp_path / "a.arrow", []
+    with path.open("wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        for batch in table.to_batches(max_chunksize=1):
+            writer.write_batch(batch)
+            file.flush()
+            ends.append(file.tell())
+    whole = path.read_bytes()
+    assert rows_of(path) == ROWS
+    for end in ends:
+        assert "lacks the marker that ends an Arrow stream" in refusal(path, whole[:end])
+
+
+def test_a_missing_value_that_pandas_wrote_is_null(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("instruction,input,output\nq,nan,NaN of course\nq,<NA>,NaN\n")
+    assert [list(row.values()) for row in rows_of(path)] == [["q", None, "NaN of course"], ["q", None, None]]
+
+
 def test_depth_is_counted_in_levels_not_brackets(tmp_path):
     path = tmp_path / "a.jsonl"
     wide = {"x": [[1], {"a": []}] * 1000}

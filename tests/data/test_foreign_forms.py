@@ -186,7 +186,7 @@ BAD_PAIRS = {
         r"a.jsonl row 0 has an unpaired surrogate \(half a character\) in 'prompt_id'",
     ),
     "rejected": ({**PAIR, "rejected": "\ud83d"}, r"the rejected response has an unpaired surrogate"),
-    "reason": ({**PAIR, "rejected_finish_reason": "\ud83d"}, "wrong type in 'rejected_finish_reason'"),
+    "reason": ({**PAIR, "rejected_finish_reason": "\ud83d"}, "'rejected_finish_reason' '"),
     "sample": ({**PAIR, "sample_index": 10**30}, "row 0 has a value of the wrong type in 'sample_index'"),
     "label": ({**PAIR, "chosen_x": 10**400, "rejected_x": 1}, "row 0 has a value of the wrong type in 'chosen_x'"),
 }

@@ -83,6 +83,10 @@ DAMAGED: dict[str, tuple[Damage, str]] = {
         weights(lambda stored: stored.update({"model.norm.weight": torch.zeros(5)})),
         "the weight model.norm.weight in",
     ),
+    "weights of 8 bits": (
+        weights(lambda stored: stored.update({name: item.to(torch.int8) for name, item in stored.items()})),
+        "is int8, but its config.json has no quantization_config",
+    ),
     "fewer layers in the config": (config(num_hidden_layers=1), "contains 9 weights"),
     "more layers in the config": (config(num_hidden_layers=3), "lacks 9 weights"),
     "another known model type": (config(model_type="qwen2"), "self_attn.k_proj.bias"),
@@ -94,6 +98,8 @@ DAMAGED: dict[str, tuple[Damage, str]] = {
     "heads that do not divide the width": (config(num_attention_heads=5, head_dim=None), "attention heads"),
     "no heads": (config(num_attention_heads=0), "config.json"),
     "key-value heads that do not divide the heads": (config(num_key_value_heads=3), "3 key-value heads"),
+    "no positions": (config(max_position_embeddings=0), "max_position_embeddings in"),
+    "a window as text": (config(sliding_window="wide"), "sliding_window in"),
     "an unknown activation": (config(hidden_act="no"), "cannot be built"),
     "an unknown rope": (config(rope_parameters={"rope_type": "x"}), "config.json"),
     "an unknown dtype": (config(dtype="float99"), "float99"),
@@ -154,6 +160,17 @@ def test_loading_refuses_what_the_check_refuses(model: Path) -> None:
     """The loader is the last to see the weights: a Python user calls it without the check of the programs."""
     DAMAGED["a layer's weights are missing"][0](model)
     with pytest.raises(InputError, match="lacks 9 weights"):
+        load_model(ModelConfig(model_name_or_path=str(model)))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"quant_method": "nonsense"}, {"quant_method": "aqlm"}, {"bits": 4}],
+    ids=["unknown", "package", "none"],
+)
+def test_a_quantisation_that_cannot_be_loaded_here_is_one_sentence(model: Path, settings: dict) -> None:
+    config(quantization_config=settings)(model)
+    with pytest.raises(InputError, match=r"quantised weights of .* cannot be loaded here"):
         load_model(ModelConfig(model_name_or_path=str(model)))
 
 

@@ -17,6 +17,7 @@ from typing import NoReturn
 from spin.alignment.core.console import escape_controls, flush_output, reader_has_ended, say, say_error
 from spin.alignment.core.errors import InputError, suggestion
 from spin.alignment.core.files import is_disk_full
+from spin.alignment.core.launcher import check_launch_numbers
 
 EXIT_DONE, EXIT_INTERNAL_ERROR, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
 RUN_VARIABLE = "SPIN_RUN_DIRECTORY"  # in the environment of every process that `spin run` starts
@@ -114,6 +115,7 @@ def run_program(main: Callable[[Sequence[str]], int | None], arguments: Sequence
     """Run ``main(arguments)`` and exit: 0 done, 1 internal error, 2 bad input, 130 interrupted."""
     follow_run()
     try:
+        check_launch_numbers()
         code = main(sys.argv[1:] if arguments is None else arguments)
         flush_output()
     except InputError as error:

@@ -250,6 +250,8 @@ def _environment() -> Any:
 
     environment = Environment(trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, loopcontrols])
     environment.filters["tojson"] = tojson
+    # What they write differs from one rendering to the next: a model would be trained on another prompt than it answered.
+    del environment.filters["random"], environment.globals["lipsum"]
     environment.globals["raise_exception"] = raise_exception
     environment.globals[_DATE_FUNCTION] = None  # every rendering passes its own
     return environment

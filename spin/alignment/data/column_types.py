@@ -6,15 +6,54 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.types as kinds
 
 from spin.alignment.core.errors import InputError
-from spin.alignment.data.rows import MESSAGES, OPTIONAL_COLUMNS, PREFERENCE_SCHEMA
+from spin.alignment.core.sides import SIDES
+from spin.alignment.data.columns import REASONING_KEYS, SYSTEM_COLUMNS
+from spin.alignment.data.foreign_forms import FOREIGN_PAIR_COLUMNS
+from spin.alignment.data.refused_columns import LABEL_COLUMNS
+from spin.alignment.data.rows import CARRIED_TYPES, MESSAGES, OPTIONAL_COLUMNS, PREFERENCE_SCHEMA
+from spin.alignment.data.turns import OPTIONAL_FIELDS
 
 _CONVERSION_ERRORS = (pa.ArrowException, OverflowError, UnicodeError, RecursionError)
 
 # The types of the project's own columns. Turns may have more fields than these.
 OWN_TYPES: dict[str, pa.DataType] = {field.name: field.type for field in PREFERENCE_SCHEMA} | OPTIONAL_COLUMNS
+# Columns that mark rows in the format of docs/data_format.md.
+OWN_COLUMNS = frozenset({"prompt_id", "sample_index", *SIDES})
+# Columns of other tools that the reader of foreign rows understands, or refuses by their value.
+_READ_FIRST = frozenset({*SYSTEM_COLUMNS, *REASONING_KEYS, *LABEL_COLUMNS, *FOREIGN_PAIR_COLUMNS, "functions"})
+
+
+def is_own_format(schema: pa.Schema) -> bool:
+    """Return whether pairs are in the format of docs/data_format.md as they are, so that nothing in them has to be read first:
+    their own columns, turns of text, and no column that other tools' rows put into the conversation."""
+    names = set(schema.names)
+    if not (names >= OWN_COLUMNS and names.isdisjoint(_READ_FIRST)):
+        return False
+    for field in schema:
+        kind = plain_type(field.type)
+        if OWN_TYPES.get(field.name) == MESSAGES and not _is_plain_conversation(kind):
+            return False
+        if field.name in CARRIED_TYPES and not (kinds.is_null(kind) or kind == pa.string()):
+            return False
+        if field.name == "prompt" and is_list(kind):
+            return False
+        is_of_side = field.name not in OWN_TYPES and field.name.startswith(tuple(f"{side}_" for side in SIDES))
+        if is_of_side and not (kinds.is_null(kind) or kinds.is_integer(kind) or kinds.is_floating(kind)):
+            return False
+    return True
+
+
+def _is_plain_conversation(kind: pa.DataType) -> bool:
+    """Return whether a type is a list of turns whose fields are the project's own, all of them text."""
+    if not (is_list(kind) and kinds.is_struct(kind.value_type)):
+        return False
+    fields = {field.name: field.type for field in kind.value_type}
+    known = fields.keys() <= {"role", "content", *OPTIONAL_FIELDS} and fields.keys() >= {"role", "content"}
+    return known and all(kinds.is_null(found) or found == pa.string() for found in fields.values())
 
 
 def joined(tables: Sequence[pa.Table], names: Sequence[str]) -> pa.Table:
@@ -50,10 +89,29 @@ def table_of(rows: Sequence[Mapping[str, Any]], schema: pa.Schema, places: Seque
         if pa.types.is_floating(field.type):  # Arrow refuses whole numbers that a float only rounds
             values = [_rounded(value) for value in values]
         try:
-            arrays.append(pa.array(values, field.type))
+            arrays.append(_whole_array(values, field.type))
         except _CONVERSION_ERRORS:
             _name_wrong_value(values, field, places)
     return pa.table(arrays, schema)
+
+
+def _whole_array(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
+    """Return values as an array. Arrow itself cuts the fraction off a Python float, and takes null among ids."""
+    inner = kind.value_type if kinds.is_list(kind) else kind
+    if kinds.is_integer(inner):
+        items = [item for value in values for item in (value if isinstance(value, list | tuple) else [value])]
+        if any(isinstance(item, float) and not item.is_integer() for item in items):
+            raise pa.ArrowInvalid("a number with a fraction")
+    array = pa.array(values, kind)
+    if _has_null_items(array):
+        raise pa.ArrowInvalid("null in a list of numbers")
+    return array
+
+
+def _has_null_items(array: pa.Array | pa.ChunkedArray) -> bool:
+    kind = array.type
+    is_numbers = is_list(kind) and (kinds.is_integer(kind.value_type) or kinds.is_floating(kind.value_type))
+    return is_numbers and pc.list_flatten(array).null_count > 0
 
 
 def _rounded(value: Any) -> Any:
@@ -66,7 +124,7 @@ def _rounded(value: Any) -> Any:
 def _name_wrong_value(values: Sequence[Any], field: pa.Field, places: Sequence[str]) -> NoReturn:
     for value, where in zip(values, places, strict=True):
         try:
-            pa.array([value], field.type)
+            _whole_array([value], field.type)
         except _CONVERSION_ERRORS as error:
             reason = " ".join(str(error).split())
             raise InputError(
@@ -137,6 +195,8 @@ def merged_type(left: pa.DataType, right: pa.DataType) -> pa.DataType | None:
 
 def _cast(table: pa.Table, column: str, kind: pa.DataType, name: str) -> pa.ChunkedArray:
     values = table[column]
+    if column in OWN_TYPES and _has_null_items(values):
+        raise InputError(f"{name}: the column '{column}' has null in a list of numbers: correct the column")
     if values.type == kind:
         return values
     try:

@@ -105,7 +105,12 @@ def other_columns(record: Record, where: str, notes: RowNotes) -> dict[str, Any]
     Raises:
         InputError: a column would change what is trained.
     """
-    others = [name for name in record.row if not (name in record.used or name in OWN or _belongs_to_side(name))]
+    others = [
+        name
+        for name, value in record.row.items()
+        # A flag named like a response (``rejected``: true) is not one.
+        if not (name in record.used or (name in OWN and value is not True) or _belongs_to_side(name))
+    ]
     whole = bool(others) and any(_is_turns(record.row[name]) for name in record.used)
     found = {}
     for name in others:

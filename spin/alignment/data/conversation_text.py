@@ -165,13 +165,20 @@ class ConversationText:
 
         Raises:
             InputError: it ends with the assistant, or the template rejects it.
-            RowRefused: its text contains a control token, or the template omits its tools.
+            RowRefused: its text contains a control token, or the template omits its tools or the text of a turn.
         """
         if not prompt or prompt[-1]["role"] == "assistant":
             raise InputError("a prompt must end with a user turn: give the conversation without its final response")
         if tools and (token := self._control.found_in(_plain_json(tools, "tools"), is_response=False)):
             raise RowRefused(f"the tools contain the control token '{token}' as text: remove it from the row")
-        text = self._render(self._prepare(prompt), True, tools, row_arguments)
+        turns = self._prepare(prompt)
+        text = self._render(turns, True, tools, row_arguments)
+        for number, turn in enumerate(turns):
+            if turn["role"] in ("system", "user") and not _is_written(turn["content"], text):
+                raise RowRefused(
+                    f"the chat template of {self.name} omits the text of a {turn['role']} turn (turn {number}): shorten the "
+                    "conversation, or correct the template"
+                )
         for kind, name in _names_of(prompt, tools):
             if name not in text:
                 raise RowRefused(
@@ -258,6 +265,11 @@ class ConversationText:
         end_text = str(tokenizer.convert_ids_to_tokens(self.end_id))
         self.response_suffix = after.partition(end_text)[0] if end_text in after and ids[0] != self.end_id else ""
         self.response_suffix = self.response_suffix if ids and ids[0] in control else ""
+
+
+def _is_written(content: str, text: str) -> bool:
+    """Return whether a template wrote the content of a turn, however it treats whitespace."""
+    return content.strip() in text or bare_text(content) in bare_text(text)
 
 
 def _control_reason(token: str, role: str) -> str:

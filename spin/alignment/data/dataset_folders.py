@@ -27,17 +27,24 @@ _DESCRIPTIONS = frozenset(
     }
 )
 _RECORDS = (".counts.json", ".weights.json")  # statistics that this project writes next to data files
-NUMBERED = re.compile(r"(?P<name>.+?)-(?P<number>\d+)(?:-of-(?P<total>\d+))?(?:-[0-9a-f]{16})?")
+_NUMBERED = re.compile(r"(?P<name>.+?)-(?P<number>\d+)(?:-of-(?P<total>\d+))?(?:-[0-9a-f]{16})?")
+# Other spellings of a number with its total: ``train_00000_of_00002``, ``train.0-of-2``, and ``00000-of-00002`` alone.
+_WITH_TOTAL = re.compile(r"(?:(?P<name>.+?)[-_.])?(?P<number>\d+)[-_.]of[-_.](?P<total>\d+)", re.IGNORECASE)
 _SPARK = re.compile(r"part-\d+(-.*)?")
 _CARD = re.compile(r"---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 _SPLIT_FOLDERS = ("train", "test", "validation", "valid", "val", "dev", "eval")
 
 
+def numbered_name(stem: str) -> re.Match[str] | None:
+    """Return the groups ``name``, ``number`` and ``total`` of the name of a file in a numbered set; None for other names."""
+    return _WITH_TOTAL.fullmatch(stem) or _NUMBERED.fullmatch(stem)
+
+
 def table_name(file: Path) -> str:
     """Return the name of a data file without suffixes and number: that of its split, or empty if it is only a number."""
     stem = file.name.removesuffix(data_suffix(file))
-    if match := NUMBERED.fullmatch(stem):
-        return match["name"]
+    if match := numbered_name(stem):
+        return match["name"] or ""
     return "" if stem.isdigit() or _SPARK.fullmatch(stem) else stem
 
 
@@ -89,14 +96,22 @@ def _chosen(configs: dict[str, Any], config: str | None, folder: Path) -> str:
 def _plain_splits(folder: Path) -> Splits:
     """Return the data files of a folder by name, and those of its subfolders that are named like splits."""
     splits: Splits = {}
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+    for path in sorted(folder.iterdir(), key=lambda path: (path.is_dir(), path)) if folder.is_dir() else ():
         if is_data_file(path):
             splits.setdefault(table_name(path), []).append(path)
         elif path.is_dir():
             name = path.name.removesuffix(data_suffix(path))  # Spark writes a table as a folder train.parquet
-            if name.split("_")[0] in _SPLIT_FOLDERS and name.partition("_")[2] in ("", "prefs", "sft", "gen"):
-                splits.setdefault(name, []).extend(file for file in sorted(path.iterdir()) if is_data_file(file))
-    return {name: files for name, files in splits.items() if files}
+            if name.split("_")[0] not in _SPLIT_FOLDERS or name.partition("_")[2] not in ("", "prefs", "sft", "gen"):
+                continue
+            files = [file for file in sorted(path.iterdir()) if is_data_file(file)]
+            if files and name in splits:
+                raise InputError(
+                    f"{folder} contains the split '{name}' twice, as {splits[name][0].relative_to(folder)} and as "
+                    f"{files[0].relative_to(folder)}: remove one, or name a file"
+                )
+            if files:
+                splits[name] = files
+    return splits
 
 
 def is_data_file(path: Path) -> bool:

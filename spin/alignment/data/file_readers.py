@@ -21,6 +21,9 @@ Record = dict[str, Any]
 MAX_DEPTH = 100  # levels of lists and objects in a record; deeper ones overflow the stack of whatever touches them
 _COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".xz": "xz"}
 _BLANK = re.compile(r"[ \t\r\n]*")
+_STREAM_END = b"\xff\xff\xff\xff\x00\x00\x00\x00"
+# What pandas writes for a missing value where it writes one at all; text tables have no null of their own.
+_CSV_NULLS = frozenset({"nan", "NaN", "<NA>"})
 _CSV_FIELD = 2**31 - 1  # characters; the csv module's own limit, 131,072, is less than a long conversation
 
 
@@ -68,9 +71,21 @@ def _read_arrow(path: Path) -> Iterator[tuple[str, Any]]:
                 for record in batch.to_pylist():
                     yield f"{path} row {row}", record
                     row += 1
+            if not is_file:
+                _check_stream_end(path, source)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{path} is not a readable Arrow file ({reason}): restore it or write it again") from error
+
+
+def _check_stream_end(path: Path, source: pa.MemoryMappedFile) -> None:
+    """Refuse a stream that was cut off between two of its batches: only its end marker is missing then."""
+    size = source.size()
+    source.seek(max(0, size - len(_STREAM_END)))
+    if size and source.read(len(_STREAM_END)) != _STREAM_END:
+        raise InputError(
+            f"{path} lacks the marker that ends an Arrow stream, so rows may be missing: write or copy it again"
+        )
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
@@ -161,7 +176,7 @@ def _read_json_array(path: Path, chunk: int = 2**20) -> Iterator[tuple[str, Any]
             at = _BLANK.match(text, at).end()  # type: ignore[union-attr]
             try:
                 if text[at : at + 1] == "]":
-                    return
+                    break
                 record, end = decode(text, at)
                 end = _BLANK.match(text, end).end()  # type: ignore[union-attr]
                 if end == len(text):  # a number at the end of the chunk may continue in the next
@@ -182,10 +197,23 @@ def _read_json_array(path: Path, chunk: int = 2**20) -> Iterator[tuple[str, Any]
                 raise _too_deep(f"{path} row {row}")
             yield f"{path} row {row}", record
             row, at = row + 1, end + (text[end] == ",")
+        _refuse_more(path, row, text[at + 1 :], file)
+
+
+def _refuse_more(path: Path, rows: int, text: str, file: TextIO) -> None:
+    """Refuse what follows the end of an array: further rows would be lost."""
+    while text or (text := file.read(2**20)):
+        if text.strip():
+            raise InputError(
+                f"{path} goes on after an array of {rows} rows ({text.strip()[:20]!r}): write one array, or one "
+                "object per line"
+            )
+        text = ""
 
 
 def _read_table(path: Path, delimiter: str) -> Iterator[tuple[str, Any]]:
-    """Stream the rows of a table in text form; its first line names the columns, and every value is text."""
+    """Stream the rows of a table in text form; its first line names the columns, and every value is text, or null where pandas
+    wrote a missing value."""
     csv.field_size_limit(_CSV_FIELD)
     with _text(path, newline="") as file:
         rows = csv.reader(file, delimiter=delimiter, strict=True)
@@ -199,7 +227,8 @@ def _read_table(path: Path, delimiter: str) -> Iterator[tuple[str, Any]]:
                         f"{path} row {row} has {len(values)} values for {len(names)} columns: put values that contain "
                         "separators or line breaks in quotes"
                     )
-                yield f"{path} row {row}", dict(zip(names, values, strict=True))
+                cells = (None if value in _CSV_NULLS else value for value in values)
+                yield f"{path} row {row}", dict(zip(names, cells, strict=True))
         except csv.Error as error:
             raise InputError(
                 f"{path} is not a table of text ({error}, line {rows.line_num}): correct the file"

@@ -24,6 +24,7 @@ from spin.alignment.data.columns import (
 from spin.alignment.data.foreign_forms import FOREIGN_FORMS
 from spin.alignment.data.refused_columns import LABEL_COLUMNS, check_turn_key, is_empty
 from spin.alignment.data.row_ids import source_id
+from spin.alignment.data.transcripts import is_list_of_turns, is_transcript, is_transcript_prompt, transcript_turns
 from spin.alignment.data.turns import (
     TURN_KEYS,
     Message,
@@ -40,9 +41,7 @@ Turns = Literal["last", "all"]
 # Columns of prompt rows that exist only in files in which some row has them.
 CARRIED_COLUMNS = ("tools", "chat_template_kwargs", EXTRA_COLUMNS)
 # Columns that may contain the prompt of a preference row, in this order.
-_PROMPT_COLUMNS = ("prompt", "instruction", "question", "conversations", "messages")
-_TRANSCRIPT_PROMPT = re.compile(r"\s*Human:.*\n\nAssistant:\s*", re.DOTALL)
-_TRANSCRIPT_TURN = re.compile(r"\n\n(Human|Assistant):[ ]?")
+PROMPT_COLUMNS = ("prompt", "instruction", "question", "conversations", "messages")
 
 
 @dataclass(frozen=True)
@@ -96,24 +95,35 @@ def whole_conversation(record: Record, column: str, where: str) -> list[Message]
     of them, or the prompt, may be a transcript of ``Human:`` and ``Assistant:``.
     """
     tail = message_list(record[column], "assistant", where, column)
+    text = record[column]
+    if isinstance(text, str) and is_transcript(text):
+        tail = transcript_turns(text)
     if tail and tail[0]["role"] != "assistant":
         _check_same_prompt(tail, record, where, column)
         return tail
-    prompt = next((name for name in _PROMPT_COLUMNS if record.get(name) is not None), None)
+    prompt = next((name for name in PROMPT_COLUMNS if record.get(name) is not None), None)
     if prompt is None:
-        text = record[column]
-        return _transcript(text) if isinstance(text, str) and text.lstrip().startswith("Human:") else tail
+        return tail
     if prompt == "instruction":
         return [*_alpaca_prompt(record, where), *tail]
     head = record[prompt]
-    if isinstance(head, str) and _TRANSCRIPT_PROMPT.fullmatch(head):  # TIS-DPO's: it ends where the response starts
-        return [*_transcript(head)[:-1], *tail]
+    if isinstance(head, str) and is_transcript_prompt(head):  # TIS-DPO's: it ends where the response starts
+        return [*transcript_turns(head)[:-1], *tail]
     return message_list(head, "user", where, prompt) + tail
 
 
 def _check_same_prompt(messages: list[Message], record: Record, where: str, column: str) -> None:
-    """Refuse turns in the column ``prompt`` that a whole conversation does not start with; a text is a copy of one turn."""
-    if not isinstance(record.row.get("prompt"), list | tuple):
+    """Refuse turns in the column ``prompt`` that a whole conversation does not start with, and a text that is in none of its
+    turns and contains none of them; other texts are a copy of a turn, or of the rendered prompt."""
+    given = record.row.get("prompt")
+    if isinstance(given, str) and given.strip():
+        text = " ".join(given.split())
+        said = [" ".join(turn["content"].split()) for turn in messages[:-1] if isinstance(turn["content"], str)]
+        if not any(text in other or other in text for other in said):
+            raise InputError(
+                f"{where}: '{column}' is a whole conversation, but 'prompt' is a text that is not in it: keep one of the two"
+            )
+    if not isinstance(given, list | tuple):
         return
     prompt = read_turns(record["prompt"], where, "prompt")
     if prompt and [dict(turn) for turn in prompt] != messages[: len(prompt)]:
@@ -122,15 +132,16 @@ def _check_same_prompt(messages: list[Message], record: Record, where: str, colu
         )
 
 
-def _transcript(text: str) -> list[Message]:
-    """Read a dialogue in the form of Anthropic's HH data: paragraphs that start with ``Human:`` or ``Assistant:``."""
-    _, *parts = _TRANSCRIPT_TURN.split("\n\n" + text.lstrip())
-    roles = {"Human": "user", "Assistant": "assistant"}
-    return [text_turn(roles[speaker], said) for speaker, said in zip(parts[::2], parts[1::2], strict=True)]
-
-
 def message_list(value: Any, role: str, where: str, column: str) -> list[Message]:
-    """Return a text as one turn of ``role``, and a list of turns as it is."""
+    """Return a text as one turn of ``role``, and a list of turns as it is.
+
+    Raises:
+        InputError: the text is that of a list of turns, as tables of text contain it.
+    """
+    if isinstance(value, str) and is_list_of_turns(value):
+        raise InputError(
+            f"{where}: '{column}' is the text of a list of turns, not the list: write the rows as parquet or JSON lines"
+        )
     return [text_turn(role, value)] if isinstance(value, str) else read_turns(value, where, column)
 
 

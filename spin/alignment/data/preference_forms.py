@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,11 +13,12 @@ from spin.alignment.core.console import say_error
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.sides import INITIAL, SIDES
 from spin.alignment.core.text import is_unicode
-from spin.alignment.data.column_types import OWN_TYPES, table_of
-from spin.alignment.data.columns import EXTRA_COLUMNS, REASONING_KEYS, Record, RowNotes, other_columns
+from spin.alignment.data.column_types import OWN_COLUMNS, OWN_TYPES, table_of
+from spin.alignment.data.columns import EXTRA_COLUMNS, REASONING_KEYS, SYSTEM_COLUMNS, Record, RowNotes, other_columns
 from spin.alignment.data.foreign_forms import pair_form
 from spin.alignment.data.formats import (
     CARRIED_COLUMNS,
+    PROMPT_COLUMNS,
     Conversation,
     check_turn_keys,
     read_label,
@@ -26,13 +27,24 @@ from spin.alignment.data.formats import (
     whole_conversation,
     with_system,
 )
-from spin.alignment.data.refused_columns import LABEL_COLUMNS, check_column, is_empty, refusals_of
+from spin.alignment.data.refused_columns import (
+    CUT_OFF,
+    ENDED,
+    LABEL_COLUMNS,
+    Refusal,
+    check_column,
+    check_pair_column,
+    is_empty,
+    pair_refusals_of,
+    refusals_of,
+)
 from spin.alignment.data.row_ids import source_id
 from spin.alignment.data.rows import LABEL_TYPE, Features
 from spin.alignment.data.turns import check_conversation, present_fields, prompt_hash, take_context_marks, turn_texts
 
-# Columns that mark rows in the format of docs/data_format.md.
-OWN_COLUMNS = frozenset({"prompt_id", "sample_index", "chosen", "rejected"})
+FINISH_COLUMNS = frozenset(f"{name}_finish_reason" for name in (*SIDES, INITIAL))
+# What is text of the whole row, and refused as the text of one response.
+_TEXTS_OF_ROWS = frozenset({*REASONING_KEYS, *SYSTEM_COLUMNS, *PROMPT_COLUMNS})
 
 
 def converted_table(records: Iterator[tuple[str, Mapping[str, Any]]], source: str) -> pa.Table:
@@ -127,6 +139,10 @@ class UnpairedResponses:
 def _preference_row(record: Mapping[str, Any], where: str, notes: RowNotes) -> dict[str, Any]:
     row = {name: value for name, value in pair_form(record, where).items() if value is not None}
     if {"real", "generated"} <= row.keys():
+        if not row.keys().isdisjoint(SIDES):
+            raise InputError(
+                f"{where} has 'real' and 'generated' beside 'chosen' or 'rejected': keep one of the two forms"
+            )
         row["chosen"], row["rejected"] = row.pop("real"), row.pop("generated")
     for name in SIDES:
         if name not in row:
@@ -143,9 +159,23 @@ def _preference_row(record: Mapping[str, Any], where: str, notes: RowNotes) -> d
     _check_others(found, where, notes)
     check_pair(conversations["chosen"], conversations["rejected"], where, row.get("chosen_token_ids") is not None)
     kept = {name: row[name] for name in row if name in OWN_TYPES or _side_of(name)}
+    kept |= _finish_reasons(kept, where)
     kept |= {name: text for name, text in zip(CARRIED_COLUMNS, carried, strict=False) if text is not None}
     own_id = source_id(row, where, ("prompt_id",)) or prompt_hash(conversations["chosen"][:-1], *carried)
     return kept | conversations | {"prompt_id": own_id}
+
+
+def _finish_reasons(row: Mapping[str, Any], where: str) -> dict[str, str]:
+    """Return the finish reasons of a row's responses in this project's words: ``stop`` and ``length``."""
+    found = {}
+    for name in FINISH_COLUMNS & row.keys():
+        value = str(row[name]).strip().lower()
+        if value not in CUT_OFF | ENDED:
+            raise InputError(
+                f"{where} has '{name}' {row[name]!r}: write 'stop', or 'length' for a response that was cut off"
+            )
+        found[name] = "length" if value in CUT_OFF else "stop"
+    return found
 
 
 def _check_others(record: Record, where: str, notes: RowNotes) -> None:
@@ -161,14 +191,22 @@ def _check_others(record: Record, where: str, notes: RowNotes) -> None:
             continue
         if not _is_number(value):
             check_column(name, value, where)
-            if isinstance(value, list | tuple | Mapping) or name.removeprefix(f"{side}_") in REASONING_KEYS:
+            own = name.removeprefix(f"{side}_") if side in SIDES else ""
+            is_text = isinstance(value, str) and (own in _TEXTS_OF_ROWS or any(map(_forbids(value), refusals_of(own))))
+            if isinstance(value, list | tuple | Mapping) or is_text:
                 raise InputError(
                     f"{where} has '{name}', which may change how the response is trained: write it in a form that "
                     "docs/data_format.md lists, or remove the column"
                 )
             notes.ignored.add(name)
+    for name, value in record.row.items():
+        check_pair_column(name, value, where)
     other_columns(record, where, notes)
     check_turn_keys(record, where, notes)
+
+
+def _forbids(value: Any) -> Callable[[Refusal], bool]:
+    return lambda refusal: not refusal.allows(value)
 
 
 def check_own_columns(rows: Iterable[tuple[str, Mapping[str, Any]]], names: Iterable[str]) -> None:
@@ -185,12 +223,13 @@ def check_own_columns(rows: Iterable[tuple[str, Mapping[str, Any]]], names: Iter
         for name in suspect:
             if not (_side_of(name) and _is_number(row[name])):
                 check_column(name, row[name], where)
+            check_pair_column(name, row[name], where)
 
 
 def suspect_columns(names: Iterable[str]) -> list[str]:
     """Return the columns that are not the project's own and whose values decide whether they change what is trained."""
     known = {*OWN_TYPES, *CARRIED_COLUMNS}
-    return [name for name in names if name not in known and refusals_of(name)]
+    return [name for name in names if name not in known and (refusals_of(name) or pair_refusals_of(name))]
 
 
 def _side_of(name: str) -> str | None:

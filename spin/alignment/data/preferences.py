@@ -12,11 +12,11 @@ import pyarrow.compute as pc
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.parquet import batch_rows, open_parquet, read_batches
 from spin.alignment.core.provenance import METADATA_KEY, Provenance, read_provenance
-from spin.alignment.data.column_types import joined
+from spin.alignment.data.column_types import OWN_COLUMNS, is_own_format, joined
 from spin.alignment.data.foreign_forms import FOREIGN_PAIR_COLUMNS
 from spin.alignment.data.mixture import pieces_of
 from spin.alignment.data.preference_forms import (
-    OWN_COLUMNS,
+    FINISH_COLUMNS,
     check_own_columns,
     check_pair,
     converted_table,
@@ -61,6 +61,7 @@ def load_preferences(path: str | Path, split: str) -> Dataset:
     table = joined([table for _, table in tables], [name for name, _ in tables])
     if table.num_rows == 0:
         raise InputError(f"{path} contains no pairs of the split '{split}': generate and convert some first")
+    _check_finish_reasons(table, path)
     _check_repeated(table, path)
     return Dataset(table)
 
@@ -83,12 +84,14 @@ def to_preferences(rows: Dataset, name: str) -> Dataset:
     if len(rows) == 0:
         raise InputError(f"{name} has no rows: give at least one pair")
     rows = rows.with_format(None)
-    if set(rows.column_names) >= OWN_COLUMNS and FOREIGN_PAIR_COLUMNS.isdisjoint(rows.column_names):
+    if is_own_format(rows.with_format("arrow")[:].schema):
         check_own_columns(((f"{name} row {number}", row) for number, row in enumerate(rows)), rows.column_names)
         for number, row in enumerate(rows):
             check_pair(row["chosen"], row["rejected"], f"{name} row {number}", row.get("chosen_token_ids") is not None)
+        rows = Dataset(joined([rows.with_format("arrow")[:]], [name]))
     else:
         rows = Dataset(converted_table(((f"{name} row {number}", row) for number, row in enumerate(rows)), name))
+    _check_finish_reasons(rows.with_format("arrow")[:], name)
     _check_repeated(rows.with_format("arrow")[:], name)
     return rows
 
@@ -101,8 +104,7 @@ def _preference_tables(path: str, split: str) -> list[tuple[str, pa.Table]]:
     files = split_files(path, split)
     _check_one_provenance(files)
     for file in files:
-        columns = set(open_parquet(file).schema_arrow.names) if file.suffix == ".parquet" else set()
-        if columns >= OWN_COLUMNS and columns.isdisjoint(FOREIGN_PAIR_COLUMNS):
+        if file.suffix == ".parquet" and is_own_format(open_parquet(file).schema_arrow):
             tables.append((str(file), _own_table(file)))
         else:
             tables.append((str(file), converted_table(read_records(str(file), None), str(file))))
@@ -174,6 +176,16 @@ def _own_table(file: Path) -> pa.Table:
     schema = open_parquet(file).schema_arrow
     # Provenance is dropped here: it has been checked, and tables with different metadata cannot be concatenated.
     return pa.Table.from_batches(batches, schema).replace_schema_metadata(None)
+
+
+def _check_finish_reasons(table: pa.Table, path: str) -> None:
+    """Refuse other words for the end of a response: one that was cut off would be trained as if it had ended."""
+    for name in FINISH_COLUMNS & {*table.column_names}:
+        found = {*pc.unique(table[name]).to_pylist()} - {None, "stop", "length"}
+        if found:
+            raise InputError(
+                f"{path} has '{name}' {min(found)!r}: write 'stop', or 'length' for a response that was cut off"
+            )
 
 
 def _check_repeated(table: pa.Table, path: str) -> None:

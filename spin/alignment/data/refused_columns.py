@@ -13,6 +13,9 @@ from typing import Any
 from spin.alignment.core.errors import InputError
 
 LABEL_COLUMNS = ("label", "kto_tag")
+# How servers and libraries say that a response reached its length limit, or that it ended by itself.
+CUT_OFF = frozenset({"length", "max_tokens", "max_length", "max_new_tokens", "max_output_tokens", "model_length"})
+ENDED = frozenset({"stop", "eos", "eos_token", "end_turn", "end_of_turn", "stop_sequence", "tool_calls", "tool_use"})
 
 
 def is_empty(value: Any, depth: int = 16) -> bool:
@@ -45,6 +48,18 @@ def _is_not_false(value: Any) -> bool:
     return str(value).strip().lower() not in ("false", "no", "0", "0.0")
 
 
+def _is_not_true(value: Any) -> bool:
+    return str(value).strip().lower() not in ("true", "yes", "1", "1.0")
+
+
+def _is_not_cut_off(value: Any) -> bool:
+    return _is_off(value) or (isinstance(value, str) and value.strip().lower() not in (*CUT_OFF, "true", "yes", "1"))
+
+
+def _is_no_text(value: Any) -> bool:
+    return is_empty(value) or isinstance(value, bool | int | float)
+
+
 def _is_answer(value: Any) -> bool:
     return is_empty(value) or value in ("final", "all")
 
@@ -71,7 +86,8 @@ class Refusal:
     Attributes:
         why, fix: parts of the message; ``{name}`` is the column.
         names: the columns themselves, also as ``camelCase``.
-        words: any column with one of these words in its name, too.
+        words: any column with one of these words in its name, too ...
+        unless: ... but not with one of these, which make it a fact about the row.
         allows: whether a value means nothing, so that the column is harmless.
         beside_text: only refused where the prompt was put together from text columns; whole conversations contain it already.
     """
@@ -80,12 +96,14 @@ class Refusal:
     fix: str
     names: frozenset[str] = frozenset()
     words: frozenset[str] = frozenset()
+    unless: frozenset[str] = frozenset()
     allows: Callable[[Any], bool] = is_empty
     beside_text: bool = False
 
     def concerns(self, name: str) -> bool:
         words = words_of(name)
-        return name in self.names or "_".join(words) in self.names or not self.words.isdisjoint(words)
+        by_word = not self.words.isdisjoint(words) and self.unless.isdisjoint(words)
+        return name in self.names or "_".join(words) in self.names or by_word
 
 
 def _set(text: str) -> frozenset[str]:
@@ -133,8 +151,27 @@ REFUSALS = (
     Refusal(
         "which is false, so the response may be a bad one",
         f"rename the column to 'label', {_IGNORE}",
-        names=_set("is_chosen is_preferred is_good is_correct accepted preferred desirable correct"),
+        names=_set(
+            "accepted approved correct desirable good is_accepted is_approved is_chosen is_correct is_good is_passed "
+            "is_preferred is_solved is_valid is_verified passed preferred solved success successful valid verified"
+        ),
         allows=_is_not_false,
+    ),
+    Refusal(
+        "which is true, so the response may be a bad one",
+        f"remove such rows, {_IGNORE}",
+        names=_set(
+            "bad corrupted deleted failed flagged incorrect invalid is_bad is_corrupted is_deleted is_failed is_flagged "
+            "is_incorrect is_invalid is_rejected is_removed is_wrong rejected removed undesirable wrong"
+        ),
+        allows=_is_not_true,
+    ),
+    Refusal(
+        "by which the response was cut off and would be trained as if it ended there",
+        f"remove such rows, {_IGNORE}",
+        names=_set("finish_reason finish_reasons finishing_reason stop_reason stopping_reason"),
+        words=_set("truncated"),
+        allows=_is_not_cut_off,
     ),
     Refusal(
         "but text is tokenized here",
@@ -178,8 +215,16 @@ REFUSALS = (
         "which would change the prompt",
         f"write it into the prompt, {_IGNORE}",
         names=_set(
-            "background choices context contexts document evidence history input inputs instruction options passage passages"
+            "background history input inputs instruction prefix schema starter_code suffix support table A B C D E"
         ),
+        words=_set(
+            "article articles choice choices context contexts ctx ctxs distractor distractors document documents evidence fact "
+            "facts hypothesis knowledge option options paragraph paragraphs passage passages premise"
+        ),
+        unless=_set(
+            "category count domain file hash id ids index label language length name num number source title type url"
+        ),
+        allows=_is_no_text,
         beside_text=True,
     ),
     Refusal(
@@ -201,8 +246,16 @@ TURN_REFUSALS = (
     Refusal(
         "which would mask the turn",
         "give assistant turns the key 'train' instead",
-        names=_set("ignore skip"),
+        names=_set("no_grad no_loss no_train"),
+        words=_set("exclude excluded ignore ignored skip skipped"),
         allows=_is_off,
+    ),
+    Refusal(
+        "which would mask the turn",
+        "give assistant turns the key 'train' instead",
+        names=_set("train_detail training_detail"),
+        words=_set("learn learned learnable train trained trainable training"),
+        allows=_is_one,
     ),
     Refusal(
         "which may make it a thought or a tool call",
@@ -218,6 +271,25 @@ TURN_REFUSALS = (
 )
 
 
+# Columns beside chosen and rejected only.
+PAIR_REFUSALS = (
+    Refusal(
+        "which may turn the preference around",
+        "swap or remove such rows, or remove the column",
+        names=_set("equal flipped is_equal is_flipped is_reversed is_swapped is_tie reversed swapped tie"),
+        allows=_is_not_true,
+    ),
+    Refusal(
+        "which may turn the preference around",
+        "swap or remove such rows, or remove the column",
+        names=_set("better better_response preferred preferred_response winner"),
+        allows=lambda value: (
+            str(value).strip().lower() not in ("rejected", "tie", "equal", "both", "neither", "none_of_them")
+        ),
+    ),
+)
+
+
 def words_of(name: str) -> list[str]:
     """Return the words of a column's name, in lower case: ``pixelValues_1`` has pixel, values and 1."""
     return [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+|\d+", name)]
@@ -227,6 +299,12 @@ def words_of(name: str) -> list[str]:
 def refusals_of(name: str) -> list[Refusal]:
     """Return the kinds of :data:`REFUSALS` that a column's name belongs to; the first one decides."""
     return [refusal for refusal in REFUSALS if refusal.concerns(name)]
+
+
+@functools.lru_cache(maxsize=4096)
+def pair_refusals_of(name: str) -> list[Refusal]:
+    """Return the kinds of :data:`PAIR_REFUSALS` that a column's name belongs to."""
+    return [refusal for refusal in PAIR_REFUSALS if refusal.concerns(name)]
 
 
 def check_column(name: str, value: Any, where: str, whole: bool = True) -> None:
@@ -241,6 +319,17 @@ def check_column(name: str, value: Any, where: str, whole: bool = True) -> None:
     for refusal in refusals_of(name)[:1]:
         if not (refusal.beside_text and whole) and not refusal.allows(value):
             raise InputError(f"{where} has '{name}', {refusal.why}: {refusal.fix.format(name=name)}")
+
+
+def check_pair_column(name: str, value: Any, where: str) -> None:
+    """Check that a column beside the responses of a pair does not turn its preference around.
+
+    Raises:
+        InputError: it does; the message names it and the fix.
+    """
+    for refusal in pair_refusals_of(name):
+        if not refusal.allows(value):
+            raise InputError(f"{where} has '{name}' {value!r}, {refusal.why}: {refusal.fix}")
 
 
 def check_turn_key(name: str, value: Any, where: str) -> None:

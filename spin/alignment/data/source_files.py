@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from spin.alignment.core.errors import InputError
-from spin.alignment.data.dataset_folders import NUMBERED, Splits, find_splits
+from spin.alignment.data.dataset_folders import Splits, find_splits, numbered_name
 from spin.alignment.data.file_readers import SUFFIXES, data_suffix, read_file
 from spin.alignment.data.source_names import is_local, name_and_config
 from spin.alignment.data.split_names import PREFERENCES, is_held_out, same_splits
@@ -116,17 +116,16 @@ def _check_numbered(folder: Path, files: list[Path]) -> None:
     sets: dict[tuple[str, int], set[int]] = {}
     others: list[Path] = []
     for file in files:
-        numbered = NUMBERED.fullmatch(file.name.removesuffix(data_suffix(file)))
+        numbered = numbered_name(file.name.removesuffix(data_suffix(file)))
         if numbered and numbered["total"]:
-            sets.setdefault((numbered["name"], int(numbered["total"])), set()).add(int(numbered["number"]))
+            sets.setdefault((numbered["name"] or "", int(numbered["total"])), set()).add(int(numbered["number"]))
         else:
             others.append(file)
     for (name, total), numbers in sets.items():
         missing = sorted(set(range(total)) - numbers)
         if missing:
-            raise InputError(
-                f"{folder} is missing {name}-{missing[0]:05d}-of-{total:05d}: the set is incomplete; write or copy it again"
-            )
+            lacking = f"{name}-{missing[0]:05d}-of-{total:05d}".lstrip("-")
+            raise InputError(f"{folder} is missing {lacking}: the set is incomplete; write or copy it again")
     if sets and others:
         raise InputError(
             f"{folder} contains {others[0].name} besides the numbered set {next(iter(sets))[0]}: remove one"

@@ -35,7 +35,10 @@ _SPEAKERS = {
     "tool": "tool",
     "user": "user",
 }
-_TRAINED_KEYS = ("weight", "loss_weight", "train", "trainable", "loss", "loss_mask")
+_TRAINED_KEYS = (
+    *("weight", "loss_weight", "loss_mask", "loss", "compute_loss"),
+    *("train", "trainable", "is_trainable", "training", "train_on", "train_on_turn", "learn"),
+)
 # Keys of a turn that are read here.
 TURN_KEYS = {"role", "content", "from", "value", "function_call", *REASONING_KEYS, *_TRAINED_KEYS, *OPTIONAL_FIELDS}
 # Which turns may follow a turn; the first turn is the system's or the user's.
@@ -81,6 +84,9 @@ def _read_turn(turn: Mapping[str, Any], where: str) -> Message:
     message = _sharegpt_turn(turn, where) if sharegpt else text_turn(_role(turn), content)
     if len(turn) == 2 and len(message) == 2 and isinstance(message["content"], str):
         return message
+    said = [turn[name] for name in ("content", "value") if not is_empty(turn.get(name))]
+    if len(said) == 2 and said[0] != said[1]:
+        raise InputError(f"{where} has a turn with different texts in 'content' and 'value': keep one of them")
     thoughts = _split_parts(message, where)
     message |= _reasoning(turn, message["role"], thoughts, where)
     if calls := _tool_calls(turn, where) or message.pop("tool_calls", None):

@@ -18,6 +18,11 @@ from spin.alignment.generation.config import DTYPE_HELP
 from spin.alignment.models.config import Dtype, ModelConfig
 from spin.alignment.rewards.base import ScorerSettings
 
+# Files that a model or its training consists of; results must not replace them.
+MODEL_FILES = frozenset(
+    {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors.index.json"}
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
@@ -162,6 +167,8 @@ class EvaluateConfig:
         from spin.alignment.evaluation.responses import responses_path
 
         source, output = Path(name_and_config(self.input_dir)[0]).resolve(), Path(self.output_file).resolve()
+        if output.name in MODEL_FILES and output.is_file():
+            raise InputError(f"output_file {self.output_file} is a file of a model: give a name such as eval.json")
         if output.suffix == ".parquet":
             raise InputError(
                 f"output_file is {self.output_file}, the name of the responses' file: give a name such as eval.json"

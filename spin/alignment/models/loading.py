@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spin.alignment.core.errors import InputError
+from spin.alignment.core.errors import InputError, reason_of
 from spin.alignment.models.config import ModelConfig
 from spin.alignment.models.folder import check_model_path, model_folder, read_config_file
 from spin.alignment.models.library_output import name_accelerator, without_progress_bars
@@ -43,9 +44,11 @@ def load_model(config: ModelConfig, seed: int = 42) -> PreTrainedModel:
         )
     else:
         quantised = quantisation(config)
+        folder = model_folder(name, revision)
         if quantised is not None:
             common["quantization_config"] = quantised
-        folder = model_folder(name, revision)
+        else:
+            _check_stored_quantisation(folder)
         # Reported instead of raised, so that a weight of the wrong shape is refused like a missing one. ZeRO-3 reports none.
         common["ignore_mismatched_sizes"] = not is_deepspeed_zero3_enabled()
         with without_progress_bars():
@@ -84,6 +87,26 @@ def quantisation(config: ModelConfig) -> Any:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
+
+
+def _check_stored_quantisation(folder: Path) -> None:
+    """Check that transformers can load the quantisation that a model was saved with, if it was: its kind, package and device.
+
+    Raises:
+        InputError: it cannot.
+    """
+    settings = read_config_file(folder).get("quantization_config")
+    if settings is None:
+        return
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    try:
+        AutoHfQuantizer.from_config(settings, pre_quantized=True).validate_environment()
+    except Exception as error:  # each kind raises its own
+        raise InputError(
+            f"the quantised weights of {folder} cannot be loaded here ({reason_of(error)}): install what is missing, or use "
+            "the model that is not quantised"
+        ) from error
 
 
 def _keep_differentiable(model: torch.nn.Module) -> None:

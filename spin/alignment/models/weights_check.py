@@ -53,9 +53,22 @@ def check_model(
     _check_generation_config(folder)
     stored = stored_weights(folder) if needs_weights else {}
     model = meta_model(folder, config, task, trust_remote_code)
+    if stored and "quantization_config" not in values:
+        _refuse_8bit(folder, stored)
     if model is not None and stored and "quantization_config" not in values:
         refuse_mismatch(folder, _compared(folder, type(model), config, stored), model.base_model_prefix, task)
     return config
+
+
+def _refuse_8bit(folder: Path, stored: Mapping[str, torch.Tensor]) -> None:
+    """Refuse matrices of 8 bits in a model that is not said to be quantised: without their scales they are other weights."""
+    for name, weight in stored.items():
+        if name.endswith(".weight") and weight.dim() == 2 and weight.element_size() == 1:
+            kind = str(weight.dtype).removeprefix("torch.")
+            raise InputError(
+                f"the weight {name} in {folder} is {kind}, but its config.json has no quantization_config: restore the "
+                "config.json that it was saved with, or use the model that is not quantised"
+            )
 
 
 def stored_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -241,7 +254,11 @@ def _check_heads(folder: Path, config: Any) -> None:
     file = folder / "config.json"
     heads, groups = (getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
     width, vocabulary = getattr(config, "hidden_size", None), getattr(config, "vocab_size", None)
-    for name, value in (("num_attention_heads", heads), ("hidden_size", width), ("vocab_size", vocabulary)):
+    reach = {name: getattr(config, name, None) for name in ("max_position_embeddings", "sliding_window")}
+    sizes = {"num_attention_heads": heads, "hidden_size": width, "vocab_size": vocabulary, **reach}
+    for name, value in sizes.items():
+        if name == "sliding_window" and value == 0:  # some models write 0 for none
+            continue
         if value is not None and (not isinstance(value, int) or value < 1):
             raise InputError(f"{name} in {file} is {value!r}: it must be a number above 0")
     if isinstance(heads, int) and isinstance(groups, int) and (groups < 1 or heads % groups):

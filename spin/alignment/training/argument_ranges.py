@@ -43,6 +43,12 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "loss_type": tuple(OBJECTIVES),  # of SFT: preference training declares its own
     "torch_compile_mode": ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
 }
+# Values that ask for what the training programs do not do: nothing would be trained, or the key would be ignored.
+_IDLE = {
+    ("max_steps", 0): "no step would be trained: set it to a number of steps, or to -1 for num_train_epochs",
+    ("do_train", False): "these programs train: remove the key, or use spin/evaluate_model.py to evaluate only",
+    ("do_predict", True): "nothing is predicted here: remove the key, and use spin/evaluate_model.py",
+}
 # Keys that are not the user's to set.
 REFUSED = {"local_rank": "the launcher sets it: remove the key"}
 
@@ -58,6 +64,8 @@ def check_ranges(values: Mapping[str, Any], arguments_class: type, source: str) 
         where = f"'{key}' in {source}"
         if key in REFUSED:
             raise InputError(f"{where} is {shown(value)}, but {REFUSED[key]}")
+        if isinstance(value, bool | int) and (key, value) in _IDLE:
+            raise InputError(f"{where} is {shown(value)}, but {_IDLE[key, value]}")
         for number in _all_numbers(value):
             if isinstance(number, float) and not math.isfinite(number):
                 raise InputError(f"{where} contains {shown(number)}: set it to a finite number")

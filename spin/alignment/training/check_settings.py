@@ -19,6 +19,7 @@ from spin.alignment.core.config import unknown_key
 from spin.alignment.core.errors import InputError, reason_of, shown, suggestion
 from spin.alignment.core.upload import check_repository
 from spin.alignment.models.config import ModelConfig
+from spin.alignment.training.launch_check import check_accelerator_config, check_launch, check_launched_precision
 from spin.alignment.training.output_dir import check_resume_point
 from spin.alignment.training.program import TrainingProgram
 from spin.alignment.training.settings import Settings, read_settings
@@ -46,9 +47,14 @@ def checked_settings(
     Raises:
         InputError: a setting that cannot work; the message names the key and the fix.
     """
+    if processes is None:
+        check_launch()
     settings = read_settings({**program.defaults, **values}, source, program.arguments_class)
     program.check_settings(settings)
     arguments = settings.arguments
+    if processes is None:
+        check_launched_precision(arguments)
+    check_accelerator_config(arguments.accelerator_config, source)
     check_trackers(arguments.report_to, source)
     check_optimisation(arguments, source)
     check_held_out(arguments, program.held_out_metrics(arguments), source)
@@ -230,6 +236,10 @@ def check_folders(settings: Settings, source: str) -> None:
     for key, path in inputs.items():
         if path and Path(path).exists() and Path(path).resolve() == folder:
             raise InputError(f"'output_dir' in {source} is the folder of {key}, {path}: choose another folder")
+        stored = getattr(settings.arguments, "reference_dir", None)
+        # Its files would be read as rows, or belong to no part of a model.
+        if stored and path and Path(path).is_dir() and Path(path).resolve() == Path(stored).resolve():
+            raise InputError(f"'reference_dir' in {source} is the folder of {key}, {path}: choose another folder")
 
 
 def check_model_settings(model: ModelConfig, source: str) -> None:

@@ -206,10 +206,10 @@ def check_evaluation(settings: Settings, split: str) -> None:
         InputError: no split of the data is a test split.
     """
     strategy = settings.arguments.eval_strategy
-    if strategy != "no" and not any(is_held_out(name) for name in settings.data.dataset_splits):
-        raise InputError(
-            f"eval_strategy is {strategy.value}, but dataset_splits names no test split: add {split} to it"
-        )
+    asked = f"eval_strategy is {strategy.value}" if strategy != "no" else ""
+    asked = asked or ("eval_on_start is true" if settings.arguments.eval_on_start else "")
+    if asked and not any(is_held_out(name) for name in settings.data.dataset_splits):
+        raise InputError(f"{asked}, but dataset_splits names no test split: add {split} to it")
 
 
 def skip_unused_deepspeed_build() -> None:
