@@ -163,6 +163,7 @@ class BackendSettings:
         encoder: the model's :class:`ChatEncoder`, for servers that return no token ids.
         beside_training: an engine on the GPUs of ``tensor_parallel_size`` training processes, of which this is the first; it
             gives their memory back after each batch of responses, until it gets new weights.
+        keeps_memory: it does not, because it also generates while the policy is trained.
     """
 
     model: str
@@ -179,6 +180,7 @@ class BackendSettings:
     pad_id: int = 0
     decode: Callable[[Sequence[int]], str] | None = None
     beside_training: bool = False
+    keeps_memory: bool = False
     batch_invariant: bool = setting(False, "the same responses in any batch (vllm, H100 or newer; slower)")
     base_url: str | None = setting(
         None, "address of a running OpenAI-compatible server, such as http://host:8000/v1 (openai)"
@@ -204,8 +206,9 @@ class Backend:
         flush_every: finished prompts in a part of a fraction, unless the user says otherwise.
         holds_batch: it decodes ``batch_size`` responses at a time in this process; others plan their batches themselves.
         online: how online training draws from the policy with it: by the policy's ``own_module``, by an ``engine`` whose
-            weights are replaced (the backend has the methods ``load(weights)``, ``reload(folder)`` and ``sleep()``), by a
-            ``server`` whose weights are replaced, or not at all.
+            weights are replaced (the backend has the methods ``load(weights)``, ``reload(folder)``, ``sleep()`` and
+            ``cancel()``), by a ``server`` whose weights are replaced, or not at all. Engines and servers can also sample while
+            the policy is trained.
         makes_processes: it starts processes of its own, for which it wants to be the first to configure torch.
         check_installed: raises :class:`InputError` where what it needs is not installed.
     """

@@ -152,8 +152,8 @@ def batch_loss(
         with torch.no_grad():
             theirs = response_logits(opponent, batch)  # (2B, R, V)
         kl = padded_kl(logits, theirs, mask)
-    reference, weights = batch.get("reference_logps"), batch.get("weights")
-    return objective(LossInputs(policy, reference, mask, weights, kl, labels, responses))
+    reference, weights, sampler = (batch.get(name) for name in ("reference_logps", "weights", "sampler_logps"))
+    return objective(LossInputs(policy, reference, mask, weights, kl, labels, responses, sampler))
 
 
 def batch_logps(model: Any, batch: PackedBatch | dict[str, Tensor]) -> list[Tensor]:

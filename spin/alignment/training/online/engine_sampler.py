@@ -10,23 +10,25 @@ from typing import Any
 import torch
 
 from spin.alignment.core.memory_folder import MemoryFolder
-from spin.alignment.generation.base import PromptRequest, Response, SamplingConfig
+from spin.alignment.generation.base import PromptRequest, SamplingConfig
 from spin.alignment.models.sharded import has_stored_names, whole_weights
-from spin.alignment.training.online.policy_sampler import PolicySampler
+from spin.alignment.training.online.policy_sampler import OverlappingSampler, Rows
 from spin.alignment.training.online.sharers import Sharers
 
 
-class EngineSampler(PolicySampler):
+class EngineSampler(OverlappingSampler):
     """Samples with an engine beside the training processes, to which the policy's weights are sent one at a time."""
 
     def __init__(self, engine: Any | None, policy: Any, dtype: torch.dtype, sharers: Sharers | None = None) -> None:
-        """``engine`` is a backend with ``load(weights)``, ``reload(folder)`` and ``sleep()``; None in a process whose engine is
-        that of another of its ``sharers``. Weights are sent as ``dtype``."""
+        """``engine`` is a backend with ``load(weights)``, ``reload(folder)``, ``sleep()`` and ``cancel()``; None in a process
+        whose engine is that of another of its ``sharers``. Weights are sent as ``dtype``."""
+        super().__init__()
         self._engine, self._policy, self._dtype, self._sharers = engine, policy, dtype, sharers
         self._memory: MemoryFolder | None = None
 
     def refresh(self) -> None:
         """Send the policy's weights to the engine, which also invalidates its prompt cache. Every process must call it."""
+        self._check_idle()
         if not has_stored_names(self._policy):
             self._reload()
             return
@@ -46,7 +48,7 @@ class EngineSampler(PolicySampler):
             save_weights(self._policy, Path(folder), self._dtype)
             self._engine.reload(folder)
 
-    def respond(self, requests: Sequence[PromptRequest], sampling: SamplingConfig) -> list[list[Response]]:
+    def respond(self, requests: Sequence[PromptRequest], sampling: SamplingConfig) -> Rows:
         """Generate with the engine, which then gives its memory back. Every process must call it."""
         if self._sharers is None:
             assert self._engine is not None
@@ -54,15 +56,28 @@ class EngineSampler(PolicySampler):
         together = self._sharers.gather(requests)
         return self._sharers.scatter(self._answer(together, sampling) if self._engine is not None else [])
 
-    def _answer(self, requests: Sequence[PromptRequest], sampling: SamplingConfig) -> list[list[Response]]:
+    def start(self, requests: Sequence[PromptRequest], sampling: SamplingConfig) -> None:
+        """Begin to generate with the engine; requests of its other sharers are gathered first."""
+        together = requests if self._sharers is None else self._sharers.gather(requests)
+        if self._engine is not None:
+            self._start(lambda: self._answer(together, sampling))
+
+    def finish(self) -> Rows:
+        """Return this process's responses. An engine does not lose its weights: it would end, which is raised."""
+        rows = self._finish() if self._engine is not None else []
+        return rows if self._sharers is None else self._sharers.scatter(rows)
+
+    def _answer(self, requests: Sequence[PromptRequest], sampling: SamplingConfig) -> Rows:
         assert self._engine is not None
-        responses: list[list[Response]] = self._engine.generate(requests, sampling)
+        responses: Rows = self._engine.generate(requests, sampling)
         self._engine.sleep()
         return responses
 
     def close(self) -> None:
-        """Shut the engine down."""
+        """Shut the engine down, also in the middle of a batch."""
         if self._engine is not None:
+            self._engine.cancel()
+            self._abandon()
             self._engine.close()
         if self._memory is not None:
             self._memory.close()

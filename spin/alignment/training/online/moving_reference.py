@@ -21,24 +21,27 @@ FIXED = -1  # a frequency: the reference is never updated
 class MovingReference:
     """The trained weights as of the start of the last step whose number is a multiple of ``frequency``.
 
-    With a frequency of 1 the reference is the policy before its update, and no copy is kept; with :data:`FIXED` it is the policy
-    before the first step. Of sharded weights, each process keeps, swaps and saves its own part.
+    With a frequency of 1 the reference is the policy that samples, and with :data:`FIXED` the policy before the first step. Of
+    sharded weights, each process keeps, swaps and saves its own part.
     """
 
-    def __init__(self, frequency: int) -> None:
+    def __init__(self, frequency: int, is_ahead: bool = False) -> None:
+        """``is_ahead``: a batch is sampled one step before it is trained on, so the policy that sampled it is an earlier one."""
         self.frequency = frequency
+        # The trained weights are kept a second time, unless the reference is the policy before its update.
+        self.keeps_copy = is_ahead or frequency != 1
         self._kept: dict[str, torch.Tensor] = {}
-
-    @property
-    def keeps_copy(self) -> bool:
-        """Whether the trained weights are kept a second time."""
-        return self.frequency != 1
 
     def update(self, model: Any, step: int) -> None:
         """Copy the weights of an unwrapped model before a ``step`` at which an update is due."""
         is_due = step == 0 if self.frequency == FIXED else step % self.frequency == 0
-        if self.keeps_copy and is_due:
-            self._kept = {name: local_part(weight).clone() for name, weight in _trained(model)}
+        if not self.keeps_copy or not is_due:
+            return
+        for name, weight in _trained(model):
+            if name in self._kept:
+                self._kept[name].copy_(local_part(weight))
+            else:
+                self._kept[name] = local_part(weight).clone()
 
     @contextlib.contextmanager
     def in_place_of(self, model: Any) -> Iterator[None]:

@@ -75,11 +75,12 @@ def check_sharding(arguments: Any) -> None:
             f"backend {arguments.backend} cannot decode with weights that FSDP keeps on the CPU: set fsdp_offload_params: false, "
             "or use backend vllm"
         )
-    if offloads == "nvme" and arguments.ref_update_freq != 1:
-        raise InputError(
-            f"ref_update_freq is {arguments.ref_update_freq}, but weights that ZeRO-3 keeps on NVMe cannot be exchanged for a "
-            "reference: set ref_update_freq to 1, or offload_param_device to cpu or none"
-        )
+    for name, value in (("ref_update_freq", 1), ("async_steps", 0)):
+        if offloads == "nvme" and getattr(arguments, name) != value:
+            raise InputError(
+                f"{name} is {getattr(arguments, name)}, but weights that ZeRO-3 keeps on NVMe cannot be exchanged for a "
+                f"reference: set {name} to {value}, or offload_param_device to cpu or none"
+            )
 
 
 def check_context(settings: Settings, splits: dict[str, PromptDataset], folder: Path) -> None:
