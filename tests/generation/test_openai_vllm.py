@@ -39,17 +39,27 @@ HIDDEN_DEFAULTS = {"temperature": 0.05, "top_k": 1, "top_p": 0.1, "repetition_pe
 
 
 @contextlib.contextmanager
-def serving(model: Path, log: Path, seconds: float = 240.0) -> Iterator[str]:
-    """Start the server of vLLM on a free port; yield its address; kill it with all its children at the end."""
+def serving(
+    model: Path,
+    log: Path,
+    seconds: float = 240.0,
+    words: tuple[str, ...] = (),
+    context: int = CONTEXT,
+    **variables: str,
+) -> Iterator[str]:
+    """Start the server of vLLM on a free port; yield its address; kill it with all its children at the end.
+
+    ``words`` and ``variables`` are added to its command and environment.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    flags = {"host": "127.0.0.1", "port": port, "dtype": "float32", "max-model-len": CONTEXT}
+    flags = {"host": "127.0.0.1", "port": port, "dtype": "float32", "max-model-len": context}
     flags |= {"gpu-memory-utilization": 0.3, "generation-config": model}
-    words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), *words]
+    given = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), *given, *words]
     command += ["--enforce-eager", "--no-enable-chunked-prefill"]
-    environment = program_environment(VLLM_CPU_KVCACHE_SPACE="1", VLLM_NO_USAGE_STATS="1")
+    environment = program_environment(VLLM_CPU_KVCACHE_SPACE="1", VLLM_NO_USAGE_STATS="1", **variables)
     with log.open("w") as output:
         server = subprocess.Popen(
             command, cwd=REPOSITORY, env=environment, stdout=output, stderr=output, start_new_session=True

@@ -1,4 +1,4 @@
-"""A sampler with a copy of the policy's weights, which samples in a thread: its responses depend on nothing but weights and seeds.
+"""A sampler with a copy of the policy's weights, which samples in a thread: responses depend on weights and seeds only.
 
     python -m tests.helpers.async_online '[[2, "CONFIG.yaml", 0], ...]'
 

@@ -254,7 +254,10 @@ def test_lost_weights_mean_a_batch_of_the_present_ones(tmp_path, tiny_model, pro
         ({"async_steps": 1}, r"backend transformers samples with the module that is trained.*\(vllm, openai\)"),
         ({"async_steps": 2}, "async_steps is 2: set it to 0 or more and at most 1"),
         ({"importance_cap": 0.5}, "importance_cap is 0.5: set it to 1 or more"),
-        ({"importance_cap": 2.0, "temperature": 0.7}, "temperature is 0.7, but importance_cap .* set temperature to 1,"),
+        (
+            {"importance_cap": 2.0, "temperature": 0.7},
+            "temperature is 0.7, but importance_cap .* set temperature to 1,",
+        ),
         ({"importance_cap": 2.0, "top_k": 5}, "top_k is 5, but importance_cap .* set top_k to 0,"),
     ],
 )

@@ -64,8 +64,8 @@ class PairGroup:
     """b pairs whose response tokens are contiguous in the batch: all chosen responses, then all rejected ones.
 
     ``rows`` is their slice of the N response tokens; ``completion_mask`` has shape ``(2b, R)``, as have ``reference_logps`` and
-    ``sampler_logps`` (nats) and ``weights`` if the data has them; each of the ``labels`` has shape ``(2b,)``. With k ``responses`` per row, all
-    of them have length ``kb``.
+    ``sampler_logps`` (nats) and ``weights`` if the data has them; each of the ``labels`` has shape ``(2b,)``. With k
+    ``responses`` per row, all of them have length ``kb``.
     """
 
     rows: slice

@@ -1,6 +1,6 @@
 """The importance of responses that were sampled with other weights, or another program, than the policy in training.
 
-A response y of the sampler has the ratio pi(y) / mu(y), where pi is the policy and mu the sampler, as it reported its own log-probs.
+A response y has the ratio pi(y) / mu(y), where pi is the policy and mu the sampler, according to the log-probs it reported.
 """
 
 from __future__ import annotations

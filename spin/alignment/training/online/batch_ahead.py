@@ -46,8 +46,8 @@ class SampledAhead:
 class BatchAhead:
     """At most one batch: under way, complete, or none. Every process must call every method, for its own prompts.
 
-    A checkpoint contains the batch itself, so that a resumed run trains on the same responses and needs no older weights to sample
-    them again.
+    A checkpoint contains the batch itself, so that a resumed run trains on the same responses and needs no older weights to
+    sample them again.
     """
 
     def __init__(self, sampler: OverlappingSampler) -> None:
@@ -77,7 +77,9 @@ class BatchAhead:
         rows = self._sampler.finish()
         self._complete = None if rows is None else dict(zip(asked, rows, strict=True))
         if rows is None:
-            logger.warning("the weights of the batch under way were lost: it is sampled again, with the present weights")
+            logger.warning(
+                "the weights of the batch under way were lost: it is sampled again, with the present weights"
+            )
 
     def take(self, requests: Sequence[PromptRequest]) -> SampledAhead | None:
         """Return the batch, if it was sampled for these prompts; None if it has to be sampled now."""

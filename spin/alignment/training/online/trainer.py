@@ -44,7 +44,7 @@ class OnlineTrainer(SPINTrainer):
     responses were sampled. With 1 it is the policy that sampled them. A copy of the trained weights is kept, and stored in every
     checkpoint, unless the reference is the policy before its update: with 1 and ``async_steps: 0``.
 
-    With ``async_steps: 1``, a step first begins to sample the batch of the next step, with the weights that it is about to update.
+    With ``async_steps: 1``, a step first begins to sample the batch of the next step, with the weights it is about to update.
     """
 
     args: OnlineConfig
