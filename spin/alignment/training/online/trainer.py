@@ -80,7 +80,8 @@ class OnlineTrainer(SPINTrainer):
         self._last_tokens = 0
         # The last evaluation: what it was of (prefix and step), and its metrics.
         self._evaluated: tuple[tuple[str, int], dict[str, float]] | None = None
-        self.reference = MovingReference(args.ref_update_freq, is_ahead=args.async_steps > 0)
+        is_ahead = args.async_steps > 0 and args.loss.needs_reference
+        self.reference = MovingReference(args.ref_update_freq, is_ahead)
         self._resumed_from: Path | None = None
         super().__init__(
             model=model,
@@ -190,7 +191,7 @@ class OnlineTrainer(SPINTrainer):
         the next step if they are sampled ahead."""
         started, step = time.monotonic(), self.state.global_step
         taken = None if self.ahead is None else self.ahead.take(requests_of(prompts))
-        if taken is None:
+        if taken is None:  # the policy samples now, before its update
             self.reference.update(self._unwrapped(), step)
             responses, lag = self._respond(prompts, self._sampling(step)), 0
         else:
