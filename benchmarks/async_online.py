@@ -7,9 +7,9 @@ The server and the training have cores of their own, as they would have GPUs of 
 
 A turn is a whole run of ``spin/run_online.py``; its first two steps do not count, nor does the last, which samples nothing ahead.
 Writes one JSON file: machine, versions, settings, and for each of both contenders the medians over the turns of the seconds of a
-step (``step``), of its parts as the training logs them, and of the training's processor time; ``ratio`` is sync / async in
-``step`` (above 1, sampling ahead is faster), ``ratio_spread`` its extremes over the turns, and ``limit`` the ratio that perfect
-overlap would have, from the parts of the synchronous steps. Linux only.
+step (``step``), of its parts as the training logs them, of sending the weights (part of ``generate``), and of the training's
+processor time; ``ratio`` is sync / async in ``step`` (above 1, sampling ahead is faster), ``ratio_spread`` its extremes over the
+turns, and ``limit`` the ratio that perfect overlap of everything but sending the weights would have. Linux only.
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ def medians_of(
     """Return the medians over the measured steps of a turn, from the clocks at the end of every step and what was logged."""
     first, last = WARM_UP_STEPS, WARM_UP_STEPS + steps
     found = {}
-    for name, clock in (("step", "wall"), ("processor", "processor")):
+    for name, clock in (("step", "wall"), ("processor", "processor"), ("sending", "sending")):
         found[name] = statistics.median(ends[step][clock] - ends[step - 1][clock] for step in range(first, last))
     for part in PARTS:
         found[part] = statistics.median(entry[f"seconds/{part}"] for entry in logged[first:last])
@@ -206,12 +206,12 @@ def summarize(turns: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, A
         for name, some in turns.items()
     }
     ratios = [one["step"] / other["step"] for one, other in zip(turns["sync"], turns["async"], strict=True)]
-    step, sampled = medians["sync"]["step"], medians["sync"]["generate"]
+    step, generate, sending = (medians["sync"][name] for name in ("step", "generate", "sending"))
     return {
         "contenders": medians,
         "ratio": statistics.median(ratios),
         "ratio_spread": [min(ratios), max(ratios)],
-        "limit": step / max(sampled, step - sampled),
+        "limit": step / (sending + max(generate - sending, step - generate)),
     }
 
 

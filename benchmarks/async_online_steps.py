@@ -1,4 +1,4 @@
-"""One turn of ``async_online.py``: an online training that records both clocks at the end of every step.
+"""One turn of ``async_online.py``: an online training that records its clocks at the end of every step.
 
 python -m benchmarks.async_online_steps CONFIG TIMES.json
 """
@@ -21,14 +21,21 @@ from spin.alignment.training.run import train
 
 
 class Clocks(TrainerCallback):
-    """Writes the clocks to a file when the training ends."""
+    """Writes the clocks to a file when the training ends: wall, processor, and the time that sending the weights took so far."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, sampler: Any) -> None:
         self.path = path
         self.ends: list[dict[str, float]] = []
+        self.sending = 0.0
+        self._refresh, sampler.refresh = sampler.refresh, self.refresh
+
+    def refresh(self) -> None:
+        started = time.monotonic()
+        self._refresh()
+        self.sending += time.monotonic() - started
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.ends.append({"wall": time.monotonic(), "processor": time.process_time()})
+        self.ends.append({"wall": time.monotonic(), "processor": time.process_time(), "sending": self.sending})
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         write_json_atomic(self.path, self.ends)
@@ -43,7 +50,7 @@ class TimedTraining(OnlineTraining):
 
     def make_trainer(self, job: Any, model: Any) -> Any:
         trainer = super().make_trainer(job, model)
-        trainer.add_callback(Clocks(self.path))
+        trainer.add_callback(Clocks(self.path, trainer.sampler))
         return trainer
 
 

@@ -27,7 +27,10 @@ def test_bad_flags_are_refused_in_one_sentence(tmp_path, monkeypatch, flags, wor
 
 def test_a_turn_is_the_median_of_its_measured_steps():
     """Two steps of warm-up, three measured, the last: 100, 100, 1, 2, 6, 100 seconds."""
-    ends = [{"wall": wall, "processor": wall / 2} for wall in (100.0, 200.0, 201.0, 203.0, 209.0, 309.0)]
+    ends = [
+        {"wall": wall, "processor": wall / 2, "sending": wall / 4}
+        for wall in (100.0, 200.0, 201.0, 203.0, 209.0, 309.0)
+    ]
     logged = [
         {"staleness": 1, **{f"seconds/{part}": float(10 * step) for part in async_online.PARTS}} for step in range(6)
     ]
@@ -35,6 +38,7 @@ def test_a_turn_is_the_median_of_its_measured_steps():
     assert found == {
         "step": 2.0,
         "processor": 1.0,
+        "sending": 0.5,
         "staleness": 1,
         **dict.fromkeys(async_online.PARTS, 30.0),
     }
@@ -42,9 +46,9 @@ def test_a_turn_is_the_median_of_its_measured_steps():
 
 def test_ratios_are_of_neighbouring_turns_and_the_limit_of_synchronous_steps():
     turns = {
-        "sync": [{"step": 4.0, "generate": 3.0}, {"step": 6.0, "generate": 4.0}],
-        "async": [{"step": 2.0, "generate": 0.5}, {"step": 4.0, "generate": 0.5}],
+        "sync": [{"step": 4.0, "generate": 3.0, "sending": 1.0}, {"step": 6.0, "generate": 4.0, "sending": 1.0}],
+        "async": [{"step": 2.0, "generate": 0.5, "sending": 0.5}, {"step": 4.0, "generate": 0.5, "sending": 0.5}],
     }
     found = async_online.summarize(turns)
     assert (found["ratio"], found["ratio_spread"]) == (1.75, [1.5, 2.0])
-    assert found["limit"] == 5 / 3.5
+    assert found["limit"] == 5 / (1 + 2.5)  # of 3.5 s, 1 s is not overlapped
