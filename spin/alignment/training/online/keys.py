@@ -74,7 +74,7 @@ class OnlineKeys:
     ref_update_freq: int = setting(
         1,
         "number of steps between updates of the reference to the policy; 1: the reference is the policy that sampled, and no "
-        "copy is kept; -1: the reference stays the initial model",
+        "copy is kept (with async_steps: 1, one is); -1: the reference stays the initial model",
     )
     async_steps: int = setting(
         0,
