@@ -6,6 +6,7 @@ import importlib.util
 import json
 import sys
 
+import pyarrow.parquet as pq
 import pytest
 
 from spin.alignment.generation.openai.policy_server import RECEIVER
@@ -158,3 +159,28 @@ def test_a_server_gets_the_adapter_alone_from_a_sharded_policy(tmp_path, model):
         train(config, launch=launcher(*TWO_PROCESSES["ZeRO-3"]), program="run_online", DS_ACCELERATOR="cpu")
     assert "whole weights" not in said
     assert difference(tmp_path / "two/out", tmp_path / "alone/out") < 1e-4
+
+
+AHEAD = {"async_steps": 1, "max_steps": 5, "importance_cap": 2.0, "learning_rate": 3e-3}
+
+
+@pytest.mark.parametrize("backend", ["openai", "vllm"])
+def test_the_next_batch_is_sampled_ahead(tmp_path, model, backend):
+    """The sampler's log-probs are those of the weights one step before the policy's: near them, but not the same."""
+    prompts = write_prompts(tmp_path / "prompts")
+    if backend == "vllm":
+        train(write_online(tmp_path, model, prompts, backend="vllm", **AHEAD), program="run_online")
+    else:
+        words = ("--worker-extension-cls", RECEIVER)
+        with serving(model, tmp_path / "server.log", *words, VLLM_SERVER_DEV_MODE="1") as url:
+            config = write_online(tmp_path, model, prompts, server_url=url, **SERVED, **AHEAD)
+            train(config, program="run_online")
+            tables = sorted((tmp_path / "out" / "responses").iterdir())
+            versions = [{row["weights_version"] for row in pq.read_table(table).to_pylist()} for table in tables]
+            # The first two batches are of the initial weights.
+            assert [len(some) for some in versions] == [1] * 5 and len(set.union(*versions)) == 4
+            assert versions[0] == versions[1]
+    steps = [entry for entry in metrics(tmp_path / "out")["history"] if "staleness" in entry]
+    assert [entry["staleness"] for entry in steps] == [0, 1, 1, 1, 1]
+    assert abs(steps[0]["importance/kl_k1"]) < 1e-3 and steps[0]["importance/max"] == pytest.approx(1, abs=0.01)
+    assert all(1e-5 < entry["importance/kl"] < 0.2 for entry in steps[1:])

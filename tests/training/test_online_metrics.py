@@ -87,6 +87,7 @@ def stored(prompt="p1"):
             "rejected_token_ids": [5 + sample, 2],
             "rejected_finish_reason": "stop",
             "rejected_score": float(sample),
+            "weights_version": "version 7",
         }
         for sample in range(3)
     ]
@@ -102,6 +103,7 @@ def test_the_responses_of_the_newest_steps_are_stored(tmp_path):
     keep_responses(tmp_path, 12, stored("again"), most_steps=3)  # repeated after a resume
     rows = pq.read_table(folder / "step-000012.parquet").to_pylist()
     assert [row["prompt_id"] for row in rows] == ["again"] * 3 and {row["step"] for row in rows} == {12}
+    assert [row["weights_version"] for row in rows] == ["version 7"] * 3
     told = ("response", "score", "chosen", "rejected", "tokens", "finish_reason", "logp_per_token")
     assert [tuple(row[name] for name in told) for row in rows] == [
         ("r0", 0.0, False, True, 2, "stop", -1.5),

@@ -22,7 +22,8 @@ def check(monkeypatch, environment, **arguments):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    check_sharding(SimpleNamespace(**{"backend": "transformers", "ref_update_freq": 3, "alpha": 0.0} | arguments))
+    given = {"backend": "transformers", "ref_update_freq": 3, "alpha": 0.0, "async_steps": 0} | arguments
+    check_sharding(SimpleNamespace(**given))
 
 
 @pytest.mark.parametrize(
@@ -35,6 +36,11 @@ def check(monkeypatch, environment, **arguments):
             {},
             {"deepspeed_plugin": zero(3, device="nvme")},
             "ref_update_freq is 3, but weights that ZeRO-3 keeps on NVMe",
+        ),
+        (
+            {},
+            {"deepspeed_plugin": zero(3, device="nvme"), "ref_update_freq": 1, "backend": "vllm", "async_steps": 1},
+            "async_steps is 1, but weights that ZeRO-3 keeps on NVMe .* set async_steps to 0",
         ),
     ],
 )

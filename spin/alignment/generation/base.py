@@ -164,6 +164,7 @@ class BackendSettings:
         adapter_rank: rank of the LoRA adapters that are loaded while it runs; 0: none.
         beside_training: an engine on the GPUs of ``tensor_parallel_size`` training processes, of which this is the first; it
             gives their memory back after each batch of responses, until it gets new weights.
+        keeps_memory: it does not, because it also generates while the policy is trained.
     """
 
     model: str
@@ -181,6 +182,7 @@ class BackendSettings:
     decode: Callable[[Sequence[int]], str] | None = None
     adapter_rank: int = 0
     beside_training: bool = False
+    keeps_memory: bool = False
     batch_invariant: bool = setting(False, "the same responses in any batch (vllm, H100 or newer; slower)")
     base_url: str | None = setting(
         None, "address of a running OpenAI-compatible server, such as http://host:8000/v1 (openai)"
@@ -206,8 +208,9 @@ class Backend:
         flush_every: finished prompts in a part of a fraction, unless the user says otherwise.
         holds_batch: it decodes ``batch_size`` responses at a time in this process; others plan their batches themselves.
         online: how online training draws from the policy with it: by the policy's ``own_module``, by an ``engine`` whose
-            weights are replaced (the backend has the methods ``load(weights)``, ``reload(folder)``, ``load_adapter(folder)`` and
-            ``sleep()``), by a ``server`` whose weights are replaced, or not at all.
+            weights are replaced (the backend has the methods ``load(weights)``, ``reload(folder)``, ``load_adapter(folder)``,
+            ``sleep()`` and ``cancel()``), by a ``server`` whose weights are replaced, or not at all. Engines and servers can also
+            sample while the policy is trained.
         adapter_obstacle: why an engine cannot apply a LoRA adapter of a rank to a model with a configuration; None if it can.
         makes_processes: it starts processes of its own, for which it wants to be the first to configure torch.
         check_installed: raises :class:`InputError` where what it needs is not installed.

@@ -63,9 +63,9 @@ class PairList:
 class PairGroup:
     """b pairs whose response tokens are contiguous in the batch: all chosen responses, then all rejected ones.
 
-    ``rows`` is their slice of the N response tokens; ``completion_mask`` has shape ``(2b, R)``, as have ``reference_logps``
-    (nats) and ``weights`` if the data has them; each of the ``labels`` has shape ``(2b,)``. With k ``responses`` per row, all
-    of them have length ``kb``.
+    ``rows`` is their slice of the N response tokens; ``completion_mask`` has shape ``(2b, R)``, as have ``reference_logps`` and
+    ``sampler_logps`` (nats) and ``weights`` if the data has them; each of the ``labels`` has shape ``(2b,)``. With k
+    ``responses`` per row, all of them have length ``kb``.
     """
 
     rows: slice
@@ -74,6 +74,7 @@ class PairGroup:
     weights: torch.Tensor | None = None
     labels: Mapping[str, torch.Tensor] = field(default_factory=dict)
     responses: tuple[str, ...] = SIDES
+    sampler_logps: torch.Tensor | None = None
 
     @property
     def pairs(self) -> int:
@@ -89,7 +90,8 @@ class PairGroup:
         )
         assert policy is not None
         mask, reference = self.completion_mask, self.reference_logps
-        return LossInputs(policy, reference, mask, self.weights, position_kl, self.labels, self.responses)
+        streams = (self.weights, position_kl, self.labels, self.responses, self.sampler_logps)
+        return LossInputs(policy, reference, mask, *streams)
 
     def unpadded(self, logps: torch.Tensor) -> list[torch.Tensor]:
         """Return the log-probs of each response, without padding: b chosen ones, then b rejected ones."""
@@ -98,7 +100,7 @@ class PairGroup:
     def to(self, device: torch.device) -> PairGroup:
         moved: dict[str, Any] = {
             name: value.to(device, non_blocking=True)
-            for name in ("completion_mask", "reference_logps", "weights")
+            for name in ("completion_mask", "reference_logps", "weights", "sampler_logps")
             if (value := getattr(self, name)) is not None
         }
         labels = {name: value.to(device, non_blocking=True) for name, value in self.labels.items()}

@@ -15,7 +15,7 @@ from spin.alignment.logprobs.plans import consecutive
 # Prefix of a label among the tensors of a padded batch.
 LABEL = "label/"
 # What a response has beside labels.
-_NO_LABELS = {"ids", "mask", "reference", "weights"}
+_NO_LABELS = {"ids", "mask", "reference", "weights", "sampler"}
 
 
 def trained(feature: Feature, name: str) -> Sequence[int]:
@@ -115,9 +115,9 @@ def _group(features: Sequence[Feature], rows: slice, names: tuple[str, ...]) -> 
 def _streams(
     features: Sequence[Feature], names: Sequence[str], responses: Sequence[Sequence[int]], width: int
 ) -> dict[str, torch.Tensor]:
-    """Return reference_logps and weights of shape ``(2B, width)``, those that the features have."""
+    """Return reference_logps, weights and sampler_logps of shape ``(2B, width)``, those that the features have."""
     streams = {}
-    for stream, column in (("reference_logps", "reference"), ("weights", "weights")):
+    for stream, column in (("reference_logps", "reference"), ("weights", "weights"), ("sampler_logps", "sampler")):
         if f"{names[0]}_{column}" in features[0]:
             values = [feature[f"{name}_{column}"] for name in names for feature in features]
             streams[stream] = pad_streams(values, responses, width)
@@ -155,8 +155,8 @@ class PairCollator:
 
     def __call__(self, features: Sequence[Feature]) -> dict[str, torch.Tensor]:
         """Return input_ids, attention_mask and position_ids of shape ``(2B, P + R)``, completion_mask of shape ``(2B, R)``
-        and, if the features have them, reference_logps (nats) and weights of shape ``(2B, R)`` and each label X, of shape
-        ``(2B,)``, as ``label/X``. With k ``responses`` per row, read k for 2.
+        and, if the features have them, reference_logps and sampler_logps (nats) and weights of shape ``(2B, R)`` and each label
+        X, of shape ``(2B,)``, as ``label/X``. With k ``responses`` per row, read k for 2.
         """
         prompts = [feature["prompt_ids"] for _ in self.responses for feature in features]
         responses = [feature[f"{name}_ids"] for name in self.responses for feature in features]

@@ -150,8 +150,8 @@ def batch_loss(
     logits = response_logits(model, batch)  # (2B, R, V)
     policy = token_logps(logits, batch["input_ids"][:, -width:], mask, reader)  # (2B, R)
     kl = padded_kl(logits, reference, mask) if isinstance(reference, torch.Tensor) else None  # (2B, R)
-    reference_logps, weights = batch.get("reference_logps"), batch.get("weights")
-    return objective(LossInputs(policy, reference_logps, mask, weights, kl, labels, responses))
+    reference_logps, weights, sampler = (batch.get(name) for name in ("reference_logps", "weights", "sampler_logps"))
+    return objective(LossInputs(policy, reference_logps, mask, weights, kl, labels, responses, sampler))
 
 
 def reference_pass(model: Any, batch: PackedBatch | dict[str, Tensor], dtype: torch.dtype) -> ReferenceStates | Tensor:

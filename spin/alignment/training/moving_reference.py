@@ -31,7 +31,7 @@ def check_can_exchange(arguments: Any, key: str) -> None:
             "as in configs/fsdp2.yaml, or use ZeRO-3"
         )
     if offloads_weights(arguments) == "nvme":
-        without = 0 if key == "alpha" else 1
+        without = 1 if key == "ref_update_freq" else 0
         raise InputError(
             f"{key} is {value}, but weights that ZeRO-3 keeps on NVMe cannot be exchanged for a reference: set {key} to "
             f"{without}, or offload_param_device to cpu or none"
@@ -41,14 +41,16 @@ def check_can_exchange(arguments: Any, key: str) -> None:
 class MovingReference:
     """The trained weights as of the start of the last step whose number is a multiple of ``frequency``.
 
-    With a frequency of 1 the reference is the policy before its update, and no copy is kept unless it is read after that; with
+    With a frequency of 1 the reference is the policy that samples, and no copy is kept unless it is read after an update; with
     :data:`FIXED` it is the policy before the first step. Of sharded weights, each process keeps, swaps and saves its own part.
     """
 
-    def __init__(self, frequency: int, read_after_updates: bool = False) -> None:
-        """``read_after_updates``: it takes the policy's place also after updates within a step."""
+    def __init__(self, frequency: int, read_after_updates: bool = False, is_ahead: bool = False) -> None:
+        """``read_after_updates``: it takes the policy's place also after updates within a step. ``is_ahead``: a batch is sampled
+        one step before it is trained on, so the policy that sampled it is an earlier one."""
         self.frequency = frequency
-        self.keeps_copy = frequency != 1 or read_after_updates  # the trained weights are kept a second time
+        self._outlives_step = frequency != 1 or is_ahead
+        self.keeps_copy = self._outlives_step or read_after_updates  # the trained weights are kept a second time
         self._kept: dict[str, torch.Tensor] = {}
 
     @property
@@ -59,8 +61,13 @@ class MovingReference:
     def update(self, model: Any, step: int) -> None:
         """Copy the weights of an unwrapped model before a ``step`` at which an update is due."""
         is_due = step == 0 if self.frequency == FIXED else step % self.frequency == 0
-        if self.keeps_copy and is_due:
-            self._kept = {name: local_part(weight).clone() for name, weight in _trained(model)}
+        if not self.keeps_copy or not is_due:
+            return
+        for name, weight in _trained(model):
+            if name in self._kept:
+                self._kept[name].copy_(local_part(weight))
+            else:
+                self._kept[name] = local_part(weight).clone()
 
     @contextlib.contextmanager
     def in_place_of(self, model: Any) -> Iterator[None]:
@@ -89,7 +96,7 @@ class MovingReference:
 
         Of a sharded model, each process writes its part to a file of its own.
         """
-        if self.frequency != 1 and self._kept and (is_main or is_sharded(model)):
+        if self._outlives_step and self._kept and (is_main or is_sharded(model)):
             with atomic_file(checkpoint / file_of(model)) as file:
                 save_file({name: value.contiguous().cpu() for name, value in self._kept.items()}, file.name)
 
@@ -99,7 +106,7 @@ class MovingReference:
         Raises:
             InputError: the checkpoint has none for this process.
         """
-        if self.frequency == 1:
+        if not self._outlives_step:
             return
         path = checkpoint / file_of(model)
         if not path.exists():

@@ -10,6 +10,7 @@ from spin.alignment.core.errors import InputError
 from spin.alignment.methods.losses import LossInputs, LossOutputs
 from spin.alignment.training.config import SPINConfig
 from spin.alignment.training.first_loss import FirstLoss
+from spin.alignment.training.importance import Importance
 from spin.alignment.training.metrics import PairMetrics
 
 
@@ -19,6 +20,8 @@ class PairObjective:
     def __init__(self, args: SPINConfig, first_loss: FirstLoss) -> None:
         self.args, self.first_loss = args, first_loss
         self.metrics = {mode: PairMetrics(args.loss, args.sampled_sides) for mode in ("train", "eval")}
+        # Set by online training, whose pairs have the log-probs of their sampler.
+        self.importance: Importance | None = None
         self._faults: list[torch.Tensor] = []
 
     def __call__(
@@ -38,6 +41,8 @@ class PairObjective:
             )
         outputs = self.args.loss(inputs, **self.args.loss_arguments)
         losses = preference_losses = per_pair(outputs)  # (B,)
+        if self.importance is not None:
+            losses = per_pair(self.importance.correct(inputs, outputs))
         if self.args.nll_weight:
             losses = losses + self.args.nll_weight * chosen_nll(inputs)
         # A log-prob of -inf can give a finite loss (hinge), so both are looked at.
@@ -48,6 +53,8 @@ class PairObjective:
         if training and self.first_loss.value is None:
             self.first_loss.add(inputs, preference_losses, share, step)
         self.metrics["train" if training else "eval"].add(inputs, outputs, losses)
+        if training and self.importance is not None:
+            self.importance.add(inputs, len(outputs.losses))
         return losses.sum() * share
 
     def take_faults(self) -> torch.Tensor:
@@ -61,12 +68,13 @@ class PairObjective:
         ``mode`` is ``train`` or ``eval``. Every process must call it.
         """
         found = self.metrics[mode].take(accelerator)
+        sampled = self.importance.take(accelerator) if mode == "train" and self.importance is not None else {}
         if found is None:
             return {}, 0
         if mode == "eval":
             return {f"eval_{name}": value for name, value in found.values.items()}, found.tokens
         # The Trainer logs the training loss itself.
-        return {name: value for name, value in found.values.items() if name != "loss"}, found.tokens
+        return {name: value for name, value in found.values.items() if name != "loss"} | sampled, found.tokens
 
 
 def per_pair(outputs: LossOutputs) -> torch.Tensor:

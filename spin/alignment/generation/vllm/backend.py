@@ -156,6 +156,7 @@ class VLLMBackend(GenerationBackend):
         check_installed()
         self.settings = settings
         self._masked = frozenset(settings.masked_ids)
+        self._is_cancelled = False
         if os.environ.get("RANK", "0") == "0":
             say_error("starting the vLLM engine, which takes half a minute or more")
         with engine_environment(settings):
@@ -182,7 +183,8 @@ class VLLMBackend(GenerationBackend):
             _check_cpu_head_size(config, settings.model)
         if settings.batch_invariant:
             _check_batch_invariance()
-        self._sleeps = settings.beside_training and current_platform.is_sleep_mode_available()
+        lends = settings.beside_training and not settings.keeps_memory
+        self._sleeps = lends and current_platform.is_sleep_mode_available()
         dtype = decoding_dtype(settings.model, settings.revision, settings.dtype)
         self._guard = EngineGuard()
         self.engine: Any = LLM(
@@ -245,7 +247,7 @@ class VLLMBackend(GenerationBackend):
                     for sample in range(sampling.num_samples):
                         name = f"{index}.{sample}"
                         running[name] = self._add(name, request, sample, sampling)
-                if not running:
+                if not running or self._is_cancelled:
                     return
                 for output in engine.step():
                     if output.finished:
@@ -336,6 +338,10 @@ class VLLMBackend(GenerationBackend):
         if self._sleeps:
             # At level 2 without a copy of the weights, which are replaced before the next response; an adapter needs them.
             self.engine.sleep(level=1 if self.settings.adapter_rank else 2)
+
+    def cancel(self) -> None:
+        """Let a stream that another thread draws from end at the engine's next step, without the rest of its responses."""
+        self._is_cancelled = True
 
     def close(self) -> None:
         """Shut the engine down and free the device memory."""

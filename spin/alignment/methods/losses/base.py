@@ -21,7 +21,8 @@ class LossInputs:
     ``weights`` are token weights (``None``: 1 for every completion token), ``position_kl`` is KL(policy || reference) at each
     position in nats, ``labels`` has a tensor of shape ``(2B,)`` for each label that the loss reads. A loss that reads more
     ``responses``, k in total, receives streams ``(kB, T)`` in their order; one that needs no reference receives no
-    ``reference_logps``.
+    ``reference_logps``. ``sampler_logps`` are those of the model that sampled the responses, NaN for tokens that it did not
+    sample; only online training has them.
     """
 
     policy_logps: Tensor
@@ -31,6 +32,7 @@ class LossInputs:
     position_kl: Tensor | None = None
     labels: Mapping[str, Tensor] = field(default_factory=dict)
     responses: tuple[str, ...] = SIDES
+    sampler_logps: Tensor | None = None
 
     def label(self, name: str) -> Tensor:
         """Return a label in float64, of shape ``(2B,)``.

@@ -194,7 +194,8 @@ class _Walk:
         sampled = sample_demand(stage.name, stage.kind.program, self.shape, work, fleet)
         # Both responses of a pair are the model's own.
         lengths = replace(work.bounded, ground_truth=work.bounded.response)
-        trained = Trained(seen, 1, 2, lengths, values, needs_reference=values.get("ref_update_freq", 1) != 1)
+        keeps_reference = values.get("ref_update_freq", 1) != 1 or values.get("async_steps", 0) > 0
+        trained = Trained(seen, 1, 2, lengths, values, needs_reference=keeps_reference)
         layout = parallelism(self.config.launch, fleet.processes)
         update = train_demand(stage.name, stage.kind.program, self.shape, trained, layout, fleet)
         return _sum([sampled, update])

@@ -52,6 +52,7 @@ class OnlineConfig(OnlineKeys, SPINConfig):
         if self.reverse:
             raise InputError("reverse is true, but online pairs are created from their labels: remove it")
         self.sampling = part_of(self, SamplingConfig, seed=self.seed)
+        self._check_off_policy()
         self._check_method()
         if self.eval_prompts and not self.scorer:
             raise InputError("eval_prompts is set, but there is no scorer to rate the responses: set scorer")
@@ -102,6 +103,27 @@ class OnlineConfig(OnlineKeys, SPINConfig):
                 if served
                 else f"server_url is {self.server_url}, but backend {self.backend} does not use it: remove it"
             )
+
+    def _check_off_policy(self) -> None:
+        """Check that the backend can sample while the policy is trained, and that importance weights can be computed."""
+        if self.async_steps and self.alpha:
+            raise InputError(
+                f"async_steps is {self.async_steps} and alpha is {self.alpha}, but the KL term reads the reference during the "
+                "updates, when it is already that of the next batch: set one of them to 0"
+            )
+        if self.async_steps and find_backend(self.backend).online == "own_module":
+            others = ", ".join(name for name in BACKENDS if find_backend(name).online in ("engine", "server"))
+            raise InputError(
+                f"async_steps is {self.async_steps}, but backend {self.backend} samples with the module that is trained, which "
+                f"cannot do both at once: set backend to one with weights of its own ({others}), or async_steps to 0"
+            )
+        changed = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
+        for name, neutral in changed.items() if self.importance_cap is not None else ():
+            if getattr(self, name) != neutral:
+                raise InputError(
+                    f"{name} is {getattr(self, name)}, but importance_cap needs responses sampled from the model's own "
+                    f"distribution, whose log-probs are known: set {name} to {neutral:g}, or remove importance_cap"
+                )
 
     def _check_method(self) -> None:
         """Check that sampling, scorer, pairing and loss are compatible."""

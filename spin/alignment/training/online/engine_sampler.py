@@ -10,14 +10,14 @@ from typing import Any
 import torch
 
 from spin.alignment.core.memory_folder import MemoryFolder
-from spin.alignment.generation.base import PromptRequest, Response, SamplingConfig
+from spin.alignment.generation.base import PromptRequest, SamplingConfig
 from spin.alignment.models.adapters import adapter_config, write_adapter
 from spin.alignment.models.sharded import adapter_weights, has_stored_names, whole_weights
-from spin.alignment.training.online.policy_sampler import PolicySampler
+from spin.alignment.training.online.policy_sampler import OverlappingSampler, Rows
 from spin.alignment.training.online.sharers import Sharers
 
 
-class EngineSampler(PolicySampler):
+class EngineSampler(OverlappingSampler):
     """Samples with an engine beside the training processes, to which the policy's weights, or only its adapter's, are sent."""
 
     def __init__(
@@ -28,15 +28,17 @@ class EngineSampler(PolicySampler):
         sharers: Sharers | None = None,
         only_adapter: bool = False,
     ) -> None:
-        """``engine`` is a backend with ``load(weights)``, ``reload(folder)``, ``load_adapter(folder)`` and ``sleep()``; None in a
-        process whose engine is that of another of its ``sharers``. Weights are sent as ``dtype``. ``only_adapter``: the engine
-        has the weights below the policy's LoRA adapter, and applies it next to them."""
+        """``engine`` is a backend with ``load(weights)``, ``reload(folder)``, ``load_adapter(folder)``, ``sleep()`` and
+        ``cancel()``; None in a process whose engine is that of another of its ``sharers``. Weights are sent as ``dtype``.
+        ``only_adapter``: the engine has the weights below the policy's LoRA adapter, and applies it next to them."""
+        super().__init__()
         self._engine, self._policy, self._dtype, self._sharers = engine, policy, dtype, sharers
         self._only_adapter = only_adapter
         self._memory: MemoryFolder | None = None
 
     def refresh(self) -> None:
         """Send the policy's weights to the engine, which also invalidates its prompt cache. Every process must call it."""
+        self._check_idle()
         if not has_stored_names(self._policy):
             self._reload()
             return
@@ -65,7 +67,7 @@ class EngineSampler(PolicySampler):
         self._memory = self._memory or MemoryFolder("spin-policy-")
         return tempfile.TemporaryDirectory(dir=self._memory.path)
 
-    def respond(self, requests: Sequence[PromptRequest], sampling: SamplingConfig) -> list[list[Response]]:
+    def respond(self, requests: Sequence[PromptRequest], sampling: SamplingConfig) -> Rows:
         """Generate with the engine, which then gives its memory back. Every process must call it."""
         if self._sharers is None:
             assert self._engine is not None
@@ -73,15 +75,28 @@ class EngineSampler(PolicySampler):
         together = self._sharers.gather(requests)
         return self._sharers.scatter(self._answer(together, sampling) if self._engine is not None else [])
 
-    def _answer(self, requests: Sequence[PromptRequest], sampling: SamplingConfig) -> list[list[Response]]:
+    def start(self, requests: Sequence[PromptRequest], sampling: SamplingConfig) -> None:
+        """Begin to generate with the engine; requests of its other sharers are gathered first."""
+        together = requests if self._sharers is None else self._sharers.gather(requests)
+        if self._engine is not None:
+            self._start(lambda: self._answer(together, sampling))
+
+    def finish(self) -> Rows:
+        """Return this process's responses. An engine does not lose its weights: it would end, which is raised."""
+        rows = self._finish() if self._engine is not None else []
+        return rows if self._sharers is None else self._sharers.scatter(rows)
+
+    def _answer(self, requests: Sequence[PromptRequest], sampling: SamplingConfig) -> Rows:
         assert self._engine is not None
-        responses: list[list[Response]] = self._engine.generate(requests, sampling)
+        responses: Rows = self._engine.generate(requests, sampling)
         self._engine.sleep()
         return responses
 
     def close(self) -> None:
-        """Shut the engine down."""
+        """Shut the engine down, also in the middle of a batch."""
         if self._engine is not None:
+            self._engine.cancel()
+            self._abandon()
             self._engine.close()
         if self._memory is not None:
             self._memory.close()

@@ -22,6 +22,7 @@ SCHEMA = pa.schema(
         ("tokens", pa.int32()),
         ("finish_reason", pa.string()),
         ("logp_per_token", pa.float64()),
+        ("weights_version", pa.string()),
     ]
 )
 
@@ -34,7 +35,7 @@ def response_rows(
     Args:
         rows: the labelled rows of the prompt, as generated (the response is the rejected side).
         pairs: the pairs made of them.
-        logps: the policy's log-probs of each response's tokens (nats), if known.
+        logps: the sampler's log-probs of each response's tokens (nats), if known.
     """
     chosen = [pair.get("chosen_token_ids") for pair in pairs]
     rejected = [pair["rejected_token_ids"] for pair in pairs]
@@ -50,6 +51,7 @@ def response_rows(
             "tokens": len(row["rejected_token_ids"]),
             "finish_reason": row["rejected_finish_reason"],
             "logp_per_token": sum(own) / len(own) if own else None,
+            "weights_version": row.get("weights_version"),
         }
         for row, own in zip(rows, logps, strict=True)
     ]

@@ -74,7 +74,21 @@ class OnlineKeys:
     ref_update_freq: int = setting(
         1,
         "number of steps between updates of the reference to the policy; 1: the reference is the policy that sampled, and no "
-        "copy is kept; -1: the reference stays the initial model",
+        "copy is kept (with async_steps: 1, one is); -1: the reference stays the initial model",
+    )
+    async_steps: int = setting(
+        0,
+        "1: the next batch is sampled while the policy is trained on the last one, so its responses are from weights one step "
+        "older (vllm, openai); 0: sampling and training take turns",
+        ge=0,
+        le=1,
+    )
+    importance_cap: float | None = setting(
+        None,
+        "weighs the loss of each pair with the probability of its sampled responses under the policy over that under the weights "
+        "that sampled them, at most this much",
+        unset="off",
+        ge=1,
     )
 
     eval_prompts: str | None = setting(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -106,7 +107,8 @@ class PairMaker:
                 self.kept += response_rows(rows, pairs, [response.logprobs for response in some])
             counts.without_pair += not pairs
             counts.unpaired += self.pairing.unpaired(rows)
-            made = [self._feature(prompt, pair) for pair in pairs]
+            sampled = {tuple(response.token_ids): response.logprobs for response in some}
+            made = [self._feature(prompt, pair, sampled) for pair in pairs]
             if self.config.baseline == "prompt" and self.relative_columns():
                 self.subtract_baseline(
                     made, [row["rejected_score"] for row in rows if row["rejected_score"] is not None]
@@ -173,11 +175,17 @@ class PairMaker:
             for sample, response in enumerate(responses)
         ]
 
-    def _feature(self, prompt: OnlinePrompt, pair: dict[str, Any]) -> dict[str, Any]:
+    def _feature(
+        self, prompt: OnlinePrompt, pair: dict[str, Any], sampled: Mapping[tuple[int, ...], list[float] | None]
+    ) -> dict[str, Any]:
+        """Return a pair as a feature of a batch; ``sampled`` are the sampler's log-probs of responses, by their ids."""
         feature: dict[str, Any] = {"prompt_id": prompt.prompt_id, "prompt_ids": list(prompt.token_ids)}
         for side in SIDES:
             ids = pair.get(f"{side}_token_ids")
             feature[f"{side}_ids"] = list(ids or prompt.ground_truth_ids)
+            logps = sampled.get(tuple(ids)) if ids else None
+            # NaN: the sampler did not sample these tokens, or did not say how likely they were.
+            feature[f"{side}_sampler"] = logps or [math.nan] * len(feature[f"{side}_ids"])
             for label in self.loss.labels:
                 # A relative label starts as the plain score; the baseline (prompt or batch) is subtracted later.
                 column = SCORE.name if label == self.pairing.relative else label.name

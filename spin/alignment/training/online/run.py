@@ -76,7 +76,7 @@ def check_sharding(arguments: Any) -> None:
             f"backend {arguments.backend} cannot decode with weights that FSDP keeps on the CPU: set fsdp_offload_params: false, "
             "or use backend vllm"
         )
-    for key, without in (("ref_update_freq", 1), ("alpha", 0)):
+    for key, without in (("ref_update_freq", 1), ("async_steps", 0), ("alpha", 0)):
         if getattr(arguments, key) != without:
             check_can_exchange(arguments, key)
 

@@ -116,6 +116,7 @@ def make_sampler(
         gpu_memory_utilization=args.gpu_memory_utilization,
         tensor_parallel_size=args.tensor_parallel_size,
         beside_training=True,
+        keeps_memory=args.async_steps > 0,
         trust_remote_code=source.trust_remote_code,
         stop_ids=encoder.stop_ids,
         masked_ids=ids_without_token(encoder.tokenizer, causal.config),

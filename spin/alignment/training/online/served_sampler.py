@@ -11,17 +11,17 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.server_link import Refused
-from spin.alignment.generation.base import PromptRequest, Response, SamplingConfig
+from spin.alignment.generation.base import PromptRequest, SamplingConfig
 from spin.alignment.generation.openai.backend import OpenAIBackend
 from spin.alignment.generation.openai.policy_server import ADAPTER, PolicyServer
 from spin.alignment.models.adapters import adapter_config
 from spin.alignment.models.sharded import adapter_weights, whole_weights
-from spin.alignment.training.online.policy_sampler import PolicySampler
+from spin.alignment.training.online.policy_sampler import OverlappingSampler, Rows
 
 _TRIES = 3  # pushes, and batches of responses, until no restart of the server disturbs one
 
 
-class ServedSampler(PolicySampler):
+class ServedSampler(OverlappingSampler):
     """Samples from a vLLM server. The main process pushes weights or the adapter; every process asks for its own responses."""
 
     def __init__(
@@ -33,6 +33,7 @@ class ServedSampler(PolicySampler):
         Raises:
             InputError: the server was started without what replacing weights needs.
         """
+        super().__init__()
         self._backend, self._server, self._policy, self._dtype = backend, server, policy, dtype
         self._only_adapter = only_adapter
         self._version: str | None = None  # of the last push
@@ -44,6 +45,7 @@ class ServedSampler(PolicySampler):
         Raises:
             InputError: the server restarted every time, or does not answer.
         """
+        self._check_idle()
         source = adapter_weights if self._only_adapter else whole_weights
         for _ in range(_TRIES):
             weights = ((name, weight.to(self._dtype)) for name, weight in source(self._policy))
@@ -61,21 +63,20 @@ class ServedSampler(PolicySampler):
                 return
         raise InputError(f"the server lost the policy's weights {_TRIES} times while they were sent: see its log")
 
-    def respond(self, requests: Sequence[PromptRequest], sampling: SamplingConfig) -> list[list[Response]]:
+    def respond(self, requests: Sequence[PromptRequest], sampling: SamplingConfig) -> Rows:
         """Return responses that were all sampled from the weights last pushed. Every process must call it.
 
         Raises:
             InputError: the server restarted during every batch, or does not answer.
         """
         for _ in range(_TRIES):
-            rows = self._answers(requests, sampling)
-            # A server that restarted has the weights of its folder again.
-            if all(gather_object([self._server.version() == self._version])):
-                return [[replace(response, weights_version=self._version) for response in row] for row in rows]
+            rows = self._of_version(self._answers(requests, sampling))
+            if rows is not None:
+                return rows
             self.refresh()
         raise InputError(f"the server lost the policy's weights during {_TRIES} batches of responses: see its log")
 
-    def _answers(self, requests: Sequence[PromptRequest], sampling: SamplingConfig) -> list[list[Response]]:
+    def _answers(self, requests: Sequence[PromptRequest], sampling: SamplingConfig) -> Rows:
         """Return the server's responses; nothing if it was restarted and no longer knows the adapter."""
         try:
             return self._backend.generate(requests, sampling)
@@ -84,9 +85,29 @@ class ServedSampler(PolicySampler):
                 raise
             return []
 
+    def _of_version(self, rows: Rows) -> Rows | None:
+        """Return responses with the version of the weights last pushed; None if the server no longer has them."""
+        # A server that restarted has the weights of its folder again.
+        if not all(gather_object([self._server.version() == self._version])):
+            return None
+        return [[replace(response, weights_version=self._version) for response in row] for row in rows]
+
+    def start(self, requests: Sequence[PromptRequest], sampling: SamplingConfig) -> None:
+        """Ask for responses from the weights last pushed."""
+        self._start(lambda: self._answers(requests, sampling))
+
+    def finish(self) -> Rows | None:
+        """Return the responses, if the server had the weights last pushed all the time.
+
+        Raises:
+            InputError: the server does not answer, or answers badly.
+        """
+        return self._of_version(self._finish())
+
     def close(self) -> None:
-        """Close the connections; the server keeps running."""
+        """Close the connections, which cancels a batch under way; the server keeps running."""
         self._backend.close()
+        self._abandon()
         self._server.close()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -20,11 +20,15 @@ from spin.alignment.logprobs.batch import PairDataset, PairList
 from spin.alignment.logprobs.forward import causal_model
 from spin.alignment.models.config import ModelConfig
 from spin.alignment.training.config import SPINConfig
+from spin.alignment.training.importance import Importance
 from spin.alignment.training.moving_reference import MovingReference
+from spin.alignment.training.online.batch_ahead import BatchAhead
 from spin.alignment.training.online.config import OnlineConfig
 from spin.alignment.training.online.kept_responses import keep_responses
 from spin.alignment.training.online.labels import PairMaker, StepCounts, scorer_of
+from spin.alignment.training.online.lookahead import Lookahead
 from spin.alignment.training.online.pass_rates import held_out_sums, pass_log
+from spin.alignment.training.online.policy_sampler import OverlappingSampler
 from spin.alignment.training.online.prompts import OnlinePrompt, PromptDataset, load_held_out, longest_pairs, to_prompts
 from spin.alignment.training.online.reference_pass import attach_reference_logps
 from spin.alignment.training.online.samplers import make_sampler
@@ -37,8 +41,11 @@ from spin.alignment.training.trainer import SPINTrainer
 class OnlineTrainer(SPINTrainer):
     """A Trainer step is one batch of prompts; checkpointing, resuming, schedules and logging are the Trainer's own.
 
-    The reference is the policy as of the last step whose number is a multiple of ``ref_update_freq``. With 1 it is the policy
-    that sampled, and no copy is kept; otherwise a copy of the trained weights is kept and stored in every checkpoint.
+    The reference is the policy as of the last step whose number is a multiple of ``ref_update_freq``, up to the step at which the
+    responses were sampled. With 1 it is the policy that sampled them. A copy of the trained weights is kept, and stored in every
+    checkpoint, unless the reference is the policy before its update: with 1 and ``async_steps: 0``.
+
+    With ``async_steps: 1``, a step first begins to sample the batch of the next step, with the weights it is about to update.
     """
 
     args: OnlineConfig
@@ -88,11 +95,15 @@ class OnlineTrainer(SPINTrainer):
         source = source or ModelConfig(str(getattr(causal_model(model).config, "_name_or_path", "")))
         own_attention = self.pair_forward.own_attention
         self.sampler = make_sampler(model, source, args, encoder, own_attention, self.compute_loss_context_manager)
+        self.ahead = BatchAhead(cast(OverlappingSampler, self.sampler)) if args.async_steps else None
+        self._lookahead: Lookahead | None = None
+        self.objective.importance = Importance(args.importance_cap)
 
     def make_reference(self, args: SPINConfig) -> MovingReference:
         """Return the reference, which the steps update."""
         assert isinstance(args, OnlineConfig)
-        return MovingReference(args.ref_update_freq, read_after_updates=bool(args.alpha))
+        is_ahead = args.async_steps > 0 and args.loss.needs_reference
+        return MovingReference(args.ref_update_freq, read_after_updates=bool(args.alpha), is_ahead=is_ahead)
 
     def keep_start(self) -> None:
         """Do nothing: the first step copies the weights, or a checkpoint has them."""
@@ -101,6 +112,9 @@ class OnlineTrainer(SPINTrainer):
         """Train; see ``transformers.Trainer.train``."""
         self._resumed_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         self._evaluated = None
+        self._lookahead = None
+        if self.ahead is not None:
+            self.ahead.drop()  # of a training that was stopped
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **settings)
 
     def attach_references(self, resumed: bool) -> None:
@@ -113,6 +127,27 @@ class OnlineTrainer(SPINTrainer):
         if resumed:
             assert self._resumed_from is not None
             self.reference.load(self._resumed_from, self._unwrapped())
+            if self.ahead is not None:
+                self.ahead.load(self._resumed_from)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], torch.Tensor]:
+        """Return the prompts of one step, and their number over all processes; know those of the next step if they are sampled
+        ahead."""
+        if self.ahead is None:
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self._lookahead is None or self._lookahead.epoch is not epoch_iterator:
+            self._lookahead = Lookahead(epoch_iterator, self._first_of_next_epoch)
+        return super().get_batch_samples(self._lookahead, num_batches, device)
+
+    def _first_of_next_epoch(self) -> PairList | None:
+        """Return the first batch of prompts of the next epoch, whose order depends on the seed and its number only."""
+        loader = self.callback_handler.train_dataloader
+        # The order of the epoch that has ended is not needed any more; a new iterator draws random numbers, which must not count.
+        with torch.random.fork_rng(devices=[]):
+            loader.set_epoch((self.state.global_step + 1) // len(loader))
+            return next(iter(loader), None)
 
     def longest_pairs(self) -> PairDataset:
         """Return pairs as long as any that a step can create; memory is planned for these."""
@@ -131,8 +166,11 @@ class OnlineTrainer(SPINTrainer):
         self, model: Any, inputs: PairList, num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """Create the pairs of a batch of prompts and update the policy on them in ``updates_per_batch`` optimiser steps."""
-        self.reference.update(self._unwrapped(), self.state.global_step)
-        pairs = self.make_pairs(cast("list[OnlinePrompt]", [] if inputs.is_stand_in else inputs.features))
+        prompts = prompts_of(inputs)
+        responses, lag = self._sample(prompts)
+        pairs = self.make_pairs(prompts, responses)
+        if self.ahead is not None:  # after the reference of this batch was read, for the batch that is under way
+            self.reference.update(self._unwrapped(), self.state.global_step)
         started = time.monotonic()
         total = torch.zeros((), device=self.args.device)
         batches = cut(pairs, self.args.updates_per_batch)
@@ -142,9 +180,11 @@ class OnlineTrainer(SPINTrainer):
             shared = PairList(own or batch[:1], is_stand_in=not own)
             total += self.run_pairs(model, shared, torch.tensor(len(batch), device=self.args.device))
             self.counts.updates += 1
-            self.counts.lag += number - 1  # updates since the responses were sampled
+            self.counts.lag += lag + number - 1  # updates since the responses were sampled
             if number < len(batches):
                 self._step_optimizer(model)
+        if self.ahead is not None:
+            self.ahead.count_updates(len(batches))
         self._last_tokens = sum(self.pair_forward.tokens(pair) for pair in pairs)
         self._time("update", started)
         return self.end_step(total / max(1, len(batches)))
@@ -155,15 +195,33 @@ class OnlineTrainer(SPINTrainer):
         self.optimizer.step()
         model.zero_grad()
 
-    def make_pairs(self, prompts: Sequence[OnlinePrompt]) -> list[dict[str, Any]]:
+    def _sample(self, prompts: Sequence[OnlinePrompt]) -> tuple[Any, int]:
+        """Return the responses to this step's prompts, and the number of updates since they were sampled; begin with those of
+        the next step if they are sampled ahead."""
+        started, step = time.monotonic(), self.state.global_step
+        taken = None if self.ahead is None else self.ahead.take(requests_of(prompts))
+        if taken is None:  # the policy samples now, before its update
+            self.reference.update(self._unwrapped(), step)
+            responses, lag = self._respond(prompts, self._sampling(step)), 0
+        else:
+            responses, lag = taken.rows, taken.lag
+        following = None if self._lookahead is None else self._lookahead.following
+        if self.ahead is not None and following is not None and step + 1 < self.state.max_steps:
+            if taken is not None:  # otherwise the sampler has the policy's weights already
+                self.sampler.refresh()
+            self.ahead.start(requests_of(prompts_of(following)), self._sampling(step + 1))
+        self._time("generate", started)
+        return responses, lag
+
+    def _sampling(self, step: int) -> SamplingConfig:
+        # The seed is derived from the step, so that a resumed run samples the same responses.
+        seed = sample_seed(self.args.seed, "step", step) % 2**31
+        return SamplingConfig(**self.args.sampling.as_dict() | {"stop": (), "seed": seed, "logprobs": True})
+
+    def make_pairs(self, prompts: Sequence[OnlinePrompt], responses: Any) -> list[dict[str, Any]]:
         """Return the pairs of all processes with reference log-probs attached; every process gets all of them."""
         config, counts = self.args, self.counts
         started = time.monotonic()
-        # Derived from the step, so that a resumed run samples the same responses.
-        seed = sample_seed(config.seed, "step", self.state.global_step) % 2**31
-        sampling = SamplingConfig(**config.sampling.as_dict() | {"stop": (), "seed": seed, "logprobs": True})
-        responses = self._respond(prompts, sampling)
-        started = self._time("generate", started)
         features = self.pair_maker.make(prompts, responses, counts, config.kept_prompts)
         if self.accelerator.is_main_process:
             step = self.state.global_step + 1
@@ -179,8 +237,11 @@ class OnlineTrainer(SPINTrainer):
         return pairs
 
     def _respond(self, prompts: Sequence[OnlinePrompt], sampling: SamplingConfig) -> Any:
+        """Return responses of the present weights, once no other batch is under way."""
+        if self.ahead is not None:
+            self.ahead.land()
         self.sampler.refresh()
-        requests = [PromptRequest(prompt.prompt_id, prompt.token_ids) for prompt in prompts]
+        requests = requests_of(prompts)
         try:
             return self.sampler.respond(requests, sampling)
         except NotFiniteError as error:
@@ -207,10 +268,12 @@ class OnlineTrainer(SPINTrainer):
                 raise self.failed(str(error), error.rows) from error
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the policy and, in a checkpoint, also the reference it is trained against."""
+        """Save the policy and, in a checkpoint, also the reference it is trained against and the batch that was sampled ahead."""
         super().save_model(output_dir, _internal_call)
         if _internal_call and output_dir:
             self.reference.save(Path(output_dir), self._unwrapped(), self.args.should_save)
+            if self.ahead is not None:
+                self.ahead.save(Path(output_dir), self.args.should_save)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
@@ -257,6 +320,16 @@ class OnlineTrainer(SPINTrainer):
             self.counts = StepCounts()
             logs |= training_log(total)
         super().log(logs, start_time)
+
+
+def prompts_of(inputs: PairList) -> list[OnlinePrompt]:
+    """Return the prompts of a batch of this process; none of a stand-in."""
+    return cast("list[OnlinePrompt]", [] if inputs.is_stand_in else inputs.features)
+
+
+def requests_of(prompts: Sequence[OnlinePrompt]) -> list[PromptRequest]:
+    """Return the requests for responses to some prompts."""
+    return [PromptRequest(prompt.prompt_id, prompt.token_ids) for prompt in prompts]
 
 
 def cut(pairs: Sequence[dict[str, Any]], parts: int) -> list[list[dict[str, Any]]]:
