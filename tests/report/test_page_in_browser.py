@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import threading
 from types import SimpleNamespace
 
 import pytest
 
 from benchmarks.page import make_page, open_once
 from spin import cli
+from spin.alignment.pipeline.lock import run_lock
+from spin.alignment.pipeline.manifest import RunManifest, StageRecord
 from spin.alignment.report.page import Page, render_page
 from spin.alignment.report.page_data import page_data
+from spin.alignment.report.serve import make_server
 from spin.alignment.report.summary import evaluation_row
 from tests.helpers import run_main
 from tests.helpers.browser import CHROMIUM, browser
@@ -267,6 +271,35 @@ def test_two_runs_on_one_page(tab, page):
     assert len(rows) == 8 and len(set(rows)) == 8 and all(name.split(": ")[1] for name in rows)
     assert len(shown(tab, "#sample-list article:first-of-type .answer")) == 8
     assert any("no clear change" in text for text in shown(tab, "#results details li"))
+
+
+def test_a_served_page_follows_the_run_and_keeps_what_the_reader_chose(chromium, tmp_path):
+    run_dir = write_finished_run(tmp_path)
+    manifest = RunManifest(run_dir)
+    manifest.stages["iter1/train"] = StageRecord("running", {}, "")
+    manifest.save()
+    later = (run_dir / "iter1").rename(tmp_path / "iter1")
+    server = make_server(run_dir, port=0)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}/"
+    chromium.problems.clear()
+    try:
+        with run_lock(run_dir):
+            chromium.open(address)
+            chromium.wait_for("document.getElementById('live').textContent.includes('iter1/train: running')")
+            assert shown(chromium, ".headline .sentence")[0].startswith("iter0 is the best")
+            row = "[...document.querySelectorAll('#costs tr')].find(row => row.textContent.includes('iter1/train'))"
+            assert chromium.run(f"{row}.cells[2].textContent") == "–"  # its time is not known yet
+            choose(chromium, "search", "3+99")
+            later.rename(run_dir / "iter1")
+            chromium.wait_for(
+                "document.querySelector('.headline .sentence')?.textContent.startsWith('iter1 is the best')"
+            )
+            chromium.wait_for("document.getElementById('sample-count').textContent === '1 of 100 prompts'")
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert {*chromium.problems} <= {f"request to {address}{path}" for path in ("", "live", "version", "favicon.ico")}
 
 
 def test_a_long_run_is_small_and_loads_at_once(chromium, tmp_path):
