@@ -1,5 +1,4 @@
-"""The data card of a folder of prompts, responses or pairs, from which ``datasets.load_dataset`` and the Hub's viewer learn its
-splits."""
+"""The data card of a folder of prompts, responses or pairs, from which ``datasets`` and the Hub's viewer learn its splits."""
 
 from __future__ import annotations
 
@@ -91,7 +90,7 @@ RESPONSES = Kind(
     files=r"(.+)-\d{5,}",
     made="generated",
     unit="responses",
-    note="`convert_data.py` makes preference pairs of them (`--input_dirs`).",
+    note="`convert_data.py` makes preference pairs of them (`--input_dir`).",
     licence="The licence is that of the prompts and of the model that responded, neither of which these files record.",
     tags=("self-play",),
     columns={

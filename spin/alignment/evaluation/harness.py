@@ -13,7 +13,7 @@ from typing import Any
 from spin.alignment.core.console import say_error
 from spin.alignment.core.errors import InputError
 from spin.alignment.evaluation.config import EvaluateConfig
-from spin.alignment.evaluation.harness_models import check_engine, opened_model
+from spin.alignment.evaluation.harness_models import check_engine, free_memory, opened_model
 from spin.alignment.evaluation.statistics import Z95
 
 # (task, examples shown, metric). The leaderboard's numbers of shots: https://huggingface.co/docs/leaderboards/open_llm_leaderboard
@@ -106,7 +106,10 @@ def run_tasks(config: EvaluateConfig, tasks: Sequence[Task]) -> dict[str, Any]:
         InputError: the data of a task cannot be loaded.
     """
     with opened_model(config) as model:
-        return {task.name: _run_task(config, model, task) for task in tasks}
+        found = {task.name: _run_task(config, model, task) for task in tasks}
+    del model  # its memory is needed for generation
+    free_memory()
+    return found
 
 
 def _run_task(config: EvaluateConfig, model: Any, task: Task) -> dict[str, Any]:

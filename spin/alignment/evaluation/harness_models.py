@@ -12,19 +12,19 @@ from typing import Any
 from spin.alignment.evaluation.config import EvaluateConfig
 
 
-@contextmanager
-def opened_model(config: EvaluateConfig) -> Iterator[Any]:
-    """Load the model for the harness, through the engine of the backend if it has one there, and otherwise through
-    transformers. Its memory is free afterwards, for generation.
+def opened_model(config: EvaluateConfig) -> AbstractContextManager[Any]:
+    """Load the model for the harness, through the engine of the backend if it has one there, and otherwise through transformers.
 
     Raises:
         InputError: the engine cannot run the model on this machine.
     """
+    return ENGINES.get(config.backend, _transformers_model)(config)
+
+
+def free_memory() -> None:
+    """Give the memory of objects that nothing refers to back to the device."""
     import torch
 
-    with ENGINES.get(config.backend, _transformers_model)(config) as model:
-        yield model
-    del model
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

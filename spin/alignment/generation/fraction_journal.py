@@ -30,8 +30,10 @@ _CACHED_BYTES = 128 * 2**20
 
 
 def clear_parts(output_dir: Path, split: str, num_rows: int, frac_len: int) -> bool:
-    """Remove the working files of a split once all of its fractions exist, and return whether they do; keep what another split
-    needs."""
+    """Remove the working files of a split once all of its fractions exist, and return whether they do.
+
+    What another split needs is kept.
+    """
     parts = output_dir / PARTS_FOLDER
     numbers = range(num_fractions(num_rows, frac_len))
     if not all(fraction_path(output_dir, split, number).exists() for number in numbers):
