@@ -229,8 +229,8 @@ def _meaning(name: str, kind: Kind) -> str:
     response = next((side for side in (*SIDES, INITIAL) if name.startswith(f"{side}_")), None)
     if response is None:
         return "from the source of the rows"
-    kind = name.removeprefix(f"{response}_")
-    return f"of `{response}`: {_OF_RESPONSES.get(kind, 'a label that a scorer or pairing gave the response')}"
+    what = name.removeprefix(f"{response}_")
+    return f"of `{response}`: {_OF_RESPONSES.get(what, 'a label that a scorer or pairing gave the response')}"
 
 
 def _record_text(provenance: dict[str, Any]) -> str:
