@@ -72,6 +72,11 @@ def test_a_judge_compares_with_another_model(judge, tiny_model, tmp_path):
     assert result["metric"] == "exact_match" and judge.bodies
 
 
+def test_a_baseline_that_does_not_exist_is_named(tiny_model, tmp_path):
+    flags = ("--metric", "exact_match", "--win_rate_by", "exact_match", "--against", tmp_path / "no" / "eval.json")
+    assert "no/eval.json, which does not exist: give the eval.json" in evaluate(tmp_path, tiny_model, *flags, code=2)
+
+
 def test_a_judge_without_a_verdict_is_counted(judge, tiny_model, tmp_path):
     said = judge.say
     judge.say = lambda body: "I cannot say" if "[Response A]\n101\n" in body["messages"][0]["content"] else said(body)
