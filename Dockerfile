@@ -1,5 +1,5 @@
 # A GPU image with the pinned packages of setup.py, and `spin` as its entry point, run as a user without privileges.
-#   docker build -t selfplay-spin .
+#   docker build -t selfplay-spin --build-arg UID="$(id -u)" .
 #   docker run --gpus all --ipc host -v "$PWD:/workspace" selfplay-spin run configs/zephyr_7b.yaml
 # The driver of the host must support the CUDA version of the base image. Models and data are mounted, never part of the image.
 FROM nvidia/cuda:13.0.2-runtime-ubuntu24.04
@@ -10,8 +10,10 @@ RUN apt-get update \
     && apt-get install --yes --no-install-recommends gcc git libc6-dev python3 python3-dev python3-venv \
     && rm -rf /var/lib/apt/lists/*
 
-# Ubuntu 24.04 has a user `ubuntu` with the id 1000, which most hosts give their first user.
-RUN userdel --remove ubuntu && useradd --uid 1000 --create-home spin && mkdir /opt/spin /workspace && chown spin /opt/spin /workspace
+# The user must be able to write to the mounted folder, so it has the id of the one who builds. Ubuntu 24.04 has given 1000, which
+# most hosts give their first user, to a user `ubuntu`.
+ARG UID=1000
+RUN userdel --remove ubuntu && useradd --uid "$UID" --create-home spin && mkdir /opt/spin /workspace && chown spin /opt/spin /workspace
 USER spin
 ENV VIRTUAL_ENV=/opt/spin/venv HF_HOME=/workspace/.cache/huggingface
 ENV PATH=$VIRTUAL_ENV/bin:$PATH PIP_NO_CACHE_DIR=1 PYTHONUNBUFFERED=1

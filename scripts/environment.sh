@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Sourced by test.sh and demo.sh: creates a virtual environment once and installs the project in it.
+# Sourced by test.sh, test_extras.sh and demo.sh: creates a virtual environment once and installs the project in it.
 #
 #   SPIN_VENV       folder of the environment (default: .venv in the project)
 #   SPIN_PYTHON     the interpreter to create it with (default: python3; 3.11 to 3.13)

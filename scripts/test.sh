@@ -9,7 +9,9 @@ Creates a virtual environment (SPIN_VENV, default .venv), installs the project w
 ruff, mypy and pytest. If vLLM cannot be installed, its tests are skipped with a reason; SPIN_TEST_VLLM=1 makes that an
 error, SPIN_TEST_VLLM=0 skips the installation. SmolLM2-135M-Instruct is fetched (scripts/fetch_smollm2.sh); if that is not
 possible, the tests that need it are skipped with a reason. SPIN_TEST_SMOLLM2=FOLDER makes that an error, and SPIN_TEST_SMOLLM2=0
-skips the download. Test files are distributed over SPIN_TEST_WORKERS processes (default 2).
+skips the download. Test files are distributed over SPIN_TEST_WORKERS processes (default 2). Without arguments, the tests of
+lm-evaluation-harness and Trackio follow in an environment of their own (scripts/test_extras.sh); SPIN_TEST_EXTRAS=0 leaves them out,
+and with SPIN_TEST_EXTRAS=1 it is an error if these packages cannot be installed.
 TEXT
 }
 case "${1:-}" in -h | --help) usage; exit 0 ;; esac
@@ -18,6 +20,7 @@ source "$SPIN_ROOT/scripts/environment.sh"
 source "$SPIN_ROOT/scripts/checks.sh"
 cd "$SPIN_ROOT"
 spin_choice SPIN_TEST_VLLM "${SPIN_TEST_VLLM:-auto}" 0 1 auto
+spin_choice SPIN_TEST_EXTRAS "${SPIN_TEST_EXTRAS:-auto}" 0 1 auto
 [ "${SPIN_TEST_WORKERS:-2}" = auto ] || spin_number SPIN_TEST_WORKERS "${SPIN_TEST_WORKERS:-2}" 0 1000 >/dev/null
 
 spin_environment dev
@@ -37,3 +40,6 @@ ruff check .
 ruff format --check .
 mypy
 python -m pytest -n "${SPIN_TEST_WORKERS:-2}" --dist loadfile "$@"
+if [ $# -eq 0 ] && [ "${SPIN_TEST_EXTRAS:-auto}" != 0 ]; then
+    bash scripts/test_extras.sh
+fi

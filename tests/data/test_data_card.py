@@ -41,7 +41,7 @@ def test_datasets_reads_the_splits_from_the_card(folder, tmp_path_factory):
     assert {name: len(rows) for name, rows in loaded.items()} == {"test": 1, "train": 2}
     card = DatasetCard.load(folder / "README.md")
     (config,) = card.data.configs
-    assert config["data_files"][1] == {"split": "train", "path": ["train_prefs-*.parquet"]}
+    assert config["data_files"][1] == {"split": "train", "path": ["train_prefs-[0-9]*.parquet"]}
     assert "| train | 2 | 2 | 3 | 1 |" in card.text
     assert "of `chosen`: a label" in card.text and "list of {role, content}" in card.text
     assert "model: iter0/checkpoint" in card.text and "/somewhere" not in card.text

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from spin.alignment.core.cards import CARD_FILE, read_card
 from spin.alignment.core.parquet import read_skipped
 from spin.alignment.core.provenance import read_provenance
 from spin.alignment.data.chat_encoder import ChatEncoder, load_tokenizer
@@ -267,7 +268,21 @@ def test_two_processes_write_what_one_writes(whole, tiny_model, data, tmp_path):
     ran = run_command([*command, "spin/generate.py", *flags])
     assert ran.returncode == 0, ran.stderr
     assert "rank 0" in ran.stderr or "rank 1" in ran.stderr  # one that starts late may find everything done
-    assert (tmp_path / "train-00000.parquet").read_bytes() == (whole / "train-00000.parquet").read_bytes()
+    for name in ("train-00000.parquet", CARD_FILE):
+        assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_a_card_appears_with_the_last_fraction(tiny_model, data, tmp_path):
+    from datasets import load_dataset
+
+    flags = {"frac_len": NUM_PROMPTS // 2, "max_new_tokens": 2, "num_samples": 2}
+    assert generate(tiny_model, data, tmp_path, data_frac=0, **flags)[0] == 0
+    assert read_card(tmp_path) is None
+    assert generate(tiny_model, data, tmp_path, data_frac="auto", **flags)[0] == 0
+    card = read_card(tmp_path)
+    assert card is not None and f"| train | {-(-NUM_PROMPTS // flags['frac_len'])} | {2 * NUM_PROMPTS} |" in card
+    assert "the model's response" in card and str(tiny_model.parent) not in card
+    assert len(load_dataset(str(tmp_path), split="train", cache_dir=str(tmp_path / "cache"))) == 2 * NUM_PROMPTS
 
 
 def test_schema_is_the_row_format(whole):
@@ -288,7 +303,8 @@ def test_the_shell_script_runs_engines_side_by_side_and_gathers(tiny_model, data
     done = run_shell("generate.sh", 3, "--max_new_tokens", 8, GATHER="0", **settings, **folders)
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in (tmp_path / "generated").iterdir()) == [
-        f"train-{number:05d}.parquet" for number in range(3)
+        CARD_FILE,
+        *(f"train-{number:05d}.parquet" for number in range(3)),
     ]
     again = run_shell("generate.sh", 3, "--max_new_tokens", 8, **settings, **folders)
     assert again.returncode == 0 and again.stdout.count("already complete") == 2

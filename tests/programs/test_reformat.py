@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from spin import reformat
+from spin.alignment.core.cards import front_matter, read_card
 from spin.alignment.core.parquet import open_parquet, read_rows
 from spin.alignment.core.provenance import read_provenance
 from spin.alignment.data.rows import load_prompts
@@ -100,7 +101,10 @@ def test_a_rerun_is_free_and_other_settings_are_refused(tmp_path):
     assert code == 2 and "held out from an earlier data set" in errors
     assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
     run(data, out, "--overwrite")
-    assert [path.name for path in out.iterdir()] == ["train.parquet"], "a stale test split would be trained on"
+    assert sorted(path.name for path in out.glob("*.parquet")) == ["train.parquet"], (
+        "a stale test split would be trained on"
+    )
+    assert [entry["split"] for entry in front_matter(read_card(out))["configs"][0]["data_files"]] == ["train"]
 
 
 def test_an_official_test_split_stands_beside_the_training_split(tmp_path):
@@ -134,7 +138,21 @@ def test_a_killed_run_leaves_nothing_and_the_next_one_cleans_up(tmp_path):
     left = {path.name.split(".")[1] if path.name.startswith(".") else path.name for path in out.iterdir()}
     assert left == {"test.parquet", "train"}, "the test file, and the hidden training file"
     run(data, out, "--test_size", 10)
-    assert sorted(path.name for path in out.iterdir()) == ["test.parquet", "train.parquet"]
+    assert sorted(path.name for path in out.iterdir()) == ["README.md", "test.parquet", "train.parquet"]
+
+
+def test_the_card_names_the_splits_and_is_the_same_each_time(tmp_path):
+    from datasets import load_dataset
+
+    data = write_lines(tmp_path / "a.jsonl", questions(10))
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "notes.parquet").write_text("not ours")
+    for name in ("one", "two"):
+        run(data, tmp_path / name, "--test_size", 3)
+    card = read_card(tmp_path / "one")
+    assert card == read_card(tmp_path / "two") and "| train | 1 | 7 |" in card and str(tmp_path) not in card
+    found = load_dataset(str(tmp_path / "two"), cache_dir=str(tmp_path / "cache"))
+    assert {name: len(rows) for name, rows in found.items()} == {"train": 7, "test": 3}
 
 
 def torn(folder: Path) -> Path:

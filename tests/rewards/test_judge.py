@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import threading
 import time
 
@@ -14,33 +13,16 @@ from spin.alignment.core.server_link import RetryPolicy
 from spin.alignment.rewards import ScorerSettings
 from spin.alignment.rewards.judge import Judge, read_verdict
 from tests.helpers.fake_openai_server import FakeServer
+from tests.helpers.judging import judging_server, longer_wins, reply, shown
 from tests.helpers.scoring import make_group
 
 QUICK = RetryPolicy(attempts=3, first_delay=0.01, timeout=5.0)
 
 
-def reply(text):
-    return {"choices": [{"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}]}
-
-
-def shown(body) -> tuple[str, str]:
-    """The two responses in a question."""
-    content = body["messages"][0]["content"]
-    return tuple(re.search(rf"\[Response {name}\]\n(.*)\n\[End of response {name}\]", content)[1] for name in "AB")
-
-
-def longer_wins(body) -> str:
-    first, second = (len(text) for text in shown(body))
-    return "tie" if first == second else "I think so.\n[[A]]" if first > second else "**[[B]]**"
-
-
 @pytest.fixture
 def server():
-    fake = FakeServer()
-    fake.say = longer_wins
-    fake.behave = lambda handler, body: handler.say(200, reply(fake.say(body)))
-    yield fake
-    fake.close()
+    with judging_server() as fake:
+        yield fake
 
 
 @pytest.fixture

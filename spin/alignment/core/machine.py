@@ -90,3 +90,16 @@ def _gpus() -> str:
         return "none"
     names = [line.strip() for line in listed.splitlines() if line.strip()]
     return "; ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names)) or "none"
+
+
+def size_text(number: float) -> str:
+    """Return bytes as text: ``-`` for none, else in MiB or GiB."""
+    if not number:
+        return "-"
+    return f"{number / GIB:,.1f} GiB" if number >= GIB else f"{number / 2**20:,.1f} MiB"
+
+
+def weights_text(count: float) -> str:
+    """Return a number of weights as text, in billions, millions or thousands: ``7.24B weights``."""
+    unit, scale = next((item for item in (("B", 1e9), ("M", 1e6)) if count >= item[1]), ("k", 1e3))
+    return f"{count / scale:.3g}{unit} weights"

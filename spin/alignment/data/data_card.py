@@ -1,4 +1,4 @@
-"""The data card of a folder of preference pairs, from which ``datasets.load_dataset`` and the Hub's viewer learn its splits."""
+"""The data card of a folder of prompts, responses or pairs, from which ``datasets`` and the Hub's viewer learn its splits."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pyarrow as pa
 import yaml
 
 from spin.alignment.core.cards import TAG, called, markdown_table, portable, render_card, write_card
+from spin.alignment.core.errors import InputError
 from spin.alignment.core.parquet import open_parquet
 from spin.alignment.core.provenance import METADATA_KEY, read_provenance
 from spin.alignment.core.sides import INITIAL, SIDES
@@ -48,6 +49,68 @@ _SIZES = (
 
 
 @dataclasses.dataclass(frozen=True)
+class Kind:
+    """What a folder contains, and what its card says of it.
+
+    Attributes:
+        files: the name of a file without its suffix; the first group is its split. A file of any other name is not described.
+        made: the kind that the provenance of the files names; empty: they need not have any.
+        unit: what a row is.
+        note: a sentence on what to do with the rows.
+        licence: whose licence applies.
+        columns: meanings that differ from those of pairs.
+    """
+
+    title: str
+    intro: str
+    files: str
+    made: str
+    unit: str
+    note: str
+    licence: str
+    tags: tuple[str, ...]
+    columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+_GROUND_TRUTH = f"{_CONVERSATION} the ground truth"
+PROMPTS = Kind(
+    title="Prompts and ground truth for self-play",
+    intro="Prompts with the answers that people or a data set give to them, the ground truth",
+    files=r"(.+)",
+    made="prompts",
+    unit="prompts",
+    note="`generate.py` reads this folder (`--input_dir`), and so do SFT and evaluations.",
+    licence="The licence is that of the source, which these files do not record.",
+    tags=("sft",),
+    columns={"chosen": _GROUND_TRUTH},
+)
+RESPONSES = Kind(
+    title="Responses of a model to its training prompts",
+    intro="The ground truth of each prompt and the responses of one model, in fractions",
+    files=r"(.+)-\d{5,}",
+    made="generated",
+    unit="responses",
+    note="`convert_data.py` makes preference pairs of them (`--input_dir`).",
+    licence="The licence is that of the prompts and of the model that responded, neither of which these files record.",
+    tags=("self-play",),
+    columns={
+        "chosen": f"{_GROUND_TRUTH}; null if the prompt has none",
+        "rejected": f"{_CONVERSATION} the model's response",
+    },
+)
+PAIRS = Kind(
+    title="Preference pairs of self-play",
+    intro="Pairs of responses to the same prompts, one chosen and one rejected",
+    files=rf"(.*){PREFERENCES}(?:-\d+-of-\d+)?",
+    made="",
+    unit="pairs",
+    note="TRL's `DPOTrainer` takes these rows as they are.",
+    licence=RESPONSES.licence,
+    tags=("preference", "dpo", "self-play"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
 class SplitFiles:
     """The files of one split: their split's name, patterns that match them, columns, number of rows, and provenance."""
 
@@ -64,8 +127,8 @@ class SplitFiles:
         return re.sub(r"\W+", "_", self.name)
 
 
-def write_data_card(folder: Path, counts: Mapping[str, Mapping[str, int]]) -> None:
-    """Write the card of a folder with the pairs of some splits.
+def write_data_card(folder: Path, counts: Mapping[str, Mapping[str, int]], kind: Kind = PAIRS) -> None:
+    """Write the card of a folder with some splits.
 
     Args:
         counts: the rows of each split by outcome (``*.counts.json``); empty if they are not known.
@@ -75,7 +138,7 @@ def write_data_card(folder: Path, counts: Mapping[str, Mapping[str, int]]) -> No
     """
     from huggingface_hub import DatasetCardData
 
-    splits = list(_splits_of(folder))
+    splits = list(_splits_of(folder, kind))
     total = sum(split.rows for split in splits)
     data = DatasetCardData(
         configs=[
@@ -85,20 +148,21 @@ def write_data_card(folder: Path, counts: Mapping[str, Mapping[str, int]]) -> No
             }
         ],
         license="unknown",
-        pretty_name="Preference pairs of self-play",
+        pretty_name=kind.title,
         size_categories=[next((name for limit, name in _SIZES if total < limit), "n>10M")],
-        tags=[TAG, "preference", "dpo", "self-play"],
+        tags=[TAG, *kind.tags],
         task_categories=["text-generation"],
     )
     columns = {field.name: field.type for split in splits for field in split.schema}
-    rows = [[f"`{name}`", _type_text(kind), _meaning(name)] for name, kind in columns.items()]
+    rows = [[f"`{name}`", _type_text(type_), _meaning(name, kind)] for name, type_ in columns.items()]
     write_card(
         folder,
         render_card(
             "spin.alignment.data",
             "data_card.md.jinja",
             data,
-            splits_table=_splits_table(splits, counts),
+            kind=kind,
+            splits_table=_splits_table(splits, counts, kind.unit),
             first_split=splits[0].public_name,
             columns_table=markdown_table(["column", "type", "meaning"], rows),
             records=[(split.name, _record_text(split.provenance)) for split in splits],
@@ -106,33 +170,49 @@ def write_data_card(folder: Path, counts: Mapping[str, Mapping[str, int]]) -> No
     )
 
 
-def _splits_of(folder: Path) -> Iterator[SplitFiles]:
-    files = sorted(folder.glob(f"*{PREFERENCES}*.parquet"))
-    for name in dict.fromkeys(path.name.rpartition(PREFERENCES)[0] for path in files):
-        own = [path for path in files if path.name.rpartition(PREFERENCES)[0] == name]
-        numbered = all(re.fullmatch(r"-\d+-of-\d+", path.stem.rpartition(PREFERENCES)[2]) for path in own)
+def _splits_of(folder: Path, kind: Kind) -> Iterator[SplitFiles]:
+    found: dict[str, list[Path]] = {}
+    for path in sorted(folder.glob("*.parquet")):
+        match = re.fullmatch(kind.files, path.stem)
+        if match and (not kind.made or _made_as(path) == kind.made):
+            found.setdefault(match[1], []).append(path)
+    for name, own in found.items():
         opened = [open_parquet(path) for path in own]
         schema = opened[0].schema_arrow
         known = METADATA_KEY in (schema.metadata or {})
         yield SplitFiles(
             name=name,
             files=own,
-            patterns=[f"{glob.escape(name + PREFERENCES)}-*.parquet"]
-            if numbered
-            else [glob.escape(p.name) for p in own],
+            patterns=_patterns(own),
             schema=schema,
             rows=sum(file.metadata.num_rows for file in opened),
             provenance=dataclasses.asdict(read_provenance(schema, own[0])) if known else {},
         )
 
 
-def _splits_table(splits: list[SplitFiles], counts: Mapping[str, Mapping[str, int]]) -> str:
+def _made_as(path: Path) -> str:
+    """Return the kind that a file's provenance names; empty without one, or if it is not a whole parquet file."""
+    try:
+        return read_provenance(open_parquet(path).schema_arrow, path).kind
+    except InputError:
+        return ""
+
+
+def _patterns(files: list[Path]) -> list[str]:
+    """Return patterns that match the files of a split: one for numbered files, of which there may be thousands."""
+    starts = {re.sub(r"-\d+(-of-\d+)?$", "", path.stem) for path in files}
+    if len(starts) == 1 and all(path.stem not in starts for path in files):
+        return [f"{glob.escape(starts.pop())}-[0-9]*.parquet"]
+    return [glob.escape(path.name) for path in files]
+
+
+def _splits_table(splits: list[SplitFiles], counts: Mapping[str, Mapping[str, int]], unit: str) -> str:
     names = list(dict.fromkeys(name for split in splits for name in counts.get(split.name, {})))
     rows = [
         [split.public_name, len(split.files), split.rows, *(counts.get(split.name, {}).get(name, "") for name in names)]
         for split in splits
     ]
-    return markdown_table(["split", "files", "pairs", *names], rows)
+    return markdown_table(["split", "files", unit, *names], rows)
 
 
 def _type_text(kind: pa.DataType) -> str:
@@ -142,15 +222,15 @@ def _type_text(kind: pa.DataType) -> str:
     return f"list of {kind.value_type}" if pa.types.is_list(kind) else str(kind)
 
 
-def _meaning(name: str) -> str:
+def _meaning(name: str, kind: Kind) -> str:
     """Return what a column contains; one that no format knows is a label of a response, or comes from the source."""
-    if name in _COLUMNS:
-        return _COLUMNS[name]
+    if known := kind.columns.get(name) or _COLUMNS.get(name):
+        return known
     response = next((side for side in (*SIDES, INITIAL) if name.startswith(f"{side}_")), None)
     if response is None:
         return "from the source of the rows"
-    kind = name.removeprefix(f"{response}_")
-    return f"of `{response}`: {_OF_RESPONSES.get(kind, 'a label that a scorer or pairing gave the response')}"
+    what = name.removeprefix(f"{response}_")
+    return f"of `{response}`: {_OF_RESPONSES.get(what, 'a label that a scorer or pairing gave the response')}"
 
 
 def _record_text(provenance: dict[str, Any]) -> str:

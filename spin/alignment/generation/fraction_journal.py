@@ -29,12 +29,15 @@ _MERGE_PROMPTS = 256
 _CACHED_BYTES = 128 * 2**20
 
 
-def clear_parts(output_dir: Path, split: str, num_rows: int, frac_len: int) -> None:
-    """Remove the working files of a split once all of its fractions exist; keep what another split needs."""
+def clear_parts(output_dir: Path, split: str, num_rows: int, frac_len: int) -> bool:
+    """Remove the working files of a split once all of its fractions exist, and return whether they do.
+
+    What another split needs is kept.
+    """
     parts = output_dir / PARTS_FOLDER
     numbers = range(num_fractions(num_rows, frac_len))
     if not all(fraction_path(output_dir, split, number).exists() for number in numbers):
-        return
+        return False
     # A worker killed between merging and cleaning up leaves parts of complete fractions.
     for left in [*parts.glob(f"{split}-[0-9][0-9][0-9][0-9][0-9]*"), *parts.glob(f"*prompts-{split}-*")]:
         remove_folder(left) if left.is_dir() else left.unlink(missing_ok=True)
@@ -44,6 +47,7 @@ def clear_parts(output_dir: Path, split: str, num_rows: int, frac_len: int) -> N
             # If it is not empty, another worker is still running and will remove it.
             with contextlib.suppress(OSError):
                 folder.rmdir()
+    return True
 
 
 def remove_folder(folder: Path) -> None:

@@ -289,6 +289,7 @@ def generate(config: GenerateConfig) -> None:
     Raises:
         InputError: the model, the prompts or the output folder cannot be used; raised before a model is loaded.
     """
+    from spin.alignment.data.data_card import RESPONSES, write_data_card
     from spin.alignment.generation import find_backend
     from spin.alignment.generation.fraction_journal import clear_parts
     from spin.alignment.models.folder import check_model_path, model_folder
@@ -311,7 +312,9 @@ def generate(config: GenerateConfig) -> None:
             num_prompts = already_complete(config, stated)
             if not num_prompts:
                 raise
-    clear_parts(Path(config.output_dir), config.split, num_prompts, config.frac_len)
+    folder = Path(config.output_dir)
+    if clear_parts(folder, config.split, num_prompts, config.frac_len):
+        write_data_card(folder, {}, RESPONSES)  # every process that sees the end writes the same bytes
 
 
 def work(config: GenerateConfig, stated: Provenance, model_dir: Path, date: datetime.date | None = None) -> int:

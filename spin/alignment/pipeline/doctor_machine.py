@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from spin.alignment.core.errors import InputError, reason_of
-from spin.alignment.core.machine import GIB
+from spin.alignment.core.machine import GIB, size_text, weights_text
 
 if TYPE_CHECKING:
     from spin.alignment.pipeline.config import RunConfig
@@ -144,8 +144,8 @@ def run_bytes(config: RunConfig) -> tuple[float, str]:
     kept = checkpoints_kept(values)
     total = trainings * (model + kept * checkpoint)
     return total, (
-        f"{trainings} trainings of {weights / 1e9:.2g}B weights need about {total / GIB:.1f} GiB: each a model of "
-        f"{model / GIB:.1f} GiB and {kept} checkpoints of {checkpoint / GIB:.1f} GiB with optimiser states"
+        f"{trainings} trainings of {weights_text(weights)} need about {size_text(total)}: each a model of "
+        f"{size_text(model)} and {kept} checkpoint{'s' * (kept != 1)} of {size_text(checkpoint)} with optimiser states"
     )
 
 

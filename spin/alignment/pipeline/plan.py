@@ -10,7 +10,7 @@ from pathlib import Path
 
 from spin.alignment.core.console import say
 from spin.alignment.core.errors import InputError
-from spin.alignment.core.machine import GIB
+from spin.alignment.core.machine import GIB, size_text, weights_text
 from spin.alignment.models.folder import model_folder, read_config_file
 from spin.alignment.pipeline.config import RunConfig, load_run_config, open_run
 from spin.alignment.pipeline.planning.arithmetic import FAMILIES, ModelShape, shape_of
@@ -68,7 +68,10 @@ def model_shape(config: RunConfig, given: str | None = None) -> ModelShape:
         if not isinstance(values, dict):
             raise InputError(f"--model_config {given} is not a JSON object: give a model's config.json")
         return shape_of(values, given)
-    folder = model_folder(config.model, config.model_revision, needs_weights=False)
+    try:
+        folder = model_folder(config.model, config.model_revision, needs_weights=False)
+    except InputError as error:
+        raise InputError(f"{error}; or give its config.json, or that of a similar one, with --model_config") from error
     values = read_config_file(folder)
     if values.get("model_type") in FAMILIES:
         return shape_of(values, str(folder / "config.json"))
@@ -189,13 +192,6 @@ def memory_text(demand: Demand, memory: float) -> str:
     return f"{text} + {demand.host / GIB:.0f} host" if demand.host else text
 
 
-def size_text(number: float) -> str:
-    """Return bytes as text: ``-`` for none, else in MiB or GiB."""
-    if not number:
-        return "-"
-    return f"{number / GIB:,.1f} GiB" if number >= GIB else f"{number / 2**20:,.1f} MiB"
-
-
 def time_text(seconds: float | None) -> str:
     """Return a time in hours, or in seconds below six minutes; a question mark if it is not known."""
     if seconds is None:
@@ -209,7 +205,7 @@ def show_plan(path: str, arguments: Sequence[str]) -> None:
     plan = make_plan(path, arguments)
     device = plan.fleet.device
     peak = f"{device.tflops:g} TFLOP/s at {plan.fleet.utilization:.0%}" if device.tflops else "peak not known"
-    say(f"{path}: model of {plan.shape.weights / 1e9:.3g}B weights")
+    say(f"{path}: model of {weights_text(plan.shape.weights)}")
     say(f"devices: {plan.fleet.processes} x {device.name}, {device.memory:.0f} GiB each, {peak}")
     for source in plan.sources:
         say(f"prompts: {source}")

@@ -32,7 +32,7 @@ class StageCost:
         speed = self.tokens / self.seconds if self.tokens and self.seconds else None
         cost = None if price_per_hour is None else price_per_hour * self.seconds / 3600
         return [
-            (duration(self.seconds), self.seconds),
+            (duration(self.seconds) if self.seconds or self.state != "running" else "–", self.seconds),
             (f"{self.seconds / total:.0%}" if total else "–", self.seconds),
             (f"{self.tokens:,}" if self.tokens is not None else "–", self.tokens),
             (f"{speed:,.0f}" if speed is not None else "–", speed),

@@ -153,7 +153,8 @@ def logged_estimate(key: str, logged: dict[str, Any], name: str) -> dict[str, An
 
 def evaluation_row(evaluation: dict[str, Any]) -> dict[str, Any]:
     """Flatten eval.json: greedy_exact, sampled_exact (T=1), sampled_exact_t05 for T=0.5 and so on, and the other averages; each
-    with its standard error (``_se``) and 95 % interval (``_interval``). ``groups`` has the scores of each group of rows.
+    with its standard error (``_se``) and 95 % interval (``_interval``). ``groups`` has the scores of each group of rows, and
+    ``parts`` the further numbers of the metric under the same names.
     """
     if not evaluation:
         return {}
@@ -164,6 +165,8 @@ def evaluation_row(evaluation: dict[str, Any]) -> dict[str, Any]:
         row["exact_at"][temperature] = scores["exact"]
     if "groups" in evaluation:
         row["groups"] = {name: group_row(averages) for name, averages in evaluation["groups"].items()}
+    if parts := part_rows(evaluation["temperatures"]):
+        row["parts"] = parts
     shown = evaluation["temperatures"].get("1") or next(iter(evaluation["temperatures"].values()))
     for name in ("mean_length", "truncation_rate", "finished_rate", "repetition_rate", "distinct_1", "distinct_2"):
         row |= estimate(name, shown, name)
@@ -185,6 +188,15 @@ def group_row(averages: dict[str, Any]) -> dict[str, Any]:
     for temperature, scores in averages["temperatures"].items():
         row |= estimate(exact_key(temperature), scores, "exact")
     return row
+
+
+def part_rows(temperatures: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return the further numbers of the metric by name, each at every temperature, named as in :func:`evaluation_row`."""
+    found: dict[str, dict[str, Any]] = {}
+    for temperature, scores in temperatures.items():
+        for name, values in scores.get("parts", {}).items():
+            found[name] = found.get(name, {}) | estimate(exact_key(temperature), values, "value")
+    return found
 
 
 def task_key(name: str) -> str:

@@ -128,7 +128,10 @@ class Judge:
         failures = sum(verdict is None for verdict in found.values())
         if failures:
             self.unreadable += failures
-            logger.warning("judge: %d of %d replies could not be parsed", failures, len(found))
+            logger.warning(
+                "judge: %d of %d replies could not be parsed: no [[A]], [[B]] or [[tie]] in %d tokens (scorer_max_length)",
+                *(failures, len(found), self.reply_tokens),
+            )
         return [found[item.key] if item.key in found else self.cache[item.key] for item in questions]
 
     async def _ask(self, question: Question) -> Any:

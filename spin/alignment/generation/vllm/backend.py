@@ -97,6 +97,54 @@ def _set_defaults() -> None:
         os.environ.setdefault(f"VLLM_{name}", value)
 
 
+def import_engine() -> tuple[Any, Any]:
+    """Return vLLM's class ``LLM``, and the platform that it has found this machine to be.
+
+    Raises:
+        InputError: vLLM cannot be imported.
+    """
+    try:
+        from vllm import LLM
+        from vllm.platforms import current_platform
+    except ImportError as error:
+        raise InputError(f"vLLM is installed but cannot be imported ({error}): {INSTALL_HINT}") from error
+    return LLM, current_platform
+
+
+def engine_arguments(settings: BackendSettings, dtype: str) -> dict[str, Any]:
+    """Return how the engine of a model is started on this machine, as arguments of vLLM's ``LLM``.
+
+    Args:
+        dtype: the precision to compute in; ``auto`` is that of the checkpoint.
+
+    Raises:
+        InputError: vLLM cannot be imported, or cannot run the model on this machine.
+    """
+    _, platform = import_engine()
+    folder = model_folder(settings.model, settings.revision)
+    config = check_model(folder, trust_remote_code=settings.trust_remote_code)
+    on_cpu = platform.is_cpu()
+    if on_cpu:
+        _check_cpu_head_size(config, settings.model)
+    if settings.batch_invariant:
+        _check_batch_invariance()
+    return {
+        "revision": settings.revision,
+        "dtype": _engine_dtype(dtype, config.dtype),
+        "tensor_parallel_size": settings.tensor_parallel_size,
+        "max_model_len": settings.max_model_len,
+        "gpu_memory_utilization": settings.gpu_memory_utilization,
+        "trust_remote_code": settings.trust_remote_code,
+        # Otherwise vLLM takes sampling defaults from the model's generation_config.json.
+        "generation_config": "vllm",
+        # Compiling for a CPU costs more than it saves; on a GPU the captured graphs pay off.
+        "enforce_eager": on_cpu,
+        # vLLM 0.32 rewinds a request's generator after a partial prefill, which only GPU generators support.
+        "enable_chunked_prefill": False if on_cpu else None,
+        "disable_log_stats": True,
+    }
+
+
 @contextmanager
 def engine_environment(settings: BackendSettings) -> Iterator[None]:
     """Set the environment in which an engine starts its processes, and restore the launcher's afterwards.
@@ -149,6 +197,13 @@ def _adapter_request(number: int, folder: str) -> Any:
     return LoRARequest(f"adapter-{number}", number, str(Path(folder).resolve()))
 
 
+def shut_down(engine: Any) -> None:
+    """End the processes of an engine, a ``vllm.LLM``."""
+    shutdown = getattr(engine.llm_engine.engine_core, "shutdown", None)
+    if shutdown is not None:
+        shutdown()
+
+
 class VLLMBackend(GenerationBackend):
     """One engine, from construction to :meth:`close`; each process has an independent engine."""
 
@@ -168,44 +223,20 @@ class VLLMBackend(GenerationBackend):
             self.sleep()
 
     def _start(self) -> None:
-        try:
-            from vllm import LLM
-        except ImportError as error:
-            raise InputError(f"vLLM is installed but cannot be imported ({error}): {INSTALL_HINT}") from error
-        import torch
-        from vllm.platforms import current_platform
-
         settings = self.settings
-        folder = model_folder(settings.model, settings.revision)
-        config = check_model(folder, trust_remote_code=settings.trust_remote_code)
-        on_cpu = not torch.cuda.is_available()
-        if on_cpu:
-            _check_cpu_head_size(config, settings.model)
-        if settings.batch_invariant:
-            _check_batch_invariance()
-        lends = settings.beside_training and not settings.keeps_memory
-        self._sleeps = lends and current_platform.is_sleep_mode_available()
         dtype = decoding_dtype(settings.model, settings.revision, settings.dtype)
+        arguments = engine_arguments(settings, dtype)
+        engine, platform = import_engine()
+        lends = settings.beside_training and not settings.keeps_memory
+        self._sleeps = lends and platform.is_sleep_mode_available()
         self._guard = EngineGuard()
-        self.engine: Any = LLM(
+        self.engine: Any = engine(
             model=settings.model,
-            revision=settings.revision,
-            dtype=_engine_dtype(dtype, config.dtype),
-            tensor_parallel_size=settings.tensor_parallel_size,
-            max_model_len=settings.max_model_len,
-            gpu_memory_utilization=settings.gpu_memory_utilization,
-            trust_remote_code=settings.trust_remote_code,
-            # Otherwise vLLM takes sampling defaults from the model's generation_config.json.
-            generation_config="vllm",
-            # Compiling for a CPU costs more than it saves; on a GPU the captured graphs pay off.
-            enforce_eager=on_cpu,
-            # vLLM 0.32 rewinds a request's generator after a partial prefill, which only GPU generators support.
-            enable_chunked_prefill=False if on_cpu else None,
             # The samples of a prompt share its keys and values.
             enable_prefix_caching=True,
-            disable_log_stats=True,
             enable_sleep_mode=self._sleeps,
             worker_extension_cls=f"{WeightReceiver.__module__}.{WeightReceiver.__qualname__}",
+            **arguments,
             **self._adapter_settings(),
             **({} if settings.batch_size is None else {"max_num_seqs": settings.batch_size}),
         )
@@ -347,9 +378,7 @@ class VLLMBackend(GenerationBackend):
         """Shut the engine down and free the device memory."""
         import torch
 
-        shutdown = getattr(self.engine.llm_engine.engine_core, "shutdown", None)
-        if shutdown is not None:
-            shutdown()
+        shut_down(self.engine)
         del self.engine
         gc.collect()
         self._guard.close()

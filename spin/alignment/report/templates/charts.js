@@ -182,16 +182,27 @@ const charts = (() => {
     ].filter((item) => item.values.some((value) => value !== null));
   }
 
-  for (const [key, title] of report.measures) {
-    const series = runs.flatMap((run, number) => curvesOf(run, number, key));
-    if (series.length) {
-      charts.add(box, title, positions, series, {
-        xAxis,
-        xLabel: { name: "model", text: (x) => names[x] },
-        xRange: () => [-0.35, Math.max(0.35, names.length - 0.65)],
-      });
-    }
+  function addOver(title, series) {
+    if (!series.length) return;
+    charts.add(box, title, positions, series, {
+      xAxis,
+      xLabel: { name: "model", text: (x) => names[x] },
+      xRange: () => [-0.35, Math.max(0.35, names.length - 0.65)],
+    });
   }
+
+  // The scores of groups of prompts, or the parts of a metric: one curve for each, of self-play only.
+  function breakdownOf({ kind, key, names: parts }) {
+    const places = runs.flatMap((run) => parts.map((part) => ({ run, part })));
+    return places.map(({ run, part }, color) => {
+      const own = names.map((place) => run.rows.find((row) => isInLine(row) && row.label === place)?.[kind][part]);
+      const at = (name) => own.map((found) => found?.[name] ?? null);
+      return { label: `${run.name} ${part}`.trim(), values: at(key), intervals: at(`${key}_interval`), color };
+    }).filter((item) => item.values.some((value) => value !== null));
+  }
+
+  for (const [key, title] of report.measures) addOver(title, runs.flatMap((run, number) => curvesOf(run, number, key)));
+  for (const chart of report.breakdowns) addOver(chart.title, breakdownOf(chart));
 })();
 
 // Metrics over the steps of training: one chart for each, one curve for each model.
