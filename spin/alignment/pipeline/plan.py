@@ -40,9 +40,12 @@ def make_plan(path: str | Path, arguments: Sequence[str] = ()) -> Plan:
     """
     options, overrides = split_arguments(arguments)
     config = load_run_config(path, overrides)
-    processes = config.launch.num_processes
-    fleet = make_fleet(options.gpu, options.gpus, options.nodes, options.gpu_memory, options.peak_tflops, processes)
+    launch = config.launch
+    processes, nodes = launch.num_processes // launch.nodes, options.nodes or launch.nodes
+    fleet = make_fleet(options.gpu, options.gpus, nodes, options.gpu_memory, options.peak_tflops, processes)
     fleet = replace(fleet, utilization=options.utilization)
+    if launch.generate_processes is not None and fleet.gpus is None:
+        fleet = replace(fleet, gpus=fleet.processes)  # engines of several GPUs share those of the training
     shape, splits = model_shape(config, options.model_config), read_splits(config, options)
     demands = plan_stages(config, shape, splits, fleet)
     if options.rates is not None:
