@@ -63,13 +63,14 @@ class RayCluster(RemoteCluster):
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        look = ray.remote(look_at_folder).options(num_cpus=0, max_retries=0)
+        look = ray.remote(look_at_folder)
         arguments = (str(self.folder), self.token, str(Path.cwd()))
         asked = {}
         for node in ray.nodes():
             if node["Alive"]:
                 only_there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-                asked[look.options(scheduling_strategy=only_there).remote(*arguments, node["NodeID"])] = node
+                asking = look.options(num_cpus=0, max_retries=0, scheduling_strategy=only_there)
+                asked[asking.remote(*arguments, node["NodeID"])] = node
         ray.wait(list(asked), num_returns=len(asked), timeout=_CHECK_SECONDS)
         for answer, node in asked.items():
             try:
@@ -97,16 +98,22 @@ class RayCluster(RemoteCluster):
         import ray
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        resources = {"num_cpus": self.cpus_per_node(task), "num_gpus": self.gpus_per_node(task)}
-        start = ray.remote(run_on_node).options(**resources, max_retries=0)
-        arguments = (str(task.folder), {**shared_environment(), **self.environment})
-        if task.program.nodes == 1:
-            return RayHandle([start.options(scheduling_strategy="SPREAD").remote(0, *arguments)], None)
-        bundle = {"CPU": resources["num_cpus"], "GPU": resources["num_gpus"]}
-        group = ray.util.placement_group([bundle] * task.program.nodes, strategy="SPREAD")
-        places = [PlacementGroupSchedulingStrategy(group, rank) for rank in range(task.program.nodes)]
-        started = [start.options(scheduling_strategy=place).remote(n, *arguments) for n, place in enumerate(places)]
-        return RayHandle(started, group)
+        cpus, gpus, nodes = self.cpus_per_node(task), self.gpus_per_node(task), task.program.nodes
+        group, places = None, ["SPREAD"]
+        if nodes > 1:
+            group = ray.util.placement_group([{"CPU": cpus, "GPU": gpus}] * nodes, strategy="SPREAD")
+            places = [PlacementGroupSchedulingStrategy(group, rank) for rank in range(nodes)]
+        on_node = ray.remote(run_on_node)
+        environment = {**shared_environment(), **self.environment}
+        return RayHandle(
+            [
+                on_node.options(num_cpus=cpus, num_gpus=gpus, max_retries=0, scheduling_strategy=place).remote(
+                    rank, str(task.folder), environment
+                )
+                for rank, place in enumerate(places)
+            ],
+            group,
+        )
 
 
 class RayHandle(Handle):
