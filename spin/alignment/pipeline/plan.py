@@ -225,9 +225,10 @@ def show_plan(path: str, arguments: Sequence[str]) -> None:
         say(f"remark: {remark}")
     if not device.tflops and options.rates is None:
         say("remark: times of models need --gpu, --peak_tflops or --rates")
-    if plan.fleet.nodes > 1:
-        say("remark: spin run starts its programs on one machine; with several, start them as in docs/multi_node.md")
-    _say_disk(load_run_config(path, overrides), sum(item.disk for item in plan.demands))
+    config = load_run_config(path, overrides)
+    if plan.fleet.nodes > 1 and config.launch.nodes == 1:
+        say("remark: spin run starts its programs on one machine unless launch.nodes and launch.cluster say otherwise")
+    _say_disk(config, sum(item.disk for item in plan.demands))
     if options.explain:
         _say_formulas(plan.demands)
 

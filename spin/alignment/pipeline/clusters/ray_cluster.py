@@ -168,8 +168,10 @@ def _failure_of(reference: Any) -> str | None:
 
     try:
         return None if ray.get(reference) == 0 else ""
+    except ray.exceptions.RayTaskError as error:  # its text is a traceback
+        return str(error).strip().splitlines()[-1]
     except ray.exceptions.RayError as error:
-        return str(error).strip().splitlines()[0]
+        return str(error).strip().splitlines()[0].partition(". ")[0]
 
 
 def run_on_node(rank: int, folder: str, given: Mapping[str, str]) -> int:

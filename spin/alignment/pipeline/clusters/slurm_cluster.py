@@ -95,6 +95,7 @@ class SlurmHandle(Handle):
             self._sbatch = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=environment, start_new_session=True
             )
+        self._is_unwanted = False  # to be cancelled, as soon as it has a number
 
     def job(self) -> str | None:
         """Return the number of the job, once it has been submitted."""
@@ -105,6 +106,7 @@ class SlurmHandle(Handle):
     def poll(self) -> Ending | None:
         code = self._sbatch.poll()
         if code is None:
+            self._cancel_if_known()
             return None
         job = self.job()
         if job is None:
@@ -121,7 +123,12 @@ class SlurmHandle(Handle):
         return Ending(code == 0, f"Slurm job {job} ended with exit code {code}" if code else "")
 
     def cancel(self) -> None:
-        if (job := self.job()) is not None:
+        self._is_unwanted = True
+        self._cancel_if_known()
+
+    def _cancel_if_known(self) -> None:
+        if self._is_unwanted and (job := self.job()) is not None:
+            self._is_unwanted = False
             ask("scancel", job)
 
     def kill(self) -> None:

@@ -173,7 +173,7 @@ class Team:
         self.failed_log = log_path(self.settings.run_dir, member.task.log_name(rank))
         if stalled := next((item["reason"] for item in found.values() if item["reason"]), ""):
             raise ProgramStalled(stalled)
-        lost = f"was lost ({ending.reason or 'it left no exit code'})"
+        lost = f"was lost ({ending.reason or 'it was ended from outside'})"
         why = f"failed with exit code {failed[rank]}" if failed else lost
         if member.restarts < self.settings.launch.retries:
             self._restart(member, why)
