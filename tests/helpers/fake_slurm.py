@@ -76,7 +76,7 @@ def sbatch(jobs: Path, words: list[str]) -> int:
 def srun(jobs: Path, words: list[str]) -> int:
     _, command = _options(words)
     nodes = int(os.environ["SLURM_JOB_NUM_NODES"])
-    places = [{"SLURM_PROCID": str(rank), "SLURMD_NODENAME": "localhost"} for rank in range(nodes)]
+    places = [{"SLURM_PROCID": str(rank), "SPIN_NODE_ADDRESS": "127.0.0.1"} for rank in range(nodes)]
     started = [subprocess.Popen(command, env={**os.environ, **place}) for place in places]
 
     def end(*_: object) -> None:

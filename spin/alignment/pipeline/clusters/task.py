@@ -113,7 +113,7 @@ class Task:
 
 def own_address() -> str:
     """Return the address under which other machines of the cluster reach this one."""
-    return os.environ.get(ADDRESS_VARIABLE) or os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    return os.environ.get(ADDRESS_VARIABLE) or socket.gethostname()
 
 
 def free_port() -> int:
