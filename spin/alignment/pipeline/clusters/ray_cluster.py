@@ -99,7 +99,8 @@ class RayCluster(RemoteCluster):
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         cpus, gpus, nodes = self.cpus_per_node(task), self.gpus_per_node(task), task.program.nodes
-        group, places = None, ["SPREAD"]
+        group: Any = None
+        places: list[Any] = ["SPREAD"]
         if nodes > 1:
             group = ray.util.placement_group([{"CPU": cpus, "GPU": gpus}] * nodes, strategy="SPREAD")
             places = [PlacementGroupSchedulingStrategy(group, rank) for rank in range(nodes)]
