@@ -73,13 +73,12 @@ class LocalRay:
 
 @pytest.fixture(scope="module")
 def local_ray():
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = str(REPOSITORY)
-    ray = LocalRay()
-    yield ray
-    ray.cluster.shutdown()
-    os.environ.pop("PYTHONPATH")
-    os.environ.update({} if before is None else {"PYTHONPATH": before})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(REPOSITORY))
+        patch.setenv("RAY_worker_niceness", "0")  # of 15 by default: on a busy machine its tasks would hardly get a core
+        ray = LocalRay()
+        yield ray
+        ray.cluster.shutdown()
 
 
 @pytest.fixture
