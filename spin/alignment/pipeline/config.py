@@ -107,8 +107,6 @@ class RunConfig:
             parse_date(self.template_date)
         if self.launch.config_file and not Path(self.launch.config_file).is_file():
             raise InputError(f"launch.config_file {self.launch.config_file} does not exist: give an accelerate config")
-        if self.launch.parallel and (self.launch.num_processes > 1 or self.launch.config_file):
-            raise InputError("launch.parallel shares one machine between single processes: set it to false")
         if not self.run_dir or not self.model or not self.data.train:
             raise InputError("run_dir, model and data.train must not be empty: give a folder for each")
         if self.data.test_pairs and not self.data.test:

@@ -35,6 +35,7 @@ OPTIONAL: dict[str, tuple[tuple[str, ...], str, str, str | None]] = {
     "peft": (("peft",), "import peft", "use_peft", "peft"),
     "bitsandbytes": (("bitsandbytes",), "import bitsandbytes", "load_in_4bit", "qlora"),
     "gguf": (("gguf",), "import gguf", "spin import-gguf", "gguf"),
+    "ray": (("ray",), "import ray", "launch.cluster: ray", "ray"),
     "flash_attn": (("flash-attn",), "import flash_attn", "attn_implementation: flash_attention_2", None),
 }
 _RUN_DISK = "disk of the run"

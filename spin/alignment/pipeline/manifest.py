@@ -36,7 +36,8 @@ class DamagedManifest(InputError):
 class StageRecord:
     """One stage: ``inputs`` maps setting names and file names to values and content hashes.
 
-    ``outputs`` maps paths relative to the run directory to ``{hash, size, mtime_ns}``; ``seconds`` adds up over restarts.
+    ``outputs`` maps paths relative to the run directory to ``{hash, size, mtime_ns}``; ``seconds`` adds up over restarts,
+    and so does ``usage``, the numbers of :class:`spin.alignment.pipeline.clusters.Usage` (empty on one machine).
     """
 
     state: State
@@ -46,6 +47,14 @@ class StageRecord:
     seconds: float = 0.0
     started_at: str = ""
     finished_at: str = ""
+    usage: dict[str, float] = field(default_factory=dict)
+
+    def add(self, seconds: float, usage: Mapping[str, float]) -> None:
+        """Add what an attempt took; numbers that are 0 are not recorded."""
+        self.seconds += seconds
+        for name, value in usage.items():
+            if value:
+                self.usage[name] = self.usage.get(name, 0) + value
 
 
 class RunManifest:
@@ -138,19 +147,23 @@ class RunManifest:
             earlier = self.stages.get(stage)
             # The seconds of an interrupted attempt count only if it had the same inputs, since only then its results are used.
             resumed = earlier is not None and earlier.state != "done" and not self.changes(stage, inputs)
-            seconds = earlier.seconds if earlier is not None and resumed else 0.0
             hash_ = hash_json(dict(inputs))
-            self.stages[stage] = StageRecord("running", dict(inputs), hash_, seconds=seconds, started_at=now())
+            record = StageRecord("running", dict(inputs), hash_, started_at=now())
+            if earlier is not None and resumed:
+                record.add(earlier.seconds, earlier.usage)
+            self.stages[stage] = record
             self.save()
 
-    def stop(self, stage: str, seconds: float, interrupted: bool = False) -> None:
+    def stop(
+        self, stage: str, seconds: float, interrupted: bool = False, usage: Mapping[str, float] | None = None
+    ) -> None:
         """Record that a stage ended without being complete: it failed, or it was ``interrupted``, as a killed one is.
 
         The record of an interrupted stage is that of a running one; that nobody holds the lock of the run tells them apart.
         """
         with self._mutex:
             self.stages[stage].state = "running" if interrupted else "failed"
-            self.stages[stage].seconds += seconds
+            self.stages[stage].add(seconds, usage or {})
             self.save()
 
     def stop_run(self, stopped: Mapping[str, Any] | None) -> None:
@@ -159,7 +172,9 @@ class RunManifest:
             self.stopped = None if stopped is None else dict(stopped)
             self.save()
 
-    def finish(self, stage: str, outputs: Iterable[Path], seconds: float) -> None:
+    def finish(
+        self, stage: str, outputs: Iterable[Path], seconds: float, usage: Mapping[str, float] | None = None
+    ) -> None:
         """Record a complete stage with the content of its outputs; the last thing a stage does."""
         facts = {}
         for path in sorted(outputs):
@@ -172,7 +187,7 @@ class RunManifest:
         with self._mutex:
             record = self.stages[stage]
             record.state, record.outputs, record.finished_at = "done", facts, now()
-            record.seconds += seconds
+            record.add(seconds, usage or {})
             self.save()
 
 
@@ -232,6 +247,7 @@ def _is_record(record: Mapping[str, Any]) -> bool:
         and isinstance(record.get("inputs"), dict)
         and isinstance(record.get("inputs_hash"), str)
         and isinstance(record.get("seconds", 0.0), int | float)
+        and isinstance(record.get("usage", {}), dict)
         and all(isinstance(item, dict) and {"hash", "size", "mtime_ns"} <= item.keys() for item in facts)
     )
 

@@ -40,9 +40,12 @@ def make_plan(path: str | Path, arguments: Sequence[str] = ()) -> Plan:
     """
     options, overrides = split_arguments(arguments)
     config = load_run_config(path, overrides)
-    processes = config.launch.num_processes
-    fleet = make_fleet(options.gpu, options.gpus, options.nodes, options.gpu_memory, options.peak_tflops, processes)
+    launch = config.launch
+    processes, nodes = launch.num_processes // launch.nodes, options.nodes or launch.nodes
+    fleet = make_fleet(options.gpu, options.gpus, nodes, options.gpu_memory, options.peak_tflops, processes)
     fleet = replace(fleet, utilization=options.utilization)
+    if launch.generate_processes is not None and fleet.gpus is None:
+        fleet = replace(fleet, gpus=fleet.processes)  # engines of several GPUs share those of the training
     shape, splits = model_shape(config, options.model_config), read_splits(config, options)
     demands = plan_stages(config, shape, splits, fleet)
     if options.rates is not None:
@@ -218,9 +221,10 @@ def show_plan(path: str, arguments: Sequence[str]) -> None:
         say(f"remark: {remark}")
     if not device.tflops and options.rates is None:
         say("remark: times of models need --gpu, --peak_tflops or --rates")
-    if plan.fleet.nodes > 1:
-        say("remark: spin run starts its programs on one machine; with several, start them as in docs/multi_node.md")
-    _say_disk(load_run_config(path, overrides), sum(item.disk for item in plan.demands))
+    config = load_run_config(path, overrides)
+    if plan.fleet.nodes > 1 and config.launch.nodes == 1:
+        say("remark: spin run starts its programs on one machine unless launch.nodes and launch.cluster say otherwise")
+    _say_disk(config, sum(item.disk for item in plan.demands))
     if options.explain:
         _say_formulas(plan.demands)
 

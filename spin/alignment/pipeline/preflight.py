@@ -25,9 +25,11 @@ def check_before_start(config: RunConfig, source: str) -> None:
     from spin.alignment.models.folder import check_model_path, model_folder
     from spin.alignment.models.vocabulary import check_control_tokens
     from spin.alignment.models.weights_check import check_model
+    from spin.alignment.pipeline.clusters import CLUSTERS
     from spin.alignment.pipeline.launch_config import check_launch_config
 
     check_launch_config(config.launch)
+    CLUSTERS[config.launch.cluster].check(config.launch)
     needs_weights = not (config.sft or {}).get("init_from_config", False)
     check_model_path(config.model, needs_weights)
     check_settings(config, source)

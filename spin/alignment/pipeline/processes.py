@@ -26,8 +26,17 @@ _TERMINATION_SECONDS = 20.0
 PipeId = tuple[int, int]
 
 
-class ProgramStalled(Exception):
+class ProgramEnded(Exception):
+    """A program ended without an exit code that says why; the message does."""
+
+
+class ProgramStalled(ProgramEnded):
     """A program made no progress for too long and was ended; the message says what its processes were doing."""
+
+
+def log_path(run_dir: Path, stage: str) -> Path:
+    """Return the log of a stage, or of one of its tasks."""
+    return run_dir / "logs" / f"{stage.replace('/', '-')}.log"
 
 
 class ChildPrograms:
@@ -63,7 +72,7 @@ class ChildPrograms:
         self._stopped = False
 
     def log_path(self, stage: str) -> Path:
-        return self.run_dir / "logs" / f"{stage.replace('/', '-')}.log"
+        return log_path(self.run_dir, stage)
 
     def run(self, stage: str, command: Sequence[str], folder: Path | None = None) -> int:
         """Run one command and wait for it; ``folder`` is where its files change.
@@ -216,20 +225,9 @@ def python_command(program: Path, arguments: Sequence[str]) -> list[str]:
     return [sys.executable, str(program), *arguments]
 
 
-def accelerate_command(
-    program: Path, arguments: Sequence[str], num_processes: int, config_file: str | None
-) -> list[str]:
-    """Return the command of a program in ``num_processes`` processes (plain Python for one without ``config_file``)."""
-    if num_processes == 1 and config_file is None:
-        return python_command(program, arguments)
-    launcher = [sys.executable, "-m", "spin.alignment.pipeline.launch", f"--num_processes={num_processes}"]
-    if config_file is not None:
-        launcher.append(f"--config_file={config_file}")
-    else:
-        # --multi_gpu makes accelerate start N processes on this machine; without GPUs they run on the CPU.
-        launcher += ["--multi_gpu", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
-        launcher.append("--main_process_port=0")
-    return [*launcher, str(program), *arguments]
+def launcher_command(arguments: Sequence[str]) -> list[str]:
+    """Return the command of accelerate launch with its arguments, as the programs of a run are started with it."""
+    return [sys.executable, "-m", "spin.alignment.pipeline.launch", *arguments]
 
 
 def orphans(run_dir: Path) -> list[int]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
-from spin.alignment.core.settings import check_settings, setting
+from spin.alignment.core.errors import InputError
+from spin.alignment.core.settings import check_settings, default_of, setting
 from spin.alignment.data.source_names import with_config
 
 
@@ -52,12 +53,19 @@ class RunData:
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """How the GPU programs are started: plain Python for one process without ``config_file``, otherwise accelerate."""
+    """How and where the programs are started: plain Python for one process without ``config_file``, otherwise accelerate."""
 
     num_processes: int = setting(
         1,
-        "processes for generation and for every training: one is plain Python, more use accelerate launch",
+        "processes of every training, on all machines together, and of generation and evaluation unless generate_processes "
+        "says otherwise: one is plain Python, more use accelerate launch",
         group="launch",
+        ge=1,
+    )
+    generate_processes: int | None = setting(
+        None,
+        "processes of generation and evaluation, an engine each; fewer than those of training if an engine has several GPUs",
+        unset="launch.num_processes",
         ge=1,
     )
     config_file: str | None = setting(
@@ -69,11 +77,54 @@ class LaunchConfig:
         ge=0,
     )
     parallel: bool = setting(
-        False, "train the control and score models in parallel with self-play, one thread each, if there are free cores"
+        False,
+        "train the control and score models in parallel with self-play, if there are free cores (on this machine, one thread "
+        "each) or free machines (on a cluster)",
     )
+    cluster: Literal["local", "ray", "slurm"] = setting(
+        "local", "where the programs run: on this machine, or as tasks of a Ray or Slurm cluster (docs/multi_node.md)"
+    )
+    nodes: int = setting(1, "machines of a training or evaluation on a cluster, with equally many processes each", ge=1)
+    gpus: bool = setting(
+        True,
+        "on a cluster, give each process that computes with a model a GPU of its own (an engine: tensor_parallel_size); false: "
+        "machines without GPUs",
+    )
+    cpus: int = setting(1, "on a cluster, the cores of each process", ge=1)
+    retries: int = setting(
+        2,
+        "on a cluster, how often a worker of a generation or a whole training is started again after it failed or its machine "
+        "was lost; bad input is never tried again",
+        ge=0,
+    )
+    sbatch: list[str] = setting([], "further options of sbatch, such as --partition=gpu and --time=24:00:00 (slurm)")
 
     def __post_init__(self) -> None:
         check_settings(self)
+        defaults = {item.name: default_of(item) for item in fields(self)}
+        given = [name for name, default in defaults.items() if getattr(self, name) != default]
+        for name in given:
+            if self.cluster not in _CLUSTERS_OF.get(name, (self.cluster,)):
+                raise InputError(
+                    f"launch.{name} is for a cluster, but launch.cluster is {self.cluster}: remove it, or set launch.cluster to "
+                    f"{' or '.join(_CLUSTERS_OF[name])}"
+                )
+        for name in ("num_processes", "generate_processes"):
+            if (getattr(self, name) or self.nodes) % self.nodes:
+                raise InputError(
+                    f"launch.{name} is {getattr(self, name)}, which {self.nodes} machines (launch.nodes) cannot share equally: "
+                    f"give a multiple of {self.nodes}"
+                )
+        if self.parallel and self.cluster == "local" and (self.num_processes > 1 or self.config_file):
+            raise InputError("launch.parallel shares one machine between single processes: set it to false")
+
+    def of_engines(self) -> LaunchConfig:
+        """Return how generation and evaluation are started: with their own number of processes."""
+        return replace(self, num_processes=self.generate_processes or self.num_processes)
+
+
+# The settings that only a cluster has a use for, and which.
+_CLUSTERS_OF = {**dict.fromkeys(("nodes", "gpus", "cpus", "retries"), ("ray", "slurm")), "sbatch": ("slurm",)}
 
 
 # A measure of StopConfig, beside those of single models.

@@ -23,23 +23,17 @@ class Pipeline:
     """The stages of one configuration, run into its run directory."""
 
     def __init__(self, config: RunConfig, stages: list[Stage], rerun_changed: bool = False) -> None:
+        from spin.alignment.pipeline.clusters import CLUSTERS, ClusterSettings
         from spin.alignment.pipeline.manifest import RunManifest
-        from spin.alignment.pipeline.processes import ChildPrograms
         from spin.alignment.pipeline.run_view import RunView
 
         self.config, self.stages, self.rerun_changed = config, stages, rerun_changed
         self.parallel = config.launch.parallel
         self.manifest = RunManifest(config.run_dir)
         self.view = RunView(stages, self.manifest)
-        self.children = ChildPrograms(
-            self.manifest.run_dir,
-            one_thread=self.parallel,
-            prefix=self.parallel,
-            stall_timeout=config.launch.stall_timeout,
-            secrets=secrets_of(stages),
-            look=self.view.look,
-        )
-        self.runner = StageRunner(config, self.manifest, self.children, self.view)
+        settings = ClusterSettings(self.manifest.run_dir, config.launch, secrets_of(stages), self.view.look)
+        self.cluster = CLUSTERS[config.launch.cluster](settings)
+        self.runner = StageRunner(config, self.manifest, self.cluster, self.view)
         self._unfinished = {stage.name for stage in stages}
         self._turn = threading.Condition()
         self._failure: BaseException | None = None
@@ -73,6 +67,7 @@ class Pipeline:
         Raises:
             StageFailed: a program ended with a nonzero exit code; programs in parallel with it have been stopped.
         """
+        self.cluster.open()
         with self.view, self.runner.trackers:
             if self.parallel:
                 self._run_chains()
@@ -142,7 +137,7 @@ class Pipeline:
         with self._turn:
             self._failure = self._failure or failure
             self._turn.notify_all()
-        self.children.stop()
+        self.cluster.stop()
 
 
 def run_stages(
@@ -171,7 +166,7 @@ def run_stages(
         set_damaged_aside(run_dir)
         config = with_pinned_date(config)
         pipeline = Pipeline(config, make_stages(config), rerun_changed)
-        pipeline.children.is_hurried = is_hurried
+        pipeline.cluster.is_hurried = is_hurried
         pipeline.refuse_changes()
         pipeline.manifest.stop_run(None)  # decided again, by the rule of this configuration
         write_text_atomic(run_dir / "run.yaml", yaml.safe_dump(config.as_dict(), sort_keys=False, allow_unicode=True))
@@ -183,6 +178,8 @@ def run_stages(
         except KeyboardInterrupt:
             pipeline.interrupt()
             raise
+        finally:
+            pipeline.cluster.close()
         finish(config)
     return EXIT_DONE
 

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 
 from spin.alignment.core.program import EXIT_INTERNAL_ERROR, EXIT_INTERRUPTED
 from spin.alignment.pipeline.manifest import replaced_folder
-from spin.alignment.pipeline.processes import ProgramStalled
+from spin.alignment.pipeline.processes import ProgramEnded
 from spin.alignment.pipeline.tracked_run import RunTrackers
 
 if TYPE_CHECKING:
+    from spin.alignment.pipeline.clusters import Cluster
     from spin.alignment.pipeline.config import RunConfig
     from spin.alignment.pipeline.manifest import RunManifest, StageRecord
-    from spin.alignment.pipeline.processes import ChildPrograms
     from spin.alignment.pipeline.run_view import RunView
     from spin.alignment.pipeline.stages import Stage
 
@@ -37,8 +37,8 @@ def is_interrupt(error: BaseException) -> bool:
 class StageRunner:
     """Runs stages of one run directory. Safe to use from several threads for different stages."""
 
-    def __init__(self, config: RunConfig, manifest: RunManifest, children: ChildPrograms, view: RunView) -> None:
-        self.config, self.manifest, self.children, self.view = config, manifest, children, view
+    def __init__(self, config: RunConfig, manifest: RunManifest, cluster: Cluster, view: RunView) -> None:
+        self.config, self.manifest, self.cluster, self.view = config, manifest, cluster, view
         self.trackers = RunTrackers(config)
 
     def run(self, stage: Stage) -> None:
@@ -64,24 +64,26 @@ class StageRunner:
             try:
                 self._run_programs(stage)
             except BaseException as error:
-                self.manifest.stop(stage.name, time.monotonic() - started, is_interrupt(error))
+                usage = self.cluster.take_usage(stage.name)
+                self.manifest.stop(stage.name, time.monotonic() - started, is_interrupt(error), vars(usage))
                 raise
             seconds = time.monotonic() - started
-            self.manifest.finish(stage.name, stage.outputs(), seconds)
+            usage = self.cluster.take_usage(stage.name)
+            self.manifest.finish(stage.name, stage.outputs(), seconds, vars(usage))
         self.view.tell(f"{stage.name}: done in {seconds:.0f} s")
         self.trackers.report(stage, seconds)
 
     def _run_programs(self, stage: Stage) -> None:
         # On resume as well: the first attempt may have been killed before it wrote its files.
         stage.kind.prepare(stage)
-        for command in stage.commands:
+        for settings in stage.configs:
             try:
-                code = self.children.run(stage.name, command, stage.folder)
-            except ProgramStalled as stall:
-                log = self.children.log_path(stage.name)
-                raise StageFailed(stage.name, EXIT_INTERNAL_ERROR, log, str(stall)) from stall
+                code = self.cluster.run(stage, settings)
+            except ProgramEnded as ended:
+                log = self.cluster.log_path(stage.name)
+                raise StageFailed(stage.name, EXIT_INTERNAL_ERROR, log, str(ended)) from ended
             if code:
-                raise StageFailed(stage.name, code, self.children.log_path(stage.name))
+                raise StageFailed(stage.name, code, self.cluster.log_path(stage.name))
         missing = stage.kind.missing_outputs(stage)
         if missing:
             raise RuntimeError(f"{stage.name} succeeded but did not write {', '.join(missing)}")

@@ -11,32 +11,48 @@ from spin.alignment.data.response_tokens import response_tokens
 from spin.alignment.report.reported_run import ReportedRun
 
 HEADINGS = ("stage", "state", "time", "share", "tokens", "tokens/s", "peak memory")
+CLUSTER_HEADINGS = ("process hours", "restarts")
 CAPTION = (
     "time: wall-clock time over all attempts; tokens: of the responses that were generated, or of the rows trained on; tokens/s: "
-    "over the whole stage, start-up included; peak memory: of the first process (GPU memory where there is one)"
+    "over the whole stage, start-up included; peak memory: of the first process (GPU memory where there is one); of a run on a "
+    "cluster, process hours: of its tasks, each GPU counted, while they had machines; restarts: tasks that were started again"
 )
 
 
 @dataclass(frozen=True)
 class StageCost:
-    """One stage: ``seconds`` of wall-clock time over all attempts, response ``tokens``, ``memory`` in GiB (None: not known)."""
+    """One stage: ``seconds`` of wall-clock time over all attempts, response ``tokens``, ``memory`` in GiB (None: not known).
+
+    ``devices`` is what its tasks took on a cluster, in seconds times GPUs (times processes without GPUs), with ``restarts``;
+    None: it ran on one machine.
+    """
 
     name: str
     state: str
     seconds: float
     tokens: int | None = None
     memory: float | None = None
+    devices: float | None = None
+    restarts: int = 0
 
-    def cells(self, total: float, price_per_hour: float | None = None) -> list[tuple[str, float | None]]:
-        """Return (text, value to sort by) for each heading but the first two; ``total`` is the time of all stages."""
+    def cells(
+        self, total: float, price_per_hour: float | None = None, on_cluster: bool = False
+    ) -> list[tuple[str, float | None]]:
+        """Return (text, value to sort by) for each heading but the first two; ``total`` is the time of all stages.
+
+        Of a run ``on_cluster``, the price is that of a GPU, or of a process without GPUs.
+        """
         speed = self.tokens / self.seconds if self.tokens and self.seconds else None
-        cost = None if price_per_hour is None else price_per_hour * self.seconds / 3600
+        hours = (self.devices or 0.0) / 3600 if on_cluster else self.seconds / 3600
+        cost = None if price_per_hour is None else price_per_hour * hours
+        tasks = [(f"{hours:.2f}", hours), (str(self.restarts), float(self.restarts))] if on_cluster else []
         return [
             (duration(self.seconds) if self.seconds or self.state != "running" else "–", self.seconds),
             (f"{self.seconds / total:.0%}" if total else "–", self.seconds),
             (f"{self.tokens:,}" if self.tokens is not None else "–", self.tokens),
             (f"{speed:,.0f}" if speed is not None else "–", speed),
             (f"{self.memory:.1f} GiB" if self.memory is not None else "–", self.memory),
+            *tasks,
             *([(f"{cost:.2f}", cost)] if cost is not None else []),
         ]
 
@@ -63,7 +79,8 @@ def stage_costs(run: ReportedRun, metrics: dict[str, dict[str, Any]]) -> list[St
             tokens = sum(map(response_tokens, files)) if files else None
         # The record of an interrupted stage is that of a running one.
         state = "interrupted" if record.state == "running" and not is_locked(run.folder) else record.state
-        costs.append(StageCost(name, state, record.seconds, tokens, _memory(trained)))
+        devices, restarts = record.usage.get("device_seconds"), int(record.usage.get("restarts", 0))
+        costs.append(StageCost(name, state, record.seconds, tokens, _memory(trained), devices, restarts))
     return costs
 
 

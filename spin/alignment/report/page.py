@@ -9,8 +9,8 @@ from typing import Any
 from spin.alignment.report.collected import Collected, WeightedPairs
 from spin.alignment.report.conditions import conditions
 from spin.alignment.report.costs import CAPTION as COST_CAPTION
+from spin.alignment.report.costs import CLUSTER_HEADINGS, StageCost, stage_costs
 from spin.alignment.report.costs import HEADINGS as COST_HEADINGS
-from spin.alignment.report.costs import StageCost, stage_costs
 from spin.alignment.report.page_data import named, page_data
 from spin.alignment.report.render import render
 from spin.alignment.report.reported_run import ReportedRun
@@ -128,12 +128,13 @@ def cost_table(collected: Collected) -> tuple[list[str], list[list[Cell]]]:
 
 
 def _cost_cells(costs: Sequence[StageCost], price: float | None) -> tuple[list[str], list[list[Cell]]]:
-    headings = [*COST_HEADINGS, *(["cost"] if price is not None else [])]
+    on_cluster = any(cost.devices is not None for cost in costs)
+    headings = [*COST_HEADINGS, *(CLUSTER_HEADINGS if on_cluster else ()), *(["cost"] if price is not None else [])]
     if not costs:
         return headings, []
-    total = sum(cost.seconds for cost in costs)
-    rows = [*costs, StageCost("all stages", "", total)]
-    return headings, [[(cost.name, None), (cost.state, None), *cost.cells(total, price)] for cost in rows]
+    total, devices = sum(cost.seconds for cost in costs), sum(cost.devices or 0.0 for cost in costs)
+    rows = [*costs, StageCost("all stages", "", total, devices=devices, restarts=sum(cost.restarts for cost in costs))]
+    return headings, [[(cost.name, None), (cost.state, None), *cost.cells(total, price, on_cluster)] for cost in rows]
 
 
 def kind_of(verdict: str) -> str:

@@ -16,8 +16,10 @@ class PlanOptions:
     gpu: str | None = setting(
         None, "name of the GPU, such as H100 or A100", group="devices", unset="that of this machine"
     )
-    gpus: int | None = setting(None, "GPUs of a machine", unset="launch.num_processes of the configuration", ge=1)
-    nodes: int = setting(1, "machines", ge=1)
+    gpus: int | None = setting(
+        None, "GPUs of a machine", unset="launch.num_processes of the configuration, divided by launch.nodes", ge=1
+    )
+    nodes: int | None = setting(None, "machines", unset="launch.nodes of the configuration", ge=1)
     gpu_memory: float | None = setting(
         None, "memory of a GPU in GiB", unset="that of the named GPU, or this machine's", gt=0
     )

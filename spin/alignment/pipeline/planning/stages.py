@@ -86,11 +86,12 @@ class _Walk:
         demand.formulas.append(f"{disk_formula(rows, 'rows', lengths)}; + the prompt store, {store / 1e6:.0f} MB")
         if find_backend(item.backend).needs_server:
             demand.remarks.append("generation runs on the server at base_url: its memory and time are the server's")
-        engines = self.config.launch.num_processes * self.fleet.nodes
+        launch = self.config.launch
+        engines = launch.of_engines().num_processes // launch.nodes * self.fleet.nodes
         if item.tensor_parallel_size > 1 and self.fleet.engines(item.tensor_parallel_size) < engines:
             demand.remarks.append(
-                f"generate.py starts launch.num_processes engines of {item.tensor_parallel_size} GPUs, more than there are: "
-                "start it on its own (docs/multi_node.md)"
+                f"{engines} engines of {item.tensor_parallel_size} GPUs need more GPUs than there are: set "
+                "launch.generate_processes"
             )
         known = self.rows.get(item.output_dir, (0, lengths))[0]
         self.rows[item.output_dir] = (known + rows, lengths)

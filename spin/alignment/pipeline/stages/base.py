@@ -10,8 +10,7 @@ from typing import Any, ClassVar, Literal
 from spin.alignment.core.flags import to_arguments
 from spin.alignment.pipeline.config import LaunchConfig, RunConfig
 from spin.alignment.pipeline.manifest import NO_FILES, RunManifest
-from spin.alignment.pipeline.processes import accelerate_command
-from spin.alignment.pipeline.start_programs import PROGRAMS
+from spin.alignment.pipeline.stage_program import Spread, StageProgram
 
 
 @dataclass(frozen=True)
@@ -99,6 +98,8 @@ class StageKind:
     """
 
     program: ClassVar[str]
+    # What the processes of the program are to each other, if the stage has several.
+    spread: ClassVar[Spread] = "one"
     # At least one output of a complete stage ends with this.
     result_suffix: ClassVar[str] = ".parquet"
     # Self-play does not wait for these stages: with launch.parallel they run in parallel with it.
@@ -137,13 +138,30 @@ class StageKind:
 
     # Around a program.
 
-    def command(self, stage: Stage, config: Any) -> list[str]:
-        """Return the command of the program with one of the stage's configs."""
-        return self.launched(stage, to_arguments(config))
+    def arguments(self, stage: Stage, config: Any) -> list[str]:
+        """Return the arguments of the program with one of the stage's configs."""
+        return to_arguments(config)
 
-    def launched(self, stage: Stage, arguments: Sequence[str]) -> list[str]:
+    def gpus(self, config: Any) -> int:
+        """Return the GPUs that a process of the program needs on a cluster that has GPUs."""
+        return 0
+
+    def program_of(self, stage: Stage, config: Any) -> StageProgram:
+        """Return the program with one of the stage's configs, and what it needs."""
         launch = stage.launch
-        return accelerate_command(PROGRAMS / self.program, arguments, launch.num_processes, launch.config_file)
+        return StageProgram(
+            name=self.program,
+            arguments=self.arguments(stage, config),
+            spread=self.spread,
+            processes=launch.num_processes,
+            nodes=launch.nodes if self.spread == "group" else 1,
+            gpus=self.gpus(config),
+            config_file=launch.config_file,
+        )
+
+    def command(self, stage: Stage, config: Any) -> list[str]:
+        """Return the command of the program with one of the stage's configs, all processes on this machine."""
+        return self.program_of(stage, config).command()
 
     def prepare(self, stage: Stage) -> None:
         """Write the files that the program reads besides its arguments."""

@@ -11,7 +11,7 @@ from spin.alignment.pipeline.config import RunConfig
 from spin.alignment.pipeline.program_settings import convert_config, generate_config, reads_initial
 from spin.alignment.pipeline.stages.base import Source, Stage, StageKind
 from spin.alignment.pipeline.stages.generate import decoded_problems
-from spin.alignment.pipeline.stages.sources import function_sources, scorer_sources
+from spin.alignment.pipeline.stages.sources import function_sources, scorer_gpus, scorer_sources
 
 
 class Convert(StageKind):
@@ -36,6 +36,9 @@ class Convert(StageKind):
                 iteration=iteration,
             )
         ]
+
+    def gpus(self, config: ConvertConfig) -> int:
+        return scorer_gpus(config)
 
     def check_settings(self, config: RunConfig, source: str) -> None:
         from spin.alignment.methods.pairings import check_num_samples, find_pairing

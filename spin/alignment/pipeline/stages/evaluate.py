@@ -13,7 +13,7 @@ from spin.alignment.generation import find_backend
 from spin.alignment.pipeline.config import LaunchConfig, RunConfig
 from spin.alignment.pipeline.program_settings import evaluate_config
 from spin.alignment.pipeline.stages.base import Model, Source, Stage, StageKind
-from spin.alignment.pipeline.stages.sources import data_source, model_source, scorer_sources
+from spin.alignment.pipeline.stages.sources import data_source, engine_gpus, model_source, scorer_sources
 from spin.alignment.pipeline.stages.training import checkpoint_of
 
 _EXAMPLES = 5
@@ -42,6 +42,7 @@ def _scorer_sources(evaluation: EvaluateConfig) -> list[Source]:
 
 class Evaluate(StageKind):
     program = "evaluate_model.py"
+    spread = "group"
     result_suffix = ".json"
     can_run_beside = True
 
@@ -78,12 +79,15 @@ class Evaluate(StageKind):
                 ],
                 outputs=lambda: [Path(evaluation.output_file), responses_path(evaluation.output_file)],
                 # The harness shares its requests out itself, so its tasks are run by one process.
-                launch=LaunchConfig() if evaluation.tasks else config.launch,
+                launch=LaunchConfig() if evaluation.tasks else config.launch.of_engines(),
                 iteration=model.iteration,
                 needs=(*needs, *(f"{other}/evaluate" for other in against)),
                 scores=model,
             )
         ]
+
+    def gpus(self, config: EvaluateConfig) -> int:
+        return engine_gpus(config)
 
     def numbers(self, stage: Stage, seconds: float) -> dict[str, float]:
         scores = read_json(stage.configs[0].output_file)

@@ -12,11 +12,12 @@ from spin.alignment.generation.config import GenerateConfig
 from spin.alignment.pipeline.config import RunConfig
 from spin.alignment.pipeline.program_settings import generate_config
 from spin.alignment.pipeline.stages.base import Stage, StageKind
-from spin.alignment.pipeline.stages.sources import data_source, model_source, needs_ground_truth
+from spin.alignment.pipeline.stages.sources import data_source, engine_gpus, model_source, needs_ground_truth
 
 
 class Generate(StageKind):
     program = "generate.py"
+    spread = "workers"
 
     def in_iteration(self, config: RunConfig, iteration: int) -> list[Stage]:
         return [self.stage(config, f"iter{iteration}/generate", generations(config, iteration))]
@@ -45,10 +46,13 @@ class Generate(StageKind):
             sources=[model_source(first.model), *(data_source(item.input_dir, item.split) for item in configs)],
             outputs=functools.partial(fraction_files, configs),
             folder=Path(first.output_dir),
-            launch=config.launch,
+            launch=config.launch.of_engines(),
             iteration=first.iteration,
             needs=needs,
         )
+
+    def gpus(self, config: GenerateConfig) -> int:
+        return engine_gpus(config)
 
     def check_settings(self, config: RunConfig, source: str) -> None:
         generate_config(config, 0).check_files()

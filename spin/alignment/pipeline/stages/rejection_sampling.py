@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from spin.alignment.core.errors import InputError
+from spin.alignment.pairs.config import SelectConfig
 from spin.alignment.pipeline.config import RunConfig
 from spin.alignment.pipeline.program_settings import sample_config, select_config
 from spin.alignment.pipeline.stages.base import Source, Stage, StageKind
 from spin.alignment.pipeline.stages.generate import Generate
-from spin.alignment.pipeline.stages.sources import needs_ground_truth_to_score, scorer_sources
+from spin.alignment.pipeline.stages.sources import needs_ground_truth_to_score, scorer_gpus, scorer_sources
 
 
 class Sample(Generate):
@@ -58,6 +59,9 @@ class Select(StageKind):
                 needs=("control/generate",),
             )
         ]
+
+    def gpus(self, config: SelectConfig) -> int:
+        return scorer_gpus(config)
 
     def check_settings(self, config: RunConfig, source: str) -> None:
         from spin.alignment.rewards import check_scorer

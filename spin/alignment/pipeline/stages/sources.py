@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from spin.alignment.core.resolve import module_files
+from spin.alignment.evaluation.config import EvaluateConfig
+from spin.alignment.generation.config import GenerateConfig
 from spin.alignment.models.folder import model_files
+from spin.alignment.pairs.config import ConvertConfig, SelectConfig
 from spin.alignment.pipeline.stages.base import Source
 
 
@@ -66,3 +69,17 @@ def needs_ground_truth_to_score(section: Mapping[str, Any]) -> bool:
 
     scorer = section.get("scorer")
     return scorer is not None and needs_reference(scorer)
+
+
+def engine_gpus(config: GenerateConfig | EvaluateConfig) -> int:
+    """Return the GPUs of a process that generates: those of its engine, none if a server generates."""
+    from spin.alignment.generation import find_backend
+
+    return 0 if find_backend(config.backend).needs_server else config.tensor_parallel_size
+
+
+def scorer_gpus(config: ConvertConfig | SelectConfig) -> int:
+    """Return the GPUs of a process that scores: one for a model of its own, none for a rule or a server."""
+    from spin.alignment.rewards import GROUP_SCORERS
+
+    return int(config.scorer in GROUP_SCORERS and config.base_url is None)

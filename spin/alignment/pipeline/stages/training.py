@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 class TrainingKind(StageKind):
     """A training: its program reads a YAML file, writes ``checkpoint/`` and logs ``metrics.json``, which is copied next to it."""
 
+    spread = "group"
     result_suffix = ".safetensors"
 
     def stage(
@@ -55,8 +56,11 @@ class TrainingKind(StageKind):
             late=lambda: tracker_values(config, model, values),
         )
 
-    def command(self, stage: Stage, config: Any) -> list[str]:
-        return self.launched(stage, [str(config_file(stage))])
+    def arguments(self, stage: Stage, config: Any) -> list[str]:
+        return [str(config_file(stage))]
+
+    def gpus(self, config: Any) -> int:
+        return 0 if config.get("use_cpu") else 1
 
     def prepare(self, stage: Stage) -> None:
         import yaml

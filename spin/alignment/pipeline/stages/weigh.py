@@ -8,10 +8,12 @@ from spin.alignment.pipeline.config import RunConfig
 from spin.alignment.pipeline.program_settings import weights_config, weights_values
 from spin.alignment.pipeline.stages.base import Stage, StageKind
 from spin.alignment.pipeline.stages.sources import function_sources, model_source, pair_sources
+from spin.alignment.token_weights.config import WeightsConfig
 
 
 class Weigh(StageKind):
     program = "estimate_weights.py"
+    spread = "group"
 
     def in_iteration(self, config: RunConfig, iteration: int) -> list[Stage]:
         if config.weigh is None:
@@ -36,6 +38,11 @@ class Weigh(StageKind):
                 iteration=iteration,
             )
         ]
+
+    def gpus(self, config: WeightsConfig) -> int:
+        from spin.alignment.methods.weightings import find_weighting
+
+        return int(find_weighting(config.weighting).needs_models)
 
     def check_settings(self, config: RunConfig, source: str) -> None:
         """Check the flags, and the teacher as far as possible without loading its weights."""
