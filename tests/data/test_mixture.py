@@ -44,7 +44,7 @@ def test_sft_reads_all_named_splits_once(tmp_path):
 
     def sizes(*splits: str) -> dict[str, int]:
         settings.data = DataConfig(dataset_mixer={folder: 1.0}, dataset_splits=list(splits))
-        return {name: len(rows) for name, rows in load_ground_truth(settings, encoder)[0].items()}
+        return {name: len(split.rows) for name, split in load_ground_truth(settings, encoder).items()}
 
     assert sizes("train", "more", "test") == {"train": 6, "test": 1}
     with pytest.raises(InputError, match="are the same rows"):

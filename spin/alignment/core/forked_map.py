@@ -7,6 +7,7 @@ import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from itertools import islice
 from typing import Any, TypeVar
 
 from spin.alignment.core.program import end_with_parent
@@ -38,6 +39,13 @@ def forked_map(function: Callable[[Item], Result], items: Iterable[Item], worker
                 yield waiting.popleft().result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def in_lists(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Yield items in lists of ``size``; the last may be shorter."""
+    stream = iter(items)
+    while some := list(islice(stream, size)):
+        yield some
 
 
 def _begin(function: Callable[[Any], Any]) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -27,12 +28,47 @@ if TYPE_CHECKING:
 ORIGIN = ["prompt_id", "source"]
 
 
+ROWS = 500  # encoded at a time
+_SHOWN_FROM = 20_000  # rows whose encoding takes long enough to report its progress
+
+logger = logging.getLogger(__name__)
+
+
 class EncodedBatch(NamedTuple):
     """Encoded rows: those that are kept, which they are (a boolean for each row given), and the account of all."""
 
     rows: pa.RecordBatch
     kept: np.ndarray
     account: Account
+
+
+def count_encoded(result: EncodedPair | str, account: Account) -> bool:
+    """Add a row to an account; return whether it is kept. ``result`` is its ids, or why it is dropped."""
+    if isinstance(result, str):
+        account.drop(str(result), getattr(result, "tokens", 0))
+        return False
+    account.keep(len(result.prompt_ids) + sum(map(len, result.responses.values())), result.truncated)
+    return True
+
+
+def workers_for(count: int, config: DataConfig) -> int:
+    """Return the number of processes that encode ``count`` rows."""
+    return config.preprocessing_num_workers if count > 1000 else 1  # starting workers costs more than few rows
+
+
+def progress(what: str, total: int = 0) -> Callable[[int], None]:
+    """Return a function that logs about ten lines while many rows are encoded, or one every 100,000 if their number is not
+    known; it is told how many are done."""
+    step = total // 10 if total >= _SHOWN_FROM else 0 if total else 100_000
+    shown = 0
+
+    def tell(done: int) -> None:
+        nonlocal shown
+        if step and done // step > shown:
+            shown = done // step
+            logger.info("%s: %d%s rows", what, done, f" of {total}" if total else "")
+
+    return tell
 
 
 @dataclass(frozen=True)
@@ -116,16 +152,13 @@ class PairEncoding:
             try:
                 if isinstance(result, InputError):
                     raise result
-                if isinstance(result, str):
-                    account.drop(str(result), getattr(result, "tokens", 0))
-                    self._labels(row)  # those of a dropped row are checked too
-                else:
-                    encoded.append(self._encoded(row, result))
-                    tokens = len(result.prompt_ids) + sum(map(len, result.responses.values()))
-                    account.keep(tokens, result.truncated)
+                kept.append(count_encoded(result, account))
+                # The labels of a dropped row are checked too.
+                labels = self._labels(row)
+                if isinstance(result, EncodedPair):
+                    encoded.append(self._encoded(row, result) | labels)
             except InputError as error:
                 raise InputError(f"{row['source']} row {place} (prompt {row['prompt_id']}): {error}") from error
-            kept.append(not isinstance(result, str))
         return EncodedBatch(pa.RecordBatch.from_pylist(encoded, self.schema), np.array(kept, bool), account)
 
     def _steps(self, row: Mapping[str, Any]) -> Steps[EncodedPair | str]:
@@ -141,7 +174,7 @@ class PairEncoding:
             if self.weighted:
                 is_truncated = len(pair.prompt_ids) + len(ids) >= self.config.max_length
                 found[f"{other}_weights"] = weights_of(row, name, len(ids), is_truncated)
-        return found | self._labels(row)
+        return found
 
     def _labels(self, row: Mapping[str, Any]) -> dict[str, float]:
         return {

@@ -1,9 +1,9 @@
 """Encoded rows on disk, written once on each machine and memory-mapped by every process that trains on them.
 
 A store is a folder named after a hash of all that decides its rows: the content of the data files, the tokenizer, the template,
-the settings that matter, and the code that encodes. It has an Arrow file for each split, and ``store.json``, which is written last.
-The process that finds no store makes it, under a lock that the kernel releases if it is killed; the others wait. The folders are
-in ``selfplay-spin`` among the Arrow files of ``datasets`` (``HF_DATASETS_CACHE``) and may be removed at any time.
+the settings that matter, and the code that encodes. It has an Arrow file for each split, and ``store.json``, written last. The
+process that finds no store makes it, under a lock that the kernel releases if it is killed; the others wait. The folders are in
+``selfplay-spin`` among the Arrow files of ``datasets`` (``HF_DATASETS_CACHE``) and may be removed at any time.
 """
 
 from __future__ import annotations
@@ -121,6 +121,13 @@ def split_path(folder: Path, split: str) -> Path:
     return folder / f"{split}.arrow"
 
 
+def read_split(folder: Path, split: str) -> Dataset:
+    """Return the memory-mapped rows of a split in the folder of a store."""
+    from datasets import Dataset
+
+    return Dataset.from_file(str(split_path(folder, split)))
+
+
 def encoding_key(encoder: ChatEncoder, data: DataConfig) -> dict[str, Any]:
     """Return what decides how a conversation is encoded and truncated, for a key."""
     return {
@@ -144,8 +151,6 @@ def _code_key() -> dict[str, Any]:
 
 def _opened(folder: Path, key: Mapping[str, Any]) -> dict[str, EncodedSplit] | None:
     """Return the splits of a store; None if it does not exist or is damaged."""
-    from datasets import Dataset
-
     record_path = folder / _RECORD
     if not record_path.exists():
         return None
@@ -155,10 +160,9 @@ def _opened(folder: Path, key: Mapping[str, Any]) -> dict[str, EncodedSplit] | N
         if is_damaged(record_path) or record["key"] != key:
             return None
         for split, facts in record["splits"].items():
-            path = split_path(folder, split)
-            if is_damaged(path):
+            if is_damaged(split_path(folder, split)):
                 return None
-            rows = Dataset.from_file(str(path))
+            rows = read_split(folder, split)
             found[split] = EncodedSplit(rows, Account.from_record(facts["account"]), facts["hashes"])
             if len(rows) != found[split].account.kept:
                 return None

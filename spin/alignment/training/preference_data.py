@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +24,7 @@ from spin.alignment.data.split_names import preference_split
 from spin.alignment.data.stored_ids import check_origin
 from spin.alignment.logprobs.reference_store import hash_tokens, responses_of
 from spin.alignment.training.accounting import Account
-from spin.alignment.training.encode_rows import ORIGIN, EncodedBatch, PairEncoding
+from spin.alignment.training.encode_rows import ORIGIN, ROWS, EncodedBatch, PairEncoding, progress, workers_for
 from spin.alignment.training.encoded_store import (
     EncodedSplit,
     Spool,
@@ -33,7 +32,7 @@ from spin.alignment.training.encoded_store import (
     hash_contents,
     open_store,
     private_store,
-    split_path,
+    read_split,
     write_split,
 )
 
@@ -45,12 +44,8 @@ if TYPE_CHECKING:
     from spin.alignment.training.config import SPINConfig
     from spin.alignment.training.settings import Settings
 
-logger = logging.getLogger(__name__)
-
 TOKENS = "tokens"  # the hash of all ids of a split
-_ROWS = 500  # encoded at a time
 _HASHED_ROWS = 1000  # hashed at a time
-_SHOWN_FROM = 20_000  # rows whose encoding takes long enough to report its progress
 
 
 def encode_split(
@@ -81,7 +76,7 @@ def encode_rows(
             [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)], places
         )
 
-    parts = (range(len(rows))[start : start + _ROWS] for start in range(0, len(rows), _ROWS))
+    parts = (range(len(rows))[start : start + ROWS] for start in range(0, len(rows), ROWS))
     batches, account = [], Account()
     for batch in forked_map(encode, parts, workers_for(len(rows), config)):
         batches.append(batch.rows)
@@ -89,11 +84,6 @@ def encode_rows(
     found = Dataset(pa.Table.from_batches(batches, encoding.schema))
     check_account(account, found)
     return found, account
-
-
-def workers_for(count: int, config: DataConfig) -> int:
-    """Return the number of processes that encode ``count`` rows."""
-    return config.preprocessing_num_workers if count > 1000 else 1  # starting workers costs more than few rows
 
 
 def check_account(account: Account, encoded: Dataset) -> None:
@@ -148,19 +138,6 @@ def pairs_key(pieces: Sequence[Piece], encoder: ChatEncoder, settings: Settings)
     }
 
 
-def progress(what: str) -> Callable[[int, int], None]:
-    """Return a function that logs about ten lines as many rows are encoded: it is told how many of how many are done."""
-    shown = 0
-
-    def tell(done: int, total: int) -> None:
-        nonlocal shown
-        if total >= _SHOWN_FROM and done * 10 // total > shown:
-            shown = done * 10 // total
-            logger.info("%s: %d of %d", what, done, total)
-
-    return tell
-
-
 def encode_mixture(
     mixture: PairMixture, encoder: ChatEncoder, settings: Settings, folder: Path, use: str
 ) -> tuple[Account, dict[str, str]]:
@@ -169,8 +146,6 @@ def encode_mixture(
     Raises:
         InputError: a row is invalid, columns are missing, or no pair remains.
     """
-    from datasets import Dataset
-
     sources = [piece.source for piece in mixture.pieces]
     arguments = settings.arguments
     encoding = PairEncoding.of(
@@ -193,16 +168,16 @@ def encode_mixture(
         for used, found in forked_map(encode, mixture.batches(), workers_for(len(mixture.order), settings.data)):
             kept[used] = found.kept
             account.extend(found.account)
-            tell(account.rows, len(mixture.order))
+            tell(account.rows)
             yield found.rows
 
-    tell = progress(f"encoding pairs, {use} split")
+    tell = progress(f"encoding pairs, {use} split", len(mixture.order))
     spool = Spool(folder / f"{use}.spool", encoding.schema)
     spool.write(encoded())
     stored = np.cumsum(kept) - 1  # number of a row of the mixture among those encoded
     write_split(folder, use, encoding.schema, spool.in_order(stored[mixture.order[kept[mixture.order]]]))
     spool.path.unlink()
-    rows = Dataset.from_file(str(split_path(folder, use)))
+    rows = read_split(folder, use)
     check_account(account, rows)
     return account, column_hashes(rows)
 
