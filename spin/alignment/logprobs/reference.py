@@ -72,7 +72,7 @@ def compute_reference(
     # Use the prepared model, so that rounding is the same as in training and the first loss is ln 2.
     with forward.evaluation():
         for turn in range(rounds):
-            indices = batches[min(turn * count + rank, len(batches) - 1)]
+            indices = batches[min(turn * count + rank, len(batches) - 1)].tolist()
             logps = [response.numpy() for response in forward.logps([dataset.rows[index] for index in indices])]
             check_finite(logps, [dataset.rows[index] for index in indices], indices)
             # logps lists all chosen responses, then all rejected ones: a stride picks those of one pair.
@@ -101,26 +101,25 @@ def check_finite(logps: Sequence[np.ndarray], rows: Sequence[Feature], indices: 
         raise NotFiniteError(f"a reference log-prob{pairs} is not finite", [rows[number] for number in sorted(bad)])
 
 
-def _missing(path: Path, key: ReferenceKey, num_rows: int, accelerator: Accelerator) -> list[int]:
+def _missing(path: Path, key: ReferenceKey, num_rows: int, accelerator: Accelerator) -> np.ndarray:
     """Return the indices of the pairs that are in no part, as seen by the main process."""
     # One process decides: on a network file system others may see a different listing, and the run would then hang.
     found: list[Any] = [None]
     if accelerator.is_main_process:
         parts = _parts(path, key)
-        done = set().union(*(table.column("index").to_pylist() for table in parts))
-        found = [[index for index in range(num_rows) if index not in done]]
+        done = np.concatenate([np.empty(0, np.int64), *(table.column("index").to_numpy() for table in parts)])
+        found = [np.setdiff1d(np.arange(num_rows), done)]
     return broadcast_object_list(found)[0]
 
 
-def longest_first(rows: Dataset, indices: Sequence[int], batcher: MicroBatcher) -> list[list[int]]:
+def longest_first(rows: Dataset, indices: np.ndarray, batcher: MicroBatcher) -> list[np.ndarray]:
     """Return micro-batches of row indices, longest pairs first, so that an out-of-memory error comes at once."""
-    features = rows.select_columns(["prompt_ids", *(f"{name}_ids" for name in batcher.collator.responses)])
-    sizes = {index: batcher.collator.tokens(features[index]) for index in indices}
-    order = sorted(indices, key=lambda index: -sizes[index])
+    sizes = batcher.collator.tokens_of(rows)[indices]
+    longest = np.argsort(-sizes, kind="stable")
+    order = indices[longest]
     if not isinstance(batcher.collator, PackedCollator):
-        return [[order[number] for number in batch] for batch in plan_by_pairs(len(order), batcher.pairs)]
-    runs = consecutive([sizes[index] for index in order], batcher.token_budget)
-    return [[order[number] for number in run] for run in runs]
+        return [order[batch] for batch in plan_by_pairs(len(order), batcher.pairs)]
+    return [order[run.start : run.stop] for run in consecutive(sizes[longest].tolist(), batcher.token_budget)]
 
 
 def _write(path: Path, results: dict[int, list[np.ndarray]], key: ReferenceKey, schema: pa.Schema) -> None:
