@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -52,8 +53,10 @@ def count_encoded(result: EncodedPair | str, account: Account) -> bool:
 
 
 def workers_for(count: int, config: DataConfig) -> int:
-    """Return the number of processes that encode ``count`` rows."""
-    return config.preprocessing_num_workers if count > 1000 else 1  # starting workers costs more than few rows
+    """Return the number of processes that encode ``count`` rows: at least as many as train on this machine, which wait."""
+    if count <= 1000:  # starting workers costs more
+        return 1
+    return max(config.preprocessing_num_workers, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def progress(what: str, total: int = 0) -> Callable[[int], None]:

@@ -28,6 +28,7 @@ from spin.alignment.core.console import say_error
 from spin.alignment.core.content_hash import content_hash, is_damaged, sealed_file
 from spin.alignment.core.files import explained_os_errors
 from spin.alignment.core.lock import LOCK_NAME, is_locked, waiting_lock
+from spin.alignment.core.paths import check_output_folder
 from spin.alignment.core.provenance import hash_file, hash_json
 from spin.alignment.training.accounting import Account
 
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 _RECORD = "store.json"
 _ROWS = 16_384  # of a record batch
 _KEPT_DAYS = 30  # since a store was last used
+_CACHE_NAME = "the cache of datasets (HF_DATASETS_CACHE)"
 _CODE = ("data", "training")  # packages that decide how rows are encoded
 _LIBRARIES = ("tokenizers", "transformers", "jinja2")
 
@@ -73,6 +75,7 @@ def open_store(key: Mapping[str, Any], make: Maker) -> dict[str, EncodedSplit]:
     folder = cache / hash_json(key)
     if found := _opened(folder, key):
         return found
+    check_output_folder(cache, _CACHE_NAME)
     with waiting_lock(folder, lambda: say_error(f"waiting for the process that encodes the data ({folder})")):
         if found := _opened(folder, key):
             return found
@@ -94,6 +97,7 @@ def open_store(key: Mapping[str, Any], make: Maker) -> dict[str, EncodedSplit]:
 def private_store(make: Maker) -> dict[str, EncodedSplit]:
     """Return the splits that ``make`` writes, in a store of this process alone: for data without files to tell it by."""
     cache = cache_folder()
+    check_output_folder(cache, _CACHE_NAME)
     with explained_os_errors(cache):
         cache.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix="private-", dir=cache))
