@@ -132,3 +132,14 @@ def test_held_out_splits_are_used_in_full():
     rows = datasets.Dataset.from_dict({"prompt": ["a", "b", "c"]})
     assert [len(pieces[place].selected(rows, seed=0)) for place in (0, 1)] == [1, 3]
     assert len(Piece("train", "some/name", "train", 0.01).selected(rows, seed=0)) == 1  # never none
+
+
+def test_rows_are_in_the_order_of_datasets():
+    from datasets import Dataset
+
+    from spin.alignment.data.mixture import Piece, shuffled
+
+    rows = Dataset.from_dict({"row": range(100)})
+    assert shuffled(100, 7).tolist() == rows.shuffle(seed=7)["row"][:]
+    piece = Piece("train", "x", "train", 0.3)
+    assert piece.selected(rows, 7)["row"][:] == rows.shuffle(seed=7)["row"][:30]

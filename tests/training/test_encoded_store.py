@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 
+from spin.alignment.core import arrow_rows
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.provenance import hash_json, hash_text
 from spin.alignment.data.chat_encoder import ChatEncoder
@@ -134,7 +135,8 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
 
 
 def test_rows_are_read_back_in_any_order(tmp_path, monkeypatch):
-    monkeypatch.setattr(encoded_store, "_ROWS", 7)
+    monkeypatch.setattr(encoded_store, "ROWS", 7)
+    monkeypatch.setattr(arrow_rows, "ROWS", 11)
     rows = [{"ids": list(range(number % 5)), "name": f"n{number}"} for number in range(100)]
     schema = pa.schema([("ids", pa.list_(pa.int32())), ("name", pa.string())])
     spool = Spool(tmp_path / "spool", schema)
@@ -172,7 +174,9 @@ def settings(mixer: dict[Path, float], seed: int = 3, loss: str = "sigmoid", rev
 @pytest.fixture
 def mixture(tmp_path):
     """Two data sets, one in two files and of which half is used, the other with rows in another form; some rows are dropped."""
-    own = write_pairs(tmp_path / "own", [pair(n, "" if n % 10 == 3 else "x" * n) for n in range(90)], files=2)
+    own = write_pairs(
+        tmp_path / "own", [pair(n, "a<|im_end|>" if n % 10 == 3 else "x" * (n + 1)) for n in range(90)], files=2
+    )
     write_pairs(own, [pair(n) for n in range(100, 112)], split="test_prefs")
     other = tmp_path / "other"
     other.mkdir()
@@ -234,7 +238,7 @@ def test_other_inputs_have_another_store(tmp_path, cache, monkeypatch):
 
     assert stores() == stores() == 1
     template = char_tokenizer()
-    template.chat_template = template.chat_template.replace("'\\n'", "'\\n\\n'", 1)
+    template.chat_template = template.chat_template.replace("<|im_end|>", "<|im_end|> ", 1)
     assert template.chat_template != encoder.tokenizer.chat_template
     assert stores(encoder=ChatEncoder(template)) == 2
     larger = char_tokenizer()

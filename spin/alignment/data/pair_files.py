@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +17,7 @@ from spin.alignment.core.parquet import batch_rows, open_parquet, read_batches
 from spin.alignment.core.provenance import METADATA_KEY, Provenance, read_provenance
 from spin.alignment.data.column_types import joined
 from spin.alignment.data.foreign_forms import FOREIGN_PAIR_COLUMNS
-from spin.alignment.data.mixture import Piece, pieces_of
+from spin.alignment.data.mixture import Piece, pieces_of, shuffled
 from spin.alignment.data.preference_forms import (
     OWN_COLUMNS,
     check_own_columns,
@@ -29,9 +28,6 @@ from spin.alignment.data.preference_forms import (
 from spin.alignment.data.source_files import read_records, split_files
 from spin.alignment.data.source_names import is_local
 from spin.alignment.data.split_names import preference_split
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 _CHECKED = sorted(OWN_COLUMNS)
 _NAMED = ["prompt_id", "sample_index"]  # the columns that name a pair
@@ -258,24 +254,13 @@ def pair_mixtures(dataset_mixer: Mapping[str, float], splits: Sequence[str], see
 
 
 def _order(pieces: Sequence[Piece], counts: Sequence[int], seed: int) -> np.ndarray:
-    """Return the places of the rows that are used, in order: held-out rows as they come, training rows shuffled."""
+    """Return the numbers of the rows that are used, in order: held-out rows as they come, training rows shuffled."""
     first, found = 0, []
     for piece, count in zip(pieces, counts, strict=True):
-        found.append(first + _places(piece.selected(_numbered(count), seed)))
+        found.append(first + piece.places(count, seed))
         first += count
     used = np.concatenate(found)
-    return used[_places(_numbered(len(used)).shuffle(seed=seed))] if pieces[0].use == "train" else used
-
-
-def _numbered(count: int) -> Dataset:
-    # datasets decides the order, as it does for the rows themselves.
-    from datasets import Dataset
-
-    return Dataset(pa.table({"place": np.arange(count)}))
-
-
-def _places(rows: Dataset) -> np.ndarray:
-    return rows.with_format("arrow")[:]["place"].to_numpy()
+    return used[shuffled(len(used), seed)] if pieces[0].use == "train" else used
 
 
 def _joined_schema(schemas: Sequence[pa.Schema], names: Sequence[str]) -> pa.Schema:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 from accelerate.utils import broadcast_object_list
 
+from spin.alignment.core.arrow_rows import rows_in_order
 from spin.alignment.core.console import say_error
 from spin.alignment.core.content_hash import remove_sealed, sealed_file
 from spin.alignment.core.errors import NotFiniteError
@@ -126,13 +127,14 @@ def _write(path: Path, results: dict[int, list[np.ndarray]], key: ReferenceKey, 
     order = sorted(results)
     columns = [order, *([results[index][place] for index in order] for place in range(len(schema) - 1))]
     arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
-    _write_table(path, pa.table(arrays, schema=schema), key)
+    _write_batches(path, [pa.record_batch(arrays, schema=schema)], schema, key)
 
 
-def _write_table(path: Path, table: pa.Table, key: ReferenceKey) -> None:
-    schema = table.schema.with_metadata({_KEY: json.dumps(asdict(key)).encode()})
-    with sealed_file(path) as file, pa.ipc.new_file(file, schema) as writer:
-        writer.write_table(table.combine_chunks().cast(schema))
+def _write_batches(path: Path, batches: Iterable[pa.RecordBatch], schema: pa.Schema, key: ReferenceKey) -> None:
+    with_key = schema.with_metadata({_KEY: json.dumps(asdict(key)).encode()})
+    with sealed_file(path) as file, pa.ipc.new_file(file, with_key) as writer:
+        for batch in batches:
+            writer.write_batch(batch.replace_schema_metadata(with_key.metadata))
 
 
 def _parts(path: Path, key: ReferenceKey) -> list[pa.Table]:
@@ -148,9 +150,11 @@ def _parts(path: Path, key: ReferenceKey) -> list[pa.Table]:
 
 
 def _merge(path: Path, key: ReferenceKey, num_rows: int) -> None:
-    table = pa.concat_tables(_parts(path, key))
-    indices, first = np.unique(table.column("index").to_numpy(), return_index=True)  # surplus batches are duplicates
+    parts = _parts(path, key)
+    numbers = np.concatenate([part.column("index").to_numpy() for part in parts])
+    indices, first = np.unique(numbers, return_index=True)  # surplus batches are duplicates
     if len(indices) != num_rows:
         raise RuntimeError(f"only {len(indices)} of {num_rows} pairs have reference log-probs: a process lost its part")
-    _write_table(path, table.take(first), key)
+    batches = [batch for part in parts for batch in part.to_batches()]
+    _write_batches(path, rows_in_order(batches, first), parts[0].schema, key)
     remove_sealed(path.parent.glob(f".{path.name}.part-*"))

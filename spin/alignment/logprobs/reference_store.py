@@ -107,7 +107,7 @@ class ReferenceLogps:
                 f"{path} belongs to another reference or data set ({what} differs): remove it to compute it again"
             )
         responses = [name for name in table.column_names if name != "index"]
-        self._columns = {name: table.column(name).combine_chunks() for name in responses}
+        self._columns = {name: table.column(name) for name in responses}  # not joined: that would copy them
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         return {name: column[index].values.to_numpy(zero_copy_only=False) for name, column in self._columns.items()}

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from spin.alignment.core.arrow_rows import ROWS, rows_in_order
 from spin.alignment.core.console import say_error
 from spin.alignment.core.content_hash import content_hash, is_damaged, sealed_file
 from spin.alignment.core.files import explained_os_errors
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     from spin.alignment.data.config import DataConfig
 
 _RECORD = "store.json"
-_ROWS = 16_384  # of a record batch
 _KEPT_DAYS = 30  # since a store was last used
 _CACHE_NAME = "the cache of datasets (HF_DATASETS_CACHE)"
 _CODE = ("data", "training")  # packages that decide how rows are encoded
@@ -217,32 +217,18 @@ class Spool:
                 writer.write_batch(batch)
 
     def in_order(self, order: np.ndarray) -> Iterator[pa.RecordBatch]:
-        """Yield the rows with these numbers, in this order, :data:`_ROWS` at a time."""
+        """Yield the rows with these numbers, in this order, in batches."""
         with pa.memory_map(str(self.path)) as file:
             reader = pa.ipc.open_file(file)
-            numbers = range(reader.num_record_batches)
-            ends = np.cumsum([reader.get_batch(number).num_rows for number in numbers])
-            for start in range(0, len(order), _ROWS):
-                yield self._taken(reader, ends, order[start : start + _ROWS])
-
-    def _taken(self, reader: Any, ends: np.ndarray, rows: np.ndarray) -> pa.RecordBatch:
-        """Return some rows, each batch of the file being visited once."""
-        places = np.sort(rows)
-        owners = np.searchsorted(ends, places, side="right")
-        parts = []
-        for owner in np.unique(owners):
-            batch = reader.get_batch(owner)
-            parts.append(batch.take(pa.array(places[owners == owner] - (ends[owner] - batch.num_rows))))
-        back = np.searchsorted(places, rows)
-        return pa.Table.from_batches(parts, self.schema).combine_chunks().to_batches()[0].take(pa.array(back))
+            yield from rows_in_order([reader.get_batch(number) for number in range(reader.num_record_batches)], order)
 
 
 def _joined(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-    """Yield the same rows in batches of at least :data:`_ROWS`, except for the last."""
+    """Yield the same rows in batches of at least :data:`ROWS`, except for the last."""
     waiting: list[pa.RecordBatch] = []
     for batch in batches:
         waiting.append(batch)
-        if sum(part.num_rows for part in waiting) >= _ROWS:
+        if sum(part.num_rows for part in waiting) >= ROWS:
             yield from pa.Table.from_batches(waiting, schema).combine_chunks().to_batches()
             waiting = []
     yield from pa.Table.from_batches(waiting, schema).combine_chunks().to_batches()

@@ -141,7 +141,7 @@ def pairs_key(pieces: Sequence[Piece], encoder: ChatEncoder, settings: Settings)
 def encode_mixture(
     mixture: PairMixture, encoder: ChatEncoder, settings: Settings, folder: Path, use: str
 ) -> tuple[Account, dict[str, str]]:
-    """Write the encoded rows of a split to a store, in memory that does not grow with their number beyond 25 bytes per row.
+    """Write the encoded rows of a split to a store, in memory that grows with their number by about 30 bytes per row.
 
     Raises:
         InputError: a row is invalid, columns are missing, or no pair remains.
