@@ -99,31 +99,36 @@ def save_pairs(folder: Path, rows: int, tokenizer: Any) -> Path:
     path = folder / "train_prefs.parquet"
     if path.exists():
         return folder
-    folder.mkdir(parents=True)
-    known = (tokenizer.decode([token]).strip() for token in range(100, min(20_000, len(tokenizer))))
-    words = [word for word in known if word.isascii() and word.isalnum()]
+    folder.mkdir(parents=True, exist_ok=True)
+    # Tokens that are words: their ids decode to the words with spaces between them.
+    tokens = [token for token in range(100, min(20_000, len(tokenizer))) if _is_word(token, tokenizer)]
+    words = {token: tokenizer.decode([token]).strip() for token in tokens}
     rng = np.random.default_rng(0)
-    with pq.ParquetWriter(path, PREFERENCE_SCHEMA) as writer:
+    written = path.with_suffix(".part")
+    with pq.ParquetWriter(written, PREFERENCE_SCHEMA) as writer:
         for start in range(0, rows, _CHUNK):
-            texts = [_texts(words, rng) for _ in range(start, min(start + _CHUNK, rows))]
-            ids = tokenizer([rejected for *_, rejected in texts], add_special_tokens=False)["input_ids"]
-            found = [
-                _pair(start + number, *text, [*tokens, tokenizer.eos_token_id])
-                for number, (text, tokens) in enumerate(zip(texts, ids, strict=True))
-            ]
+            ids = rng.choice(tokens, (min(_CHUNK, rows - start), sum(WORDS))).tolist()
+            found = [_pair(start + number, row, words, tokenizer.eos_token_id) for number, row in enumerate(ids)]
             writer.write_table(pa.Table.from_pylist(found, PREFERENCE_SCHEMA))
+    written.rename(path)
     return folder
 
 
-def _texts(words: Sequence[str], rng: np.random.Generator) -> list[str]:
-    return [" ".join(words[place] for place in rng.integers(0, len(words), count)) for count in WORDS]
+def _is_word(token: int, tokenizer: Any) -> bool:
+    text = tokenizer.decode([token, token])
+    return text.isascii() and text.replace(" ", "").isalnum() and len(text.split()) == 2
 
 
-def _pair(number: int, prompt: str, chosen: str, rejected: str, ids: list[int]) -> dict[str, Any]:
-    turns = [{"role": "user", "content": prompt}]
-    answers = ({"role": "assistant", "content": text} for text in (chosen, rejected))
-    sides = dict(zip(("chosen", "rejected"), ([*turns, answer] for answer in answers), strict=True))
-    stop = {"rejected_token_ids": ids, "rejected_finish_reason": "stop"}
+def _pair(number: int, ids: list[int], words: Mapping[int, str], end_id: int) -> dict[str, Any]:
+    ends = np.cumsum(WORDS).tolist()
+    prompt, chosen, rejected = (ids[start:end] for start, end in zip((0, *ends), ends, strict=False))
+    texts = [" ".join(words[token] for token in part) for part in (prompt, chosen, rejected)]
+    turns = [{"role": "user", "content": texts[0]}]
+    sides = {
+        side: [*turns, {"role": "assistant", "content": text}]
+        for side, text in zip(("chosen", "rejected"), texts[1:], strict=True)
+    }
+    stop = {"rejected_token_ids": [*rejected, end_id], "rejected_finish_reason": "stop"}
     return {"prompt_id": f"p{number}", "sample_index": 0, **sides, **stop}
 
 
