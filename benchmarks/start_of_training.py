@@ -14,6 +14,7 @@ import contextlib
 import json
 import os
 import platform
+import shutil
 import signal
 import socket
 import subprocess
@@ -248,8 +249,10 @@ def measure(options: Any, folder: Path, add: Any) -> None:
         pairs = save_pairs(folder / f"pairs-{rows}", rows, tokenizer)
         for processes in options.processes:
             name = f"{options.name}{rows} rows, {processes} processes, {options.workers} workers"
-            cache = folder / "caches" / name.replace(" ", "-").replace(",", "")
+            cache = folder / "caches" / f"{options.name.strip(': ')}{rows}"
             for kind in options.kinds:
+                if kind == "cold":
+                    shutil.rmtree(cache, ignore_errors=True)
                 with tempfile.TemporaryDirectory(dir=folder) as place:
                     config = write_config(Path(place) / kind, folder / "model", pairs, options.workers)
                     load = os.getloadavg()[0]

@@ -193,11 +193,13 @@ def _clear(folder: Path) -> None:
 
 
 def _remove_unused(cache: Path) -> None:
-    """Remove the stores that nothing has used for a while."""
-    for record in cache.glob(f"*/{_RECORD}"):
+    """Remove the stores that nothing has used for a while, and what killed processes have left."""
+    for folder in cache.iterdir():
         with contextlib.suppress(OSError):  # another process removes it too
-            if time.time() - record.stat().st_mtime > _KEPT_DAYS * 86_400 and not is_locked(record.parent):
-                shutil.rmtree(record.parent)
+            record = folder / _RECORD
+            used = (record if record.exists() else folder).stat().st_mtime
+            if time.time() - used > _KEPT_DAYS * 86_400 and not is_locked(folder):
+                shutil.rmtree(folder)
 
 
 class Spool:
