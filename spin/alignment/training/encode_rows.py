@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from spin.alignment.core.console import say_error
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.sides import SIDES
 from spin.alignment.data.encode_pairs import EncodedPair, pair_steps
@@ -31,8 +31,6 @@ ORIGIN = ["prompt_id", "source"]
 
 ROWS = 500  # encoded at a time
 _SHOWN_FROM = 20_000  # rows whose encoding takes long enough to report its progress
-
-logger = logging.getLogger(__name__)
 
 
 class EncodedBatch(NamedTuple):
@@ -60,8 +58,8 @@ def workers_for(count: int, config: DataConfig) -> int:
 
 
 def progress(what: str, total: int = 0) -> Callable[[int], None]:
-    """Return a function that logs about ten lines while many rows are encoded, or one every 100,000 if their number is not
-    known; it is told how many are done."""
+    """Return a function that writes about ten lines while many rows are encoded, or one every 100,000 if their number is not
+    known; it is told how many are done. Any process of a training may be the one that encodes, so none is silent."""
     step = total // 10 if total >= _SHOWN_FROM else 0 if total else 100_000
     shown = 0
 
@@ -69,7 +67,7 @@ def progress(what: str, total: int = 0) -> Callable[[int], None]:
         nonlocal shown
         if step and done // step > shown:
             shown = done // step
-            logger.info("%s: %d%s rows", what, done, f" of {total}" if total else "")
+            say_error(f"{what}: {done:,}{f' of {total:,}' if total else ''} rows")
 
     return tell
 
