@@ -9,11 +9,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.forked_map import forked_map, in_lists
-from spin.alignment.core.machine import start_of
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -22,8 +22,9 @@ def test_results_are_in_order_and_few_items_are_ahead(workers):
 
     def items() -> Iterator[int]:
         nonlocal read
-        for read in range(1, 41):
-            yield read
+        for number in range(1, 41):
+            read = number
+            yield number
 
     found = []
     for result in forked_map(lambda item: (item, os.getpid()), items(), workers):
@@ -47,6 +48,13 @@ def test_an_error_is_raised_where_it_belongs(workers):
     assert found == [0, 1, 2]
 
 
+def is_running(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE  # that nobody waits for
+    except psutil.NoSuchProcess:
+        return False
+
+
 def test_workers_end_with_a_killed_parent(tmp_path):
     def work() -> None:
         def note(item: int) -> None:
@@ -64,7 +72,7 @@ def test_workers_end_with_a_killed_parent(tmp_path):
     parent.kill()
     parent.join()
     assert parent.exitcode == -signal.SIGKILL
-    while any(start_of(pid) is not None for pid in pids):
+    while any(map(is_running, pids)):
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
