@@ -16,7 +16,7 @@ from spin.alignment.core.errors import InputError
 from spin.alignment.core.forked_map import forked_map, in_lists
 from spin.alignment.core.provenance import hash_pieces
 from spin.alignment.data.chat_encoder import template_arguments
-from spin.alignment.data.encode_pairs import pair_steps
+from spin.alignment.data.encode_pairs import EncodedPair, pair_steps
 from spin.alignment.data.encode_together import run_together
 from spin.alignment.data.mixture import Piece, pieces_of
 from spin.alignment.data.rows import load_prompts, stream_prompts
@@ -89,7 +89,8 @@ def encoded_piece(piece: Piece, encoder: ChatEncoder, settings: Settings, total:
         for (index, row), result in zip(rows, run_together(steps, encoder.encode_all), strict=True):
             if isinstance(result, InputError):
                 raise InputError(f"{piece.source} row {index} (prompt {row['prompt_id']}): {result}") from result
-            if count_encoded(result, own):
+            count_encoded(result, own)
+            if isinstance(result, EncodedPair):
                 ids = {"prompt_ids": result.prompt_ids, "response_ids": result.chosen_ids}
                 encoded.append({"prompt_id": row["prompt_id"], "source": piece.source} | ids)
         return pa.RecordBatch.from_pylist(encoded, _SCHEMA), own
