@@ -156,7 +156,9 @@ class MemoryOfProcesses:
     def _sample(self, process: psutil.Process) -> float:
         """Note the memory of a process, if it trains, and return its share."""
         try:
-            if not any(word.endswith("run_spin.py") for word in process.cmdline()[1:2]):
+            command = process.cmdline()
+            is_launcher = any("accelerate" in word for word in command)
+            if is_launcher or not any(word.endswith("run_spin.py") for word in command):
                 return 0.0
             found = _memory(process.pid)
         except (OSError, psutil.Error):
