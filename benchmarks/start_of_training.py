@@ -15,7 +15,6 @@ import json
 import os
 import platform
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -218,7 +217,11 @@ def start_training(config: Path, processes: int, code: Path, cache: Path) -> dic
             raise InputError(f"the training of {config} failed: {''.join(said)[-3000:]}")
     finally:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+            for child in psutil.Process(process.pid).children(
+                recursive=True
+            ):  # a launcher's have sessions of their own
+                child.kill()
+            process.kill()
     return {"seconds_to_first_step": round(seconds, 1), **memory.facts()}
 
 
