@@ -341,6 +341,18 @@ def bookkeeping_table(*names: str) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def start_table(name: str) -> str:
+    """Return the table of the benchmark of training starts: a line for each case, cold and warm."""
+    headings = ["case", "store", "seconds to the first step", "own memory of a process", "memory of all processes"]
+    lines = [headings, ["---", "---", "---:", "---:", "---:"]]
+    for case, kinds in read_json(RESULTS / f"{name}.json")["cases"].items():
+        for kind, facts in kinds.items():
+            own = max(peak["anonymous"] for peak in facts["memory_of_processes"])
+            seconds = f"{facts['seconds_to_first_step']:.0f}"
+            lines.append([case, kind, seconds, f"{own:,.0f} MiB", f"{facts['memory_of_all']:,.0f} MiB"])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 def faults_table(name: str) -> str:
     """Return how many faults of each kind the long form of the fault suite has injected, and how many were not survived."""
     kinds = {

@@ -51,6 +51,7 @@ from benchmarks.result_tables import (  # noqa: E402
     scale_table,
     sft_table,
     speed_table,
+    start_table,
     value,
 )
 from spin import cli  # noqa: E402
@@ -100,7 +101,8 @@ HELP = re.compile(r"<!-- help: (spin|scripts/)( ?[^ ]*) -->\n.*?<!-- end -->", r
 SCRIPT_USAGE = re.compile(r"<<'TEXT'\n(.*?)\nTEXT\n", re.DOTALL)
 HELP_WIDTH = "110"
 RESULTS = re.compile(
-    r"<!-- (results|speed|ratios|faults|generation|decoding|bookkeeping|scale|sft|evidence|plan): ([^>]+?) -->\n.*?<!-- end -->",
+    r"<!-- (results|speed|ratios|faults|generation|decoding|bookkeeping|scale|start|sft|evidence|plan): ([^>]+?) -->\n"
+    r".*?<!-- end -->",
     re.DOTALL,
 )
 VALUE = re.compile(r"<!-- value: ([^/>]+) / ([^/>]+) / (\w+) -->.*?<!-- end -->")
@@ -114,6 +116,7 @@ TABLE_OF = {
     "decoding": decoding_table,
     "bookkeeping": bookkeeping_table,
     "scale": scale_table,
+    "start": start_table,
     "evidence": evidence_tables,
     "plan": plan_tables,
 }

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import tempfile
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Encoded rows of tests do not belong in the user's cache.
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="spin-test-cache-")
 # Under nohup or in the background of a script, these signals are ignored, here and in every program that a test starts.
 for number, default in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
     if signal.getsignal(number) == signal.SIG_IGN:
@@ -20,6 +24,10 @@ from tests.helpers.openai_backend import connect, server  # noqa: F401  (fixture
 from tests.helpers.smollm2 import smollm2_folder
 from tests.helpers.training import pairs, reference_run  # noqa: F401  (fixtures of several files)
 from tests.helpers.weights import scoring_models, weighed  # noqa: F401  (fixtures of several files)
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

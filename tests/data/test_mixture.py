@@ -44,7 +44,7 @@ def test_sft_reads_all_named_splits_once(tmp_path):
 
     def sizes(*splits: str) -> dict[str, int]:
         settings.data = DataConfig(dataset_mixer={folder: 1.0}, dataset_splits=list(splits))
-        return {name: len(rows) for name, rows in load_ground_truth(settings, encoder)[0].items()}
+        return {name: len(split.rows) for name, split in load_ground_truth(settings, encoder).items()}
 
     assert sizes("train", "more", "test") == {"train": 6, "test": 1}
     with pytest.raises(InputError, match="are the same rows"):
@@ -132,3 +132,14 @@ def test_held_out_splits_are_used_in_full():
     rows = datasets.Dataset.from_dict({"prompt": ["a", "b", "c"]})
     assert [len(pieces[place].selected(rows, seed=0)) for place in (0, 1)] == [1, 3]
     assert len(Piece("train", "some/name", "train", 0.01).selected(rows, seed=0)) == 1  # never none
+
+
+def test_rows_are_in_the_order_of_datasets():
+    from datasets import Dataset
+
+    from spin.alignment.data.mixture import Piece, shuffled
+
+    rows = Dataset.from_dict({"row": range(100)})
+    assert shuffled(100, 7).tolist() == rows.shuffle(seed=7)["row"][:]
+    piece = Piece("train", "x", "train", 0.3)
+    assert piece.selected(rows, 7)["row"][:] == rows.shuffle(seed=7)["row"][:30]

@@ -74,7 +74,9 @@ class LocalRay:
 def local_ray():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(REPOSITORY))
-        patch.setenv("RAY_worker_niceness", "0")  # of 15 by default: on a busy machine its tasks would hardly get a core
+        patch.setenv(
+            "RAY_worker_niceness", "0"
+        )  # of 15 by default: on a busy machine its tasks would hardly get a core
         ray = LocalRay()
         yield ray
         ray.cluster.shutdown()

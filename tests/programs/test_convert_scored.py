@@ -16,7 +16,7 @@ from spin.alignment.data.config import DataConfig
 from spin.alignment.data.preferences import load_preferences, mix_preferences
 from spin.alignment.pairs.counts import read_counts
 from spin.alignment.rewards import GROUP_SCORERS, GroupLabels
-from spin.alignment.training import preference_data
+from spin.alignment.training import encode_rows
 from spin.alignment.training.preference_data import encode_split
 from tests.helpers import char_tokenizer
 from tests.helpers.gathering import gather, own_prompts, record, refusal, row, write
@@ -145,7 +145,7 @@ def test_written_labels_reach_the_encoded_pairs(generated, tmp_path, monkeypatch
     config = DataConfig(dataset_mixer={"x": 1.0}, max_length=64, max_prompt_length=32)
     for loss, column in (("sppo", "win_prob"), ("sppo_single", "pair_win_prob")):
         # The fixture's ids are counters, not the ids of its texts.
-        monkeypatch.setattr(preference_data, "check_stored_ids", lambda *_: None)
+        monkeypatch.setattr(encode_rows, "check_stored_ids", lambda *_: None)
         encoded, dropped = encode_split(mixed, ChatEncoder(char_tokenizer()), config, loss)
         assert len(encoded) == 5 and not dropped
         assert encoded[0][f"chosen_{column}"] == pairs[0][f"chosen_{column}"] > 0.5

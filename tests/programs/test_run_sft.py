@@ -107,8 +107,8 @@ def test_prompts_are_those_of_generation_and_carry_no_loss(tiny_model, sums, tmp
     values = load_config(write_config(tmp_path, tiny_model, sums, dataset_splits=["train"]))
     settings = read_settings(values, "sft.yaml", SFTArguments)
     encoder = ChatEncoder(AutoTokenizer.from_pretrained(tiny_model))
-    data, accounts = load_ground_truth(settings, encoder)
-    row = data["train"][0]
+    train = load_ground_truth(settings, encoder)["train"]
+    row = train.rows[0]
     prompt = encoder.prompt_ids([{"role": "user", "content": "0+1"}])
     answer = encoder.response_ids([{"role": "user", "content": "0+1"}, {"role": "assistant", "content": "1"}])
     assert (row["prompt_ids"], row["response_ids"]) == (prompt, answer) and row["source"] == str(sums)
@@ -116,7 +116,7 @@ def test_prompts_are_those_of_generation_and_carry_no_loss(tiny_model, sums, tmp
     assert labelled["input_ids"] == prompt + answer
     assert labelled["labels"] == [-100] * len(prompt) + answer
     assert answer.count(encoder.end_id) == 1
-    assert not accounts["train"].dropped and accounts["train"].rows == len(data["train"])
+    assert not train.account.dropped and train.account.rows == len(train.rows)
 
 
 def test_training_lowers_the_loss_and_the_model_loads_by_itself(tiny_model, sums, tmp_path):

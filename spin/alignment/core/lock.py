@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout, lock_descriptor
 
 from spin.alignment.core.errors import InputError
-from spin.alignment.core.files import file_mode
+from spin.alignment.core.files import explained_os_errors, file_mode
 
 LOCK_NAME = ".lock"
+_POLL_SECONDS = 0.2
 
 
 @contextmanager
@@ -51,6 +52,34 @@ def folder_lock(folder: str | Path, setting: str) -> Iterator[None]:
     finally:
         if is_kernel_lock:
             path.unlink(missing_ok=True)
+        lock.release()
+
+
+@contextmanager
+def waiting_lock(folder: Path, tell: Callable[[], None]) -> Iterator[None]:
+    """Create a folder and hold its lock, as :func:`folder_lock`, but wait while another process holds it; the file stays.
+
+    Args:
+        tell: called once if there is a wait.
+
+    Raises:
+        InputError: the folder cannot be created, written or locked.
+    """
+    path = folder / LOCK_NAME
+    lock = FileLock(path, mode=file_mode())
+    try:
+        with explained_os_errors(path):
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                tell()
+                lock.acquire(poll_interval=_POLL_SECONDS)
+    except OSError as error:
+        raise InputError(f"cannot lock {folder} ({error.strerror}): use a disk that supports locking") from error
+    try:
+        yield
+    finally:
         lock.release()
 
 

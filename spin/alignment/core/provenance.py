@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -109,6 +109,14 @@ def hash_texts(parts: Iterable[str]) -> str:
         # The length prefix makes ("ab", "c") differ from ("a", "bc").
         digest.update(len(encoded).to_bytes(8, "big"))
         digest.update(encoded)
+    return digest.hexdigest()[:_HASH_LENGTH]
+
+
+def hash_pieces(pieces: Callable[[], Iterable[str]]) -> str:
+    """Return :func:`hash_text` of a single text that is too long to hold; ``pieces`` yields its pieces, and is called twice."""
+    digest = hashlib.sha256(sum(len(piece.encode()) for piece in pieces()).to_bytes(8, "big"))
+    for piece in pieces():
+        digest.update(piece.encode())
     return digest.hexdigest()[:_HASH_LENGTH]
 
 

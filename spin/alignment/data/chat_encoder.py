@@ -11,18 +11,21 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from spin.alignment.core.errors import InputError, reason_of
 from spin.alignment.core.hub import hub_reason
 from spin.alignment.core.provenance import hash_json, hash_text
 from spin.alignment.data.chat_template import ChatTemplate
-from spin.alignment.data.control_tokens import MARK, ids_of_pieces
+from spin.alignment.data.control_tokens import MARK, ids_of_texts
 from spin.alignment.data.conversation_text import ConversationText, RowRefused, SystemPolicy
+from spin.alignment.data.encode_together import Steps, run_alone, run_together
 from spin.alignment.data.end_of_turn import model_end_ids
 from spin.alignment.data.template_date import today
-from spin.alignment.data.token_batches import decode_ids, encode_texts
+from spin.alignment.data.token_batches import decode_ids
 from spin.alignment.data.turns import Message
+
+T = TypeVar("T")
 
 
 def load_tokenizer(model: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -131,24 +134,27 @@ class ChatEncoder:
             InputError: the template rejects the conversation.
             RowRefused: its text contains a control token, or the template omits its tools.
         """
-        return self._one_bos(self._encode(self.text.prompt(prompt, tools, chat_template_kwargs)))
+        return self.run(self.prompt_steps(self.text.prompt(prompt, tools, chat_template_kwargs)))
+
+    def prompt_steps(self, text: str) -> Steps[list[int]]:
+        """The steps (:mod:`.encode_together`) from the text of a prompt to its ids."""
+        return self._one_bos((yield text))
+
+    def run(self, steps: Steps[T]) -> T:
+        """Run the steps of one row; raises what they raise."""
+        return run_alone(steps, self.encode_all)
 
     def ids_of_prompts(
         self, prompts: Sequence[tuple[Sequence[Message], Mapping[str, Any]]]
     ) -> list[list[int] | InputError]:
         """Return :meth:`prompt_ids` of many prompts, given with what their rows carry (:func:`template_arguments`): ids, or the
         error that it would raise. Texts are encoded in one call, which is faster."""
-        found: list[Any] = []
-        for prompt, arguments in prompts:
-            try:
-                text = self.text.prompt(prompt, arguments.get("tools"), arguments.get("chat_template_kwargs"))
-                found.append(self._one_bos(self._encode(text)) if MARK in text else text)
-            except InputError as error:
-                found.append(error)
-        places = [place for place, item in enumerate(found) if isinstance(item, str)]
-        for place, ids in zip(places, encode_texts(self.tokenizer, [found[place] for place in places]), strict=True):
-            found[place] = self._one_bos(ids)
-        return found
+
+        def steps(prompt: Sequence[Message], arguments: Mapping[str, Any]) -> Steps[list[int]]:
+            text = self.text.prompt(prompt, arguments.get("tools"), arguments.get("chat_template_kwargs"))
+            return (yield from self.prompt_steps(text))
+
+        return run_together([steps(*item) for item in prompts], self.encode_all)
 
     def response_ids(
         self,
@@ -168,13 +174,24 @@ class ChatEncoder:
             InputError: the conversation does not end with an assistant turn, or the template rejects it.
             RowRefused: its text contains a control token, or the template would write something else than the turn.
         """
+        return self.run(self.response_steps(conversation, prompt_ids, tools, chat_template_kwargs))
+
+    def response_steps(
+        self,
+        conversation: Sequence[Message],
+        prompt_ids: list[int] | None = None,
+        tools: str | None = None,
+        chat_template_kwargs: str | None = None,
+        prompt_text: str | None = None,
+    ) -> Steps[list[int]]:
+        """The steps of :meth:`response_ids`. ``prompt_text`` is the text of the preceding conversation, if it is known."""
         if not conversation or conversation[-1]["role"] != "assistant":
             raise InputError("a conversation must end with an assistant turn: add the response")
-        prompt, response = self.text.prompt_and_response(conversation, tools, chat_template_kwargs)
-        before = prompt_ids or self._one_bos(self._encode(prompt))
-        whole = self._one_bos(self._encode(prompt + response))
+        prompt, response = self.text.prompt_and_response(conversation, tools, chat_template_kwargs, prompt_text)
+        before = prompt_ids or self._one_bos((yield prompt))
+        whole = self._one_bos((yield prompt + response))
         # A token that crosses the boundary cannot be sampled: the response is then encoded by itself.
-        ids = whole[len(before) :] if whole[: len(before)] == before else self._encode(response)
+        ids = whole[len(before) :] if whole[: len(before)] == before else (yield response)
         ends = [place for place, token in enumerate(ids) if token in self.stop_ids]
         # A template may end a tool call with another of the model's ends than an answer.
         return ids[: ends[0] + 1] if ends else [*ids, self.end_id]
@@ -219,7 +236,7 @@ class ChatEncoder:
         """
         text = conversation[-1]["content"]
         prompt = self.text.prompt(conversation[:-1], tools, chat_template_kwargs)
-        prompt_ids = self._one_bos(self._encode(prompt))
+        prompt_ids = self.run(self.prompt_steps(prompt))
         ids, spans = self._tokens_in_place(conversation, prompt, prompt_ids, tools, chat_template_kwargs) or (
             self._tokens_alone(text)
         )
@@ -229,13 +246,12 @@ class ChatEncoder:
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of sampled ids without end-of-turn, padding and BOS, as far as it is the response's own: not what the
         template writes around one. Markers of its parts (thoughts, channels, tool calls) stay."""
-        # Some templates start a response with text of their own (Mistral: a space), which is not part of it.
-        return self.raw_text(token_ids).removeprefix(self.response_prefix).removesuffix(self.response_suffix)
+        return self._own_text(self.raw_text(token_ids))
 
     def response_text(self, token_ids: Sequence[int], chat_template_kwargs: str | None = None) -> str:
         """Return the text of a whole response, as rows store it: :meth:`decode`, after the thought that the generation prompt
         opens, if it does (with the template arguments of the row) and the response continues it."""
-        return self._response_of(self.raw_text(token_ids), chat_template_kwargs)
+        return self.readings(token_ids, chat_template_kwargs)[0]
 
     def response_texts(
         self, responses: Sequence[Sequence[int]], chat_template_kwargs: Sequence[str | None] | None = None
@@ -243,12 +259,21 @@ class ChatEncoder:
         """Return :meth:`response_text` of many responses, decoded in one call; ``chat_template_kwargs`` are those of each row."""
         texts = decode_ids(self.tokenizer, [self._own_ids(ids) for ids in responses])
         carried = chat_template_kwargs or [None] * len(texts)
-        return [self._response_of(text, arguments) for text, arguments in zip(texts, carried, strict=True)]
+        return [self._readings(text, arguments)[0] for text, arguments in zip(texts, carried, strict=True)]
 
-    def _response_of(self, text: str, row_arguments: str | None) -> str:
+    def readings(self, token_ids: Sequence[int], chat_template_kwargs: str | None = None) -> tuple[str, str]:
+        """Return :meth:`response_text` and :meth:`decode` of a response."""
+        return self._readings(self.raw_text(token_ids), chat_template_kwargs)
+
+    def _readings(self, text: str, row_arguments: str | None) -> tuple[str, str]:
         thought = self.text.thought_with(row_arguments)
         opened = thought.opener if thought and not text.startswith(self.response_prefix or thought.closing) else ""
-        return opened + text.removeprefix(self.response_prefix).removesuffix(self.response_suffix)
+        own = self._own_text(text)
+        return opened + own, own
+
+    def _own_text(self, text: str) -> str:
+        # Some templates start a response with text of their own (Mistral: a space), which is not part of it.
+        return text.removeprefix(self.response_prefix).removesuffix(self.response_suffix)
 
     def raw_text(self, token_ids: Sequence[int]) -> str:
         """Return the text of sampled ids, without end-of-turn, padding and BOS."""
@@ -321,14 +346,17 @@ class ChatEncoder:
             )
         return lines
 
-    def _encode(self, text: str) -> list[int]:
-        """Return the ids of rendered text. Marks keep what stands around them from becoming one token."""
-        ids = ids_of_pieces(self.tokenizer, text)
+    def encode_all(self, texts: Sequence[str]) -> list[list[int] | InputError]:
+        """Return the ids of rendered texts, or why one cannot be encoded. Marks keep what stands around them from becoming one
+        token."""
+        return [self._checked(text, ids) for text, ids in zip(texts, ids_of_texts(self.tokenizer, texts), strict=True)]
+
+    def _checked(self, text: str, ids: list[int]) -> list[int] | InputError:
         if MARK not in text:
             return ids
         kept = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         if kept.strip() != text.replace(MARK, "").strip():  # tokenizers that start every text with a space
-            raise RowRefused(
+            return RowRefused(
                 "a turn contains a control token as text, which this tokenizer cannot spell: remove it from the row"
             )
         return ids

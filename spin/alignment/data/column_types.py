@@ -108,6 +108,21 @@ def _whole_array(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
     return array
 
 
+def check_items(rows: pa.RecordBatch, name: str) -> None:
+    """Check that no list of numbers in the project's own columns has null in it.
+
+    Raises:
+        InputError: one has.
+    """
+    for column in rows.schema.names:
+        _check_items(rows.column(column), column, name)
+
+
+def _check_items(values: pa.Array | pa.ChunkedArray, column: str, name: str) -> None:
+    if column in OWN_TYPES and _has_null_items(values):
+        raise InputError(f"{name}: the column '{column}' has null in a list of numbers: correct the column")
+
+
 def _has_null_items(array: pa.Array | pa.ChunkedArray) -> bool:
     kind = array.type
     is_numbers = is_list(kind) and (kinds.is_integer(kind.value_type) or kinds.is_floating(kind.value_type))
@@ -195,8 +210,7 @@ def merged_type(left: pa.DataType, right: pa.DataType) -> pa.DataType | None:
 
 def _cast(table: pa.Table, column: str, kind: pa.DataType, name: str) -> pa.ChunkedArray:
     values = table[column]
-    if column in OWN_TYPES and _has_null_items(values):
-        raise InputError(f"{name}: the column '{column}' has null in a list of numbers: correct the column")
+    _check_items(values, column, name)
     if values.type == kind:
         return values
     try:

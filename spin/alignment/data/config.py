@@ -36,7 +36,9 @@ class DataConfig:
         "configuration of each data set of dataset_mixer, in order; or write 'path:configuration' there",
         set_by_run=True,
     )
-    preprocessing_num_workers: int = setting(1, "processes that encode the data", ge=1, recorded=False)
+    preprocessing_num_workers: int = setting(
+        1, "processes that encode the data; at least as many as train on the machine", ge=1, recorded=False
+    )
     max_length: int = setting(1024, "longest prompt plus response, in tokens", ge=1)
     max_prompt_length: int = setting(512, "prompt tokens kept if prompt plus response exceed max_length", ge=1)
     system: System = setting(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
+
+from spin.alignment.data.token_batches import encode_texts
 
 # Stands between the first and second character of a control token that has to be encoded as text; not a character of any text.
 MARK = "\ufdd0"
@@ -66,11 +68,15 @@ def ids_of_pieces(tokenizer: Any, text: str) -> list[int]:
 
     Control tokens outside the marks are those of a template, also for a tokenizer that is set to split them.
     """
-    pieces = [
-        tokenizer(piece, add_special_tokens=False, split_special_tokens=False)["input_ids"]
-        for piece in text.split(MARK)
-    ]
-    return [token for piece in pieces for token in piece]
+    return ids_of_texts(tokenizer, [text])[0]
+
+
+def ids_of_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Return :func:`ids_of_pieces` of several texts, from a single call of the tokenizer."""
+    split = [text.split(MARK) for text in texts]
+    pieces = [piece for some in split for piece in some]
+    encoded = iter(encode_texts(tokenizer, pieces))
+    return [[token for _ in some for token in next(encoded)] for some in split]
 
 
 # The parts of a response, whether or not a tokenizer declares their markers special.

@@ -187,15 +187,21 @@ class ConversationText:
         return text
 
     def prompt_and_response(
-        self, conversation: Sequence[Message], tools: str | None, row_arguments: str | None
+        self,
+        conversation: Sequence[Message],
+        tools: str | None,
+        row_arguments: str | None,
+        prompt: str | None = None,
     ) -> tuple[str, str]:
         """Return the text of the prompt with the generation prompt, and that of the last turn as it continues it.
+
+        ``prompt`` is :meth:`prompt` of the preceding conversation, if the caller already has it.
 
         Raises:
             RowRefused: they cannot be made to add up.
         """
         turn = conversation[-1]
-        prompt = self.prompt(conversation[:-1], tools, row_arguments)
+        prompt = self.prompt(conversation[:-1], tools, row_arguments) if prompt is None else prompt
         whole = self._render(self._prepare(conversation), False, tools, row_arguments)
         response = self._continuation(prompt, whole, turn)
         if response is None:

@@ -9,6 +9,7 @@ from typing import Any
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.sides import SIDES
 from spin.alignment.data.chat_encoder import ChatEncoder, RowRefused, template_arguments
+from spin.alignment.data.encode_together import Steps
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,17 @@ def encode_pair(
     Raises:
         InputError: the conversations have different prompts, or the template rejects them.
     """
+    return encoder.run(pair_steps(row, encoder, max_length, max_prompt_length, responses))
+
+
+def pair_steps(
+    row: Mapping[str, Any],
+    encoder: ChatEncoder,
+    max_length: int,
+    max_prompt_length: int,
+    responses: Sequence[str] = SIDES,
+) -> Steps[EncodedPair | str]:
+    """The steps of :func:`encode_pair`, for :func:`run_together`."""
     prompt = list(row[responses[0]][:-1])
     for name in responses[1:]:
         if prompt != list(row[name][:-1]):
@@ -71,12 +83,14 @@ def encode_pair(
                 f"prompt {row.get('prompt_id', '?')}: {responses[0]} and {name} have different prompts: correct the row"
             )
     try:
-        prompt_ids = encoder.prompt_ids(prompt, **template_arguments(row))
+        arguments = template_arguments(row)
+        text = encoder.text.prompt(prompt, arguments.get("tools"), arguments.get("chat_template_kwargs"))
+        prompt_ids = yield from encoder.prompt_steps(text)
     except RowRefused as refused:
         return str(refused)
     found: dict[str, list[int]] = {}
     for name in responses:
-        ids = _response_ids(row, name, encoder, prompt_ids)
+        ids = yield from _response_steps(row, name, encoder, prompt_ids, text)
         if isinstance(ids, str):
             return DroppedPair.of(ids, len(prompt_ids) + sum(map(len, found.values())))
         found[name] = ids
@@ -111,7 +125,9 @@ def truncate_prompt(ids: list[int], max_prompt_length: int, bos_id: int | None) 
     return ids[len(ids) - max_prompt_length :]
 
 
-def _response_ids(row: Mapping[str, Any], side: str, encoder: ChatEncoder, prompt_ids: list[int]) -> list[int] | str:
+def _response_steps(
+    row: Mapping[str, Any], side: str, encoder: ChatEncoder, prompt_ids: list[int], prompt_text: str
+) -> Steps[list[int] | str]:
     """The ids of one response, or the reason why there are none."""
     sampled = row.get(f"{side}_token_ids")
     if sampled is not None:
@@ -120,7 +136,9 @@ def _response_ids(row: Mapping[str, Any], side: str, encoder: ChatEncoder, promp
     if not any(turn.get(key) for key in ("content", "reasoning_content", "tool_calls")):
         return [encoder.end_id]  # the model answered with the end of turn alone
     try:
-        ids = encoder.response_ids(row[side], prompt_ids, **template_arguments(row))
+        ids = yield from encoder.response_steps(
+            row[side], prompt_ids, **template_arguments(row), prompt_text=prompt_text
+        )
     except RowRefused as refused:
         return str(refused)
     # A response that reached the length limit did not end, so the model must not learn an end of turn there.

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from spin.alignment.core.errors import InputError
 from spin.alignment.data.source_files import split_files
 from spin.alignment.data.source_names import is_local
@@ -30,11 +32,21 @@ class Piece:
     split: str
     fraction: float
 
-    def selected(self, rows: Dataset, seed: int) -> Dataset:
-        """Return the rows that are used: a random subset, because the first rows of a data set may all be of one kind."""
+    def places(self, count: int, seed: int) -> np.ndarray:
+        """Return the numbers of the rows that are used, of ``count``: a random subset, because the first rows of a data set may
+        all be of one kind."""
         if self.fraction == 1:
-            return rows
-        return rows.shuffle(seed=seed).select(range(max(1, int(self.fraction * len(rows)))))
+            return np.arange(count)
+        return shuffled(count, seed)[: max(1, int(self.fraction * count))]
+
+    def selected(self, rows: Dataset, seed: int) -> Dataset:
+        """Return the rows that are used."""
+        return rows if self.fraction == 1 else rows.select(self.places(len(rows), seed))
+
+
+def shuffled(count: int, seed: int) -> np.ndarray:
+    """Return the numbers of ``count`` rows in the order of ``datasets.Dataset.shuffle(seed)``."""
+    return np.random.default_rng(seed).permutation(count)
 
 
 def pieces_of(

@@ -54,20 +54,26 @@ class PromptStore:
         self.features = Features({*facts.get("fields", ())}, {*facts.get("columns", ())})
 
     @classmethod
+    def found(cls, path: Path) -> PromptStore | None:
+        """Open ``path`` if it exists and is whole."""
+        files = (path, path.with_suffix(".json"))  # the JSON file is written last
+        try:
+            return cls(path) if all(file.exists() and not is_damaged(file) for file in files) else None
+        except (pa.ArrowException, OSError, ValueError, KeyError, TypeError):
+            return None
+
+    @classmethod
     def open(cls, path: Path, input_dir: str, split: str) -> PromptStore:
-        """Open ``path``, creating it from the data set if it does not exist or is damaged. Several processes may do this at once.
+        """Open ``path``, creating it from the data set if it does not exist or is damaged.
+
+        Processes that do so at once write equal files and rename them atomically; with a lease, only one does the work.
 
         Raises:
             InputError: a row violates the row contract, or two rows share an id.
         """
-        files = (path, path.with_suffix(".json"))
-        # The JSON file is written last. Processes that race here write equal files and rename them atomically.
-        if all(file.exists() for file in files):
-            try:
-                if not any(is_damaged(file) for file in files):
-                    return cls(path)
-            except (pa.ArrowException, OSError, ValueError, KeyError, TypeError):
-                pass
+        if store := cls.found(path):
+            return store
+        if path.exists() and path.with_suffix(".json").exists():
             say_error(f"{path} is damaged: written again from the data")
         cls.create(path, input_dir, split)
         return cls(path)

@@ -78,7 +78,7 @@ def ids_problem(row: Mapping[str, Any], response: str, encoder: ChatEncoder) -> 
     turn = row[response][-1]
     text = turn["content"]
     # Texts from elsewhere may lack the thought that the generation prompt opens.
-    readings = (encoder.response_text(ids, row.get("chat_template_kwargs")), encoder.decode(ids))
+    readings = encoder.readings(ids, row.get("chat_template_kwargs"))
     if text.strip() in [reading.strip() for reading in readings]:
         return None
     if any(turn.get(name) for name in _STRUCTURED) and any(text.strip() in reading for reading in readings):

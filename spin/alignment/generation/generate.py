@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from spin.alignment.generation.fraction_work import GenerationJob
     from spin.alignment.generation.leases import Worker
     from spin.alignment.generation.worker import GenerationRun
+
+_POLL_SECONDS = 0.2
 
 
 def expected_provenance(config: GenerateConfig, model_dir: Path, date: datetime.date | None = None) -> Provenance:
@@ -111,13 +114,33 @@ def already_complete(config: GenerateConfig, stated: Provenance) -> int:
     return num_prompts if all(is_already_complete(path, stated) for path in paths) else 0
 
 
-def open_store(config: GenerateConfig, stated: Provenance, worker: str) -> PromptStore:
-    """Open the prompts; processes share the store of local files, while each has its own store of a Hub data set."""
+def open_store(config: GenerateConfig, stated: Provenance, worker: Worker) -> PromptStore:
+    """Open the prompts, which one of the processes writes while the others wait. Processes share the store of local files, while
+    each has its own store of a Hub data set.
+
+    Raises:
+        FileNotFoundError: another process has finished all work and removed the working files meanwhile.
+    """
     from spin.alignment.data.fractions import PARTS_FOLDER
     from spin.alignment.data.prompt_store import PromptStore
+    from spin.alignment.generation.leases import Leases
 
-    name = f"prompts-{config.split}-{stated.extra.get('inputs', worker)}.arrow"
-    return PromptStore.open(Path(config.output_dir) / PARTS_FOLDER / name, config.input_dir, config.split)
+    parts = Path(config.output_dir) / PARTS_FOLDER
+    name = f"prompts-{config.split}-{stated.extra.get('inputs', worker.name)}"
+    path, leases, told = parts / f"{name}.arrow", Leases(parts, worker, config.lease_timeout), False
+    while (store := PromptStore.found(path)) is None:
+        if leases.claim(name):
+            try:
+                return PromptStore.open(path, config.input_dir, config.split)
+            finally:
+                leases.release(name)
+        if not parts.is_dir():
+            raise FileNotFoundError(path)
+        if not told:
+            say_error(f"waiting for {leases.owner(name) or 'another worker'}, which reads the prompts")
+            told = True
+        time.sleep(_POLL_SECONDS)
+    return store
 
 
 def wanted_fractions(config: GenerateConfig, stated: Provenance, store: PromptStore) -> list[int]:
@@ -204,7 +227,7 @@ def open_model(config: GenerateConfig, model_dir: Path, date: datetime.date | No
 
 
 def make_job(
-    config: GenerateConfig, stated: Provenance, model_config: Any, encoder: ChatEncoder, worker: str
+    config: GenerateConfig, stated: Provenance, model_config: Any, encoder: ChatEncoder, worker: Worker
 ) -> GenerationJob:
     """Open the prompts; return what all fractions share."""
     import pyarrow as pa
@@ -331,7 +354,7 @@ def work(config: GenerateConfig, stated: Provenance, model_dir: Path, date: date
     model_config, encoder = open_model(config, model_dir, date)  # before anything is written
     with Worker(Path(config.output_dir) / PARTS_FOLDER / "workers") as worker, frozen_objects():
         try:
-            job = make_job(config, stated, model_config, encoder, worker.name)
+            job = make_job(config, stated, model_config, encoder, worker)
             for remark in job.encoder.remarks if rank == 0 else ():
                 say_error(remark)
             fractions = wanted_fractions(config, job.provenance, job.store)

@@ -30,9 +30,20 @@ class PairDataset(torch.utils.data.Dataset):
     and, when tokens are weighted, chosen_weights and rejected_weights; any other column chosen_X, rejected_X is a label X.
     """
 
-    def __init__(self, rows: Dataset) -> None:
+    def __init__(self, rows: Dataset, tokens_hash: str = "") -> None:
+        """``tokens_hash`` is the hash of all ids of the rows, if it is known."""
         self.rows = rows
+        self._tokens_hash = tokens_hash
         self.reference: ReferenceLogps | None = None
+
+    @property
+    def tokens_hash(self) -> str:
+        """The hash of all ids of the rows (:func:`spin.alignment.logprobs.reference_store.hash_tokens`)."""
+        if not self._tokens_hash:
+            from spin.alignment.logprobs.reference_store import hash_tokens
+
+            self._tokens_hash = hash_tokens(self.rows)
+        return self._tokens_hash
 
     def __len__(self) -> int:
         return len(self.rows)

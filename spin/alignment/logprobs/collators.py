@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+import numpy as np
+import pyarrow.compute as pc
 import torch
 
 from spin.alignment.core.sides import SIDES
 from spin.alignment.logprobs.attention import PackedLayout, Tree
 from spin.alignment.logprobs.batch import GROUP_ELEMENTS, Feature, PackedBatch, PairGroup
 from spin.alignment.logprobs.plans import consecutive
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 # Prefix of a label among the tensors of a padded batch.
 LABEL = "label/"
@@ -29,6 +35,12 @@ def targets(feature: Feature, name: str) -> list[int]:
     """Return the tokens of a response that are predicted, in order."""
     ids = feature[f"{name}_ids"]
     return [ids[place] for place in trained(feature, name)]
+
+
+def lengths_of(rows: Dataset, names: Sequence[str]) -> list[np.ndarray]:
+    """Return the number of tokens of each of N rows in ``{name}_ids``, ``(N,)`` for each name, without reading the ids."""
+    table = rows.select_columns([f"{name}_ids" for name in names]).with_format("arrow")[:]
+    return [pc.list_value_length(table[f"{name}_ids"]).to_numpy() for name in names]
 
 
 @dataclass(frozen=True)
@@ -54,6 +66,11 @@ class PackedCollator:
         """Return the number of tokens that a pair takes in a row."""
         prompt, *responses = (len(feature[f"{name}_ids"]) for name in ("prompt", *self.responses))
         return prompt * (1 if self.share_prompts else len(responses)) + sum(responses)
+
+    def tokens_of(self, rows: Dataset) -> np.ndarray:
+        """Return :meth:`tokens` of each of N encoded pairs, ``(N,)``."""
+        prompt, *responses = lengths_of(rows, ("prompt", *self.responses))
+        return prompt * (1 if self.share_prompts else len(responses)) + np.sum(responses, axis=0)
 
     def __call__(self, features: Sequence[Feature]) -> PackedBatch:
         """Return the packed row of some pairs, in order."""
@@ -152,6 +169,10 @@ class PairCollator:
     def tokens(self, feature: Feature) -> int:
         """Return the number of distinct tokens in a pair, without padding."""
         return sum(len(feature[f"{name}_ids"]) for name in ("prompt", *self.responses))
+
+    def tokens_of(self, rows: Dataset) -> np.ndarray:
+        """Return :meth:`tokens` of each of N encoded pairs, ``(N,)``."""
+        return np.sum(lengths_of(rows, ("prompt", *self.responses)), axis=0)
 
     def __call__(self, features: Sequence[Feature]) -> dict[str, torch.Tensor]:
         """Return input_ids, attention_mask and position_ids of shape ``(2B, P + R)``, completion_mask of shape ``(2B, R)``

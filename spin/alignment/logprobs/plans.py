@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-def consecutive(sizes: Sequence[int], limit: int) -> list[list[int]]:
+def consecutive(sizes: Sequence[int], limit: int) -> list[range]:
     """Divide indices into runs whose sizes sum to at most ``limit``; an index larger than that gets a run of its own."""
-    runs: list[list[int]] = []
+    starts: list[int] = []
     total = 0
     for index, size in enumerate(sizes):
-        if not runs or total + size > limit:
-            runs.append([])
+        if not starts or total + size > limit:
+            starts.append(index)
             total = 0
-        runs[-1].append(index)
         total += size
-    return runs
+    return [range(start, end) for start, end in zip(starts, [*starts[1:], len(sizes)], strict=True)]
 
 
 def plan_by_tokens(sizes: Sequence[int], budget: int) -> list[list[int]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 from accelerate.utils import broadcast_object_list
 
+from spin.alignment.core.arrow_rows import rows_in_order
 from spin.alignment.core.console import say_error
 from spin.alignment.core.content_hash import remove_sealed, sealed_file
 from spin.alignment.core.errors import NotFiniteError
@@ -72,7 +73,7 @@ def compute_reference(
     # Use the prepared model, so that rounding is the same as in training and the first loss is ln 2.
     with forward.evaluation():
         for turn in range(rounds):
-            indices = batches[min(turn * count + rank, len(batches) - 1)]
+            indices = batches[min(turn * count + rank, len(batches) - 1)].tolist()
             logps = [response.numpy() for response in forward.logps([dataset.rows[index] for index in indices])]
             check_finite(logps, [dataset.rows[index] for index in indices], indices)
             # logps lists all chosen responses, then all rejected ones: a stride picks those of one pair.
@@ -101,39 +102,39 @@ def check_finite(logps: Sequence[np.ndarray], rows: Sequence[Feature], indices: 
         raise NotFiniteError(f"a reference log-prob{pairs} is not finite", [rows[number] for number in sorted(bad)])
 
 
-def _missing(path: Path, key: ReferenceKey, num_rows: int, accelerator: Accelerator) -> list[int]:
+def _missing(path: Path, key: ReferenceKey, num_rows: int, accelerator: Accelerator) -> np.ndarray:
     """Return the indices of the pairs that are in no part, as seen by the main process."""
     # One process decides: on a network file system others may see a different listing, and the run would then hang.
     found: list[Any] = [None]
     if accelerator.is_main_process:
         parts = _parts(path, key)
-        done = set().union(*(table.column("index").to_pylist() for table in parts))
-        found = [[index for index in range(num_rows) if index not in done]]
+        done = np.concatenate([np.empty(0, np.int64), *(table.column("index").to_numpy() for table in parts)])
+        found = [np.setdiff1d(np.arange(num_rows), done)]
     return broadcast_object_list(found)[0]
 
 
-def longest_first(rows: Dataset, indices: Sequence[int], batcher: MicroBatcher) -> list[list[int]]:
+def longest_first(rows: Dataset, indices: np.ndarray, batcher: MicroBatcher) -> list[np.ndarray]:
     """Return micro-batches of row indices, longest pairs first, so that an out-of-memory error comes at once."""
-    features = rows.select_columns(["prompt_ids", *(f"{name}_ids" for name in batcher.collator.responses)])
-    sizes = {index: batcher.collator.tokens(features[index]) for index in indices}
-    order = sorted(indices, key=lambda index: -sizes[index])
+    sizes = batcher.collator.tokens_of(rows)[indices]
+    longest = np.argsort(-sizes, kind="stable")
+    order = indices[longest]
     if not isinstance(batcher.collator, PackedCollator):
-        return [[order[number] for number in batch] for batch in plan_by_pairs(len(order), batcher.pairs)]
-    runs = consecutive([sizes[index] for index in order], batcher.token_budget)
-    return [[order[number] for number in run] for run in runs]
+        return [order[batch] for batch in plan_by_pairs(len(order), batcher.pairs)]
+    return [order[run.start : run.stop] for run in consecutive(sizes[longest].tolist(), batcher.token_budget)]
 
 
 def _write(path: Path, results: dict[int, list[np.ndarray]], key: ReferenceKey, schema: pa.Schema) -> None:
     order = sorted(results)
     columns = [order, *([results[index][place] for index in order] for place in range(len(schema) - 1))]
     arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
-    _write_table(path, pa.table(arrays, schema=schema), key)
+    _write_batches(path, [pa.record_batch(arrays, schema=schema)], schema, key)
 
 
-def _write_table(path: Path, table: pa.Table, key: ReferenceKey) -> None:
-    schema = table.schema.with_metadata({_KEY: json.dumps(asdict(key)).encode()})
-    with sealed_file(path) as file, pa.ipc.new_file(file, schema) as writer:
-        writer.write_table(table.combine_chunks().cast(schema))
+def _write_batches(path: Path, batches: Iterable[pa.RecordBatch], schema: pa.Schema, key: ReferenceKey) -> None:
+    with_key = schema.with_metadata({_KEY: json.dumps(asdict(key)).encode()})
+    with sealed_file(path) as file, pa.ipc.new_file(file, with_key) as writer:
+        for batch in batches:
+            writer.write_batch(batch.replace_schema_metadata(with_key.metadata))
 
 
 def _parts(path: Path, key: ReferenceKey) -> list[pa.Table]:
@@ -149,9 +150,11 @@ def _parts(path: Path, key: ReferenceKey) -> list[pa.Table]:
 
 
 def _merge(path: Path, key: ReferenceKey, num_rows: int) -> None:
-    table = pa.concat_tables(_parts(path, key))
-    indices, first = np.unique(table.column("index").to_numpy(), return_index=True)  # surplus batches are duplicates
+    parts = _parts(path, key)
+    numbers = np.concatenate([part.column("index").to_numpy() for part in parts])
+    indices, first = np.unique(numbers, return_index=True)  # surplus batches are duplicates
     if len(indices) != num_rows:
         raise RuntimeError(f"only {len(indices)} of {num_rows} pairs have reference log-probs: a process lost its part")
-    _write_table(path, table.take(first), key)
+    batches = [batch for part in parts for batch in part.to_batches()]
+    _write_batches(path, rows_in_order(batches, first), parts[0].schema, key)
     remove_sealed(path.parent.glob(f".{path.name}.part-*"))

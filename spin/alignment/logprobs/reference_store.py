@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,13 +14,14 @@ import pyarrow as pa
 from spin.alignment.core.console import say_error
 from spin.alignment.core.content_hash import is_damaged, remove_sealed
 from spin.alignment.core.errors import InputError
-from spin.alignment.core.provenance import hash_json, hash_text
+from spin.alignment.core.provenance import hash_json, hash_texts
 from spin.alignment.core.sides import SIDES
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 _KEY = b"spin.reference"
+_HASHED_ROWS = 1000  # that are in memory at a time
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,20 @@ class ReferenceKey:
 def hash_tokens(rows: Dataset) -> str:
     """Return a hash of all prompt and response ids, in order."""
     columns = ("prompt_ids", *(f"{name}_ids" for name in responses_of(rows.column_names)))
-    return hash_text(*(np.asarray(row[name], dtype=np.int32).tobytes().hex() for row in rows for name in columns))
+    batches = rows.select_columns(list(columns)).with_format("arrow").iter(_HASHED_ROWS)
+    return hash_texts(
+        ids.tobytes().hex()
+        for batch in batches
+        for row in zip(*(_arrays(batch[name]) for name in columns), strict=True)
+        for ids in row
+    )
+
+
+def _arrays(column: pa.ChunkedArray) -> Iterator[np.ndarray]:
+    """Yield the values of each row of a column of ids, int32."""
+    for chunk in column.chunks:
+        ends = np.cumsum(chunk.value_lengths().to_numpy())
+        yield from np.split(chunk.flatten().to_numpy().astype(np.int32), ends[:-1])
 
 
 def responses_of(columns: Sequence[str]) -> tuple[str, ...]:
@@ -97,7 +111,7 @@ class ReferenceLogps:
                 f"{path} belongs to another reference or data set ({what} differs): remove it to compute it again"
             )
         responses = [name for name in table.column_names if name != "index"]
-        self._columns = {name: table.column(name).combine_chunks() for name in responses}
+        self._columns = {name: table.column(name) for name in responses}  # not joined: that would copy them
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         return {name: column[index].values.to_numpy(zero_copy_only=False) for name, column in self._columns.items()}

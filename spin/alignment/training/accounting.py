@@ -30,6 +30,14 @@ class Account:
     dropped: Counter[str] = field(default_factory=Counter)
     dropped_tokens: Counter[str] = field(default_factory=Counter)
 
+    @classmethod
+    def from_record(cls, counts: Mapping[str, Any]) -> Account:
+        """Return the account with these counts: its fields, with mappings for counters."""
+        read: dict[str, Any] = {
+            name: Counter(count) if isinstance(count, Mapping) else count for name, count in counts.items()
+        }
+        return cls(**read)
+
     def keep(self, tokens: int, truncated: tuple[int, int]) -> None:
         """Add a row of ``tokens`` tokens that remain after ``truncated`` ones were removed from prompt and responses."""
         self.rows += 1
@@ -58,6 +66,14 @@ class Account:
                 f"{self.rows} rows and {self.tokens} tokens were read, {rows} rows and {tokens} tokens remain, but "
                 f"{rest[0]} rows and {rest[1]} tokens were neither dropped nor truncated"
             )
+
+    def extend(self, other: Account) -> None:
+        """Add the counts of further rows; unlike ``+``, a count of 0 stays."""
+        for name, count in vars(other).items():
+            if isinstance(count, Counter):
+                getattr(self, name).update(count)
+            else:
+                setattr(self, name, getattr(self, name) + count)
 
     def __add__(self, other: Account) -> Account:
         """Return the account of both together."""

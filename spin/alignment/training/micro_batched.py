@@ -55,7 +55,7 @@ class MicroBatchedTrainer(EachRowOnce, WatchedSteps):
 
     def longest_pair(self) -> int:
         """Return the number of tokens that the longest row of the training data takes up when packed."""
-        return max((self.pair_forward.tokens(row) for row in self.train_rows().rows), default=0)
+        return int(self.pair_forward.batcher.collator.tokens_of(self.train_rows().rows).max(initial=0))
 
     def train_rows(self) -> PairDataset:
         """Return the encoded rows that are trained on."""

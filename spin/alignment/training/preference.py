@@ -17,7 +17,7 @@ from spin.alignment.training.described import Described, describe_function
 from spin.alignment.training.first_loss import read_first_loss
 from spin.alignment.training.metrics import metric_names
 from spin.alignment.training.moving_reference import check_can_exchange
-from spin.alignment.training.preference_data import check_budget, data_key, largest, load_pairs
+from spin.alignment.training.preference_data import TOKENS, check_budget, joined_key, largest, load_pairs
 from spin.alignment.training.program import TrainingData, TrainingJob, TrainingProgram
 from spin.alignment.training.settings import Settings, check_evaluation
 from spin.alignment.training.trainer import SPINTrainer
@@ -48,8 +48,7 @@ class PreferenceTraining(TrainingProgram):
 
     def load_data(self, settings: Settings, encoder: ChatEncoder) -> TrainingData:
         """Load, mix and encode the pairs; dropped pairs are counted by split and reason."""
-        splits, accounts = load_pairs(settings, encoder)
-        return TrainingData(splits, {split: dict(account.dropped) for split, account in accounts.items()}, accounts)
+        return TrainingData.of(load_pairs(settings, encoder))
 
     def describe_data(self, data: TrainingData) -> list[str]:
         """Return a line per split with the number of pairs, and of dropped pairs by reason."""
@@ -71,7 +70,7 @@ class PreferenceTraining(TrainingProgram):
 
     def data_key(self, job: TrainingJob) -> str:
         """Return a hash of the encoded pairs."""
-        return data_key(job.data.splits)
+        return joined_key(job.data.hashes)
 
     def describe(self, settings: Settings) -> Described:
         """Return the loss with its source and formula, and what it is measured against."""
@@ -98,7 +97,8 @@ class PreferenceTraining(TrainingProgram):
         remark = other_generators(job.settings, job.model_key)
         if remark and job.settings.arguments.process_index == 0:
             say_error(remark)
-        pairs = {split: PairDataset(rows) for split, rows in job.data.splits.items()}
+        hashes = job.data.hashes
+        pairs = {split: PairDataset(rows, hashes[split][TOKENS]) for split, rows in job.data.splits.items()}
         return SPINTrainer(
             model=model,
             args=job.settings.arguments,

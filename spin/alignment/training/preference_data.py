@@ -1,28 +1,51 @@
-"""Encodes preference rows for training: token ids, token weights and labels."""
+"""Preference pairs for training: encoded once on each machine, or in memory."""
 
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import astuple
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from spin.alignment.core.errors import InputError
-from spin.alignment.core.sides import SIDES
+from spin.alignment.core.forked_map import forked_map
+from spin.alignment.core.provenance import hash_text, hash_texts
+from spin.alignment.data.mixture import Piece, pieces_of
+from spin.alignment.data.pair_files import PairBatch, PairMixture, pair_mixtures
+from spin.alignment.data.preferences import conversion_record
+from spin.alignment.data.source_files import split_files
+from spin.alignment.data.source_names import is_local
+from spin.alignment.data.split_names import preference_split
+from spin.alignment.data.stored_ids import check_origin
+from spin.alignment.logprobs.reference_store import hash_tokens, responses_of
 from spin.alignment.training.accounting import Account
+from spin.alignment.training.encode_rows import ORIGIN, ROWS, EncodedBatch, PairEncoding, progress, workers_for
+from spin.alignment.training.encoded_store import (
+    EncodedSplit,
+    Spool,
+    encoding_key,
+    hash_contents,
+    open_store,
+    private_store,
+    read_split,
+    write_split,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
     from spin.alignment.data.chat_encoder import ChatEncoder
     from spin.alignment.data.config import DataConfig
-    from spin.alignment.methods.labels import Label
-    from spin.alignment.methods.losses import Loss
     from spin.alignment.training.config import SPINConfig
     from spin.alignment.training.settings import Settings
 
-# Where an encoded row comes from; not part of what is trained on.
-ORIGIN = ["prompt_id", "source"]
+TOKENS = "tokens"  # the hash of all ids of a split
+_HASHED_ROWS = 1000  # hashed at a time
 
 
 def encode_split(
@@ -36,237 +59,127 @@ def encode_split(
 def encode_rows(
     rows: Dataset, encoder: ChatEncoder, config: DataConfig, loss_type: str = "sigmoid", reverse: bool = False
 ) -> tuple[Dataset, Account]:
-    """Encode preference rows to ids, token weights and the labels that the loss reads; return the encoded rows and the account
-    of all rows and tokens read. ``reverse`` swaps chosen and rejected, including their token weights and labels.
-
-    Each encoded row has the columns :data:`ORIGIN`, ``prompt_ids`` and, for each response that the loss reads,
-    ``{response}_ids``, ``{response}_{label}`` and, where the rows have token weights, ``{response}_weights``.
+    """Encode preference rows in memory (see :class:`PairEncoding`); return the encoded rows and the account of all rows and
+    tokens read. ``reverse`` swaps chosen and rejected, including their token weights and labels.
 
     Raises:
         InputError: a row is invalid, columns are missing, or no pair remains.
     """
-    from spin.alignment.data.encode_pairs import encode_pair
-    from spin.alignment.methods.losses import find_loss
+    from datasets import Dataset
 
-    loss = find_loss(loss_type)
-    check_columns(rows, loss_type, loss)
-    if config.retokenize:
-        rows = without_ids(rows)
-    weighted = weighted_responses(rows, loss)
-    targets = {name: name for name in loss.responses}
-    if reverse:
-        targets |= dict(zip(SIDES, reversed(SIDES), strict=True))
+    encoding = PairEncoding.of(rows.column_names, rows.unique("source"), encoder, config, loss_type, reverse)
+    read = rows.select_columns([name for name in rows.column_names if name in encoding.read]).with_format(None)
 
-    def encode(row: dict[str, Any], index: int) -> dict[str, Any]:
-        try:
-            check_stored_ids(row, loss.responses, encoder)
-            pair = encode_pair(row, encoder, config.max_length, config.max_prompt_length, loss.responses)
-            whole = None if isinstance(pair, str) else pair
-            found: dict[str, Any] = {
-                "prompt_ids": whole.prompt_ids if whole else [],
-                "dropped": "" if whole else str(pair),
-            }
-            found |= {name: str(row[name]) for name in ORIGIN}
-            found["truncated"] = list(whole.truncated) if whole else [0, 0]
-            found["dropped_tokens"] = 0 if whole else getattr(pair, "tokens", 0)
-            for name, other in targets.items():
-                ids = whole.responses[name] if whole else []
-                found[f"{other}_ids"] = ids
-                if name in weighted:
-                    is_truncated = whole is not None and len(whole.prompt_ids) + len(ids) >= config.max_length
-                    found[f"{other}_weights"] = weights_of(row, name, len(ids), is_truncated) if whole else []
-                found |= {f"{other}_{label.name}": label_of(row, name, label) for label in loss.labels}
-        except InputError as error:
-            raise InputError(f"{row['source']} row {index} (prompt {row['prompt_id']}): {error}") from error
-        return found
+    def encode(places: range) -> Any:
+        columns = read[places.start : places.stop]
+        return encoding.encode(
+            [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)], places
+        )
 
-    workers = config.preprocessing_num_workers if len(rows) > 1000 else 1  # starting workers costs more than few rows
-    encoded = rows.map(
-        encode,
-        with_indices=True,
-        remove_columns=rows.column_names,
-        num_proc=workers if workers > 1 else None,
-        load_from_cache_file=False,
-        desc="encode pairs",
-    )
-    account = account_of(encoded, loss.responses)
-    kept = [index for index, reason in enumerate(encoded["dropped"]) if not reason]
-    if not kept:
-        reasons = ", ".join(f"{count} x {reason}" for reason, count in account.dropped.items())
-        raise InputError(f"no pair remains to train on ({reasons}): check the data, or raise max_length")
-    found = encoded.select(kept).remove_columns(["dropped", "dropped_tokens", "truncated"])
-    account.check(len(found), sum(tokens_of(found, loss.responses)))
+    parts = (range(len(rows))[start : start + ROWS] for start in range(0, len(rows), ROWS))
+    batches, account = [], Account()
+    for batch in forked_map(encode, parts, workers_for(len(rows), config)):
+        batches.append(batch.rows)
+        account.extend(batch.account)
+    found = Dataset(pa.Table.from_batches(batches, encoding.schema))
+    check_account(account, found)
     return found, account
 
 
-def tokens_of(encoded: Dataset, responses: Sequence[str]) -> list[int]:
-    """Return the number of tokens of each encoded row: its prompt and all responses."""
-    import pyarrow.compute as pc
+def check_account(account: Account, encoded: Dataset) -> None:
+    """Check that the encoded rows are those that were counted, and that there are any.
 
+    Raises:
+        InputError: no pair remains.
+        RuntimeError: rows or tokens were lost (an internal error).
+    """
+    if not len(encoded):
+        reasons = ", ".join(f"{count} x {reason}" for reason, count in account.dropped.items())
+        raise InputError(f"no pair remains to train on ({reasons}): check the data, or raise max_length")
     table = encoded.with_format("arrow")[:]
-    lengths = [pc.list_value_length(table[f"{name}_ids"]) for name in ("prompt", *responses)]
-    return functools.reduce(pc.add, lengths).to_pylist()
+    ids = [table[name] for name in table.column_names if name.endswith("_ids")]
+    account.check(len(encoded), sum(pc.sum(pc.list_value_length(column)).as_py() for column in ids))
 
 
-def account_of(encoded: Dataset, responses: Sequence[str]) -> Account:
-    """Return the account of encoded rows, dropped ones included."""
-    account = Account()
-    columns = [encoded[name] for name in ("dropped", "dropped_tokens", "truncated")]
-    for reason, lost, truncated, tokens in zip(*columns, tokens_of(encoded, responses), strict=True):
-        if reason:
-            account.drop(reason, lost)
-        else:
-            account.keep(tokens, tuple(truncated))
-    return account
-
-
-def check_stored_ids(row: dict[str, Any], responses: Sequence[str], encoder: ChatEncoder) -> None:
-    """Check that the stored ids of some responses are their text.
+def load_pairs(settings: Settings, encoder: ChatEncoder) -> dict[str, EncodedSplit]:
+    """Return the encoded splits of the data, from the store of this machine, which is made if there is none.
 
     Raises:
-        InputError: those of one are not.
+        InputError: the data cannot be used.
     """
-    from spin.alignment.data.stored_ids import ids_problem
-
-    for name in responses:
-        if problem := ids_problem(row, name, encoder):
-            raise InputError(
-                f"{problem} with the tokenizer of {encoder.name}: train the model whose tokenizer encoded them, or set "
-                "retokenize: true to encode the text again"
-            )
-
-
-def without_ids(rows: Dataset) -> Dataset:
-    """Return rows without stored token ids, so that their text is encoded.
-
-    Raises:
-        InputError: they have token weights, which belong to the stored ids.
-    """
-    weights = [name for name in rows.column_names if name.endswith("_weights")]
-    if weights:
-        raise InputError(
-            f"retokenize is true, but the pairs have {' and '.join(weights)}, which belong to the stored token ids: compute them "
-            "again for this model with spin/estimate_weights.py, or remove the columns"
-        )
-    return rows.remove_columns([name for name in rows.column_names if name.endswith("_token_ids")])
-
-
-def check_columns(rows: Dataset, loss_type: str, loss: Loss) -> None:
-    """Check that the pairs have the responses and labels that a loss reads, and a preference if it needs one.
-
-    Raises:
-        InputError: columns are missing; they are named, with what writes them.
-    """
-    from spin.alignment.methods.losses import LOSSES, find_loss
-    from spin.alignment.methods.pairings import PAIRINGS, find_pairing, writers
-
-    sources = ", ".join(sorted(set(rows["source"])))
-    written = {
-        name: {column for label in find_pairing(name).own_labels for column in label.columns} for name in PAIRINGS
-    }
-    # Such pairs are recognised by their labels: a data set alone does not name its pairing.
-    unpreferring = [
-        name for name in PAIRINGS if not find_pairing(name).prefers and written[name] <= {*rows.column_names}
-    ]
-    if unpreferring and loss.compares:
-        others = ", ".join(name for name in LOSSES if not find_loss(name).compares)
-        raise InputError(
-            f"the pairs in {sources} have rewards but no preference (pairing {unpreferring[0]}), but loss_type {loss_type} "
-            f"compares two responses: set loss_type: {others}, or convert the data with another pairing"
-        )
-    for label in loss.labels:
-        missing = [name for side in loss.responses if (name := f"{side}_{label.name}") not in rows.column_names]
-        if missing:
-            pairings = writers(label)
-            fix = f"convert the data with --pairing {pairings[0]}" if pairings else "add them as numbers"
-            raise InputError(
-                f"loss_type {loss_type} reads {' and '.join(missing)}, which the pairs in {sources} do not have: {fix}, or "
-                "choose another loss_type"
-            )
-    absent = [name for name in loss.responses if name not in rows.column_names]
-    if absent:
-        raise InputError(
-            f"loss_type {loss_type} reads a response '{absent[0]}' besides chosen and rejected, which the pairs in {sources} do "
-            f"not have: convert the data with --{absent[0]}, or choose another loss_type"
-        )
-
-
-def weighted_responses(rows: Dataset, loss: Loss) -> list[str]:
-    """Return the responses that have token weights: all that the loss reads, or none.
-
-    Raises:
-        InputError: only some of them have token weights.
-    """
-    weighted = [name for name in loss.responses if f"{name}_weights" in rows.column_names]
-    if weighted and len(weighted) < len(loss.responses):
-        missing = next(name for name in loss.responses if name not in weighted)
-        raise InputError(
-            f"the pairs have {' and '.join(f'{name}_weights' for name in weighted)} but no {missing}_weights: compute them "
-            "again, or remove the column"
-        )
-    gains = [f"{name}_gains" for name in loss.responses if f"{name}_gains" in rows.column_names]
-    if gains and not weighted:
-        raise InputError(
-            f"the pairs have gains of tokens ({' and '.join(gains)}; TIS-DPO's 'chosen_weight' and 'rejected_weight') but no "
-            "weights: compute them with spin/estimate_weights.py --weighting stored_gains"
-        )
-    return weighted
-
-
-def weights_of(row: dict[str, Any], side: str, count: int, is_truncated: bool = True) -> list[float]:
-    """Return the token weights of a response, truncated like its ``count`` ids.
-
-    Without stored ids, the full length is known only if the response is not truncated (``is_truncated`` is false).
-
-    Raises:
-        InputError: the number of weights differs from that of the tokens, or a weight is not finite.
-    """
-    weights, ids = row[f"{side}_weights"], row.get(f"{side}_token_ids")
-    whole = len(ids) if ids is not None else None if is_truncated else count
-    if weights is None or len(weights) < count or (whole is not None and len(weights) != whole):
-        found = "none" if weights is None else len(weights)
-        raise InputError(
-            f"{side}_weights must have one weight per token ({max(count, len(ids or ()))}), but has {found}: compute them again "
-            "with spin/estimate_weights.py"
-        )
-    if not all(map(math.isfinite, weights[:count])):
-        place = next(place for place, weight in enumerate(weights[:count]) if not math.isfinite(weight))
-        raise InputError(
-            f"{side}_weights is {weights[place]} at token {place}: compute them again with a max_length at least as large as "
-            "that of the training"
-        )
-    return list(weights[:count])
-
-
-def label_of(row: dict[str, Any], side: str, label: Label) -> float:
-    """Return the value of a response's label.
-
-    Raises:
-        InputError: the label does not allow the value.
-    """
-    value = row[f"{side}_{label.name}"]
-    if not label.allows(value):
-        raise InputError(f"{side}_{label.name} is {value}, not {label.wanted}: convert the data again")
-    return float(value)
-
-
-def load_pairs(settings: Settings, encoder: ChatEncoder) -> tuple[dict[str, Dataset], dict[str, Account]]:
-    """Load, mix and encode the data; return the encoded splits and the account of each."""
-    from spin.alignment.data.preferences import mix_preferences
-    from spin.alignment.data.stored_ids import check_origin
-
     check_preference(settings)
-    for path in settings.data.dataset_mixer if not settings.data.retokenize else ():
-        for split in settings.data.dataset_splits:
+    data, seed = settings.data, settings.arguments.seed
+    for path in data.dataset_mixer if not data.retokenize else ():
+        for split in data.dataset_splits:
             check_origin(path, split, encoder, ", or set retokenize: true to encode their text for this model")
-    mixed = mix_preferences(settings.data.dataset_mixer, settings.data.dataset_splits, settings.arguments.seed)
-    encoded, accounts = {}, {}
+
+    def make(folder: Path) -> dict[str, tuple[Account, dict[str, str]]]:
+        mixtures = pair_mixtures(data.dataset_mixer, data.dataset_splits, seed)
+        return {use: encode_mixture(mixture, encoder, settings, folder, use) for use, mixture in mixtures.items()}
+
+    pieces = pieces_of(data.dataset_mixer, data.dataset_splits, preference_split)
+    if not all(is_local(piece.source) for piece in pieces):
+        return private_store(make)
+    return open_store(pairs_key(pieces, encoder, settings), make)
+
+
+def pairs_key(pieces: Sequence[Piece], encoder: ChatEncoder, settings: Settings) -> dict[str, Any]:
+    """Return all that decides the encoded pairs of local files, see :func:`open_store`."""
+    loss, data = settings.arguments.loss, settings.data
+    return {
+        "kind": "pairs",
+        "data": [[*astuple(piece), hash_contents(split_files(piece.source, piece.split))] for piece in pieces],
+        "seed": settings.arguments.seed,
+        **encoding_key(encoder, data),
+        "retokenize": data.retokenize,
+        "loss": settings.arguments.loss_type,
+        "reads": [loss.responses, loss.compares, [astuple(label) for label in loss.labels]],
+        "reverse": settings.arguments.reverse,
+    }
+
+
+def encode_mixture(
+    mixture: PairMixture, encoder: ChatEncoder, settings: Settings, folder: Path, use: str
+) -> tuple[Account, dict[str, str]]:
+    """Write the encoded rows of a split to a store, in memory that grows with their number by about 30 bytes per row.
+
+    Raises:
+        InputError: a row is invalid, columns are missing, or no pair remains.
+    """
+    sources = [piece.source for piece in mixture.pieces]
     arguments = settings.arguments
-    for split, rows in mixed.items():
-        encoded[split], accounts[split] = encode_rows(
-            rows, encoder, settings.data, arguments.loss_type, arguments.reverse
-        )
-    return encoded, accounts
+    encoding = PairEncoding.of(
+        mixture.schema.names, sources, encoder, settings.data, arguments.loss_type, arguments.reverse
+    )
+    mixture.check_repeated()
+    count = sum(mixture.counts)
+    place = np.full(count, -1)  # of each row of the files among those used
+    place[mixture.order] = np.arange(len(mixture.order))
+    kept, account = np.zeros(count, bool), Account()
+
+    def encode(batch: PairBatch) -> tuple[np.ndarray, EncodedBatch]:
+        used = batch.first + np.flatnonzero(place[batch.first : batch.first + batch.rows.num_rows] >= 0)
+        table = mixture.read(batch)
+        read = table.select([name for name in table.column_names if name in encoding.read])
+        rows = read.take(pa.array(used - batch.first)).to_pylist()
+        return used, encoding.encode(rows, place[used].tolist())
+
+    def encoded() -> Iterator[pa.RecordBatch]:
+        for used, found in forked_map(encode, mixture.batches(), workers_for(len(mixture.order), settings.data)):
+            kept[used] = found.kept
+            account.extend(found.account)
+            tell(account.rows)
+            yield found.rows
+
+    tell = progress(f"encoding pairs, {use} split", len(mixture.order))
+    spool = Spool(folder / f"{use}.spool", encoding.schema)
+    spool.write(encoded())
+    stored = np.cumsum(kept) - 1  # number of a row of the mixture among those encoded
+    write_split(folder, use, encoding.schema, spool.in_order(stored[mixture.order[kept[mixture.order]]]))
+    spool.path.unlink()
+    rows = read_split(folder, use)
+    check_account(account, rows)
+    return account, column_hashes(rows)
 
 
 def check_preference(settings: Settings) -> None:
@@ -275,8 +188,6 @@ def check_preference(settings: Settings) -> None:
     Raises:
         InputError: a pairing states none; it is named with its data set.
     """
-    from spin.alignment.data.preferences import conversion_record
-
     loss_type = settings.arguments.loss_type
     for path in settings.data.dataset_mixer if settings.arguments.loss.compares else ():
         for split in settings.data.dataset_splits:
@@ -288,25 +199,32 @@ def check_preference(settings: Settings) -> None:
                 )
 
 
-def data_key(pairs: dict[str, Dataset]) -> str:
+def data_key(pairs: Mapping[str, Dataset]) -> str:
     """Return one hash of the encoded pairs of all splits: ids, and any token weights and labels."""
-    from spin.alignment.core.provenance import hash_text
-    from spin.alignment.logprobs.reference_store import hash_tokens
+    return joined_key({split: column_hashes(rows) for split, rows in pairs.items()})
 
+
+def column_hashes(rows: Dataset) -> dict[str, str]:
+    """Return the hash of all ids, as :data:`TOKENS`, and that of each column of token weights or labels, by its name."""
+    others = sorted(name for name in rows.column_names if not name.endswith("_ids") and name not in ORIGIN)
+    batches = rows.with_format("arrow")
+    return {TOKENS: hash_tokens(rows)} | {
+        name: hash_texts(str(value) for batch in batches.iter(_HASHED_ROWS) for value in batch[name].to_pylist())
+        for name in others
+    }
+
+
+def joined_key(hashes: Mapping[str, Mapping[str, str]]) -> str:
+    """Return one hash of the :func:`column_hashes` of all splits."""
     parts = []
-    for split, rows in sorted(pairs.items()):
-        parts.append(f"{split}={hash_tokens(rows)}")
-        others = sorted(name for name in rows.column_names if not name.endswith("_ids") and name not in ORIGIN)
-        parts += [f"{split}.{name}={hash_text(*map(str, rows[name]))}" for name in others]
+    for split, found in sorted(hashes.items()):
+        parts.append(f"{split}={found[TOKENS]}")
+        parts += [f"{split}.{name}={value}" for name, value in found.items() if name != TOKENS]
     return hash_text(*parts)
 
 
 def largest(pairs: dict[str, Dataset]) -> tuple[int, int]:
     """Return the length (tokens) of the longest prompt plus response, and the largest token id."""
-    import pyarrow.compute as pc
-
-    from spin.alignment.logprobs.reference_store import responses_of
-
     length = token = 0
     for rows in pairs.values():
         table = rows.with_format("arrow")[:]  # Arrow computes lengths without a Python list per row
@@ -325,10 +243,6 @@ def check_budget(pairs: dict[str, Dataset], arguments: SPINConfig) -> None:
     Raises:
         InputError: the longest pair does not; it is named.
     """
-    import pyarrow.compute as pc
-
-    from spin.alignment.logprobs.reference_store import responses_of
-
     budget = arguments.max_tokens_per_batch
     for split, rows in pairs.items():
         if budget is None:

@@ -15,17 +15,29 @@ from spin.alignment.training.settings import Settings, inputs_record
 
 if TYPE_CHECKING:
     from spin.alignment.data.chat_encoder import ChatEncoder
+    from spin.alignment.training.encoded_store import EncodedSplit
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The encoded splits (``train``, optionally ``test``), the dropped rows as reported in ``metrics.json``, and the account of
-    each split's rows and tokens.
+    """The encoded splits (``train``, optionally ``test``), the dropped rows as reported in ``metrics.json``, the account of
+    each split's rows and tokens, and the hashes of each split's content by name, where they are known.
     """
 
     splits: dict[str, Any]
     dropped: dict[str, Any]
     accounts: dict[str, Account] = field(default_factory=dict)
+    hashes: dict[str, Mapping[str, str]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, splits: Mapping[str, EncodedSplit]) -> TrainingData:
+        """Return the data of a store, with its dropped rows by split and reason."""
+        return cls(
+            {name: split.rows for name, split in splits.items()},
+            {name: dict(split.account.dropped) for name, split in splits.items()},
+            {name: split.account for name, split in splits.items()},
+            {name: split.hashes for name, split in splits.items()},
+        )
 
     def sizes(self) -> dict[str, int]:
         """Return the number of rows of each split."""

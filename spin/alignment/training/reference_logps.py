@@ -16,7 +16,6 @@ from spin.alignment.logprobs.reference_store import (
     ReferenceKey,
     ReferenceLogps,
     discard_damaged,
-    hash_tokens,
     is_whole,
     store_path,
 )
@@ -44,7 +43,7 @@ def attach_reference(
     for split, dataset in splits.items():
         if dataset is None:
             continue
-        key = ReferenceKey(weights_hash, hash_tokens(dataset.rows), precision(forward, accelerator))
+        key = ReferenceKey(weights_hash, dataset.tokens_hash, precision(forward, accelerator))
         path = store_path(folder, split, key)
         look = discard_damaged if checkpoints is None else is_whole
         found = [accelerator.is_main_process and look(path)]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from spin.alignment.core.cards import TAG
-from spin.alignment.core.provenance import hash_file, hash_json
+from spin.alignment.core.provenance import hash_file
 from spin.alignment.models.folder import check_fits
 from spin.alignment.models.precision import prepare_precision
 from spin.alignment.training.accounting import accounting
@@ -16,9 +17,8 @@ from spin.alignment.training.described import Described, describe_function
 from spin.alignment.training.program import TrainingData, TrainingJob, TrainingProgram
 from spin.alignment.training.settings import Settings, check_evaluation
 from spin.alignment.training.sft_config import SFTArguments
-from spin.alignment.training.sft_data import check_experts, check_row_lengths, load_ground_truth
+from spin.alignment.training.sft_data import CONTENT, check_experts, check_row_lengths, load_ground_truth
 from spin.alignment.training.sft_objectives import OBJECTIVES
-from spin.alignment.training.sft_rows import with_labels
 from spin.alignment.training.sft_trainer import GroundTruthTrainer
 from spin.alignment.training.token_means import NAMES
 
@@ -43,9 +43,9 @@ class SFTTraining(TrainingProgram):
 
     def load_data(self, settings: Settings, encoder: ChatEncoder) -> TrainingData:
         """Load, mix and encode the prompts with their ground truth; dropped rows are counted by reason."""
-        splits, accounts = load_ground_truth(settings, encoder)
-        dropped = sum((account.dropped for account in accounts.values()), Counter[str]())
-        return TrainingData(splits, dict(dropped), accounts)
+        data = TrainingData.of(load_ground_truth(settings, encoder))
+        dropped = sum((account.dropped for account in data.accounts.values()), Counter[str]())
+        return replace(data, dropped=dict(dropped))
 
     def describe_data(self, data: TrainingData) -> list[str]:
         """Return a line per split with its number of rows; the first also counts the dropped rows of all splits."""
@@ -69,10 +69,7 @@ class SFTTraining(TrainingProgram):
 
     def data_key(self, job: TrainingJob) -> str:
         """Return a hash of the ids and labels."""
-        splits = {split: [with_labels(row) for row in rows] for split, rows in job.data.splits.items()}
-        return hash_json(
-            {split: [[row[name] for row in rows] for name in ("input_ids", "labels")] for split, rows in splits.items()}
-        )
+        return job.data.hashes["train"][CONTENT]
 
     def describe(self, settings: Settings) -> Described:
         """Return the loss with its formula."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow.compute as pc
 
 if TYPE_CHECKING:
@@ -46,5 +47,5 @@ def to_sft_rows(rows: Dataset, length_column: str) -> Dataset:
 
         rows = Dataset.from_list([without_labels(row["input_ids"], row["labels"]) for row in rows])
     columns = [rows.with_format("arrow")[:][name] for name in ("prompt_ids", "response_ids")]
-    lengths = pc.add(*map(pc.list_value_length, columns)).to_pylist()
+    lengths = pc.add(*map(pc.list_value_length, columns)).to_numpy().astype(np.int64)
     return rows.add_column(length_column, lengths)

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 
 from spin.alignment.core.content_hash import is_damaged, sealed_file
 from spin.alignment.logprobs.batch import PairDataset
-from spin.alignment.logprobs.collators import PackedCollator
+from spin.alignment.logprobs.collators import PackedCollator, lengths_of
 from spin.alignment.logprobs.pair_forward import PairForward
 from spin.alignment.training.config import SPINConfig
 from spin.alignment.training.memory.estimate import (
@@ -37,13 +37,7 @@ BUDGET_FILE = "token_budget.json"
 
 def pair_tokens(dataset: PairDataset, collator: PackedCollator) -> tuple[np.ndarray, np.ndarray]:
     """Return the tokens that each of N pairs takes up in a row, and how many belong to its responses; both ``(N,)``."""
-    import pyarrow.compute as pc
-
-    table = dataset.rows.with_format("arrow")[:]
-    names = collator.responses
-    prompt, *each = (pc.list_value_length(table[f"{name}_ids"]).to_numpy() for name in ("prompt", *names))
-    responses = sum(each[1:], each[0])
-    return prompt * (1 if collator.share_prompts else len(names)) + responses, responses
+    return collator.tokens_of(dataset.rows), np.sum(lengths_of(dataset.rows, collator.responses), axis=0)
 
 
 def plan_token_budget(
