@@ -19,7 +19,7 @@ from spin.alignment.data import prompt_store
 from spin.alignment.data.chat_encoder import ChatEncoder, load_encoder, template_arguments
 from spin.alignment.data.prompt_store import PromptStore
 from spin.alignment.data.rows import GENERATED_SCHEMA, OPTIONAL_COLUMNS, carried_columns
-from spin.alignment.data.token_batches import decode_ids, encode_texts
+from spin.alignment.data.tokenizer_calls import decode_ids, encode_texts
 from spin.alignment.data.turns import prompt_turns
 from spin.alignment.generation.base import Response
 from spin.alignment.generation.fraction_journal import FractionJournal

@@ -7,7 +7,6 @@ the ids that it was sampled with. Nothing here inspects the pad id: padding is m
 from __future__ import annotations
 
 import datetime
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +21,7 @@ from spin.alignment.data.conversation_text import ConversationText, RowRefused, 
 from spin.alignment.data.encode_together import Steps, run_alone, run_together
 from spin.alignment.data.end_of_turn import model_end_ids
 from spin.alignment.data.template_date import today
-from spin.alignment.data.token_batches import decode_ids
+from spin.alignment.data.tokenizer_calls import decode_ids, hash_tokenizer
 from spin.alignment.data.turns import Message
 
 T = TypeVar("T")
@@ -300,14 +299,7 @@ class ChatEncoder:
     @cached_property
     def tokenizer_hash(self) -> str:
         """Content hash of everything that affects how text is converted to ids."""
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        if backend is None:
-            return hash_json({"vocabulary": self.tokenizer.get_vocab(), "special": self.tokenizer.all_special_tokens})
-        state = json.loads(backend.to_str())
-        # Padding and truncation reflect the last call, not the tokenizer itself.
-        state.pop("padding", None)
-        state.pop("truncation", None)
-        return hash_json({"tokenizer": state, "eos": self.tokenizer.eos_token, "bos": self.tokenizer.bos_token})
+        return hash_tokenizer(self.tokenizer)
 
     @property
     def fingerprint(self) -> str:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from spin.alignment.data.token_batches import encode_texts
+from spin.alignment.data.tokenizer_calls import encode_texts
 
 # Stands between the first and second character of a control token that has to be encoded as text; not a character of any text.
 MARK = "\ufdd0"

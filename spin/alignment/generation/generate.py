@@ -83,37 +83,6 @@ def expected_provenance(config: GenerateConfig, model_dir: Path, date: datetime.
     )
 
 
-def is_already_complete(path: Path, stated: Provenance) -> bool:
-    """Return whether a fraction exists and was generated with the same settings from byte-identical input files."""
-    from spin.alignment.core.parquet import check_whole, open_parquet
-    from spin.alignment.core.provenance import read_provenance
-
-    if not path.exists() or not stated.extra:
-        return False
-    try:
-        found = read_provenance(open_parquet(path).schema_arrow, path)
-        check_whole(path)
-    except InputError:  # damaged: wanted_fractions() sets it aside and says so
-        return False
-    derived = ("tokenizer_hash", "chat_template_hash", "prompts_hash", "num_prompts", "data_frac", "extra")
-    return not stated.differences(found, ignore=derived) and stated.extra["inputs"] == found.extra.get("inputs")
-
-
-def already_complete(config: GenerateConfig, stated: Provenance) -> int:
-    """Return the number of prompts if all requested fractions are complete, else 0; read from the fractions, not the prompts."""
-    from spin.alignment.core.parquet import open_parquet
-    from spin.alignment.core.provenance import read_provenance
-    from spin.alignment.data.fractions import fraction_path, num_fractions
-
-    first = fraction_path(config.output_dir, config.split, 0 if config.data_frac == "auto" else config.data_frac)
-    if not is_already_complete(first, stated):
-        return 0
-    num_prompts = read_provenance(open_parquet(first).schema_arrow, first).num_prompts
-    others = range(1, num_fractions(num_prompts, config.frac_len)) if config.data_frac == "auto" else ()
-    paths = (fraction_path(config.output_dir, config.split, number) for number in others)
-    return num_prompts if all(is_already_complete(path, stated) for path in paths) else 0
-
-
 def open_store(config: GenerateConfig, stated: Provenance, worker: Worker) -> PromptStore:
     """Open the prompts, which one of the processes writes while the others wait. Processes share the store of local files, while
     each has its own store of a Hub data set.
@@ -314,6 +283,7 @@ def generate(config: GenerateConfig) -> None:
     """
     from spin.alignment.data.data_card import RESPONSES, write_data_card
     from spin.alignment.generation import find_backend
+    from spin.alignment.generation.finished_fractions import already_complete
     from spin.alignment.generation.fraction_journal import clear_parts
     from spin.alignment.models.folder import check_model_path, model_folder
 

@@ -1,9 +1,12 @@
-"""Many texts to ids, and many ids to texts, in one call of the tokenizer: what one call for each gives, with less around it."""
+"""What is asked of a tokenizer as a whole: many texts to ids, many ids to texts, each in one call, and its hash."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
+
+from spin.alignment.core.provenance import hash_json
 
 # What a class may replace of the library's way from text to ids, and back.
 _ENCODING = ("__call__", "_encode_plus", "set_truncation_and_padding", "_switch_to_input_mode")
@@ -35,6 +38,18 @@ def decode_ids(tokenizer: Any, sequences: Sequence[list[int]]) -> list[str]:
         )
         for ids in sequences
     ]
+
+
+def hash_tokenizer(tokenizer: Any) -> str:
+    """Return the content hash of everything that affects how text is converted to ids."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return hash_json({"vocabulary": tokenizer.get_vocab(), "special": tokenizer.all_special_tokens})
+    state = json.loads(backend.to_str())
+    # Padding and truncation reflect the last call, not the tokenizer itself.
+    state.pop("padding", None)
+    state.pop("truncation", None)
+    return hash_json({"tokenizer": state, "eos": tokenizer.eos_token, "bos": tokenizer.bos_token})
 
 
 def _is_plain(tokenizer: Any, names: Sequence[str]) -> bool:
