@@ -47,6 +47,9 @@ class EngineInProcess(TransformersBackend):
     def sleep(self) -> None:
         """Do nothing: this engine has no memory to give back."""
 
+    def cancel(self) -> None:
+        """Do nothing: no batch is ever under way when this engine is closed."""
+
 
 def use_engine_in_process() -> None:
     """Put it in the place of vLLM."""

@@ -69,6 +69,9 @@ def test_peft_reads_what_is_written_for_the_engine(policy, tiny_model):
             with torch.no_grad():
                 assert torch.equal(PeftModel.from_pretrained(base, folder)(ids).logits, policy(ids).logits)
 
+        def cancel(self):
+            pass
+
         def close(self):
             self.closed = True
 
