@@ -15,7 +15,7 @@ from spin.alignment.logprobs.attention import Tree, check_architecture
 from spin.alignment.logprobs.collators import PackedCollator, PairCollator
 from spin.alignment.logprobs.forward import batch_loss, install_packed_forward
 from spin.alignment.logprobs.head import LogitTransform, logps_and_slopes
-from spin.alignment.logprobs.plans import plan_by_tokens, stretch_plan
+from spin.alignment.logprobs.plans import consecutive, plan_by_tokens, stretch_plan
 from spin.alignment.methods.losses import LOSSES, LossInputs
 from tests.helpers import tiny_llama
 
@@ -319,3 +319,15 @@ def test_the_model_keeps_its_own_forward():
     install_packed_forward(model)
     model.set_attn_implementation("sdpa")
     assert torch.equal(model(ids).logits, before)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "runs"),
+    [
+        ([], []),  # every pair is in the parts that an earlier command wrote
+        ([3], [range(0, 1)]),
+        ([9, 2, 3, 4], [range(0, 1), range(1, 3), range(3, 4)]),  # the first is larger than the limit
+    ],
+)
+def test_runs_of_at_most_five_tokens(sizes, runs):
+    assert consecutive(sizes, 5) == runs

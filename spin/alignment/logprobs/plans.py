@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 
 def consecutive(sizes: Sequence[int], limit: int) -> list[range]:
@@ -14,7 +15,7 @@ def consecutive(sizes: Sequence[int], limit: int) -> list[range]:
             starts.append(index)
             total = 0
         total += size
-    return [range(start, end) for start, end in zip(starts, [*starts[1:], len(sizes)], strict=True)]
+    return [range(start, end) for start, end in pairwise([*starts, len(sizes)])]
 
 
 def plan_by_tokens(sizes: Sequence[int], budget: int) -> list[list[int]]:
