@@ -325,8 +325,8 @@ def test_the_model_keeps_its_own_forward():
     ("sizes", "runs"),
     [
         ([], []),  # every pair is in the parts that an earlier command wrote
-        ([3], [range(0, 1)]),
-        ([9, 2, 3, 4], [range(0, 1), range(1, 3), range(3, 4)]),  # the first is larger than the limit
+        ([3], [range(1)]),
+        ([9, 2, 3, 4], [range(1), range(1, 3), range(3, 4)]),  # the first is larger than the limit
     ],
 )
 def test_runs_of_at_most_five_tokens(sizes, runs):
