@@ -145,7 +145,7 @@ class OurStep(Contender):
         self._open = ExitStack()
         worker = self._open.enter_context(Worker(self._output / PARTS_FOLDER / "workers"))
         model_config, encoder = generate.open_model(config, Path(config.model))
-        self._job = generate.make_job(config, stated, model_config, encoder, worker.name)
+        self._job = generate.make_job(config, stated, model_config, encoder, worker)
         progress = GenerationProgress("fraction 0")
         self._run = GenerationRun(self._job, [0], worker, lambda _: self._backend, config.prompts_in_part, progress)
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from spin.alignment.generation.base import BackendSettings
 from spin.alignment.generation.vllm import weight_receiver
 from spin.alignment.generation.vllm.backend import VLLMBackend
 from spin.alignment.generation.vllm.weight_receiver import LOST, TAKEN, WeightReceiver, send_weights
@@ -111,7 +112,7 @@ def test_an_engine_sleeps_without_weights_and_wakes_for_them_before_it_makes_its
             return call
 
     backend = VLLMBackend.__new__(VLLMBackend)
-    backend.engine, backend._sleeps = Engine(), True
+    backend.settings, backend.engine, backend._sleeps = BackendSettings(model="m"), Engine(), True
     backend.sleep()
     backend.load([])
     assert done == [

@@ -125,13 +125,13 @@ def weights_of(run_dir: Path) -> str:
 def test_a_run_whose_nodes_are_killed_ends_equal_to_an_undisturbed_one(tmp_path, local_ray):
     """A node is lost while it generates and one while it trains; the undisturbed run is one of this machine."""
     save_tiny_model(tmp_path / "model")
-    write_sums(tmp_path / "data", num_train=240)
+    write_sums(tmp_path / "data", num_train=1600)
     values = tiny_run(
         tmp_path,
         iterations=1,
         overrides=None,
         data={"train": str(tmp_path / "data")},
-        generate={"max_new_tokens": 24, "frac_len": 60, "flush_every": 4, "batch_size": 4},
+        generate={"max_new_tokens": 24, "frac_len": 400, "flush_every": 4, "batch_size": 1},
         train={**TRAINING, "max_steps": 120, "save_steps": 20},
         evaluate=None,
         launch={"num_processes": 2},

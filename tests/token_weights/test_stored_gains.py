@@ -13,7 +13,7 @@ from spin.alignment.data.chat_encoder import ChatEncoder
 from spin.alignment.data.preferences import load_preferences
 from spin.alignment.methods.losses import find_loss
 from spin.alignment.token_weights.stored_gains import gains_of_pair
-from spin.alignment.training.preference_data import weighted_responses
+from spin.alignment.training.encode_rows import weighted_responses
 from tests.helpers import CHATML, char_tokenizer, run_main
 
 # As token_weight_estimation.py writes it: one number for each token of the bare text (here: each character), no end of turn.
@@ -49,7 +49,7 @@ def test_the_weights_are_those_of_tis_dpo(tmp_path, tiny_model):
     # Its training negates the chosen side's numbers and takes the rejected side's as they are; the end of turn has 0.
     assert pair["chosen_weights"] == [0.0, 0.5, -0.25, 1.0, 0.0] and pair["rejected_weights"] == [0.75, -0.5, 0.0]
     assert len(pair["chosen_token_ids"]) == 5 and pair["chosen_finish_reason"] == "stop"
-    assert weighted_responses(load_preferences(tmp_path / "out", "train"), find_loss("sigmoid")) == [
+    assert weighted_responses(load_preferences(tmp_path / "out", "train").column_names, find_loss("sigmoid")) == [
         "chosen",
         "rejected",
     ]
@@ -82,4 +82,4 @@ def test_gains_that_do_not_fit_are_refused(tmp_path, tiny_model, change, says):
 def test_training_without_the_weights_is_refused(tmp_path):
     rows = load_preferences(write(tmp_path / "pairs", ROW), "train")
     with pytest.raises(InputError, match=r"gains of tokens .* but no weights: .* --weighting stored_gains"):
-        weighted_responses(rows, find_loss("sigmoid"))
+        weighted_responses(rows.column_names, find_loss("sigmoid"))

