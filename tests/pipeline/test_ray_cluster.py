@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 import time
@@ -68,6 +69,7 @@ class LocalRay:
         self.others.remove(node)
         self.cluster.remove_node(node, allow_graceful=False)  # SIGKILL
         self.others.append(self.cluster.add_node(**NODE))
+        self.cluster.wait_for_nodes()  # until Ray has noticed: whoever connects before would be told of a dead node
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +134,7 @@ def test_a_run_whose_nodes_are_killed_ends_equal_to_an_undisturbed_one(tmp_path,
         overrides=None,
         data={"train": str(tmp_path / "data")},
         generate={"max_new_tokens": 24, "frac_len": 400, "flush_every": 4, "batch_size": 1},
-        train={**TRAINING, "max_steps": 120, "save_steps": 20},
+        train={**TRAINING, "max_steps": 60, "save_steps": 10},
         evaluate=None,
         launch={"num_processes": 2},
     )
@@ -149,7 +151,7 @@ def test_a_run_whose_nodes_are_killed_ends_equal_to_an_undisturbed_one(tmp_path,
         generated = tmp_path / "ray" / "iter0" / "generated"
         kill_a_node_once(lambda: any(generated.rglob("*.parquet")))
         assert len(list(generated.glob("*.parquet"))) < 4, "it had generated everything"
-        kill_a_node_once((tmp_path / "ray" / "iter0" / "checkpoint" / "checkpoint-20").is_dir)
+        kill_a_node_once((tmp_path / "ray" / "iter0" / "checkpoint" / "checkpoint-10").is_dir)
         assert run.wait(300) == 0, (tmp_path / "ray.out").read_text()
     finally:
         run.terminate()
@@ -160,7 +162,10 @@ def test_a_run_whose_nodes_are_killed_ends_equal_to_an_undisturbed_one(tmp_path,
     stages = json.loads((tmp_path / "ray" / "manifest.json").read_text())["stages"]
     assert stages["iter0/train"]["usage"]["restarts"] == 1 and stages["iter0/train"]["usage"]["device_seconds"] > 0
     said = (tmp_path / "ray.out").read_text()
-    assert "iter0/train.0 was lost" in said and "resuming from" in said
+    assert re.search(r"iter0/generate\.\d was lost .*: starting it again", said)
+    # The process on the other machine may fail for want of its peer before Ray notices that the node is gone.
+    assert re.search(r"iter0/train\.0 (was lost|failed with exit code \d+).*: starting it again", said)
+    assert "resuming from" in said
     assert "process hours" in (tmp_path / "ray" / "report.md").read_text()
 
 
