@@ -20,6 +20,15 @@ INK, QUIET, ACCENT = "#1b2330", "#9aa5b1", "#2158d6"
 # Title, measure, and the bars from top to bottom: (entry of demos.json, model, label, whether it is a method).
 PANELS = (
     (
+        "A real chat model (135M): instructions followed",
+        "greedy_exact/held-out prompts",
+        (
+            ("chat", "sft", "SmolLM2-135M-Instruct", False),
+            ("chat", "sft_continued", "rejection sampling\n(control)", False),
+            ("chat", "online", "online DPO", True),
+        ),
+    ),
+    (
         "Learning from a checker: sorting letters, no ground truth",
         "greedy_exact",
         (
@@ -41,6 +50,7 @@ PANELS = (
     ),
 )
 MEASURES = {
+    "greedy_exact/held-out prompts": "share followed on held-out prompts, greedy",
     "greedy_exact": "exact match on held-out prompts, greedy",
     "sampled_exact": "exact match on held-out prompts, T=1",
 }
@@ -77,9 +87,9 @@ def draw(picture: Path = PICTURE) -> bool:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 2.9), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(15.5, 2.9), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
-    for axes, (title, key, bars) in zip(figure.subplots(1, 2), PANELS, strict=True):
+    for axes, (title, key, bars) in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
         for place, (entry, model, _, is_method) in enumerate(bars):
             _bar(axes, place, found[f"{entry}/{model}/{key}"], ACCENT if is_method else QUIET)
         axes.set_yticks(range(len(bars)), [label for _, _, label, _ in bars])
