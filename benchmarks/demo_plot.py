@@ -39,7 +39,7 @@ PANELS = (
         ),
     ),
     (
-        "Self-play on the SFT data: two-digit multiplication",
+        "Self-play on SFT data: multiplication",
         "sampled_exact",
         (
             ("demo", "sft", "SFT start", False),

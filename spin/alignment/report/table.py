@@ -76,10 +76,11 @@ def with_groups(row: dict[str, Any]) -> dict[str, Any]:
     from spin.alignment.report.verdicts import group_key
 
     flat = {
-        f"{group_key('greedy_exact', name)}{part}": values[f"greedy_exact{part}"]
+        f"{group_key(key, name)}{part}": values[f"{key}{part}"]
         for name, values in row.get("groups", {}).items()
+        for key in ("greedy_exact", "sampled_exact", "sampled_exact_t05")
         for part in ("", "_se", "_interval")
-        if f"greedy_exact{part}" in values
+        if f"{key}{part}" in values
     }
     return row | flat
 
