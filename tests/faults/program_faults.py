@@ -28,7 +28,7 @@ from spin.alignment.core.content_hash import is_damaged
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.parquet import read_batches
 from spin.alignment.core.program import run_program
-from spin.alignment.core.provenance import hash_weights
+from spin.alignment.core.provenance import SUMS_FILE, hash_weights, read_sums
 from spin.alignment.training.first_loss import FIRST_LOSS_FILE
 from spin.alignment.training.output_dir import KEPT_CHECKPOINTS, damaged_part
 from tests.faults.file_events import NEEDS_SPACE, FileEvents, How
@@ -200,7 +200,7 @@ def is_noticed(path: Path) -> bool:
                 pass
         elif path.parent.name.startswith("checkpoint-"):
             return damaged_part(path.parent) is not None
-        elif path.suffix == ".safetensors":
+        elif path.name == SUMS_FILE or path.name in read_sums(path.parent):
             hash_weights(path.parent)
         else:
             return is_damaged(path)

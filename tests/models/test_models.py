@@ -7,7 +7,15 @@ import subprocess
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    OPTConfig,
+    OPTForCausalLM,
+)
 
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.provenance import hash_weights
@@ -82,6 +90,59 @@ def test_weights_carry_their_sha_256_and_changed_ones_are_refused(tmp_path):
         hash_weights(tmp_path)
     (tmp_path / "SHA256SUMS").unlink()
     assert hash_weights(tmp_path) != before
+
+
+@pytest.mark.parametrize(
+    "name", ["chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "generation_config.json"]
+)
+def test_a_damaged_or_missing_text_file_of_a_model_is_refused(tmp_path, name):
+    """A changed template or end token would train on other ids without a word."""
+    save_checkpoint(tiny_llama(40), char_tokenizer(), tmp_path)
+    content = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(flipped(content, 4 * len(content)))
+    with pytest.raises(InputError, match=rf"{name} is damaged: it is not the file that was saved"):
+        hash_weights(tmp_path)
+    (tmp_path / name).unlink()
+    with pytest.raises(InputError, match=rf"{name} is missing: it was saved here"):
+        hash_weights(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    assert hash_weights(tmp_path)
+
+
+def test_every_flipped_bit_of_the_sums_is_noticed(tmp_path):
+    save_checkpoint(tiny_llama(40), char_tokenizer(), tmp_path)
+    sums = tmp_path / "SHA256SUMS"
+    content = sums.read_bytes()
+    for bit in range(0, 8 * len(content), 3):
+        sums.write_bytes(flipped(content, bit))
+        if sums.read_bytes().count(b" *"):
+            continue  # a star in place of the second space means the same
+        with pytest.raises(InputError):
+            hash_weights(tmp_path)
+
+
+def test_a_download_may_lack_files_that_its_sums_name(tmp_path):
+    """The sums of a repository on the Hub, in the form of ``sha256sum --binary``, name files that were not asked for."""
+    folder = tmp_path / "snapshots" / "1234"
+    save_checkpoint(tiny_llama(40), char_tokenizer(), folder)
+    sums = (folder / "SHA256SUMS").read_text().replace("  ", " *")
+    (folder / "SHA256SUMS").write_text("# of all files\n" + sums + "0" * 64 + " *model-q4.gguf\n")
+    assert hash_weights(folder)
+    (folder / "chat_template.jinja").write_text("other")
+    with pytest.raises(InputError, match=r"chat_template\.jinja is damaged"):
+        hash_weights(folder)
+
+
+def test_a_tokenizer_with_several_templates_is_saved_twice(tmp_path):
+    tokenizer = char_tokenizer()
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": tokenizer.chat_template + "{# tools #}"}
+    for _ in range(2):  # the second time over the first
+        save_checkpoint(tiny_llama(40), tokenizer, tmp_path)
+        found = AutoTokenizer.from_pretrained(tmp_path).chat_template
+        assert found == tokenizer.chat_template
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("other")
+    with pytest.raises(InputError, match=r"additional_chat_templates/tool_use\.jinja is damaged"):
+        hash_weights(tmp_path)
 
 
 def test_a_weight_that_16_bits_cannot_hold_is_named(tmp_path):

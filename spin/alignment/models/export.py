@@ -13,6 +13,7 @@ from spin.alignment.core.console import say
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.files import fsync_folder
 from spin.alignment.core.paths import check_output_folder
+from spin.alignment.core.provenance import hash_weights
 from spin.alignment.models.config import ModelConfig
 from spin.alignment.models.folder import model_folder
 from spin.alignment.models.library_output import name_accelerator, quiet_library
@@ -40,9 +41,10 @@ def export_model(model: str, out: Path, dtype: ExportDtype) -> None:
     check_output_folder(out, "OUT")
     if out.exists() and any(out.iterdir()):
         raise InputError(f"OUT {out} is not empty: choose a new folder, or remove it")
+    source = model_folder(model)
+    hash_weights(source)  # refuses files that are not those that were saved
     name_accelerator()
     policy = load_model(ModelConfig(model_name_or_path=model, dtype=dtype))
-    source = model_folder(model)
     staging = out.absolute().with_name(f".{out.name}.exporting-{os.getpid()}-{uuid.uuid4().hex[:8]}")
     try:
         with quiet_library():

@@ -28,8 +28,8 @@ def save_checkpoint(
     dtype: torch.dtype | None = None,
     trained_in: str | None = None,
 ) -> Path:
-    """Save everything needed to load a model: weights, config, generation config, tokenizer and chat template; and ``SHA256SUMS``
-    of the weights, which :func:`hash_weights` compares.
+    """Save everything needed to load a model: weights, config, generation config, tokenizer and chat template; and their
+    ``SHA256SUMS``, which :func:`hash_weights` compares.
 
     Everything is written to a hidden folder, fsynced and moved into place, ``config.json`` last: its existence proves
     completion. Other files in ``output_dir`` (trainer checkpoints, metrics) are kept. ``dtype`` is the precision of the saved
@@ -55,18 +55,21 @@ def save_checkpoint(
         tokenizer.save_pretrained(hidden)
         write_sums(hidden)
         share_files(hidden)
-        files = sorted((path for path in hidden.iterdir()), key=lambda path: path.name == "config.json")
-        for path in files:
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+        for path in hidden.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
     except BaseException:
         shutil.rmtree(hidden, ignore_errors=True)  # it would fill the disk until the next attempt
         raise
     # config.json goes first and comes back last: a crash in between leaves a folder that no reader takes for a model.
     for stale in [output_dir / "config.json", output_dir / SUMS_FILE, *output_dir.glob("*.safetensors*")]:
         stale.unlink(missing_ok=True)
-    for path in files:
-        path.replace(output_dir / path.name)
+    for path in sorted(hidden.iterdir(), key=lambda path: (path.name == "config.json", path.name)):
+        target = output_dir / path.name
+        if target.is_dir():  # the named templates of a tokenizer that has several
+            shutil.rmtree(target)
+        path.replace(target)
     hidden.rmdir()
     return output_dir
 
