@@ -89,12 +89,17 @@ class MicroBatchedTrainer(EachRowOnce, WatchedSteps):
                 deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
                 self.accelerator.backward(loss, **({"scale_wrt_gas": False} if deepspeed else {}))
             total += loss.detach()  # micro-batch losses are shares of the step's, so they add up
-        if self.args.device.type == "cpu":
-            self._kept_memory.end_step()
+        self.end_phase()
         frequency = self.args.torch_empty_cache_steps
         if frequency is not None and self.state.global_step % frequency == 0:
             clear_device_cache()
         return total
+
+    def end_phase(self) -> None:
+        """Limit the memory that this process keeps for itself, after a part of a step that needs blocks of other sizes than the
+        next."""
+        if self.args.device.type == "cpu":
+            self._kept_memory.end_phase()
 
     def prepare_batching(self, pairs: PairDataset, resumed: bool, keeps_reference: bool = False) -> None:
         """Check that packed rows give the same log-probs as padded ones, and choose the token budget for these pairs.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ class PairObjective:
         self.metrics = {mode: PairMetrics(args.loss, args.sampled_sides) for mode in ("train", "eval")}
         # Set by online training, whose pairs have the log-probs of their sampler.
         self.importance: Importance | None = None
+        # Set by online training whose reference is the policy before its update: both have the log-probs of the same pass.
+        self.reference_is_policy = False
         self._faults: list[torch.Tensor] = []
 
     def __call__(
@@ -34,6 +37,8 @@ class PairObjective:
         Raises:
             InputError: the loss needs reference log-probs, which the pairs do not have.
         """
+        if self.reference_is_policy and self.args.loss.needs_reference:
+            inputs = replace(inputs, reference_logps=inputs.policy_logps.detach())
         if inputs.reference_logps is None and self.args.loss.needs_reference:
             raise InputError(
                 "these pairs have no reference log-probs, which train() computes for train_dataset and eval_dataset before its "

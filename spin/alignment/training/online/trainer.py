@@ -98,6 +98,8 @@ class OnlineTrainer(SPINTrainer):
         self.ahead = BatchAhead(cast(OverlappingSampler, self.sampler)) if args.async_steps else None
         self._lookahead: Lookahead | None = None
         self.objective.importance = Importance(args.importance_cap)
+        # The single update of a step is against the policy before it, whose log-probs need no pass of their own.
+        self.objective.reference_is_policy = not self.reference.keeps_copy and args.updates_per_batch == 1
 
     def make_reference(self, args: SPINConfig) -> MovingReference:
         """Return the reference, which the steps update."""
@@ -243,13 +245,15 @@ class OnlineTrainer(SPINTrainer):
         self.sampler.refresh()
         requests = requests_of(prompts)
         try:
-            return self.sampler.respond(requests, sampling)
+            responses = self.sampler.respond(requests, sampling)
         except NotFiniteError as error:
             rows = [
                 {"prompt_id": item.prompt_id, "input_ids": item.token_ids, "labels": item.token_ids}
                 for item in requests
             ]
             raise self.failed(f"sampling found that {error},", rows, kind="sft") from error
+        self.end_phase()
+        return responses
 
     def _time(self, what: str, started: float) -> float:
         now = time.monotonic()
@@ -258,7 +262,7 @@ class OnlineTrainer(SPINTrainer):
 
     def _attach_reference_logps(self, features: list[dict[str, Any]]) -> None:
         """Add the reference's token log-probs (nats) to this process's pairs, before any update of the step."""
-        if not self.args.loss.needs_reference:
+        if not self.args.loss.needs_reference or self.objective.reference_is_policy:
             return
         forward = replace(self.pair_forward, model=self._unwrapped())
         with forward.evaluation(), self.reference.in_place_of(forward.model):
