@@ -1,6 +1,7 @@
 """The plan of the studies: which arms there are, what each starts from, and what every model is measured on.
 
-The settings of an arm are the configuration of its name in ``benchmarks/results/evidence``, for ``spin run`` or a single program.
+The settings of an arm are the configuration of its name in ``benchmarks/results/evidence`` (or one of the project, which it names), for
+``spin run`` or a single program.
 ``docs/evidence.md`` is the protocol: why these arms, and what would refute each claim.
 """
 
@@ -44,6 +45,7 @@ class Arm:
         starts_from: the base model, or the arm of the same study whose model this one starts from.
         seeds: of the training.
         benchmarks: what its models are measured on, besides the benchmarks of the study.
+        config: a configuration of the project; empty: that of the arm's name.
     """
 
     models: Mapping[str, str]
@@ -51,6 +53,7 @@ class Arm:
     starts_from: str = "base"
     seeds: tuple[int, ...] = (1,)
     benchmarks: tuple[str, ...] = ()
+    config: str = ""
 
 
 @dataclass(frozen=True)
@@ -113,9 +116,12 @@ STUDIES: dict[str, Study] = {
         "verifiable instructions: an external signal against continued SFT on accepted answers",
         ("ifeval", "instructions", "gsm8k", "alpaca"),
         {
-            # Its control is SFT on the start model's own responses that pass (rejection sampling).
+            # The chat demo. Its control is SFT on the start model's own responses that pass (rejection sampling).
             "online_dpo": Arm(
-                {"online": "online/checkpoint", "accepted_sft": "control/checkpoint"}, "spin run", seeds=(1, 2, 3)
+                {"online": "online/checkpoint", "accepted_sft": "control/checkpoint"},
+                "spin run",
+                seeds=(1, 2, 3),
+                config="configs/demo_chat.yaml",
             ),
             "sppo": Arm({"iter0": "iter0/checkpoint"}, "spin run", seeds=(1, 2, 3)),
             "spin_accepted": Arm({"iter0": "iter0/checkpoint"}, "spin run"),
@@ -167,4 +173,5 @@ def run_folder(study: str, arm: str, seed: int) -> Path:
 
 def config_path(study: str, arm: str) -> Path:
     """Return the configuration of an arm."""
-    return CONFIGS / study / f"{arm}.yaml"
+    own = find_study(study).arms[arm].config
+    return REPOSITORY / own if own else CONFIGS / study / f"{arm}.yaml"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 
-from spin.alignment.core.allocator import keep_freed_memory
+from spin.alignment.core.allocator import KeptMemory, keep_freed_memory
 from spin.alignment.core.errors import InputError
 from spin.alignment.generation.base import GenerationBackend, PromptRequest, Response, SamplingConfig
 from spin.alignment.generation.transformers.decoder import Decoder, takes_ragged_rows, without_gradients
@@ -58,6 +58,7 @@ class TransformersBackend(GenerationBackend):
         self.model = (_load(settings) if model is None else model).eval()
         self._forward = forward or self.model
         self._windows = layer_windows(self.model)
+        self._kept_memory = KeptMemory() if self.model.device.type == "cpu" else None
         if "position_ids" not in inspect.signature(type(self.model).forward).parameters:
             name = type(self.model).__name__
             raise InputError(
@@ -121,6 +122,8 @@ class TransformersBackend(GenerationBackend):
             idle += 1.0 - len(decoder.jobs) / full
             ended: list[Job] = []
             if not decoder.jobs or idle >= 1.0:
+                if self._kept_memory is not None:
+                    self._kept_memory.end_phase()
                 ended += decoder.add(queue.take(decoder.jobs, most, columns))
                 idle, full = 0.0, max(1, len(decoder.jobs))
             if not decoder.jobs and not ended:
