@@ -1,7 +1,7 @@
 """The plan of the studies: which arms there are, what each starts from, and what every model is measured on.
 
-The settings of an arm are the configuration of its name in ``benchmarks/results/evidence``, or one of the project that it names, for
-``spin run`` or a single program.
+The settings of an arm are the configuration of its name in ``benchmarks/results/evidence``, or one of the project that it
+names, for ``spin run`` or a single program.
 ``docs/evidence.md`` is the protocol: why these arms, and what would refute each claim.
 """
 
