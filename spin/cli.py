@@ -229,7 +229,9 @@ def evaluate(arguments: Sequence[str]) -> None:
 def validate(arguments: Sequence[str]) -> int:
     """``spin validate PATH``: print every problem of a data set, a model folder or a run."""
     parser = Parser(prog="spin validate", description="Check a data set, a model folder or a run against the contract.")
-    parser.add_argument("path", help="parquet file, folder of them, model folder or run directory")
+    parser.add_argument(
+        "path", help="data file or folder of them, in any format that the programs read; model folder or run directory"
+    )
     parser.add_argument("--tokenizer", default=None, help="model whose tokenizer produced the ids, to check them too")
     parser.add_argument("--system", default="keep", choices=("keep", "fold"), help="as given to generate.py")
     options = parser.parse_args(arguments)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from spin import cli
+from spin.alignment.core.errors import InputError
 from spin.alignment.core.parquet import ParquetSink
 from spin.alignment.core.provenance import Provenance
 from spin.alignment.data.chat_encoder import ChatEncoder
@@ -96,6 +99,46 @@ def test_prompt_rows(tmp_path):
     rows = [{"prompt_id": name, "chosen": said("4")} for name in ("p0", "p0")]
     path = write(tmp_path / "train.parquet", *rows, provenance=Provenance("prompts"), schema=PROMPT_SCHEMA)
     assert "appears more than once" in problems(path)
+
+
+def write_lines(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_prompts_of_other_tools_are_checked_row_by_row(tmp_path):
+    answered = {"instruction": "add 1", "input": "", "output": "2"}
+    write_lines(tmp_path / "train.jsonl", answered, {"prompt": "3+1"}, {**answered, "output": 5}, answered)
+    write_lines(tmp_path / "test.jsonl", {"prompt": "4+1"})
+    checked, found = validate(tmp_path, ENCODER)
+    assert checked == 5 and len(found) == 2
+    assert "train.jsonl row 2" in found[0] and "train.jsonl row 3 and " in found[1] and "the same prompt id" in found[1]
+
+
+def test_pairs_of_other_tools_are_checked(tmp_path):
+    pair = {"prompt": "3+1", "chosen": "4", "rejected": "5"}
+    write_lines(tmp_path / "train.jsonl", pair, {**pair, "prompt": "3+2"})
+    assert validate(tmp_path, ENCODER) == (2, [])
+    write_lines(tmp_path / "train.jsonl", pair, {**pair, "rejected": None})
+    checked, found = validate(tmp_path / "train.jsonl", None)
+    assert checked == 2 and len(found) == 1 and "row 1" in found[0]
+
+
+def test_files_of_other_tools_beside_own_ones_are_checked(tmp_path):
+    write(tmp_path / "train-00000.parquet", good_row())
+    write_lines(tmp_path / "test.jsonl", {"prompt": ""})
+    checked, found = validate(tmp_path, ENCODER)
+    assert checked == 2 and len(found) == 1 and "test.jsonl row 0" in found[0]
+
+
+def test_what_is_no_data_is_refused_by_name(tmp_path):
+    (tmp_path / "c.yaml").write_text("seed: 1\n")
+    with pytest.raises(InputError, match=r"c\.yaml has an unknown file type"):
+        validate(tmp_path / "c.yaml", None)
+    with pytest.raises(InputError, match="contains no data file, model or run"):
+        validate(tmp_path, None)
+    (tmp_path / "train.jsonl").write_text("")
+    assert "contains no rows" in problems(tmp_path)
 
 
 def test_model_folder(tmp_path):
