@@ -245,7 +245,8 @@ def validate(arguments: Sequence[str]) -> int:
     checked, problems = problems_of(Path(options.path), encoder)
     for problem in problems:
         say(problem)
-    what = "stages" if (Path(options.path) / "run.yaml").is_file() else "rows or models"
+    kinds = {"run.yaml": "stages", "config.json": "model"}
+    what = next((kind for name, kind in kinds.items() if (Path(options.path) / name).is_file()), "rows")
     say(f"{checked} {what} checked, {len(problems)} problems")
     return EXIT_BAD_INPUT if problems else EXIT_DONE
 
