@@ -10,7 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from spin import cli
-from tests.helpers import run_main, save_tiny_model
+from spin.alignment.core.provenance import sha256, write_sums
+from spin.alignment.models.saving import save_checkpoint
+from tests.helpers import char_tokenizer, run_main, save_tiny_model, tiny_llama
 
 PRIVATE = ("optimizer.pt", "training_args.bin", "inputs.json", ".env", "train.log", "events.out.tfevents.1")
 
@@ -57,6 +59,27 @@ def test_only_the_model_and_its_card_are_uploaded(model, uploads):
     sent = {name for name in files if any(fnmatch(name, pattern) for pattern in upload["allow_patterns"])}
     assert {"model.safetensors", "config.json", "tokenizer.json", "README.md", "metrics.json"} <= sent
     assert not sent & set(PRIVATE) and not [name for name in sent if "/" in name]
+
+
+def test_code_and_named_templates_of_a_model_are_uploaded_with_it(tmp_path, uploads):
+    """What SHA256SUMS names belongs to the model, but nothing outside of its folder does."""
+    folder = tmp_path / "model"
+    tokenizer = char_tokenizer()
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": tokenizer.chat_template}
+    save_checkpoint(tiny_llama(40), tokenizer, folder)
+    (folder / "modeling_own.py").write_text("code = 1")
+    (tmp_path / "private.txt").write_text("mine")
+    write_sums(folder)
+    with (folder / "SHA256SUMS").open("a") as file:
+        file.write(f"{sha256(tmp_path / 'private.txt')}  ../private.txt\n")
+    code, _, err = run_main(cli.main, "push", folder, "--repo", "me/policy")
+    assert code == 0, err
+    sent = dict(uploads)["upload"]["allow_patterns"]
+    assert {"modeling_own.py", "additional_chat_templates/tool_use.jinja"} <= set(sent)
+    assert not [name for name in sent if "private" in name]
+    code, _, err = run_main(cli.main, "push", folder, "--repo", "me/policy", "--folder", tmp_path / "out")
+    assert code == 0, err
+    assert (tmp_path / "out" / "additional_chat_templates" / "tool_use.jinja").is_file()
 
 
 def test_offline_and_on_request_the_folder_is_written_instead(model, tmp_path, monkeypatch, uploads):

@@ -22,7 +22,7 @@ _DESCRIPTIONS = (CARD_FILE, "LICENSE*", "LICENCE*", "NOTICE*")
 
 @dataclass(frozen=True)
 class Upload:
-    """Files directly in ``folder``, and the ``kind`` of repository that they become."""
+    """Files of ``folder``, as paths relative to it, and the ``kind`` of repository that they become."""
 
     folder: Path
     files: tuple[str, ...]
@@ -32,7 +32,8 @@ class Upload:
 def make_upload(folder: Path, files: Iterable[Path], kind: Literal["model", "dataset"]) -> Upload:
     """Return the upload of some files of a folder, with its card and licence if it has them."""
     described = (path for pattern in _DESCRIPTIONS for path in folder.glob(pattern))
-    names = {path.name for path in (*files, *described) if path.is_file() and path.parent == folder}
+    found = (path for path in (*files, *described) if path.is_file() and path.is_relative_to(folder))
+    names = {name for path in found if ".." not in (name := path.relative_to(folder).as_posix())}
     return Upload(folder, tuple(sorted(names)), kind)
 
 
@@ -100,6 +101,7 @@ def write_folder(upload: Upload, out: Path) -> None:
         with explained_os_errors(out):
             staging.mkdir(parents=True)
             for name in upload.files:
+                (staging / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(upload.folder / name, staging / name)
                 with (staging / name).open("rb") as file:
                     os.fsync(file.fileno())

@@ -10,7 +10,7 @@ from typing import Any
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.files import read_json
 from spin.alignment.core.hub import hub_reason
-from spin.alignment.core.provenance import SUMS_FILE
+from spin.alignment.core.provenance import SUMS_FILE, read_sums
 from spin.alignment.core.upload import Upload, make_upload
 from spin.alignment.models.positions import fixed_positions
 from spin.alignment.models.vocabulary import check_ids
@@ -155,11 +155,12 @@ MODEL_PATTERNS = (
     "*.model",
     "*.tiktoken",
     "*.jinja",
+    "additional_chat_templates/*.jinja",
 )
 
 
 def model_files(folder: str | Path) -> list[Path]:
-    """Return the files of a saved model, sorted by name."""
+    """Return the files of a saved model, sorted by path."""
     return sorted({path for pattern in MODEL_PATTERNS for path in Path(folder).glob(pattern) if path.is_file()})
 
 
@@ -171,5 +172,6 @@ def published_model(folder: Path) -> Upload:
     """
     if not is_complete_checkpoint(folder):
         raise InputError(f"{folder} contains no complete model: finish its training first")
-    records = (path for name in ("metrics.json", SUMS_FILE) for path in folder.glob(name))
-    return make_upload(folder, [*model_files(folder), *records], "model")
+    # With code of its own, a model was saved with files that model_files() does not know.
+    names = ("metrics.json", SUMS_FILE, *read_sums(folder))
+    return make_upload(folder, [*model_files(folder), *(folder / name for name in names)], "model")
