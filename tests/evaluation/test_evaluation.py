@@ -15,9 +15,9 @@ from spin.alignment.evaluation.answers import Answers, respond_at_all
 from spin.alignment.evaluation.averages import average_responses
 from spin.alignment.evaluation.config import EvaluateConfig
 from spin.alignment.evaluation.evaluate import scored
-from spin.alignment.evaluation.held_out import encode_held_out, ground_truth_nats
+from spin.alignment.evaluation.held_out import HeldOut, encode_held_out, ground_truth_nats, scored_together
 from spin.alignment.evaluation.responses import read_responses, scored_rows
-from spin.alignment.generation.base import Response
+from spin.alignment.generation.base import PromptRequest, Response
 from spin.alignment.models.config import ModelConfig
 from spin.alignment.models.loading import load_model
 from spin.alignment.rewards import SCORERS, Part, Score
@@ -52,6 +52,20 @@ def test_nll_equals_a_plain_forward_pass_row_by_row(tiny_model):
     for batch_size in (1, 2, 5):
         assert ground_truth_nats(model, held_out, encoder.pad_id, batch_size) == pytest.approx(sums, rel=1e-5)
     assert all(item.ground_truth_ids[-1] == encoder.end_id for item in held_out)
+
+
+def test_ground_truths_are_scored_in_batches_whose_logits_fit():
+    """A batch of 64 answers under a vocabulary of 128,000 would have 17 GB of logits."""
+    lengths = [(3, 10), (9, 4), (1, 2), (2, 2), (4, 9), (2, 30)]
+    held_out = [
+        HeldOut(PromptRequest(str(number), (7,) * prompt), [], "x", (8,) * answer)
+        for number, (prompt, answer) in enumerate(lengths)
+    ]
+    held_out.append(HeldOut(PromptRequest("none", (7,)), [], None, ()))
+    # Longest first; 20 positions are two answers of 10, and the one of 30 is alone.
+    assert list(scored_together(held_out, 4, 20)) == [[5], [0, 1], [4, 3], [2]]
+    assert list(scored_together(held_out, 4, 40)) == [[5], [0, 1, 4, 3], [2]]
+    assert list(scored_together(held_out, 1, 40)) == [[5], [0], [1], [4], [3], [2]]
 
 
 def broken_on_two(prompt: str, response: str, reference: str) -> float:

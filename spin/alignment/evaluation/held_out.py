@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 Tell = Callable[[str], None]
 PROGRESS_SECONDS = 10.0
+# Logits in memory while ground truths are scored: 0.5 GiB in 16 bits.
+LOGITS_AT_ONCE = 2**28
 
 
 @dataclass(frozen=True)
@@ -103,17 +105,17 @@ def respond(
 def ground_truth_nats(model: Any, held_out: Sequence[HeldOut], pad_id: int, batch_size: int) -> list[float | None]:
     """Return the negative log-likelihood of each ground truth in nats, EOS included; None where there is none, or it is not
     finite.
+
+    At most ``batch_size`` are in a forward pass, fewer if their logits would take too much memory.
     """
     import torch
 
-    from spin.alignment.logprobs.forward import response_logps
+    from spin.alignment.logprobs.forward import causal_model, response_logps
 
     device = next(model.parameters()).device
-    known = [index for index, item in enumerate(held_out) if item.ground_truth is not None]
-    order = sorted(known, key=lambda index: -len(held_out[index].request.token_ids))
+    vocab_size = int(causal_model(model).config.get_text_config().vocab_size)
     nats: list[float | None] = [None] * len(held_out)
-    for start in range(0, len(order), batch_size):
-        places = order[start : start + batch_size]
+    for places in scored_together(held_out, batch_size, max(1, LOGITS_AT_ONCE // vocab_size)):
         batch = stack_ground_truths([held_out[index] for index in places], pad_id)
         with torch.inference_mode():
             # (B, R), 0 on padding, so a row's sum is the log-likelihood of its ground truth.
@@ -121,6 +123,23 @@ def ground_truth_nats(model: Any, held_out: Sequence[HeldOut], pad_id: int, batc
         for index, value in zip(places, (-logps.double().sum(dim=-1)).tolist(), strict=True):
             nats[index] = value if math.isfinite(value) else None
     return nats
+
+
+def scored_together(held_out: Sequence[HeldOut], batch_size: int, positions: int) -> Iterator[list[int]]:
+    """Yield the places of the ground truths of one forward pass: at most ``batch_size`` of similar length, and at most
+    ``positions`` response tokens, padding included, if there is more than one."""
+    known = [index for index, item in enumerate(held_out) if item.ground_truth is not None]
+    truths = [len(item.ground_truth_ids) for item in held_out]
+    known.sort(key=lambda index: (-len(held_out[index].request.token_ids) - truths[index], index))
+    places: list[int] = []
+    for index in known:
+        longest = max([truths[index], *(truths[place] for place in places)])
+        if places and (len(places) == batch_size or longest * (len(places) + 1) > positions):
+            yield places
+            places = []
+        places.append(index)
+    if places:
+        yield places
 
 
 def stack_ground_truths(items: Sequence[HeldOut], pad_id: int) -> dict[str, Tensor]:
