@@ -44,6 +44,12 @@ FLAGS = {
     "estimate_weights": WeightsConfig,
     "evaluate_model": EvaluateConfig,
 }
+# Programs, and configurations, which say in a docstring, or in the comment at their head, how they are started.
+FILES = tuple(
+    path.relative_to(REPOSITORY).as_posix()
+    for pattern in ("spin/*.py", "benchmarks/*.py", "scripts/*.py", "recipes/*.py", "configs/*.yaml")
+    for path in sorted(REPOSITORY.glob(pattern))
+)
 # A path below a folder of the repository, or of spin/alignment; upper-case parts are placeholders.
 FOLDERS = (
     "spin|scripts|configs|docs|tests|benchmarks|recipes|notebooks|core|data|methods|models|rewards|logprobs|generation"
@@ -55,7 +61,7 @@ TRAININGS = ("run_spin", "run_sft", "run_online")
 UNSEEN = {
     "run": ["configs/own_model.yaml", "--model=M", "--data.train=D", "--data.test=D"],
     "run_spin": ["configs/config.yaml"],
-    "run_sft": ["configs/config.yaml"],
+    "run_sft": ["benchmarks/results/evidence/b/sft.yaml"],
     "run_online": ["configs/online_gsm8k.yaml"],
 }
 
@@ -225,10 +231,21 @@ def check(command: Command) -> None:
             check_other_program(str(package.relative_to(REPOSITORY)) if package.is_file() else module, rest)
 
 
-@pytest.mark.parametrize("name", PAGES)
+def text_of(name: str) -> str:
+    """Return a page as it is, and of another file what it says of itself."""
+    text = (REPOSITORY / name).read_text(encoding="utf-8")
+    if name.endswith(".py"):
+        return ast.get_docstring(ast.parse(text)) or ""
+    if name.endswith(".yaml"):
+        lines = [line.removeprefix("#").strip() for line in text.splitlines() if line.startswith("#   ")]
+        return "\n".join(["```bash", *lines, "```"])
+    return text
+
+
+@pytest.mark.parametrize("name", [*PAGES, *FILES])
 def test_every_command_is_understood(name, tmp_path, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
-    text, wrong = (REPOSITORY / name).read_text(encoding="utf-8"), []
+    text, wrong = text_of(name), []
     for module, code in re.findall(r"```python\n# (\w+\.py)\b[^\n]*\n(.*?)```", text, re.DOTALL):
         (tmp_path / module).write_text(code, encoding="utf-8")  # what a reader saves under that name
     monkeypatch.syspath_prepend(tmp_path)

@@ -51,8 +51,9 @@ def commands_of(text: str) -> Iterator[Command]:
 def _commands(script: str, complete: bool) -> Iterator[Command]:
     exported: list[str] = []
     for line in script.replace("\\\n", " ").splitlines():
-        # A placeholder such as <this repository> is one word, and optional arguments are arguments that are left out.
+        # A placeholder such as <this repository> is one word, and what [] encloses may be left out.
         line = re.sub(r"<[^<>]+>", "PLACE", line.replace("[--key=value ...]", "..."))
+        line = re.sub(r"\[(--[^\]]*)\]", r"\1", re.sub(r"\$\(\(.*?\)\)", "1", line))
         for words in _split(shlex.split(line, comments=True)):
             variables = list(exported)
             while words and re.match(r"[A-Z_]+=", words[0]):
