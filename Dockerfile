@@ -2,12 +2,13 @@
 #   docker build -t selfplay-spin --build-arg UID="$(id -u)" .
 #   docker run --gpus all --ipc host -v "$PWD:/workspace" selfplay-spin run configs/zephyr_7b.yaml
 # The driver of the host must support the CUDA version of the base image. Models and data are mounted, never part of the image.
-FROM nvidia/cuda:13.0.2-runtime-ubuntu24.04
+# devel: DeepSpeed (CPU Adam, for offload) and vLLM (FlashInfer) compile kernels with nvcc and g++ when they are first used.
+FROM nvidia/cuda:13.0.2-devel-ubuntu24.04
 
 ENV DEBIAN_FRONTEND=noninteractive
-# python3-dev and gcc: Triton compiles its launchers when it first runs a kernel.
+# python3-dev and the compilers: Triton, too, compiles its launchers when it first runs a kernel.
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends gcc git libc6-dev python3 python3-dev python3-venv \
+    && apt-get install --yes --no-install-recommends g++ git libc6-dev python3 python3-dev python3-venv \
     && rm -rf /var/lib/apt/lists/*
 
 # The user must be able to write to the mounted folder, so it has the id of the one who builds. Ubuntu 24.04 has given 1000, which

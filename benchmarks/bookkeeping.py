@@ -1,7 +1,7 @@
 """How many rows a second generation handles apart from the engine: the whole program, with one that answers at once, by stage.
 
     OMP_NUM_THREADS=1 python benchmarks/bookkeeping.py --out words.json
-    OMP_NUM_THREADS=1 python benchmarks/bookkeeping.py --model SmolLM2-135M-Instruct --questions gsm8k/test.jsonl --out chat.json
+    OMP_NUM_THREADS=1 python benchmarks/bookkeeping.py --model models/SmolLM2-135M-Instruct --questions test.jsonl --out chat.json
 
 Prompts have about 150 tokens, responses 100 to 200. spin/generate.py runs in this process on ``--rows`` prompts, after two runs
 on a few rows (the first loads all libraries, the second shows what a start costs), each time in an empty folder. The processor

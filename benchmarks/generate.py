@@ -3,7 +3,7 @@
 Then it measures everything around the model, in generation and gathering, at scale: with a backend that answers immediately.
 
     python benchmarks/generate.py --out results.json --plot results.png
-    python benchmarks/generate.py --model smollm2 --questions gsm8k/test.jsonl --dtype bfloat16 --out results.json
+    python benchmarks/generate.py --model models/SmolLM2-135M-Instruct --questions test.jsonl --gather_rows 0 --out results.json
 
 With ``--model`` the prompts are questions for a chat model, and each contender is compared with the limit of the machine.
 Writes one JSON file: machine, versions, settings, contenders (medians and repetitions), vllm_vs_bare, transformers_vs_vllm,

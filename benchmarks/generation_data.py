@@ -65,8 +65,10 @@ def read_questions(file: Path, count: int) -> list[str]:
     """Return the first questions of a JSON lines file with the key ``question``, as GSM8K.
 
     Raises:
-        InputError: the file has too few, or a line has no question.
+        InputError: the file is missing or has too few, or a line has no question.
     """
+    if not file.is_file():
+        raise InputError(f"the file of questions {file} does not exist: give one in the form of GSM8K's test.jsonl")
     questions = []
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines()[:count], start=1):
         row = json.loads(line)

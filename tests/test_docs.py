@@ -9,6 +9,8 @@ import pytest
 from scripts.make_docs import CLASSES, MAP, PAGES, PREFIXES, TABLE, up_to_date
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.settings import declaration_of, settings_of
+from spin.alignment.data.foreign_forms import FOREIGN_FORMS
+from spin.alignment.data.formats import FORMATS
 from tests.helpers import REPOSITORY
 
 
@@ -45,3 +47,11 @@ def test_every_module_is_in_the_map_with_a_sentence():
     files = {path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "spin").rglob("*.py")}
     inits = {"spin/__init__.py"} | {name for name in files if re.fullmatch(r"spin/alignment/(\w+/)?__init__.py", name)}
     assert listed == {name.removesuffix("__init__.py") for name in files - inits}
+
+
+def test_every_input_format_is_in_the_docs():
+    page = (REPOSITORY / "docs" / "data_format.md").read_text(encoding="utf-8")
+    table = re.findall(r"^\| columns \| format \|\n.*\n((?:\|.*\n)+)", page, re.MULTILINE)[0]
+    rows = [set(re.findall(r"`(\w+)`", row)) for row in table.splitlines()]
+    for columns in (*FORMATS, *FOREIGN_FORMS):
+        assert any(set(columns) <= row for row in rows), columns

@@ -108,6 +108,8 @@ def test_work_of_a_model_is_that_of_its_weights() -> None:
 
 def test_questions_are_read_and_too_few_are_told(tmp_path: Path) -> None:
     file = tmp_path / "test.jsonl"
+    with pytest.raises(InputError, match=r"the file of questions .*test.jsonl does not exist"):
+        read_questions(file, 2)
     file.write_text('{"question": "1+1?", "answer": "2"}\n{"question": "2+2?"}\n{"text": "3+3?"}\n')
     assert read_questions(file, 2) == ["1+1?", "2+2?"]
     with pytest.raises(InputError, match="line 3, has no key 'question'"):

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -131,6 +132,7 @@ class Example:
     steps: int = 1
     name: str | None = None
     tags: list[str] | str = "all"
+    more: dict[str, Any] | None = None
 
 
 def test_values_become_the_annotated_types():
@@ -146,7 +148,9 @@ def test_values_become_the_annotated_types():
         ({"rate": "fast"}, "'rate' in x is 'fast', which is not a number"),
         ({"rate": True}, "which is not a number"),
         ({"rate": 1, "steps": 1.5}, "which is not a whole number"),
-        ({"rate": 1, "name": [1]}, "which is not"),
+        ({"rate": 1, "name": [1]}, "which is not text or empty"),
+        ({"rate": 1, "tags": {"a": 1}}, "which is not a list or text"),
+        ({"rate": 1, "more": "a"}, "which is not a mapping or empty"),
     ],
 )
 def test_wrong_values_are_named(values, message):

@@ -222,7 +222,7 @@ def test_columns_are_mapped_before_the_format_is_recognised():
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
-        ({"promt": "x"}, "columns maps 'promt', which no format has; did you mean 'prompt'?"),
+        ({"promt": "x"}, "columns maps 'promt', which no format has: map one of .*; did you mean 'prompt'\\?"),
         ({"prompt": ""}, "columns maps 'prompt' to ''"),
         ({"prompt": "a,prompt=b"}, "give each name one column"),
     ],

@@ -294,7 +294,10 @@ class TestArguments:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ({"enable_thinkin": True}, "'enable_thinkin'.* does not use; did you mean 'enable_thinking'"),
+            (
+                {"enable_thinkin": True},
+                "'enable_thinkin'.* does not use: remove or correct it; did you mean 'enable_thinking'",
+            ),
             ({"messages": []}, "'messages', which is set for every row"),
         ],
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -153,3 +154,13 @@ def test_a_group_starts_on_all_its_machines_and_meets(tmp_path, slurm):
     assert [item[:3] for item in found] == [["0", "2", "0"], ["1", "2", "0"]]
     assert len(fake_slurm.jobs_of(slurm)) == 1
     assert "--machine_rank=1" in (tmp_path / "run" / "logs" / "a-b.0.1.log").read_text()
+
+
+def test_the_script_for_slurm_says_that_there_is_none(tmp_path):
+    for name in ("bash", "dirname"):
+        (tmp_path / name).symlink_to(shutil.which(name))
+    script = REPOSITORY / "scripts" / "slurm" / "spin_iteration.sbatch"
+    given = {"ITER": "0", "MODEL": "m", "INPUT_DIR": "d", "PATH": str(tmp_path)}
+    done = subprocess.run(["bash", script], env=given, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "error: there is no command sbatch here: run this on a login node of the cluster (see -h)\n"

@@ -142,7 +142,7 @@ def test_evaluation_records_the_date_and_the_arguments(model, data, tmp_path, on
     [
         (
             ("--chat_template_kwargs", "stlye=short"),
-            "'stlye', which the chat template of .* does not use; did you mean 'style'",
+            "'stlye', which the chat template of .* does not use: remove or correct it; did you mean 'style'",
         ),
         (("--chat_template_kwargs", "{"), "--chat_template_kwargs is not valid JSON"),
         (

@@ -93,7 +93,8 @@ def test_a_short_answer_counts_where_one_is_asked_for():
         ("[{", "'instructions' is not JSON text"),
         (["bullets"], "contains 'bullets': write an object with 'kind'"),
         ([{"kind": "bullets", "count": 3}], "write an object with 'kind'"),
-        ([{"kind": "bulets"}], "unknown instruction 'bulets'; did you mean 'bullets'?: choose one of answer_option,"),
+        ([{"kind": "bulets"}], "unknown instruction 'bulets': choose one of answer_option, "),
+        ([{"kind": "bulets"}], "upper_case; did you mean 'bullets'?"),
         ([{"kind": "bullets"}], "the instruction bullets needs the argument 'count': a whole number"),
         (
             [{"kind": "bullets", "arguments": {"count": 0}}],

@@ -40,6 +40,7 @@ REFUSED = [
     ({"max_eval_samples": 100}, "make a smaller test split"),
     ({"dataset_name": "org/name"}, r"write it as dataset_mixer: \{NAME: 1\.0\}"),
     ({"ref_model_name_or_path": "org/name"}, "the reference is the model that training starts from"),
+    ({"ref_model": "org/name"}, "the reference is the model that training starts from"),
     ({"truncation_mode": "keep_end"}, "a prompt keeps its end"),
     ({"precompute_ref_log_probs": False}, "always computed once and stored"),
     ({"sync_ref_model": True}, r"use run_online\.py with ref_update_freq"),

@@ -240,9 +240,10 @@ def _convert_union(value: Any, choices: tuple[Any, ...], where: str) -> Any:
 
 def _describe(hint: Any) -> str:
     names = {float: "a number", int: "a whole number", bool: "true or false", str: "text", type(None): "empty"}
+    names |= {dict: "a mapping", list: "a list", tuple: "a list"}
     if typing.get_origin(hint) is typing.Literal:
         return " or ".join(map(repr, typing.get_args(hint)))
-    return names.get(hint, str(getattr(hint, "__name__", hint)))
+    return names.get(typing.get_origin(hint) or hint, str(getattr(hint, "__name__", hint)))
 
 
 def split_config(values: Mapping[str, Any], classes: Sequence[type], source: str) -> list[dict[str, Any]]:

@@ -66,8 +66,8 @@ class ChatTemplate:
             # A tokenizer with rendering code of its own may take arguments that its template does not mention.
             if not self.mentions(name) and not _renders_itself(self.tokenizer):
                 raise InputError(
-                    f"chat_template_kwargs contains '{name}', which the chat template of {self.name} does not use"
-                    f"{suggestion(name, _variables(self.source))}: remove or correct it"
+                    f"chat_template_kwargs contains '{name}', which the chat template of {self.name} does not use: remove or "
+                    f"correct it{suggestion(name, _variables(self.source))}"
                 )
 
     def render(

@@ -32,7 +32,7 @@ def column_mapping(given: Mapping[str, str]) -> dict[str, str]:
             if target not in TARGETS:
                 known = ", ".join(sorted(TARGETS))
                 raise InputError(
-                    f"columns maps '{target}', which no format has{suggestion(target, TARGETS)}: map one of {known}"
+                    f"columns maps '{target}', which no format has: map one of {known}{suggestion(target, TARGETS)}"
                 )
             if not column or target in mapping:
                 raise InputError(f"columns maps '{target}' to '{column}': give each name one column, as prompt=query")
@@ -66,8 +66,8 @@ def _value(record: Mapping[str, Any], column: str, where: str) -> Any:
     for name in column.split("."):
         if not isinstance(value, Mapping) or name not in value:
             raise InputError(
-                f"{where} has no column '{column}' (it has {', '.join(record) or 'none'}){suggestion(column, record)}: correct "
-                "columns"
+                f"{where} has no column '{column}' (it has {', '.join(record) or 'none'}): correct columns"
+                f"{suggestion(column, record)}"
             )
         value = value[name]
     return value

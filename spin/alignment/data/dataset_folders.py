@@ -88,7 +88,7 @@ def _chosen(configs: dict[str, Any], config: str | None, folder: Path) -> str:
         return marked[0]
     if config not in configs:
         raise InputError(
-            f"{folder} has no configuration '{config}' (it has {names}){suggestion(config, configs)}: name one of these"
+            f"{folder} has no configuration '{config}' (it has {names}): name one of these{suggestion(config, configs)}"
         )
     return config
 

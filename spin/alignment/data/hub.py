@@ -50,8 +50,8 @@ def _chosen_config(name: str, config: str | None, configs: list[str]) -> str:
     config = config or ("default" if "default" in configs else configs[0] if configs else "default")
     if config not in configs:
         raise InputError(
-            f"'{name}' has no configuration '{config}' (it has {', '.join(configs)}){suggestion(config, configs)}: name one "
-            "of these"
+            f"'{name}' has no configuration '{config}' (it has {', '.join(configs)}): name one of these"
+            f"{suggestion(config, configs)}"
         )
     return config
 
@@ -61,5 +61,5 @@ def _chosen_split(name: str, split: str, splits: list[str]) -> str:
         if candidate in splits:
             return candidate
     raise InputError(
-        f"'{name}' has no split '{split}' (it has {', '.join(splits)}){suggestion(split, splits)}: name one of these"
+        f"'{name}' has no split '{split}' (it has {', '.join(splits)}): name one of these{suggestion(split, splits)}"
     )

@@ -60,6 +60,8 @@ def read_turns(value: Any, where: str, column: str) -> list[Message]:
     keys = "'from' and 'value'" if column == "conversations" else "'role' and 'content'"
     if isinstance(value, Mapping):  # a single turn, as in LLaMA-Factory's preference data
         value = [value]
+    if value is None:
+        raise InputError(f"{where}: '{column}' is null: complete or remove the row")
     if not isinstance(value, list | tuple):
         raise InputError(f"{where}: '{column}' is {type(value).__name__}, not a list of turns: correct the column")
     messages = []
@@ -135,9 +137,8 @@ def _split_parts(message: dict[str, Any], where: str) -> str | None:
             texts[kind].append(known[kind])
             continue
         name = kind if kind not in texts else ", ".join(sorted(known)) or "no text"
-        raise InputError(
-            f"{where} has a {message['role']} turn with a part of its content that is not text ({name}): remove the row"
-        )
+        turn = f"{'an' if message['role'] == 'assistant' else 'a'} {message['role']} turn"
+        raise InputError(f"{where} has {turn} with a part of its content that is not text ({name}): remove the row")
     message["content"] = "".join(texts["text"])
     return "".join(texts["thinking"]) or None
 
@@ -293,7 +294,8 @@ def check_conversation(messages: Sequence[Mapping[str, Any]], where: str, ground
 def _check_texts(message: Mapping[str, Any], number: int, where: str) -> None:
     role, content = message["role"], message["content"]
     if not isinstance(content, str):
-        raise InputError(f"{where} has {type(content).__name__} instead of text in turn {number}: correct the row")
+        found = "null" if content is None else type(content).__name__
+        raise InputError(f"{where} has {found} instead of text in turn {number}: correct the row")
     may_be_empty = role in ("system", "tool") or bool(message.get("tool_calls"))
     if (not content or content.isspace()) and not may_be_empty:
         raise InputError(f"{where} has an empty {role} turn (turn {number}): remove or complete the row")

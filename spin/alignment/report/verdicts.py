@@ -80,7 +80,7 @@ def win_verdicts(rows: Sequence[dict[str, Any]]) -> list[str]:
             lines.append(
                 f"{row['model']} against {names.get(folder, folder)}: wins {found['win_rate']:.1%} ({low:.1%} to {high:.1%}) of "
                 f"{found['prompts']} prompts by {found['by']}, {found['lc_win_rate']:.1%} at equal lengths, ties "
-                f"{found['tie_rate']:.1%}, p = {p_text(found['p_value'])} ({word})"
+                f"{found['tie_rate']:.1%}, p {p_text(found['p_value'])} ({word})"
             )
         if row is not start and start is not None:
             lines += task_verdicts(row, start)
@@ -140,12 +140,12 @@ def verdict(row: dict[str, Any], other: dict[str, Any] | None, name: str, respon
         before, after = (measure.average(item) for item in (other, row))
         lines.append(
             f"{row['model']} against {name}: {measure_name(measure, row)} {before:.3f} -> {after:.3f}, difference "
-            f"{found.difference:+.3f} ± {Z95 * found.error:.3f} on the same {found.prompts} prompts, p = {p_text(found.p_value)} "
+            f"{found.difference:+.3f} ± {Z95 * found.error:.3f} on the same {found.prompts} prompts, p {p_text(found.p_value)} "
             f"({word})"
         )
     return lines
 
 
 def p_text(p_value: float) -> str:
-    """Return a p-value with two significant digits, or that it is below 0.0001."""
-    return f"{p_value:.2g}" if p_value >= 1e-4 else "below 0.0001"
+    """Return what follows "p": its value with two significant digits, or that it is below 0.0001."""
+    return f"= {p_value:.2g}" if p_value >= 1e-4 else "< 0.0001"

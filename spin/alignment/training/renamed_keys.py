@@ -78,6 +78,7 @@ REMOVED = {
     "use_rslora": "remove it (set lora_alpha to the scale you want)",
     "use_dora": "remove it (adapters are plain LoRA)",
     "ref_model_name_or_path": "remove it (the reference is the model that training starts from)",
+    "ref_model": "remove it (the reference is the model that training starts from)",
     "base_model_revision": "use model_revision, and merge adapters into their base model first",
     "model_code_revision": "use model_revision",
     "hub_model_revision": "use model_revision to load, hub_revision to push",

@@ -49,7 +49,7 @@ def _read_one(item: Any, kinds: Mapping[str, Callable[..., bool]]) -> Instructio
     kind, given = item["kind"], item.get("arguments") or {}
     if kind not in kinds:
         raise InputError(
-            f"unknown instruction '{kind}'{suggestion(kind, list(kinds))}: choose one of {', '.join(kinds)}"
+            f"unknown instruction '{kind}': choose one of {', '.join(kinds)}{suggestion(kind, list(kinds))}"
         )
     if not isinstance(given, Mapping):
         raise InputError(f"the arguments of the instruction {kind} are {given!r}: write an object")
