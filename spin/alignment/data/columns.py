@@ -14,8 +14,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from spin.alignment.core.console import say_error
 from spin.alignment.core.errors import InputError
+from spin.alignment.core.remarks import remark
 from spin.alignment.core.sides import INITIAL, SIDES
 from spin.alignment.data.refused_columns import LABEL_COLUMNS, check_column, is_empty, refusals_of
 
@@ -62,9 +62,6 @@ class Record(Mapping[str, Any]):
         return len(self.row)
 
 
-_TOLD = set[str]()
-
-
 @dataclass
 class RowNotes:
     """What was found in the rows of one data set besides what is trained on; :meth:`tell` reports it in one line.
@@ -83,7 +80,7 @@ class RowNotes:
     label_false: int = 0
 
     def tell(self, source: str) -> None:
-        """Report the notes on standard error; a line that has been written before is not repeated."""
+        """Report the notes in one line (:func:`remark`)."""
         parts = [
             ("columns passed to scorers only", self.carried),
             ("labels, for losses that read them", self.labels),
@@ -93,10 +90,8 @@ class RowNotes:
         found = [f"{what}: {', '.join(sorted(names))}" for what, names in parts if names]
         if self.label_false:
             found.append(f"skipped, because a response with label false is no ground truth: {self.label_false}")
-        line = f"{source}: {'; '.join(found)}"
-        if found and line not in _TOLD:
-            _TOLD.add(line)
-            say_error(line)
+        if found:
+            remark(f"{source}: {'; '.join(found)}")
 
 
 def other_columns(record: Record, where: str, notes: RowNotes) -> dict[str, Any]:

@@ -223,6 +223,10 @@ class PairMixture:
                     row += rows.num_rows
                     first += rows.num_rows
 
+    def name_of(self, batch: PairBatch, row: int) -> str:
+        """Return what messages call a row of a batch."""
+        return f"{self.files[batch.piece][batch.file].name} row {batch.row + row}"
+
     def read(self, batch: PairBatch) -> pa.Table:
         """Check the rows of a batch and return them with the columns of :attr:`schema`.
 

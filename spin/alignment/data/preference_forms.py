@@ -9,8 +9,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from spin.alignment.core.console import say_error
 from spin.alignment.core.errors import InputError
+from spin.alignment.core.remarks import remark
 from spin.alignment.core.sides import INITIAL, SIDES
 from spin.alignment.core.text import is_unicode
 from spin.alignment.data.column_types import OWN_COLUMNS, OWN_TYPES, table_of
@@ -129,7 +129,7 @@ class UnpairedResponses:
                 f"{self.places[alone[0]]}): give paired data, or generate the rejected responses from the good ones"
             )
         if alone:
-            say_error(
+            remark(
                 f"{self.source}: {len(alone)} of {len(self.prompts)} prompts have only good or only bad responses and give no "
                 f"pair (the first is {self.places[alone[0]]})"
             )
