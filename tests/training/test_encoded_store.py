@@ -341,3 +341,13 @@ def test_sft_rows_are_stored_and_hashed_as_before(tmp_path, cache):
     everything = {row["prompt_id"] for row in found["train"].rows}
     assert len(half.rows) == len(found["train"].rows) // 2 and {row["prompt_id"] for row in half.rows} < everything
     assert isinstance(half.rows, Dataset) and half.rows.cache_files
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.99])
+def test_sft_rows_may_be_several_answers_to_one_prompt(tmp_path, capfd, fraction):
+    rows = [{"prompt_id": "p", "prompt": "q", "response": answer} for answer in ("a", "b", "b", "c")]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    wanted = settings({tmp_path / "train.jsonl": fraction}, dataset_splits=["train"])
+    found = load_ground_truth(wanted, ChatEncoder(char_tokenizer()))["train"]
+    assert len(found.rows) == int(4 * fraction)
+    assert capfd.readouterr().err == f"{tmp_path}/train.jsonl: rows whose prompt an earlier row has too: 3\n"

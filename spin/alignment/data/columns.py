@@ -71,6 +71,7 @@ class RowNotes:
         labels: X of numeric columns chosen_X and rejected_X.
         turn_keys: ignored keys of turns.
         label_false: number of rows whose response has the label false.
+        repeated: number of rows that share their prompt with an earlier row, where that is allowed.
     """
 
     carried: set[str] = field(default_factory=set)
@@ -78,6 +79,7 @@ class RowNotes:
     labels: set[str] = field(default_factory=set)
     turn_keys: set[str] = field(default_factory=set)
     label_false: int = 0
+    repeated: int = 0
 
     def tell(self, source: str) -> None:
         """Report the notes in one line (:func:`remark`)."""
@@ -90,6 +92,8 @@ class RowNotes:
         found = [f"{what}: {', '.join(sorted(names))}" for what, names in parts if names]
         if self.label_false:
             found.append(f"skipped, because a response with label false is no ground truth: {self.label_false}")
+        if self.repeated:
+            found.append(f"rows whose prompt an earlier row has too: {self.repeated}")
         if found:
             remark(f"{source}: {'; '.join(found)}")
 

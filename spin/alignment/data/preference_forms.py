@@ -160,6 +160,8 @@ def _preference_row(record: Mapping[str, Any], where: str, notes: RowNotes) -> d
     check_pair(conversations["chosen"], conversations["rejected"], where, row.get("chosen_token_ids") is not None)
     kept = {name: row[name] for name in row if name in OWN_TYPES or _side_of(name)}
     kept |= _finish_reasons(kept, where)
+    if isinstance(index := kept.get("sample_index"), str) and index.strip().isdecimal():
+        kept["sample_index"] = int(index)  # tables of text have no numbers
     kept |= {name: text for name, text in zip(CARRIED_COLUMNS, carried, strict=False) if text is not None}
     own_id = source_id(row, where, ("prompt_id",)) or prompt_hash(conversations["chosen"][:-1], *carried)
     return kept | conversations | {"prompt_id": own_id}

@@ -98,10 +98,11 @@ def encoded_piece(piece: Piece, encoder: ChatEncoder, settings: Settings, total:
 
 
 def selected_prompts(piece: Piece, seed: int) -> Iterator[Mapping[str, Any]]:
-    """Stream the prompts of a data set that are used. A fraction of them takes memory for all."""
+    """Stream the prompts of a data set that are used, of which several may be the same one with other answers. A fraction of them
+    takes memory for all."""
     if piece.fraction == 1:
-        return stream_prompts(piece.source, piece.split)
-    return iter(piece.selected(load_prompts(piece.source, piece.split), seed))
+        return stream_prompts(piece.source, piece.split, may_repeat=True)
+    return iter(piece.selected(load_prompts(piece.source, piece.split, may_repeat=True), seed))
 
 
 def hash_rows(splits: Mapping[str, Dataset]) -> str:
