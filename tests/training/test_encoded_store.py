@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import pickle
 import signal
 import time
 import types
@@ -21,6 +22,7 @@ from spin.alignment.core.errors import InputError
 from spin.alignment.core.provenance import hash_json, hash_text
 from spin.alignment.data.chat_encoder import ChatEncoder
 from spin.alignment.data.config import DataConfig
+from spin.alignment.data.pair_files import pair_mixtures
 from spin.alignment.data.preferences import mix_preferences
 from spin.alignment.data.rows import PREFERENCE_SCHEMA
 from spin.alignment.logprobs.reference_store import hash_tokens
@@ -175,6 +177,14 @@ def test_processes_that_do_not_wait_do_not_multiply(monkeypatch):
     config = DataConfig(dataset_mixer={"a/hub-set": 1.0}, preprocessing_num_workers=3)
     assert workers_for(5000, config, is_shared(config)) == 3  # each of the 8 makes a store of its own
     assert workers_for(5000, config, others_wait=True) == 8 and workers_for(500, config, others_wait=True) == 1
+
+
+def test_a_batch_is_sent_to_a_worker_without_the_rest_of_its_file(tmp_path):
+    rows = [{"prompt": f"Q{n}", "chosen": "yes " * 20, "rejected": f"no {n}"} for n in range(2100)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    mixture = pair_mixtures({str(tmp_path): 1.0}, ["train"], 0)["train"]
+    sizes = [len(pickle.dumps(batch.rows)) / batch.rows.num_rows for batch in mixture.batches()]
+    assert len(sizes) == 3 and max(sizes) < 2 * min(sizes)
 
 
 # --- pairs ---
