@@ -31,10 +31,11 @@ from spin.alignment.training import encoded_store, preference_data
 from spin.alignment.training.accounting import Account
 from spin.alignment.training.encode_rows import workers_for
 from spin.alignment.training.encoded_store import Spool, cache_folder, is_shared, open_store, private_store, write_split
-from spin.alignment.training.preference_data import data_key, encode_rows, joined_key, load_pairs
+from spin.alignment.training.preference_data import encode_rows, joined_key, load_pairs
 from spin.alignment.training.sft_data import CONTENT, load_ground_truth
 from spin.alignment.training.sft_rows import with_labels
 from tests.helpers import char_tokenizer
+from tests.helpers.training import data_key
 
 FORK = multiprocessing.get_context("fork")
 SCHEMA = pa.schema([("number", pa.int64())])

@@ -44,14 +44,6 @@ TOKENS = "tokens"  # the hash of all ids of a split
 _HASHED_ROWS = 1000  # hashed at a time
 
 
-def encode_split(
-    rows: Dataset, encoder: ChatEncoder, config: DataConfig, loss_type: str = "sigmoid", reverse: bool = False
-) -> tuple[Dataset, dict[str, int]]:
-    """Return the rows of :func:`encode_rows` without their origin, and the number of dropped rows by reason."""
-    encoded, account = encode_rows(rows, encoder, config, loss_type, reverse)
-    return encoded.remove_columns(ORIGIN), dict(account.dropped)
-
-
 def encode_rows(
     rows: Dataset, encoder: ChatEncoder, config: DataConfig, loss_type: str = "sigmoid", reverse: bool = False
 ) -> tuple[Dataset, Account]:
@@ -133,7 +125,7 @@ def pairs_key(settings: Settings) -> dict[str, Any]:
 def encode_mixture(
     mixture: PairMixture, encoder: ChatEncoder, settings: Settings, folder: Path, use: str
 ) -> tuple[Account, dict[str, str]]:
-    """Write the encoded rows of a split to a store, in memory that grows with their number by about 20 bytes per row.
+    """Write the encoded rows of a split to a store, in memory that grows with their number by about 30 bytes per row.
 
     Raises:
         InputError: a row is invalid, columns are missing, or no pair remains.
@@ -191,11 +183,6 @@ def check_preference(settings: Settings) -> None:
                 )
 
 
-def data_key(pairs: Mapping[str, Dataset]) -> str:
-    """Return one hash of the encoded pairs of all splits: ids, and any token weights and labels."""
-    return joined_key({split: column_hashes(rows) for split, rows in pairs.items()})
-
-
 def column_hashes(rows: Dataset) -> dict[str, str]:
     """Return the hash of all ids, as :data:`TOKENS`, and that of each column of token weights or labels, by its name."""
     others = sorted(name for name in rows.column_names if not name.endswith("_ids") and name not in ORIGIN)
@@ -207,7 +194,7 @@ def column_hashes(rows: Dataset) -> dict[str, str]:
 
 
 def joined_key(hashes: Mapping[str, Mapping[str, str]]) -> str:
-    """Return one hash of the :func:`column_hashes` of all splits."""
+    """Return one hash of the encoded pairs of all splits (ids, and any token weights and labels) from :func:`column_hashes`."""
     parts = []
     for split, found in sorted(hashes.items()):
         parts.append(f"{split}={found[TOKENS]}")
