@@ -48,6 +48,18 @@ def test_an_error_is_raised_where_it_belongs(workers):
     assert found == [0, 1, 2]
 
 
+def test_a_killed_worker_is_an_error():
+    with pytest.raises(InputError, match="one of 2 worker processes was killed"):
+        list(forked_map(lambda _: os.kill(os.getpid(), signal.SIGKILL), range(5), 2))
+
+
+def test_workers_use_no_threads_of_the_tokenizers(monkeypatch):
+    # With threads, a tokenizer that was used before the fork would wait for ever for those that the fork did not copy.
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+    assert set(forked_map(lambda _: os.environ["TOKENIZERS_PARALLELISM"], range(3), 2)) == {"false"}
+    assert os.environ["TOKENIZERS_PARALLELISM"] == "true"
+
+
 def is_running(pid: int) -> bool:
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE  # that nobody waits for

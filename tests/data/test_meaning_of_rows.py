@@ -48,7 +48,7 @@ def answer(**keys):
         ({**QUESTION, "stop_reason": "MAX_TOKENS"}, "cut off"),
         ({**QUESTION, "is_truncated": True}, "cut off"),
         # responses that may be bad
-        ({**QUESTION, "verified": False}, "'verified', which is false"),
+        ({**QUESTION, "correct": False}, "'correct', which is false"),
         ({**QUESTION, "passed": "False"}, "'passed', which is false"),
         ({**QUESTION, "deleted": True}, "'deleted', which is true"),
         ({**QUESTION, "rejected": True}, "'rejected', which is true"),
@@ -78,7 +78,8 @@ def test_a_row_of_another_meaning_is_refused(row, says):
     "row",
     [
         answer(train_on_turn=True, ignore_loss=False, finish_reason="stop", value="Yo"),
-        {**QUESTION, "finish_reason": "end_turn", "truncated": False, "verified": True, "deleted": False},
+        {**QUESTION, "finish_reason": "end_turn", "truncated": False, "correct": True, "deleted": False},
+        {**QUESTION, "verified": False},  # not looked at, which does not make it a bad one
         {**QUESTION, "context_length": 5, "document_id": "d7", "option_count": 4, "article_url": "u", "num_facts": 2},
         {"prompt": '[{"role": "user"}] explain this JSON', "response": '["a", "b"]'},
     ],
@@ -107,7 +108,6 @@ def pairs(**columns):
         ({"rejected_token_ids": [1.5]}, "a number with a fraction"),
         ({"rejected_token_ids": [1, None]}, "null in a list"),
         ({"sample_index": 0.5}, "a number with a fraction"),
-        ({"chosen": [USER, GOOD], "rejected": [USER, BAD], "prompt": "another text"}, "a text that is not in it"),
         ({"real": [USER, GOOD], "generated": [USER, BAD]}, "'real' and 'generated' beside"),
         ({"chosen": PRINTED}, "'chosen' is the text of a list of turns"),
     ],
@@ -126,6 +126,19 @@ def test_a_whole_transcript_beside_its_prompt_is_not_repeated():
     prompt = "\n\nHuman: a\n\nAssistant:"
     (row,) = pairs(prompt=prompt, chosen=f"{prompt} b", rejected=f"{prompt} c")
     assert row["chosen"] == [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+
+def test_a_text_beside_whole_conversations_is_not_their_prompt():
+    whole = {"chosen": [USER, GOOD], "rejected": [USER, BAD]}
+    (row,) = pairs(**whole, prompt="what the conversation was made from")
+    assert (row["chosen"], row["rejected"]) == (whole["chosen"], whole["rejected"])
+
+
+def test_numbers_in_tables_of_text_are_numbers():
+    (row,) = pairs(prompt_id="7", sample_index="3")
+    assert (row["prompt_id"], row["sample_index"]) == ("7", 3)
+    with pytest.raises(InputError, match="wrong type in 'sample_index'"):
+        pairs(sample_index="x3")
 
 
 def test_whole_numbers_and_winners_are_accepted():

@@ -9,10 +9,10 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from spin.alignment.core import remarks
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.parquet import ParquetSink
 from spin.alignment.core.provenance import Provenance
-from spin.alignment.data import columns as columns_module
 from spin.alignment.data.preference_forms import check_pair, converted_table
 from spin.alignment.data.preferences import load_preferences, mix_preferences, to_preferences
 from spin.alignment.data.rows import PREFERENCE_SCHEMA, Features
@@ -26,7 +26,7 @@ SIDES = {"chosen": "a", "rejected": "b"}
 
 @pytest.fixture(autouse=True)
 def nothing_said_yet(monkeypatch):
-    monkeypatch.setattr(columns_module, "_TOLD", set())
+    monkeypatch.setattr(remarks, "_said", set())
 
 
 def load(tmp_path, *rows: dict) -> Dataset:

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from spin.alignment.core import remarks
 from spin.alignment.core.errors import InputError
 from spin.alignment.data import columns as columns_module
 from spin.alignment.data.columns import SYSTEM_COLUMNS, RowNotes
@@ -188,7 +189,7 @@ def test_rows_without_anything_new_are_as_before(tmp_path):
 
 
 def test_what_is_carried_or_ignored_is_said_once(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(columns_module, "_TOLD", set())
+    monkeypatch.setattr(remarks, "_said", set())
     path = tmp_path / "a.jsonl"
     turns = [{**USER, "timestamp": 5}, ANSWER]
     path.write_text(

@@ -6,13 +6,18 @@ import json
 import socket
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
+from datasets import Dataset
 from safetensors.torch import load_file
 
 from spin.alignment.core.content_hash import HASHES_FILE, lacks_hashes
+from spin.alignment.data.config import DataConfig
+from spin.alignment.training.encode_rows import ORIGIN
+from spin.alignment.training.preference_data import column_hashes, encode_rows, joined_key
 from tests.helpers import run_command
 
 WORDS = ["red", "green", "blue", "seven", "eleven", "a longer answer here"]
@@ -132,3 +137,16 @@ def reference_run(tiny_model, pairs, tmp_path_factory):
     )
     train(config)
     return folder / "out"
+
+
+def encode_split(
+    rows: Dataset, encoder: Any, config: DataConfig, loss_type: str = "sigmoid", reverse: bool = False
+) -> Any:
+    """Return encoded pairs without their origin, and the number of dropped rows by reason."""
+    encoded, account = encode_rows(rows, encoder, config, loss_type, reverse)
+    return encoded.remove_columns(ORIGIN), dict(account.dropped)
+
+
+def data_key(pairs: dict[str, Dataset]) -> str:
+    """Return the hash of encoded pairs in memory that a training records."""
+    return joined_key({split: column_hashes(rows) for split, rows in pairs.items()})

@@ -15,7 +15,7 @@ from spin.alignment.core.sides import INITIAL, SIDES
 from spin.alignment.data.chat_encoder import ChatEncoder
 from spin.alignment.data.config import DataConfig
 from spin.alignment.data.encode_pairs import encode_pair
-from spin.alignment.training.preference_data import encode_split, largest
+from spin.alignment.training.preference_data import largest
 from tests.helpers import char_tokenizer
 from tests.helpers.gathering import (
     NUM_FRACTIONS,
@@ -28,6 +28,7 @@ from tests.helpers.gathering import (
     write_whole,
 )
 from tests.helpers.gathering import gather as run_convert
+from tests.helpers.training import encode_split
 
 RESPONSES = (*SIDES, INITIAL)
 

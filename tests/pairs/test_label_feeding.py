@@ -13,9 +13,8 @@ from spin.alignment.core.errors import InputError
 from spin.alignment.data.chat_encoder import ChatEncoder
 from spin.alignment.data.config import DataConfig
 from spin.alignment.data.preferences import load_preferences
-from spin.alignment.training.preference_data import data_key, encode_split
 from tests.helpers import char_tokenizer, run_main
-from tests.helpers.training import metrics, write_config, write_pairs
+from tests.helpers.training import data_key, encode_split, metrics, write_config, write_pairs
 
 CONFIG = {"dataset_mixer": {"x": 1.0}, "max_length": 64, "max_prompt_length": 32}
 

@@ -17,9 +17,9 @@ from spin.alignment.data.preferences import load_preferences, mix_preferences
 from spin.alignment.pairs.counts import read_counts
 from spin.alignment.rewards import GROUP_SCORERS, GroupLabels
 from spin.alignment.training import encode_rows
-from spin.alignment.training.preference_data import encode_split
 from tests.helpers import char_tokenizer
 from tests.helpers.gathering import gather, own_prompts, record, refusal, row, write
+from tests.helpers.training import encode_split
 
 SAMPLES = 4
 SCORER = "tests.programs.test_convert_scored:quality"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import pickle
 import signal
 import time
 import types
@@ -16,22 +17,25 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 
-from spin.alignment.core import arrow_rows
+from spin.alignment.core import arrow_rows, remarks
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.provenance import hash_json, hash_text
 from spin.alignment.data.chat_encoder import ChatEncoder
 from spin.alignment.data.config import DataConfig
+from spin.alignment.data.pair_files import pair_mixtures
 from spin.alignment.data.preferences import mix_preferences
 from spin.alignment.data.rows import PREFERENCE_SCHEMA
 from spin.alignment.logprobs.reference_store import hash_tokens
 from spin.alignment.methods.losses import find_loss
 from spin.alignment.training import encoded_store, preference_data
 from spin.alignment.training.accounting import Account
-from spin.alignment.training.encoded_store import Spool, cache_folder, open_store, private_store, write_split
-from spin.alignment.training.preference_data import data_key, encode_rows, joined_key, load_pairs
+from spin.alignment.training.encode_rows import workers_for
+from spin.alignment.training.encoded_store import Spool, cache_folder, is_shared, open_store, private_store, write_split
+from spin.alignment.training.preference_data import encode_rows, joined_key, load_pairs
 from spin.alignment.training.sft_data import CONTENT, load_ground_truth
 from spin.alignment.training.sft_rows import with_labels
 from tests.helpers import char_tokenizer
+from tests.helpers.training import data_key
 
 FORK = multiprocessing.get_context("fork")
 SCHEMA = pa.schema([("number", pa.int64())])
@@ -134,16 +138,54 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
         open_store({"kind": "test"}, maker(tmp_path / "log"))
 
 
-def test_rows_are_read_back_in_any_order(tmp_path, monkeypatch):
-    monkeypatch.setattr(encoded_store, "ROWS", 7)
-    monkeypatch.setattr(arrow_rows, "ROWS", 11)
+@pytest.mark.parametrize(("name", "limit"), [("ROWS", 7), ("BYTES", 200)])
+def test_rows_are_read_back_in_any_order(tmp_path, monkeypatch, name, limit):
+    monkeypatch.setattr(arrow_rows, name, limit)
     rows = [{"ids": list(range(number % 5)), "name": f"n{number}"} for number in range(100)]
     schema = pa.schema([("ids", pa.list_(pa.int32())), ("name", pa.string())])
     spool = Spool(tmp_path / "spool", schema)
     spool.write(pa.RecordBatch.from_pylist(rows[start : start + 3], schema) for start in range(0, 100, 3))
     order = np.random.default_rng(0).permutation(100)[:60]
-    found = [row for batch in spool.in_order(order) for row in batch.to_pylist()]
+    batches = list(spool.in_order(order))
+    assert 8 <= max(batch.num_rows for batch in batches) + 1 <= 20
+    found = [row for batch in batches for row in batch.to_pylist()]
     assert found == [rows[place] for place in order]
+
+
+def test_remarks_are_repeated_where_the_store_is_used_and_only_by_the_first_process(tmp_path, monkeypatch, capfd):
+    folder = tmp_path / "other"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text(
+        json.dumps({"prompt": "Q", "chosen": "a", "rejected": "b", "margin": 0.5}) + "\n"
+    )
+    line = f"{folder}/train.jsonl: ignored columns: margin\n"
+    encoder = ChatEncoder(char_tokenizer())
+    for rank, expected in (("1", ""), ("0", line), ("0", line), ("1", "")):  # the first makes it
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setattr(remarks, "_said", set())  # as in a process of its own
+        load_pairs(settings({folder: 1.0}), encoder)
+        assert capfd.readouterr().err == expected
+    (folder / "train.jsonl").write_text(
+        json.dumps({"prompt": "Q", "chosen": "a<|im_end|>", "rejected": "b", "margin": 0.5}) + "\n"
+    )
+    with pytest.raises(InputError, match="no pair remains"):
+        load_pairs(settings({folder: 1.0}), encoder)
+    assert capfd.readouterr().err == line  # what may explain the error is not lost
+
+
+def test_processes_that_do_not_wait_do_not_multiply(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    config = DataConfig(dataset_mixer={"a/hub-set": 1.0}, preprocessing_num_workers=3)
+    assert workers_for(5000, config, is_shared(config)) == 3  # each of the 8 makes a store of its own
+    assert workers_for(5000, config, others_wait=True) == 8 and workers_for(500, config, others_wait=True) == 1
+
+
+def test_a_batch_is_sent_to_a_worker_without_the_rest_of_its_file(tmp_path):
+    rows = [{"prompt": f"Q{n}", "chosen": "yes " * 20, "rejected": f"no {n}"} for n in range(2100)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    mixture = pair_mixtures({str(tmp_path): 1.0}, ["train"], 0)["train"]
+    sizes = [len(pickle.dumps(batch.rows)) / batch.rows.num_rows for batch in mixture.batches()]
+    assert len(sizes) == 3 and max(sizes) < 2 * min(sizes)
 
 
 # --- pairs ---
@@ -253,7 +295,7 @@ def test_other_inputs_have_another_store(tmp_path, cache, monkeypatch):
     assert stores() == 10
 
 
-def test_bad_rows_are_named_as_in_memory(tmp_path, cache):
+def test_bad_rows_are_named_with_their_file(tmp_path, cache):
     rows = [pair(n) for n in range(30)]
     rows[17]["rejected_token_ids"] = [5, 6, 7]
     wanted = settings({write_pairs(tmp_path / "pairs", rows): 1.0})
@@ -262,7 +304,9 @@ def test_bad_rows_are_named_as_in_memory(tmp_path, cache):
         load_pairs(wanted, encoder)
     with pytest.raises(InputError) as expected:
         encode_rows(mix_preferences(wanted.data.dataset_mixer, ["train_prefs"], 3)["train"], encoder, wanted.data)
-    assert str(found.value) == str(expected.value) and "(prompt p17): rejected_token_ids do not" in str(found.value)
+    place, _, reason = str(found.value).partition(" (prompt p17): rejected_token_ids do not")
+    assert place.endswith("train_prefs-00000-of-00001.parquet row 17")  # of the file, not of the shuffled mixture
+    assert reason and str(expected.value).endswith(reason)
     rows[17] = rows[3]
     with pytest.raises(InputError, match="contains sample 0 of prompt p3 2 times"):
         load_pairs(settings({write_pairs(tmp_path / "pairs", rows): 1.0}), encoder)
@@ -308,3 +352,13 @@ def test_sft_rows_are_stored_and_hashed_as_before(tmp_path, cache):
     everything = {row["prompt_id"] for row in found["train"].rows}
     assert len(half.rows) == len(found["train"].rows) // 2 and {row["prompt_id"] for row in half.rows} < everything
     assert isinstance(half.rows, Dataset) and half.rows.cache_files
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.99])
+def test_sft_rows_may_be_several_answers_to_one_prompt(tmp_path, capfd, fraction):
+    rows = [{"prompt_id": "p", "prompt": "q", "response": answer} for answer in ("a", "b", "b", "c")]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    wanted = settings({tmp_path / "train.jsonl": fraction}, dataset_splits=["train"])
+    found = load_ground_truth(wanted, ChatEncoder(char_tokenizer()))["train"]
+    assert len(found.rows) == int(4 * fraction)
+    assert capfd.readouterr().err == f"{tmp_path}/train.jsonl: rows whose prompt an earlier row has too: 3\n"

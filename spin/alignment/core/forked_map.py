@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from typing import Any, TypeVar
 
+from spin.alignment.core.errors import InputError
 from spin.alignment.core.program import end_with_parent
 
 Item = TypeVar("Item")
@@ -23,6 +26,9 @@ def forked_map(function: Callable[[Item], Result], items: Iterable[Item], worker
     """Yield the results of ``function`` in the order of ``items``, computed by ``workers`` processes; by this one if it is one.
 
     ``function`` may be a closure: the processes are forked. Items and results are pickled. What ``function`` raises is raised.
+
+    Raises:
+        InputError: one of the processes was killed.
     """
     if workers == 1:
         yield from map(function, items)
@@ -37,6 +43,11 @@ def forked_map(function: Callable[[Item], Result], items: Iterable[Item], worker
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
+        except BrokenProcessPool as error:
+            raise InputError(
+                f"one of {workers} worker processes was killed, perhaps because the memory is full: free some, or use fewer "
+                "processes, and run the same command again"
+            ) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -51,6 +62,8 @@ def in_lists(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
 def _begin(function: Callable[[Any], Any]) -> None:
     global _function
     _function = function
+    # The threads of the tokenizers library do not survive a fork, and a worker would wait for them for ever.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     end_with_parent()  # a worker that outlived a killed parent would keep the locks that it inherited
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which that sends; the parent may handle it otherwise
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends the workers

@@ -45,6 +45,11 @@ def _whole(value: str, least: int) -> int | None:
     return number if number >= least else None
 
 
+def is_main_process() -> bool:
+    """Return whether this process is the only one of its training, or the first."""
+    return int(os.environ.get("RANK", "0")) <= 0
+
+
 def check_rendezvous() -> None:
     """Check that processes of one training can find each other: several of them need an address, a port and a rank each.
 

@@ -14,8 +14,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from spin.alignment.core.console import say_error
 from spin.alignment.core.errors import InputError
+from spin.alignment.core.remarks import remark
 from spin.alignment.core.sides import INITIAL, SIDES
 from spin.alignment.data.refused_columns import LABEL_COLUMNS, check_column, is_empty, refusals_of
 
@@ -62,9 +62,6 @@ class Record(Mapping[str, Any]):
         return len(self.row)
 
 
-_TOLD = set[str]()
-
-
 @dataclass
 class RowNotes:
     """What was found in the rows of one data set besides what is trained on; :meth:`tell` reports it in one line.
@@ -74,6 +71,7 @@ class RowNotes:
         labels: X of numeric columns chosen_X and rejected_X.
         turn_keys: ignored keys of turns.
         label_false: number of rows whose response has the label false.
+        repeated: number of rows that share their prompt with an earlier row, where that is allowed.
     """
 
     carried: set[str] = field(default_factory=set)
@@ -81,9 +79,10 @@ class RowNotes:
     labels: set[str] = field(default_factory=set)
     turn_keys: set[str] = field(default_factory=set)
     label_false: int = 0
+    repeated: int = 0
 
     def tell(self, source: str) -> None:
-        """Report the notes on standard error; a line that has been written before is not repeated."""
+        """Report the notes in one line (:func:`remark`)."""
         parts = [
             ("columns passed to scorers only", self.carried),
             ("labels, for losses that read them", self.labels),
@@ -93,10 +92,10 @@ class RowNotes:
         found = [f"{what}: {', '.join(sorted(names))}" for what, names in parts if names]
         if self.label_false:
             found.append(f"skipped, because a response with label false is no ground truth: {self.label_false}")
-        line = f"{source}: {'; '.join(found)}"
-        if found and line not in _TOLD:
-            _TOLD.add(line)
-            say_error(line)
+        if self.repeated:
+            found.append(f"rows whose prompt an earlier row has too: {self.repeated}")
+        if found:
+            remark(f"{source}: {'; '.join(found)}")
 
 
 def other_columns(record: Record, where: str, notes: RowNotes) -> dict[str, Any]:

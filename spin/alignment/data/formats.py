@@ -113,17 +113,9 @@ def whole_conversation(record: Record, column: str, where: str) -> list[Message]
 
 
 def _check_same_prompt(messages: list[Message], record: Record, where: str, column: str) -> None:
-    """Refuse turns in the column ``prompt`` that a whole conversation does not start with, and a text that is in none of its
-    turns and contains none of them; other texts are a copy of a turn, or of the rendered prompt."""
-    given = record.row.get("prompt")
-    if isinstance(given, str) and given.strip():
-        text = " ".join(given.split())
-        said = [" ".join(turn["content"].split()) for turn in messages[:-1] if isinstance(turn["content"], str)]
-        if not any(text in other or other in text for other in said):
-            raise InputError(
-                f"{where}: '{column}' is a whole conversation, but 'prompt' is a text that is not in it: keep one of the two"
-            )
-    if not isinstance(given, list | tuple):
+    """Refuse turns in the column ``prompt`` that a whole conversation does not start with. A text there is ignored, as by other
+    tools: a copy of a turn, of the rendered prompt, or what somebody made the conversation from."""
+    if not isinstance(record.row.get("prompt"), list | tuple):
         return
     prompt = read_turns(record["prompt"], where, "prompt")
     if prompt and [dict(turn) for turn in prompt] != messages[: len(prompt)]:

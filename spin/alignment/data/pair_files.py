@@ -114,7 +114,9 @@ def _converted(table: pa.Table, name: str) -> PairFile:
     table = table.replace_schema_metadata(None)
 
     def read(columns: Sequence[str] | None) -> Iterator[pa.RecordBatch]:
-        return iter(table.select(columns or table.column_names).to_batches(max_chunksize=1024))
+        for batch in table.select(columns or table.column_names).to_batches(max_chunksize=1024):
+            # A copy, because a slice is sent to another process with all of its table.
+            yield batch.take(pa.array(np.arange(batch.num_rows)))
 
     return PairFile(name, table.schema, table.num_rows, read, is_checked=True)
 
@@ -222,6 +224,10 @@ class PairMixture:
                     yield PairBatch(number, index, row, first, rows)
                     row += rows.num_rows
                     first += rows.num_rows
+
+    def name_of(self, batch: PairBatch, row: int) -> str:
+        """Return what messages call a row of a batch."""
+        return f"{self.files[batch.piece][batch.file].name} row {batch.row + row}"
 
     def read(self, batch: PairBatch) -> pa.Table:
         """Check the rows of a batch and return them with the columns of :attr:`schema`.

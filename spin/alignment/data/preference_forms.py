@@ -9,8 +9,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from spin.alignment.core.console import say_error
 from spin.alignment.core.errors import InputError
+from spin.alignment.core.remarks import remark
 from spin.alignment.core.sides import INITIAL, SIDES
 from spin.alignment.core.text import is_unicode
 from spin.alignment.data.column_types import OWN_COLUMNS, OWN_TYPES, table_of
@@ -129,7 +129,7 @@ class UnpairedResponses:
                 f"{self.places[alone[0]]}): give paired data, or generate the rejected responses from the good ones"
             )
         if alone:
-            say_error(
+            remark(
                 f"{self.source}: {len(alone)} of {len(self.prompts)} prompts have only good or only bad responses and give no "
                 f"pair (the first is {self.places[alone[0]]})"
             )
@@ -160,6 +160,8 @@ def _preference_row(record: Mapping[str, Any], where: str, notes: RowNotes) -> d
     check_pair(conversations["chosen"], conversations["rejected"], where, row.get("chosen_token_ids") is not None)
     kept = {name: row[name] for name in row if name in OWN_TYPES or _side_of(name)}
     kept |= _finish_reasons(kept, where)
+    if isinstance(index := kept.get("sample_index"), str) and index.strip().isdecimal():
+        kept["sample_index"] = int(index)  # tables of text have no numbers
     kept |= {name: text for name, text in zip(CARRIED_COLUMNS, carried, strict=False) if text is not None}
     own_id = source_id(row, where, ("prompt_id",)) or prompt_hash(conversations["chosen"][:-1], *carried)
     return kept | conversations | {"prompt_id": own_id}

@@ -153,7 +153,7 @@ REFUSALS = (
         f"rename the column to 'label', {_IGNORE}",
         names=_set(
             "accepted approved correct desirable good is_accepted is_approved is_chosen is_correct is_good is_passed "
-            "is_preferred is_solved is_valid is_verified passed preferred solved success successful valid verified"
+            "is_preferred is_solved is_valid passed preferred solved success successful valid"
         ),
         allows=_is_not_false,
     ),

@@ -90,29 +90,34 @@ class Features:
         return pa.schema([*zip(schema.names, kinds, strict=True), *carried])
 
 
-def stream_prompts(input_dir: str, split: str, ground_truth_required: bool = True) -> Iterator[dict[str, Any]]:
-    """Stream the prompts of a split with their ground truth: ``prompt_id`` (unique), ``chosen``, and those of
-    ``CARRIED_COLUMNS`` that the row has.
+def stream_prompts(
+    input_dir: str, split: str, ground_truth_required: bool = True, may_repeat: bool = False
+) -> Iterator[dict[str, Any]]:
+    """Stream the prompts of a split with their ground truth: ``prompt_id`` (unique unless they ``may_repeat``), ``chosen``, and
+    those of ``CARRIED_COLUMNS`` that the row has.
 
     ``input_dir`` is a folder, a file or a Hub name, in the project's own format or any in ``formats.py``. Unless
     ``ground_truth_required``, a row may have no ground truth: its ``chosen`` is then the prompt and ends with a user turn. What
     is skipped, ignored or passed to scorers only is reported after the last row.
 
     Raises:
-        InputError: a row violates the row contract, or (after the last row) two rows share a prompt id or none is left.
+        InputError: a row violates the row contract, or (after the last row) two rows share a prompt id that may not, or none is
+            left.
     """
     seen = array("Q")  # 8 bytes per prompt, where a set of ids would take about 100
     notes = RowNotes()
     for _, conversation in _conversations(input_dir, split, ground_truth_required, notes):
         seen.append(id_number(conversation.prompt_id))
         yield conversation.row()
+    unique, counts = np.unique(np.frombuffer(seen, dtype=np.uint64), return_counts=True)
+    repeated = len(seen) - len(unique)
+    notes.repeated = repeated if may_repeat else 0
     notes.tell(input_dir)
     if not seen:
         raise InputError(
             f"{input_dir} has only rows with label false, which have no ground truth: give good responses too"
         )
-    unique, counts = np.unique(np.frombuffer(seen, dtype=np.uint64), return_counts=True)
-    if len(unique) < len(seen):
+    if repeated and not may_repeat:
         _name_repeated(input_dir, split, ground_truth_required, {int(number) for number in unique[counts > 1]})
 
 
@@ -139,12 +144,12 @@ def _name_repeated(input_dir: str, split: str, ground_truth_required: bool, numb
     raise RuntimeError("two different prompt ids have the same 64-bit number")
 
 
-def load_prompts(input_dir: str, split: str, ground_truth_required: bool = True) -> Dataset:
+def load_prompts(input_dir: str, split: str, ground_truth_required: bool = True, may_repeat: bool = False) -> Dataset:
     """Load the prompts of a split into memory (see :func:`stream_prompts`)."""
     from datasets import Dataset
 
     rows, features = [], Features()
-    for row in stream_prompts(input_dir, split, ground_truth_required):
+    for row in stream_prompts(input_dir, split, ground_truth_required, may_repeat):
         features.add(row)
         rows.append(row)
     return Dataset(pa.Table.from_pylist(rows, features.extend(PROMPT_SCHEMA)))

@@ -50,11 +50,12 @@ def count_encoded(result: EncodedPair | str, account: Account) -> bool:
     return True
 
 
-def workers_for(count: int, config: DataConfig) -> int:
-    """Return the number of processes that encode ``count`` rows: at least as many as train on this machine, which wait."""
+def workers_for(count: int, config: DataConfig, others_wait: bool) -> int:
+    """Return the number of processes that encode ``count`` rows: at least as many as train on this machine if the others wait."""
     if count <= 1000:  # starting workers costs more
         return 1
-    return max(config.preprocessing_num_workers, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    waiting = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if others_wait else 1
+    return max(config.preprocessing_num_workers, waiting)
 
 
 def progress(what: str, total: int = 0) -> Callable[[int], None]:
@@ -141,8 +142,8 @@ class PairEncoding:
         swapped = dict(zip(SIDES, reversed(SIDES), strict=True)) if self.reverse else {}
         return {name: name for name in self.loss.responses} | swapped
 
-    def encode(self, rows: Sequence[Mapping[str, Any]], places: Sequence[int]) -> EncodedBatch:
-        """Encode rows, all at once; ``places`` are their numbers for messages.
+    def encode(self, rows: Sequence[Mapping[str, Any]], places: Sequence[str]) -> EncodedBatch:
+        """Encode rows, all at once; ``places`` are what messages call them.
 
         Raises:
             InputError: a row is invalid; it is named.
@@ -159,7 +160,7 @@ class PairEncoding:
                 if isinstance(result, EncodedPair):
                     encoded.append(self._encoded(row, result) | labels)
             except InputError as error:
-                raise InputError(f"{row['source']} row {place} (prompt {row['prompt_id']}): {error}") from error
+                raise InputError(f"{place} (prompt {row['prompt_id']}): {error}") from error
         return EncodedBatch(pa.RecordBatch.from_pylist(encoded, self.schema), np.array(kept, bool), account)
 
     def _steps(self, row: Mapping[str, Any]) -> Steps[EncodedPair | str]:

@@ -1,9 +1,10 @@
 """Encoded rows on disk, written once on each machine and memory-mapped by every process that trains on them.
 
 A store is a folder named after a hash of all that decides its rows: the content of the data files, the tokenizer, the template,
-the settings that matter, and the code that encodes. It has an Arrow file for each split, and ``store.json``, written last. The
-process that finds no store makes it, under a lock that the kernel releases if it is killed; the others wait. The folders are in
-``selfplay-spin`` among the Arrow files of ``datasets`` (``HF_DATASETS_CACHE``) and may be removed at any time.
+the settings that matter, and the code that encodes. It has an Arrow file for each split, and ``store.json``, written last, which
+also has the remarks about the data: the first process of every training writes them. The process that finds no store makes it,
+under a lock that the kernel releases if it is killed; the others wait. The folders are in ``selfplay-spin`` among the Arrow files
+of ``datasets`` (``HF_DATASETS_CACHE``) and may be removed at any time.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,13 +25,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from spin.alignment.core.arrow_rows import ROWS, rows_in_order
+from spin.alignment.core.arrow_rows import joined_batches, rows_in_order
 from spin.alignment.core.console import say_error
 from spin.alignment.core.content_hash import content_hash, is_damaged, sealed_file
 from spin.alignment.core.files import explained_os_errors
+from spin.alignment.core.launcher import is_main_process
 from spin.alignment.core.lock import LOCK_NAME, is_locked, waiting_lock
 from spin.alignment.core.paths import check_output_folder
 from spin.alignment.core.provenance import hash_file, hash_json
+from spin.alignment.core.remarks import kept_remarks, remark
+from spin.alignment.data.source_files import split_files
+from spin.alignment.data.source_names import is_local
 from spin.alignment.training.accounting import Account
 
 if TYPE_CHECKING:
@@ -38,6 +43,7 @@ if TYPE_CHECKING:
 
     from spin.alignment.data.chat_encoder import ChatEncoder
     from spin.alignment.data.config import DataConfig
+    from spin.alignment.data.mixture import Piece
 
 _RECORD = "store.json"
 _KEPT_DAYS = 30  # since a store was last used
@@ -59,13 +65,45 @@ class EncodedSplit:
 Maker = Callable[[Path], Mapping[str, tuple[Account, Mapping[str, str]]]]
 
 
+def encoded_splits(
+    pieces: Sequence[Piece], encoder: ChatEncoder, data: DataConfig, key: Mapping[str, Any], make: Maker
+) -> dict[str, EncodedSplit]:
+    """Return the splits that ``make`` encodes from ``pieces``: from the store of this machine if all of them are local files, and
+    otherwise from a store of this process alone.
+
+    Args:
+        key: all that decides the rows besides the files, the encoder, the lengths and the program, as JSON.
+
+    Raises:
+        InputError: as :func:`open_store`.
+    """
+    if not is_shared(data):
+        return private_store(make)
+    files = [
+        [*astuple(piece), {str(file): content_hash(file) for file in split_files(piece.source, piece.split)}]
+        for piece in pieces
+    ]
+    # The encoder's name is in reasons why rows are dropped.
+    decides = {
+        "data": files,
+        "encoder": [encoder.name, encoder.fingerprint, encoder.stop_ids],
+        "lengths": [data.max_length, data.max_prompt_length],
+    }
+    return open_store({**key, **decides}, make)
+
+
+def is_shared(data: DataConfig) -> bool:
+    """Return whether the processes of a machine share a store of the data, which one of them makes while the others wait."""
+    return all(map(is_local, data.dataset_mixer))
+
+
 def open_store(key: Mapping[str, Any], make: Maker) -> dict[str, EncodedSplit]:
     """Return the splits of the store with this key, which ``make`` writes if there is none or it is damaged.
 
     Several processes may call it at once; one of them makes the store.
 
     Args:
-        key: all that decides the rows, as JSON; see :func:`encoding_key` for what depends on the program.
+        key: all that decides the rows, as JSON, except for the program.
 
     Raises:
         InputError: the folder cannot be written, the disk is full, or ``make`` raises it.
@@ -132,19 +170,6 @@ def read_split(folder: Path, split: str) -> Dataset:
     return Dataset.from_file(str(split_path(folder, split)))
 
 
-def encoding_key(encoder: ChatEncoder, data: DataConfig) -> dict[str, Any]:
-    """Return what decides how a conversation is encoded and truncated, for a key."""
-    return {
-        "encoder": [encoder.name, encoder.fingerprint, encoder.stop_ids],  # the name is in reasons why rows are dropped
-        "lengths": [data.max_length, data.max_prompt_length],
-    }
-
-
-def hash_contents(files: Iterable[Path]) -> dict[str, str]:
-    """Return the content hash of each file, for a key."""
-    return {str(file): content_hash(file) for file in files}
-
-
 @functools.lru_cache(maxsize=1)
 def _code_key() -> dict[str, Any]:
     root = Path(__file__).parent.parent
@@ -154,7 +179,7 @@ def _code_key() -> dict[str, Any]:
 
 
 def _opened(folder: Path, key: Mapping[str, Any]) -> dict[str, EncodedSplit] | None:
-    """Return the splits of a store; None if it does not exist or is damaged."""
+    """Return the splits of a store, and say what was said when it was made; None if it does not exist or is damaged."""
     record_path = folder / _RECORD
     if not record_path.exists():
         return None
@@ -170,19 +195,22 @@ def _opened(folder: Path, key: Mapping[str, Any]) -> dict[str, EncodedSplit] | N
             found[split] = EncodedSplit(rows, Account.from_record(facts["account"]), facts["hashes"])
             if len(rows) != found[split].account.kept:
                 return None
+        remarks = [str(line) for line in record["remarks"]]
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError):
         return None
     with contextlib.suppress(OSError):  # for _remove_unused(); the folder may be read-only
         os.utime(record_path)
+    for line in remarks if is_main_process() else ():
+        remark(line)
     return found
 
 
 def _write(folder: Path, key: Mapping[str, Any], make: Maker) -> None:
-    splits = {
-        split: {"account": vars(account), "hashes": dict(hashes)} for split, (account, hashes) in make(folder).items()
-    }
+    with kept_remarks() as remarks:
+        made = make(folder)
+    splits = {split: {"account": vars(account), "hashes": dict(hashes)} for split, (account, hashes) in made.items()}
     with sealed_file(folder / _RECORD) as file:
-        file.write(json.dumps({"key": key, "splits": splits}, indent=2).encode())
+        file.write(json.dumps({"key": key, "splits": splits, "remarks": remarks}, indent=2).encode())
 
 
 def _clear(folder: Path) -> None:
@@ -215,7 +243,7 @@ class Spool:
             InputError: the disk is full.
         """
         with explained_os_errors(self.path), pa.ipc.new_file(str(self.path), self.schema) as writer:
-            for batch in _joined(batches, self.schema):
+            for batch in joined_batches(batches, self.schema):
                 writer.write_batch(batch)
 
     def in_order(self, order: np.ndarray) -> Iterator[pa.RecordBatch]:
@@ -223,17 +251,6 @@ class Spool:
         with pa.memory_map(str(self.path)) as file:
             reader = pa.ipc.open_file(file)
             yield from rows_in_order([reader.get_batch(number) for number in range(reader.num_record_batches)], order)
-
-
-def _joined(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-    """Yield the same rows in batches of at least :data:`ROWS`, except for the last."""
-    waiting: list[pa.RecordBatch] = []
-    for batch in batches:
-        waiting.append(batch)
-        if sum(part.num_rows for part in waiting) >= ROWS:
-            yield from pa.Table.from_batches(waiting, schema).combine_chunks().to_batches()
-            waiting = []
-    yield from pa.Table.from_batches(waiting, schema).combine_chunks().to_batches()
 
 
 def write_split(folder: Path, split: str, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import astuple
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,11 +15,9 @@ import pyarrow.compute as pc
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.forked_map import forked_map
 from spin.alignment.core.provenance import hash_text, hash_texts
-from spin.alignment.data.mixture import Piece, pieces_of
+from spin.alignment.data.mixture import pieces_of
 from spin.alignment.data.pair_files import PairBatch, PairMixture, pair_mixtures
 from spin.alignment.data.preferences import conversion_record
-from spin.alignment.data.source_files import split_files
-from spin.alignment.data.source_names import is_local
 from spin.alignment.data.split_names import preference_split
 from spin.alignment.data.stored_ids import check_origin
 from spin.alignment.logprobs.reference_store import hash_tokens, responses_of
@@ -28,10 +26,8 @@ from spin.alignment.training.encode_rows import ORIGIN, ROWS, EncodedBatch, Pair
 from spin.alignment.training.encoded_store import (
     EncodedSplit,
     Spool,
-    encoding_key,
-    hash_contents,
-    open_store,
-    private_store,
+    encoded_splits,
+    is_shared,
     read_split,
     write_split,
 )
@@ -46,14 +42,6 @@ if TYPE_CHECKING:
 
 TOKENS = "tokens"  # the hash of all ids of a split
 _HASHED_ROWS = 1000  # hashed at a time
-
-
-def encode_split(
-    rows: Dataset, encoder: ChatEncoder, config: DataConfig, loss_type: str = "sigmoid", reverse: bool = False
-) -> tuple[Dataset, dict[str, int]]:
-    """Return the rows of :func:`encode_rows` without their origin, and the number of dropped rows by reason."""
-    encoded, account = encode_rows(rows, encoder, config, loss_type, reverse)
-    return encoded.remove_columns(ORIGIN), dict(account.dropped)
 
 
 def encode_rows(
@@ -72,13 +60,13 @@ def encode_rows(
 
     def encode(places: range) -> Any:
         columns = read[places.start : places.stop]
-        return encoding.encode(
-            [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)], places
-        )
+        found = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        named = [f"{row['source']} row {place}" for row, place in zip(found, places, strict=True)]
+        return encoding.encode(found, named)
 
     parts = (range(len(rows))[start : start + ROWS] for start in range(0, len(rows), ROWS))
     batches, account = [], Account()
-    for batch in forked_map(encode, parts, workers_for(len(rows), config)):
+    for batch in forked_map(encode, parts, workers_for(len(rows), config, others_wait=False)):
         batches.append(batch.rows)
         account.extend(batch.account)
     found = Dataset(pa.Table.from_batches(batches, encoding.schema))
@@ -118,20 +106,16 @@ def load_pairs(settings: Settings, encoder: ChatEncoder) -> dict[str, EncodedSpl
         return {use: encode_mixture(mixture, encoder, settings, folder, use) for use, mixture in mixtures.items()}
 
     pieces = pieces_of(data.dataset_mixer, data.dataset_splits, preference_split)
-    if not all(is_local(piece.source) for piece in pieces):
-        return private_store(make)
-    return open_store(pairs_key(pieces, encoder, settings), make)
+    return encoded_splits(pieces, encoder, data, pairs_key(settings), make)
 
 
-def pairs_key(pieces: Sequence[Piece], encoder: ChatEncoder, settings: Settings) -> dict[str, Any]:
-    """Return all that decides the encoded pairs of local files, see :func:`open_store`."""
-    loss, data = settings.arguments.loss, settings.data
+def pairs_key(settings: Settings) -> dict[str, Any]:
+    """Return all settings that decide the encoded pairs, except for those that :func:`encoded_splits` adds."""
+    loss = settings.arguments.loss
     return {
         "kind": "pairs",
-        "data": [[*astuple(piece), hash_contents(split_files(piece.source, piece.split))] for piece in pieces],
         "seed": settings.arguments.seed,
-        **encoding_key(encoder, data),
-        "retokenize": data.retokenize,
+        "retokenize": settings.data.retokenize,
         "loss": settings.arguments.loss_type,
         "reads": [loss.responses, loss.compares, [astuple(label) for label in loss.labels]],
         "reverse": settings.arguments.reverse,
@@ -153,25 +137,25 @@ def encode_mixture(
     )
     mixture.check_repeated()
     count = sum(mixture.counts)
-    place = np.full(count, -1)  # of each row of the files among those used
-    place[mixture.order] = np.arange(len(mixture.order))
-    kept, account = np.zeros(count, bool), Account()
+    is_used, kept, account = np.zeros(count, bool), np.zeros(count, bool), Account()
+    is_used[mixture.order] = True
 
     def encode(batch: PairBatch) -> tuple[np.ndarray, EncodedBatch]:
-        used = batch.first + np.flatnonzero(place[batch.first : batch.first + batch.rows.num_rows] >= 0)
+        used = np.flatnonzero(is_used[batch.first : batch.first + batch.rows.num_rows])
         table = mixture.read(batch)
         read = table.select([name for name in table.column_names if name in encoding.read])
-        rows = read.take(pa.array(used - batch.first)).to_pylist()
-        return used, encoding.encode(rows, place[used].tolist())
+        rows = read.take(pa.array(used)).to_pylist()
+        return batch.first + used, encoding.encode(rows, [mixture.name_of(batch, row) for row in used.tolist()])
 
     def encoded() -> Iterator[pa.RecordBatch]:
-        for used, found in forked_map(encode, mixture.batches(), workers_for(len(mixture.order), settings.data)):
+        for used, found in forked_map(encode, mixture.batches(), workers):
             kept[used] = found.kept
             account.extend(found.account)
             tell(account.rows)
             yield found.rows
 
     tell = progress(f"encoding pairs, {use} split", len(mixture.order))
+    workers = workers_for(len(mixture.order), settings.data, is_shared(settings.data))
     spool = Spool(folder / f"{use}.spool", encoding.schema)
     spool.write(encoded())
     stored = np.cumsum(kept) - 1  # number of a row of the mixture among those encoded
@@ -199,11 +183,6 @@ def check_preference(settings: Settings) -> None:
                 )
 
 
-def data_key(pairs: Mapping[str, Dataset]) -> str:
-    """Return one hash of the encoded pairs of all splits: ids, and any token weights and labels."""
-    return joined_key({split: column_hashes(rows) for split, rows in pairs.items()})
-
-
 def column_hashes(rows: Dataset) -> dict[str, str]:
     """Return the hash of all ids, as :data:`TOKENS`, and that of each column of token weights or labels, by its name."""
     others = sorted(name for name in rows.column_names if not name.endswith("_ids") and name not in ORIGIN)
@@ -215,7 +194,7 @@ def column_hashes(rows: Dataset) -> dict[str, str]:
 
 
 def joined_key(hashes: Mapping[str, Mapping[str, str]]) -> str:
-    """Return one hash of the :func:`column_hashes` of all splits."""
+    """Return one hash of the encoded pairs of all splits (ids, and any token weights and labels) from :func:`column_hashes`."""
     parts = []
     for split, found in sorted(hashes.items()):
         parts.append(f"{split}={found[TOKENS]}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import astuple
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,19 +19,9 @@ from spin.alignment.data.encode_pairs import EncodedPair, pair_steps
 from spin.alignment.data.encode_together import run_together
 from spin.alignment.data.mixture import Piece, pieces_of
 from spin.alignment.data.rows import load_prompts, stream_prompts
-from spin.alignment.data.source_files import split_files
-from spin.alignment.data.source_names import is_local
 from spin.alignment.training.accounting import Account
 from spin.alignment.training.encode_rows import ROWS, count_encoded, progress, workers_for
-from spin.alignment.training.encoded_store import (
-    EncodedSplit,
-    encoding_key,
-    hash_contents,
-    open_store,
-    private_store,
-    read_split,
-    write_split,
-)
+from spin.alignment.training.encoded_store import EncodedSplit, encoded_splits, is_shared, read_split, write_split
 from spin.alignment.training.sft_rows import with_labels
 
 if TYPE_CHECKING:
@@ -66,10 +55,7 @@ def load_ground_truth(settings: Settings, encoder: ChatEncoder) -> dict[str, Enc
         content = hash_rows({use: read_split(folder, use) for use in accounts})
         return {use: (account, {CONTENT: content}) for use, account in accounts.items()}
 
-    if not all(is_local(piece.source) for piece in pieces):
-        return private_store(make)
-    files = [[*astuple(piece), hash_contents(split_files(piece.source, piece.split))] for piece in pieces]
-    return open_store({"kind": "sft", "data": files, "seed": seed, **encoding_key(encoder, data)}, make)
+    return encoded_splits(pieces, encoder, data, {"kind": "sft", "seed": seed}, make)
 
 
 def encoded_piece(piece: Piece, encoder: ChatEncoder, settings: Settings, total: Account) -> Iterator[pa.RecordBatch]:
@@ -98,7 +84,8 @@ def encoded_piece(piece: Piece, encoder: ChatEncoder, settings: Settings, total:
     rows, tokens = enumerate(selected_prompts(piece, settings.arguments.seed)), 0
     first = list(islice(rows, ROWS * 3))
     tell = progress(f"encoding {piece.source}")
-    for batch, own in forked_map(encode, in_lists(chain(first, rows), ROWS), workers_for(len(first), data)):
+    workers = workers_for(len(first), data, is_shared(data))
+    for batch, own in forked_map(encode, in_lists(chain(first, rows), ROWS), workers):
         account.extend(own)
         tokens += sum(len(batch.column(name).flatten()) for name in ("prompt_ids", "response_ids"))
         tell(account.rows)
@@ -111,10 +98,11 @@ def encoded_piece(piece: Piece, encoder: ChatEncoder, settings: Settings, total:
 
 
 def selected_prompts(piece: Piece, seed: int) -> Iterator[Mapping[str, Any]]:
-    """Stream the prompts of a data set that are used. A fraction of them takes memory for all."""
+    """Stream the prompts of a data set that are used, of which several may be the same one with other answers. A fraction of them
+    takes memory for all."""
     if piece.fraction == 1:
-        return stream_prompts(piece.source, piece.split)
-    return iter(piece.selected(load_prompts(piece.source, piece.split), seed))
+        return stream_prompts(piece.source, piece.split, may_repeat=True)
+    return iter(piece.selected(load_prompts(piece.source, piece.split, may_repeat=True), seed))
 
 
 def hash_rows(splits: Mapping[str, Dataset]) -> str:
