@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.server_link import RetryPolicy, ServerLink
-from spin.alignment.generation.vllm.weight_receiver import LOST, WeightReceiver, send_weights
+from spin.alignment.generation.vllm.weight_receiver import LOST, WeightReceiver, WeightsRefused, send_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,7 +64,14 @@ class PolicyServer:
         """
         self._ask("/pause?mode=wait&clear_cache=true", "a pause", {})
         version = uuid.uuid4().hex
-        if not send_weights(self._call, weights, as_text=True, adapter=adapter):
+        try:
+            is_sent = send_weights(self._call, weights, as_text=True, adapter=adapter)
+        except WeightsRefused as error:
+            raise InputError(
+                f"the server at {self._link.url} does not take the policy's weights ({error}): start it anew, with the model "
+                "that is trained"
+            ) from error
+        if not is_sent:
             return None
         if adapter is not None and not self._load_adapter(version):
             return None
