@@ -2,9 +2,10 @@
 
 A *push* is one complete set of weights, divided into numbered pieces. A piece may be sent twice, as after a lost answer, and a
 worker that was started anew in the middle of a push says so. The weights are the model's own, or those of a LoRA adapter, which
-are written to a folder for vLLM to load. A worker whose model does not take
-a weight says so from then on, because it may have weights of two sets. That is an answer, because a server reports an exception like
-a passing failure, after which the piece is sent again.
+are written to a folder for vLLM to load.
+
+A worker whose model does not take a weight says so from then on, because it may have weights of two sets. It does not raise, as a
+server reports an exception like a passing failure, after which the piece is sent again.
 """
 
 from __future__ import annotations
