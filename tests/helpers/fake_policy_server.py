@@ -18,8 +18,8 @@ FRESH = "default"  # the version of a server that was just started
 class FakePolicyServer(FakeServer):
     """``before(path)`` is called before every request, and may call :meth:`restart`.
 
-    ``rank`` is the highest of the adapters that it takes (0: none). They are served as models besides its own, "tiny". Requests to
-    load or unload one whose paths are in ``lost_answers`` are fulfilled, but not answered.
+    ``rank`` is the highest of the adapters that it takes (0: none). They are served as models besides its own, "tiny".
+    Requests to load or unload one whose paths are in ``lost_answers`` are fulfilled, but not answered.
     """
 
     def __init__(self) -> None:

@@ -15,9 +15,15 @@ from spin.alignment.core.console import say
 
 
 def project_version() -> str:
-    """Return the version of this project with a hash of its code, which also differs between two commits of one version."""
+    """Return the version of this project with a hash of its code, which also differs between two commits of one version.
+
+    Both are those on the disk now: code that is changed during a run is changed for every machine that shares it.
+    """
     digest = hashlib.sha256()
     for path in sorted(PACKAGE.rglob("*.py")):
+        # Not the files of an editor, nor the assets that only an installed package has.
+        if path.name.startswith(".") or path.is_relative_to(PACKAGE / "assets"):
+            continue
         content = path.read_bytes()
         digest.update(f"{path.relative_to(PACKAGE)} {len(content)}\n".encode() + content)
     version = sys.modules["spin"].__version__  # imported with every module of it, of which none may import it
