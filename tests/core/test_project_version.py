@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 
 import spin
@@ -16,7 +15,7 @@ def test_the_code_decides_and_what_surrounds_it_does_not(tmp_path, monkeypatch):
     shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
     (copy / "assets" / "scripts").mkdir(parents=True)  # of an installed package
     (copy / "assets" / "scripts" / "make.py").touch()
-    os.symlink("/no/such", copy / ".#generate.py")  # the lock of an editor
+    (copy / ".#generate.py").symlink_to("/no/such")  # the lock of an editor
     monkeypatch.setattr(module, "PACKAGE", copy)
     assert own.startswith(f"{spin.__version__} (code ") and project_version() == own
     with (copy / "generate.py").open("a") as file:
