@@ -14,18 +14,15 @@ turns, and ``limit`` the ratio that perfect overlap of everything but sending th
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import platform
-import signal
-import socket
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -33,6 +30,7 @@ from zlib import crc32
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.finetune import cpu_name, say
+from benchmarks.vllm_server import serving
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.files import write_json_atomic
 from spin.alignment.core.program import Parser, interrupt_on_signals, run_program
@@ -42,7 +40,6 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 CONTENDERS = {"sync": 0, "async": 1}  # async_steps
 WARM_UP_STEPS, LAST_STEPS = 2, 1
 PARTS = ("generate", "label", "reference", "update")
-START_SECONDS = 300.0
 
 
 def make_parser() -> Parser:
@@ -94,44 +91,14 @@ def environment(cores: Sequence[int], **more: str) -> dict[str, str]:
     return {**os.environ, **own, "PYTHONPATH": str(REPOSITORY), **more}
 
 
-@contextlib.contextmanager
-def serving(model: Path, options: Any, log: Path) -> Iterator[str]:
-    """Start the server of vLLM; yield its address, and end it with all its children.
-
-    Raises:
-        InputError: it does not start; the message ends with its output.
-    """
+def server_of(model: Path, options: Any, log: Path) -> AbstractContextManager[str]:
+    """Start the server on its own cores; enter for its address (see :func:`benchmarks.vllm_server.serving`)."""
     from spin.alignment.generation.openai.policy_server import RECEIVER
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    program = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--port", str(port)]
-    program += ["--host", "127.0.0.1", "--dtype", "float32", "--generation-config", "vllm", "--enforce-eager"]
-    program += ["--max-model-len", "512", "--no-enable-chunked-prefill", "--worker-extension-cls", RECEIVER]
-    settings = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    with log.open("w") as output:
-        server = subprocess.Popen(
-            command_on(options.server_cores, *program),
-            cwd=REPOSITORY,
-            env=environment(options.server_cores, VLLM_CPU_KVCACHE_SPACE="2", **settings),
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-        )
-        try:
-            end = time.monotonic() + START_SECONDS
-            while True:
-                if server.poll() is not None or time.monotonic() > end:
-                    raise InputError(f"the server of vLLM does not start: {log.read_text(errors='replace')[-2000:]}")
-                with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=5):
-                    break
-                time.sleep(0.5)
-            yield f"http://127.0.0.1:{port}/v1"
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(server.pid, signal.SIGKILL)
-            server.wait(30)
+    flags = ["--generation-config", "vllm", "--max-model-len", "512", "--worker-extension-cls", RECEIVER]
+    settings = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "2"}
+    cores = options.server_cores
+    return serving(model, log, flags, environment(cores, **settings), prefix=command_on(cores))
 
 
 def values_of(model: Path, data: Path, folder: Path, url: str, async_steps: int, options: Any) -> dict[str, Any]:
@@ -225,7 +192,7 @@ def measure(options: Any, folder: Path) -> dict[str, Any]:
     steps = WARM_UP_STEPS + options.steps + LAST_STEPS
     save_prompts(folder / "data", make_prompts(options.prompts * steps, 0, options.seed))
     turns: dict[str, list[dict[str, float]]] = {name: [] for name in CONTENDERS}
-    with serving(model, options, folder / "server.log") as url:
+    with server_of(model, options, folder / "server.log") as url:
         for turn in range(options.turns):
             for name in sorted(CONTENDERS, reverse=turn % 2 == 0):
                 own = folder / f"{name}-{turn}"

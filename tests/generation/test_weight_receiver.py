@@ -10,7 +10,7 @@ import torch
 from spin.alignment.generation.base import BackendSettings
 from spin.alignment.generation.vllm import weight_receiver
 from spin.alignment.generation.vllm.backend import VLLMBackend
-from spin.alignment.generation.vllm.weight_receiver import LOST, TAKEN, WeightReceiver, send_weights
+from spin.alignment.generation.vllm.weight_receiver import LOST, TAKEN, WeightReceiver, WeightsRefused, send_weights
 
 WEIGHTS = {
     "a": torch.arange(7.0).to(torch.bfloat16),
@@ -94,9 +94,29 @@ def test_an_unfinished_push_is_dropped_and_its_pieces_are_refused():
     assert not worker.loaded
 
 
-def test_a_weight_that_the_model_does_not_take_is_an_error():
+def test_a_weight_that_the_model_does_not_take_is_an_error_also_when_it_is_sent_again():
+    """A server repeats what failed; the worker must not take the repetition for one whose answer was lost."""
     worker = Worker(known=("b",))
-    with pytest.raises(RuntimeError, match="takes no weight a"):
+
+    def call(method, arguments):
+        getattr(worker, method)(*arguments)
+        return [getattr(worker, method)(*arguments)]
+
+    with pytest.raises(WeightsRefused, match="a: the model has no such weight"):
+        send_weights(call, WEIGHTS.items())
+    with pytest.raises(WeightsRefused, match="a: the model"):  # nor is it usable for another push
+        send_weights(call, [("b", WEIGHTS["b"])])
+    assert not worker._policy_push.complete
+
+
+def test_weights_that_do_not_fit_together_are_an_error():
+    worker = Worker()
+
+    def fails():
+        raise RuntimeError("start (0) + length (64) exceeds dimension size (63).")
+
+    worker._put_to_use = fails
+    with pytest.raises(WeightsRefused, match="exceeds dimension size"):
         send_weights(lambda method, arguments: [getattr(worker, method)(*arguments)], WEIGHTS.items())
 
 

@@ -8,14 +8,12 @@ trains with it, in so many forked processes (gloo, DDP), which are killed after 
 from __future__ import annotations
 
 import json
-import os
-import signal
-import socket
 import sys
+from functools import partial
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM
 
 from spin import run_online
 from spin.alignment.generation.base import BackendSettings
@@ -23,7 +21,7 @@ from spin.alignment.generation.transformers.backend import TransformersBackend
 from spin.alignment.models.sharded import whole_weights
 from spin.alignment.training.online import trainer
 from spin.alignment.training.online.policy_sampler import OverlappingSampler
-from tests.helpers.forked import end_with
+from tests.helpers.forked import KillsItself, fork_group
 
 # Makes the settings of an online training acceptable; nothing is sent there.
 OVERLAPPING = {"backend": "openai", "server_url": "http://127.0.0.1:1/v1", "async_steps": 1}
@@ -70,15 +68,6 @@ def make_snapshot_sampler(model: Any, source: Any, args: Any, encoder: Any, *_: 
     return SnapshotSampler(model, source, encoder)
 
 
-class KillsItself(TrainerCallback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args, state, control, **_):
-        if state.global_step == self.step:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
 def train(config: str, kill_after: int) -> None:
     """Run the program in this process."""
     trainer.make_sampler = make_snapshot_sampler
@@ -91,26 +80,6 @@ def train(config: str, kill_after: int) -> None:
     run_online.main([config])
 
 
-def fork_all(processes: int, config: str, kill_after: int) -> None:
-    """Run one training in forked processes; raise unless all end as they should."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    children = []
-    for rank in range(processes):
-        child = os.fork()
-        if child == 0:
-            names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
-            os.environ |= {name: str(value) for name, value in names.items()}
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            torch.set_num_threads(1)
-            end_with(lambda: train(config, kill_after))
-        children.append(child)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    if codes != [-signal.SIGKILL if kill_after else 0] * processes:
-        raise RuntimeError(f"{config}: exit codes {codes}")
-
-
 if __name__ == "__main__":
-    for entry in json.loads(sys.argv[1]):
-        fork_all(*entry)
+    for processes, config, kill_after in json.loads(sys.argv[1]):
+        fork_group(processes, partial(train, config, kill_after), is_killed=kill_after > 0)

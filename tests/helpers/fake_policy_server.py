@@ -19,12 +19,14 @@ class FakePolicyServer(FakeServer):
     """``before(path)`` is called before every request, and may call :meth:`restart`.
 
     ``rank`` is the highest of the adapters that it takes (0: none). They are served as models besides its own, "tiny".
+    Requests to load or unload one whose paths are in ``lost_answers`` are fulfilled, but not answered.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.weights: dict[str, torch.Tensor] = {}
         self.rank, self.adapters_loaded = 0, 0
+        self.lost_answers: set[str] = set()
         self.behave = self._refuse_unknown
         self.before: Callable[[str], None] = lambda path: None
         self.complete, self.paused = False, False
@@ -84,13 +86,22 @@ class PolicyHandler(Handler):
         if path == "/v1/load_lora_adapter":
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             assert fake.paused and body["lora_path"] == f"/on/the/server/{fake.push}"
+            if body["lora_name"] in fake.served:
+                self.say(
+                    400, {"error": {"message": f"The lora adapter '{body['lora_name']}' has already been loaded."}}
+                )
+                return
             fake.served.append(body["lora_name"])
             fake.adapters_loaded += 1
-            self.say(200, b"Success: added")  # no JSON, as in vLLM
+            self.hang_up() if path in fake.lost_answers else self.say(200, b"Success: added")  # no JSON, as in vLLM
             return
         if path == "/v1/unload_lora_adapter":
-            fake.served.remove(json.loads(self.rfile.read(int(self.headers["Content-Length"])))["lora_name"])
-            self.say(200, b"Success: removed")
+            name = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["lora_name"]
+            if name not in fake.served:
+                self.say(404, {"error": {"message": f"The lora adapter '{name}' cannot be found."}})
+                return
+            fake.served.remove(name)
+            self.hang_up() if path in fake.lost_answers else self.say(200, b"Success: removed")
             return
         if path.startswith("/v1/"):
             assert not fake.paused

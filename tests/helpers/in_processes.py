@@ -9,14 +9,12 @@ trained weights of one tensor.
 from __future__ import annotations
 
 import json
-import os
-import socket
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 
 import spin
@@ -24,7 +22,7 @@ from spin.alignment.training.online.config import OnlineConfig
 from spin.alignment.training.online.trainer import OnlineTrainer
 from spin.alignment.training.sft import SFTArguments
 from spin.alignment.training.sft_trainer import GroundTruthTrainer
-from tests.helpers.forked import end_with
+from tests.helpers.forked import fork_group
 
 # (processes, batch size per process and step, accumulation, evaluation batch): steps of 6 rows, of which 7 do not make a whole
 # number; 5 held-out rows do not divide either.
@@ -126,27 +124,7 @@ def train_one(kind: str, model: str, folder: Path, run: tuple[int, int, int, int
     trainer.accelerator.end_training()
 
 
-def fork_all(kind: str, model: str, folder: Path, run: tuple[int, int, int, int]) -> None:
-    """Run :func:`train_one` in as many forked processes as it says; raise if one of them fails."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    children = []
-    for rank in range(run[0]):
-        child = os.fork()
-        if child == 0:
-            if run[0] > 1:
-                names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": run[0], "MASTER_PORT": port}
-                os.environ |= {name: str(value) for name, value in names.items()} | {"MASTER_ADDR": "127.0.0.1"}
-            torch.set_num_threads(1)
-            end_with(lambda: train_one(kind, model, folder, run))
-        children.append(child)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    if any(codes):
-        raise RuntimeError(f"{kind} with {run}: exit codes {codes}")
-
-
 if __name__ == "__main__":
     for name in sys.argv[3:] or TRAINERS:
         for run_ in RUNS[name]:
-            fork_all(name, sys.argv[1], Path(sys.argv[2]), run_)
+            fork_group(run_[0], partial(train_one, name, sys.argv[1], Path(sys.argv[2]), run_))

@@ -10,20 +10,17 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import signal
-import socket
 import sys
+from functools import partial
 
 import accelerate.state
-import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
-from transformers import TrainerCallback
 
 from spin.alignment.training import trainer
 from tests.helpers import fsdp_on_cpu
 from tests.helpers.engine_in_process import use_engine_in_process
-from tests.helpers.forked import end_with
+from tests.helpers.forked import KillsItself, fork_group
 
 _PROCESSES = 2
 
@@ -46,15 +43,6 @@ ENVIRONMENTS = {
 }
 
 
-class KillsItself(TrainerCallback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args, state, control, **_):
-        if state.global_step == self.step:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
 def train(program: str, kind: str, config: str, kill_after: int) -> None:
     """Run a program in this process, one of those of a launch."""
     if kind == "FSDP2":
@@ -70,28 +58,9 @@ def train(program: str, kind: str, config: str, kill_after: int) -> None:
     importlib.import_module(f"spin.{program}").main([config])
 
 
-def fork_all(program: str, kind: str, config: str, kill_after: int) -> None:
-    """Run one training in forked processes; raise if one fails that is not to be killed, or the other way round."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = launch_environment(*ENVIRONMENTS[kind])
-    children = []
-    for rank in range(_PROCESSES):
-        child = os.fork()
-        if child == 0:
-            names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": _PROCESSES, "LOCAL_WORLD_SIZE": _PROCESSES}
-            os.environ |= environment | {name: str(value) for name, value in names.items()}
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
-            torch.set_num_threads(1)
-            end_with(lambda: train(program, kind, config, kill_after))
-        children.append(child)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    if codes != [-signal.SIGKILL if kill_after else 0] * _PROCESSES:
-        raise RuntimeError(f"{kind} with {config}: exit codes {codes}")
-
-
 if __name__ == "__main__":
-    importlib.import_module(f"spin.alignment.training.{PROGRAMS[sys.argv[1]]}")  # before the forks
-    for entry in json.loads(sys.argv[2]):
-        fork_all(sys.argv[1], *entry)
+    program = sys.argv[1]
+    importlib.import_module(f"spin.alignment.training.{PROGRAMS[program]}")  # before the forks
+    for kind, config, kill_after in json.loads(sys.argv[2]):
+        environment = {**launch_environment(*ENVIRONMENTS[kind]), "DS_ACCELERATOR": "cpu"}
+        fork_group(_PROCESSES, partial(train, program, kind, config, kill_after), kill_after > 0, environment)

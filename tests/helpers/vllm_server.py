@@ -1,51 +1,21 @@
-"""The server of vLLM, in a process of its own."""
+"""The server of vLLM as the tests start it."""
 
 from __future__ import annotations
 
-import contextlib
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
-from tests.helpers import REPOSITORY, program_environment
+from benchmarks import vllm_server
+from tests.helpers import program_environment
 
 CONTEXT = 64
-_START_SECONDS = 240.0
 
 
-@contextlib.contextmanager
-def serving(model: Path, log: Path, *further: str, **environment: str) -> Iterator[str]:
-    """Start the server of vLLM on a free port; yield its address; kill it with all its children at the end.
+def serving(model: Path, log: Path, *further: str, **environment: str) -> AbstractContextManager[str]:
+    """Start a server with the sampling defaults of the model's folder (see :func:`benchmarks.vllm_server.serving`).
 
     ``further`` are flags, ``environment`` variables.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    flags = {"host": "127.0.0.1", "port": port, "dtype": "float32", "max-model-len": CONTEXT}
-    flags |= {"gpu-memory-utilization": 0.3, "generation-config": model}
-    words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), *words]
-    command += ["--enforce-eager", "--no-enable-chunked-prefill", *further]
-    variables = program_environment(VLLM_CPU_KVCACHE_SPACE="1", VLLM_NO_USAGE_STATS="1", **environment)
-    with log.open("w") as output:
-        server = subprocess.Popen(
-            command, cwd=REPOSITORY, env=variables, stdout=output, stderr=output, start_new_session=True
-        )
-        try:
-            end = time.monotonic() + _START_SECONDS
-            while True:
-                assert server.poll() is None and time.monotonic() < end, log.read_text()[-4000:]
-                with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=5):
-                    break
-                time.sleep(0.5)
-            yield f"http://127.0.0.1:{port}/v1"
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(server.pid, signal.SIGKILL)
-            server.wait(30)
+    flags = ["--max-model-len", str(CONTEXT), "--gpu-memory-utilization", "0.3", "--generation-config", str(model)]
+    variables = program_environment(VLLM_CPU_KVCACHE_SPACE="1", **environment)
+    return vllm_server.serving(model, log, [*flags, *further], variables)

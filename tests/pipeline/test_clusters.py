@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
+import socket
 import threading
 import time
 from pathlib import Path
@@ -13,14 +15,18 @@ import pytest
 from spin.alignment.core.errors import InputError
 from spin.alignment.pipeline.clusters import CLUSTERS, ClusterSettings, team
 from spin.alignment.pipeline.clusters.handle import Ending, Handle
+from spin.alignment.pipeline.clusters.local import LocalCluster
+from spin.alignment.pipeline.clusters.node import run_task
 from spin.alignment.pipeline.clusters.remote import RemoteCluster, shared_environment
-from spin.alignment.pipeline.clusters.task import Task
+from spin.alignment.pipeline.clusters.task import TASKS_FOLDER, Task, mark_ended, mark_started
 from spin.alignment.pipeline.clusters.team import ProgramLost
 from spin.alignment.pipeline.config import load_run_config
 from spin.alignment.pipeline.processes import ProgramStalled, log_path
 from spin.alignment.pipeline.run_sections import LaunchConfig
 from spin.alignment.pipeline.stage_program import Node, StageProgram
 from spin.alignment.pipeline.stages import make_stages
+from spin.alignment.pipeline.stalls import process_state
+from spin.alignment.pipeline.start_programs import PLAIN_STARTS_VARIABLE
 from tests.helpers.cluster_stages import script_stage
 from tests.helpers.runs import tiny_run, write_config
 
@@ -127,6 +133,72 @@ def test_the_machines_of_a_group_meet_where_the_first_says(tmp_path, monkeypatch
     assert found == [dataclasses.replace(first, rank=1)]
 
 
+# --- a task on its machine ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def task(tmp_path, monkeypatch):
+    """Returns a function that writes the task of a script with some code."""
+    monkeypatch.chdir(tmp_path)  # which a task changes
+    monkeypatch.setenv(PLAIN_STARTS_VARIABLE, "1")
+
+    def write(code: str) -> Task:
+        (tmp_path / "program.py").write_text(code)
+        program = StageProgram(str(tmp_path / "program.py"), [])
+        run_dir = tmp_path / "run"
+        made = Task("a/b.0", run_dir / TASKS_FOLDER / "1" / "0", program, run_dir, tmp_path, None, 0.0, False)
+        made.write()
+        return made
+
+    return write
+
+
+def test_a_task_of_another_version_does_not_start(task, monkeypatch, capfd):
+    made = task("open('ran', 'w')")
+    monkeypatch.setattr("spin.alignment.pipeline.clusters.task.project_version", lambda: "0.0.1 (code 1a2b3c4d)")
+    assert run_task(made.folder, 0) == 2 and not (made.cwd / "ran").exists()
+    assert made.endings()[0]["code"] == 2 and not made.has_started()
+    said = capfd.readouterr().err
+    assert (
+        f"error: the machine {socket.gethostname()} has selfplay-spin 0.0.1 (code 1a2b3c4d), but `spin run` is" in said
+    )
+
+
+def test_a_task_that_cannot_write_its_log_is_not_called_lost(task, monkeypatch, capfd):
+    def open_log(*_: object) -> None:
+        raise InputError("a-b.0.log cannot be written (read-only)")
+
+    monkeypatch.setattr("spin.alignment.pipeline.processes.StageOutput.__enter__", open_log)
+    made = task("")
+    assert run_task(made.folder, 0) == 2 and made.endings()[0]["code"] == 2
+    assert "error: a-b.0.log cannot be written" in capfd.readouterr().err
+
+
+def test_a_task_ends_once_nobody_waits_for_it(task):
+    """As when Ray has ended `spin run` because its head was lost, and the run is continued on this machine."""
+    made = task("import os, time; open('pid', 'w').write(str(os.getpid())); time.sleep(60)")
+    codes = []
+    running = threading.Thread(target=lambda: codes.append(run_task(made.folder, 0)))
+    running.start()
+    while not (pid := (made.cwd / "pid")).exists() or not pid.read_text():
+        time.sleep(0.02)
+    LocalCluster(ClusterSettings(made.run_dir, LaunchConfig())).open()
+    running.join(20)
+    assert codes == [130] and process_state(int(pid.read_text())) in ("", "Z")
+    assert not (made.run_dir / TASKS_FOLDER).exists()
+
+
+def test_what_a_lost_machine_has_left_open_is_in_no_ones_way(tmp_path, monkeypatch):
+    """NFS keeps a file that is open elsewhere, under another name, and with it its folder."""
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
+    settings = ClusterSettings(tmp_path / "run", LaunchConfig(cluster="slurm"))
+    stage = script_stage(tmp_path, "", settings.launch)
+    for _ in range(2):
+        cluster = ToldCluster(settings, [OK])
+        cluster.open()
+        assert cluster.run(stage, stage.configs[0]) == 0
+
+
 # --- a team, with tasks that end as told ----------------------------------------------------------------------------------
 
 
@@ -136,10 +208,10 @@ class Told(Handle):
     def __init__(self, task: Task, ending: dict | None) -> None:
         self.task, self.ending, self.is_cancelled = task, ending, False
         if ending is not None and ending.get("started", True):
-            task.mark_started(0)
+            mark_started(task.folder, 0)
         for rank, code in enumerate((ending or {}).get("codes", ())):
             if code is not None:
-                task.mark_ended(rank, code, ending.get("stalled", ""))
+                mark_ended(task.folder, rank, code, ending.get("stalled", ""))
         (task.folder / "output-0").write_text(f"{task.name} speaks\n")
 
     def poll(self) -> Ending | None:

@@ -16,10 +16,11 @@ import psutil
 import pytest
 
 from spin.alignment.core.errors import InputError
+from spin.alignment.core.project_version import project_version
 from spin.alignment.core.provenance import hash_file
 from spin.alignment.pipeline import clusters
 from spin.alignment.pipeline.clusters import ClusterSettings, RayCluster, team
-from spin.alignment.pipeline.clusters.ray_cluster import look_at_folder
+from spin.alignment.pipeline.clusters.ray_cluster import RayHandle, look_at_machine
 from spin.alignment.pipeline.clusters.remote import NODE_MODULE
 from spin.alignment.pipeline.run_sections import LaunchConfig
 from spin.alignment.pipeline.stalls import process_state
@@ -201,8 +202,56 @@ def test_without_the_package_the_sentence_says_how_to_install_it(monkeypatch):
 
 def test_a_machine_that_does_not_share_the_folder_says_so(tmp_path):
     (tmp_path / "token").write_text("abc")
-    assert look_at_folder(str(tmp_path), "abc", str(tmp_path), "7") == ""
+    version, environment = project_version(), program_environment()
+
+    def look(folder: Path | str, token: str, cwd: Path | str, version: str = version) -> str:
+        return look_at_machine("7", str(folder), token, str(cwd), version, environment)
+
+    assert look(tmp_path, "abc", tmp_path) == ""
     assert (tmp_path / "token-7").read_text() == "abc"
-    assert look_at_folder(str(tmp_path), "abc", "/no/such", "7") == "has no folder /no/such"
-    assert look_at_folder(str(tmp_path), "other", str(tmp_path), "7") == f"sees another folder as {tmp_path}"
-    assert "cannot use /no/such (No such file or directory)" in look_at_folder("/no/such", "abc", "/", "7")
+    assert look(tmp_path, "abc", "/no/such").startswith("has no folder /no/such: run_dir")
+    assert look(tmp_path, "other", tmp_path).startswith(f"sees another folder as {tmp_path}: ")
+    assert "cannot use /no/such (No such file or directory): " in look("/no/such", "abc", "/")
+    assert look(tmp_path, "abc", tmp_path, "0.0.1") == (
+        f"has selfplay-spin {version}, but `spin run` is 0.0.1: install the same version on every machine"
+    )
+    environment["PYTHONPATH"] = (
+        "/no/such"  # as if the project, or the version of it that can say this, was not installed
+    )
+    environment["PYTHONSAFEPATH"] = environment["PYTHONNOUSERSITE"] = "1"
+    environment["PYTHONHOME"] = "/no/such"
+    assert "cannot start this program (" in look(tmp_path, "abc", tmp_path)
+
+
+@needs_ray
+def test_a_node_with_another_version_is_named(tmp_path, cluster, monkeypatch):
+    monkeypatch.setattr("spin.alignment.pipeline.clusters.ray_cluster.project_version", lambda: "0.0.1 (code 1a2b3c4d)")
+    with pytest.raises(
+        InputError, match=r"the Ray node .* \(.*\) has selfplay-spin .*, but `spin run` is 0\.0\.1 \(code"
+    ):
+        cluster._check_nodes()
+
+
+@needs_ray
+def test_the_other_machines_of_a_group_that_failed_are_interrupted_once(tmp_path, cluster, monkeypatch):
+    """A second interrupt would let a task go, and its GPUs, while its program is still ending."""
+    import ray
+
+    def fails() -> int:
+        return 1
+
+    def ends_slowly(folder: str) -> int:
+        try:
+            (Path(folder) / "started").touch()
+            while True:
+                time.sleep(0.05)
+        finally:
+            time.sleep(1.5)
+            (Path(folder) / "ended").touch()
+
+    monkeypatch.setattr("spin.alignment.pipeline.clusters.ray_cluster._GROUP_SECONDS", 0.0)
+    slow = ray.remote(ends_slowly).options(max_retries=0).remote(str(tmp_path))
+    wait_for((tmp_path / "started").exists)
+    handle = RayHandle([ray.remote(fails).options(max_retries=0).remote(), slow], None)
+    ending = wait_for(lambda: handle.poll(), 30)
+    assert not ending.is_success and (tmp_path / "ended").exists()

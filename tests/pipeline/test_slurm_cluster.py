@@ -14,8 +14,10 @@ import pytest
 
 from spin.alignment.core.errors import InputError
 from spin.alignment.pipeline import clusters
-from spin.alignment.pipeline.clusters import ClusterSettings, SlurmCluster, team
+from spin.alignment.pipeline.clusters import ClusterSettings, SlurmCluster, slurm_cluster, team
+from spin.alignment.pipeline.clusters.task import Task
 from spin.alignment.pipeline.run_sections import LaunchConfig
+from spin.alignment.pipeline.stage_program import StageProgram
 from spin.alignment.pipeline.stalls import process_state
 from tests.helpers import REPOSITORY, fake_slurm
 from tests.helpers.cluster_stages import FIRST_HANGS, Running, script_stage
@@ -122,6 +124,39 @@ def test_jobs_that_a_killed_run_has_left_are_cancelled_before_anything_starts(tm
         assert [job["runs"] for job in fake_slurm.jobs_of(slurm).values()] == [False, True]
     finally:
         make_cluster(tmp_path / "other run")
+
+
+def test_a_job_that_an_interrupt_kept_from_being_cancelled_is_ended_at_the_close(tmp_path, slurm):
+    cluster = make_cluster(tmp_path / "run")
+    task = Task("a/b.0", cluster.folder / "0", StageProgram("no.py", []), cluster.run_dir, tmp_path, None, 0.0, False)
+    task.write()
+    (cluster.folder / "token").unlink()
+    os.mkfifo(cluster.folder / "token")  # the job waits for somebody to write to it
+    cluster.start(task)  # the interrupt comes before anybody keeps its handle
+    deadline = time.monotonic() + 20
+    while not fake_slurm.jobs_of(slurm):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    cluster.close()
+    assert [job["runs"] for job in fake_slurm.jobs_of(slurm).values()] == [False]
+
+
+def test_a_slurm_that_does_not_answer_is_said_before_anything_starts(tmp_path, slurm, monkeypatch):
+    """Jobs that an earlier run has left may still write to the same files."""
+    monkeypatch.setattr(slurm_cluster, "_GONE_SECONDS", 0.0)
+    (slurm / "bin" / "squeue").write_text("#!/bin/sh\necho 'slurm_load_jobs error: Unable to contact' >&2; exit 1\n")
+    with pytest.raises(InputError, match=r"does not say whether jobs .* are left \(slurm_load_jobs error: Unable"):
+        make_cluster(tmp_path / "run")
+    monkeypatch.setattr(slurm_cluster, "_COMMAND_SECONDS", 0.2)
+    (slurm / "bin" / "squeue").write_text("#!/bin/sh\nexec sleep 30\n")
+    with pytest.raises(InputError, match=r"\(squeue does not answer within 0 s\)"):
+        make_cluster(tmp_path / "run")
+
+
+@pytest.mark.parametrize("option", ["--job-name=mine", "--output=/tmp/x", "-N4", "--array=1-3"])
+def test_an_option_by_which_jobs_are_found_or_sized_is_refused(option):
+    with pytest.raises(InputError, match=rf"launch\.sbatch sets {option}, which `spin run` decides"):
+        SlurmCluster.check(LaunchConfig(cluster="slurm", sbatch=["--partition=gpu", "-A", "account", option]))
 
 
 def test_what_sbatch_refuses_is_one_sentence(tmp_path):

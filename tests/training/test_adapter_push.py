@@ -116,6 +116,13 @@ def test_a_server_that_restarts_and_forgets_the_adapter_gets_it_again(served, sa
     assert {response.weights_version for row in rows for response in row} == {served.version}
 
 
+def test_an_adapter_whose_answer_was_lost_is_not_refused_as_loaded_already(served, sampler):
+    served.lost_answers = {"/v1/load_lora_adapter", "/v1/unload_lora_adapter"}
+    sampler.refresh()
+    sampler.refresh()
+    assert served.served == ["tiny", ADAPTER + served.version] and served.adapters_loaded == 2 and not served.paused
+
+
 def test_a_refusal_for_another_reason_is_an_error(served, sampler):
     sampler.refresh()
     served.served.clear()

@@ -96,6 +96,14 @@ def test_a_server_that_always_restarts_is_given_up(served, sampler):
         sampler.respond(REQUESTS, SAMPLING)
 
 
+def test_a_server_with_another_model_is_said_at_once(served, sampler):
+    served.take_policy_piece = lambda push, number, name, *_: f"refused: {name}: the model has no such weight"
+    with pytest.raises(
+        InputError, match=r"does not take the policy's weights \(model\..*\): start it anew, with the model"
+    ):
+        sampler.refresh()
+
+
 def test_a_batch_is_asked_for_in_a_thread(served, quick):
     """While it is under way, nothing else is asked; its responses have the version of the weights before it."""
     ask = threading.Event()

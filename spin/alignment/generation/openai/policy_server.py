@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from spin.alignment.core.errors import InputError
-from spin.alignment.core.server_link import RetryPolicy, ServerLink
-from spin.alignment.generation.vllm.weight_receiver import LOST, WeightReceiver, send_weights
+from spin.alignment.core.server_link import Refused, RetryPolicy, ServerLink
+from spin.alignment.generation.vllm.weight_receiver import LOST, WeightReceiver, WeightsRefused, send_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,7 +64,14 @@ class PolicyServer:
         """
         self._ask("/pause?mode=wait&clear_cache=true", "a pause", {})
         version = uuid.uuid4().hex
-        if not send_weights(self._call, weights, as_text=True, adapter=adapter):
+        try:
+            is_sent = send_weights(self._call, weights, as_text=True, adapter=adapter)
+        except WeightsRefused as error:
+            raise InputError(
+                f"the server at {self._link.url} does not take the policy's weights ({error}): start it anew, with the model "
+                "that is trained"
+            ) from error
+        if not is_sent:
             return None
         if adapter is not None and not self._load_adapter(version):
             return None
@@ -77,17 +84,24 @@ class PolicyServer:
         folder, *_ = self._call("write_policy_adapter", ())
         if folder == LOST:
             return False
-        for card in self._ask("/v1/models", "the request for its models")["data"]:
-            if str(card["id"]).startswith(ADAPTER):
-                self._change("/v1/unload_lora_adapter", {"lora_name": card["id"]})
+        for name in self._served():
+            if name.startswith(ADAPTER):
+                self._change("/v1/unload_lora_adapter", {"lora_name": name}, is_served=False)
         # Not in place: vLLM would then read the folder again for every step of its engine.
-        self._change("/v1/load_lora_adapter", {"lora_name": ADAPTER + version, "lora_path": folder})
+        self._change("/v1/load_lora_adapter", {"lora_name": ADAPTER + version, "lora_path": folder}, is_served=True)
         self._call("remove_policy_adapter", ())
         return True
 
-    def _change(self, path: str, body: dict[str, Any]) -> None:
-        """Load or remove an adapter; the answer is a text."""
-        self._link.start(self._link.send(path, "another adapter", self._policy, body, as_text=True)).result()
+    def _served(self) -> list[str]:
+        return [str(card["id"]) for card in self._ask("/v1/models", "the request for its models")["data"]]
+
+    def _change(self, path: str, body: dict[str, Any], is_served: bool) -> None:
+        """Load or remove an adapter, so that afterwards the server serves it or not; the answer is a text."""
+        try:
+            self._link.start(self._link.send(path, "another adapter", self._policy, body, as_text=True)).result()
+        except Refused:
+            if (body["lora_name"] in self._served()) is not is_served:  # otherwise it was done, and the answer lost
+                raise
 
     def _call(self, method: str, arguments: Sequence[Any]) -> list[str]:
         answer = self._ask("/collective_rpc", f"the call {method}", {"method": method, "args": list(arguments)})

@@ -3,6 +3,9 @@
 A *push* is one complete set of weights, divided into numbered pieces. A piece may be sent twice, as after a lost answer, and a
 worker that was started anew in the middle of a push says so. The weights are the model's own, or those of a LoRA adapter, which
 are written to a folder for vLLM to load.
+
+A worker whose model does not take a weight says so from then on, because it may have weights of two sets. It does not raise, as a
+server reports an exception like a passing failure, after which the piece is sent again.
 """
 
 from __future__ import annotations
@@ -16,11 +19,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spin.alignment.core.errors import reason_of
+
 if TYPE_CHECKING:
     from torch import Tensor
 
 PIECE_BYTES = 2**26
-TAKEN, LOST = "taken", "lost"  # what a worker answers
+TAKEN, LOST, REFUSED = "taken", "lost", "refused: "  # what a worker answers; a refusal goes on with the reason
+
+
+class WeightsRefused(RuntimeError):
+    """The model of vLLM does not take some weight, and cannot be used any more; the message says which weight and why."""
 
 
 def send_weights(
@@ -35,11 +44,18 @@ def send_weights(
         call: calls a method of :class:`WeightReceiver` in all workers and returns what they answer.
         as_text: send the content as base64, for JSON.
         adapter: entries of the ``adapter_config.json`` of the LoRA adapter that the weights are of; None: of the model.
+
+    Raises:
+        WeightsRefused: the model does not take one of them.
     """
     push, number = uuid.uuid4().hex, 0
 
     def taken(method: str, *arguments: Any) -> bool:
-        return all(answer == TAKEN for answer in call(method, (push, *arguments)))
+        answers = list(call(method, (push, *arguments)))
+        for answer in answers:
+            if answer.startswith(REFUSED):
+                raise WeightsRefused(answer.removeprefix(REFUSED))
+        return all(answer == TAKEN for answer in answers)
 
     sent = taken("begin_policy_weights", *(() if adapter is None else (adapter,)))
     for name, weight in weights:
@@ -64,7 +80,7 @@ def content_of(weight: Tensor) -> memoryview:
 @dataclass
 class _Push:
     """The last push of a worker: the adapter it is of, if any, the number of its next piece, what has come of a weight, the whole
-    weights of an adapter, and whether it is complete."""
+    weights of an adapter, whether it is complete, and why it was refused, if it was."""
 
     name: str
     adapter: dict[str, Any] | None = None
@@ -73,6 +89,10 @@ class _Push:
     next_piece: int = 0
     content: bytearray = field(default_factory=bytearray)
     complete: bool = False
+    refusal: str = ""
+
+    def answer(self) -> str:
+        return f"{REFUSED}{self.refusal}" if self.refusal else TAKEN
 
 
 class WeightReceiver:
@@ -94,8 +114,10 @@ class WeightReceiver:
         return str(lora.max_lora_rank) if envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING else "-1"
 
     def begin_policy_weights(self, push: str, adapter: dict[str, Any] | None = None) -> str:
-        """Prepare the model for a push; an earlier one that was not completed is dropped."""
+        """Prepare the model for a push; an earlier one that was not completed is dropped, unless it was refused."""
         last = self._last_policy_push()
+        if last is not None and last.refusal:
+            return last.answer()
         if last is not None and not last.complete and last.adapter is None:
             self._put_to_use()
         if adapter is None:
@@ -106,18 +128,14 @@ class WeightReceiver:
     def take_policy_piece(
         self, push: str, number: int, name: str, dtype: str, shape: list[int], content: bytes | str
     ) -> str:
-        """Take the next piece of a weight, named as in a model folder; load the weight once it is whole.
-
-        Raises:
-            RuntimeError: the engine's model has no such weight.
-        """
+        """Take the next piece of a weight, named as in a model folder; load the weight once it is whole."""
         import torch
 
         current = self._last_policy_push()
         if current is None or current.name != push or number > current.next_piece:
             return LOST
-        if number < current.next_piece:  # its answer was lost
-            return TAKEN
+        if current.refusal or number < current.next_piece:  # its answer was lost
+            return current.answer()
         current.content += content if isinstance(content, bytes) else base64.b64decode(content)
         current.next_piece += 1
         kind = getattr(torch, dtype)
@@ -127,20 +145,29 @@ class WeightReceiver:
             if current.adapter is not None:
                 current.weights[name] = weight
                 return TAKEN
+            current.refusal = self._load_policy_weight(name, weight)
+        return current.answer()
+
+    def _load_policy_weight(self, name: str, weight: Tensor) -> str:
+        """Load a weight; return why the model does not take it, "" if it does."""
+        try:
             loaded = self._within_vllm(self.model_runner.get_model().load_weights, [(name, weight)])
-            if loaded is not None and not loaded:
-                raise RuntimeError(f"the model of vLLM takes no weight {name}")
-        return TAKEN
+        except Exception as error:  # of whatever kind the model's own code raises
+            return f"{name}: {_first_sentence(error)}"
+        return f"{name}: the model has no such weight" if loaded is not None and not loaded else ""
 
     def end_policy_weights(self, push: str, count: int) -> str:
         """Put the weights of a push of ``count`` pieces to use."""
         current = self._last_policy_push()
         if current is None or current.name != push or current.next_piece != count:
             return LOST
-        if not current.complete and current.adapter is None:  # otherwise its answer was lost
-            self._put_to_use()
-        current.complete = True
-        return TAKEN
+        if not (current.complete or current.refusal) and current.adapter is None:  # otherwise its answer was lost
+            try:
+                self._put_to_use()
+            except Exception as error:  # weights that only together are seen not to fit
+                current.refusal = _first_sentence(error)
+        current.complete = not current.refusal
+        return current.answer()
 
     def write_policy_adapter(self) -> str:
         """Write the adapter of the last push to a new folder on this machine; return its path, or that the push was lost."""
@@ -181,3 +208,7 @@ class WeightReceiver:
 
         with set_current_vllm_config(self.vllm_config):
             return function(*arguments)
+
+
+def _first_sentence(error: Exception) -> str:
+    return reason_of(error).partition(". ")[0]  # vLLM goes on with the names of all weights

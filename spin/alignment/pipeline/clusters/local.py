@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from spin.alignment.pipeline.clusters.base import Cluster, ClusterSettings
+from spin.alignment.pipeline.clusters.task import forget_tasks
 from spin.alignment.pipeline.processes import ChildPrograms
 from spin.alignment.pipeline.run_sections import LaunchConfig
 from spin.alignment.pipeline.stages.base import Stage
@@ -31,7 +32,8 @@ class LocalCluster(Cluster):
         """Nothing is needed but this machine."""
 
     def open(self) -> None:
-        """There is nothing to connect to."""
+        """Forget tasks of the run that were started on a cluster before; there is nothing to connect to."""
+        forget_tasks(self.run_dir)
 
     def close(self) -> None:
         """There is nothing to leave."""

@@ -15,19 +15,27 @@ from pathlib import Path
 from typing import Any
 
 from spin.alignment.core.errors import InputError, reason_of
+from spin.alignment.core.project_version import difference, project_version
+from spin.alignment.pipeline.clusters.base import ClusterSettings
 from spin.alignment.pipeline.clusters.handle import Ending, Handle
 from spin.alignment.pipeline.clusters.remote import NODE_MODULE, TOKEN_NAME, RemoteCluster, shared_environment
 from spin.alignment.pipeline.clusters.task import ADDRESS_VARIABLE, Task
 from spin.alignment.pipeline.run_sections import LaunchConfig
 
+VERSION_MODULE = "spin.alignment.core.project_version"
 _CHECK_SECONDS = 120.0
 _END_SECONDS = 25.0
 _POLL_SECONDS = 0.2
+_SHARED = "run_dir, data and the current folder must be on a disk that every machine mounts at the same path"
 _GROUP_SECONDS = 10.0  # for the other machines of a group to say why they failed too, before they are cancelled
 
 
 class RayCluster(RemoteCluster):
     """The cluster that RAY_ADDRESS names, or the one that this machine is part of."""
+
+    def __init__(self, settings: ClusterSettings) -> None:
+        super().__init__(settings)
+        self._is_own_connection = False
 
     @classmethod
     def check(cls, launch: LaunchConfig) -> None:
@@ -40,10 +48,18 @@ class RayCluster(RemoteCluster):
         import ray
 
         super().open()
+        if not ray.is_initialized():  # otherwise a program that uses the Python API has connected already
+            self._connect()
+        self._check_nodes()
+
+    def _connect(self) -> None:
+        import ray
+
         numbers = (signal.SIGINT, signal.SIGTERM)
         handlers = {number: signal.getsignal(number) for number in numbers}
         try:
             ray.init(address=os.environ.get("RAY_ADDRESS") or "auto", log_to_driver=False, logging_level=logging.ERROR)
+            self._is_own_connection = True
         except (ConnectionError, RuntimeError, TimeoutError) as error:
             raise InputError(
                 f"no Ray cluster can be reached ({reason_of(error)}): start one with `ray start --head`, or set RAY_ADDRESS"
@@ -52,46 +68,44 @@ class RayCluster(RemoteCluster):
             if threading.current_thread() is threading.main_thread():  # Ray has installed handlers of its own
                 for number, handler in handlers.items():
                     signal.signal(number, handler)
-        self._check_nodes()
 
     def _check_nodes(self) -> None:
-        """Let every machine read the token and write next to it.
+        """Let every machine read the token, write next to it, and say which version of this project it has.
 
         Raises:
-            InputError: naming the first machine that cannot, and why.
+            InputError: naming the first machine that cannot take part, and why.
         """
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        look = ray.remote(look_at_folder)
-        arguments = (str(self.folder), self.token, str(Path.cwd()))
+        look = ray.remote(look_at_machine)
+        arguments = (str(self.folder), self.token, str(Path.cwd()), project_version(), shared_environment())
         asked = {}
         for node in ray.nodes():
             if node["Alive"]:
                 only_there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
                 asking = look.options(num_cpus=0, max_retries=0, scheduling_strategy=only_there)
-                asked[asking.remote(*arguments, node["NodeID"])] = node
+                asked[asking.remote(node["NodeID"], *arguments)] = node
         ray.wait(list(asked), num_returns=len(asked), timeout=_CHECK_SECONDS)
         for answer, node in asked.items():
             try:
                 problem = ray.get(answer, timeout=0)
             except ray.exceptions.GetTimeoutError:
-                problem = f"does not answer within {_CHECK_SECONDS:.0f} s"
+                problem = f"does not answer within {_CHECK_SECONDS:.0f} s: see its logs, or remove it from the cluster"
             except ray.exceptions.RayError as error:
-                problem = f"cannot run a task of this program ({str(error).strip().splitlines()[-1]})"
-            name = f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
+                reason = str(error).strip().splitlines()[-1]
+                problem = f"cannot run a task of this program ({reason}): install the same version on every machine"
             if not problem and not (self.folder / f"{TOKEN_NAME}-{node['NodeID']}").is_file():
-                problem = "writes where this machine cannot see it"
+                problem = f"writes where this machine cannot see it: {_SHARED}"
             if problem:
-                raise InputError(
-                    f"the Ray node {name} {problem}: run_dir, data and the current folder must be on a disk that every machine "
-                    "mounts at the same path, with the same version of this program"
-                )
+                name = f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
+                raise InputError(f"the Ray node {name} {problem}")
 
     def close(self) -> None:
         import ray
 
-        ray.shutdown()
+        if self._is_own_connection:
+            ray.shutdown()
         super().close()
 
     def start(self, task: Task) -> Handle:
@@ -124,6 +138,7 @@ class RayHandle(Handle):
         self._pending, self._group = list(references), group
         self._reason = ""
         self._failed_at: float | None = None
+        self._is_cancelled = False
 
     def poll(self) -> Ending | None:
         import ray
@@ -143,7 +158,10 @@ class RayHandle(Handle):
         return Ending(self._failed_at is None, self._reason)
 
     def cancel(self) -> None:
-        self._cancel(force=False)
+        # Once: a second KeyboardInterrupt would end a task while it still waits for its program to end.
+        if not self._is_cancelled:
+            self._is_cancelled = True
+            self._cancel(force=False)
 
     def kill(self) -> None:
         self._cancel(force=True)
@@ -206,13 +224,21 @@ def _end(node: subprocess.Popen[bytes]) -> None:
             node.wait()
 
 
-def look_at_folder(folder: str, token: str, cwd: str, node_id: str) -> str:
-    """As a Ray task: return why this machine cannot take part in a run, "" if it can."""
+def look_at_machine(node_id: str, folder: str, token: str, cwd: str, version: str, given: Mapping[str, str]) -> str:
+    """As a Ray task: return why this machine cannot take part in a run, and the fix; "" if it can."""
     try:
         found = (Path(folder) / TOKEN_NAME).read_text(encoding="ascii")
         (Path(folder) / f"{TOKEN_NAME}-{node_id}").write_text(token, encoding="ascii")
     except OSError as error:
-        return f"cannot use {folder} ({error.strerror})"
+        return f"cannot use {folder} ({error.strerror}): {_SHARED}"
     if found != token:
-        return f"sees another folder as {folder}"
-    return "" if Path(cwd).is_dir() else f"has no folder {cwd}"
+        return f"sees another folder as {folder}: {_SHARED}"
+    if not Path(cwd).is_dir():
+        return f"has no folder {cwd}: {_SHARED}"
+    # Asked of a process that starts as a task's does: Ray lets its own import this project from where `spin run` has it.
+    command = [sys.executable, "-m", VERSION_MODULE]
+    asked = subprocess.run(command, env={**os.environ, **given}, capture_output=True, text=True, check=False)
+    if asked.returncode:
+        reason = (asked.stderr.strip().splitlines() or [f"exit code {asked.returncode}"])[-1]
+        return f"cannot start this program ({reason}): install selfplay-spin {version} there"
+    return difference(asked.stdout.strip(), version)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 import secrets
-import shutil
 import threading
 from abc import abstractmethod
 from pathlib import Path
@@ -15,7 +14,7 @@ from spin.alignment.core.console import MARK_VARIABLE
 from spin.alignment.core.program import EXIT_INTERRUPTED, RUN_VARIABLE
 from spin.alignment.pipeline.clusters.base import Cluster, ClusterSettings, Usage
 from spin.alignment.pipeline.clusters.handle import Handle
-from spin.alignment.pipeline.clusters.task import Task
+from spin.alignment.pipeline.clusters.task import TASKS_FOLDER, Task, forget_tasks
 from spin.alignment.pipeline.clusters.team import Team, TeamSettings
 from spin.alignment.pipeline.processes import log_path
 from spin.alignment.pipeline.stage_output import StageOutput
@@ -44,21 +43,21 @@ class RemoteCluster(Cluster):
 
     @property
     def folder(self) -> Path:
-        """The folder of the tasks, which exists while the run does."""
-        return self.run_dir / ".cluster"
+        """The folder of the tasks, which exists while the run does; of every `spin run` another."""
+        return self.run_dir / TASKS_FOLDER / self.token
 
     @abstractmethod
     def start(self, task: Task) -> Handle:
         """Hand a task to the cluster, which starts it when there are machines for it."""
 
     def open(self) -> None:
-        """Make the folder of the tasks anew, with a token by which a machine shows that it sees the same one."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Make the folder of the tasks, with a token by which a machine shows that it sees the same one."""
+        forget_tasks(self.run_dir)
         self.folder.mkdir(parents=True)
         (self.folder / TOKEN_NAME).write_text(self.token, encoding="ascii")
 
     def close(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+        forget_tasks(self.run_dir)
 
     def run(self, stage: Stage, config: Any) -> int:
         program = stage.kind.program_of(stage, config)

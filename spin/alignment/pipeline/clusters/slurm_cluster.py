@@ -10,8 +10,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from spin.alignment.core.console import say_error
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.files import write_text_atomic
 from spin.alignment.pipeline.clusters.base import ClusterSettings
@@ -20,7 +22,22 @@ from spin.alignment.pipeline.clusters.remote import NODE_MODULE, TOKEN_NAME, Rem
 from spin.alignment.pipeline.clusters.task import Task
 from spin.alignment.pipeline.run_sections import LaunchConfig
 
-COMMANDS = ("sbatch", "scancel", "squeue")
+COMMANDS = ("sbatch", "scancel", "scontrol", "squeue")
+# Options of sbatch by which `spin run` finds, follows and sizes its jobs: launch.sbatch cannot change them.
+_OWN_OPTIONS = {
+    "job-name",
+    "output",
+    "error",
+    "array",
+    "chdir",
+    "export",
+    "nodes",
+    "ntasks",
+    "ntasks-per-node",
+    "requeue",
+    "wrap",
+}
+_OWN_LETTERS = "JoeaDNn"
 _NOT_SHARED = 66  # exit code of a job whose machine does not see the folder of the run (EX_NOINPUT of sysexits.h)
 _GONE_SECONDS = 120.0
 _COMMAND_SECONDS = 60.0
@@ -41,6 +58,7 @@ class SlurmCluster(RemoteCluster):
         super().__init__(settings)
         # By the name, the jobs that a killed `spin run` has left are found.
         self.job_name = "spin-" + hashlib.sha256(str(self.run_dir).encode()).hexdigest()[:12]
+        self._has_jobs = False
 
     @classmethod
     def check(cls, launch: LaunchConfig) -> None:
@@ -49,12 +67,27 @@ class SlurmCluster(RemoteCluster):
             raise InputError(
                 f"launch.cluster is slurm, but there is no command {missing[0]} here: start the run on a login node"
             )
+        for option in launch.sbatch:
+            name = option.removeprefix("--").partition("=")[0]
+            is_letter = option[:1] == "-" != option[1:2] and option[1:2] in _OWN_LETTERS
+            if is_letter or (option.startswith("--") and name in _OWN_OPTIONS):
+                raise InputError(f"launch.sbatch sets {option}, which `spin run` decides for its jobs: remove it")
 
     def open(self) -> None:
         cancel_jobs(f"--name={self.job_name}")
         super().open()
 
+    def close(self) -> None:
+        """End jobs that an interrupt has kept from being cancelled, or that were submitted just then."""
+        try:
+            if self._has_jobs:
+                cancel_jobs(f"--name={self.job_name}")
+        except InputError as error:
+            say_error(f"warning: {error}")
+        super().close()
+
     def start(self, task: Task) -> Handle:
+        self._has_jobs = True
         script = task.folder / "job.sh"
         folders = (self.folder, task.cwd, sys.executable, task.folder)
         text = _SCRIPT.format(
@@ -128,8 +161,7 @@ class SlurmHandle(Handle):
 
     def _cancel_if_known(self) -> None:
         if self._is_unwanted and (job := self.job()) is not None:
-            self._is_unwanted = False
-            ask("scancel", job)
+            self._is_unwanted = ask("scancel", job).code != 0  # if Slurm does not answer, asked again
 
     def kill(self) -> None:
         if (job := self.job()) is not None:
@@ -138,17 +170,29 @@ class SlurmHandle(Handle):
         self._sbatch.wait()
 
 
-def ask(*command: str) -> tuple[int, str]:
-    """Run a command of Slurm; return its exit code and what it said."""
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=_COMMAND_SECONDS, check=False, stdin=subprocess.DEVNULL
-    )
-    return done.returncode, done.stdout.strip()
+@dataclass(frozen=True)
+class Answer:
+    """What a command of Slurm said, and its exit code; -1 if it did not answer in time."""
+
+    code: int
+    said: str
+    complaint: str
+
+
+def ask(*command: str) -> Answer:
+    """Run a command of Slurm."""
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_COMMAND_SECONDS, check=False, stdin=subprocess.DEVNULL
+        )
+    except subprocess.TimeoutExpired:
+        return Answer(-1, "", f"{command[0]} does not answer within {_COMMAND_SECONDS:.0f} s")
+    return Answer(done.returncode, done.stdout.strip(), " ".join(done.stderr.split()))
 
 
 def node_of(job: str) -> str:
     """Return the machines that a job ran on, as Slurm names them."""
-    found = [word for word in ask("scontrol", "show", "job", job)[1].split() if word.startswith("NodeList=")]
+    found = [word for word in ask("scontrol", "show", "job", job).said.split() if word.startswith("NodeList=")]
     return found[0].partition("=")[2] if found else "unknown"
 
 
@@ -156,17 +200,22 @@ def cancel_jobs(which: str) -> None:
     """Cancel jobs, given by number or as an option of scancel and squeue, and wait until none is left.
 
     Raises:
-        InputError: they do not end.
+        InputError: they do not end, or Slurm does not answer.
     """
     option = which if which.startswith("--") else f"--jobs={which}"
     deadline = time.monotonic() + _GONE_SECONDS
     while True:
-        code, left = ask("squeue", "--noheader", "--me", "--format=%i", option)
-        if code or not left:  # squeue fails for the number of a job that it has forgotten
+        left = ask("squeue", "--noheader", "--me", "--format=%i", option)
+        if "Invalid job id" in left.complaint or not (
+            left.code or left.said
+        ):  # it has forgotten the job, or none is left
             return
         if time.monotonic() > deadline:
             raise InputError(
-                f"the Slurm job {left.split()[0]} of an earlier attempt does not end: cancel it, and run again"
+                f"Slurm does not say whether jobs of an earlier attempt are left ({left.complaint}): run again when it does"
+                if left.code
+                else f"the Slurm job {left.said.split()[0]} of an earlier attempt does not end: cancel it, and run again"
             )
-        ask("scancel", *left.split())
+        if not left.code:
+            ask("scancel", *left.said.split())
         time.sleep(1.0)

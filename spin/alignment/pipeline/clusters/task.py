@@ -2,7 +2,8 @@
 
 The folder of a task is inside the run directory, which every machine shares. ``spin run`` writes ``task.json``; the process that
 starts the program on a machine (``clusters/node.py``) writes ``started-RANK`` when it begins, its output, and ``ended-RANK.json``
-when the program has ended. A task without the last file was lost with its machine.
+when the program has ended. A task without the last file was lost with its machine. Once the folder has been removed, nobody waits
+for the task any more.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import socket
 import time
 from dataclasses import dataclass
@@ -18,8 +20,10 @@ from typing import Any
 
 from spin.alignment.core.errors import InputError
 from spin.alignment.core.files import read_json, write_json_atomic
+from spin.alignment.core.project_version import difference, project_version
 from spin.alignment.pipeline.stage_program import Node, StageProgram
 
+TASKS_FOLDER = ".cluster"  # in the run directory
 ADDRESS_VARIABLE = "SPIN_NODE_ADDRESS"  # under which other machines reach this one
 _MEETING_SECONDS = 600.0
 _POLL_SECONDS = 0.5
@@ -56,7 +60,7 @@ class Task:
     def write(self) -> None:
         """Write ``task.json`` into a new folder."""
         self.folder.mkdir(parents=True)
-        values = dataclasses.asdict(self)
+        values = {**dataclasses.asdict(self), "version": project_version()}
         write_json_atomic(
             self.folder / "task.json",
             {key: str(value) if isinstance(value, Path) else value for key, value in values.items()},
@@ -64,7 +68,14 @@ class Task:
 
     @classmethod
     def read(cls, folder: Path) -> Task:
+        """Read the task in a folder.
+
+        Raises:
+            InputError: another version of this project has written it.
+        """
         values = read_json(folder / "task.json")
+        if problem := difference(project_version(), str(values.pop("version", "of another version"))):
+            raise InputError(f"the machine {socket.gethostname()} {problem}")
         paths = {name: Path(values[name]) for name in ("folder", "run_dir", "cwd")}
         watched = None if values["watched"] is None else Path(values["watched"])
         return cls(**{**values, **paths, "watched": watched, "program": StageProgram(**values["program"])})
@@ -75,12 +86,6 @@ class Task:
 
     def has_started(self) -> bool:
         return any(self.folder.glob("started-*"))
-
-    def mark_started(self, rank: int) -> None:
-        (self.folder / f"started-{rank}").touch()
-
-    def mark_ended(self, rank: int, code: int, reason: str = "") -> None:
-        write_json_atomic(self.folder / f"ended-{rank}.json", {"code": code, "reason": reason})
 
     def endings(self) -> dict[int, dict[str, Any]]:
         """Return the exit code of each machine that reported one, and the reason if it has no other; by rank."""
@@ -109,6 +114,23 @@ class Task:
                 raise TimeoutError(f"the first machine of {self.name} did not start within {_MEETING_SECONDS:.0f} s")
             time.sleep(_POLL_SECONDS)
         return Node(rank=rank, count=count, **json.loads(path.read_text(encoding="utf-8")))
+
+
+def forget_tasks(run_dir: Path) -> None:
+    """Remove the folders of all tasks of a run, which ends those that a lost `spin run` has left within some seconds."""
+    # A file that a lost machine has open may stay; new tasks have folders of their own.
+    shutil.rmtree(run_dir / TASKS_FOLDER, ignore_errors=True)
+
+
+def mark_started(folder: Path, rank: int) -> None:
+    """Note that the program of the task in a folder starts on a machine of its group."""
+    (folder / f"started-{rank}").touch()
+
+
+def mark_ended(folder: Path, rank: int, code: int, reason: str = "") -> None:
+    """Note the program's exit code there, and why it was ended if it has no other reason; unless nobody waits for it."""
+    if folder.is_dir():
+        write_json_atomic(folder / f"ended-{rank}.json", {"code": code, "reason": reason})
 
 
 def own_address() -> str:

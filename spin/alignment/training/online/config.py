@@ -54,6 +54,23 @@ class OnlineConfig(OnlineKeys, SPINConfig):
         self.sampling = part_of(self, SamplingConfig, seed=self.seed)
         self._check_off_policy()
         self._check_method()
+        self._check_held_out()
+        super().__post_init__()
+
+    def samples_at(self, temperature: float) -> int:
+        """Return the number of responses to each held-out prompt at a temperature."""
+        return self.eval_samples if temperature else 1
+
+    @property
+    def sampled_sides(self) -> tuple[str, ...]:
+        """Both sides of a pair, unless one of them is the ground truth: then the rejected one, if it is always the policy's."""
+        pairing = find_pairing(self.pairing)
+        if not pairing.needs_ground_truth:
+            return SIDES
+        return SIDES[1:] if pairing.keeps_rows else ()
+
+    def _check_held_out(self) -> None:
+        """Check that there are held-out prompts, and a scorer for them, if any of their settings is set."""
         if self.eval_prompts and not self.scorer:
             raise InputError("eval_prompts is set, but there is no scorer to rate the responses: set scorer")
         if not self.eval_prompts and self.eval_strategy != "no":
@@ -76,19 +93,11 @@ class OnlineConfig(OnlineKeys, SPINConfig):
                 f"eval_samples is {self.eval_samples}, but temperature 0 draws the same response every time: add a temperature "
                 "above 0 to eval_temperatures, or remove eval_samples"
             )
-        super().__post_init__()
-
-    def samples_at(self, temperature: float) -> int:
-        """Return the number of responses to each held-out prompt at a temperature."""
-        return self.eval_samples if temperature else 1
-
-    @property
-    def sampled_sides(self) -> tuple[str, ...]:
-        """Both sides of a pair, unless one of them is the ground truth: then the rejected one, if it is always the policy's."""
-        pairing = find_pairing(self.pairing)
-        if not pairing.needs_ground_truth:
-            return SIDES
-        return SIDES[1:] if pairing.keeps_rows else ()
+        if self.eval_prompts and self.scorer in COMPARATIVE and "chosen_score" not in self.needs:
+            raise InputError(
+                f"eval_prompts is set, but the scorer {self.scorer} compares responses, and the one response to a "
+                "held-out prompt has no other to compare with: remove eval_prompts, or score with a rule or a reward model"
+            )
 
     def _check_engine(self) -> None:
         """Check that the settings of an engine or a server fit the backend."""
@@ -147,11 +156,6 @@ class OnlineConfig(OnlineKeys, SPINConfig):
         given = [name for name in changed_of(self, ScorerSettings) if name != "trust_remote_code"]
         if given and not self.scorer:
             raise InputError(f"{given[0]} is {getattr(self, given[0])}, but no scorer is set: set scorer, or remove it")
-        if self.eval_prompts and self.scorer in COMPARATIVE and "chosen_score" not in self.needs:
-            raise InputError(
-                f"eval_prompts is set, but the scorer {self.scorer} compares responses, and the one response to a "
-                "held-out prompt has no other to compare with: remove eval_prompts, or score with a rule or a reward model"
-            )
 
     def _check_num_samples(self, pairing: Pairing) -> None:
         """Check the number of responses per prompt; relative to the batch, one may be enough."""

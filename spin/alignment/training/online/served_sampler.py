@@ -19,6 +19,7 @@ from spin.alignment.models.sharded import adapter_weights, whole_weights
 from spin.alignment.training.online.policy_sampler import OverlappingSampler, Rows
 
 _TRIES = 3  # pushes, and batches of responses, until no restart of the server disturbs one
+_LOST = "see its log, and give every training a server of its own"
 
 
 class ServedSampler(OverlappingSampler):
@@ -61,7 +62,7 @@ class ServedSampler(OverlappingSampler):
                 if self._only_adapter:
                     self._backend.use_model(f"{ADAPTER}{version}")
                 return
-        raise InputError(f"the server lost the policy's weights {_TRIES} times while they were sent: see its log")
+        raise InputError(f"the server lost the policy's weights {_TRIES} times while they were sent: {_LOST}")
 
     def respond(self, requests: Sequence[PromptRequest], sampling: SamplingConfig) -> Rows:
         """Return responses that were all sampled from the weights last pushed. Every process must call it.
@@ -74,7 +75,7 @@ class ServedSampler(OverlappingSampler):
             if rows is not None:
                 return rows
             self.refresh()
-        raise InputError(f"the server lost the policy's weights during {_TRIES} batches of responses: see its log")
+        raise InputError(f"the server lost the policy's weights during {_TRIES} batches of responses: {_LOST}")
 
     def _answers(self, requests: Sequence[PromptRequest], sampling: SamplingConfig) -> Rows:
         """Return the server's responses; nothing if it was restarted and no longer knows the adapter."""
