@@ -18,7 +18,6 @@ from spin.alignment.data.chat_encoder import ChatEncoder, load_tokenizer
 from spin.alignment.generation import PromptRequest, SamplingConfig, sample_seed
 from spin.alignment.generation.base import BackendSettings
 from spin.alignment.generation.transformers.backend import TransformersBackend
-from spin.alignment.training.online import trainer as trainer_module
 from tests.helpers import run_command, run_main
 from tests.helpers.online import share_of_letters, write_online, write_prompts
 from tests.helpers.training import difference, launcher, metrics, weights
@@ -154,23 +153,6 @@ def test_one_response_per_prompt_against_the_batch(tmp_path, tiny_model, prompts
     steps = [entry for entry in metrics(tmp_path / "out")["history"] if "score" in entry]
     assert [(entry["pairs_per_prompt"], entry["without_pair"], entry["unpaired"]) for entry in steps] == [(1, 0, 0)] * 2
     assert all(entry["loss"] > 0 for entry in steps)
-
-
-def test_a_reference_that_is_the_policy_needs_no_pass_of_its_own(tmp_path, tiny_model, prompts, monkeypatch):
-    """Its log-probs are those of the forward pass of the update, if that is the only one of its step."""
-    passes = []
-    real = trainer_module.attach_reference_logps
-    monkeypatch.setattr(
-        trainer_module, "attach_reference_logps", lambda *arguments: (passes.append(1), real(*arguments))
-    )
-    for name, changes in {"one": {}, "two": {"updates_per_batch": 2}, "older": {"ref_update_freq": 2}}.items():
-        passes.clear()
-        config = write_online(tmp_path / name, tiny_model, prompts, max_steps=2, **changes)
-        code, _, err = run_main(run_online.main, config)
-        assert code == 0, err
-        assert len(passes) == (0 if name == "one" else 2)
-    history = metrics(tmp_path / "one" / "out")["history"]
-    assert [row["kl"] for row in history if "kl" in row] == [0.0, 0.0]
 
 
 def test_killed_and_resumed_gives_the_same_numbers(tmp_path, tiny_model, prompts):

@@ -9,14 +9,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from spin import run_online
 from spin.alignment.core.errors import InputError
 from spin.alignment.data.chat_encoder import ChatEncoder, load_tokenizer
 from spin.alignment.data.config import DataConfig
 from spin.alignment.generation.base import Response
 from spin.alignment.methods.losses import LOSSES, LossInputs
 from spin.alignment.rewards import GroupLabels
+from spin.alignment.training.online import trainer as trainer_module
 from spin.alignment.training.online.labels import PairMaker, StepCounts
 from spin.alignment.training.online.prompts import OnlinePrompt, load_splits, longest_pairs
+from tests.helpers import run_main
+from tests.helpers.online import write_online, write_prompts
+from tests.helpers.training import metrics
 
 
 def test_a_long_ground_truth_is_cut_and_planned_for(tmp_path, tiny_model):
@@ -96,3 +101,21 @@ def test_a_ground_truth_that_could_not_be_scored_is_counted():
     unread.add([row], reads_ground_truth=False)
     assert (read.scored, read.failed) == (1, 2)
     assert (unread.scored, unread.failed) == (1, 0)
+
+
+def test_a_reference_that_is_the_policy_needs_no_pass_of_its_own(tmp_path, tiny_model, monkeypatch):
+    """Its log-probs are those of the forward pass of the update, if that is the only one of its step."""
+    prompts = write_prompts(tmp_path / "prompts")
+    passes = []
+    real = trainer_module.attach_reference_logps
+    monkeypatch.setattr(
+        trainer_module, "attach_reference_logps", lambda *arguments: (passes.append(1), real(*arguments))
+    )
+    for name, changes in {"one": {}, "two": {"updates_per_batch": 2}, "older": {"ref_update_freq": 2}}.items():
+        passes.clear()
+        config = write_online(tmp_path / name, tiny_model, prompts, max_steps=2, **changes)
+        code, _, err = run_main(run_online.main, config)
+        assert code == 0, err
+        assert len(passes) == (0 if name == "one" else 2)
+    history = metrics(tmp_path / "one" / "out")["history"]
+    assert [row["kl"] for row in history if "kl" in row] == [0.0, 0.0]
