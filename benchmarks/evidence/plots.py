@@ -12,14 +12,14 @@ SHOWN = ("prompt_strict", "instruction_strict", "gsm8k", "nll")
 
 
 def study_plot(study: str, models: Sequence[Trained]) -> bytes:
-    """Return a PNG of the main measures of a study's models."""
+    """Return a PNG of the main measures of a study's models, the start first; without those known of the start only."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     columns = [
         column
         for column in COLUMNS
-        if column.measure.key in SHOWN and any(model.seeds(column.benchmark) for model in models)
+        if column.measure.key in SHOWN and any(model.seeds(column.benchmark) for model in models[1:])
     ]
     figure = Figure(figsize=(3.2 * len(columns), 1.2 + 0.35 * len(models)), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)

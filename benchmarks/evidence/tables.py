@@ -91,14 +91,17 @@ def _lengths(model: Trained) -> list[str]:
 
 
 def _trainings(models: Sequence[Trained]) -> list[str]:
-    """Return a table of the last training log of each model, if any was trained on pairs."""
+    """Return a table of the last training log of each model, if any was trained on stored pairs.
+
+    Online (which logs a score) the reference is the policy itself, so that margins and drift say nothing.
+    """
     logged = ("rewards/accuracies", "rewards/margins", "drift/chosen", "logps/chosen", "logps/rejected")
     lines = []
     for model in models:
         for seed in STUDIES[model.study].arms[model.arm].seeds:
             path = result_path(model.study, model.arm, seed, model.model, "training")
             final = read_json(path).get("final", {}) if path.is_file() else {}
-            if "rewards/margins" in final:
+            if "rewards/margins" in final and "score" not in final:
                 lines.append(
                     [model.label, str(seed), *(f"{final[name]:.2f}" if name in final else "–" for name in logged)]
                 )
@@ -191,7 +194,7 @@ def write_tables() -> None:
     page = REPOSITORY / "docs" / "evidence.md"
     for study in STUDIES:
         models = models_of(study)
-        if len(models) > 1:
+        if len(models) > 1 and study != "base":
             path = IMAGES / f"evidence-{study}.png"
             with atomic_file(path) as file:
                 file.write(study_plot(study, models))
