@@ -85,3 +85,11 @@ def test_the_limit_follows_a_need_that_grows(monkeypatch):
     monkeypatch.setattr(allocator, "_private_bytes", lambda: next(sizes))
     memory = allocator.KeptMemory()
     assert [memory.end_phase() for _ in range(8)] == [True] * 4 + [False, True, False, False]
+
+
+def test_everything_is_returned_before_a_phase_of_another_kind(monkeypatch):
+    gib = 2**30
+    monkeypatch.setattr(allocator, "_private_bytes", lambda: 4 * gib)
+    memory = allocator.KeptMemory()
+    phases = [False] * 6 + [True, False]
+    assert [memory.end_phase(is_last_of_kind=kind) for kind in phases] == [True] * 4 + [False, False, True, False]

@@ -62,14 +62,18 @@ class KeptMemory:
         self._wanted = 0  # most bytes at the end of a phase that began without free memory
         self._has_returned = False  # at the end of the last phase
 
-    def end_phase(self) -> bool:
+    def end_phase(self, is_last_of_kind: bool = False) -> bool:
         """Return the free memory to the system if the process has a quarter more than a phase needs, or if that is not known
-        yet; return whether it was done."""
+        yet; return whether it was done.
+
+        ``is_last_of_kind``: a phase of another kind follows, which cannot use what this one leaves: it is returned at once.
+        """
         resident = _private_bytes()
         self._phases += 1
         if self._has_returned:
             self._wanted = max(self._wanted, resident)
-        self._has_returned = self._phases <= _FIRST_PHASES or resident > _GROWTH * self._wanted + _GROWTH_BYTES
+        grown = resident > _GROWTH * self._wanted + _GROWTH_BYTES
+        self._has_returned = is_last_of_kind or grown or self._phases <= _FIRST_PHASES
         libc = ctypes.CDLL(None)
         if self._has_returned and hasattr(libc, "malloc_trim"):  # only glibc has it
             libc.malloc_trim(0)

@@ -29,7 +29,7 @@ class MicroBatchedTrainer(EachRowOnce, WatchedSteps):
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
-        self._kept_memory = KeptMemory()
+        self.kept_memory = KeptMemory()
 
     @abstractmethod
     def compute_loss(
@@ -70,7 +70,10 @@ class MicroBatchedTrainer(EachRowOnce, WatchedSteps):
         self, model: Any, inputs: PairList, num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """Run forward and backward on the rows of one optimiser step; return their loss."""
-        return self.end_step(self.run_pairs(model, inputs, num_items_in_batch))
+        total = self.run_pairs(model, inputs, num_items_in_batch)
+        if self.args.device.type == "cpu":
+            self.kept_memory.end_phase()
+        return self.end_step(total)
 
     def run_pairs(self, model: Any, inputs: PairList, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
         """Run forward and backward on some rows, one micro-batch at a time; return their loss."""
@@ -89,17 +92,10 @@ class MicroBatchedTrainer(EachRowOnce, WatchedSteps):
                 deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
                 self.accelerator.backward(loss, **({"scale_wrt_gas": False} if deepspeed else {}))
             total += loss.detach()  # micro-batch losses are shares of the step's, so they add up
-        self.end_phase()
         frequency = self.args.torch_empty_cache_steps
         if frequency is not None and self.state.global_step % frequency == 0:
             clear_device_cache()
         return total
-
-    def end_phase(self) -> None:
-        """Limit the memory that this process keeps for itself, after a part of a step that needs blocks of other sizes than the
-        next."""
-        if self.args.device.type == "cpu":
-            self._kept_memory.end_phase()
 
     def prepare_batching(self, pairs: PairDataset, resumed: bool, keeps_reference: bool = False) -> None:
         """Check that packed rows give the same log-probs as padded ones, and choose the token budget for these pairs.

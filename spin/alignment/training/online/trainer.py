@@ -187,6 +187,7 @@ class OnlineTrainer(SPINTrainer):
                 self._step_optimizer(model)
         if self.ahead is not None:
             self.ahead.count_updates(len(batches))
+        self._return_memory()
         self._last_tokens = sum(self.pair_forward.tokens(pair) for pair in pairs)
         self._time("update", started)
         return self.end_step(total / max(1, len(batches)))
@@ -252,8 +253,13 @@ class OnlineTrainer(SPINTrainer):
                 for item in requests
             ]
             raise self.failed(f"sampling found that {error},", rows, kind="sft") from error
-        self.end_phase()
+        self._return_memory()
         return responses
+
+    def _return_memory(self) -> None:
+        """Return what this process has freed, after sampling and after the updates, which need blocks of other sizes."""
+        if self.args.device.type == "cpu":
+            self.kept_memory.end_phase(is_last_of_kind=True)
 
     def _time(self, what: str, started: float) -> float:
         now = time.monotonic()
