@@ -262,7 +262,7 @@ NOT_SETTINGS = {
     "role",
     "finish_reason",
     "stop_reason",
-    "verified",
+    "correct",
     "deleted",
     "winner",
     "weight",
