@@ -19,6 +19,7 @@ A generated section is enclosed by a marker and ``<!-- end -->``:
     <!-- generation: FILE -->            the generation benchmark in benchmarks/results/FILE.json
     <!-- bookkeeping: FILE FILE -->      generation without the engine by stage, in the same folder
     <!-- scale: FILE -->                 generation and gathering of many rows without a model, in the same folder
+    <!-- async: FILE -->                 what sampling ahead gains, in the same folder
     <!-- faults: FILE -->                the faults that `python -m tests.faults` injected, in benchmarks/results/FILE.json
     <!-- evidence: STUDY -->             the results of a study of docs/evidence.md so far, in benchmarks/results/evidence
     <!-- plan: NAME -->                  plans of shipped configurations (benchmarks/plan_tables.py): 7b, 70b, limits, 7b formulas
@@ -39,6 +40,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import demo_plot  # noqa: E402
+from benchmarks.async_table import async_table  # noqa: E402
 from benchmarks.evidence.tables import evidence_tables  # noqa: E402
 from benchmarks.plan_tables import plan_tables  # noqa: E402
 from benchmarks.result_tables import (  # noqa: E402
@@ -101,7 +103,7 @@ HELP = re.compile(r"<!-- help: (spin|scripts/)( ?[^ ]*) -->\n.*?<!-- end -->", r
 SCRIPT_USAGE = re.compile(r"<<'TEXT'\n(.*?)\nTEXT\n", re.DOTALL)
 HELP_WIDTH = "110"
 RESULTS = re.compile(
-    r"<!-- (results|speed|ratios|faults|generation|decoding|bookkeeping|scale|start|sft|evidence|plan): ([^>]+?) -->\n"
+    r"<!-- (results|speed|ratios|async|faults|generation|decoding|bookkeeping|scale|start|sft|evidence|plan): ([^>]+?) -->\n"
     r".*?<!-- end -->",
     re.DOTALL,
 )
@@ -111,6 +113,7 @@ TABLE_OF = {
     "speed": speed_table,
     "sft": sft_table,
     "ratios": ratios_table,
+    "async": async_table,
     "faults": faults_table,
     "generation": generation_table,
     "decoding": decoding_table,
