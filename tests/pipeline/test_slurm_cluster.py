@@ -153,7 +153,7 @@ def test_a_slurm_that_does_not_answer_is_said_before_anything_starts(tmp_path, s
         make_cluster(tmp_path / "run")
 
 
-@pytest.mark.parametrize("option", ["--job-name=mine", "--output=/tmp/x", "-N4", "--array=1-3"])
+@pytest.mark.parametrize("option", ["--job-name=mine", "--output=job.log", "-N4", "--array=1-3"])
 def test_an_option_by_which_jobs_are_found_or_sized_is_refused(option):
     with pytest.raises(InputError, match=rf"launch\.sbatch sets {option}, which `spin run` decides"):
         SlurmCluster.check(LaunchConfig(cluster="slurm", sbatch=["--partition=gpu", "-A", "account", option]))
